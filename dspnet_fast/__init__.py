@@ -1,0 +1,1 @@
+"""dspnet-fast: one self-supervised run trains a family of networks that share their weights."""
