@@ -1,0 +1,43 @@
+"""Slimmable networks, by name. Their parameter names are timm's (and torchvision's, for ResNet)."""
+
+from collections.abc import Sequence
+
+from ..errors import InputError
+from ..subnets import Family, Subnet
+from .heads import MLP
+from .mobilenet_v3 import MobileNetV3
+from .resnet import ResNet
+
+NETWORKS: dict[str, type[MobileNetV3] | type[ResNet]] = {"mobilenet_v3_large": MobileNetV3, "resnet": ResNet}
+STEMS = ("standard", "small")
+
+__all__ = ["MLP", "NETWORKS", "STEMS", "MobileNetV3", "ResNet", "build", "family", "subnet"]
+
+
+def _network(name: str) -> type[MobileNetV3] | type[ResNet]:
+    if name not in NETWORKS:
+        raise InputError(f"no network {name!r}: there are {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def subnet(network: str, dn: str) -> Subnet:
+    """The subnet `dn` ("w0.50", "c64-d2222") of `network`; InputError if the name says nothing to that network."""
+    return _network(network).subnet(dn)
+
+
+def family(network: str, dns: Sequence[str]) -> Family:
+    """The family of the named subnets of `network`; InputError if one is unknown or they do not nest."""
+    return Family(subnet(network, dn) for dn in dns)
+
+
+def build(network: str, full: Subnet, stem: str = "standard") -> MobileNetV3 | ResNet:
+    """A slimmable network with the weights of `full`, which is active.
+
+    Args:
+        network: a key of `NETWORKS`.
+        full: the largest subnet.
+        stem: "standard" as published; "small" keeps the resolution in the stem, for images below about 64 px.
+    """
+    if stem not in STEMS:
+        raise InputError(f"no stem {stem!r}: there are {', '.join(STEMS)}")
+    return _network(network)(full, small_stem=stem == "small")

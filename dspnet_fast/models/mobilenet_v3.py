@@ -1,0 +1,217 @@
+"""Slimmable MobileNetV3-Large (Howard et al. 2019), a family over widths; names and channels as in timm.
+
+A subnet's channels follow from its width w: every stage has make_divisible(w x full channels), the expanded and the
+squeezed channels inside a block follow from the block's own input. The stem keeps 16 channels below w = 0.75, as timm
+has it, so that each subnet is the network that timm builds with that channel multiplier.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..nn import SlimBatchNorm2d, SlimConv2d
+from ..nn.activate import Sizes
+from ..subnets import Subnet, make_divisible, width_name
+from .initialize import initialize
+
+STEM_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """One row of the paper's table 1: expansion ratio, depthwise kernel, stride, squeeze-and-excite, activation."""
+
+    expand: float
+    kernel: int
+    stride: int
+    squeeze: bool
+    act: type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks with the same number of output channels."""
+
+    channels: int
+    blocks: tuple[Block, ...]
+
+
+RE, HS = nn.ReLU, nn.Hardswish
+STAGES = (
+    Stage(16, (Block(1, 3, 1, False, RE),)),
+    Stage(24, (Block(4, 3, 2, False, RE), Block(3, 3, 1, False, RE))),
+    Stage(40, (Block(3, 5, 2, True, RE),) + 2 * (Block(3, 5, 1, True, RE),)),
+    Stage(80, (Block(6, 3, 2, False, HS), Block(2.5, 3, 1, False, HS)) + 2 * (Block(2.3, 3, 1, False, HS),)),
+    Stage(112, 2 * (Block(6, 3, 1, True, HS),)),
+    Stage(160, (Block(6, 5, 2, True, HS),) + 2 * (Block(6, 5, 1, True, HS),)),
+)
+FEATURE_CHANNELS = 960
+
+
+class SqueezeExcite(nn.Module):
+    """Gate each channel by a small network on its mean: x * hardsigmoid(W2 relu(W1 mean(x)))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        sizes = self.plan(channels)
+        self.conv_reduce = SlimConv2d(channels, sizes["conv_reduce"], 1)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv_expand = SlimConv2d(sizes["conv_reduce"], channels, 1)
+
+    @staticmethod
+    def plan(channels: int) -> dict[str, int]:
+        """Output channels of the convolutions for that many channels to gate."""
+        return {"conv_reduce": make_divisible(channels / 4), "conv_expand": channels}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate [N, C, H, W]."""
+        gate = self.conv_expand(self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True))))
+        return x * F.hardsigmoid(gate)
+
+
+class DepthwiseSeparable(nn.Module):
+    """Depthwise convolution, then pointwise without activation; residual where shapes allow it."""
+
+    def __init__(self, in_channels: int, out_channels: int, block: Block) -> None:
+        super().__init__()
+        self.stride = block.stride
+        padding = block.kernel // 2
+        self.conv_dw = SlimConv2d(
+            in_channels, in_channels, block.kernel, block.stride, padding, groups=in_channels, bias=False
+        )
+        self.bn1 = SlimBatchNorm2d(in_channels)
+        self.act1 = block.act(inplace=True)
+        self.conv_pw = SlimConv2d(in_channels, out_channels, 1, bias=False)
+        self.bn2 = SlimBatchNorm2d(out_channels)
+
+    @staticmethod
+    def plan(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
+        """Output channels of the convolutions for that many channels in and out."""
+        return {"conv_pw": out_channels}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C', H', W']."""
+        y = self.act1(self.bn1(self.conv_dw(x)))
+        y = self.bn2(self.conv_pw(y))
+        return x + y if self.stride == 1 and x.shape[1] == y.shape[1] else y
+
+
+class InvertedResidual(nn.Module):
+    """Pointwise expansion, depthwise, squeeze-and-excite, pointwise projection; residual where shapes allow it."""
+
+    def __init__(self, in_channels: int, out_channels: int, block: Block) -> None:
+        super().__init__()
+        self.stride = block.stride
+        mid = self.plan(in_channels, out_channels, block)["conv_pw"]
+        padding = block.kernel // 2
+        self.conv_pw = SlimConv2d(in_channels, mid, 1, bias=False)
+        self.bn1 = SlimBatchNorm2d(mid)
+        self.act1 = block.act(inplace=True)
+        self.conv_dw = SlimConv2d(mid, mid, block.kernel, block.stride, padding, groups=mid, bias=False)
+        self.bn2 = SlimBatchNorm2d(mid)
+        self.act2 = block.act(inplace=True)
+        self.se = SqueezeExcite(mid) if block.squeeze else nn.Identity()
+        self.conv_pwl = SlimConv2d(mid, out_channels, 1, bias=False)
+        self.bn3 = SlimBatchNorm2d(out_channels)
+
+    @staticmethod
+    def plan(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
+        """Output channels of the convolutions for that many channels in and out."""
+        mid = make_divisible(in_channels * block.expand)
+        squeeze = {f"se.{name}": size for name, size in SqueezeExcite.plan(mid).items()} if block.squeeze else {}
+        return {"conv_pw": mid, **squeeze, "conv_pwl": out_channels}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C', H', W']."""
+        y = self.act1(self.bn1(self.conv_pw(x)))
+        y = self.se(self.act2(self.bn2(self.conv_dw(y))))
+        y = self.bn3(self.conv_pwl(y))
+        return x + y if self.stride == 1 and x.shape[1] == y.shape[1] else y
+
+
+class Feature(nn.Module):
+    """The last pointwise convolution, whose pooled output is the representation."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = SlimConv2d(in_channels, out_channels, 1, bias=False)
+        self.bn1 = SlimBatchNorm2d(out_channels)
+        self.act1 = nn.Hardswish(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C', H, W]."""
+        return self.act1(self.bn1(self.conv(x)))
+
+
+def _block_type(stage: int) -> type[DepthwiseSeparable] | type[InvertedResidual]:
+    return DepthwiseSeparable if stage == 0 else InvertedResidual
+
+
+class MobileNetV3(nn.Module):
+    """Images [N, 3, H, W] to pooled features [N, 960 w].
+
+    Args:
+        full: the largest subnet, for which weights are allocated.
+        small_stem: stride 1 instead of 2 in the first convolution.
+    """
+
+    name = "mobilenet_v3_large"
+
+    def __init__(self, full: Subnet, small_stem: bool = False) -> None:
+        super().__init__()
+        self.full = full
+        self.small_stem = small_stem
+        stem, *stages, feature = full.channels
+        self.num_features = feature
+        self.conv_stem = SlimConv2d(3, stem, 3, 1 if small_stem else 2, 1, bias=False)
+        self.bn1 = SlimBatchNorm2d(stem)
+        self.act1 = nn.Hardswish(inplace=True)
+        self.blocks = nn.Sequential()
+        in_channels = stem
+        for index, (stage, channels) in enumerate(zip(STAGES, stages, strict=True)):
+            blocks = nn.Sequential()
+            for block in stage.blocks:
+                blocks.append(_block_type(index)(in_channels, channels, block))
+                in_channels = channels
+            self.blocks.append(blocks)
+        self.blocks.append(nn.Sequential(Feature(in_channels, feature)))
+        initialize(self)
+
+    @staticmethod
+    def subnet(name: str) -> Subnet:
+        """The subnet of a width multiplier: "w0.50" has half the channels."""
+        match = re.fullmatch(r"w(\d*\.?\d+)", name)
+        width = float(match.group(1)) if match else 0.0
+        if width <= 0:
+            raise InputError(f"{name!r} is no MobileNetV3 subnet: they are named by width, such as w0.50 or w1.00")
+        stem = STEM_CHANNELS if width < 0.75 else make_divisible(STEM_CHANNELS * width)
+        channels = [make_divisible(stage.channels * width) for stage in STAGES]
+        return Subnet(
+            width_name(width),
+            (stem, *channels, make_divisible(FEATURE_CHANNELS * width)),
+            (*(len(stage.blocks) for stage in STAGES), 1),
+        )
+
+    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+        """Name of the subnet and the size of each of its slimmable modules."""
+        subnet = self.subnet(dn) if isinstance(dn, str) else dn
+        stem, *stages, feature = subnet.channels
+        sizes = {"conv_stem": stem}
+        in_channels = stem
+        for index, (stage, channels) in enumerate(zip(STAGES, stages, strict=True)):
+            for position, block in enumerate(stage.blocks):
+                plan = _block_type(index).plan(in_channels, channels, block)
+                sizes |= {f"blocks.{index}.{position}.{name}": size for name, size in plan.items()}
+                in_channels = channels
+        sizes[f"blocks.{len(STAGES)}.0.conv"] = feature
+        return subnet.name, sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Represent images [N, 3, H, W] by [N, features]."""
+        x = self.act1(self.bn1(self.conv_stem(x)))
+        return self.blocks(x).mean((2, 3))

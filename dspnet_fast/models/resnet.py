@@ -1,0 +1,105 @@
+"""Slimmable ResNet of basic blocks (He et al. 2016), a family over widths and depths; names as in timm and torchvision.
+
+`c64-d2222` has stages of 64, 128, 256, 512 channels and 2, 2, 2, 2 blocks: ResNet-18.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..nn import SlimBatchNorm2d, SlimConv2d, SlimSequential
+from ..nn.activate import Sizes
+from ..subnets import Subnet
+from .initialize import initialize
+
+STAGE_MULTIPLIERS = (1, 2, 4, 8)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a residual; a strided 1x1 convolution brings the residual to another shape."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = SlimConv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = SlimBatchNorm2d(out_channels)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = SlimConv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = SlimBatchNorm2d(out_channels)
+        self.downsample = (
+            nn.Sequential(SlimConv2d(in_channels, out_channels, 1, stride, bias=False), SlimBatchNorm2d(out_channels))
+            if stride != 1 or in_channels != out_channels
+            else None
+        )
+        self.act2 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C', H', W']."""
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.act2(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """Images [N, 3, H, W] to pooled features [N, 8 x the first stage's channels].
+
+    Args:
+        full: the largest subnet, for which weights are allocated.
+        small_stem: a 3x3 convolution of stride 1 and no pooling, instead of 7x7 of stride 2 and max pooling.
+    """
+
+    name = "resnet"
+
+    def __init__(self, full: Subnet, small_stem: bool = False) -> None:
+        super().__init__()
+        self.full = full
+        self.small_stem = small_stem
+        stem, *stages = full.channels
+        self.num_features = stages[-1]
+        if small_stem:
+            self.conv1 = SlimConv2d(3, stem, 3, 1, 1, bias=False)
+        else:
+            self.conv1 = SlimConv2d(3, stem, 7, 2, 3, bias=False)
+        self.bn1 = SlimBatchNorm2d(stem)
+        self.act1 = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
+        in_channels = stem
+        for index, (channels, depth) in enumerate(zip(stages, full.depths, strict=True), 1):
+            blocks = SlimSequential()
+            for position in range(depth):
+                blocks.append(BasicBlock(in_channels, channels, 2 if index > 1 and position == 0 else 1))
+                in_channels = channels
+            setattr(self, f"layer{index}", blocks)
+        initialize(self)
+
+    @staticmethod
+    def subnet(name: str) -> Subnet:
+        """The subnet "c<channels of stage 1>-d<blocks per stage>"; depths above 9 are written d3.4.23.3."""
+        match = re.fullmatch(r"c([1-9]\d*)-d([1-9]{4}|(?:[1-9]\d*\.){3}[1-9]\d*)", name)
+        if not match:
+            raise InputError(
+                f"{name!r} is no ResNet subnet: they are named by channels and blocks, such as c64-d2222 or c96-d3463"
+            )
+        base, depths = int(match.group(1)), match.group(2)
+        blocks = tuple(int(depth) for depth in (depths.split(".") if "." in depths else depths))
+        return Subnet(name, (base, *(base * factor for factor in STAGE_MULTIPLIERS)), blocks)
+
+    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+        """Name of the subnet and the size of each of its slimmable modules."""
+        subnet = self.subnet(dn) if isinstance(dn, str) else dn
+        stem, *stages = subnet.channels
+        sizes = {"conv1": stem}
+        for index, (channels, depth) in enumerate(zip(stages, subnet.depths, strict=True), 1):
+            sizes[f"layer{index}"] = depth
+            for position, block in enumerate(getattr(self, f"layer{index}")):
+                convolutions = ["conv1", "conv2"] + ([] if block.downsample is None else ["downsample.0"])
+                sizes |= {f"layer{index}.{position}.{convolution}": channels for convolution in convolutions}
+        return subnet.name, sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Represent images [N, 3, H, W] by [N, features]."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3))
