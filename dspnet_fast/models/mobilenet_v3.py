@@ -167,7 +167,6 @@ class MobileNetV3(nn.Module):
         self.full = full
         self.small_stem = small_stem
         stem, *stages, feature = full.channels
-        self.num_features = feature
         self.conv_stem = SlimConv2d(3, stem, 3, 1 if small_stem else 2, 1, bias=False)
         self.bn1 = SlimBatchNorm2d(stem)
         self.act1 = nn.Hardswish(inplace=True)
@@ -181,6 +180,11 @@ class MobileNetV3(nn.Module):
             self.blocks.append(blocks)
         self.blocks.append(nn.Sequential(Feature(in_channels, feature)))
         initialize(self)
+
+    @property
+    def num_features(self) -> int:
+        """Features of the full network's representation."""
+        return self.full.channels[-1]
 
     @staticmethod
     def subnet(name: str) -> Subnet:

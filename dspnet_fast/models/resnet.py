@@ -57,7 +57,6 @@ class ResNet(nn.Module):
         self.full = full
         self.small_stem = small_stem
         stem, *stages = full.channels
-        self.num_features = stages[-1]
         if small_stem:
             self.conv1 = SlimConv2d(3, stem, 3, 1, 1, bias=False)
         else:
@@ -73,6 +72,11 @@ class ResNet(nn.Module):
                 in_channels = channels
             setattr(self, f"layer{index}", blocks)
         initialize(self)
+
+    @property
+    def num_features(self) -> int:
+        """Features of the full network's representation."""
+        return self.full.channels[-1]
 
     @staticmethod
     def subnet(name: str) -> Subnet:

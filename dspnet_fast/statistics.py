@@ -1,0 +1,122 @@
+"""Post-statistics: batch normalisation statistics of each subnet, measured after training.
+
+During training every subnet normalises by its own batches, so no running average fits any of them. Here each subnet
+sees the same batches once more; the moments of every normalised layer are merged exactly, the variance between
+batches included (Chan et al. 1979), and kept by the subnet's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .nn import activate
+from .nn.batch_norm import SlimBatchNorm
+from .subnets import Subnet
+
+
+class Moments:
+    """Count, mean and sum of squared deviations per channel of all tensors seen, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Merge in a tensor [N, C, ...]."""
+        count = x.numel() // x.shape[1]
+        if count == 0:
+            return
+        variance, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)], correction=0)
+        delta = mean.double() - self.mean
+        total = self.count + count
+        self.mean = self.mean + delta * (count / total)
+        self.squares = self.squares + variance.double() * count + delta**2 * (self.count * count / total)
+        self.count = total
+
+    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean [C] and biased variance [C]."""
+        assert isinstance(self.mean, Tensor) and isinstance(self.squares, Tensor)
+        return self.mean.to(dtype), (self.squares / self.count).to(dtype)
+
+
+def _batch_norms(model: nn.Module) -> dict[str, SlimBatchNorm]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, SlimBatchNorm)}
+
+
+@torch.no_grad()
+def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None], batches: Iterable[Tensor]) -> int:
+    """Measure the statistics of all `dns` in one pass over `batches` and keep them in the model for evaluation.
+
+    Args:
+        model: a model of slimmable layers; left in evaluation mode.
+        dns: subnets as `activate` takes them.
+        batches: inputs of the model, at least one; each normalises by itself.
+
+    Returns:
+        The number of inputs seen.
+    """
+    dns = list(dns)
+    norms = _batch_norms(model)
+    moments: dict[tuple[int, str], Moments] = {}
+    current = 0
+    hooks = [
+        norm.register_forward_pre_hook(
+            lambda _, inputs, path=path: moments.setdefault((current, path), Moments()).add(inputs[0])
+        )
+        for path, norm in norms.items()
+    ]
+    tracked = {norm: norm.track_running_stats for norm in norms.values()}
+    seen = 0
+    model.eval()
+    try:
+        for norm in norms.values():
+            norm.train()
+            norm.track_running_stats = False
+        for batch in batches:
+            seen += len(batch)
+            for current, dn in enumerate(dns):
+                with activate(model, dn):
+                    model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, track in tracked.items():
+            norm.eval()
+            norm.track_running_stats = track
+    if not seen:
+        raise ValueError("post_statistics needs at least one batch")
+    for index, dn in enumerate(dns):
+        with activate(model, dn):
+            for path, norm in norms.items():
+                if (index, path) in moments:
+                    dtype = torch.float32 if norm.weight is None else norm.weight.dtype
+                    norm.measured[norm.active_dn] = moments[index, path].result(dtype)
+    return seen
+
+
+def measured_statistics(model: nn.Module, dns: Iterable[Subnet]) -> dict[str, Tensor]:
+    """The kept statistics as a flat dictionary, "<subnet>/<layer>.running_mean" [C] and "...running_var" [C]."""
+    flat = {}
+    for dn in dns:
+        with activate(model, dn):
+            for path, norm in _batch_norms(model).items():
+                if norm.active_dn in norm.measured:
+                    mean, variance = norm.measured[norm.active_dn]
+                    flat[f"{dn}/{path}.running_mean"] = mean.clone()
+                    flat[f"{dn}/{path}.running_var"] = variance.clone()
+    return flat
+
+
+def load_statistics(model: nn.Module, dns: Iterable[Subnet], flat: dict[str, Tensor]) -> None:
+    """Put what `measured_statistics` returned back into a model."""
+    for dn in dns:
+        with activate(model, dn):
+            for path, norm in _batch_norms(model).items():
+                if f"{dn}/{path}.running_mean" in flat:
+                    pair = (flat[f"{dn}/{path}.running_mean"], flat[f"{dn}/{path}.running_var"])
+                    device = next(model.parameters()).device
+                    norm.measured[norm.active_dn] = (pair[0].to(device), pair[1].to(device))
