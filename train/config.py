@@ -1,0 +1,119 @@
+"""Everything a pretraining run can be told. YAML, command line and Python mean the same by the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import NETWORKS, STEMS
+
+from .data.loader import Workers
+
+
+def option(default: Any, help: str, changeable: bool = False) -> Any:
+    """A field with its help text; `changeable` ones may differ when a run is resumed."""
+    return field(default=default, metadata={"help": help, "changeable": changeable})
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """data"""
+
+    data: str = option("fashion-mnist", "fashion-mnist, cifar10, or a folder of images")
+    image_size: int = option(96, "height and width of the augmented views, in pixels")
+    min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
+    train_images: int | None = option(None, "use only this many images, drawn at random")
+    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
+
+
+@dataclass(kw_only=True)
+class FamilyOptions:
+    """family"""
+
+    network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}")
+    dns: str = option("w0.50,w0.625,w0.75,w0.875,w1.00", "desired networks, such as w0.50,w1.00 or c64-d2222,c64-d3463")
+    stem: str = option("standard", "standard, or small: keeps the resolution, for images below about 64 px")
+    hidden_features: int = option(4096, "hidden features of projector and predictor")
+    out_features: int = option(256, "output features of projector and predictor")
+    momentum_bn: str = option("on", "momentum batch norm in the target: on, off, momentum2 (as the published code)")
+    init_from: str | None = option(None, "start from the weights of the newest checkpoint of this run directory")
+
+    def names(self) -> list[str]:
+        """The desired networks' names."""
+        return [name.strip() for name in self.dns.split(",") if name.strip()]
+
+
+@dataclass(kw_only=True)
+class OptimizationOptions:
+    """optimization"""
+
+    epochs: int = option(300, "passes over the images")
+    batch_size: int = option(256, "images per step")
+    subnets_per_step: int = option(4, "subnets per step: smallest, full, and random ones between")
+    base_lr: float = option(0.2, "learning rate for 256 images; the peak is base_lr * batch_size / 256")
+    warmup_epochs: float = option(10.0, "epochs of linear learning rate warm-up")
+    full_only_epochs: float | None = option(None, "epochs at the start that train only the full network [the warm-up]")
+    weight_decay: float = option(1.5e-6, "weight decay of tensors with more than one dimension")
+    momentum: float = option(0.9, "LARS momentum")
+    eta: float = option(1e-3, "LARS trust coefficient")
+    tau: float = option(0.996, "decay of the target at the start; rises to 1")
+    seed: int = option(0, "seed of weights, order, augmentation and sampling")
+    precision: str = option("fp32", "fp32 or bf16 (autocast)")
+
+
+@dataclass(kw_only=True)
+class ExecutionOptions:
+    """execution"""
+
+    device: str = option("auto", "auto, cpu or cuda", changeable=True)
+    fast_kernels: bool = option(False, "use the fastest operator provider this machine has", changeable=True)
+    probe_epochs: float = option(1.0, "epochs between measurements of kNN and feature spread; 0 for none", True)
+    probe_images: int = option(2000, "reference images of that kNN; half as many are classified", changeable=True)
+    checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)
+    log_steps: int = option(10, "steps between lines of metrics", changeable=True)
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
+    """Configuration of `train.pretrain`. Defaults are the paper's recipe where it states one (docs/algorithm.md)."""
+
+    out: str = option("", "run directory: configuration, metrics, checkpoints and exported networks", changeable=True)
+
+    def __post_init__(self) -> None:
+        """Raise InputError for values that no run can have."""
+        choices = {
+            "network": tuple(NETWORKS),
+            "stem": STEMS,
+            "momentum_bn": ("on", "off", "momentum2"),
+            "precision": ("fp32", "bf16"),
+            "device": ("auto", "cpu", "cuda"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        positive = ("image_size", "hidden_features", "out_features", "epochs", "batch_size", "log_steps", "probe_images")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_epochs", "probe_epochs", "checkpoint_epochs", "base_lr", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
+        for name in ("tau", "momentum", "min_scale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{flag(name)} lies between 0 and 1, not at {getattr(self, name)}")
+        if not self.names():
+            raise InputError("--dns names no network: give for example --dns w0.50,w0.75,w1.00")
+
+    def differences(self, other: PretrainConfig) -> list[str]:
+        """Names of the options that differ and would make a resumed run another one."""
+        return [
+            f.name
+            for f in fields(self)
+            if not f.metadata["changeable"] and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")

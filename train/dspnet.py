@@ -1,0 +1,143 @@
+"""The algorithm: BYOL whose online network is, in turn, every sampled subnet of a family (DSPNet section 4).
+
+One training step of a batch of B images, two views each, stacked as [2B, 3, H, W]:
+
+    z' = target(view 1; view 2)                                  once, full network, no gradient
+    for every sampled subnet s, the full network last:
+        p   = predictor(projector(encoder_s(view 1; view 2)))
+        L_s = mean_b [(2 - 2 cos(p_1, z'_2)) + (2 - 2 cos(p_2, z'_1))]
+        backward at once: gradients add up, activations are freed
+    optimizer step, then  target <- tau target + (1 - tau) online
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from dspnet_fast.models import MLP, build
+from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate
+from dspnet_fast.nn.activate import Sizes
+from dspnet_fast.nn.batch_norm import MomentumBatchNorm, SlimBatchNorm, SlimBatchNorm2d
+from dspnet_fast.ops import ema_update, normalized_mse
+from dspnet_fast.subnets import Family, Subnet
+
+VIEWS = 2
+
+
+class Branch(nn.Module):
+    """Encoder and projector, and for the online network the predictor: images [N, 3, H, W] to [N, D]."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.predictor = predictor
+
+    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+        """A subnet of the branch is a subnet of its encoder; the heads are shared and full."""
+        name, sizes = self.encoder.plan(dn)  # type: ignore[operator]
+        return name, {f"encoder.{path}": size for path, size in sizes.items()}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Predict (online) or project (target)."""
+        projection = self.projector(self.encoder(images))
+        return projection if self.predictor is None else self.predictor(projection)
+
+
+class DSPNet(nn.Module):
+    """Online and target networks of a family, and the losses between them.
+
+    Args:
+        network: a key of `dspnet_fast.models.NETWORKS`.
+        family: the subnets to pretrain; a family of one is BYOL.
+        stem: the encoder's stem, "standard" or "small".
+        hidden_features, out_features: sizes of projector and predictor.
+        momentum_bn: momentum batch normalisation in the target: "off", "on", or "momentum2" for the variance as the
+            published code of Momentum^2 Teacher computes it.
+        precision: "fp32", or "bf16" for autocast.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        family: Family,
+        stem: str = "standard",
+        hidden_features: int = 4096,
+        out_features: int = 256,
+        momentum_bn: str = "on",
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.precision = precision
+        encoder = build(network, family.full, stem)
+        projector = MLP(encoder.num_features, hidden_features, out_features)
+        self.online = Branch(encoder, projector, MLP(out_features, hidden_features, out_features))
+        self.target = Branch(copy.deepcopy(encoder), copy.deepcopy(projector), None).requires_grad_(False)
+        if momentum_bn != "off":
+            _use_momentum_batch_norm(self.target, double_correction=momentum_bn == "momentum2")
+
+    def _autocast(self, images: Tensor) -> AbstractContextManager:
+        if self.precision == "bf16":
+            return torch.autocast(images.device.type, torch.bfloat16)
+        return nullcontext()
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, alpha: float = 1.0) -> Tensor:
+        """Projections [2B, D] by the full target network, the two views exchanged: row i is what row i of the online
+        network predicts. `alpha` is the batch's share in momentum batch normalisation."""
+        for module in self.target.modules():
+            if isinstance(module, MomentumBatchNorm):
+                module.alpha = alpha
+        with activate(self.target, None, views=VIEWS), self._autocast(images):
+            first, second = self.target(images).chunk(VIEWS)
+        return torch.cat([second, first])
+
+    def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
+        """Symmetrised loss of one subnet, a scalar from 0 to 8."""
+        with activate(self.online, subnet, views=VIEWS), self._autocast(images):
+            predictions = self.online(images)
+        return VIEWS * normalized_mse(predictions, targets)
+
+    def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float = 1.0) -> dict[str, Tensor]:
+        """Add the gradients of the summed losses of all `subnets`, one backward at a time.
+
+        Args:
+            images: the two views, [2B, 3, H, W]: view 1 of every image, then view 2.
+            subnets: what `sandwich` sampled, the full network last.
+            alpha: see `targets`.
+
+        Returns:
+            The loss of each subnet, detached scalars on the device.
+        """
+        targets = self.targets(images, alpha)
+        losses = {}
+        for subnet in subnets:
+            loss = self.loss(images, targets, subnet)
+            loss.backward()
+            losses[subnet.name] = loss.detach()
+        return losses
+
+    def update_target(self, tau: float) -> None:
+        """target <- tau target + (1 - tau) online, for the parameters of encoder and projector."""
+        online = dict(self.online.named_parameters())
+        targets = dict(self.target.named_parameters())
+        ema_update(list(targets.values()), [online[name].detach() for name in targets], tau)
+
+
+def _use_momentum_batch_norm(module: nn.Module, double_correction: bool) -> None:
+    """Replace every batch normalisation by its momentum variant; parameters, buffers and names stay."""
+    for name, child in module.named_children():
+        if not isinstance(child, SlimBatchNorm):
+            _use_momentum_batch_norm(child, double_correction)
+            continue
+        kind = MomentumBatchNorm2d if isinstance(child, SlimBatchNorm2d) else MomentumBatchNorm1d
+        momentum_norm = kind(child.num_features, child.eps)
+        momentum_norm.load_state_dict(child.state_dict())
+        momentum_norm.double_correction = double_correction
+        module.add_module(name, momentum_norm.requires_grad_(False))

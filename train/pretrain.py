@@ -1,0 +1,225 @@
+"""`python -m train.pretrain`: pretrain a family of networks on unlabelled images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.ops import registry
+
+from . import checkpoint, cli
+from .config import PretrainConfig
+from .data import augment
+from .data.images import ImageSet, Subset
+from .data.loader import EpochOrder, two_view_batches
+from .data.sets import open_images
+from .interruption import Interruption
+from .probe import Probe
+from .progress import Monitor
+from .rundir import CONFIG, RunLog, open_run
+from .trainer import Trainer
+
+DESCRIPTION = """\
+Pretrain a family of networks that share their weights, on images without labels.
+Then compare them with train.evaluate, and cut them out with train.export."""
+EXAMPLE = """\
+  python -m train.pretrain --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 28 \\
+      --dns c16-d1111,c16-d2222,c32-d2222 --epochs 5 --warmup-epochs 1 --out runs/first
+  python -m train.pretrain --out runs/first --resume"""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of an option's value; InputError for cuda where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu")
+    return torch.device(name)
+
+
+def open_train_images(config: PretrainConfig) -> ImageSet:
+    """The images that a run trains on."""
+    images = open_images(config.data, "train")
+    return images if config.train_images is None else Subset.random(images, config.train_images, config.seed)
+
+
+class Meter:
+    """Images per second and the share of time spent waiting for data, since it was last read."""
+
+    def __init__(self, batches: Iterator[Tensor]) -> None:
+        self._batches = batches
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
+
+    def batches(self) -> Iterator[Tensor]:
+        """The batches, with the time they are waited for counted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(self._batches, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            self._images += len(batch) // 2
+            yield batch
+
+    def pause(self, began: float) -> None:
+        """Leave the time since `began` out of the account: it did not serve training."""
+        self._paused += time.perf_counter() - began
+
+    def read(self) -> tuple[float, float]:
+        """Images per second and waiting share since the last reading."""
+        elapsed = time.perf_counter() - self._began - self._paused
+        rate, waiting = self._images / elapsed, self._waited / elapsed
+        self._restart()
+        return rate, waiting
+
+
+class Pretraining:
+    """A run with its directory and its screen: logs, probes, checkpoints, interruption."""
+
+    def __init__(self, config: PretrainConfig, resume: bool) -> None:
+        device = choose_device(config.device)
+        images = open_train_images(config)
+        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs)
+        self.config = config
+        self.trainer = Trainer(config, order.steps_per_epoch, device)
+        self.probe = None
+        if config.probe_epochs:
+            test = open_images(config.data, "test")
+            self.probe = Probe(images, test, config.probe_images, config.image_size, device)
+        self.out = open_run(config, resume)
+        self.checkpoints = self.out / "checkpoints"
+        newest = checkpoint.latest(self.checkpoints)
+        if newest is not None:
+            self.trainer.load_state(checkpoint.load(newest, device))
+        elif config.init_from is not None:
+            self.trainer.load_weights(checkpoint.load(checkpoint.newest_of_run(Path(config.init_from)), device))
+        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step)
+        views = augment.byol(config.image_size, config.min_scale)
+        self.meter = Meter(iter(two_view_batches(images, views, order, config.workers)))
+        self.images = len(images)
+
+    def run(self) -> None:
+        """Train to the end; KeyboardInterrupt if it was stopped, after saving."""
+        trainer, config = self.trainer, self.config
+        self.log = RunLog(self.out, trainer.step)
+        try:
+            with Interruption() as interruption, Monitor("pretrain", trainer.steps, trainer.step) as self.monitor:
+                self._say(*self._description())
+                if trainer.step == 0:
+                    self._measure()
+                for batch in self.meter.batches():
+                    lr, tau = trainer.learning_rate, trainer.tau
+                    losses = trainer.train_step(batch)
+                    last = trainer.step == trainer.steps
+                    self.monitor.advance()
+                    if trainer.step % config.log_steps == 0 or last:
+                        self._record(losses, lr, tau)
+                    began = time.perf_counter()
+                    if last or self._due(config.probe_epochs):
+                        self._measure()
+                    if last or self._due(config.checkpoint_epochs) or interruption.requested:
+                        checkpoint.save(self.checkpoints, trainer.step, trainer.state())
+                    self.meter.pause(began)
+                    if interruption.requested and not last:
+                        self._say(
+                            f"stopped and saved after step {trainer.step} of {trainer.steps}; continue with",
+                            f"  python -m train.pretrain --out {self.out} --resume",
+                        )
+                        raise KeyboardInterrupt
+                self._say(f"pretrained {', '.join(trainer.model.family.names)} in {self.out}")
+        finally:
+            self.log.close()
+
+    def _due(self, epochs: float) -> bool:
+        return epochs > 0 and self.trainer.step % max(1, round(epochs * self.trainer.epoch_steps)) == 0
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
+            self.monitor.line(line)
+            self.log.line(line)
+
+    def _description(self) -> list[str]:
+        trainer, config = self.trainer, self.config
+        served = ", ".join(f"{op}: {provider}" for op, provider in registry.serving(trainer.device.type).items())
+        return [
+            f"{config.network} {', '.join(trainer.model.family.names)} on {self.images} images of {config.data}, "
+            f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}",
+            f"operators  {served}",
+            *([f"resumed at step {trainer.step}"] if trainer.step else []),
+        ]
+
+    def _record(self, losses: dict[str, Tensor], lr: float, tau: float) -> None:
+        rate, waiting = self.meter.read()
+        values = {name: loss.item() for name, loss in losses.items()}
+        self.log.metrics(
+            self.trainer.step,
+            {
+                "epoch": self.trainer.step / self.trainer.epoch_steps,
+                "loss": values,
+                "learning_rate": lr,
+                "tau": tau,
+                "images_per_second": rate,
+                "data_wait": waiting,
+            },
+        )
+        shown = "  ".join(f"{name} {values[name]:.3f}" for name in self.trainer.model.family.names if name in values)
+        self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}")
+
+    def _measure(self) -> None:
+        if self.probe is None:
+            return
+        values = self.probe.measure(self.trainer.model.online.encoder, self.trainer.model.family)
+        self.log.metrics(self.trainer.step, values)
+        for kind, of_subnets in values.items():
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in of_subnets.items())
+            self._say(f"step {self.trainer.step}  {kind}  {shown}")
+
+
+def make_parser() -> cli.ArgumentParser:
+    """All options of the command."""
+    parser = cli.parser("pretrain", DESCRIPTION, EXAMPLE)
+    cli.add_config_file(parser)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its configuration")
+    cli.add_options(parser, PretrainConfig)
+    return parser
+
+
+def _with_own_config(argv: Sequence[str]) -> list[str]:
+    """A resumed run starts from its own configuration; what else the command line says comes after it."""
+    arguments = list(argv)
+    if "--resume" not in arguments:
+        return arguments
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--out":
+            out = value or "".join(arguments[index + 1 : index + 2])
+            if (Path(out) / CONFIG).is_file():
+                return ["--config", str(Path(out) / CONFIG), *arguments]
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    options = make_parser().parse_args(_with_own_config(argv))
+    config = cli.to_config(PretrainConfig, options)
+    if not config.out:
+        raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")
+    if config.fast_kernels:
+        registry.fast_kernels()
+    Pretraining(config, options.resume).run()
+
+
+if __name__ == "__main__":
+    main()

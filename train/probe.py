@@ -1,0 +1,68 @@
+"""How good a family is while it trains: kNN accuracy and feature spread of every subnet on a few images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dspnet_fast.statistics import post_statistics
+from dspnet_fast.subnets import Family
+
+from .data.images import ImageSet
+from .data.loader import evaluation_batches, normalize
+from .features import extract
+from .knn import feature_std, knn
+
+NEIGHBOURS = 20
+BATCH = 256
+
+
+class Probe:
+    """Holds evaluation views of `count` training images and, where there are labels, of half as many test images.
+
+    The images are drawn with a fixed seed, so that all measurements of all runs use the same ones.
+    """
+
+    def __init__(self, train: ImageSet, test: ImageSet, count: int, image_size: int, device: torch.device) -> None:
+        self._device = device
+        self._reference, self._reference_labels = _draw(train, count, image_size)
+        self._query, self._query_labels = _draw(test, max(1, count // 2), image_size)
+        self._classes = len(train.classes)
+
+    def _batches(self, images: Tensor) -> Iterator[Tensor]:
+        for batch in images.split(BATCH):
+            yield normalize(batch.to(self._device))
+
+    def measure(self, encoder: nn.Module, family: Family) -> dict[str, dict[str, float]]:
+        """{"knn": {subnet: accuracy}, "feature_std": {subnet: spread}}; no "knn" without labels.
+
+        The encoder's training state is left as it was, but for its post-statistics.
+        """
+        training = encoder.training
+        post_statistics(encoder, family, self._batches(self._reference))
+        references = extract(encoder, family, self._batches(self._reference))
+        result = {"feature_std": {name: feature_std(features) for name, features in references.items()}}
+        if self._reference_labels is not None and self._query_labels is not None:
+            queries = extract(encoder, family, self._batches(self._query))
+            result["knn"] = {
+                name: knn(
+                    references[name],
+                    self._reference_labels,
+                    queries[name],
+                    self._query_labels,
+                    k=min(NEIGHBOURS, len(references[name])),
+                    num_classes=self._classes,
+                ).majority
+                for name in references
+            }
+        encoder.train(training)
+        return result
+
+
+def _draw(images: ImageSet, count: int, image_size: int) -> tuple[Tensor, Tensor | None]:
+    """Evaluation views uint8 [n, C, S, S] and labels [n] of up to `count` images."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    pixels = torch.cat(list(evaluation_batches(images, chosen.tolist(), image_size, BATCH, workers=0)))
+    return pixels, None if images.labels is None else images.labels[chosen]

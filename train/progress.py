@@ -1,0 +1,73 @@
+"""Progress on the screen: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 15.0
+
+
+class Monitor:
+    """Shows `steps` of work; a context manager.
+
+    Args:
+        what: a word for the work, such as "pretrain".
+        steps: number of steps in all.
+        done: steps done before.
+    """
+
+    def __init__(self, what: str, steps: int, done: int = 0, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.steps, self.done, self._what = steps, done, what
+        self._live: Progress | None = None
+        self._began = time.monotonic()
+        self._began_at = done
+        self._last_plain = self._began
+        if self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+            )
+            self._task = self._live.add_task(what, total=steps, completed=done, status="")
+
+    def __enter__(self) -> Monitor:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self.done += 1
+        if self._live:
+            self._live.update(self._task, completed=self.done)
+
+    def status(self, text: str) -> None:
+        """Say how it goes."""
+        now = time.monotonic()
+        if self._live:
+            self._live.update(self._task, status=text)
+        elif now - self._last_plain >= PLAIN_SECONDS or self.done == self.steps:
+            self._last_plain = now
+            left = (now - self._began) / max(1, self.done - self._began_at) * (self.steps - self.done)
+            self.line(f"{self._what} {self.done}/{self.steps}  {text}  {_duration(left)} left")
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

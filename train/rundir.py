@@ -1,0 +1,116 @@
+"""The run directory: what a run writes, where, and what it refuses to overwrite.
+
+OUT/config.yaml       the configuration, re-runnable with --config
+OUT/metrics.jsonl     one JSON object a line
+OUT/tensorboard/      the same for TensorBoard
+OUT/train.log         what was printed
+OUT/checkpoints/      step-00001234.pt, the newest two
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dspnet_fast.errors import InputError
+
+from . import checkpoint
+from .config import PretrainConfig, flag
+
+CONFIG = "config.yaml"
+
+
+def read_config(out: Path) -> PretrainConfig:
+    """The configuration of the run in `out`; InputError if there is none or it does not fit this version."""
+    path = out / CONFIG
+    if not path.is_file():
+        raise InputError(f"{out} holds no run: there is no {CONFIG} in it")
+    try:
+        return PretrainConfig(**yaml.safe_load(path.read_text()))
+    except (TypeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a configuration of this version: {error}") from error
+
+
+def open_run(config: PretrainConfig, resume: bool) -> Path:
+    """Create the run directory, or check that the run in it is the one to resume.
+
+    Raises InputError if `out` holds another run, or with `resume` none or one of another configuration.
+    """
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    holds_run = (out / CONFIG).exists()
+    if resume:
+        different = read_config(out).differences(config)
+        if different:
+            raise InputError(
+                f"the run in {out} has another {', '.join(flag(name) for name in different)}: "
+                "resume it with its own configuration (--resume --out is enough) or start another --out"
+            )
+    elif holds_run:
+        raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if not holds_run:
+        checkpoint.write_text(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+    return out
+
+
+class RunLog:
+    """Writes lines to train.log, metrics to metrics.jsonl and TensorBoard.
+
+    Args:
+        out: the run directory.
+        step: where the run continues; metrics of later steps, written before an interruption, are dropped.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        # imported here: it takes seconds, and commands that only read a run need not wait for it
+        from torch.utils.tensorboard import SummaryWriter
+
+        metrics = out / "metrics.jsonl"
+        if metrics.exists():
+            checkpoint.write_text(metrics, "".join(f"{line}\n" for line in _lines_until(metrics, step)))
+        self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed by close)
+        self._log = open(out / "train.log", "a", buffering=1)  # noqa: SIM115
+        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def line(self, text: str) -> None:
+        """Append a line with the time to train.log."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Record values (numbers, or dictionaries of numbers by subnet) for a step."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            scalars = value if isinstance(value, dict) else {"": value}
+            for key, scalar in scalars.items():
+                self._tensorboard.add_scalar(f"{name}/{key}" if key else name, scalar, step)
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        self._tensorboard.close()
+        self._metrics.close()
+        self._log.close()
+
+
+def _lines_until(metrics: Path, step: int) -> list[str]:
+    """Whole lines of steps up to `step`; a kill can leave half a line at the end."""
+    lines = []
+    for line in metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """All recorded metrics of a run, in order."""
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

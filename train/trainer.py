@@ -1,0 +1,107 @@
+"""The state of a pretraining run and its one step, without files, screens or data loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import family
+from dspnet_fast.subnets import sandwich
+
+from .config import PretrainConfig
+from .data.loader import normalize
+from .dspnet import DSPNet
+from .optim import LARS
+from .schedules import learning_rate, momentum_alpha, target_tau
+
+
+def build_model(config: PretrainConfig) -> DSPNet:
+    """The networks of a run before its first step, a function of the configuration alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return DSPNet(
+            config.network,
+            family(config.network, config.names()),
+            config.stem,
+            config.hidden_features,
+            config.out_features,
+            config.momentum_bn,
+            config.precision,
+        )
+
+
+class Trainer:
+    """Model, optimizer and step count of a run.
+
+    Everything else that a step depends on (learning rate, tau, alpha, sampled subnets) is a function of the step
+    count, so `state` and `load_state` are all that a bit-exact resume needs.
+
+    Args:
+        config: the run.
+        epoch_steps: steps in an epoch.
+        device: where to train.
+    """
+
+    def __init__(self, config: PretrainConfig, epoch_steps: int, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.model = build_model(config).to(device, memory_format=torch.channels_last).train()
+        self.optimizer = LARS(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            eta=config.eta,
+        )
+        self.step = 0
+        self.steps = config.epochs * epoch_steps
+        self.epoch_steps = epoch_steps
+        self.warmup_steps = round(config.warmup_epochs * epoch_steps)
+        full_only = config.warmup_epochs if config.full_only_epochs is None else config.full_only_epochs
+        self.full_only_steps = round(full_only * epoch_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        peak = self.config.base_lr * self.config.batch_size / 256
+        return learning_rate(self.step, self.steps, self.warmup_steps, peak)
+
+    @property
+    def tau(self) -> float:
+        """Decay of the target in the step to come."""
+        return target_tau(self.step, self.steps, self.config.tau)
+
+    def train_step(self, batch: Tensor) -> dict[str, Tensor]:
+        """One step on two views, uint8 [2B, C, S, S] on any device; returns the losses of the sampled subnets."""
+        family = self.model.family
+        if self.step < self.full_only_steps:
+            subnets = [family.full]
+        else:
+            subnets = sandwich(family, self.config.subnets_per_step, self.config.seed, self.step)
+        images = normalize(batch.to(self.device, non_blocking=True))
+        losses = self.model.accumulate(images, subnets, momentum_alpha(self.step, self.steps))
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_target(self.tau)
+        self.step += 1
+        return losses
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.load_weights(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over the weights of a checkpoint, of this or another run; InputError if the networks differ."""
+        try:
+            self.model.load_state_dict(state["model"])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"the checkpoint is of another network: {str(error).splitlines()[-1].strip()}") from error
