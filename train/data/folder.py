@@ -1,0 +1,116 @@
+"""Images in folders, one folder per class or none. `sets.open_images` says which layouts count."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from dspnet_fast.errors import InputError
+
+from .images import to_grey_or_rgb
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+TEST_FOLDERS = ("test", "val")
+
+
+class FolderImages:
+    """Image files, decoded when loaded."""
+
+    def __init__(self, name: str, files: list[str], labels: list[int] | None, classes: list[str]):
+        self.name = name
+        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        self.classes = classes
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def load(self, i: int) -> Image.Image:
+        path = self._files[i]
+        try:
+            with Image.open(path) as image:
+                return to_grey_or_rgb(image)
+        except Exception as error:  # decoders meet broken files with a dozen types of exception
+            reason = " ".join(str(error).split())
+            raise InputError(f"cannot read the image {path}: repair it or take it out ({reason})") from error
+
+    def file(self, i: int) -> str:
+        return self._files[i]
+
+
+def open_folder(path: Path, split: Literal["train", "test"]) -> FolderImages:
+    """One split of an image folder; InputError if it holds no images or is laid out in no way that counts."""
+    train = path / "train"
+    test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
+    if train.is_dir():
+        if split == "train":
+            return _images(path, _listing(train))
+        if test is None:
+            raise InputError(f"{path} has a folder train but no folder test: add {path / 'test'}")
+        return _images(path, _same_classes(train, test))
+    if test is not None:
+        raise InputError(f"{path} has a folder {test.name} but no folder train: add {train}")
+    listing = _listing(path)
+    if isinstance(listing, list):
+        return _images(path, listing if split == "train" else listing[::10])
+    for name, files in listing.items():
+        if len(files) < 2:
+            raise InputError(f"the class {path / name} has one image, but train and test need one each: add another")
+    return _images(path, {name: _tenths(files, split) for name, files in listing.items()})
+
+
+def _tenths(files: list[str], split: Literal["train", "test"]) -> list[str]:
+    return files[::10] if split == "test" else [file for i, file in enumerate(files) if i % 10]
+
+
+def _images(path: Path, listing: dict[str, list[str]] | list[str]) -> FolderImages:
+    if isinstance(listing, list):
+        return FolderImages(str(path), listing, None, [])
+    classes = list(listing)
+    labels = [label for label, name in enumerate(classes) for _ in listing[name]]
+    return FolderImages(str(path), [file for name in classes for file in listing[name]], labels, classes)
+
+
+def _same_classes(train: Path, test: Path) -> dict[str, list[str]] | list[str]:
+    """The test folder's listing, once its classes are known to be train's: labels are positions among the classes."""
+    listing, expected = _listing(test), _classes(train)
+    found = [] if isinstance(listing, list) else list(listing)
+    for here, there, names in ((train, test, set(expected) - set(found)), (test, train, set(found) - set(expected))):
+        if names:
+            raise InputError(f"the class {min(names)!r} is in {here} but not in {there}: give both the same classes")
+    return listing
+
+
+def _listing(path: Path) -> dict[str, list[str]] | list[str]:
+    """Sorted image files: by class, in the classes' sorted order, or one list if there are no classes."""
+    loose = sorted(entry.path for entry in os.scandir(path) if entry.is_file() and _is_image(entry.name))
+    classes = _classes(path)
+    if loose and classes:
+        raise InputError(
+            f"{path} has images ({Path(loose[0]).name}) beside class folders ({classes[0]}): keep one of the two kinds"
+        )
+    if loose:
+        return loose
+    listing = {name: _walk(path / name) for name in classes}
+    for folder in [path / name for name, files in listing.items() if not files] or ([] if listing else [path]):
+        raise InputError(f"{folder} holds no images: add some or remove it (files that count: {' '.join(EXTENSIONS)})")
+    return listing
+
+
+def _classes(path: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _walk(path: Path) -> list[str]:
+    """Image files in a folder and all its subfolders, sorted by path."""
+    files = []
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        files += [os.path.join(folder, name) for name in names if _is_image(name)]
+    return sorted(files)
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)

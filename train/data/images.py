@@ -1,0 +1,77 @@
+"""What a set of images is to the rest of the code, and how one image in whatever mode becomes greyscale or RGB."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dspnet_fast.errors import InputError
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order. `labels` is an int64 tensor [N] of indices into `classes`, or None (and no classes)."""
+
+    name: str
+    labels: torch.Tensor | None
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def load(self, i: int) -> Image.Image:
+        """Image i, in mode "L" or "RGB"; InputError if it cannot be read."""
+        ...
+
+    def file(self, i: int) -> str:
+        """Where image i comes from, for messages."""
+        ...
+
+
+class ArrayImages:
+    """Images of one size held in memory: uint8 [N, H, W] (greyscale) or [N, H, W, 3] (RGB)."""
+
+    def __init__(self, name: str, source: str, pixels: np.ndarray, labels: torch.Tensor, classes: list[str]):
+        self.name = name
+        self.labels: torch.Tensor | None = labels
+        self.classes = classes
+        self._source = source
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def load(self, i: int) -> Image.Image:
+        return Image.fromarray(self._pixels[i])
+
+    def file(self, i: int) -> str:
+        return f"image {i} of {self._source}"
+
+
+def require_labels(images: ImageSet) -> torch.Tensor:
+    """The labels [N], or an InputError if the set has none."""
+    if images.labels is None:
+        raise InputError(f"{images.name} has no labels: sort its images into one folder per class, DIR/<class>/*")
+    return images.labels
+
+
+def to_grey_or_rgb(image: Image.Image) -> Image.Image:
+    """The image as "L" or "RGB", decoded.
+
+    Single-channel modes become "L" (16 bits keep their upper 8), all others "RGB"; transparency is dropped. Raises
+    ValueError for numbers without a known range: 32-bit float, and 32-bit integer beyond 16 bits.
+    """
+    if image.mode in ("L", "RGB"):
+        image.load()
+        return image
+    if image.mode in ("1", "LA", "La"):
+        return image.convert("L")
+    if image.mode.startswith("I"):  # a 16-bit PNG is "I" to older Pillow, "I;16" to newer; convert("L") would clip it
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit integers have no known range; convert it to 8 or 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point numbers have no known range; convert it to 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns when a transparent palette is converted in one go
+    return image.convert("RGB")

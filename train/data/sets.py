@@ -1,0 +1,40 @@
+"""Find a set of images by name or path."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from dspnet_fast.errors import InputError
+
+from . import cifar10, fashion_mnist, folder
+from .images import ImageSet
+
+NAMED = {fashion_mnist.NAME: fashion_mnist.open_set, cifar10.NAME: cifar10.open_set}
+
+
+def data_folder() -> Path:
+    """Where named sets are looked for and downloaded to: the environment variable DSPNET_DATA, else ./data."""
+    return Path(os.environ.get("DSPNET_DATA") or "data")
+
+
+def open_images(name: str, split: Literal["train", "test"], download: bool = True) -> ImageSet:
+    """Open one split of a set of images: `fashion-mnist`, `cifar10`, or the path of an image folder.
+
+    A folder is one of three things (hidden files are ignored, everything is in sorted order):
+
+    - `DIR/train/<class>/*` and `DIR/test/<class>/*`, or without classes: `DIR/train/*`. `val` will do for `test`.
+    - `DIR/<class>/*`: of each class every 10th image, from the first on, is the test split and the rest is train.
+    - `DIR/*`, images without classes: labels are None, train is all of them. Nothing can be held out for an accuracy,
+      so test is every 10th of the same images.
+
+    With `download`, a named set that is not on this machine is fetched into the data folder. Raises InputError when
+    there is no such set, or when it is not laid out in one of these ways.
+    """
+    if name in NAMED:
+        return NAMED[name](split, data_folder(), download)
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise InputError(
+            f"no set of images {name!r}: give {', '.join(NAMED)} or an existing folder (looked for {path.absolute()})"
+        )
+    return folder.open_folder(path, split)

@@ -1,0 +1,93 @@
+"""How good features are without training anything on them: nearest neighbours' votes, spread and rank."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dspnet_fast.errors import InputError
+
+TEMPERATURE = 0.07  # Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """Accuracies from 0 to 1, and the half-width of the majority vote's 95 % interval."""
+
+    majority: float
+    weighted: float
+    interval: float
+
+
+def knn(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    num_classes: int,
+    k: int = 20,
+    chunk: int = 2**26,
+) -> KnnResult:
+    """Classify features [M, D] by the k nearest of [N, D] in cosine similarity; labels are int64 [M] and [N].
+
+    `majority` takes the most frequent label, of several the smallest. `weighted` sums exp(cosine / TEMPERATURE) per
+    label (Wu et al. 2018). Similarities are computed in the features' precision, float32 at least, in pieces of at
+    most `chunk` numbers or one row. InputError if k is not between 1 and N, or if M is 0.
+    """
+    n, m = len(train_features), len(test_features)
+    if not 1 <= k <= n:
+        raise InputError(f"{k} neighbours out of {n} training images: give a k from 1 to {n}")
+    if m == 0:
+        raise InputError("no test images to classify: give a test split with images")
+    dtype = torch.promote_types(train_features.dtype, torch.float32)
+    train = F.normalize(train_features.to(dtype), dim=1)
+    test = F.normalize(test_features.to(dtype), dim=1)
+    # a count times num_classes, plus more for smaller labels: an integer whose largest is unique on every device
+    preference = torch.arange(num_classes, device=train.device).flip(0)
+    right = torch.zeros(2, dtype=torch.int64, device=train.device)
+    rows = max(1, chunk // n)
+    for piece, labels in zip(test.split(rows), test_labels.to(train.device).split(rows), strict=True):
+        similarities, neighbours = (piece @ train.T).topk(k, dim=1)
+        votes = train_labels.to(train.device)[neighbours]
+        counts = votes.new_zeros(len(piece), num_classes).scatter_add_(1, votes, torch.ones_like(votes))
+        weights = similarities.new_zeros(len(piece), num_classes)
+        weights.scatter_add_(1, votes, (similarities / TEMPERATURE).exp())
+        winners = torch.stack([(counts * num_classes + preference).argmax(dim=1), weights.argmax(dim=1)])
+        right += (winners == labels).sum(dim=1)
+    majority, weighted = (right.double() / m).tolist()
+    return KnnResult(majority, weighted, interval95(majority, m))
+
+
+def interval95(accuracy: float, n: int) -> float:
+    """Half the width of Wilson's 95 % interval of an accuracy (0 to 1) measured on n images.
+
+    Unlike the normal approximation it does not shrink to nothing at 0 and 1 (Wilson 1927; Brown, Cai & DasGupta 2001).
+    """
+    z = 1.959964
+    return z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+
+
+def feature_std(features: torch.Tensor) -> float:
+    """sqrt(D) times the mean over D dimensions of the std of features [N, D] scaled to length 1.
+
+    1 if they spread evenly in all directions, 0 if all are one point (Chen & He 2021, "SimSiam", section 4.1).
+    """
+    unit = F.normalize(features.float(), dim=1)
+    return (unit.std(dim=0, correction=0).mean() * math.sqrt(unit.shape[1])).item()
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """exp of the entropy of the singular values of features [N, D] as shares of their sum; not centred.
+
+    From 1 to min(N, D) (Roy & Vetterli 2007; as a measure of pretraining RankMe, Garrido et al. 2023). NaN if a feature
+    is not finite or if all are 0.
+    """
+    features = features.double()
+    if not features.isfinite().all():
+        return math.nan
+    # in float64 the smaller Gram matrix is exact enough, and far cheaper than singular values of N rows
+    gram = features.T @ features if features.shape[0] > features.shape[1] else features @ features.T
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    return torch.special.entr(singular / singular.sum()).sum().exp().item()
