@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family
 
-from .data.images import ImageSet
+from .data.images import ImageSet, Subset
 from .data.loader import evaluation_batches, normalize
 from .features import extract
 from .knn import feature_std, knn
@@ -63,6 +63,6 @@ class Probe:
 
 def _draw(images: ImageSet, count: int, image_size: int) -> tuple[Tensor, Tensor | None]:
     """Evaluation views uint8 [n, C, S, S] and labels [n] of up to `count` images."""
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    pixels = torch.cat(list(evaluation_batches(images, chosen.tolist(), image_size, BATCH, workers=0)))
-    return pixels, None if images.labels is None else images.labels[chosen]
+    drawn = Subset.random(images, min(count, len(images)), seed=0)
+    pixels = torch.cat(list(evaluation_batches(drawn, range(len(drawn)), image_size, BATCH, workers=0)))
+    return pixels, drawn.labels

@@ -1,5 +1,6 @@
 """What a set of images is to the rest of the code, and how one image in whatever mode becomes greyscale or RGB."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +46,34 @@ class ArrayImages:
 
     def file(self, i: int) -> str:
         return f"image {i} of {self._source}"
+
+
+class Subset:
+    """Some images of a set, in the given order."""
+
+    def __init__(self, images: ImageSet, indices: Sequence[int]):
+        self.name = images.name
+        self.classes = images.classes
+        self.labels = None if images.labels is None else images.labels[torch.as_tensor(indices)]
+        self._images = images
+        self._indices = list(indices)
+
+    @classmethod
+    def random(cls, images: ImageSet, count: int, seed: int) -> "Subset":
+        """`count` images drawn without replacement; InputError if the set has fewer."""
+        if not 1 <= count <= len(images):
+            raise InputError(f"{count} images out of the {len(images)} of {images.name}: give 1 to {len(images)}")
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        return cls(images, drawn[:count].tolist())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def load(self, i: int) -> Image.Image:
+        return self._images.load(self._indices[i])
+
+    def file(self, i: int) -> str:
+        return self._images.file(self._indices[i])
 
 
 def require_labels(images: ImageSet) -> torch.Tensor:
