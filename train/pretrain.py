@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
@@ -18,6 +17,7 @@ from .data import augment
 from .data.images import ImageSet, Subset
 from .data.loader import EpochOrder, two_view_batches
 from .data.sets import open_images
+from .device import choose_device
 from .interruption import Interruption
 from .probe import Probe
 from .progress import Monitor
@@ -31,15 +31,6 @@ EXAMPLE = """\
   python -m train.pretrain --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 28 \\
       --dns c16-d1111,c16-d2222,c32-d2222 --epochs 5 --warmup-epochs 1 --out runs/first
   python -m train.pretrain --out runs/first --resume"""
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of an option's value; InputError for cuda where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu")
-    return torch.device(name)
 
 
 def open_train_images(config: PretrainConfig) -> ImageSet:

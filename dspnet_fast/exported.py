@@ -1,0 +1,108 @@
+"""Networks on disk: model.safetensors with the weights and manifest.json that says in plain data what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .errors import InputError
+from .models import build
+from .slim import slim
+from .subnets import Subnet
+
+FORMAT = 1
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+
+
+def save(directory: Path, network: nn.Module, subnet: Subnet, extra: dict[str, Any]) -> None:
+    """Write a network that `slim` cut out of one of our models; existing files are replaced whole.
+
+    Args:
+        directory: created if missing.
+        network: a plain MobileNetV3 or ResNet of `subnet`.
+        extra: what else the manifest shall say (JSON values).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    stem = "small" if network.small_stem else "standard"
+    manifest = {
+        "format": FORMAT,
+        "network": network.name,
+        "dn": subnet.name,
+        "channels": list(subnet.channels),
+        "depths": list(subnet.depths),
+        "stem": stem,
+        "features": subnet.channels[-1],
+        **extra,
+        "loads_into": _loads_into(str(network.name), subnet, stem),
+        "layers": layers(network),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    temporary = directory / f".{WEIGHTS}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt", "dn": subnet.name})
+    os.replace(temporary, directory / WEIGHTS)
+    temporary = directory / f".{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(temporary, directory / MANIFEST)
+
+
+def load(directory: str | os.PathLike[str]) -> nn.Module:
+    """Rebuild an exported network: torch.nn layers, images [N, 3, H, W] to features [N, F], in evaluation mode.
+
+    Raises InputError if the folder holds no exported network, or one whose weights and manifest disagree.
+    """
+    folder = Path(directory)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        subnet = Subnet(manifest["dn"], tuple(manifest["channels"]), tuple(manifest["depths"]))
+        network = slim(build(manifest["network"], subnet, manifest["stem"]), None)
+        network.load_state_dict(load_file(folder / WEIGHTS))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no exported network: {error.filename or error} is missing") from error
+    except Exception as error:  # JSON, safetensors and shape errors all mean that the files are not ours or damaged
+        reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+        raise InputError(f"{folder} holds no valid exported network: {reason}") from error
+    return network
+
+
+def layers(network: nn.Module) -> list[dict[str, Any]]:
+    """Every layer that computes, in order of definition: its name, torch.nn type and constructor arguments."""
+    described = []
+    for name, module in network.named_modules():
+        if any(module.children()) or isinstance(module, nn.Identity):
+            continue
+        names = getattr(type(module), "__constants__", ())
+        arguments = {key: getattr(module, key) for key in names if _is_plain(getattr(module, key, None))}
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            arguments["bias"] = module.bias is not None
+        described.append({"name": name, "type": type(module).__name__, **arguments})
+    return described
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | bool | tuple)
+
+
+def _loads_into(network: str, subnet: Subnet, stem: str) -> dict[str, str]:
+    """Constructors of other libraries' networks that take these weights; see docs/export.md."""
+    targets = {}
+    if network == "mobilenet_v3_large":
+        width = subnet.name.removeprefix("w")
+        timm = f"timm.models.mobilenetv3._gen_mobilenet_v3('mobilenetv3_large_100', {width}, num_classes=0)"
+        targets["timm"] = timm
+        small = "conv_stem.stride = (1, 1)"
+    else:
+        if subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels
+            depths = list(subnet.depths)
+            targets["timm"] = f"timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, {depths}, num_classes=0)"
+            name = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}.get(subnet.depths)
+            if name:
+                targets["torchvision"] = f"torchvision.models.{name}()"
+        small = "conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); maxpool = torch.nn.Identity()"
+    if targets and stem == "small":
+        targets["then"] = small
+    return targets

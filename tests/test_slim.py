@@ -1,0 +1,170 @@
+"""slim() gives an ordinary network that computes what the subnet computed; exports survive a round trip."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from timm.models.mobilenetv3 import _gen_mobilenet_v3
+from timm.models.resnet import BasicBlock
+from torch import nn
+
+from dspnet_fast import exported
+from dspnet_fast.cost import mac_count, parameter_count
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import build, family
+from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
+from dspnet_fast.nn.batch_norm import SlimBatchNorm
+from dspnet_fast.nn.sized import Sized
+from dspnet_fast.slim import slim
+from dspnet_fast.statistics import post_statistics
+
+MOBILENET = ("mobilenet_v3_large", ["w0.50", "w0.66", "w1.00"])
+RESNET = ("resnet", ["c16-d1111", "c64-d2222", "c64-d2232"])
+
+
+def measured(network, names, stem="standard"):
+    """A family whose batch normalisation is nowhere trivial, and images."""
+    torch.manual_seed(0)
+    made = family(network, names)
+    model = build(network, made.full, stem)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    images = torch.randn(6, 3, 40, 40)
+    post_statistics(model, made, images.split(3))
+    return made, model, images
+
+
+@pytest.mark.parametrize(("network", "names"), [MOBILENET, RESNET])
+@pytest.mark.parametrize("stem", ["standard", "small"])
+@torch.no_grad()
+def test_slim_is_the_subnet_without_our_layers(network, names, stem):
+    made, model, images = measured(network, names, stem)
+    for dn in made:
+        plain = slim(model, dn)
+        assert not any(isinstance(module, Sized | SlimBatchNorm) for module in plain.modules())
+        with activate(model, dn):
+            torch.testing.assert_close(plain(images), model(images), rtol=1e-5, atol=1e-5)
+        assert plain.full == dn
+    full = slim(model, made.full)
+    assert list(full.state_dict()) == list(model.state_dict())
+    full.conv1.weight.zero_() if network == "resnet" else full.conv_stem.weight.zero_()
+    assert model.get_parameter("conv1.weight" if network == "resnet" else "conv_stem.weight").any(), "a copy"
+
+
+@torch.no_grad()
+def test_slim_takes_other_peoples_networks():
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            self.body = SlimSequential(
+                SlimConv2d(3, 16, 3, groups=1),
+                SlimConv2d(16, 32, 3, groups=4, bias=False, padding=1, padding_mode="circular"),
+                SlimBatchNorm2d(32),
+                nn.Dropout(),
+            )
+            self.head = SlimLinear(32, 5)
+
+        def forward(self, x):
+            return self.head((self.scale * self.body(x)).mean((2, 3)))
+
+    model, x = Foreign(), torch.randn(4, 3, 9, 9)
+    post_statistics(model, [0.5], [x])
+    plain = slim(model, 0.5, example=x)
+    assert (plain.body[0].out_channels, plain.body[1].groups, plain.head.in_features) == (8, 2, 16)
+    with activate(model, 0.5):
+        torch.testing.assert_close(plain(x), model(x))
+    shallow = slim(model, {"body": 1}, example=x)
+    assert len(shallow.body) == 1
+
+
+def test_slim_refuses_a_subnet_without_statistics():
+    made = family(*MOBILENET)
+    with pytest.raises(RuntimeError, match="post_statistics"):
+        slim(build(MOBILENET[0], made.full), "w0.50")
+
+
+def timm_mobilenet(width, stem):
+    network = _gen_mobilenet_v3("mobilenetv3_large_100", width, num_classes=0).eval()
+    if stem == "small":
+        network.conv_stem.stride = (1, 1)
+    return network, {"conv_head"}, lambda x: network.global_pool(network.forward_features(x)).flatten(1)
+
+
+def torchvision_resnet18(_, stem):
+    network = torchvision.models.resnet18()
+    network.fc = nn.Identity()
+    return small(network.eval(), stem), set(), network
+
+
+def timm_resnet18(_, stem):
+    network = timm.models.resnet.ResNet(BasicBlock, [2, 2, 2, 2], num_classes=0).eval()
+    return small(network, stem), set(), network
+
+
+def small(network, stem):
+    if stem == "small":
+        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return network
+
+
+@pytest.mark.parametrize("stem", ["standard", "small"])
+@pytest.mark.parametrize(
+    ("network", "names", "dn", "foreign"),
+    [(*MOBILENET, f"w{width:.2f}", timm_mobilenet) for width in (0.5, 0.66, 1.0)]
+    + [(*RESNET, "c64-d2222", torchvision_resnet18), (*RESNET, "c64-d2222", timm_resnet18)],
+)
+@torch.no_grad()
+def test_round_trip_into_timm_and_torchvision(network, names, dn, foreign, stem, tmp_path):
+    made, model, images = measured(network, names, stem)
+    subnet = made.find(dn)
+    exported.save(tmp_path, slim(model, subnet), subnet, {})
+    other, missing, features = foreign(float(dn[1:]) if dn[0] == "w" else None, stem)
+    result = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert result.unexpected_keys == [] and {name.split(".")[0] for name in result.missing_keys} == missing
+    with activate(model, subnet):
+        torch.testing.assert_close(features(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("network", "names"), [MOBILENET, RESNET])
+@torch.no_grad()
+def test_exported_networks_load_without_a_run(network, names, tmp_path):
+    made, model, images = measured(network, names)
+    for dn in made:
+        exported.save(tmp_path / dn.name, slim(model, dn), dn, {"note": 1})
+        loaded = exported.load(tmp_path / dn.name)
+        with activate(model, dn):
+            torch.testing.assert_close(loaded(images), model(images), rtol=1e-5, atol=1e-5)
+    manifest = json.loads((tmp_path / names[0] / "manifest.json").read_text())
+    assert manifest["note"] == 1 and manifest["channels"] == list(made[0].channels)
+    convolutions = [layer for layer in manifest["layers"] if layer["type"] == "Conv2d"]
+    assert convolutions[0]["in_channels"] == 3 and convolutions[0]["out_channels"] == made[0].channels[0]
+    if network == "resnet":
+        assert "torchvision.models.resnet18" in str(json.loads((tmp_path / "c64-d2222/manifest.json").read_text()))
+
+
+def test_damaged_exports_are_refused(tmp_path):
+    made, model, _ = measured("resnet", ["c8-d1111", "c16-d1111"])
+    with pytest.raises(InputError, match="holds no exported network"):
+        exported.load(tmp_path / "nothing")
+    exported.save(tmp_path / "a", slim(model, made[0]), made[0], {})
+    exported.save(tmp_path / "b", slim(model, made[1]), made[1], {})
+    (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match="no valid exported network"):
+        exported.load(tmp_path / "a")
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(InputError, match="no valid exported network"):
+        exported.load(tmp_path / "b")
+
+
+def test_cost_of_known_networks():
+    full = slim(build("mobilenet_v3_large", family("mobilenet_v3_large", ["w1.00"]).full), None)
+    assert parameter_count(full) == 2_971_952  # timm's 5,483,032 less conv_head and classifier
+    assert abs(mac_count(full, 224) / 214.1e6 - 1) < 0.001
+    resnet18 = slim(build("resnet", family("resnet", ["c64-d2222"]).full), None)
+    assert parameter_count(resnet18) == sum(p.numel() for p in torchvision.models.resnet18().parameters()) - 513_000
+    assert abs(mac_count(resnet18, 224) / 1.8136e9 - 1) < 0.001

@@ -1,0 +1,124 @@
+"""Names, nesting and sampling of subnets."""
+
+from collections import Counter
+
+import pytest
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import family, subnet
+from dspnet_fast.subnets import Family, make_divisible, sandwich, width_name
+
+WIDTHS = ("w0.50", "w0.625", "w0.75", "w0.875", "w1.00")
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"), [(12, 16), (15, 16), (11, 16), (8.8, 8), (9, 16), (18, 24), (42, 40), (3, 8), (960, 960)]
+)
+def test_make_divisible(channels, expected):
+    assert make_divisible(channels) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("w0.50", (16, 8, 16, 24, 40, 56, 80, 480)),
+        ("w0.625", (16, 16, 16, 24, 48, 72, 104, 600)),
+        ("w0.75", (16, 16, 24, 32, 64, 88, 120, 720)),
+        ("w0.875", (16, 16, 24, 32, 72, 96, 144, 840)),
+        ("w1.00", (16, 16, 24, 40, 80, 112, 160, 960)),
+    ],
+)
+def test_mobilenet_v3_channels(name, channels):
+    assert subnet("mobilenet_v3_large", name).channels == channels
+
+
+def test_one_name_for_one_width():
+    assert [subnet("mobilenet_v3_large", name).name for name in ("w.5", "w0.5", "w0.500", "w1", "w0.6250")] == [
+        "w0.50",
+        "w0.50",
+        "w0.50",
+        "w1.00",
+        "w0.625",
+    ]
+    assert width_name(0.0625) == "w0.0625"
+
+
+def test_resnet_names():
+    assert subnet("resnet", "c64-d3463").channels == (64, 64, 128, 256, 512)
+    assert subnet("resnet", "c64-d3463").depths == (3, 4, 6, 3)
+    assert subnet("resnet", "c32-d3.4.23.3").depths == (3, 4, 23, 3)
+
+
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [("resnet", "w0.50"), ("resnet", "c64-d222"), ("resnet", "c0-d2222"), ("resnet", "c64-d2022")]
+    + [("mobilenet_v3_large", name) for name in ("c64-d2222", "w", "w0", "0.5", "w-1", "wide")],
+)
+def test_unknown_names(network, name):
+    with pytest.raises(InputError, match="named by"):
+        subnet(network, name)
+
+
+def test_a_family_is_ordered_and_knows_its_ends():
+    made = family("mobilenet_v3_large", ["w1.00", "w0.50", "w0.75"])
+    assert made.names == ("w0.50", "w0.75", "w1.00")
+    assert (made.smallest.name, made.full.name, len(made)) == ("w0.50", "w1.00", 3)
+    assert made.find("w0.75") is made[1]
+    with pytest.raises(InputError, match=r"w0.60.*it has w0.50, w0.75, w1.00"):
+        made.find("w0.60")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["c64-d3463", "c96-d2222"], r"does not nest: c64-d3463 is no prefix of the largest, c96-d2222"),
+        (["c64-d2222", "c64-d2222"], "are the same network"),
+        ([], "at least one"),
+    ],
+)
+def test_families_that_cannot_be(names, message):
+    with pytest.raises(InputError, match=message):
+        family("resnet", names)
+
+
+def test_widths_that_round_to_the_same_channels_are_one_network():
+    with pytest.raises(InputError, match="w1.00 and w0.999 are the same network"):
+        family("mobilenet_v3_large", ["w1.00", "w0.999"])
+
+
+def test_sandwich_holds_smallest_first_and_full_last():
+    made = family("mobilenet_v3_large", WIDTHS)
+    for step in range(50):
+        names = [dn.name for dn in sandwich(made, 4, seed=1, step=step)]
+        assert names[0] == "w0.50" and names[-1] == "w1.00" and len(set(names)) == 4
+
+
+def test_sandwich_is_a_function_of_seed_and_step():
+    made = family("mobilenet_v3_large", WIDTHS)
+    drawn = [sandwich(made, 4, seed=3, step=step) for step in range(100)]
+    assert drawn == [sandwich(made, 4, seed=3, step=step) for step in range(100)]
+    assert drawn != [sandwich(made, 4, seed=4, step=step) for step in range(100)]
+    assert len({tuple(dn.name for dn in step) for step in drawn}) == 6
+
+
+def test_sandwich_draws_all_between_equally_often():
+    made = family("mobilenet_v3_large", WIDTHS)
+    counts = Counter(dn.name for step in range(3000) for dn in sandwich(made, 3, seed=0, step=step)[1:-1])
+    assert set(counts) == {"w0.625", "w0.75", "w0.875"}
+    assert all(900 < count < 1100 for count in counts.values())  # 1000 +- 4 standard deviations of 26
+
+
+@pytest.mark.parametrize(("members", "count", "expected"), [(1, 4, 1), (2, 4, 2), (5, 2, 2), (5, 9, 5)])
+def test_sandwich_sizes(members, count, expected):
+    made = family("mobilenet_v3_large", WIDTHS[-members:])
+    assert len(sandwich(made, count, seed=0, step=0)) == expected
+
+
+def test_a_sandwich_of_one_is_refused():
+    with pytest.raises(InputError, match="at least"):
+        sandwich(family("mobilenet_v3_large", WIDTHS), 1, seed=0, step=0)
+
+
+def test_the_family_of_one_is_both_ends():
+    only = Family([subnet("resnet", "c8-d1111")])
+    assert only.smallest is only.full
