@@ -1,0 +1,55 @@
+"""ema_update: xi <- tau xi + (1 - tau) theta, the target network's step (BYOL, arXiv:2006.07733, eq. 1)."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpp, triton
+from .registry import operator
+
+
+@operator(mutates=("targets",))
+def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    """Moves every target towards its online tensor, in place: target = tau * target + (1 - tau) * online.
+
+    targets, onlines: as many floating-point tensors each, of any strides, pair by pair of one shape, dtype and device;
+    fp16 and bf16 are computed in fp32 and rounded once. tau: in [0, 1]; 1 leaves the targets, 0 copies the onlines.
+    Raises RuntimeError for anything else. Nothing is recorded for gradients.
+    """
+    torch._check(0 <= tau <= 1, lambda: f"ema_update: tau must lie in [0, 1], got {tau}")
+    torch._check(
+        len(targets) == len(onlines), lambda: f"ema_update: {len(targets)} targets but {len(onlines)} onlines"
+    )
+    for i, (target, online) in enumerate(zip(targets, onlines, strict=True)):
+        torch._check(
+            target.shape == online.shape and target.dtype == online.dtype and target.is_floating_point(),
+            lambda i=i, a=target, b=online: (
+                f"ema_update: tensors {i} must be floating point and of one shape and dtype, "
+                f"got {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
+            ),
+        )
+    if targets:
+        torch._foreach_lerp_(targets, onlines, 1 - tau)
+
+
+@ema_update.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "ema_update"))
+def _cpp(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    torch.ops.dspnet_cpp.ema_update(targets, onlines, tau)
+
+
+def _triton_accepts(*args: Any) -> tuple[bool, str]:
+    return triton.kernels("ema_update").accepts(*args)
+
+
+@ema_update.provider(
+    "triton",
+    devices=("cuda",),
+    supported=triton.supported,
+    accepts=_triton_accepts,
+    unproven="not yet measured on a GPU, so only by name",
+)
+def _triton(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    triton.kernels("ema_update").ema_update(targets, onlines, tau)
