@@ -19,7 +19,10 @@ def load(library: Path = LIBRARY) -> tuple[bool, str]:
     if "reason" in note:
         return False, f"the compiled library was not built: {note['reason']}"
     if note["torch"] != torch.__version__:
-        return False, f"the compiled library was built for torch {note['torch']}, not {torch.__version__}: install again"
+        return (
+            False,
+            f"the compiled library was built for torch {note['torch']}, not {torch.__version__}: install again",
+        )
     try:
         torch.ops.load_library(library)
     except OSError as error:

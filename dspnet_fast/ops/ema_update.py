@@ -19,20 +19,18 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
     fp16 and bf16 are computed in fp32 and rounded once. tau: in [0, 1]; 1 leaves the targets, 0 copies the onlines.
     Raises RuntimeError for anything else. Nothing is recorded for gradients.
     """
-    torch._check(0 <= tau <= 1, lambda: f"ema_update: tau must lie in [0, 1], got {tau}")
-    torch._check(
-        len(targets) == len(onlines), lambda: f"ema_update: {len(targets)} targets but {len(onlines)} onlines"
-    )
+    if not 0 <= tau <= 1:
+        raise RuntimeError(f"ema_update: tau must lie in [0, 1], got {tau}")
+    if len(targets) != len(onlines):
+        raise RuntimeError(f"ema_update: {len(targets)} targets but {len(onlines)} onlines")
     for i, (target, online) in enumerate(zip(targets, onlines, strict=True)):
-        torch._check(
-            target.shape == online.shape and target.dtype == online.dtype and target.is_floating_point(),
-            lambda i=i, a=target, b=online: (
+        if target.shape != online.shape or target.dtype != online.dtype or not target.is_floating_point():
+            raise RuntimeError(
                 f"ema_update: tensors {i} must be floating point and of one shape and dtype, "
-                f"got {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
-            ),
-        )
+                f"got {tuple(target.shape)} {target.dtype} and {tuple(online.shape)} {online.dtype}"
+            )
     if targets:
-        torch._foreach_lerp_(targets, onlines, 1 - tau)
+        torch._foreach_lerp_(list(targets), list(onlines), 1 - tau)
 
 
 @ema_update.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "ema_update"))

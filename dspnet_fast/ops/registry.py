@@ -65,7 +65,7 @@ class Operator(Generic[P, R]):
 
     def __init__(self, native: Callable[P, R], mutates: Sequence[str]):
         self.name = native.__name__
-        self.native = native
+        self.native: Callable[..., R] = native
         self.providers: dict[str, Provider] = {}
         self._reported: set[str] = set()
         schema = torch.library.infer_schema(native, mutates_args=mutates)

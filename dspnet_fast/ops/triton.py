@@ -1,4 +1,4 @@
-"""Triton kernels, kernels/, as the provider `triton`: nothing here imports Triton before a kernel is wanted on a GPU."""
+"""Triton kernels, kernels/, as the provider `triton`: nothing imports Triton before a GPU wants a kernel."""
 
 import functools
 import importlib
@@ -24,5 +24,5 @@ def supported() -> tuple[bool, str]:
 
 @functools.cache
 def kernels(operator: str) -> ModuleType:
-    """The module of an operator's kernels. They are installed under the library: see the package folders in setup.py."""
+    """The module of an operator's kernels. They are installed under the library: see ROOTS in setup.py."""
     return importlib.import_module(f"dspnet_fast.kernels.{operator}")
