@@ -21,6 +21,15 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 @triton.jit
+def _step(target, online, inside, weight, FROM_TARGET: tl.constexpr):
+    xi = tl.load(target, mask=inside).to(tl.float32)
+    theta = tl.load(online, mask=inside).to(tl.float32)
+    # Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
+    stepped = xi + weight * (theta - xi) if FROM_TARGET else theta + weight * (xi - theta)
+    tl.store(target, stepped.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def ema_update_kernel(
     tensors,  # int64 [tensors, 3]: address of the target, address of the online tensor, number of elements
     blocks,  # int64 [blocks, 2]: tensor, first element in it
@@ -41,12 +50,11 @@ def ema_update_kernel(
         online = tl.multiple_of(online, 16)
     # BLOCK divides `first`, which the compiler must be told to widen the loads.
     offsets = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
-    inside = offsets < size
-    xi = tl.load(target + offsets, mask=inside).to(tl.float32)
-    theta = tl.load(online + offsets, mask=inside).to(tl.float32)
-    # Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
-    stepped = xi + weight * (theta - xi) if FROM_TARGET else theta + weight * (xi - theta)
-    tl.store(target + offsets, stepped.to(DTYPE), mask=inside)
+    # Only the last block of a tensor has a mask: loads under one that may end anywhere are not widened.
+    if first + BLOCK <= size:
+        _step(target + offsets, online + offsets, None, weight, FROM_TARGET)
+    else:
+        _step(target + offsets, online + offsets, offsets < size, weight, FROM_TARGET)
 
 
 @functools.lru_cache(maxsize=16)

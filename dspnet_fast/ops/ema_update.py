@@ -24,10 +24,11 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
     if len(targets) != len(onlines):
         raise RuntimeError(f"ema_update: {len(targets)} targets but {len(onlines)} onlines")
     for i, (target, online) in enumerate(zip(targets, onlines, strict=True)):
-        if target.shape != online.shape or target.dtype != online.dtype or not target.is_floating_point():
+        kinds = [(tuple(t.shape), t.dtype, t.device) for t in (target, online)]
+        if kinds[0] != kinds[1] or not target.is_floating_point():
             raise RuntimeError(
-                f"ema_update: tensors {i} must be floating point and of one shape and dtype, "
-                f"got {tuple(target.shape)} {target.dtype} and {tuple(online.shape)} {online.dtype}"
+                f"ema_update: target {i} and its online tensor must be floating point and of one shape, dtype and "
+                "device, got " + " and ".join(f"{list(shape)} {dtype} {device}" for shape, dtype, device in kinds)
             )
     if targets:
         torch._foreach_lerp_(list(targets), list(onlines), 1 - tau)
