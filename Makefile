@@ -24,9 +24,9 @@ $(INSTALLED): $(BUILT_FROM)
 	@touch $@
 
 lint: install ## check style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy dspnet_fast train
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy dspnet_fast train
 
 test: lint ## check style and types, then run the tests
 	$(BIN)/python -m pytest -n 2
@@ -45,6 +45,7 @@ dataset:
 	fi
 
 wheel: install ## build a wheel: dist/
+	rm -rf build/lib* # setuptools would ship files of an earlier build that are gone from the source
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 clean: ## remove what was built, but not .venv and not runs

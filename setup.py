@@ -82,9 +82,18 @@ def missing_tool() -> str:
 def compile_into(package: Path) -> str:
     """Runs cmake; returns why it failed, or an empty string. The build folder is kept, so a repeat is quick."""
     cmake, ninja = str(find_tool("cmake")), find_tool("ninja")
-    # One folder per compiler path and Python: cmake refuses to change either in a configured folder.
-    build = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}").absolute()
-    configure = [cmake, "-S", ".", "-B", str(build), f"-DDSPNET_PYTHON={sys.executable}", f"-DDSPNET_OUTPUT={package}"]
+    # cmake refuses to change the generator of a folder that it has configured.
+    generator = "ninja" if ninja else "make"
+    build = Path("build", f"native-{sys.implementation.cache_tag}-{generator}").absolute()
+    configure = [
+        cmake,
+        "-S",
+        ".",
+        "-B",
+        str(build),
+        f"-DDSPNET_PYTHON={sys.executable}",
+        f"-DDSPNET_OUTPUT={package}",
+    ]
     if ninja:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
@@ -92,13 +101,13 @@ def compile_into(package: Path) -> str:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(done.stdout)
         if done.returncode:
-            error = re.search(r"^.*\berror\b.*$", done.stdout, re.IGNORECASE | re.MULTILINE)
-            return f"`cmake` failed: {error[0].strip() if error else 'no error message'}"
+            # A compiler's first error, else cmake's, whose text is on the lines after it.
+            error = re.search(r"^.*\berror: .*$|(?<=^CMake Error)[^\n]*(?:\n+ +[^\n]+){1,3}", done.stdout, re.MULTILINE)
+            return f"cmake failed: {' '.join(error[0].split()) if error else 'it gave no error message'}"
     return ""
 
 
 PACKAGES = packages()
-# Without these the commands say which extra to install.
 EXTRAS = {
     "timm": ["timm"],
     "dali": ["nvidia-dali-cuda130"],
