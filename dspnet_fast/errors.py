@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Wrong usage or input. Its message is one line that says what is wrong and how to mend it; commands exit with 2."""
+    """Wrong usage or input. Its message, one line, says what is wrong and how to mend it; commands exit with 2."""

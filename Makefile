@@ -1,0 +1,54 @@
+# Everything a contributor types. `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# Python files are used in place; a change to one of these asks for a new install.
+BUILT_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint test demo dataset wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv, and install the project and all that it needs in it (about 7 GB)
+
+$(INSTALLED): $(BUILT_FROM)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		setuptools cmake ninja torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e '.[test,lint]'
+	$(BIN)/python -m dspnet_fast.info
+	@touch $@
+
+lint: install ## check style and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy dspnet_fast train
+
+test: lint ## check style and types, then run the tests
+	$(BIN)/python -m pytest -n 2
+
+demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it: runs/demo
+	$(BIN)/python -m train.pretrain --config recipes/demo.yaml --fast-kernels --out runs/demo
+	$(BIN)/python -m train.evaluate knn runs/demo --baselines
+	$(BIN)/python -m train.export runs/demo
+
+# On Debian the demo's images are a package. Elsewhere the program downloads them, or says where to put them.
+dataset:
+	@if [ ! -e /usr/share/datasets/fashion-mnist ] && [ ! -e "$${DSPNET_DATA:-/nowhere}/fashion-mnist" ] \
+			&& [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist \
+			|| echo "dataset-fashion-mnist could not be installed: the program will look elsewhere"; \
+	fi
+
+wheel: install ## build a wheel: dist/
+	rm -rf build/lib* # setuptools would ship files of an earlier build that are gone from the source
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+
+clean: ## remove what was built, but not .venv and not runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f dspnet_fast/_C.so dspnet_fast/_C.json $(INSTALLED)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,145 @@
+"""What this machine can run, and why not the rest: `python -m dspnet_fast.info [--json]`."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError
+from .ops import registry
+
+
+def collect() -> dict[str, Any]:
+    """All that the command shows.
+
+    {"machine": {name: text}, "ops": registry.describe(), "policy": the policy in force, "serving": registry.serving()};
+    if the policy asks for a provider that cannot serve, "serving" is empty and "error" says why.
+    """
+    facts = {"machine": _machine(), "ops": registry.describe(), "policy": registry.get_policy(), "serving": {}}
+    try:
+        facts["serving"] = registry.serving()
+    except InputError as error:
+        facts["error"] = str(error)
+    return facts
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "os": f"{_os_name()}, {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "dspnet-fast": _version("dspnet-fast") or "not installed: run from its source folder",
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision") or "absent",
+        "triton": _version("triton", "pytorch-triton", "triton-windows") or "absent",
+        "cuda": torch.version.cuda or "this torch was built without CUDA",
+        "gpu": _gpus(),
+        "dali": _dali(),
+        "apex": _apex(),
+    }
+
+
+def _os_name() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.platform(terse=True)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _version(*distributions: str) -> str:
+    """The version of the first of these that is installed, or an empty string. Imports nothing."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    devices = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return "; ".join(f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
+
+
+def _dali() -> str:
+    found = _version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    if not found and _version("nvidia-dali"):
+        return "absent: the package nvidia-dali is a placeholder, install nvidia-dali-cuda130"
+    return found or "absent"
+
+
+def _apex() -> str:
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "absent"
+    if any(Path(folder, "multi_tensor_apply").is_dir() for folder in spec.submodule_search_locations or ()):
+        return "NVIDIA's"
+    return "absent: the package apex that is installed is not NVIDIA's but an unrelated web toolkit"
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.console import Console  # only here: --json need not wait for it
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    machine = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in facts["machine"].items():
+        machine.add_row(Text(name, style="bold"), Text(value))
+    console.print(machine)
+
+    table = Table(title=f"operators, policy {facts['policy']}", title_justify="left", title_style="bold", box=None)
+    for heading in ("operator", "provider", "state", "why"):
+        table.add_column(heading, header_style="dim")
+    for operator, providers in facts["ops"].items():
+        for i, (provider, state) in enumerate(providers.items()):
+            chosen = facts["serving"].get(operator) == provider
+            word, style = ("chosen", "green") if chosen else ("available", "") if state["available"] else ("no", "dim")
+            table.add_row(
+                Text(operator if i == 0 else ""), *(Text(t, style) for t in (provider, word, state["reason"]))
+            )
+    console.print()
+    console.print(table)
+    if "error" in facts:
+        console.print(Text(facts["error"], style="red"))
+    if facts["policy"] == "native":
+        console.print("\nThe policy is native: --fast-kernels or DSPNET_KERNELS=auto chooses the fastest available.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command. arguments: by default those of the process."""
+    parser = argparse.ArgumentParser(prog="dspnet-info", description="What this machine can run, and why not the rest.")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    options = parser.parse_args(arguments)
+    facts = collect()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _show(facts)
+
+
+if __name__ == "__main__":
+    main()

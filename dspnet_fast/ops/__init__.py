@@ -1,0 +1,7 @@
+"""Operators, one file each: a plain PyTorch body that is the specification, and faster providers of the same thing."""
+
+from . import registry
+from .ema_update import ema_update
+from .normalized_mse import normalized_mse
+
+__all__ = ["ema_update", "normalized_mse", "registry"]

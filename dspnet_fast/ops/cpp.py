@@ -1,0 +1,38 @@
+"""The compiled library, csrc/, as the provider `cpp`: loads it once, and says why where it cannot."""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent.parent / "_C.so"
+
+
+@functools.cache
+def load(library: Path = LIBRARY) -> tuple[bool, str]:
+    """Loads the library into torch.ops.dspnet_cpp. Returns (True, "") or (False, why not)."""
+    try:
+        note = json.loads(library.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return False, "the compiled library is not there: install the project (pip install -e . --no-build-isolation)"
+    if "reason" in note:
+        return False, f"the compiled library was not built: {note['reason']}"
+    if note["torch"] != torch.__version__:
+        return (
+            False,
+            f"the compiled library was built for torch {note['torch']}, not {torch.__version__}: install again",
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return False, f"the compiled library cannot be loaded: {error.__cause__ or error}"
+    return True, ""
+
+
+def has(operator: str) -> tuple[bool, str]:
+    """Whether the library can be loaded and holds this operator, which one from an older source may not."""
+    loaded, reason = load()
+    if loaded and not hasattr(torch.ops.dspnet_cpp, operator):
+        return False, "the compiled library is older than this operator: install the project again"
+    return loaded, reason

@@ -1,0 +1,54 @@
+"""ema_update: xi <- tau xi + (1 - tau) theta, the target network's step (BYOL, arXiv:2006.07733, eq. 1)."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpp, triton
+from .registry import operator
+
+
+@operator(mutates=("targets",))
+def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    """Moves every target towards its online tensor, in place: target = tau * target + (1 - tau) * online.
+
+    targets, onlines: as many floating-point tensors each, of any strides, pair by pair of one shape, dtype and device;
+    fp16 and bf16 are computed in fp32 and rounded once. tau: in [0, 1]; 1 leaves the targets, 0 copies the onlines.
+    Raises RuntimeError for anything else. Nothing is recorded for gradients.
+    """
+    if not 0 <= tau <= 1:
+        raise RuntimeError(f"ema_update: tau must lie in [0, 1], got {tau}")
+    if len(targets) != len(onlines):
+        raise RuntimeError(f"ema_update: {len(targets)} targets but {len(onlines)} onlines")
+    for i, (target, online) in enumerate(zip(targets, onlines, strict=True)):
+        kinds = [(tuple(t.shape), t.dtype, t.device) for t in (target, online)]
+        if kinds[0] != kinds[1] or not target.is_floating_point():
+            raise RuntimeError(
+                f"ema_update: target {i} and its online tensor must be floating point and of one shape, dtype and "
+                "device, got " + " and ".join(f"{list(shape)} {dtype} {device}" for shape, dtype, device in kinds)
+            )
+    if targets:
+        torch._foreach_lerp_(list(targets), list(onlines), 1 - tau)
+
+
+@ema_update.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "ema_update"))
+def _cpp(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    torch.ops.dspnet_cpp.ema_update(targets, onlines, tau)
+
+
+def _triton_accepts(*args: Any) -> tuple[bool, str]:
+    return triton.kernels("ema_update").accepts(*args)
+
+
+@ema_update.provider(
+    "triton",
+    devices=("cuda",),
+    supported=triton.supported,
+    accepts=_triton_accepts,
+    unproven="not yet measured on a GPU, so only by name",
+)
+def _triton(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    triton.kernels("ema_update").ema_update(targets, onlines, tau)

@@ -1,0 +1,219 @@
+"""Operators and their providers: what may run where, what runs now, and why not something else.
+
+An operator is one Python function whose body, in plain PyTorch, is its specification, its documentation, its fake (the
+shapes under torch.compile) and its provider `native`. `@operator` makes it a torch.library operator in the namespace
+`dspnet`. A provider is a faster implementation with the same signature:
+
+    @operator(mutates=("targets",))
+    def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None: ...
+
+    @ema_update.provider("cpp", devices=("cpu",), supported=lambda: (True, ""), accepts=lambda *args: (True, ""))
+    def _(targets, onlines, tau): ...
+
+Which provider serves a call is decided at run time inside the operator, so a compiled graph holds only the operator. A
+gradient that providers are to serve is an operator of its own, called by the one given to `register_autograd`.
+
+The policy is `native`, `auto` (per device the first of PRIORITY that accepts the arguments) or a provider's name. It
+starts as DSPNET_KERNELS, read once at import, and is `native` without it.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Verdict = tuple[bool, str]  # (yes, "") or (no, why)
+
+PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+PROVIDERS = ("native", "cpp", "triton", "cuda")
+
+log = logging.getLogger(__name__)
+operators: dict[str, "Operator[Any, Any]"] = {}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of one operator.
+
+    devices: the device types it serves. supported: whether this machine can run it, asked once, when first needed.
+    accepts: whether it takes these arguments, asked on every call. unproven: why `auto` never chooses it, if so.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    devices: tuple[str, ...]
+    supported: Callable[[], Verdict]
+    accepts: Callable[..., Verdict]
+    unproven: str
+
+
+def _yes(*args: Any) -> Verdict:
+    return True, ""
+
+
+class Operator(Generic[P, R]):
+    """A torch.library operator that hands each call to a provider. Call it like the function that it was made from."""
+
+    def __init__(self, native: Callable[P, R], mutates: Sequence[str]):
+        self.name = native.__name__
+        self.native: Callable[..., R] = native
+        self.providers: dict[str, Provider] = {}
+        self._reported: set[str] = set()
+        schema = torch.library.infer_schema(native, mutates_args=mutates)
+        self._custom = torch.library.custom_op(f"dspnet::{self.name}", self._run, mutates_args=mutates, schema=schema)
+        if not mutates:
+            self._custom.register_fake(native)
+        self._call: Callable[P, R] = getattr(torch.ops.dspnet, self.name).default
+        functools.update_wrapper(self, native)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._call(*args, **kwargs)
+
+    def provider(
+        self,
+        name: str,
+        *,
+        devices: tuple[str, ...],
+        supported: Callable[[], Verdict] = _yes,
+        accepts: Callable[..., Verdict] = _yes,
+        unproven: str = "",
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorates the implementation `name` of this operator, a function with the operator's signature."""
+        assert name in PROVIDERS and name != "native"
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.providers[name] = Provider(name, run, devices, functools.cache(supported), accepts, unproven)
+            _candidates.cache_clear()
+            return run
+
+        return register
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Registers the gradient, as torch.library.register_autograd does."""
+        self._custom.register_autograd(backward, setup_context=setup_context)
+
+    def _run(self, *args: Any) -> Any:
+        device = _device_type(args)
+        for provider in _candidates(self.name, device) if device else ():
+            accepted, reason = provider.accepts(*args)
+            if accepted:
+                return provider.run(*args)
+            if _policy != "auto":
+                raise InputError(f"{self.name}: {provider.name} was asked for by name, but {reason}")
+            if provider.name not in self._reported:
+                self._reported.add(provider.name)
+                log.warning("%s: not by %s, because %s (reported once)", self.name, provider.name, reason)
+        return self.native(*args)
+
+
+def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Makes dspnet::<name> out of a function. mutates: the arguments that it writes to; it must then return None."""
+
+    def register(native: Callable[P, R]) -> Operator[P, R]:
+        made = Operator(native, mutates)
+        operators[made.name] = made
+        return made
+
+    return register
+
+
+def set_policy(policy: str) -> None:
+    """Chooses among providers from now on: `native`, `auto`, or the name of a provider for every operator that has it.
+
+    Raises InputError if there is no such provider, or if this machine cannot run it.
+    """
+    _check(policy)
+    global _policy
+    _policy = policy
+    _candidates.cache_clear()
+
+
+def get_policy() -> str:
+    """The policy in force."""
+    return _policy
+
+
+def fast_kernels() -> dict[str, str]:
+    """What a command's --fast-kernels means: `auto`, unless DSPNET_KERNELS says otherwise. Returns serving()."""
+    set_policy(_policy_of_environment or "auto")
+    return serving()
+
+
+def serving(device: str | None = None) -> dict[str, str]:
+    """The provider that comes first for each operator on a device type, by default that of the machine's accelerator.
+
+    A call whose arguments that provider does not accept goes to the next one. Raises InputError as set_policy does.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: next((p.name for p in _candidates(name, device)), "native") for name in operators}
+
+
+def describe() -> dict[str, dict[str, dict[str, Any]]]:
+    """{operator: {provider: {"available": bool, "reason": str}}}: the reason says why not, or why only by name."""
+    return {name: {provider: _describe(op, provider) for provider in PROVIDERS} for name, op in operators.items()}
+
+
+def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
+    if name == "native":
+        return {"available": True, "reason": ""}
+    provider = op.providers.get(name)
+    if provider is None:
+        return {"available": False, "reason": "no implementation of this operator"}
+    available, reason = provider.supported()
+    return {"available": available, "reason": provider.unproven if available else reason}
+
+
+@functools.cache
+def _candidates(name: str, device: str) -> tuple[Provider, ...]:
+    """The providers to ask, in order, before the native body."""
+    providers = operators[name].providers
+    if _policy == "native":
+        return ()
+    if _policy == "auto":
+        ordered = (providers[p] for p in PRIORITY.get(device, ()) if p in providers)
+        return tuple(p for p in ordered if device in p.devices and not p.unproven and p.supported()[0])
+    _check(_policy)
+    if _policy not in providers:
+        return ()
+    provider = providers[_policy]
+    if device not in provider.devices:
+        serves = " and ".join(provider.devices)
+        raise InputError(f"{name}: {_policy} was asked for by name, but it serves {serves}, not {device}")
+    return (provider,)
+
+
+def _check(policy: str) -> None:
+    if policy in ("native", "auto"):
+        return
+    if policy not in PROVIDERS:
+        raise InputError(f"no kernel provider is called {policy!r}: use auto, {', '.join(PROVIDERS)}")
+    having = {name: op.providers[policy] for name, op in operators.items() if policy in op.providers}
+    if not having:
+        raise InputError(f"{policy} was asked for by name, but no operator has a {policy} implementation")
+    for name, provider in having.items():
+        supported, reason = provider.supported()
+        if not supported:
+            raise InputError(f"{name}: {policy} was asked for by name, but {reason}")
+
+
+def _device_type(args: tuple[Any, ...]) -> str | None:
+    """That of the first tensor among the arguments. None, as for empty lists, leaves the call to the native body."""
+    for arg in args:
+        if isinstance(arg, (list, tuple)) and arg:
+            arg = arg[0]
+        if isinstance(arg, Tensor):
+            return arg.device.type
+    return None
+
+
+_policy_of_environment = os.environ.get("DSPNET_KERNELS", "")
+_policy = _policy_of_environment or "native"  # a wrong name is reported by the first use, so that `info` still starts

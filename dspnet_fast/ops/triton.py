@@ -1,0 +1,28 @@
+"""Triton kernels, kernels/, as the provider `triton`: nothing imports Triton before a GPU wants a kernel."""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def supported() -> tuple[bool, str]:
+    """Whether this machine has what the kernels need. Returns (True, "") or (False, why not)."""
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which Triton needs"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if importlib.util.find_spec("dspnet_fast.kernels") is None:
+        return False, "dspnet_fast.kernels is not there: install the project (pip install -e . --no-build-isolation)"
+    return True, ""
+
+
+@functools.cache
+def kernels(operator: str) -> ModuleType:
+    """The module of an operator's kernels. They are installed under the library: see ROOTS in setup.py."""
+    return importlib.import_module(f"dspnet_fast.kernels.{operator}")

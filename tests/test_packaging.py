@@ -1,0 +1,112 @@
+"""What an install puts where, with and without a compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspnet_fast.ops import cpp
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what the repository holds: a build must neither use nor leave anything in the real one."""
+    copy = tmp_path_factory.mktemp("packaging") / "source"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("csrc", "dspnet_fast", "kernels", "train", "recipes"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
+    return copy
+
+
+def pip_wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = ["-m", "pip", "wheel", "-v", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "-w"]
+    return subprocess.run(
+        [sys.executable, *command, out, source],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def contents(out: Path) -> zipfile.ZipFile:
+    (wheel,) = out.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_wheel(source, tmp_path):
+    done = pip_wheel(source, tmp_path, DSPNET_BUILD="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheel = contents(tmp_path)
+    names = set(wheel.namelist())
+    assert {name.split("/")[0] for name in names} == {"dspnet_fast", "dspnet_fast-0.1.0.dist-info"}
+    expected = {
+        (prefix / file.relative_to(ROOT / folder)).as_posix()
+        for folder, prefix in (
+            ("dspnet_fast", Path("dspnet_fast")),
+            ("kernels", Path("dspnet_fast/kernels")),
+            ("train", Path("dspnet_fast/train")),
+            ("recipes", Path("dspnet_fast/recipes")),
+        )
+        for kind in ("*.py", "*.yaml")
+        for file in (ROOT / folder).rglob(kind)
+    }
+    assert "dspnet_fast/kernels/ema_update.py" in expected and "dspnet_fast/train/__init__.py" in expected
+    assert expected <= names
+    assert "dspnet_fast/_C.so" not in names
+    assert "DSPNET_BUILD=0" in json.loads(wheel.read("dspnet_fast/_C.json"))["reason"]
+    scripts = wheel.read("dspnet_fast-0.1.0.dist-info/entry_points.txt").decode()
+    assert "dspnet-pretrain = dspnet_fast.train.pretrain:main" in scripts
+
+
+def test_a_failed_build_costs_only_speed(source, tmp_path):
+    broken = {"CXX": "false"}
+    done = pip_wheel(source, tmp_path, DSPNET_BUILD="auto", **broken)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (s for s in (done.stdout + done.stderr).splitlines() if "dspnet-fast: the compiled CPU operators" in s)
+    assert "everything works without them, only slower" in line
+    reason = json.loads(contents(tmp_path).read("dspnet_fast/_C.json"))["reason"]
+    assert reason in line
+
+    demanded = pip_wheel(source, tmp_path / "none", DSPNET_BUILD="1", **broken)
+    assert demanded.returncode != 0 and reason in demanded.stdout + demanded.stderr
+
+
+def test_a_word_that_is_no_build_mode_is_refused(source, tmp_path):
+    done = pip_wheel(source, tmp_path, DSPNET_BUILD="yes")
+    assert done.returncode != 0 and "must be 0, 1 or auto" in done.stdout + done.stderr
+
+
+def test_the_library_is_in_the_tree_where_it_could_be_built():
+    if not (shutil.which("cmake") and shutil.which(os.environ.get("CXX", "c++"))):
+        pytest.skip("no compiler or no cmake")
+    assert cpp.load() == (True, "")
+
+
+@pytest.mark.parametrize(
+    "note, why",
+    [
+        (None, "is not there"),
+        ("{", "is not there"),
+        ('{"reason": "no C++ compiler was found"}', "was not built: no C++ compiler was found"),
+        ('{"torch": "1.0"}', f"was built for torch 1.0, not {torch.__version__}"),
+        (f'{{"torch": "{torch.__version__}"}}', "cannot be loaded"),
+    ],
+)
+def test_why_there_is_no_library(tmp_path, note, why):
+    if note is not None:
+        (tmp_path / "_C.json").write_text(note)
+    (tmp_path / "_C.so").write_text("not a library")
+    loaded, reason = cpp.load(tmp_path / "_C.so")
+    assert not loaded and why in reason
