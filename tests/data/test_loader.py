@@ -22,11 +22,10 @@ VIEWS = byol(16)
 class Drawn:
     """Images of noise, each another; RGB where `colour` says so."""
 
-    name = "drawn"
-    labels = None
-    classes: tuple[str, ...] = ()
-
     def __init__(self, n: int = 10, colour=lambda i: False):
+        self.name = "drawn"
+        self.labels: torch.Tensor | None = None
+        self.classes: list[str] = []
         self._n = n
         self._colour = colour
 
