@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def draw(path: Path, value: int = 0, mode: str = "RGB", size: tuple[int, int] = 
     Image.new(mode, size, value if mode == "L" else (value, 0, 0)).save(path)
 
 
-def refusal(name: Path | str, split: str = "train") -> str:
+def refusal(name: Path | str, split: Literal["train", "test"] = "train") -> str:
     with pytest.raises(InputError) as caught:
         open_images(str(name), split)
     message = str(caught.value)
