@@ -60,7 +60,7 @@ def byol(image_size: int, min_scale: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
     if not 0 < min_scale <= 1:
         raise InputError(f"the smallest crop is {min_scale} of the image's area: give a number above 0, at most 1")
     scale = image_size / 224
-    kernel = (int(23 * scale) - 1) // 2 * 2 + 1
+    kernel = max(1, (int(23 * scale) - 1) // 2 * 2 + 1)
 
     def view(blur: float, solarize: float) -> ViewSpec:
         return ViewSpec(image_size, min_scale, blur, kernel, (0.1 * scale, 2.0 * scale), solarize)

@@ -40,16 +40,21 @@ def open_set(split: Literal["train", "test"], data: Path, download: bool) -> Arr
             return _open_batches(folder, split)
     if (data / NAME).is_dir():
         return open_folder(data / NAME, split)
-    ways = f"put the folder {CIFAR10.base_folder} or an image folder {NAME} into {data}, or allow the download on a "
     if not download:
-        raise InputError(f"no {NAME} (not found, and downloading is off): {ways}machine with a network")
+        raise _nowhere(data, "not found, and downloading is off")
     logging.getLogger(__name__).info("downloading %s into %s", NAME, data)
     try:
         download_and_extract_archive(CIFAR10.url, str(data), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"no {NAME} ({reason}): {ways}machine with a network") from error
+        raise _nowhere(data, " ".join(str(error).split())) from error
     return _open_batches(batches, split)
+
+
+def _nowhere(data: Path, reason: str) -> InputError:
+    return InputError(
+        f"no {NAME} ({reason}): put the folder {CIFAR10.base_folder}, or an image folder called {NAME}, into {data}, "
+        "or allow the download on a machine with a network"
+    )
 
 
 def _open_batches(folder: Path, split: str) -> ArrayImages:

@@ -168,6 +168,12 @@ class _Evaluation(_Batches):
 
 
 class _Loader(DataLoader):
+    """Raises what its workers refused.
+
+    Workers live as long as one iteration. Only this generator's stack refers to them, so that they end with it: those
+    kept by a loader may be left to the garbage collector, which closes their queues first and then waits 5 s for each.
+    """
+
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, _Refused):
@@ -182,7 +188,6 @@ def _loader(dataset: _Batches, batches: Iterable[Any], workers: int) -> DataLoad
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else starting to iterate would draw from the global one
     )

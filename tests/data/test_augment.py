@@ -1,0 +1,333 @@
+"""BYOL's views: that what is drawn follows the specification, and that each operation is the one it says.
+
+The rates are measured on a fixed seed and compared within 4 standard deviations of a binomial count.
+"""
+
+import dataclasses
+import itertools
+import math
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from dspnet_fast.errors import InputError
+from train.data import augment
+from train.data.augment import ViewSpec, build, byol, evaluation_view
+
+NOTHING = ViewSpec(
+    image_size=16,
+    min_scale=1.0,
+    ratio=(1.0, 1.0),
+    flip_probability=0.0,
+    jitter_probability=0.0,
+    grey_probability=0.0,
+    blur_probability=0.0,
+    blur_kernel=3,
+    blur_sigma=(1.0, 1.0),
+    solarize_probability=0.0,
+)
+
+
+def only(**fields) -> ViewSpec:
+    """The view that leaves a square image of 16 pixels as it is, but for these fields."""
+    return dataclasses.replace(NOTHING, **fields)
+
+
+def colours(size: int = 16, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def share_changed(view: ViewSpec, image: Image.Image, n: int = 600) -> float:
+    torch.manual_seed(0)
+    same, draw = F.pil_to_tensor(image), build(view)
+    return sum(not torch.equal(draw(image), same) for _ in range(n)) / n
+
+
+def assert_rate(measured: float, expected: float, n: int = 600) -> None:
+    assert abs(measured - expected) <= 4 * math.sqrt(expected * (1 - expected) / n), (measured, expected)
+
+
+def test_views_are_byols():
+    first, second = byol(224)
+    assert (first.blur_probability, second.blur_probability) == (1.0, 0.1)
+    assert (first.solarize_probability, second.solarize_probability) == (0.0, 0.2)
+    for view in (first, second):
+        assert (view.min_scale, view.max_scale, view.ratio) == (0.08, 1.0, (3 / 4, 4 / 3))
+        assert (view.flip_probability, view.jitter_probability, view.grey_probability) == (0.5, 0.8, 0.2)
+        assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
+        assert (view.blur_kernel, view.blur_sigma, view.solarize_threshold) == (23, (0.1, 2.0), 128)
+    assert byol(224, min_scale=0.3)[0].min_scale == 0.3
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(448, 45), (224, 23), (128, 13), (96, 9), (32, 3), (28, 1), (8, 1)])
+def test_blur_shrinks_with_the_image(size, kernel):
+    for view in byol(size):
+        assert view.blur_kernel == kernel
+        assert view.blur_sigma == pytest.approx((0.1 * size / 224, 2.0 * size / 224))
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: byol(7), lambda: evaluation_view(0), lambda: byol(32, 0), lambda: byol(32, 2)]
+)
+def test_senseless_sizes_are_refused(call):
+    with pytest.raises(InputError, match="give"):
+        call()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("source", [(28, 28), (300, 200), (1, 1), (1, 90)])
+@pytest.mark.parametrize("size", [28, 32, 96])
+def test_output_is_bytes_with_the_images_channels(mode, source, size):
+    image = Image.new(mode, source)
+    for draw in [*(build(view) for view in byol(size)), evaluation_view(size)]:
+        pixels = draw(image)
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape == (1 if mode == "L" else 3, size, size)
+
+
+def test_nothing_drawn_changes_nothing():
+    assert share_changed(NOTHING, colours(), n=5) == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(
+    ("field", "probability"),
+    [("flip_probability", 0.5), ("jitter_probability", 0.8), ("blur_probability", 0.1), ("solarize_probability", 0.2)],
+)
+def test_rates(mode, field, probability):
+    assert_rate(share_changed(only(**{field: probability}), colours(mode=mode)), probability)
+
+
+def test_greyscale_rate():
+    torch.manual_seed(0)
+    draw = build(only(grey_probability=0.2))
+    views = [draw(colours()) for _ in range(600)]
+    assert_rate(sum((v[0] == v[1]).all().item() and (v[1] == v[2]).all().item() for v in views) / 600, 0.2)
+
+
+def test_solarise_tells_the_views_apart():
+    """A white image without jitter turns black where solarised: never in view 1, in a fifth of view 2."""
+    rates = []
+    for view in byol(16):
+        torch.manual_seed(0)
+        draw = build(dataclasses.replace(view, jitter_probability=0.0))
+        rates.append(sum(draw(Image.new("RGB", (16, 16), "white")).sum().item() == 0 for _ in range(600)) / 600)
+    assert rates[0] == 0
+    assert_rate(rates[1], 0.2)
+
+
+def test_operations_are_independent(monkeypatch):
+    """Five coins at one half each: any two come up together a quarter of the time."""
+    happened: set[str] = set()
+    for place, name in [
+        (F, "horizontal_flip"),
+        (F, "rgb_to_grayscale"),
+        (F, "solarize"),
+        (augment, "_gaussian_blur"),
+    ]:
+        monkeypatch.setattr(place, name, lambda image, *a, name=name, **k: happened.add(name) or image)
+
+    def pass_view(view, image, *rest):
+        happened.add("_jitter")
+        return image
+
+    monkeypatch.setattr(augment, "_jitter", pass_view)
+    half = ("flip", "jitter", "grey", "blur", "solarize")
+    draw = build(only(**{f"{name}_probability": 0.5 for name in half}))
+    torch.manual_seed(0)
+    counts: Counter[tuple[str, ...]] = Counter()
+    for _ in range(1000):
+        happened.clear()
+        draw(colours())
+        counts.update(itertools.combinations(sorted(happened), 2))
+    assert len(counts) == 10
+    for count in counts.values():
+        assert_rate(count / 1000, 1 / 4, 1000)
+
+
+# crops
+
+
+def boxes(view: ViewSpec, height: int, width: int, n: int = 3000) -> np.ndarray:
+    draws = torch.rand(n, 22, generator=torch.Generator().manual_seed(0)).tolist()
+    return np.array([augment._crop_box(view, height, width, row) for row in draws])
+
+
+def test_crops_have_the_areas_and_ratios():
+    top, left, height, width = boxes(byol(224)[0], 400, 400).T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height).max() == 400
+    assert (left + width).max() == 400
+    areas, ratios = height * width / 400**2, width / height
+    assert areas.min() == pytest.approx(0.08, abs=0.01)
+    assert areas.max() > 0.95
+    assert ratios.min() == pytest.approx(3 / 4, abs=0.02)
+    assert ratios.max() == pytest.approx(4 / 3, abs=0.02)
+    small = areas < 0.5  # of these none was drawn again: uniform between 0.08 and 0.5
+    assert np.quantile(areas[small], [0.25, 0.5, 0.75]) == pytest.approx([0.185, 0.29, 0.395], abs=0.02)
+    assert np.log(ratios[small]).mean() == pytest.approx(0, abs=0.02)
+
+
+def test_crops_lie_anywhere():
+    top, left, height, width = boxes(byol(224)[0], 400, 300).T
+    for offset, slack in ((top, 400 - height), (left, 300 - width)):
+        position = (offset / np.maximum(slack, 1))[slack > 50]
+        assert np.quantile(position, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.04)
+
+
+def test_crop_distribution_equals_torchvisions():
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    view, n = byol(32)[0], 3000
+    torch.manual_seed(1)
+    theirs = RandomResizedCrop(32, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    image = torch.empty(3, 60, 90)
+    crops = [theirs.make_params([image]) for _ in range(n)]
+    expected = np.array([[crop[name] for name in ("top", "left", "height", "width")] for crop in crops])
+    found = boxes(view, 60, 90, n)
+    for column in range(4):
+        quantiles = [np.quantile(side[:, column], [0.1, 0.3, 0.5, 0.7, 0.9]) for side in (expected, found)]
+        assert np.abs(quantiles[0] - quantiles[1]).max() <= 4
+
+
+@pytest.mark.parametrize(("height", "width", "box"), [(10, 400, (0, 193, 10, 13)), (400, 12, (192, 0, 16, 12))])
+def test_crop_of_a_strip_is_its_centre(height, width, box):
+    view = dataclasses.replace(byol(32)[0], min_scale=1.0)
+    assert (boxes(view, height, width, 5) == box).all()
+
+
+@pytest.mark.parametrize(("source", "size"), [(40, 32), (300, 64), (20, 32), (140, 160)])
+def test_resize_is_pillows_bicubic(source, size):
+    """Above 128 x 128 pixels torch resizes: one grey level apart at most."""
+    image = colours(source)
+    box = (2, 3, source - 4, source - 5)
+    expected = image.crop((3, 2, source - 2, source - 2)).resize((size, size), Image.Resampling.BICUBIC)
+    found = augment._resized_crop(image, box, (size, size))
+    difference = np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int))
+    assert difference.max() <= (1 if box[2] * box[3] > 128 * 128 else 0)
+
+
+# colours
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "adjust", "centre"),
+    [
+        ("brightness", 0.4, F.adjust_brightness, 1),
+        ("contrast", 0.4, F.adjust_contrast, 1),
+        ("saturation", 0.2, F.adjust_saturation, 1),
+        ("hue", 0.1, F.adjust_hue, 0),
+    ],
+)
+@pytest.mark.parametrize("u", [0.0, 0.25, 1.0])
+def test_jitter_factors(field, value, adjust, centre, u):
+    strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0) | {field: value}
+    image = colours()
+    found = augment._jitter(only(**strengths), image, [u] * 4, [0.1, 0.2, 0.3, 0.4])
+    # the other three at no strength: hue's way through HSV may round by a few grey levels
+    expected = adjust(image, centre - value + 2 * value * u)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int)).max() <= (
+        0 if field == "hue" else 8
+    )
+
+
+def test_jitter_order_is_drawn(monkeypatch):
+    seen: list[str] = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        monkeypatch.setattr(F, f"adjust_{name}", lambda image, factor, name=name: seen.append(name) or image)
+    torch.manual_seed(0)
+    draw = build(only(jitter_probability=1.0))
+    for _ in range(480):
+        draw(colours())
+    orders = [tuple(seen[i : i + 4]) for i in range(0, len(seen), 4)]
+    assert {len(set(order)) for order in orders} == {4}
+    assert len(set(orders)) == 24
+    assert_rate(sum(order[0] == "hue" for order in orders) / 480, 1 / 4, 480)
+
+
+def test_grey_images_skip_colours_but_draw_alike():
+    """Greyscale and the same picture as RGB: the same crop, brightness, contrast and blur, from the same numbers."""
+    grey = colours(40, "L")
+    for view in byol(32):
+        draw = build(dataclasses.replace(view, hue=0.0, saturation=0.0))
+        for seed in range(20):
+            torch.manual_seed(seed)
+            as_grey = draw(grey)
+            after = torch.rand(1)
+            torch.manual_seed(seed)
+            as_rgb = draw(grey.convert("RGB"))
+            assert torch.equal(after, torch.rand(1))
+            assert (as_grey.int() - as_rgb.int()).abs().float().mean() < 2
+
+
+def test_a_view_depends_on_the_global_generator_alone():
+    draw, image = build(byol(32)[1]), colours(40)
+    torch.manual_seed(3)
+    first, second = draw(image), draw(image)
+    torch.manual_seed(3)
+    assert torch.equal(draw(image), first)
+    assert torch.equal(draw(image), second)
+    assert not torch.equal(first, second)
+
+
+# blur
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_blur_is_torchvisions(size, share):
+    view = byol(size)[0]
+    sigma = view.blur_sigma[0] + share * (view.blur_sigma[1] - view.blur_sigma[0])
+    pixels = F.pil_to_tensor(colours(size))
+    expected = F.gaussian_blur(pixels, [view.blur_kernel] * 2, [sigma] * 2)
+    found = augment._gaussian_blur(pixels, view.blur_kernel, sigma)
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_sigma_is_uniform_in_its_range(monkeypatch):
+    sigmas: list[float] = []
+    monkeypatch.setattr(augment, "_gaussian_blur", lambda pixels, kernel, sigma: sigmas.append(sigma) or pixels)
+    torch.manual_seed(0)
+    draw = build(byol(112)[0])
+    for _ in range(500):
+        draw(colours(112))
+    assert len(sigmas) == 500
+    assert np.quantile(sigmas, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx([0.05, 0.2875, 0.525, 0.7625, 1], abs=0.06)
+
+
+def test_kernel_below_3_does_not_blur():
+    assert share_changed(only(blur_probability=1.0, blur_kernel=1), colours(), n=5) == 0
+
+
+# evaluation
+
+
+def test_evaluation_view_cuts_an_eighth_of_larger_images():
+    image = colours(256)
+    expected = image.crop((16, 16, 240, 240))
+    assert torch.equal(evaluation_view(224)(image), F.pil_to_tensor(expected))
+    wide = Image.new("RGB", (400, 100), "white")
+    wide.paste("black", (120, 0, 280, 100))
+    assert evaluation_view(48)(wide).max() == 0
+
+
+def test_evaluation_view_keeps_all_of_small_images():
+    image = colours(28, "L")
+    assert torch.equal(evaluation_view(28)(image), F.pil_to_tensor(image))
+    larger = image.resize((32, 32), Image.Resampling.BICUBIC)
+    assert torch.equal(evaluation_view(32)(image), F.pil_to_tensor(larger))
+
+
+def test_views_travel_to_other_processes():
+    for view in [*(build(spec) for spec in byol(32)), evaluation_view(32)]:
+        torch.manual_seed(0)
+        expected = view(colours())
+        torch.manual_seed(0)
+        assert torch.equal(pickle.loads(pickle.dumps(view))(colours()), expected)
