@@ -1,0 +1,108 @@
+"""An interrupted and resumed run ends with the same bits as one that was never interrupted."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from train import checkpoint
+from train.pretrain import Pretraining, _main
+from train.trainer import Trainer
+
+EPOCH_STEPS = 10  # 80 images in batches of 8
+
+
+def final_state(out):
+    return checkpoint.load(checkpoint.newest_of_run(out))
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys() and actual["step"] == expected["step"]
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def uninterrupted(small, tmp_path):
+    config = small(out=str(tmp_path / "uninterrupted"))
+    Pretraining(config, resume=False).run()
+    return tmp_path / "uninterrupted"
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 13])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_after_a_step_and_resumed(small, tmp_path, uninterrupted, stop_at, workers, monkeypatch):
+    config = small(workers=workers)
+    train_step = Trainer.train_step
+
+    def interrupting_step(self, batch):
+        losses = train_step(self, batch)
+        if self.step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return losses
+
+    monkeypatch.setattr(Trainer, "train_step", interrupting_step)
+    with pytest.raises(KeyboardInterrupt):
+        Pretraining(config, resume=False).run()
+    assert final_state(tmp_path / "run")["step"] == stop_at
+    monkeypatch.undo()
+    _main(["--resume", "--out", str(tmp_path / "run")])
+    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+def test_killed_in_the_middle_of_an_epoch_and_resumed(arguments, small, tmp_path):
+    epochs, out = 8, tmp_path / "run"
+    command = [sys.executable, "-m", "train.pretrain", *arguments(checkpoint_epochs=0.3, epochs=epochs)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (steps := sorted((out / "checkpoints").glob("step-*.pt"))) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, "it must not have ended by itself"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    newest = checkpoint.latest(out / "checkpoints")
+    assert steps and newest is not None and int(newest.stem[5:]) % EPOCH_STEPS, "the checkpoint lies inside an epoch"
+    _main(["--resume", "--out", str(out)])
+    config = small(out=str(tmp_path / "uninterrupted"), checkpoint_epochs=0.3, epochs=epochs)
+    Pretraining(config, resume=False).run()
+    assert_same_bits(final_state(out), final_state(tmp_path / "uninterrupted"))
+    assert losses(out) == losses(tmp_path / "uninterrupted")
+
+
+def test_killed_before_the_first_checkpoint(small, tmp_path, uninterrupted):
+    Pretraining(small(), resume=False)  # has made the run directory, and trained nothing
+    _main(["--resume", "--out", str(tmp_path / "run")])
+    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+
+
+def test_half_a_line_of_metrics_is_dropped(small, tmp_path):
+    Pretraining(small(epochs=1), resume=False).run()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = losses(tmp_path / "run")
+    with open(metrics, "a") as file:
+        file.write('{"step": 99, "loss": {}}\n{"step": 10, "lo')
+    _main(["--resume", "--out", str(tmp_path / "run")])
+    assert losses(tmp_path / "run") == whole
+
+
+def test_the_number_of_workers_changes_no_bit(small, tmp_path, uninterrupted):
+    Pretraining(small(workers=2), resume=False).run()
+    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+
+
+def test_momentum_statistics_and_momentum_are_in_the_checkpoint(uninterrupted):
+    state = final_state(uninterrupted)
+    kept = {name: value for name, value in state["model"].items() if name.startswith("target.") and "running" in name}
+    assert kept and all(value.isfinite().all() for value in kept.values())
+    assert state["model"]["target.encoder.bn1.num_batches_tracked"] == 2 * EPOCH_STEPS
+    assert all("momentum" in buffers for buffers in state["optimizer"]["state"].values())
