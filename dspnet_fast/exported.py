@@ -16,6 +16,7 @@ from .slim import slim
 from .subnets import Subnet
 
 FORMAT = 1
+TORCHVISION: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 
 
@@ -99,9 +100,8 @@ def _loads_into(network: str, subnet: Subnet, stem: str) -> dict[str, str]:
         if subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels
             depths = list(subnet.depths)
             targets["timm"] = f"timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, {depths}, num_classes=0)"
-            name = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}.get(subnet.depths)
-            if name:
-                targets["torchvision"] = f"torchvision.models.{name}()"
+            if subnet.depths in TORCHVISION:
+                targets["torchvision"] = f"torchvision.models.{TORCHVISION[subnet.depths]}()"
         small = "conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); maxpool = torch.nn.Identity()"
     if targets and stem == "small":
         targets["then"] = small

@@ -32,7 +32,7 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Ten
         channels = _input_channels(model, torch.zeros(2, 3, 64, 64) if example is None else example)
         plain = _plain(model, "", channels)
     if isinstance(dn, Subnet | str) and hasattr(plain, "full"):
-        plain.full = model.subnet(dn) if isinstance(dn, str) else dn  # type: ignore[operator]
+        plain.full = model.subnet(dn) if isinstance(dn, str) else dn  # type: ignore[operator,assignment]
     return plain.eval()
 
 
@@ -112,9 +112,8 @@ def _plain_conv(module: SlimConv2d, in_channels: int) -> nn.Module:
 
 def _plain_batch_norm(module: SlimBatchNorm, features: int) -> nn.Module:
     mean, variance = module.evaluation_statistics()
-    like = {"device": mean.device, "dtype": mean.dtype}
     kind = nn.BatchNorm2d if isinstance(module, SlimBatchNorm2d) else nn.BatchNorm1d
-    norm = kind(features, module.eps, module.momentum, module.affine, **like)
+    norm = kind(features, module.eps, module.momentum, module.affine, device=mean.device, dtype=mean.dtype)
     with torch.no_grad():
         norm.running_mean.copy_(mean)  # type: ignore[union-attr]
         norm.running_var.copy_(variance)  # type: ignore[union-attr]

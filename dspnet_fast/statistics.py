@@ -7,6 +7,7 @@ batches included (Chan et al. 1979), and kept by the subnet's name.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -30,7 +31,9 @@ class Moments:
         count = x.numel() // x.shape[1]
         if count == 0:
             return
-        variance, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)], correction=0)
+        variance, mean = torch.var_mean(
+            x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)], correction=0
+        )
         delta = mean.double() - self.mean
         total = self.count + count
         self.mean = self.mean + delta * (count / total)
@@ -61,12 +64,9 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
     """
     dns = list(dns)
     norms = _batch_norms(model)
-    moments: dict[tuple[int, str], Moments] = {}
-    current = 0
+    moments: dict[tuple[str, str | None], Moments] = defaultdict(Moments)  # by layer and subnet
     hooks = [
-        norm.register_forward_pre_hook(
-            lambda _, inputs, path=path: moments.setdefault((current, path), Moments()).add(inputs[0])
-        )
+        norm.register_forward_pre_hook(lambda norm, inputs, path=path: moments[path, norm.active_dn].add(inputs[0]))
         for path, norm in norms.items()
     ]
     tracked = {norm: norm.track_running_stats for norm in norms.values()}
@@ -78,7 +78,7 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
             norm.track_running_stats = False
         for batch in batches:
             seen += len(batch)
-            for current, dn in enumerate(dns):
+            for dn in dns:
                 with activate(model, dn):
                     model(batch)
     finally:
@@ -89,12 +89,9 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
             norm.track_running_stats = track
     if not seen:
         raise ValueError("post_statistics needs at least one batch")
-    for index, dn in enumerate(dns):
-        with activate(model, dn):
-            for path, norm in norms.items():
-                if (index, path) in moments:
-                    dtype = torch.float32 if norm.weight is None else norm.weight.dtype
-                    norm.measured[norm.active_dn] = moments[index, path].result(dtype)
+    for (path, dn), measured in moments.items():
+        norm = norms[path]
+        norm.measured[dn] = measured.result(torch.float32 if norm.weight is None else norm.weight.dtype)
     return seen
 
 

@@ -80,7 +80,7 @@ class Family(Sequence[Subnet]):
         """Names, smallest first."""
         return tuple(subnet.name for subnet in self._subnets)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         return self._subnets[index]
 
     def __len__(self) -> int:

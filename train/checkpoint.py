@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ FORMAT = 1
 KEEP = 2
 
 
-def write_atomically(path: Path, write) -> None:  # type: ignore[no-untyped-def]
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)` and move the result to `path`: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

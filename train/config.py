@@ -92,8 +92,8 @@ class PretrainConfig(ExecutionOptions, OptimizationOptions, FamilyOptions, DataO
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        positive = ("image_size", "hidden_features", "out_features", "epochs", "batch_size", "log_steps", "probe_images")
-        for name in positive:
+        sizes = ("image_size", "hidden_features", "out_features", "epochs", "batch_size", "log_steps", "probe_images")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup_epochs", "probe_epochs", "checkpoint_epochs", "base_lr", "weight_decay", "seed"):

@@ -23,7 +23,7 @@ from .data.loader import evaluation_batches
 from .data.sets import open_images
 from .device import choose_device
 from .features import extract
-from .knn import KnnResult, knn
+from .knn import knn
 from .plots import accuracy_over_macs
 from .progress import Monitor
 from .trained import BATCH, TrainedFamily
@@ -61,8 +61,8 @@ def evaluate_knn(out: Path, options: KnnOptions) -> dict[str, Any]:
     train_labels, test_labels = require_labels(references), require_labels(queries)
 
     def score(train: Tensor, test: Tensor) -> dict[str, float]:
-        result: KnnResult = knn(train, train_labels, test, test_labels, num_classes=len(references.classes), k=options.k)
-        return asdict(result)
+        classes = len(references.classes)
+        return asdict(knn(train, train_labels, test, test_labels, num_classes=classes, k=options.k))
 
     def score_family(family: TrainedFamily, what: str) -> dict[str, dict[str, float]]:
         subnets = list(family.family)

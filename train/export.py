@@ -12,6 +12,7 @@ import dspnet_fast
 from dspnet_fast import exported
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
+from dspnet_fast.models import subnet
 from dspnet_fast.slim import slim
 
 from . import cli
@@ -36,18 +37,18 @@ def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
     """
     trained = TrainedFamily(out, torch.device("cpu"))
     config, encoder = trained.config, trained.encoder
-    subnets = [encoder.subnet(dn) for dn in dns] or list(trained.family)
-    for subnet in subnets:
-        if not subnet.within(trained.family.full):
-            raise InputError(f"{subnet} is no part of {trained.family.full}, the largest network of {out}")
+    subnets = [subnet(config.network, dn) for dn in dns] or list(trained.family)
+    for wanted in subnets:
+        if not wanted.within(trained.family.full):
+            raise InputError(f"{wanted} is no part of {trained.family.full}, the largest network of {out}")
     source = trained.recall(subnets)
     if source is None:
         images = open_images(config.data, "train")
         images = Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
         source = trained.measure([*{s.name: s for s in (*trained.family, *subnets)}.values()], images)
     folders = []
-    for subnet in subnets:
-        network = slim(encoder, subnet)
+    for wanted in subnets:
+        network = slim(encoder, wanted)
         manifest = {
             "parameters": parameter_count(network),
             "macs": mac_count(network, config.image_size),
@@ -57,8 +58,8 @@ def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
             "pretraining": {"data": config.data, "steps": trained.step, "family": trained.family.names},
             "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
         }
-        exported.save(out / "exported" / subnet.name, network, subnet, manifest)
-        folders.append(out / "exported" / subnet.name)
+        exported.save(out / "exported" / wanted.name, network, wanted, manifest)
+        folders.append(out / "exported" / wanted.name)
     return folders
 
 

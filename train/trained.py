@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspnet_fast.models import MobileNetV3, ResNet
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
 
@@ -49,7 +48,7 @@ class TrainedFamily:
             model.load_state_dict(state["model"])
             self.step = state["step"]
         self.family: Family = model.family
-        self.encoder: MobileNetV3 | ResNet = model.online.encoder.to(device, memory_format=torch.channels_last).eval()
+        self.encoder = model.online.encoder.to(device).to(memory_format=torch.channels_last).eval()
 
     def batches(self, images: ImageSet, what: str, workers: Workers = "auto") -> Iterator[Tensor]:
         """Evaluation views of all images, normalised, on the device, with progress called `what`."""

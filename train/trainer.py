@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, config: PretrainConfig, epoch_steps: int, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.model = build_model(config).to(device, memory_format=torch.channels_last).train()
+        self.model = build_model(config).to(device).to(memory_format=torch.channels_last).train()
         self.optimizer = LARS(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             momentum=config.momentum,

@@ -105,5 +105,6 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Represent images [N, 3, H, W] by [N, features]."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for index in range(1, len(STAGE_MULTIPLIERS) + 1):
+            x = self.get_submodule(f"layer{index}")(x)
         return x.mean((2, 3))

@@ -30,7 +30,7 @@ class SlimBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.measured: dict[str | None, tuple[Tensor, Tensor]] = {}  # active_dn -> mean [C], variance [C]
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse: bool = True):
         self.measured = {dn: (fn(mean), fn(variance)) for dn, (mean, variance) in self.measured.items()}
         return super()._apply(fn, recurse)
 

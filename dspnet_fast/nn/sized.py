@@ -1,7 +1,9 @@
 """What every layer that can be cut to a prefix has in common."""
 
+from torch import nn
 
-class Sized:
+
+class Sized(nn.Module):
     """A module of `full_size` units (output channels, output features or blocks) of which the first `size` are used."""
 
     active_size: int | None = None  # None: all of them

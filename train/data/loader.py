@@ -184,7 +184,7 @@ class _Loader(DataLoader):
 def _loader(dataset: _Batches, batches: Iterable[Any], workers: int) -> DataLoader:
     return _Loader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
