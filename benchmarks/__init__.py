@@ -1,0 +1,1 @@
+"""Measurements, from the repository root: `python -m benchmarks.<name>`. They print; they assert nothing."""
