@@ -1,4 +1,4 @@
-"""`python -m benchmarks.memory`: peak memory of a training step, a sandwich of n subnets against the full network alone.
+"""`python -m benchmarks.memory`: peak memory of a training step, a sandwich of n subnets against the full network.
 
 Gradients are accumulated one subnet at a time, so activations of one network are alive at once (DSPNet section 4.1).
 Each variant runs in a process of its own. On the CPU `allocated` is the highest sum of live tensors during a step, from
