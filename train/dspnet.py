@@ -7,7 +7,7 @@ One training step of a batch of B images, two views each, stacked as [2B, 3, H, 
         p   = predictor(projector(encoder_s(view 1; view 2)))
         L_s = mean_b [(2 - 2 cos(p_1, z'_2)) + (2 - 2 cos(p_2, z'_1))]
         backward at once: gradients add up, activations are freed
-    optimizer step, then  target <- tau target + (1 - tau) online
+    optimizer step, then  target <- tau target + (1 - tau) online      (train/arena.py)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dspnet_fast.models import MLP, build
 from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm, SlimBatchNorm, SlimBatchNorm2d
-from dspnet_fast.ops import ema_update, normalized_mse
+from dspnet_fast.ops import normalized_mse
 from dspnet_fast.subnets import Family, Subnet
 
 VIEWS = 2
@@ -122,12 +122,6 @@ class DSPNet(nn.Module):
             loss.backward()
             losses[subnet.name] = loss.detach()
         return losses
-
-    def update_target(self, tau: float) -> None:
-        """target <- tau target + (1 - tau) online, for the parameters of encoder and projector."""
-        online = dict(self.online.named_parameters())
-        targets = dict(self.target.named_parameters())
-        ema_update(list(targets.values()), [online[name].detach() for name in targets], tau)
 
 
 def _use_momentum_batch_norm(module: nn.Module, double_correction: bool) -> None:

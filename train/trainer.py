@@ -11,10 +11,10 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.subnets import sandwich
 
+from .arena import Arena
 from .config import PretrainConfig
 from .data.loader import normalize
 from .dspnet import DSPNet
-from .optim import LARS
 from .schedules import learning_rate, momentum_alpha, target_tau
 
 
@@ -34,7 +34,7 @@ def build_model(config: PretrainConfig) -> DSPNet:
 
 
 class Trainer:
-    """Model, optimizer and step count of a run.
+    """Model, momentum and step count of a run.
 
     Everything else that a step depends on (learning rate, tau, alpha, sampled subnets) is a function of the step
     count, so `state` and `load_state` are all that a bit-exact resume needs.
@@ -49,12 +49,7 @@ class Trainer:
         self.config = config
         self.device = device
         self.model = build_model(config).to(device).to(memory_format=torch.channels_last).train()
-        self.optimizer = LARS(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            eta=config.eta,
-        )
+        self.arena = Arena(self.model.online, self.model.target)
         self.step = 0
         self.steps = config.epochs * epoch_steps
         self.epoch_steps = epoch_steps
@@ -82,21 +77,27 @@ class Trainer:
             subnets = sandwich(family, self.config.subnets_per_step, self.config.seed, self.step)
         images = normalize(batch.to(self.device, non_blocking=True))
         losses = self.model.accumulate(images, subnets, momentum_alpha(self.step, self.steps))
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_target(self.tau)
+        self.arena.step(
+            self.learning_rate,
+            self.tau,
+            weight_decay=self.config.weight_decay,
+            momentum=self.config.momentum,
+            eta=self.config.eta,
+        )
         self.step += 1
         return losses
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"model": self.model.state_dict(), "momentum": self.arena.momentum()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint; InputError if it is of another network or holds no momentum."""
         self.load_weights(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.arena.load_momentum(state.get("momentum", {}))
+        except ValueError as error:
+            raise InputError(f"the checkpoint can be evaluated, but not continued: {error}") from error
         self.step = state["step"]
 
     def load_weights(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dspnet_fast.models import family
 from dspnet_fast.nn import activate
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm
+from train.arena import Arena
 from train.dspnet import DSPNet
 
 RESNET = ("resnet", ["c8-d1111", "c8-d2111", "c16-d2111"])
@@ -93,7 +94,7 @@ def test_target_follows_encoder_and_projector_but_not_buffers():
     model.accumulate(images, [model.family.full])
     before = copy.deepcopy(model.target.state_dict())
     online = copy.deepcopy(model.online.state_dict())
-    model.update_target(0.9)
+    Arena(model.online, model.target).step(0.0, 0.9, weight_decay=0.0, momentum=0.0, eta=1.0)
     parameters = dict(model.target.named_parameters())
     assert {name.split(".")[0] for name in parameters} == {"encoder", "projector"}
     for name, value in model.target.state_dict().items():

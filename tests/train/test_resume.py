@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from dspnet_fast.errors import InputError
 from train import checkpoint
 from train.pretrain import Pretraining, _main
 from train.trainer import Trainer
@@ -22,7 +23,7 @@ def final_state(out):
 
 def assert_same_bits(actual, expected):
     assert actual.keys() == expected.keys() and actual["step"] == expected["step"]
-    for part in ("model", "optimizer"):
+    for part in ("model", "momentum"):
         torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
 
 
@@ -105,4 +106,15 @@ def test_momentum_statistics_and_momentum_are_in_the_checkpoint(uninterrupted):
     kept = {name: value for name, value in state["model"].items() if name.startswith("target.") and "running" in name}
     assert kept and all(value.isfinite().all() for value in kept.values())
     assert state["model"]["target.encoder.bn1.num_batches_tracked"] == 2 * EPOCH_STEPS
-    assert all("momentum" in buffers for buffers in state["optimizer"]["state"].values())
+    momentum = {f"online.{name}": value for name, value in state["momentum"].items()}
+    assert all(value.count_nonzero() and value.shape == state["model"][name].shape for name, value in momentum.items())
+    assert len(momentum) == sum(name.endswith(("weight", "bias")) for name in state["model"] if "online" in name)
+
+
+def test_a_checkpoint_without_this_networks_momentum_is_not_continued(small, uninterrupted):
+    trainer = Trainer(small(), EPOCH_STEPS, torch.device("cpu"))
+    state = final_state(uninterrupted)
+    with pytest.raises(InputError, match="predictor.* is missing"):
+        trainer.load_state({**state, "momentum": {n: m for n, m in state["momentum"].items() if "predictor" not in n}})
+    with pytest.raises(InputError, match="is missing"):
+        trainer.load_state({name: part for name, part in state.items() if name != "momentum"})

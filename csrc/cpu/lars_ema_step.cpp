@@ -1,0 +1,284 @@
+// One LARS step and the target's step after it, in place on flat buffers:
+//
+//   adapted segments: g' = g + wd p, q = eta |p| / |g'| (1 if either is 0); every other element: g' = g, q = 1
+//   m = mu m + q g'        p = p - lr m        xi = tau xi + (1 - tau) p        g = 0
+//
+// Bound by memory, fp32: pass 1 reads p and g, 8 bytes per element, for the norms; pass 2 reads p, g, m, xi and writes
+// them, 32 bytes. q needs the whole segment, so fewer passes are not possible unless a segment fits into the cache.
+//
+// Pass 1 cuts every segment into blocks of kBlock elements. A thread takes whole blocks, and the blocks' sums are added
+// up in their order: the result does not depend on the number of threads. Sums are double: squares of small fp32
+// gradients would underflow. Pass 2 splits all elements evenly over the threads, wherever segments begin and end.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kGrain = 32768; // elements: less than this is not worth waking a thread
+constexpr int64_t kBlock = 4096;
+constexpr int64_t kLanes = 16;
+
+template <typename scalar_t>
+struct Buffers {
+  scalar_t* p;
+  scalar_t* g;
+  scalar_t* m;
+  scalar_t* xi;
+  int64_t targets; // elements of xi
+};
+
+struct Scalars {
+  double lr, tau, weight_decay, momentum, eta;
+};
+
+// The elements from `begin` to the next region's are all in one adapted segment or all in none.
+struct Region {
+  int64_t begin;
+  bool adapted;
+  double trust; // q
+};
+
+struct Squares {
+  double p = 0;
+  double g = 0; // of g'
+};
+
+// A storage can be resized under its tensors.
+bool has_memory(const at::Tensor& tensor) {
+  return static_cast<size_t>(tensor.storage_offset() + tensor.numel()) * tensor.element_size() <=
+      tensor.storage().nbytes();
+}
+
+void check(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& momenta,
+    const at::Tensor& targets,
+    at::IntArrayRef starts,
+    at::IntArrayRef sizes,
+    const at::Tensor& lr,
+    const at::Tensor& tau) {
+  using Named = std::pair<const char*, const at::Tensor*>;
+  std::array<Named, 4> flats{{{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"targets", &targets}}};
+  for (const auto& [name, flat] : flats) {
+    TORCH_CHECK(
+        flat->device().is_cpu() && flat->layout() == at::kStrided && flat->dim() == 1 && flat->is_contiguous() &&
+            has_memory(*flat),
+        "lars_ema_step: ", name, " must be a contiguous vector on the CPU");
+    TORCH_CHECK(
+        (flat->scalar_type() == at::kFloat || flat->scalar_type() == at::kDouble) &&
+            flat->scalar_type() == params.scalar_type(),
+        "lars_ema_step: all must be float32 or all float64: ", name, " is ", flat->scalar_type(), ", params is ",
+        params.scalar_type());
+  }
+  TORCH_CHECK(
+      grads.numel() == params.numel() && momenta.numel() == params.numel() && targets.numel() <= params.numel(),
+      "lars_ema_step: grads and momenta must be as long as params and targets no longer, got ", params.numel(),
+      " params, ", grads.numel(), " grads, ", momenta.numel(), " momenta, ", targets.numel(), " targets");
+  const auto address = [](const Named& flat) { return static_cast<const char*>(flat.second->const_data_ptr()); };
+  std::sort(flats.begin(), flats.end(), [&](const Named& a, const Named& b) {
+    return std::less<>()(address(a), address(b));
+  });
+  const Named* before = nullptr;
+  for (const Named& flat : flats) {
+    if (flat.second->numel() == 0) {
+      continue;
+    }
+    TORCH_CHECK(
+        !before || address(*before) + before->second->nbytes() <= address(flat),
+        "lars_ema_step: ", before->first, " and ", flat.first, " share memory");
+    before = &flat;
+  }
+  TORCH_CHECK(
+      starts.size() == sizes.size(), "lars_ema_step: ", starts.size(), " starts but ", sizes.size(), " sizes");
+  int64_t end = 0;
+  for (size_t s = 0; s < starts.size(); ++s) {
+    TORCH_CHECK(
+        starts[s] >= end && starts[s] <= params.numel() && sizes[s] >= 0 && sizes[s] <= params.numel() - starts[s],
+        "lars_ema_step: segment ", s, ", ", sizes[s], " elements from ", starts[s], ", must start at ", end,
+        " or later and end at ", params.numel(), " or earlier");
+    end = starts[s] + sizes[s];
+  }
+  for (const auto& [name, scalar] : {Named{"lr", &lr}, Named{"tau", &tau}}) {
+    TORCH_CHECK(
+        scalar->device().is_cpu() && scalar->layout() == at::kStrided && scalar->dim() == 0 &&
+            at::isFloatingType(scalar->scalar_type()) && has_memory(*scalar),
+        "lars_ema_step: ", name, " must be a floating-point scalar on the CPU");
+  }
+}
+
+// Lanes in a loop that the compiler vectorises: at::vec has no conversion from float to double that stays in registers.
+template <typename scalar_t>
+Squares squares(const scalar_t* p, const scalar_t* g, int64_t count, scalar_t weight_decay) {
+  std::array<double, kLanes> of_p{}, of_g{};
+  const auto add = [&](int64_t lane, int64_t i) {
+    const double weight = p[i];
+    const double update = g[i] + weight_decay * p[i];
+    of_p[lane] += weight * weight;
+    of_g[lane] += update * update;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      add(lane, i + lane);
+    }
+  }
+  for (int64_t lane = 0; i + lane < count; ++lane) {
+    add(lane, i + lane);
+  }
+  Squares sum;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    sum.p += of_p[lane];
+    sum.g += of_g[lane];
+  }
+  return sum;
+}
+
+// Pass 1: the regions of all elements, in their order.
+template <typename scalar_t>
+std::vector<Region> regions(
+    const Buffers<scalar_t>& buffers, at::IntArrayRef starts, at::IntArrayRef sizes, const Scalars& scalars) {
+  std::vector<int64_t> first_block{0}; // of every segment, and the number of blocks
+  for (const int64_t size : sizes) {
+    first_block.push_back(first_block.back() + at::divup(size, kBlock));
+  }
+  std::vector<Squares> sums(first_block.back());
+  at::parallel_for(0, first_block.back(), kGrain / kBlock, [&](int64_t block, int64_t end) {
+    size_t segment = std::upper_bound(first_block.begin(), first_block.end(), block) - first_block.begin() - 1;
+    for (; block < end; ++block) {
+      while (block >= first_block[segment + 1]) {
+        ++segment;
+      }
+      const int64_t offset = (block - first_block[segment]) * kBlock;
+      const int64_t begin = starts[segment] + offset;
+      sums[block] = squares(
+          buffers.p + begin,
+          buffers.g + begin,
+          std::min(kBlock, sizes[segment] - offset),
+          static_cast<scalar_t>(scalars.weight_decay));
+    }
+  });
+
+  std::vector<Region> result{{0, false, 1}};
+  for (size_t segment = 0; segment < starts.size(); ++segment) {
+    Squares total;
+    for (int64_t block = first_block[segment]; block < first_block[segment + 1]; ++block) {
+      total.p += sums[block].p;
+      total.g += sums[block].g;
+    }
+    const bool either_is_zero = total.p == 0 || total.g == 0;
+    const double trust = either_is_zero ? 1 : scalars.eta * std::sqrt(total.p) / std::sqrt(total.g);
+    result.push_back({starts[segment], true, trust});
+    result.push_back({starts[segment] + sizes[segment], false, 1});
+  }
+  return result;
+}
+
+// Pass 2, for elements of one region that all have a target or all have none.
+template <typename scalar_t, bool adapted, bool has_target>
+void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
+  using Vec = at::vec::Vectorized<scalar_t>;
+  const auto all = [](double value) { return Vec(static_cast<scalar_t>(value)); };
+  const Vec zero = all(0), q = all(trust), weight_decay = all(scalars.weight_decay), momentum = all(scalars.momentum);
+  const Vec minus_lr = all(-scalars.lr);
+  // Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
+  const bool from_target = scalars.tau > 0.5;
+  const Vec weight = all(from_target ? 1 - scalars.tau : scalars.tau);
+  for (int64_t i = begin; i < end; i += Vec::size()) {
+    const int64_t count = std::min<int64_t>(Vec::size(), end - i);
+    Vec p = Vec::loadu(buffers.p + i, count);
+    Vec g = Vec::loadu(buffers.g + i, count);
+    Vec m = Vec::loadu(buffers.m + i, count);
+    if constexpr (adapted) {
+      g = q * at::vec::fmadd(weight_decay, p, g);
+    }
+    m = at::vec::fmadd(momentum, m, g);
+    p = at::vec::fmadd(minus_lr, m, p);
+    m.store(buffers.m + i, count);
+    p.store(buffers.p + i, count);
+    zero.store(buffers.g + i, count);
+    if constexpr (has_target) {
+      const Vec xi = Vec::loadu(buffers.xi + i, count);
+      const Vec stepped = from_target ? at::vec::fmadd(weight, p - xi, xi) : at::vec::fmadd(weight, xi - p, p);
+      stepped.store(buffers.xi + i, count);
+    }
+  }
+}
+
+template <typename scalar_t, bool adapted>
+void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
+  const int64_t split = std::clamp(buffers.targets, begin, end);
+  update<scalar_t, adapted, true>(buffers, begin, split, trust, scalars);
+  update<scalar_t, adapted, false>(buffers, split, end, trust, scalars);
+}
+
+template <typename scalar_t>
+void step(
+    const Buffers<scalar_t>& buffers,
+    int64_t total,
+    at::IntArrayRef starts,
+    at::IntArrayRef sizes,
+    const Scalars& scalars) {
+  const std::vector<Region> all = regions(buffers, starts, sizes, scalars);
+  at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    auto region = std::upper_bound(
+        all.begin(), all.end(), begin, [](int64_t at, const Region& r) { return at < r.begin; });
+    for (--region; begin < end; ++region) {
+      const int64_t stop = region + 1 == all.end() ? end : std::min(end, (region + 1)->begin);
+      if (region->adapted) {
+        update<scalar_t, true>(buffers, begin, stop, region->trust, scalars);
+      } else {
+        update<scalar_t, false>(buffers, begin, stop, region->trust, scalars);
+      }
+      begin = stop;
+    }
+  });
+}
+
+} // namespace
+
+void lars_ema_step(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& momenta,
+    const at::Tensor& targets,
+    at::IntArrayRef starts,
+    at::IntArrayRef sizes,
+    const at::Tensor& lr,
+    const at::Tensor& tau,
+    double weight_decay,
+    double momentum,
+    double eta) {
+  const at::NoGradGuard no_grad;
+  check(params, grads, momenta, targets, starts, sizes, lr, tau);
+  const Scalars scalars{lr.item<double>(), tau.item<double>(), weight_decay, momentum, eta};
+  const auto run = [&]<typename scalar_t>(scalar_t) {
+    const Buffers<scalar_t> buffers{
+        params.mutable_data_ptr<scalar_t>(),
+        grads.mutable_data_ptr<scalar_t>(),
+        momenta.mutable_data_ptr<scalar_t>(),
+        targets.mutable_data_ptr<scalar_t>(),
+        targets.numel()};
+    step(buffers, params.numel(), starts, sizes, scalars);
+  };
+  if (params.scalar_type() == at::kFloat) {
+    run(float{});
+  } else {
+    run(double{});
+  }
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace dspnet

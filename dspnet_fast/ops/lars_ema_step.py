@@ -1,0 +1,124 @@
+"""lars_ema_step: everything between the last backward and the next forward, on flat buffers (You et al. 2017; BYOL)."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cpp
+from .registry import operator
+
+
+@operator(mutates=("params", "grads", "momenta", "targets"))
+def lars_ema_step(
+    params: Tensor,
+    grads: Tensor,
+    momenta: Tensor,
+    targets: Tensor,
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    lr: Tensor,
+    tau: Tensor,
+    weight_decay: float,
+    momentum: float,
+    eta: float,
+) -> None:
+    """One step of LARS for the online network, then of the target towards it, in place. For every adapted segment:
+
+        g' = g + weight_decay p        q = eta |p| / |g'|, or 1 if either norm is 0
+
+    and g' = g, q = 1 for every other element. Then for all:
+
+        m = momentum m + q g'        p = p - lr m        target = tau target + (1 - tau) p        g = 0
+
+    params, grads, momenta: [N], targets: [T], T <= N, moving towards the first T of params; all contiguous, of one
+    device, float32 or float64, without shared memory. starts, sizes: the adapted segments, in ascending order and apart
+    from each other: the tensors of more than one dimension. Biases, batch normalisation and padding lie between them.
+    lr, tau: scalars on the same device, floating point, so that a recorded graph can be replayed with other values;
+    tau in [0, 1] is up to the caller, since to test it would be to wait for the device. A gradient of NaN or infinity
+    shows as NaN in its segment and nowhere else. Raises RuntimeError for anything else. No host synchronisation.
+    """
+    _check(params, grads, momenta, targets, starts, sizes, lr, tau)
+    to_online = (1 - tau).to(params.dtype)
+    if starts:
+        weights, updates = (
+            [flat.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)] for flat in (params, grads)
+        )
+        torch._foreach_add_(updates, weights, alpha=weight_decay)
+        weight_norms, update_norms = (torch.stack(torch._foreach_norm(segments)) for segments in (weights, updates))
+        ratio = eta * weight_norms / update_norms
+        trust = torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio)
+        torch._foreach_mul_(updates, list(trust.unbind()))
+    momenta.mul_(momentum).add_(grads)
+    params.sub_(lr * momenta)
+    targets.lerp_(params[: len(targets)], to_online)
+    grads.zero_()
+
+
+def _check(
+    params: Tensor,
+    grads: Tensor,
+    momenta: Tensor,
+    targets: Tensor,
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    lr: Tensor,
+    tau: Tensor,
+) -> None:
+    flats = {"params": params, "grads": grads, "momenta": momenta, "targets": targets}
+    for name, flat in flats.items():
+        if flat.layout != torch.strided or flat.ndim != 1 or not flat.is_contiguous():
+            raise RuntimeError(f"lars_ema_step: {name} must be a contiguous vector, got {tuple(flat.shape)}")
+        if flat.dtype not in (torch.float32, torch.float64) or (flat.dtype, flat.device) != (
+            params.dtype,
+            params.device,
+        ):
+            raise RuntimeError(
+                f"lars_ema_step: all must be float32 or all float64, on one device: {name} is {flat.dtype} on "
+                f"{flat.device}, params is {params.dtype} on {params.device}"
+            )
+    if not len(grads) == len(momenta) == len(params) >= len(targets):
+        raise RuntimeError(
+            "lars_ema_step: grads and momenta must be as long as params and targets no longer, got "
+            + ", ".join(f"{len(flat)} {name}" for name, flat in flats.items())
+        )
+    spans = sorted((flat.data_ptr(), flat.data_ptr() + flat.nbytes, name) for name, flat in flats.items() if len(flat))
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise RuntimeError(f"lars_ema_step: {name} and {other} share memory")
+    if len(starts) != len(sizes):
+        raise RuntimeError(f"lars_ema_step: {len(starts)} starts but {len(sizes)} sizes")
+    end = 0
+    for segment, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if start < end or size < 0 or start + size > len(params):
+            raise RuntimeError(
+                f"lars_ema_step: segment {segment}, {size} elements from {start}, must start at {end} or later and end "
+                f"at {len(params)} or earlier"
+            )
+        end = start + size
+    for name, scalar in {"lr": lr, "tau": tau}.items():
+        if scalar.ndim != 0 or not scalar.is_floating_point() or scalar.device != params.device:
+            raise RuntimeError(
+                f"lars_ema_step: {name} must be a floating-point scalar on {params.device}, got {tuple(scalar.shape)} "
+                f"{scalar.dtype} on {scalar.device}"
+            )
+
+
+@lars_ema_step.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "lars_ema_step"))
+def _cpp(
+    params: Tensor,
+    grads: Tensor,
+    momenta: Tensor,
+    targets: Tensor,
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    lr: Tensor,
+    tau: Tensor,
+    weight_decay: float,
+    momentum: float,
+    eta: float,
+) -> None:
+    torch.ops.dspnet_cpp.lars_ema_step(
+        params, grads, momenta, targets, starts, sizes, lr, tau, weight_decay, momentum, eta
+    )

@@ -1,0 +1,318 @@
+"""lars_ema_step: its formulas written out for one tensor at a time, every provider against float64, what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspnet_fast.ops import cpp, lars_ema_step
+
+DTYPES = (torch.float32, torch.float64)
+OPTIONS = {"weight_decay": 0.03, "momentum": 0.8, "eta": 0.02}
+BUFFERS = ("params", "grads", "momenta", "targets")
+
+# (size, adapted) of every tensor in the buffers, and the length of the targets, which may end anywhere.
+LAYOUTS = {
+    "odd sizes": ([(7, True), (769, True), (5, False), (5125, True), (1, False), (4096, True), (33, False)], 8000),
+    "one element each": ([(1, True), (1, False), (1, True), (1, True)], 3),
+    "split between threads": ([(100, False), (70_001, True), (3000, False), (40_000, True), (17, True)], 90_000),
+    "empty segments": ([(0, True), (9, True), (0, True), (0, False), (9, False), (0, True)], 18),
+    "only adapted": ([(100, True)], 100),
+    "none adapted": ([(100, False)], 0),
+    "nothing": ([], 0),
+}
+
+needs_cpp = pytest.mark.skipif(not cpp.has("lars_ema_step")[0], reason=cpp.has("lars_ema_step")[1])
+
+
+@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+def provider(request, policy):
+    policy(request.param)
+    return request.param
+
+
+def make(layout: str, dtype: torch.dtype, device: str = "cpu") -> dict:
+    """The operator's arguments up to tau."""
+    tensors, with_target = LAYOUTS[layout]
+    starts, sizes, total = [], [], 0
+    for size, adapted in tensors:
+        if adapted:
+            starts.append(total)
+            sizes.append(size)
+        total += size
+    buffers = [scale * torch.randn(total, dtype=dtype) for scale in (1, 0.01, 0.1)]
+    buffers.append(torch.randn(with_target, dtype=dtype))
+    flat = dict(zip(BUFFERS, (buffer.to(device) for buffer in buffers)))
+    scalars = {name: torch.tensor(value, device=device).double() for name, value in (("lr", 0.4), ("tau", 0.99))}
+    return {**flat, "starts": starts, "sizes": sizes, **scalars}
+
+
+def copy(arguments: dict) -> dict:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def reference(p, g, m, adapted, lr, momentum, weight_decay, eta):
+    """One tensor: returns its new value and momentum."""
+    if adapted:
+        g = g + weight_decay * p
+        if p.norm() != 0 and g.norm() != 0:
+            g = eta * p.norm() / g.norm() * g
+    m = momentum * m + g
+    return p - lr * m, m
+
+
+def expected(layout: str, arguments: dict, options: dict = OPTIONS) -> dict[str, Tensor]:
+    """The buffers after the step, in float64."""
+    sizes, adapted = zip(*LAYOUTS[layout][0]) if LAYOUTS[layout][0] else ((), ())
+    pieces = zip(*(arguments[name].double().split(sizes) for name in BUFFERS[:3])) if sizes else ()
+    done = [reference(*piece, a, arguments["lr"], **options) for piece, a in zip(pieces, adapted)]
+    params, momenta = (torch.cat([*(d[i] for d in done), torch.zeros(0).to(arguments["params"])]) for i in range(2))
+    tau, targets = arguments["tau"], arguments["targets"].double()
+    targets = tau * targets + (1 - tau) * params[: len(targets)]
+    return {"params": params, "grads": torch.zeros_like(params), "momenta": momenta, "targets": targets}
+
+
+def check(layout: str, arguments: dict, step=lars_ema_step, **options) -> dict:
+    """The error rule: at most twice the error of the native body in the same dtype, and one unit in the last place.
+
+    In float64 the reference is no better than what it judges: there, both may be off by rounding.
+    """
+    options = {**OPTIONS, **options}
+    want = expected(layout, arguments, options)
+    eager, got = copy(arguments), copy(arguments)
+    lars_ema_step.native(**eager, **options)
+    step(**got, **options)
+    for name in BUFFERS:
+        if got[name].numel():
+            unit = torch.finfo(got[name].dtype).eps * torch.cat((arguments[name], want[name])).abs().max()
+            error, same_dtype = ((result[name].double() - want[name]).abs().max() for result in (got, eager))
+            assert max(error, same_dtype) <= 20 * unit, name  # the native body is not let off
+            assert error <= 2 * same_dtype + unit or got[name].dtype == torch.float64, name
+    assert not got["grads"].count_nonzero()
+    return got
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_formulas(provider, dtype, layout):
+    check(layout, make(layout, dtype))
+
+
+def test_three_steps(provider):
+    layout = "odd sizes"
+    arguments = make(layout, torch.float64)
+    for lr, tau in ((0.5, 0.9), (0.4, 0.95), (0.3, 1.0)):
+        arguments |= {"lr": torch.tensor(lr), "tau": torch.tensor(tau)}
+        arguments["grads"].normal_()
+        want = expected(layout, arguments)
+        lars_ema_step(**arguments, **OPTIONS)
+        for name in BUFFERS:
+            torch.testing.assert_close(arguments[name], want[name])
+
+
+@pytest.mark.parametrize("zeroed", ["params", "grads", "params and grads"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.03])
+def test_the_ratio_is_one_if_a_norm_is_zero(provider, zeroed, weight_decay):
+    arguments = make("odd sizes", torch.float32)
+    for name in zeroed.split(" and "):
+        arguments[name][7 : 7 + 769] = 0
+    got = check("odd sizes", arguments, weight_decay=weight_decay)
+    assert all(got[name].isfinite().all() for name in BUFFERS)
+
+
+def test_no_gradient_no_decay_no_change(provider):
+    arguments = make("odd sizes", torch.float32)
+    arguments["grads"].zero_()
+    arguments["momenta"].zero_()
+    before = arguments["params"].clone()
+    lars_ema_step(**arguments, weight_decay=0.0, momentum=0.9, eta=0.02)
+    assert torch.equal(arguments["params"], before)
+
+
+def test_tiny_gradients_have_a_norm(provider):
+    arguments = make("only adapted", torch.float32)
+    arguments["grads"] *= 1e-24  # their squares are no fp32 numbers
+    arguments["momenta"].zero_()
+    lars_ema_step(**arguments, weight_decay=0.0, momentum=0.0, eta=0.02)
+    norm = arguments["momenta"].double().norm()
+    if provider == "native":
+        assert norm.isfinite()  # as eager PyTorch: the norm may be 0, then the ratio is 1
+    else:
+        assert norm > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ends_of_tau_are_exact(provider, dtype):
+    arguments = make("split between threads", dtype)
+    kept = arguments["targets"].clone()
+    lars_ema_step(**arguments | {"tau": torch.tensor(1.0)}, **OPTIONS)
+    assert torch.equal(arguments["targets"], kept)
+    lars_ema_step(**arguments | {"tau": torch.tensor(0.0)}, **OPTIONS)
+    assert torch.equal(arguments["targets"], arguments["params"][: len(kept)])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_shows_in_its_segment_and_nowhere_else(provider, poison):
+    arguments = make("split between threads", torch.float32)
+    clean = copy(arguments)
+    lars_ema_step(**clean, **OPTIONS)
+    arguments["grads"][60_000] = poison
+    lars_ema_step(**arguments, **OPTIONS)
+    segment = slice(100, 100 + 70_001)
+    for name in ("params", "momenta", "targets"):
+        assert arguments[name][60_000].isnan()
+        arguments[name][segment] = clean[name][segment]
+    for name in BUFFERS:
+        assert torch.equal(arguments[name], clean[name])
+    assert not arguments["grads"].count_nonzero()
+
+
+@needs_cpp
+def test_the_result_does_not_depend_on_the_number_of_threads(policy):
+    policy("cpp")
+    arguments, threads, results = make("split between threads", torch.float32), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(copy(arguments))
+            lars_ema_step(**results[-1], **OPTIONS)
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(result[name], results[0][name]) for name in BUFFERS)
+
+
+def test_slices_of_one_buffer_that_are_not_aligned(provider):
+    arguments, memory = make("odd sizes", torch.float32), torch.full((100_000,), 5.0)
+    offset = 3
+    for name in BUFFERS:
+        size = len(arguments[name])
+        arguments[name] = memory[offset : offset + size].copy_(arguments[name])
+        offset += size
+    want = expected("odd sizes", arguments)
+    lars_ema_step(**arguments, **OPTIONS)
+    for name in BUFFERS:
+        torch.testing.assert_close(arguments[name].double(), want[name], rtol=1e-5, atol=1e-6)
+    assert memory[:3].eq(5).all() and memory[offset:].eq(5).all()
+
+
+FLAT = 10_036  # elements of the layout "odd sizes"
+REFUSED = {
+    "gradients of another length": lambda a: {"grads": a["grads"][1:]},
+    "momenta of another length": lambda a: {"momenta": torch.zeros(FLAT + 1)},
+    "more targets than parameters": lambda a: {"targets": torch.zeros(FLAT + 1)},
+    "matrices": lambda a: {name: a[name].view(4, -1) for name in BUFFERS[:3]},
+    "buffers with gaps": lambda a: {"momenta": torch.zeros(2 * FLAT)[::2]},
+    "one element expanded": lambda a: {"grads": torch.zeros(1).expand(FLAT)},
+    "dtypes that would promote": lambda a: {"grads": a["grads"].double()},
+    "half precision": lambda a: {name: a[name].half() for name in BUFFERS},
+    "integers": lambda a: {name: a[name].int() for name in BUFFERS},
+    "complex numbers": lambda a: {name: a[name].to(torch.complex64) for name in BUFFERS},
+    "sparse gradients": lambda a: {"grads": a["grads"].to_sparse()},
+    "gradients that are the parameters": lambda a: {"grads": a["params"]},
+    "momenta that are the gradients": lambda a: {"momenta": a["grads"]},
+    "targets within the parameters": lambda a: {"targets": a["params"][-5:]},
+    "targets that overlap the momenta": lambda a: {"targets": a["momenta"][:50]},
+    "more starts than sizes": lambda a: {"starts": [0, 7], "sizes": [7]},
+    "more sizes than starts": lambda a: {"starts": [0], "sizes": [7, 8]},
+    "a segment before the beginning": lambda a: {"starts": [-1], "sizes": [7]},
+    "a segment of negative size": lambda a: {"starts": [9], "sizes": [-1]},
+    "a segment beyond the end": lambda a: {"starts": [FLAT - 6], "sizes": [7]},
+    "a segment that starts beyond the end": lambda a: {"starts": [FLAT + 1], "sizes": [0]},
+    "a segment whose end overflows": lambda a: {"starts": [5], "sizes": [2**63 - 1]},
+    "segments that overlap": lambda a: {"starts": [0, 6], "sizes": [7, 7]},
+    "segments that descend": lambda a: {"starts": [100, 0], "sizes": [7, 7]},
+    "a vector for lr": lambda a: {"lr": torch.ones(1)},
+    "an integer for tau": lambda a: {"tau": torch.tensor(1)},
+    "a complex lr": lambda a: {"lr": torch.tensor(1j)},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(provider, case):
+    arguments = make("odd sizes", torch.float32)
+    before = copy(arguments)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        lars_ema_step(**arguments | REFUSED[case](arguments), **OPTIONS)
+    assert all(torch.equal(arguments[name], before[name]) for name in BUFFERS)
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_library_checks_for_itself(case):
+    arguments = make("odd sizes", torch.float32)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ops.dspnet_cpp.lars_ema_step(**arguments | REFUSED[case](arguments), **OPTIONS)
+
+
+@pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau"])
+@pytest.mark.parametrize("library", [False, pytest.param(True, marks=needs_cpp)])
+def test_another_device_is_refused(library, name):
+    arguments = make("odd sizes", torch.float32)
+    step = torch.ops.dspnet_cpp.lars_ema_step if library else lars_ema_step.native
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step(**arguments | {name: arguments[name].to("meta")}, **OPTIONS)
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau"])
+def test_the_library_refuses_tensors_whose_memory_was_taken_away(name):
+    arguments = make("odd sizes", torch.float32)
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        torch.ops.dspnet_cpp.lars_ema_step(**arguments, **OPTIONS)
+
+
+@pytest.mark.parametrize("layout", ["odd sizes", "nothing"])
+def test_opcheck(provider, layout):
+    torch.library.opcheck(torch.ops.dspnet.lars_ema_step.default, (), {**make(layout, torch.float32), **OPTIONS})
+
+
+def test_compiles_without_a_graph_break(provider):
+    def step(arguments):
+        lars_ema_step(**arguments, **OPTIONS)
+        return arguments["params"] + 1
+
+    arguments = make("odd sizes", torch.float64)
+    want = expected("odd sizes", arguments)
+    result = torch.compile(step, fullgraph=True, backend="aot_eager")(arguments)
+    for name in BUFFERS:
+        torch.testing.assert_close(arguments[name], want[name])
+    torch.testing.assert_close(result, want["params"] + 1)
+
+
+EVERY_CASE = """
+import torch
+from dspnet_fast.ops import registry
+from tests.ops.test_lars_ema_step import DTYPES, LAYOUTS, check, make
+registry.set_policy("cpp")
+torch.set_num_threads(3)
+torch.manual_seed(0)
+for dtype in DTYPES:
+    for layout in LAYOUTS:
+        for tau in (0.0, 0.3, 0.996, 1.0):
+            check(layout, make(layout, dtype) | {"tau": torch.tensor(tau)})
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_cpu_capability(run_python, capability):
+    used = run_python("-c", EVERY_CASE, ATEN_CPU_CAPABILITY=capability).strip().lower()
+    if used != capability:
+        pytest.skip(f"this processor has no {capability}: {used} was tested")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu_without_waiting_for_it(policy, dtype):
+    policy("native")
+    arguments = make("split between threads", dtype, "cuda")
+    step = copy(arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lars_ema_step(**step, **OPTIONS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check("split between threads", arguments)

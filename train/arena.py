@@ -1,0 +1,131 @@
+"""The memory of a training run: online parameters, gradients, momentum and target, each one flat tensor.
+
+The update of all parameters is then one operator (`lars_ema_step`), and an all-reduce one call. Parameters stay what
+they were to everybody else: tensors of a module, with names, shapes, strides and a state_dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dspnet_fast.ops import lars_ema_step
+
+ALIGNMENT = 64  # bytes: a cache line, the widest vector, and more than a GPU's widest load
+
+
+class Arena:
+    """Moves the parameters of two modules into flat tensors, gives each online parameter a gradient, and updates them.
+
+    Every parameter, its gradient, its momentum and its target lie at the same place of their flat tensors, aligned, in
+    the parameter's own strides. Those that have a target come first. The padding between them is zero.
+
+    Autograd adds into the gradients as they stand, so they must stay: whatever replaces a parameter's memory or
+    gradient afterwards (`zero_grad`, `to`) is an error in the next `step`.
+
+    Args:
+        online: trained by gradients; every parameter requires one.
+        target: follows the online parameters of the same names; may have fewer.
+
+    Raises ValueError if the modules do not match, or if parameters are of several dtypes or on several devices.
+
+    Attributes:
+        params, grads, momenta: [N], flat.
+        targets: [T], flat, of the first T elements of params.
+    """
+
+    def __init__(self, online: nn.Module, target: nn.Module) -> None:
+        parameters, targets = dict(online.named_parameters()), dict(target.named_parameters())
+        _check(parameters, targets)
+        self._parameters = {name: parameters[name] for name in (*targets, *parameters)}
+        example = next(iter(parameters.values()))
+        aligned = ALIGNMENT // example.element_size()
+        self._starts: dict[str, int] = {}
+        total = with_target = 0
+        for name, parameter in self._parameters.items():
+            self._starts[name] = total
+            total += -(-parameter.numel() // aligned) * aligned
+            if name in targets:
+                with_target = total
+        self.params, self.grads, self.momenta = (example.detach().new_zeros(total) for _ in range(3))
+        self.targets = example.detach().new_zeros(with_target)
+        self._lr, self._tau = (torch.zeros((), dtype=torch.float64, device=example.device) for _ in range(2))
+
+        adapted = [name for name, parameter in self._parameters.items() if parameter.ndim > 1]
+        self._adapted_starts = [self._starts[name] for name in adapted]
+        self._adapted_sizes = [parameters[name].numel() for name in adapted]
+
+        for name, parameter in self._parameters.items():
+            parameter.data = self._view(self.params, name).copy_(parameter.data)
+            parameter.grad = self._view(self.grads, name)
+        for name, parameter in targets.items():
+            parameter.data = self._view(self.targets, name).copy_(parameter.data)
+        self._gradients = [(name, p, p.grad) for name, p in self._parameters.items()]
+        self._addresses = [
+            (name, p, p.data_ptr()) for tensors in (self._parameters, targets) for name, p in tensors.items()
+        ]
+
+    def _view(self, flat: Tensor, name: str) -> Tensor:
+        """What belongs to one parameter, in its shape and strides (contiguous ones if its own leave gaps)."""
+        strides = torch.empty_like(self._parameters[name], device="meta").stride()
+        return flat.as_strided(self._parameters[name].shape, strides, self._starts[name])
+
+    @torch.no_grad()
+    def step(self, lr: float, tau: float, *, weight_decay: float, momentum: float, eta: float) -> None:
+        """LARS with the gradients that have added up, then target <- tau target + (1 - tau) online, then g = 0.
+
+        Without host synchronisation. Raises RuntimeError if a parameter or gradient has left the arena.
+        """
+        for name, parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                raise RuntimeError(f"the gradient of {name} was replaced: the arena zeroes gradients itself")
+        for name, parameter, address in self._addresses:
+            if parameter.data_ptr() != address:
+                raise RuntimeError(f"the memory of {name} was replaced: make the arena after moving the modules")
+        self._lr.fill_(lr)
+        self._tau.fill_(tau)
+        lars_ema_step(
+            self.params,
+            self.grads,
+            self.momenta,
+            self.targets,
+            self._adapted_starts,
+            self._adapted_sizes,
+            self._lr,
+            self._tau,
+            weight_decay,
+            momentum,
+            eta,
+        )
+
+    def momentum(self) -> dict[str, Tensor]:
+        """The momentum of every parameter by name, as views: what a checkpoint needs."""
+        return {name: self._view(self.momenta, name) for name in self._parameters}
+
+    def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
+        """Take over what `momentum` gave, from this or another arena; ValueError if names or shapes differ."""
+        own = self.momentum()
+        if momentum.keys() != own.keys():
+            raise ValueError(f"the momentum of {min(momentum.keys() ^ own.keys())} is missing, or not of this network")
+        for name, value in own.items():
+            if momentum[name].shape != value.shape:
+                raise ValueError(f"the momentum of {name} is {list(momentum[name].shape)}, not {list(value.shape)}")
+        for name, value in own.items():
+            value.copy_(momentum[name])
+
+
+def _check(parameters: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    if not parameters:
+        raise ValueError("the online module has no parameters")
+    for name, target in targets.items():
+        if name not in parameters or parameters[name].shape != target.shape:
+            raise ValueError(f"the target's parameter {name} has no online parameter of its shape")
+    everything = [*parameters.values(), *targets.values()]
+    kinds = {(tensor.dtype, tensor.device) for tensor in everything}
+    if len(kinds) > 1:
+        raise ValueError(f"parameters of several kinds: {', '.join(sorted(map(str, kinds)))}")
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            raise ValueError(f"the online parameter {name} is frozen")
