@@ -22,9 +22,9 @@ MIB = 2**20
 
 
 def tensor_bytes(trainer: Trainer) -> int:
-    """Bytes of weights, target and optimizer state, which live all the time."""
-    state = [*trainer.model.state_dict().values()]
-    state += [tensor for buffers in trainer.optimizer.state.values() for tensor in buffers.values()]
+    """Bytes of weights, gradients, momentum, target and buffers, which live all the time."""
+    arena = trainer.arena
+    state = [arena.params, arena.grads, arena.momenta, arena.targets, *trainer.model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in state)
 
 

@@ -44,9 +44,10 @@ class Meter:
 
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self._batches = batches
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin a new account."""
         self._began, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
 
     def batches(self) -> Iterator[Tensor]:
@@ -68,7 +69,7 @@ class Meter:
         """Images per second and waiting share since the last reading."""
         elapsed = time.perf_counter() - self._began - self._paused
         rate, waiting = self._images / elapsed, self._waited / elapsed
-        self._restart()
+        self.restart()
         return rate, waiting
 
 
@@ -106,6 +107,8 @@ class Pretraining:
                 self._say(*self._description())
                 if trainer.step == 0:
                     self._measure()
+                self.meter.restart()
+                self.monitor.restart()
                 for batch in self.meter.batches():
                     lr, tau = trainer.learning_rate, trainer.tau
                     losses = trainer.train_step(batch)

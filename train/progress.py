@@ -23,9 +23,7 @@ class Monitor:
         self.console = console or Console(highlight=False)
         self.steps, self.done, self._what = steps, done, what
         self._live: Progress | None = None
-        self._began = time.monotonic()
-        self._began_at = done
-        self._last_plain = self._began
+        self.restart()
         if self.console.is_terminal:
             self._live = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -36,6 +34,11 @@ class Monitor:
                 console=self.console,
             )
             self._task = self._live.add_task(what, total=steps, completed=done, status="")
+
+    def restart(self) -> None:
+        """Forget the time that passed before the work began; the time left is estimated from here."""
+        self._began = self._last_plain = time.monotonic()
+        self._began_at = self.done
 
     def __enter__(self) -> Monitor:
         if self._live:
