@@ -32,13 +32,14 @@ test: lint ## check style and types, then run the tests
 	$(BIN)/python -m pytest -n 2
 
 demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it: runs/demo
-	$(BIN)/python -m train.pretrain --config recipes/demo.yaml --fast-kernels --out runs/demo
-	$(BIN)/python -m train.evaluate knn runs/demo --baselines
+	$(BIN)/python -m train.pretrain --config recipes/dspnet_resnet_fashion-mnist_3e.yaml --fast-kernels \
+		--out runs/demo $(if $(wildcard runs/demo/config.yaml),--resume)
+	$(BIN)/python -m train.evaluate knn runs/demo --references 10000 --baselines
 	$(BIN)/python -m train.export runs/demo
 
 # On Debian the demo's images are a package. Elsewhere the program downloads them, or says where to put them.
 dataset:
-	@if [ ! -e /usr/share/datasets/fashion-mnist ] && [ ! -e "$${DSPNET_DATA:-/nowhere}/fashion-mnist" ] \
+	@if [ ! -e /usr/share/datasets/fashion-mnist ] && [ ! -e "$${DSPNET_DATA:-data}/fashion-mnist" ] \
 			&& [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist \
 			|| echo "dataset-fashion-mnist could not be installed: the program will look elsewhere"; \

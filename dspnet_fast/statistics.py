@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import activate
-from .nn.batch_norm import SlimBatchNorm
+from .nn.batch_norm import SlimBatchNorm, batch_moments
 from .subnets import Subnet
 
 
@@ -31,13 +31,15 @@ class Moments:
         count = x.numel() // x.shape[1]
         if count == 0:
             return
-        variance, mean = torch.var_mean(
-            x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)], correction=0
-        )
-        delta = mean.double() - self.mean
+        if count == 1:
+            mean, squares = x.flatten().double(), torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        else:
+            mean, variance = (moment.double() for moment in batch_moments(x))
+            squares = variance * (count - 1)
+        delta = mean - self.mean
         total = self.count + count
         self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + variance.double() * count + delta**2 * (self.count * count / total)
+        self.squares = self.squares + squares + delta**2 * (self.count * count / total)
         self.count = total
 
     def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,9 @@ EXAMPLE = """\
   python -m train.evaluate knn runs/first --baselines"""
 
 
+LARGEST_RAW = 64  # pixels; small images are compared as they are, large ones reduced to this or to the run's size
+
+
 @dataclass(kw_only=True)
 class KnnOptions:
     """Options of `train.evaluate knn`."""
@@ -92,9 +95,9 @@ def evaluate_knn(out: Path, options: KnnOptions) -> dict[str, Any]:
         "networks": networks,
     }
     if options.baselines:
-        size = trained.config.image_size
+        size = max(trained.config.image_size, min(*references.load(0).size, LARGEST_RAW))
         pixels = [_pixels(images, size, options.workers) for images in (references, queries)]
-        report["raw_pixels"] = score(*pixels)
+        report["raw_pixels"] = {"size": size, **score(*pixels)}
     return report
 
 
@@ -120,7 +123,8 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append([name, f"{network['parameters']:,}", f"{network['macs'] / 1e6:,.1f} M", *untrained, *scores])
     if baselines:
         pixels = report["raw_pixels"]
-        cells.append(["raw pixels", "", "", "", _percent(pixels), f"{pixels['weighted']:.1%}"])
+        name = f"raw pixels, {pixels['size']} x {pixels['size']}"
+        cells.append([name, "", "", "", _percent(pixels), f"{pixels['weighted']:.1%}"])
     return heading, cells
 
 

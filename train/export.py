@@ -41,11 +41,11 @@ def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
     for wanted in subnets:
         if not wanted.within(trained.family.full):
             raise InputError(f"{wanted} is no part of {trained.family.full}, the largest network of {out}")
-    source = trained.recall(subnets)
-    if source is None:
+    missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
+    if missing:
         images = open_images(config.data, "train")
-        images = Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
-        source = trained.measure([*{s.name: s for s in (*trained.family, *subnets)}.values()], images)
+        trained.measure(missing, Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0))
+    sources = trained.recall(subnets)
     folders = []
     for wanted in subnets:
         network = slim(encoder, wanted)
@@ -54,7 +54,7 @@ def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
             "macs": mac_count(network, config.image_size),
             "image_size": config.image_size,
             "normalization": {"mean": MEAN, "std": STD},
-            "batch_norm": {"statistics": "measured after training", **source},
+            "batch_norm": {"statistics": "measured after training", **sources[wanted.name]},
             "pretraining": {"data": config.data, "steps": trained.step, "family": trained.family.names},
             "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
         }

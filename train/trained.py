@@ -26,6 +26,8 @@ from .trainer import build_model
 BATCH = 256
 STATISTICS = "post_statistics.safetensors"
 
+Source = dict[str, Any]  # of statistics: step, data, images, size
+
 
 class TrainedFamily:
     """The online encoder of a run at its newest checkpoint, or with `untrained` as it was before its first step.
@@ -59,27 +61,33 @@ class TrainedFamily:
                 monitor.advance()
                 monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
-    def measure(self, subnets: Sequence[Subnet], images: ImageSet, workers: Workers = "auto") -> dict[str, Any]:
-        """Measure the post-statistics of `subnets` on `images`, keep them in the run directory, say what they are."""
+    def measure(self, subnets: Sequence[Subnet], images: ImageSet, workers: Workers = "auto") -> None:
+        """Measure the post-statistics of `subnets` on `images`; a trained family keeps them in the run directory."""
         post_statistics(self.encoder, subnets, self.batches(images, "statistics", workers))
-        source = {"step": self.step, "data": self.config.data, "images": len(images), "size": self.config.image_size}
-        if self.step:
-            kept = measured_statistics(self.encoder, subnets)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.items()}
-            metadata = {"source": json.dumps(source)}
-            checkpoint.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
-        return source
+        if self.step == 0:
+            return
+        sources, tensors = self._kept()
+        source = {"step": self.step, "data": images.name, "images": len(images), "size": self.config.image_size}
+        sources |= {subnet.name: source for subnet in subnets}
+        tensors |= {
+            name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.encoder, subnets).items()
+        }
+        metadata = {"sources": json.dumps(sources)}
+        checkpoint.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
 
-    def recall(self, subnets: Sequence[Subnet]) -> dict[str, Any] | None:
-        """Take over kept statistics and say what they were measured on; None if they do not cover this."""
+    def recall(self, subnets: Sequence[Subnet]) -> dict[str, Source]:
+        """Take over the kept statistics of `subnets`; says what they were measured on, for those that there are."""
+        sources, tensors = self._kept()
+        load_statistics(self.encoder, subnets, tensors)
+        return {subnet.name: sources[subnet.name] for subnet in subnets if subnet.name in sources}
+
+    def _kept(self) -> tuple[dict[str, Source], dict[str, Tensor]]:
+        """Statistics of this step in the run directory, and what each subnet's were measured on."""
         try:
             with safe_open(self.out / STATISTICS, "pt") as file:
-                source = json.loads(file.metadata()["source"])
+                sources = json.loads(file.metadata()["sources"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-            return None  # none or damaged: they can be measured again
-        covered = {name.split("/")[0] for name in tensors}
-        if source["step"] != self.step or not covered.issuperset(subnet.name for subnet in subnets):
-            return None
-        load_statistics(self.encoder, subnets, tensors)
-        return source
+            return {}, {}  # none or damaged: they can be measured again
+        sources = {dn: source for dn, source in sources.items() if source["step"] == self.step}
+        return sources, {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in sources}

