@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -115,7 +116,7 @@ def _pixels(images: ImageSet, image_size: int, workers: Workers) -> Tensor:
 def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heading and cells of the report's table."""
     baselines = "raw_pixels" in report
-    heading = ["network", "parameters", "MACs", *(["kNN untrained"] if baselines else []), "kNN", "kNN weighted"]
+    heading = ["network", "parameters", "MACs", *(["untrained"] if baselines else []), "pretrained", "weighted"]
     cells = []
     for name, network in report["networks"].items():
         untrained = [_percent(network["untrained"])] if baselines else []
@@ -123,7 +124,7 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append([name, f"{network['parameters']:,}", f"{network['macs'] / 1e6:,.1f} M", *untrained, *scores])
     if baselines:
         pixels = report["raw_pixels"]
-        name = f"raw pixels, {pixels['size']} x {pixels['size']}"
+        name = f"raw pixels {pixels['size']}x{pixels['size']}"
         cells.append([name, "", "", "", _percent(pixels), f"{pixels['weighted']:.1%}"])
     return heading, cells
 
@@ -134,8 +135,8 @@ def _percent(result: dict[str, float]) -> str:
 
 def _title(report: dict[str, Any]) -> str:
     return (
-        f"kNN accuracy (K = {report['k']}, cosine) on {report['data']}: {report['queries']:,} test images, "
-        f"{report['references']:,} references, after {report['step']:,} steps"
+        f"kNN accuracy on {report['data']}, K = {report['k']}, cosine, majority or weighted: {report['queries']:,} "
+        f"test images, {report['references']:,} references, after {report['step']:,} steps"
     )
 
 
@@ -148,7 +149,7 @@ def _markdown(report: dict[str, Any]) -> str:
 
 def _print(report: dict[str, Any]) -> None:
     heading, cells = rows(report)
-    table = Table(title=_title(report), title_justify="left")
+    table = Table(box=SIMPLE, caption=f"{_title(report)}. ± is half the 95 % interval.", caption_justify="left")
     for index, name in enumerate(heading):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for line in cells:

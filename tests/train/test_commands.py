@@ -171,7 +171,7 @@ def test_evaluate_knn(finished, images, capsys):
     costs = [network["macs"] for network in report["networks"].values()]
     assert costs == sorted(costs)
     assert (finished / "evaluation" / "knn.png").stat().st_size > 1000
-    assert "| raw pixels, 16 x 16 |" in (finished / "evaluation" / "knn.md").read_text()
+    assert "| raw pixels 16x16 |" in (finished / "evaluation" / "knn.md").read_text()
     assert "c16-d2121" in capsys.readouterr().out
 
     trained = TrainedFamily(finished, torch.device("cpu"))
