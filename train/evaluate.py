@@ -116,7 +116,7 @@ def _pixels(images: ImageSet, image_size: int, workers: Workers) -> Tensor:
 def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heading and cells of the report's table."""
     baselines = "raw_pixels" in report
-    heading = ["network", "parameters", "MACs", *(["untrained"] if baselines else []), "pretrained", "weighted"]
+    heading = ["network", "params", "MACs", *(["untrained"] if baselines else []), "pretrained", "weighted"]
     cells = []
     for name, network in report["networks"].items():
         untrained = [_percent(network["untrained"])] if baselines else []
@@ -149,7 +149,9 @@ def _markdown(report: dict[str, Any]) -> str:
 
 def _print(report: dict[str, Any]) -> None:
     heading, cells = rows(report)
-    table = Table(box=SIMPLE, caption=f"{_title(report)}. ± is half the 95 % interval.", caption_justify="left")
+    table = Table(
+        box=SIMPLE, pad_edge=False, caption=f"{_title(report)}. ± is half the 95 % interval.", caption_justify="left"
+    )
     for index, name in enumerate(heading):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for line in cells:

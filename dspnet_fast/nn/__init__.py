@@ -7,6 +7,7 @@ how long the prefix of the *inputs* is, the input itself says.
 from .activate import Activation, activate
 from .batch_norm import MomentumBatchNorm1d, MomentumBatchNorm2d, SlimBatchNorm1d, SlimBatchNorm2d
 from .conv import SlimConv2d
+from .convert import slimmable
 from .linear import SlimLinear
 from .sequential import SlimSequential
 
@@ -20,4 +21,5 @@ __all__ = [
     "SlimLinear",
     "SlimSequential",
     "activate",
+    "slimmable",
 ]
