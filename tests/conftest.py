@@ -18,6 +18,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+THREADS = torch.get_num_threads()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Operators are tested with all threads, everything else with one: test processes share the cores, and threads
+    that wait for each other make a millisecond's work take a second there."""
+    torch.set_num_threads(THREADS if "ops" in item.path.parts else 1)
+
+
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
     """torch.empty gives NaN instead of whatever was there: a kernel that leaves an output unwritten shows."""

@@ -41,7 +41,7 @@ class Malicious:
 def test_what_is_not_ours_is_refused(tmp_path, content):
     path = tmp_path / "step-00000001.pt"
     if content == "pickle":
-        path.write_bytes(pickle.dumps(Malicious()))
+        path.write_bytes(pickle.dumps(Malicious(), protocol=2))
     elif content == "torch":
         torch.save({"format": checkpoint.FORMAT, "model": Malicious()}, path)
     elif content == "garbage":

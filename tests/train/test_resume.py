@@ -1,6 +1,7 @@
 """An interrupted and resumed run ends with the same bits as one that was never interrupted."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def test_stopped_after_a_step_and_resumed(small, tmp_path, uninterrupted, stop_a
 def test_killed_in_the_middle_of_an_epoch_and_resumed(arguments, small, tmp_path):
     epochs, out = 8, tmp_path / "run"
     command = [sys.executable, "-m", "train.pretrain", *arguments(checkpoint_epochs=0.3, epochs=epochs)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=threads)
     deadline = time.monotonic() + 120
     while not (steps := sorted((out / "checkpoints").glob("step-*.pt"))) and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -1,0 +1,31 @@
+"""ema_update: reads target and online, writes target; 12 bytes per fp32 element."""
+
+import pytest
+import torch
+
+from dspnet_fast.ops import ema_update
+
+from .networks import CASES, networks
+
+TAU = 0.996
+
+
+def one_by_one(targets, onlines, tau):
+    """As most code has it: a Python loop over parameters."""
+    for target, online in zip(targets, onlines, strict=True):
+        target.mul_(tau).add_(online, alpha=1 - tau)
+
+
+VARIANTS = {"loop": one_by_one, "native": ema_update, "cpp": ema_update}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ema_update(moves, case, variant):
+    model = networks(case)
+    targets = dict(model.target.named_parameters())
+    onlines = dict(model.online.named_parameters())
+    pairs = [parameter.data for parameter in targets.values()], [onlines[name].data for name in targets]
+    count = 12 * sum(target.numel() for target in pairs[0])
+    moves("ema_update", case, variant, count, lambda: VARIANTS[variant](*pairs, TAU))

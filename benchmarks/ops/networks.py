@@ -1,0 +1,17 @@
+"""The networks whose parameters the update operators are timed on: online and target as a run has them."""
+
+from __future__ import annotations
+
+import functools
+
+from dspnet_fast.models import family
+from train.dspnet import DSPNet
+
+CASES = {"MobileNetV3-Large": ("mobilenet_v3_large", "w1.00"), "ResNet-18": ("resnet", "c64-d2222")}
+
+
+@functools.cache
+def networks(case: str) -> DSPNet:
+    """Online and target network with the paper's heads."""
+    network, dn = CASES[case]
+    return DSPNet(network, family(network, [dn]))
