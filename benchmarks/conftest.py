@@ -30,23 +30,29 @@ def _tests_pass(operator: str) -> bool:
 
 
 @functools.cache
-def copy_bandwidth() -> float:
-    """GB/s that a copy of 256 MiB reads and writes together, the median of 15."""
-    source = torch.ones(2**26)
+def copy_bandwidth(footprint: int) -> float:
+    """GB/s that a copy reads and writes together, the median of 15, between two halves of `footprint` bytes.
+
+    As many bytes as the operator works on, so that both find the same share of them in the caches.
+    """
+    source = torch.ones(footprint // 8)
     target = torch.empty_like(source)
     seconds = []
-    for _ in range(18):
+    for _ in range(20):
         began = time.perf_counter()
         target.copy_(source)
         seconds.append(time.perf_counter() - began)
-    return 2 * source.nbytes / statistics.median(seconds[3:]) / 1e9
+    return 2 * source.nbytes / statistics.median(seconds[5:]) / 1e9
 
 
 @pytest.fixture
 def moves(benchmark) -> Iterator[Callable[..., None]]:
-    """moves(operator, case, variant, count, run): time `run`, which moves `count` bytes to and from memory."""
+    """moves(operator, case, variant, footprint, count, run): time `run`.
 
-    def measure(operator: str, case: str, variant: str, count: int, run: Callable[[], object]) -> None:
+    It reads and writes `count` bytes in all, of the `footprint` bytes that it works on.
+    """
+
+    def measure(operator: str, case: str, variant: str, footprint: int, count: int, run: Callable[[], object]) -> None:
         if not _tests_pass(operator):
             pytest.fail(f"the tests of {operator} fail: nothing is timed")
         before = registry.get_policy()
@@ -65,10 +71,10 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
                 "variant": variant,
                 "ms": 1e3 * median,
                 "GB/s": bandwidth,
-                "share": bandwidth / copy_bandwidth(),
+                "copy GB/s": copy_bandwidth(footprint),
             }
         )
-        benchmark.extra_info.update(LINES[-1], copy_bandwidth=copy_bandwidth())
+        benchmark.extra_info.update(LINES[-1])
 
     yield measure
 
@@ -78,11 +84,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if not LINES:
         return
     terminalreporter.section("share of this machine's copy bandwidth")
-    terminalreporter.write_line(f"copy: {copy_bandwidth():.1f} GB/s, {torch.get_num_threads()} threads")
+    terminalreporter.write_line(f"{torch.get_num_threads()} threads; times are medians, x is against the first line")
     first: dict[tuple, float] = {}
     for line in LINES:
         base = first.setdefault((line["operator"], line["case"]), line["ms"])
         terminalreporter.write_line(
             f"{line['operator']:<16}{line['case']:<26}{line['variant']:<14}{line['ms']:9.2f} ms"
-            f"{line['GB/s']:8.1f} GB/s{line['share']:7.0%} of copy{base / line['ms']:7.2f}x"
+            f"{line['GB/s']:7.1f} GB/s, copy {line['copy GB/s']:5.1f}: {line['GB/s'] / line['copy GB/s']:4.0%}"
+            f"{base / line['ms']:7.2f}x"
         )

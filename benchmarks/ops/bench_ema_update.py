@@ -27,5 +27,5 @@ def test_ema_update(moves, case, variant):
     targets = dict(model.target.named_parameters())
     onlines = dict(model.online.named_parameters())
     pairs = [parameter.data for parameter in targets.values()], [onlines[name].data for name in targets]
-    count = 12 * sum(target.numel() for target in pairs[0])
-    moves("ema_update", case, variant, count, lambda: VARIANTS[variant](*pairs, TAU))
+    elements = sum(target.numel() for target in pairs[0])
+    moves("ema_update", case, variant, 8 * elements, 12 * elements, lambda: VARIANTS[variant](*pairs, TAU))

@@ -23,7 +23,6 @@ def one_by_one(parameters, momenta, targets):
             gradient = gradient.mul(ratio)
         momenta[name].mul_(MOMENTUM).add_(gradient)
         parameter.sub_(momenta[name], alpha=LR)
-        gradient = None
     for name, target in targets.items():
         target.mul_(TAU).add_(parameters[name], alpha=1 - TAU)
     for parameter in parameters.values():
@@ -39,6 +38,7 @@ def test_lars_ema_step(moves, case, variant):
     arena.grads.normal_()
     parameters, targets = dict(model.online.named_parameters()), dict(model.target.named_parameters())
     momenta = arena.momentum()
+    footprint = 4 * (3 * len(arena.params) + len(arena.targets))
     count = 4 * (8 * len(arena.params) + 2 * len(arena.targets))
 
     def run():
@@ -47,4 +47,4 @@ def test_lars_ema_step(moves, case, variant):
         else:
             arena.step(LR, TAU, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM, eta=ETA)
 
-    moves("lars_ema_step", case, variant, count, run)
+    moves("lars_ema_step", case, variant, footprint, count, run)

@@ -51,7 +51,7 @@ def lars_ema_step(
         trust = torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio)
         torch._foreach_mul_(updates, list(trust.unbind()))
     momenta.mul_(momentum).add_(grads)
-    params.sub_(lr * momenta)
+    params.addcmul_(momenta, lr.to(params.dtype), value=-1)
     targets.lerp_(params[: len(targets)], to_online)
     grads.zero_()
 
