@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import InputError
-from .models import build
+from .models import Network, build
 from .slim import slim
 from .subnets import Subnet
 
@@ -20,7 +20,7 @@ TORCHVISION: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 
 
-def save(directory: Path, network: nn.Module, subnet: Subnet, extra: dict[str, Any]) -> None:
+def save(directory: Path, network: Network, subnet: Subnet, extra: dict[str, Any]) -> None:
     """Write a network that `slim` cut out of one of our models; existing files are replaced whole.
 
     Args:
@@ -39,7 +39,7 @@ def save(directory: Path, network: nn.Module, subnet: Subnet, extra: dict[str, A
         "stem": stem,
         "features": subnet.channels[-1],
         **extra,
-        "loads_into": _loads_into(str(network.name), subnet, stem),
+        "loads_into": _loads_into(network.name, subnet, stem),
         "layers": layers(network),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .models.network import Network
 from .nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
 from .nn.activate import Sizes
 from .nn.batch_norm import SlimBatchNorm
@@ -31,8 +32,8 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Ten
     with activate(model, dn):
         channels = _input_channels(model, torch.zeros(2, 3, 64, 64) if example is None else example)
         plain = _plain(model, "", channels)
-    if isinstance(dn, Subnet | str) and hasattr(plain, "full"):
-        plain.full = model.subnet(dn) if isinstance(dn, str) else dn  # type: ignore[operator,assignment]
+    if isinstance(plain, Network) and isinstance(dn, Subnet | str):
+        plain.full = plain.subnet(dn) if isinstance(dn, str) else dn
     return plain.eval()
 
 

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from dspnet_fast.models import MLP, build
+from dspnet_fast.models import MLP, Network, build
 from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm, SlimBatchNorm, SlimBatchNorm2d
@@ -32,7 +32,7 @@ VIEWS = 2
 class Branch(nn.Module):
     """Encoder and projector, and for the online network the predictor: images [N, 3, H, W] to [N, D]."""
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None) -> None:
+    def __init__(self, encoder: Network, projector: nn.Module, predictor: nn.Module | None) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
@@ -40,7 +40,7 @@ class Branch(nn.Module):
 
     def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
         """A subnet of the branch is a subnet of its encoder; the heads are shared and full."""
-        name, sizes = self.encoder.plan(dn)  # type: ignore[operator]
+        name, sizes = self.encoder.plan(dn)
         return name, {f"encoder.{path}": size for path, size in sizes.items()}
 
     def forward(self, images: Tensor) -> Tensor:

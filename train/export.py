@@ -12,7 +12,7 @@ import dspnet_fast
 from dspnet_fast import exported
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import subnet
+from dspnet_fast.models import Network, subnet
 from dspnet_fast.slim import slim
 
 from . import cli
@@ -49,6 +49,7 @@ def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
     folders = []
     for wanted in subnets:
         network = slim(encoder, wanted)
+        assert isinstance(network, Network)
         manifest = {
             "parameters": parameter_count(network),
             "macs": mac_count(network, config.image_size),

@@ -6,15 +6,16 @@ from ..errors import InputError
 from ..subnets import Family, Subnet
 from .heads import MLP
 from .mobilenet_v3 import MobileNetV3
+from .network import Network
 from .resnet import ResNet
 
-NETWORKS: dict[str, type[MobileNetV3] | type[ResNet]] = {"mobilenet_v3_large": MobileNetV3, "resnet": ResNet}
+NETWORKS: dict[str, type[Network]] = {network.name: network for network in (MobileNetV3, ResNet)}
 STEMS = ("standard", "small")
 
-__all__ = ["MLP", "NETWORKS", "STEMS", "MobileNetV3", "ResNet", "build", "family", "subnet"]
+__all__ = ["MLP", "NETWORKS", "STEMS", "MobileNetV3", "Network", "ResNet", "build", "family", "subnet"]
 
 
-def _network(name: str) -> type[MobileNetV3] | type[ResNet]:
+def _network(name: str) -> type[Network]:
     if name not in NETWORKS:
         raise InputError(f"no network {name!r}: there are {', '.join(NETWORKS)}")
     return NETWORKS[name]
@@ -30,7 +31,7 @@ def family(network: str, dns: Sequence[str]) -> Family:
     return Family(subnet(network, dn) for dn in dns)
 
 
-def build(network: str, full: Subnet, stem: str = "standard") -> MobileNetV3 | ResNet:
+def build(network: str, full: Subnet, stem: str = "standard") -> Network:
     """A slimmable network with the weights of `full`, which is active.
 
     Args:

@@ -18,6 +18,7 @@ from ..nn import SlimBatchNorm2d, SlimConv2d
 from ..nn.activate import Sizes
 from ..subnets import Subnet, make_divisible, width_name
 from .initialize import initialize
+from .network import Network
 
 STEM_CHANNELS = 16
 
@@ -152,7 +153,7 @@ def _block_type(stage: int) -> type[DepthwiseSeparable] | type[InvertedResidual]
     return DepthwiseSeparable if stage == 0 else InvertedResidual
 
 
-class MobileNetV3(nn.Module):
+class MobileNetV3(Network):
     """Images [N, 3, H, W] to pooled features [N, 960 w].
 
     Args:
@@ -163,9 +164,7 @@ class MobileNetV3(nn.Module):
     name = "mobilenet_v3_large"
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
-        super().__init__()
-        self.full = full
-        self.small_stem = small_stem
+        super().__init__(full, small_stem)
         stem, *stages, feature = full.channels
         self.conv_stem = SlimConv2d(3, stem, 3, 1 if small_stem else 2, 1, bias=False)
         self.bn1 = SlimBatchNorm2d(stem)
@@ -180,11 +179,6 @@ class MobileNetV3(nn.Module):
             self.blocks.append(blocks)
         self.blocks.append(nn.Sequential(Feature(in_channels, feature)))
         initialize(self)
-
-    @property
-    def num_features(self) -> int:
-        """Features of the full network's representation."""
-        return self.full.channels[-1]
 
     @staticmethod
     def subnet(name: str) -> Subnet:
@@ -202,7 +196,6 @@ class MobileNetV3(nn.Module):
         )
 
     def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
-        """Name of the subnet and the size of each of its slimmable modules."""
         subnet = self.subnet(dn) if isinstance(dn, str) else dn
         stem, *stages, feature = subnet.channels
         sizes = {"conv_stem": stem}

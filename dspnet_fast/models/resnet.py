@@ -14,6 +14,7 @@ from ..nn import SlimBatchNorm2d, SlimConv2d, SlimSequential
 from ..nn.activate import Sizes
 from ..subnets import Subnet
 from .initialize import initialize
+from .network import Network
 
 STAGE_MULTIPLIERS = (1, 2, 4, 8)
 
@@ -42,7 +43,7 @@ class BasicBlock(nn.Module):
         return self.act2(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Images [N, 3, H, W] to pooled features [N, 8 x the first stage's channels].
 
     Args:
@@ -53,9 +54,7 @@ class ResNet(nn.Module):
     name = "resnet"
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
-        super().__init__()
-        self.full = full
-        self.small_stem = small_stem
+        super().__init__(full, small_stem)
         stem, *stages = full.channels
         if small_stem:
             self.conv1 = SlimConv2d(3, stem, 3, 1, 1, bias=False)
@@ -73,11 +72,6 @@ class ResNet(nn.Module):
             setattr(self, f"layer{index}", blocks)
         initialize(self)
 
-    @property
-    def num_features(self) -> int:
-        """Features of the full network's representation."""
-        return self.full.channels[-1]
-
     @staticmethod
     def subnet(name: str) -> Subnet:
         """The subnet "c<channels of stage 1>-d<blocks per stage>"; depths above 9 are written d3.4.23.3."""
@@ -91,7 +85,6 @@ class ResNet(nn.Module):
         return Subnet(name, (base, *(base * factor for factor in STAGE_MULTIPLIERS)), blocks)
 
     def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
-        """Name of the subnet and the size of each of its slimmable modules."""
         subnet = self.subnet(dn) if isinstance(dn, str) else dn
         stem, *stages = subnet.channels
         sizes = {"conv1": stem}

@@ -1,0 +1,39 @@
+"""What the slimmable networks have in common."""
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+from ..nn.activate import Sizes
+from ..subnets import Subnet
+
+
+class Network(nn.Module, ABC):
+    """An encoder of images [N, 3, H, W] to pooled features [N, F], of which every subnet is a prefix.
+
+    Attributes:
+        name: what `dspnet_fast.models.build` knows it by.
+        full: the largest subnet, for which weights are allocated.
+        small_stem: whether the stem keeps the resolution, for images below about 64 px.
+    """
+
+    name: str
+
+    def __init__(self, full: Subnet, small_stem: bool = False) -> None:
+        super().__init__()
+        self.full = full
+        self.small_stem = small_stem
+
+    @property
+    def num_features(self) -> int:
+        """Features of the full network's representation."""
+        return self.full.channels[-1]
+
+    @staticmethod
+    @abstractmethod
+    def subnet(name: str) -> Subnet:
+        """The subnet of that name; InputError if the name says nothing to this network."""
+
+    @abstractmethod
+    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+        """Name of the subnet and the size of each of its slimmable modules."""
