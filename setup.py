@@ -120,7 +120,7 @@ setup(
     version="0.1.0",
     description="One self-supervised training run that gives a whole family of networks",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={"": ["*.yaml", "py.typed"]},

@@ -109,7 +109,7 @@ class Pretraining:
                     self._measure()
                 self.meter.restart()
                 self.monitor.restart()
-                for batch in self.meter.batches():
+                for batch in self._batches():
                     lr, tau = trainer.learning_rate, trainer.tau
                     losses = trainer.train_step(batch)
                     last = trainer.step == trainer.steps
@@ -119,18 +119,30 @@ class Pretraining:
                     began = time.perf_counter()
                     if last or self._due(config.probe_epochs):
                         self._measure()
-                    if last or self._due(config.checkpoint_epochs) or interruption.requested:
+                    if last or self._due(config.checkpoint_epochs):
                         checkpoint.save(self.checkpoints, trainer.step, trainer.state())
                     self.meter.pause(began)
                     if interruption.requested and not last:
-                        self._say(
-                            f"stopped and saved after step {trainer.step} of {trainer.steps}; continue with",
-                            f"  python -m train.pretrain --out {self.out} --resume",
-                        )
+                        self._save_and_stop()
                         raise KeyboardInterrupt
                 self._say(f"pretrained {', '.join(trainer.model.family.names)} in {self.out}")
         finally:
             self.log.close()
+
+    def _batches(self) -> Iterator[Tensor]:
+        """The batches; an image that cannot be used ends the run, but not before it is saved."""
+        try:
+            yield from self.meter.batches()
+        except InputError:
+            self._save_and_stop()
+            raise
+
+    def _save_and_stop(self) -> None:
+        checkpoint.save(self.checkpoints, self.trainer.step, self.trainer.state())
+        self._say(
+            f"stopped and saved after step {self.trainer.step} of {self.trainer.steps}; continue with",
+            f"  python -m train.pretrain --out {self.out} --resume",
+        )
 
     def _due(self, epochs: float) -> bool:
         return epochs > 0 and self.trainer.step % max(1, round(epochs * self.trainer.epoch_steps)) == 0

@@ -1,6 +1,7 @@
 """The commands as their users meet them: what they write, what they refuse and how they say it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,22 @@ def test_folders_that_cannot_be_used(arguments, tmp_path, capsys):
         assert run(pretrain, *arguments(data=broken, workers=workers, probe_epochs=0, out=out)) == WRONG_INPUT
         error = capsys.readouterr().err
         assert "07.png" in error and "Traceback" not in error
+
+
+def test_an_unreadable_image_in_the_middle_of_a_run_loses_nothing(images, arguments, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    broken = sorted(folder.glob("train/*/*.png"))[3]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    assert run(pretrain, *arguments(data=folder, probe_epochs=0)) == WRONG_INPUT
+    assert broken.name in capsys.readouterr().err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    saved = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert saved.name == f"step-{len(lines):08}.pt" and len(lines) > 0
+    broken.write_bytes(whole)
+    assert run(pretrain, "--resume", "--out", tmp_path / "run") == DONE
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 20
 
 
 def test_a_folder_without_classes_pretrains(arguments, tmp_path):
