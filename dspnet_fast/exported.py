@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -76,8 +77,8 @@ def layers(network: nn.Module) -> list[dict[str, Any]]:
     for name, module in network.named_modules():
         if any(module.children()) or isinstance(module, nn.Identity):
             continue
-        names = getattr(type(module), "__constants__", ())
-        arguments = {key: getattr(module, key) for key in names if _is_plain(getattr(module, key, None))}
+        parameters = inspect.signature(type(module)).parameters
+        arguments = {key: getattr(module, key) for key in parameters if _is_plain(getattr(module, key, None))}
         if isinstance(module, nn.Conv2d | nn.Linear):
             arguments["bias"] = module.bias is not None
         described.append({"name": name, "type": type(module).__name__, **arguments})

@@ -152,6 +152,8 @@ def test_exported_networks_load_without_a_run(network, names, tmp_path):
     assert manifest["note"] == 1 and manifest["channels"] == list(made[0].channels)
     convolutions = [layer for layer in manifest["layers"] if layer["type"] == "Conv2d"]
     assert convolutions[0]["in_channels"] == 3 and convolutions[0]["out_channels"] == made[0].channels[0]
+    for layer in manifest["layers"]:  # the arguments are the constructor's
+        getattr(nn, layer["type"])(**{key: value for key, value in layer.items() if key not in ("name", "type")})
     if network == "resnet":
         assert "torchvision.models.resnet18" in str(json.loads((tmp_path / "c64-d2222/manifest.json").read_text()))
 

@@ -70,7 +70,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> dict[str, Any]:
 
     def score_family(family: TrainedFamily, what: str) -> dict[str, dict[str, float]]:
         subnets = list(family.family)
-        family.measure(subnets, references, options.workers)
+        family.measure(subnets, references, data, options.workers)
         train = extract(family.encoder, subnets, family.batches(references, f"{what}references", options.workers))
         test = extract(family.encoder, subnets, family.batches(queries, f"{what}queries", options.workers))
         return {name: score(train[name], test[name]) for name in train}

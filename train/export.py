@@ -44,7 +44,7 @@ def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
     missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
     if missing:
         images = open_images(config.data, "train")
-        trained.measure(missing, Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0))
+        trained.measure(missing, Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0), config.data)
     sources = trained.recall(subnets)
     folders = []
     for wanted in subnets:

@@ -61,13 +61,16 @@ class TrainedFamily:
                 monitor.advance()
                 monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
-    def measure(self, subnets: Sequence[Subnet], images: ImageSet, workers: Workers = "auto") -> None:
-        """Measure the post-statistics of `subnets` on `images`; a trained family keeps them in the run directory."""
+    def measure(self, subnets: Sequence[Subnet], images: ImageSet, data: str, workers: Workers = "auto") -> None:
+        """Measure the post-statistics of `subnets` on `images` of the set called `data`.
+
+        A trained family keeps them in the run directory.
+        """
         post_statistics(self.encoder, subnets, self.batches(images, "statistics", workers))
         if self.step == 0:
             return
         sources, tensors = self._kept()
-        source = {"step": self.step, "data": images.name, "images": len(images), "size": self.config.image_size}
+        source = {"step": self.step, "data": data, "images": len(images), "size": self.config.image_size}
         sources |= {subnet.name: source for subnet in subnets}
         tensors |= {
             name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.encoder, subnets).items()
