@@ -2,15 +2,41 @@
 // public operators are dspnet::<operator>, defined in dspnet_fast/ops, which choose these among other providers.
 #include <torch/library.h>
 
+#include <optional>
+#include <string_view>
+#include <tuple>
+
 #include "capability.h"
+
+using Tensor = const at::Tensor&;
+using OptionalTensor = const std::optional<at::Tensor>&;
+using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+DSPNET_CPU_BUILDS(
+    Tensors3, conv_moments, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act,
+    OptionalTensor gate, Tensor weight, int64_t out_channels, int64_t stride, int64_t padding, int64_t groups,
+    int64_t views)
+DSPNET_CPU_BUILDS(
+    Tensors5, conv_moments_backward, Tensor grad_y, Tensor grad_mean, Tensor grad_variance, Tensor x,
+    OptionalTensor scale, OptionalTensor shift, std::string_view act, OptionalTensor gate, Tensor weight,
+    OptionalTensor main_grad, Tensor y, Tensor mean, int64_t stride, int64_t padding, int64_t groups,
+    bool input_gradient, bool weight_gradient)
 
 DSPNET_CPU_BUILDS(void, ema_update, at::TensorList targets, at::TensorList onlines, double tau)
 DSPNET_CPU_BUILDS(
-    void, lars_ema_step, const at::Tensor& params, const at::Tensor& grads, const at::Tensor& momenta,
-    const at::Tensor& targets, at::IntArrayRef starts, at::IntArrayRef sizes, const at::Tensor& lr,
-    const at::Tensor& tau, double weight_decay, double momentum, double eta)
+    void, lars_ema_step, Tensor params, Tensor grads, Tensor momenta, Tensor targets, at::IntArrayRef starts,
+    at::IntArrayRef sizes, Tensor lr, Tensor tau, double weight_decay, double momentum, double eta)
 
 TORCH_LIBRARY(dspnet_cpp, library) {
+  library.def(
+      "conv_moments(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor weight, int out_channels, "
+      "int stride, int padding, int groups, int views) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "conv_moments_backward(Tensor grad_y, Tensor grad_mean, Tensor grad_variance, Tensor x, Tensor? scale, "
+      "Tensor? shift, str act, Tensor? gate, Tensor weight, Tensor(a!)? main_grad, Tensor y, Tensor mean, int stride, "
+      "int padding, int groups, bool input_gradient, bool weight_gradient) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("ema_update(Tensor(a!)[] targets, Tensor[] onlines, float tau) -> ()");
   library.def(
       "lars_ema_step(Tensor(a!) params, Tensor(b!) grads, Tensor(c!) momenta, Tensor(d!) targets, int[] starts, "
@@ -18,6 +44,8 @@ TORCH_LIBRARY(dspnet_cpp, library) {
 }
 
 TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
+  library.impl("conv_moments", DSPNET_CPU_BUILD(conv_moments));
+  library.impl("conv_moments_backward", DSPNET_CPU_BUILD(conv_moments_backward));
   library.impl("ema_update", DSPNET_CPU_BUILD(ema_update));
   library.impl("lars_ema_step", DSPNET_CPU_BUILD(lars_ema_step));
 }

@@ -1,8 +1,25 @@
 """Operators, one file each: a plain PyTorch body that is the specification, and faster providers of the same thing."""
 
 from . import registry
+from .conv_moments import conv_moments
 from .ema_update import ema_update
 from .lars_ema_step import lars_ema_step
+from .norm_act import norm_act
+from .norm_act_pool import norm_act_pool
 from .normalized_mse import normalized_mse
+from .slim_batch_norm import slim_batch_norm
+from .slim_conv2d import slim_conv2d
+from .slim_linear import slim_linear
 
-__all__ = ["ema_update", "lars_ema_step", "normalized_mse", "registry"]
+__all__ = [
+    "conv_moments",
+    "ema_update",
+    "lars_ema_step",
+    "norm_act",
+    "norm_act_pool",
+    "normalized_mse",
+    "registry",
+    "slim_batch_norm",
+    "slim_conv2d",
+    "slim_linear",
+]

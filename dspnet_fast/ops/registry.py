@@ -70,7 +70,7 @@ class Operator(Generic[P, R]):
         self._reported: set[str] = set()
         schema = torch.library.infer_schema(native, mutates_args=mutates)
         self._custom = torch.library.custom_op(f"dspnet::{self.name}", self._run, mutates_args=mutates, schema=schema)
-        if not mutates:
+        if not schema.endswith("-> ()"):
             self._custom.register_fake(native)
         self._call: Callable[P, R] = getattr(torch.ops.dspnet, self.name).default
         functools.update_wrapper(self, native)
@@ -116,7 +116,7 @@ class Operator(Generic[P, R]):
 
 
 def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Makes dspnet::<name> out of a function. mutates: the arguments that it writes to; it must then return None."""
+    """Makes dspnet::<name> out of a function. mutates: the arguments that it writes to."""
 
     def register(native: Callable[P, R]) -> Operator[P, R]:
         made = Operator(native, mutates)

@@ -1,0 +1,107 @@
+// Checks that every operator makes before it touches memory: nothing that a caller passes may crash the process.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <limits>
+#include <optional>
+#include <string_view>
+
+#include "owed.h"
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Storages can be resized under their tensors, and strides set at will: whether all elements lie inside.
+inline bool has_memory(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) {
+    return true;
+  }
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return static_cast<size_t>(last + 1) * tensor.element_size() <= tensor.storage().nbytes();
+}
+
+inline void check_cpu(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(
+      tensor.defined() && tensor.device().is_cpu() && tensor.layout() == at::kStrided && has_memory(tensor), op, ": ",
+      name, " must be a dense tensor on the CPU with memory for all its elements");
+}
+
+inline void check_activation(const char* op, const char* name, const at::Tensor& tensor) {
+  check_cpu(op, name, tensor);
+  TORCH_CHECK(
+      tensor.dim() == 4 && (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16), op, ": ",
+      name, " must be [N, C, H, W] of float32 or bfloat16, got ", tensor.sizes(), " ", tensor.scalar_type());
+}
+
+inline void check_like(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& other) {
+  check_cpu(op, name, tensor);
+  TORCH_CHECK(
+      tensor.sizes() == other.sizes() && tensor.scalar_type() == other.scalar_type(), op, ": ", name, " must be ",
+      other.sizes(), " ", other.scalar_type(), ", got ", tensor.sizes(), " ", tensor.scalar_type());
+}
+
+// A float32 matrix of this shape; returns it contiguous.
+inline at::Tensor check_matrix(
+    const char* op, const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
+  check_cpu(op, name, tensor);
+  TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns &&
+          tensor.scalar_type() == at::kFloat,
+      op, ": ", name, " must be [", rows, ", ", columns, "] of float32, got ", tensor.sizes(), " ",
+      tensor.scalar_type());
+  return tensor.contiguous();
+}
+
+inline Act check_act(const char* op, std::string_view act) {
+  TORCH_CHECK(
+      act == "identity" || act == "relu" || act == "hardswish", op, ": act must be one of identity, relu, hardswish, not ",
+      std::string(act));
+  return act == "relu" ? Act::relu : act == "hardswish" ? Act::hardswish : Act::identity;
+}
+
+// Owed with the tensors that keep its memory alive.
+struct CheckedOwed {
+  at::Tensor scale, shift, gate;
+  Owed owed;
+};
+
+// views: rows of moments that the operator forms, 0 for none.
+inline CheckedOwed check_owed(
+    const char* op,
+    const at::Tensor& x,
+    const OptionalTensor& scale,
+    const OptionalTensor& shift,
+    std::string_view act,
+    const OptionalTensor& gate,
+    int64_t views) {
+  CheckedOwed checked;
+  checked.owed.act = check_act(op, act);
+  TORCH_CHECK(views >= 0 && (views == 0 || x.size(0) % views == 0), op, ": ", x.size(0), " images are not ", views,
+              " views of equal size");
+  TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift come together, or neither does");
+  if (scale) {
+    const int64_t rows = scale->dim() == 2 ? scale->size(0) : 0;
+    TORCH_CHECK(
+        rows > 0 && x.size(0) % rows == 0 && (views == 0 || rows == 1 || rows == views), op, ": ", rows,
+        " rows of scale and shift for ", x.size(0), " images, ", views, " views");
+    checked.scale = check_matrix(op, "scale", *scale, rows, x.size(1));
+    checked.shift = check_matrix(op, "shift", *shift, rows, x.size(1));
+    checked.owed.scale = checked.scale.const_data_ptr<float>();
+    checked.owed.shift = checked.shift.const_data_ptr<float>();
+    checked.owed.rows = rows;
+  }
+  if (gate) {
+    checked.gate = check_matrix(op, "gate", *gate, x.size(0), x.size(1));
+    checked.owed.gate = checked.gate.const_data_ptr<float>();
+  }
+  return checked;
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace dspnet

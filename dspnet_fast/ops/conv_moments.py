@@ -1,0 +1,244 @@
+"""conv_moments: a convolution that settles its input's owed normalisation and returns its output's moments.
+
+The heart of the fast path, derived in docs/formulation.md: between two convolutions a normalised activation is never
+written. Batch normalisation is arithmetic on [V, C] moments outside, so its gradient needs no code of its own.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpp
+from .owed import activated, check_owed, normalization_gradients, normalized, per_image, settled, slope, wide
+from .registry import operator
+
+
+@operator()
+def conv_moments(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    out_channels: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    views: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = conv(h, weight[:out_channels, :C / groups]) with h = act(scale x + shift) * gate, and the moments of y.
+
+    x: [N, C, H, W], raw. scale, shift: [V, C], V = 1 or as many as there are views, or neither. act: one of
+    owed.ACTS. gate: [N, C] or None. weight: [O, I, k, k], of which a prefix is used. main_grad: a buffer like weight
+    that the gradient of that prefix is added to; without one, a full-size gradient is returned to autograd.
+    groups: 1, or C for a depthwise convolution, which has out_channels = C.
+
+    x is floating point and may be narrower than fp32; h and the weight are then rounded to x's dtype and sums are fp32.
+    scale, shift, gate are fp32, or fp64 if x is. weight may be wider than x.
+
+    Returns y [N, out_channels, H', W'] in x's dtype and the channels-last memory format, and mean and biased variance
+    of y over each view's images and positions, [views, out_channels] in fp32, or fp64 if x is; [0, out_channels] for
+    views = 0. Raises RuntimeError for anything else, and for an output without positions.
+    """
+    _check(x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views)
+    h = settled(x, scale, shift, act, gate).to(x.dtype)
+    prefix = weight[:out_channels, : x.shape[1] // groups].to(x.dtype)
+    y = torch.conv2d(h, prefix, None, stride, padding, 1, groups).contiguous(memory_format=torch.channels_last)
+    if not views:
+        return y, wide(y).new_empty(0, out_channels), wide(y).new_empty(0, out_channels)
+    variance, mean = torch.var_mean(wide(y).unflatten(0, (views, -1)), (1, 3, 4), correction=0)
+    return y, mean, variance
+
+
+def _check(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    out_channels: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    views: int,
+) -> None:
+    check_owed("conv_moments", x, scale, shift, act, gate, views)
+    channels, (height, width) = x.shape[1], x.shape[2:]
+    torch._check(
+        weight.ndim == 4 and weight.is_floating_point() and weight.shape[2] == weight.shape[3],
+        lambda: f"conv_moments: weight must be [O, I, k, k], floating point, got {list(weight.shape)} {weight.dtype}",
+    )
+    out_full, in_full, kernel, _ = weight.shape
+    torch._check(
+        groups == 1 or groups == channels == out_channels,
+        lambda: (
+            f"conv_moments: {groups} groups for {channels} channels in and {out_channels} out: "
+            "only 1 and depthwise are served"
+        ),
+    )
+    torch._check(
+        0 < out_channels <= out_full and 0 < channels // groups <= in_full and (groups == 1 or in_full == 1),
+        lambda: (
+            f"conv_moments: a weight of {list(weight.shape)} has no prefix of {out_channels} x {channels // groups}"
+        ),
+    )
+    torch._check(
+        stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and len(x) > 0,
+        lambda: f"conv_moments: no output for {list(x.shape)} by kernel {kernel}, stride {stride}, padding {padding}",
+    )
+    torch._check(
+        main_grad is None or (main_grad.shape == weight.shape and main_grad.dtype == weight.dtype),
+        lambda: f"conv_moments: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
+    )
+
+
+@operator(mutates=("main_grad",))
+def conv_moments_backward(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    stride: int,
+    padding: int,
+    groups: int,
+    input_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of conv_moments. With cnt elements per channel and view,
+
+        e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt
+        dW = conv_weight_gradient(h, e), with h formed anew from x        dh = conv_transpose(e, W)
+        dz = dh gate act'(z), z = scale x + shift        dx = scale dz
+        dscale = sum(dz x), dshift = sum(dz), over each view        dgate = sum over positions of dh act(z)
+
+    Returns dx like x (channels-last), dscale, dshift [V, C], dgate [N, C], dW like the full weight, zero outside the
+    prefix. Empty: those whose input is absent; all but dW without input_gradient; dW without weight_gradient, and with
+    main_grad, to whose prefix it is added instead.
+    """
+    wide_y = wide(y)
+    views = len(mean)
+    e = wide(grad_y)
+    if views:
+        count = y.numel() // (y.shape[1] * views)
+        e = e + per_image(grad_mean / count, len(y))
+        e = e + (wide_y - per_image(mean, len(y))) * per_image(2 * grad_variance / count, len(y))
+    e = e.to(x.dtype)
+    z = normalized(x, scale, shift)
+    value = activated(z, act)
+    h = (value if gate is None else value * gate[:, :, None, None]).to(x.dtype)
+    prefix = weight[: y.shape[1], : x.shape[1] // groups]
+    grad_h, grad_prefix, _ = torch.ops.aten.convolution_backward(
+        e,
+        h,
+        prefix.to(x.dtype),
+        None,
+        [stride, stride],
+        [padding, padding],
+        [1, 1],
+        False,
+        [0, 0],
+        groups,
+        [input_gradient, weight_gradient, False],
+    )
+    grad_x, (grad_scale, grad_shift, grad_gate) = x.new_empty(0), (wide_y.new_empty(0) for _ in range(3))
+    if input_gradient:
+        grad_h = wide(grad_h)
+        if gate is not None:
+            grad_gate = (grad_h * value).sum((2, 3))
+            grad_h = grad_h * gate[:, :, None, None]
+        rows = 0 if scale is None else len(scale)
+        grad_x, grad_scale, grad_shift = normalization_gradients(grad_h * slope(z, act), x, scale, rows)
+        grad_x = grad_x.contiguous(memory_format=torch.channels_last)
+    grad_weight = weight.new_empty(0)
+    if weight_gradient:
+        if main_grad is None:
+            main_grad = grad_weight = torch.zeros_like(weight)
+        main_grad[: prefix.shape[0], : prefix.shape[1]] += grad_prefix
+    return grad_x, grad_scale, grad_shift, grad_gate, grad_weight
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, scale, shift, act, gate, weight, main_grad, _, stride, padding, groups, _ = inputs
+    y, mean, _ = output
+    ctx.save_for_backward(x, scale, shift, gate, weight, y, mean)
+    ctx.main_grad = main_grad  # not saved: it changes before the backward, and is only added to
+    ctx.act, ctx.geometry = act, (stride, padding, groups)
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Any, ...]:
+    x, scale, shift, gate, weight, y, mean = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    input_gradient = any(needs[i] for i in (0, 1, 2, 4))
+    grads = conv_moments_backward(
+        grad_y,
+        grad_mean,
+        grad_variance,
+        x,
+        scale,
+        shift,
+        ctx.act,
+        gate,
+        weight,
+        ctx.main_grad,
+        y,
+        mean,
+        *ctx.geometry,
+        input_gradient,
+        needs[5],
+    )
+    present = [input_gradient, *(input_gradient and t is not None for t in (scale, shift, gate)), needs[5]]
+    present[4] = needs[5] and ctx.main_grad is None
+    dx, dscale, dshift, dgate, dweight = (g if p else None for g, p in zip(grads, present, strict=True))
+    return dx, dscale, dshift, None, dgate, dweight, None, None, None, None, None, None
+
+
+conv_moments.register_autograd(_backward, _setup_context)
+
+
+def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
+        return False, f"it serves float32 and bfloat16 by float32 weights, not {x.dtype} by {weight.dtype}"
+    return True, ""
+
+
+@conv_moments.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "conv_moments"),
+    accepts=lambda *args: _accepts(args[0], args[5]),
+)
+def _cpp(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    *rest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.dspnet_cpp.conv_moments(x, scale, shift, act, gate, weight, *rest)
+
+
+@conv_moments_backward.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "conv_moments_backward"),
+    accepts=lambda *args: _accepts(args[3], args[8]),
+)
+def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.dspnet_cpp.conv_moments_backward(*args)

@@ -1,0 +1,135 @@
+"""norm_act: settle an owed normalisation, at the end of a block, with the residual added."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .owed import activated, check_owed, normalization_gradients, normalized, slope
+from .registry import operator
+
+
+@operator()
+def norm_act(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+) -> Tensor:
+    """act(scale x + shift + r) * gate with r = residual_scale residual + residual_shift.
+
+    x, residual: [N, C, H, W] of one dtype and shape. scale, shift, residual_scale, residual_shift: [V, C], each pair
+    with as many rows as there are views, or 1, or absent. gate: [N, C] or None. All small ones fp32, or fp64 if x is.
+    Returns x's shape and dtype, channels-last, computed in fp32 at least. Raises RuntimeError for anything else.
+    """
+    _check(x, scale, shift, act, gate, residual, residual_scale, residual_shift)
+    value = activated(_sum(x, scale, shift, residual, residual_scale, residual_shift), act)
+    value = value if gate is None else value * gate[:, :, None, None]
+    # A copy even where nothing is owed: an operator's output is never its input.
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(value)
+
+
+def _check(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+) -> None:
+    check_owed("norm_act", x, scale, shift, act, gate)
+    if residual is None:
+        torch._check(
+            residual_scale is None and residual_shift is None,
+            lambda: "norm_act: residual_scale and residual_shift without a residual",
+        )
+        return
+    torch._check(
+        residual.shape == x.shape and residual.dtype == x.dtype,
+        lambda: (
+            f"norm_act: the residual must be {list(x.shape)} {x.dtype} as x, "
+            f"got {list(residual.shape)} {residual.dtype}"
+        ),
+    )
+    check_owed("norm_act", residual, residual_scale, residual_shift, act, None)
+
+
+def _sum(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+) -> Tensor:
+    z = normalized(x, scale, shift)
+    return z if residual is None else z + normalized(residual, residual_scale, residual_shift)
+
+
+@operator()
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of norm_act. With z the sum that the activation is taken of,
+
+        dz = d gate act'(z)        dx = scale dz, dscale = sum(dz x), dshift = sum(dz) over each view
+        dgate = sum over positions of d act(z)        and for the residual as for x
+
+    Returns dx, dscale, dshift, dgate, dresidual, dresidual_scale, dresidual_shift, the large ones channels-last. Empty:
+    those whose input is absent, and the last three without residual_gradient.
+    """
+    z = _sum(x, scale, shift, residual, residual_scale, residual_shift)
+    grad_z, grad_gate = grad.to(z.dtype), z.new_empty(0)
+    if gate is not None:
+        grad_gate = (grad_z * activated(z, act)).sum((2, 3))
+        grad_z = grad_z * gate[:, :, None, None]
+    grad_z = grad_z * slope(z, act)
+    gradients = []
+    for tensor, rows in ((x, scale), (residual if residual_gradient else None, residual_scale)):
+        if tensor is None:
+            gradients += [x.new_empty(0), z.new_empty(0), z.new_empty(0)]
+            continue
+        of_tensor, *of_rows = normalization_gradients(grad_z, tensor, rows, 0 if rows is None else len(rows))
+        gradients += [torch.empty_like(tensor, memory_format=torch.channels_last).copy_(of_tensor), *of_rows]
+    return *gradients[:3], grad_gate, *gradients[3:]  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, shift, act, gate, *residual = inputs
+    ctx.save_for_backward(x, scale, shift, gate, *residual)
+    ctx.act = act
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, scale, shift, gate, residual, residual_scale, residual_shift = ctx.saved_tensors
+    inputs = (x, scale, shift, gate, residual, residual_scale, residual_shift)
+    # Where nothing but an addition lies between, the residual's gradient is the output's: no operator, no copy.
+    passed_on = residual is not None and residual_scale is None and ctx.act == "identity" and gate is None
+    wanted = residual is not None and not passed_on
+    gradients = norm_act_backward(
+        grad, x, scale, shift, ctx.act, gate, residual, residual_scale, residual_shift, wanted
+    )
+    dx, dscale, dshift, dgate, *dresidual = (
+        None if of is None else gradient for of, gradient in zip(inputs, gradients, strict=True)
+    )
+    if passed_on:
+        dresidual[0] = grad
+    return dx, dscale, dshift, None, dgate, *dresidual
+
+
+norm_act.register_autograd(_backward, _setup_context)

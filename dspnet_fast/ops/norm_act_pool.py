@@ -1,0 +1,49 @@
+"""norm_act_pool: the mean over all positions of an owed activation, for squeeze-and-excite and the last pooling."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .owed import check_owed, normalization_gradients, normalized, settled, slope
+from .registry import operator
+
+
+@operator()
+def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
+    """mean over H and W of act(scale x + shift).
+
+    x: [N, C, H, W]. scale, shift: [V, C] with as many rows as there are views, or 1, or absent; fp32, or fp64 if x is.
+    Returns [N, C] in fp32, or fp64 if x is. Raises RuntimeError for anything else, and for x without positions.
+    """
+    check_owed("norm_act_pool", x, scale, shift, act, None)
+    torch._check(x.shape[2] * x.shape[3] > 0, lambda: f"norm_act_pool: no positions in {list(x.shape)}")
+    return settled(x, scale, shift, act, None).mean((2, 3))
+
+
+@operator()
+def norm_act_pool_backward(
+    grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of norm_act_pool: dz = d act'(z) / (H W), and dx = scale dz, dscale = sum(dz x), dshift = sum(dz).
+
+    Returns dx (channels-last), dscale, dshift; the last two empty if x is owed nothing.
+    """
+    z = normalized(x, scale, shift)
+    grad_z = (grad / (x.shape[2] * x.shape[3]))[:, :, None, None] * slope(z, act)
+    grad_x, *rest = normalization_gradients(grad_z, x, scale, 0 if scale is None else len(scale))
+    return grad_x.contiguous(memory_format=torch.channels_last), *rest  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, shift, ctx.act = inputs
+    ctx.save_for_backward(x, scale, shift)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, scale, shift = ctx.saved_tensors
+    dx, dscale, dshift = norm_act_pool_backward(grad, x, scale, shift, ctx.act)
+    return dx, None if scale is None else dscale, None if shift is None else dshift, None
+
+
+norm_act_pool.register_autograd(_backward, _setup_context)

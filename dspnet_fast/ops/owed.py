@@ -1,0 +1,127 @@
+"""Owed normalisation in plain PyTorch: what the native bodies of the operators share.
+
+An activation x [N, C, H, W] is stored raw, as a convolution left it, and owed  h = act(scale x + shift) * gate.  Its N
+images are V views of equal size one after another, each with a row of scale and shift [V, C]; one row serves all.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTS = ("identity", "relu", "hardswish")
+
+_VALUES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
+
+
+def _relu_slope(z: Tensor) -> Tensor:
+    return (z > 0).to(z.dtype)
+
+
+def _hardswish_slope(z: Tensor) -> Tensor:
+    """Of z clamp(z + 3, 0, 6) / 6; at the kinks, as autograd has it, that of the middle piece."""
+    return torch.where((z < -3) | (z > 3), (z > 3).to(z.dtype), z / 3 + 0.5)
+
+
+_SLOPES = {"identity": torch.ones_like, "relu": _relu_slope, "hardswish": _hardswish_slope}
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype that is computed in: fp32 for anything narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_image(rows: Tensor, images: int) -> Tensor:
+    """[V, C] -> [images, C, 1, 1], or [1, C, 1, 1] if one row serves all."""
+    if len(rows) > 1:
+        rows = rows.repeat_interleave(images // len(rows), 0)
+    return rows[:, :, None, None]
+
+
+def normalized(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """z = scale x + shift, wide; x itself if it is owed nothing."""
+    x = wide(x)
+    if scale is None or shift is None:
+        return x
+    return x * per_image(scale, len(x)) + per_image(shift, len(x))
+
+
+def activated(z: Tensor, act: str) -> Tensor:
+    """act(z)."""
+    return _VALUES[act](z)
+
+
+def settled(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> Tensor:
+    """h = act(scale x + shift) * gate, wide."""
+    h = activated(normalized(x, scale, shift), act)
+    return h if gate is None else h * gate[:, :, None, None]
+
+
+def slope(z: Tensor, act: str) -> Tensor:
+    """act'(z)."""
+    return _SLOPES[act](z)
+
+
+def normalization_gradients(
+    grad_z: Tensor, x: Tensor, scale: Tensor | None, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From dL/dz with z = scale x + shift, wide: dL/dx in x's dtype, dL/dscale and dL/dshift [V, C].
+
+    The last two are empty if x is owed nothing.
+    """
+    if scale is None:
+        return grad_z.to(x.dtype), grad_z.new_empty(0), grad_z.new_empty(0)
+    grad_x = (grad_z * per_image(scale, len(x))).to(x.dtype)
+    return grad_x, sum_per_view(grad_z * x, rows), sum_per_view(grad_z, rows)
+
+
+def sum_per_view(x: Tensor, views: int) -> Tensor:
+    """[N, C, H, W] -> [views, C]: the sum over each view's images and positions."""
+    return x.sum((2, 3)).unflatten(0, (views, -1)).sum(1)
+
+
+def check_owed(
+    operator: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None, views: int = 0
+) -> None:
+    """Raise RuntimeError unless x, scale, shift, act and gate are as this module's docstring says.
+
+    views: the number of views that the operator forms moments for, if any.
+    """
+    torch._check(
+        x.ndim == 4 and x.is_floating_point(), lambda: f"{operator}: x must be [N, C, H, W], floating point, {_of(x)}"
+    )
+    torch._check(act in ACTS, lambda: f"{operator}: act must be one of {', '.join(ACTS)}, not {act!r}")
+    torch._check(
+        views >= 0 and (views == 0 or len(x) % views == 0),
+        lambda: f"{operator}: {len(x)} images are not {views} views of equal size",
+    )
+    torch._check(
+        (scale is None) == (shift is None), lambda: f"{operator}: scale and shift come together, or neither does"
+    )
+    if scale is not None and shift is not None:
+        for name, rows in (("scale", scale), ("shift", shift)):
+            torch._check(
+                rows.ndim == 2 and rows.shape[1] == x.shape[1] and rows.dtype == wide(x[:0]).dtype,
+                lambda name=name, rows=rows: (
+                    f"{operator}: {name} must be [views, {x.shape[1]}], {wide(x[:0]).dtype}, {_of(rows)}"
+                ),
+            )
+        torch._check(
+            len(scale) == len(shift)
+            and len(scale) > 0
+            and len(x) % len(scale) == 0
+            and (views == 0 or len(scale) in (1, views)),
+            lambda: (
+                f"{operator}: {len(scale)} and {len(shift)} rows of scale and shift for {len(x)} images, {views} views"
+            ),
+        )
+    if gate is not None:
+        torch._check(
+            gate.shape == x.shape[:2] and gate.dtype == wide(x[:0]).dtype,
+            lambda: f"{operator}: gate must be {list(x.shape[:2])}, {wide(x[:0]).dtype}, {_of(gate)}",
+        )
+
+
+def _of(tensor: Tensor) -> str:
+    return f"got {list(tensor.shape)} {tensor.dtype}"

@@ -1,0 +1,109 @@
+"""slim_batch_norm: batch normalisation of every view by itself, with its moments as outputs, for the drop-in layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .owed import wide
+from .registry import operator
+
+
+@operator()
+def slim_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = (x - mean) rsqrt(variance + eps) weight + bias, by the moments of each of `views` parts of the batch.
+
+    x: [N, C, ...], whose N is a multiple of `views`, not empty. weight, bias: [C] or None. Returns y like x, and mean
+    and biased variance [views, C] in fp32, or fp64 if x is. Differentiable in all three outputs. Raises RuntimeError
+    for anything else.
+    """
+    torch._check(
+        x.ndim >= 2 and x.is_floating_point() and x.numel() > 0 and views > 0 and len(x) % views == 0,
+        lambda: (
+            f"slim_batch_norm: x must be [N, C, ...], of {views} views of equal size, got {list(x.shape)} {x.dtype}"
+        ),
+    )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        torch._check(
+            vector is None or vector.shape == x.shape[1:2],
+            lambda name=name: f"slim_batch_norm: {name} must be [{x.shape[1]}]",
+        )
+    rows = wide(x).unflatten(0, (views, -1))
+    variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
+    scale, shift = _scale_shift(mean, variance, weight, bias, eps)
+    y = torch.empty_like(x).copy_((rows * _spread(scale, rows) + _spread(shift, rows)).flatten(0, 1))
+    return y, mean, variance
+
+
+def _reduced(rows: Tensor) -> tuple[int, ...]:
+    """The dimensions of [views, N, C, ...] that moments are taken over."""
+    return 1, *range(3, rows.ndim)
+
+
+def _spread(vectors: Tensor, rows: Tensor) -> Tensor:
+    """[views, C] -> [views, 1, C, 1, ...]."""
+    return vectors.view(len(vectors), 1, -1, *(rows.ndim - 3) * [1])
+
+
+def _scale_shift(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+@operator()
+def slim_batch_norm_backward(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of slim_batch_norm. With r = rsqrt(variance + eps) and cnt elements per channel and view,
+
+        dbias = sum(dy)        dweight = r sum(dy (x - mean))
+        dx = weight r dy + (dmean - weight r dbias) / cnt + 2 (x - mean) (dvariance - weight r^2 dweight / 2) / cnt
+
+    the sums over each view, and dweight, dbias over all of them. Returns dx like x, dweight and dbias [C].
+    """
+    rows = wide(x).unflatten(0, (len(mean), -1))
+    grads = wide(grad_y).unflatten(0, (len(mean), -1))
+    count = rows.numel() // mean.numel()
+    centred = rows - _spread(mean, rows)
+    rsqrt = (variance + eps).rsqrt()
+    scale = rsqrt if weight is None else rsqrt * weight
+    of_bias = grads.sum(_reduced(rows))
+    of_weight = rsqrt * (grads * centred).sum(_reduced(rows))
+    to_mean = (grad_mean - scale * of_bias) / count
+    to_variance = 2 * (grad_variance - scale * rsqrt * of_weight / 2) / count
+    of_x = grads * _spread(scale, rows) + _spread(to_mean, rows) + centred * _spread(to_variance, rows)
+    return torch.empty_like(x).copy_(of_x.flatten(0, 1)), of_weight.sum(0), of_bias.sum(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, mean, variance = ctx.saved_tensors
+    of_x, of_weight, of_bias = slim_batch_norm_backward(
+        grad_y, grad_mean, grad_variance, x, weight, mean, variance, ctx.eps
+    )
+    return (
+        of_x,
+        None if weight is None else of_weight.to(weight.dtype),
+        None if bias is None else of_bias.to(bias.dtype),
+        None,
+        None,
+    )
+
+
+slim_batch_norm.register_autograd(_backward, _setup_context)

@@ -1,0 +1,114 @@
+"""slim_conv2d: an ordinary convolution by a prefix of a weight, read and given its gradient in place."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import operator
+
+
+@operator()
+def slim_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    main_grad: Tensor | None,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """conv2d(x, weight[:out_channels, :C / groups], bias).
+
+    x: [N, C, H, W]. weight: [O, I, kh, kw], of which a prefix is used. bias: [out_channels] or None. main_grad: a
+    buffer like weight that the gradient of the prefix is added to; without one, a full-size gradient is returned to
+    autograd. stride, padding, dilation: two numbers each. Returns [N, out_channels, H', W'] in x's dtype. Raises
+    RuntimeError for shapes that torch.nn.functional.conv2d refuses, and for a prefix that the weight does not have.
+    """
+    _check(x, weight, main_grad, out_channels, groups)
+    return torch.conv2d(x, _prefix(x, weight, out_channels, groups), bias, stride, padding, dilation, groups)
+
+
+def _prefix(x: Tensor, weight: Tensor, out_channels: int, groups: int) -> Tensor:
+    return weight[:out_channels, : x.shape[1] // groups]
+
+
+def _check(x: Tensor, weight: Tensor, main_grad: Tensor | None, out_channels: int, groups: int) -> None:
+    torch._check(
+        x.ndim == weight.ndim == 4,
+        lambda: f"slim_conv2d: x and weight must have four dimensions, got {list(x.shape)} and {list(weight.shape)}",
+    )
+    torch._check(
+        groups > 0 and 0 < out_channels <= weight.shape[0] and 0 < x.shape[1] // groups <= weight.shape[1],
+        lambda: (
+            f"slim_conv2d: a weight of {list(weight.shape)} has no prefix of {out_channels} x {x.shape[1]} channels in "
+            f"{groups} groups"
+        ),
+    )
+    torch._check(
+        main_grad is None or (main_grad.shape == weight.shape and main_grad.dtype == weight.dtype),
+        lambda: f"slim_conv2d: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
+    )
+
+
+@operator(mutates=("main_grad",))
+def slim_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    input_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of slim_conv2d for x, weight (full size, zero outside the prefix) and bias.
+
+    Empty: those not asked for, and weight's with main_grad, to whose prefix it is added instead.
+    """
+    prefix = _prefix(x, weight, grad.shape[1], groups)
+    of_x, of_prefix, of_bias = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        prefix,
+        [grad.shape[1]],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [input_gradient, weight_gradient, bias_gradient],
+    )
+    of_weight = weight.new_empty(0)
+    if weight_gradient:
+        if main_grad is None:
+            main_grad = of_weight = torch.zeros_like(weight)
+        main_grad[: prefix.shape[0], : prefix.shape[1]] += of_prefix
+    return of_x if input_gradient else x.new_empty(0), of_weight, of_bias if bias_gradient else x.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.main_grad, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    of_x, of_weight, of_bias = slim_conv2d_backward(grad, x, weight, ctx.main_grad, *ctx.geometry, *needs)
+    return (
+        of_x if needs[0] else None,
+        of_weight if needs[1] and ctx.main_grad is None else None,
+        of_bias if needs[2] else None,
+        *6 * [None],
+    )
+
+
+slim_conv2d.register_autograd(_backward, _setup_context)

@@ -1,0 +1,281 @@
+"""conv_moments: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from error_rule import GRADIENT, OUTPUT, check_errors
+from torch import Tensor
+from torch.library import opcheck
+
+from dspnet_fast.ops import conv_moments, cpp, registry
+from dspnet_fast.ops.owed import ACTS
+
+
+ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
+NAMES = ("x", "scale", "shift", "gate", "weight")
+
+# (images, channels in, height, width, channels out, full weight [O, I], kernel, stride, padding, groups, views)
+CASES = {
+    "pointwise": (4, 24, 6, 5, 16, (40, 32), 1, 1, 0, 1, 2),
+    "pointwise odd": (6, 13, 7, 5, 17, (19, 15), 1, 1, 0, 1, 3),
+    "pointwise wide": (4, 72, 5, 6, 200, (200, 80), 1, 1, 0, 1, 2),
+    "pointwise deep": (4, 200, 5, 5, 72, (90, 200), 1, 1, 0, 1, 2),
+    "pointwise one view": (3, 16, 9, 9, 24, (24, 16), 1, 1, 0, 1, 1),
+    "pointwise many rows": (8, 16, 33, 31, 64, (64, 16), 1, 1, 0, 1, 2),
+    "pointwise of one": (2, 1, 3, 3, 1, (1, 1), 1, 1, 0, 1, 1),
+    "pointwise 1x1 maps": (6, 20, 1, 1, 12, (12, 20), 1, 1, 0, 1, 2),
+    "depthwise 3": (4, 24, 9, 8, 24, (40, 1), 3, 1, 1, 24, 2),
+    "depthwise 3 stride 2": (4, 24, 9, 8, 24, (40, 1), 3, 2, 1, 24, 2),
+    "depthwise 5": (4, 17, 9, 10, 17, (20, 1), 5, 1, 2, 17, 2),
+    "depthwise 5 stride 2": (4, 35, 10, 9, 35, (35, 1), 5, 2, 2, 35, 2),
+    "depthwise large": (4, 16, 48, 48, 16, (16, 1), 3, 1, 1, 16, 2),
+    "depthwise large stride 2": (4, 40, 48, 48, 40, (40, 1), 3, 2, 1, 40, 2),
+    "depthwise tiny maps": (4, 48, 2, 1, 48, (48, 1), 5, 1, 2, 48, 2),
+    "depthwise 3x3 maps": (6, 96, 3, 3, 96, (120, 1), 5, 1, 2, 96, 2),
+    "depthwise unpadded": (2, 9, 6, 7, 9, (9, 1), 3, 1, 0, 9, 1),
+    "depthwise 7": (2, 9, 8, 8, 9, (9, 1), 7, 1, 3, 9, 2),
+    "dense 3": (4, 8, 9, 8, 16, (24, 12), 3, 1, 1, 1, 2),
+    "dense 3 stride 2": (4, 13, 9, 8, 17, (24, 16), 3, 2, 1, 1, 2),
+    "dense wide": (2, 70, 6, 6, 80, (80, 70), 3, 1, 1, 1, 2),
+    "stem": (4, 3, 17, 16, 16, (16, 3), 3, 2, 1, 1, 2),
+    "stem 7": (4, 3, 19, 20, 20, (24, 3), 7, 2, 3, 1, 2),
+    "dense 1 stride 2": (4, 16, 8, 9, 24, (24, 16), 1, 2, 0, 1, 2),
+    "dense unpadded": (2, 6, 5, 6, 7, (7, 6), 3, 1, 0, 1, 1),
+}
+
+needs_cpp = pytest.mark.skipif(not cpp.has("conv_moments")[0], reason=cpp.has("conv_moments")[1])
+
+
+@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+def provider(request, policy):
+    policy(request.param)
+    return request.param
+
+
+def make(case: str, act: str = "relu", owed: bool = True, gated: bool = False, dtype=torch.float32) -> dict:
+    """The operator's arguments, with values that `dtype` holds exactly."""
+    images, channels, height, width, out_channels, full, kernel, stride, padding, groups, views = CASES[case]
+    rows = {"scale": 1 + torch.rand(views, channels), "shift": torch.randn(views, channels)}
+    return {
+        "x": torch.randn(images, channels, height, width).to(memory_format=torch.channels_last).to(dtype),
+        "scale": rows["scale"] if owed else None,
+        "shift": rows["shift"] if owed else None,
+        "act": act,
+        "gate": torch.rand(images, channels) if gated else None,
+        "weight": (torch.randn(*full, kernel, kernel) / (channels / groups * kernel**2) ** 0.5).to(dtype).float(),
+        "main_grad": None,
+        "out_channels": out_channels,
+        "stride": stride,
+        "padding": padding,
+        "groups": groups,
+        "views": views,
+    }
+
+
+def double(arguments: dict) -> dict:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def composed(x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views):
+    """The formulas by ordinary layers, one view after another."""
+    outputs = []
+    for view, part in enumerate(x.chunk(max(views, 1))):
+        if scale is not None:
+            row = view if len(scale) > 1 else 0
+            part = scale[row, :, None, None] * part + shift[row, :, None, None]
+        outputs.append(ACTIVATIONS[act](part))
+    h = torch.cat(outputs)
+    if gate is not None:
+        h = h * gate[:, :, None, None]
+    y = F.conv2d(h, weight[:out_channels, : x.shape[1] // groups], None, stride, padding, 1, groups)
+    if not views:
+        return y, y.new_empty(0, out_channels), y.new_empty(0, out_channels)
+    moments = [(part.mean((0, 2, 3)), part.var((0, 2, 3), correction=0)) for part in y.chunk(views)]
+    return y, *(torch.stack(moment) for moment in zip(*moments))
+
+
+def run(op, arguments: dict, cotangents: tuple[Tensor, ...] | None = None) -> tuple[tuple, tuple, tuple]:
+    """Outputs, the cotangents that were used, and the gradients of all inputs that are there."""
+    leaves = {
+        name: value.detach().requires_grad_() if name in NAMES and isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    outputs = op(*leaves.values())
+    if cotangents is None:
+        cotangents = tuple(torch.randn_like(output) for output in outputs)
+        counts = outputs[0].numel() / max(outputs[1].numel(), 1)
+        cotangents = (cotangents[0], *(counts**0.5 * c for c in cotangents[1:]))
+    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
+    loss = sum((o * c.to(o.dtype)).sum() for o, c in zip(outputs, cotangents, strict=True))
+    return tuple(o.detach() for o in outputs), cotangents, torch.autograd.grad(loss, wanted)
+
+
+def check(arguments: dict) -> None:
+    """The provider in force against the native body in the same dtype, both against the native body in float64."""
+    in_force = registry.get_policy()
+    got, cotangents, grads = run(conv_moments, arguments)
+    exact, _, exact_grads = run(conv_moments, double(arguments), cotangents)
+    registry.set_policy("native")
+    native, _, native_grads = run(conv_moments, arguments, cotangents)
+    registry.set_policy(in_force)
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    check_errors(("y", "mean", "variance"), got, native, exact, OUTPUT)
+    present = [name for name in NAMES if arguments[name] is not None]
+    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_formulas_by_autograd(case, act, gated):
+    arguments = double(make(case, act, gated=gated))
+    got, cotangents, grads = run(conv_moments, arguments)
+    want, _, want_grads = run(composed, arguments, cotangents)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, want_grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_error_rule(provider, nan_filled, case, act, gated):
+    check(make(case, act, gated=gated))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_rule_settled_input(provider, nan_filled, case):
+    check(make(case, "identity", owed=False))
+    check(make(case, "relu", owed=False, gated=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_error_rule_bf16(provider, nan_filled, case, gated):
+    check(make(case, "hardswish", gated=gated, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
+def test_one_row_of_scale_serves_all_views_and_no_moments(provider, nan_filled, case):
+    arguments = make(case)
+    arguments |= {"scale": arguments["scale"][:1], "shift": arguments["shift"][:1]}
+    check(arguments)
+    check(arguments | {"views": 0})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
+    arguments = make(case)
+    arguments["weight"].requires_grad_()
+    y, mean, variance = conv_moments(*arguments.values())
+    (whole,) = torch.autograd.grad((y.square().sum() + mean.sum() + variance.sum()), arguments["weight"])
+    before = torch.randn_like(whole)
+    arguments["main_grad"] = before.clone()
+    y, mean, variance = conv_moments(*arguments.values())
+    (y.square().sum() + mean.sum() + variance.sum()).backward()
+    assert arguments["weight"].grad is None
+    torch.testing.assert_close(arguments["main_grad"], before + whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
+    out, inputs = arguments["out_channels"], arguments["x"].shape[1] // arguments["groups"]
+    for outside in (
+        arguments["main_grad"][out:] - before[out:],
+        arguments["main_grad"][:, inputs:] - before[:, inputs:],
+    ):
+        assert not outside.count_nonzero()
+
+
+@pytest.mark.parametrize("case", ["pointwise", "pointwise many rows", "depthwise 3", "dense 3"])
+def test_moments_far_from_zero(provider, case):
+    """|mean| / std = 1000, where E[y^2] - E[y]^2 in fp32 is wrong by more than the variance itself."""
+    arguments = make(case, "identity", owed=False)
+    x, groups = arguments["x"], arguments["groups"]
+    weight = torch.zeros_like(arguments["weight"])
+    for channel in range(arguments["out_channels"]):  # every output copies one input: the centre tap alone
+        centre = weight.shape[2] // 2
+        weight[channel, 0 if groups > 1 else channel % x.shape[1], centre, centre] = 1
+    arguments |= {"weight": weight, "x": (x + 1000).contiguous(memory_format=torch.channels_last)}
+    arguments["padding"] = 0
+    _, mean, variance = conv_moments(*arguments.values())
+    _, exact_mean, exact_variance = conv_moments(*double(arguments).values())
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), exact_variance, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
+def test_other_memory_formats(provider, case):
+    arguments = make(case)
+    want, cotangents, grads = run(conv_moments, arguments)
+    arguments["x"] = arguments["x"].contiguous()
+    arguments["weight"] = arguments["weight"].contiguous(memory_format=torch.channels_last)
+    got, _, got_grads = run(conv_moments, arguments, cotangents)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_grads, grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
+def test_nothing_is_formed_that_nobody_wants(provider, case):
+    arguments = make(case)
+    arguments["weight"].requires_grad_()
+    y, _, _ = conv_moments(*arguments.values())
+    y.sum().backward()
+    assert arguments["weight"].grad is not None
+    arguments["weight"] = arguments["weight"].detach()
+    arguments["x"].requires_grad_()
+    y, _, _ = conv_moments(*arguments.values())
+    y.sum().backward()
+    assert arguments["x"].grad is not None
+
+
+@pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
+def test_opcheck(provider, case):
+    arguments = make(case, gated=True)
+    arguments["main_grad"] = torch.zeros_like(arguments["weight"])
+    opcheck(torch.ops.dspnet.conv_moments.default, tuple(arguments.values()))
+    for name in NAMES:
+        arguments[name].requires_grad_()
+    opcheck(torch.ops.dspnet.conv_moments.default, tuple((arguments | {"main_grad": None}).values()))
+
+
+REFUSED = {
+    "x of three dimensions": lambda a: {"x": a["x"][0]},
+    "integers": lambda a: {"x": a["x"].int()},
+    "an unknown activation": lambda a: {"act": "gelu"},
+    "scale without shift": lambda a: {"shift": None},
+    "scale of other channels": lambda a: {"scale": a["scale"][:, 1:]},
+    "rows that are no views": lambda a: {"scale": a["scale"].repeat(2, 1), "shift": a["shift"].repeat(2, 1)},
+    "views that do not divide the batch": lambda a: {"views": 3},
+    "negative views": lambda a: {"views": -1},
+    "a gate of other images": lambda a: {"gate": a["gate"][1:]},
+    "more output channels than the weight": lambda a: {"out_channels": 41},
+    "no output channels": lambda a: {"out_channels": 0},
+    "more input channels than the weight": lambda a: {"weight": a["weight"][:, :3]},
+    "groups that are neither 1 nor depthwise": lambda a: {"groups": 2},
+    "an oblong kernel": lambda a: {"weight": a["weight"].expand(-1, -1, 1, 2)},
+    "a kernel larger than the image": lambda a: {"weight": a["weight"].expand(-1, -1, 9, 9)},
+    "no stride": lambda a: {"stride": 0},
+    "negative padding": lambda a: {"padding": -1},
+    "no images": lambda a: {"x": a["x"][:0], "gate": a["gate"][:0]},
+    "a main_grad of another shape": lambda a: {"main_grad": a["weight"][1:]},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused(provider, reason):
+    arguments = make("pointwise", gated=True)
+    arguments |= REFUSED[reason](arguments)
+    with pytest.raises(RuntimeError):
+        conv_moments(*arguments.values())
+
+
+@needs_cpp
+def test_every_build_of_the_library(run_python):
+    """The builds for lesser processors, by this file's error rule, in processes of their own."""
+    for capability in ("avx2", "default"):
+        program = (
+            "import sys, torch; from dspnet_fast.ops import registry\n"
+            "sys.path.insert(0, 'tests/ops'); import test_conv_moments as t\n"
+            "registry.set_policy('cpp')\n"
+            "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
+            "for case in t.CASES:\n"
+            "    t.check(t.make(case, 'hardswish', gated=True))\n"
+            "    t.check(t.make(case, 'relu', dtype=torch.bfloat16))\n"
+        )
+        run_python("-c", program, ATEN_CPU_CAPABILITY=capability)
