@@ -10,7 +10,6 @@ from torch.library import opcheck
 from dspnet_fast.ops import conv_moments, cpp, registry
 from dspnet_fast.ops.owed import ACTS
 
-
 ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
 NAMES = ("x", "scale", "shift", "gate", "weight")
 
