@@ -58,8 +58,8 @@ class DSPNet(nn.Module):
         hidden_features, out_features: sizes of projector and predictor.
         momentum_bn: momentum batch normalisation in the target: "off", "on", or "momentum2" for the variance as the
             published code of Momentum^2 Teacher computes it.
-        precision: "fp32", or "bf16" to store activations of the encoder in bf16. Weights, sums, statistics and heads stay
-            fp32.
+        precision: "fp32", or "bf16" to store the encoder's activations in bf16; weights, sums, statistics and heads
+            stay fp32.
     """
 
     def __init__(
