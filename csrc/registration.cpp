@@ -12,6 +12,8 @@ using Tensor = const at::Tensor&;
 using OptionalTensor = const std::optional<at::Tensor>&;
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Tensors7 =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 DSPNET_CPU_BUILDS(
     Tensors3, conv_moments, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act,
@@ -27,6 +29,18 @@ DSPNET_CPU_BUILDS(void, ema_update, at::TensorList targets, at::TensorList onlin
 DSPNET_CPU_BUILDS(
     void, lars_ema_step, Tensor params, Tensor grads, Tensor momenta, Tensor targets, at::IntArrayRef starts,
     at::IntArrayRef sizes, Tensor lr, Tensor tau, double weight_decay, double momentum, double eta)
+DSPNET_CPU_BUILDS(
+    at::Tensor, norm_act, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act,
+    OptionalTensor gate, OptionalTensor residual, OptionalTensor residual_scale, OptionalTensor residual_shift)
+DSPNET_CPU_BUILDS(
+    Tensors7, norm_act_backward, Tensor grad, Tensor x, OptionalTensor scale, OptionalTensor shift,
+    std::string_view act, OptionalTensor gate, OptionalTensor residual, OptionalTensor residual_scale,
+    OptionalTensor residual_shift, bool residual_gradient)
+DSPNET_CPU_BUILDS(
+    at::Tensor, norm_act_pool, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act)
+DSPNET_CPU_BUILDS(
+    Tensors3, norm_act_pool_backward, Tensor grad, Tensor x, OptionalTensor scale, OptionalTensor shift,
+    std::string_view act)
 
 TORCH_LIBRARY(dspnet_cpp, library) {
   library.def(
@@ -41,6 +55,17 @@ TORCH_LIBRARY(dspnet_cpp, library) {
   library.def(
       "lars_ema_step(Tensor(a!) params, Tensor(b!) grads, Tensor(c!) momenta, Tensor(d!) targets, int[] starts, "
       "int[] sizes, Tensor lr, Tensor tau, float weight_decay, float momentum, float eta) -> ()");
+  library.def(
+      "norm_act(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor? residual, "
+      "Tensor? residual_scale, Tensor? residual_shift) -> Tensor");
+  library.def(
+      "norm_act_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, "
+      "Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool residual_gradient) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("norm_act_pool(Tensor x, Tensor? scale, Tensor? shift, str act) -> Tensor");
+  library.def(
+      "norm_act_pool_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
@@ -48,4 +73,8 @@ TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
   library.impl("conv_moments_backward", DSPNET_CPU_BUILD(conv_moments_backward));
   library.impl("ema_update", DSPNET_CPU_BUILD(ema_update));
   library.impl("lars_ema_step", DSPNET_CPU_BUILD(lars_ema_step));
+  library.impl("norm_act", DSPNET_CPU_BUILD(norm_act));
+  library.impl("norm_act_backward", DSPNET_CPU_BUILD(norm_act_backward));
+  library.impl("norm_act_pool", DSPNET_CPU_BUILD(norm_act_pool));
+  library.impl("norm_act_pool_backward", DSPNET_CPU_BUILD(norm_act_pool_backward));
 }

@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "activations.h"
 #include "check.h"
 
 namespace dspnet {
@@ -61,19 +62,6 @@ Prefix prefix_of(const at::Tensor& weight) {
 // Kinds by their shape; depthwise where there are groups, and where one channel makes both the same.
 bool is_pointwise(const ConvShape& shape) {
   return shape.kernel == 1 && shape.stride == 1 && shape.padding == 0;
-}
-
-template <typename Run>
-void with_scalar(at::ScalarType type, const Run& run) {
-  if (type == at::kFloat) {
-    run(float{});
-  } else {
-    run(at::BFloat16{});
-  }
-}
-
-at::Tensor channels_last(const at::Tensor& tensor) {
-  return tensor.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 } // namespace
@@ -154,30 +142,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
   }
 
   const at::Tensor input = channels_last(x), output = channels_last(y), grad_output = channels_last(grad_y);
-  const auto small = x.options().dtype(at::kFloat);
-  const auto when = [&](bool wanted, at::IntArrayRef sizes) {
-    return wanted ? at::empty(sizes, small) : at::empty({0}, small);
-  };
-  const at::Tensor grad_x = input_gradient
-      ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast))
-      : at::empty({0}, x.options());
+  const at::Tensor grad_x = input_gradient ? empty_channels_last(x) : at::empty({0}, x.options());
   const int64_t rows = owed.owed.rows;
-  const at::Tensor grad_scale = when(input_gradient && rows > 0, {rows, shape.channels});
-  const at::Tensor grad_shift = when(input_gradient && rows > 0, {rows, shape.channels});
-  const at::Tensor grad_gate = when(input_gradient && gate, {shape.images, shape.channels});
+  const at::Tensor grad_scale = empty_small(x, input_gradient && rows > 0, {rows, shape.channels});
+  const at::Tensor grad_shift = empty_small(x, input_gradient && rows > 0, {rows, shape.channels});
+  const at::Tensor grad_gate = empty_small(x, input_gradient && gate, {shape.images, shape.channels});
   const bool returned = weight_gradient && !main_grad;
-  const at::Tensor grad_weight = returned ? at::zeros_like(weight) : at::empty({0}, small);
+  const at::Tensor grad_weight = returned ? at::zeros_like(weight) : empty_small(x, false, {});
 
-  const auto pointer = [](const at::Tensor& tensor) {
-    return tensor.numel() > 0 ? tensor.mutable_data_ptr<float>() : nullptr;
-  };
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     const Backward<scalar_t> args{
         grad_output.const_data_ptr<scalar_t>(), grad_means.const_data_ptr<float>(),
         grad_variances.const_data_ptr<float>(), input.const_data_ptr<scalar_t>(), owed.owed, prefix_of(weight),
         output.const_data_ptr<scalar_t>(), means.const_data_ptr<float>(),
-        input_gradient ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, pointer(grad_scale), pointer(grad_shift),
-        pointer(grad_gate),
+        input_gradient ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, pointer_of(grad_scale), pointer_of(grad_shift),
+        pointer_of(grad_gate),
         weight_gradient ? prefix_of(main_grad ? *main_grad : grad_weight) : Prefix{nullptr, 0, 0, 0, 0}};
     if (groups > 1) {
       depthwise_backward(shape, args);

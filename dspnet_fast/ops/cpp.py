@@ -36,3 +36,10 @@ def has(operator: str) -> tuple[bool, str]:
     if loaded and not hasattr(torch.ops.dspnet_cpp, operator):
         return False, "the compiled library is older than this operator: install the project again"
     return loaded, reason
+
+
+def stores(x: torch.Tensor) -> tuple[bool, str]:
+    """Whether the operators on activations serve x's dtype."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return False, f"it serves float32 and bfloat16, not {x.dtype}"
+    return True, ""

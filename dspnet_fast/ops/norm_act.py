@@ -1,10 +1,12 @@
 """norm_act: settle an owed normalisation, at the end of a block, with the residual added."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpp
 from .owed import activated, check_owed, normalization_gradients, normalized, slope
 from .registry import operator
 
@@ -133,3 +135,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 norm_act.register_autograd(_backward, _setup_context)
+
+
+@norm_act.provider(
+    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "norm_act"), accepts=lambda x, *_: cpp.stores(x)
+)
+def _cpp(*args: Any) -> Tensor:
+    return torch.ops.dspnet_cpp.norm_act(*args)
+
+
+@norm_act_backward.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "norm_act_backward"),
+    accepts=lambda grad, x, *_: cpp.stores(x),
+)
+def _cpp_backward(*args: Any) -> tuple[Tensor, ...]:
+    return torch.ops.dspnet_cpp.norm_act_backward(*args)

@@ -1,10 +1,12 @@
 """norm_act_pool: the mean over all positions of an owed activation, for squeeze-and-excite and the last pooling."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpp
 from .owed import check_owed, normalization_gradients, normalized, settled, slope
 from .registry import operator
 
@@ -47,3 +49,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 norm_act_pool.register_autograd(_backward, _setup_context)
+
+
+@norm_act_pool.provider(
+    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "norm_act_pool"), accepts=lambda x, *_: cpp.stores(x)
+)
+def _cpp(*args: Any) -> Tensor:
+    return torch.ops.dspnet_cpp.norm_act_pool(*args)
+
+
+@norm_act_pool_backward.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "norm_act_pool_backward"),
+    accepts=lambda grad, x, *_: cpp.stores(x),
+)
+def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.dspnet_cpp.norm_act_pool_backward(*args)

@@ -1,0 +1,277 @@
+// Matrix products from register tiles, for convolutions as implicit GEMM. Everything is fp32.
+//
+//   multiply()          sums[row, column] = sum over taps t and k of  A[row, t, k] * B[t, k, column]
+//   multiply_outer()    sums[i, column]   = sum over rows of          A[row, i] * B[row, column]
+//
+// multiply() is a convolution (A: the input's rows, B: the weight) or its input gradient (A: the output gradient's
+// rows, B: the weight transposed); multiply_outer() is a weight gradient. Both keep a tile of kTileRows<V> x V vectors in
+// registers, begin it at zero and hand it to an epilogue, which stores it: what a convolution owes or is asked for
+// besides is done there, where it costs no pass over memory. An epilogue is a functor with
+//
+//   template <int R, int V>
+//   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const
+//
+// where sums[r][v] holds the columns column + v kVec and following of row + r. Columns past the last are to be ignored:
+// the last vector of the last panel may have some. DSPNET_INLINE is needed: only inlined, the tile stays in registers.
+// A loop over an array of vectors needs `#pragma GCC unroll 16`, or GCC 12 keeps the array on the stack.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "owed.h"
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+
+// A tile must fit into the registers with V vectors of B and one of A: 32 of them with AVX-512, otherwise 16.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kPanelVectors = 4;
+template <int V>
+constexpr int kTileRows = V == 1 ? 16 : V == 2 ? 12 : V == 3 ? 8 : 6;
+#else
+constexpr int kPanelVectors = 2;
+template <int V>
+constexpr int kTileRows = V == 1 ? 12 : 6;
+#endif
+constexpr int64_t kRowMultiple = 48; // a multiple of every kTileRows: rows in blocks of it leave no smaller tiles
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The columns of a matrix in panels of at most kPanelVectors vectors, as even as possible. A packed matrix holds one
+// panel after another, each [depth][width(p)], the columns past the last zero.
+struct Panels {
+  int64_t columns, vectors, count;
+
+  explicit Panels(int64_t columns)
+      : columns(columns), vectors((columns + kVec - 1) / kVec), count((vectors + kPanelVectors - 1) / kPanelVectors) {}
+
+  int64_t first_vector(int64_t p) const {
+    return p * (vectors / count) + std::min(p, vectors % count);
+  }
+  int64_t width(int64_t p) const { // in columns
+    return (vectors / count + (p < vectors % count)) * kVec;
+  }
+  int64_t column(int64_t p) const {
+    return first_vector(p) * kVec;
+  }
+  int64_t padded() const {
+    return vectors * kVec;
+  }
+  // Where panel p of a packed matrix begins.
+  int64_t offset(int64_t p, int64_t depth) const {
+    return column(p) * depth;
+  }
+};
+
+// Packs `depth` rows of panel p, element (k, column) = from[k * depth_stride + column * column_stride]. With several taps
+// call it for each, `to` at its first row: offset(p, taps * depth) + tap * depth * width(p).
+inline void pack_panel(
+    float* to,
+    const Panels& panels,
+    int64_t p,
+    const float* from,
+    int64_t depth_stride,
+    int64_t column_stride,
+    int64_t depth) {
+  const int64_t width = panels.width(p), count = std::min(width, panels.columns - panels.column(p));
+  from += panels.column(p) * column_stride;
+  if (depth_stride == 1 && column_stride != 1) {
+    constexpr int64_t kSide = 16;
+    for (int64_t k = 0; k < depth; k += kSide) {
+      const int64_t rows = std::min(kSide, depth - k);
+      for (int64_t c = 0; c < count; c += kSide) {
+        at::vec::transpose_mxn<float>(
+            from + c * column_stride + k, column_stride, to + k * width + c, width,
+            static_cast<int>(std::min(kSide, count - c)), static_cast<int>(rows));
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t c = 0; c < count; ++c) {
+        to[k * width + c] = from[k * depth_stride + c * column_stride];
+      }
+    }
+  }
+  for (int64_t k = 0; count < width && k < depth; ++k) {
+    std::fill(to + k * width + count, to + (k + 1) * width, 0.f);
+  }
+}
+
+// The rows of A: element (row, tap t, k) = data[row * stride + taps[t] + k], k < depth. No taps: one, at 0.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  int64_t depth;
+  const int64_t* taps = nullptr;
+  int64_t tap_count = 1;
+
+  Rows from(int64_t row) const {
+    Rows rest = *this;
+    rest.data += row * stride;
+    return rest;
+  }
+};
+
+template <int R, int V>
+DSPNET_INLINE void clear(Vec (&sums)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      sums[r][v] = Vec(0);
+    }
+  }
+}
+
+// sums[r] += a[r * row_stride] * b
+template <int R, int V>
+DSPNET_INLINE void add_product(Vec (&sums)[R][V], const float* a, int64_t row_stride, const float* b) {
+  Vec columns[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    columns[v] = Vec::loadu(b + v * kVec);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Vec value(a[r * row_stride]);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      sums[r][v] = at::vec::fmadd(value, columns[v], sums[r][v]);
+    }
+  }
+}
+
+template <int V, int R, typename Epilogue>
+void multiply_tile(const Rows& a, int64_t row, const float* panel, int64_t column, const Epilogue& epilogue) {
+  Vec sums[R][V];
+  clear(sums);
+  const float* rows = a.data + row * a.stride;
+  for (int64_t t = 0; t < a.tap_count; ++t) {
+    const float* from = a.taps ? rows + a.taps[t] : rows;
+    for (int64_t k = 0; k < a.depth; ++k) {
+      add_product(sums, from + k, a.stride, panel);
+      panel += V * kVec;
+    }
+  }
+  epilogue(row, column, sums);
+}
+
+// Tiles of R rows from `row` on, then smaller ones for what is left.
+template <int V, int R, typename Epilogue>
+void multiply_rows(
+    const Rows& a, int64_t row, int64_t end, const float* panel, int64_t column, const Epilogue& epilogue) {
+  for (; row + R <= end; row += R) {
+    multiply_tile<V, R>(a, row, panel, column, epilogue);
+  }
+  if constexpr (R > 1) {
+    if (row < end) {
+      multiply_rows<V, R / 2>(a, row, end, panel, column, epilogue);
+    }
+  }
+}
+
+// Calls run(std::integral_constant<int, V>) for a panel of this width.
+template <int V = kPanelVectors, typename Run>
+void with_vectors(int64_t width, const Run& run) {
+  if constexpr (V > 1) {
+    if (width < V * kVec) {
+      return with_vectors<V - 1>(width, run);
+    }
+  }
+  run(std::integral_constant<int, V>{});
+}
+
+// `rows` rows of A by the panels [first, last) of B, packed with depth a.tap_count * a.depth. Tiles come in the order of
+// panels, then rows: within a panel the first tile holds row 0.
+template <typename Epilogue>
+void multiply(
+    const Rows& a,
+    int64_t rows,
+    const float* packed,
+    const Panels& panels,
+    int64_t first,
+    int64_t last,
+    const Epilogue& epilogue) {
+  for (int64_t p = first; p < last; ++p) {
+    const float* panel = packed + panels.offset(p, a.tap_count * a.depth);
+    with_vectors(panels.width(p), [&](auto v) {
+      multiply_rows<v, kTileRows<v>>(a, 0, rows, panel, panels.column(p), epilogue);
+    });
+  }
+}
+
+// Some rows of a matrix, each `stride` floats after the one before. As B of multiply_outer it is read in whole vectors.
+struct Matrix {
+  const float* data;
+  int64_t stride;
+};
+
+template <int V, int R, typename Epilogue>
+void multiply_outer_tile(
+    const Matrix& a, const Matrix& b, int64_t rows, int64_t i, int64_t column, const Epilogue& epilogue) {
+  Vec sums[R][V];
+  clear(sums);
+  const float* values = a.data + i;
+  const float* columns = b.data + column;
+  for (int64_t row = 0; row < rows; ++row) {
+    add_product(sums, values, 1, columns);
+    values += a.stride;
+    columns += b.stride;
+  }
+  epilogue(i, column, sums);
+}
+
+template <int V, int R, typename Epilogue>
+void multiply_outer_panel(
+    const Matrix& a, const Matrix& b, int64_t rows, int64_t i, int64_t end, int64_t column, const Epilogue& epilogue) {
+  for (; i + R <= end; i += R) {
+    multiply_outer_tile<V, R>(a, b, rows, i, column, epilogue);
+  }
+  if constexpr (R > 1) {
+    if (i < end) {
+      multiply_outer_panel<V, R - 1>(a, b, rows, i, end, column, epilogue);
+    }
+  }
+}
+
+// The products of A's columns [0, height) with B's columns in panels [first, last), summed over `rows` rows of both.
+template <typename Epilogue>
+void multiply_outer(
+    const Matrix& a,
+    int64_t height,
+    const Matrix& b,
+    const Panels& panels,
+    int64_t first,
+    int64_t last,
+    int64_t rows,
+    const Epilogue& epilogue) {
+  for (int64_t p = first; p < last; ++p) {
+    with_vectors(panels.width(p), [&](auto v) {
+      multiply_outer_panel<v, kTileRows<v>>(a, b, rows, 0, height, panels.column(p), epilogue);
+    });
+  }
+}
+
+// Memory of the calling thread that is kept from call to call, because fresh pages are slow. `Use` tells apart what is
+// in use at the same time. The contents are whatever was there.
+template <typename Use>
+float* scratch(int64_t floats) {
+  constexpr int64_t kAlign = 16; // floats in a cache line
+  static thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats + kAlign) {
+    memory = std::vector<float>(); // frees before it allocates
+    memory.resize(floats + kAlign);
+  }
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (round_up(address, kAlign * sizeof(float)) - address) / sizeof(float);
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace dspnet

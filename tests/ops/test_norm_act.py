@@ -1,0 +1,292 @@
+"""norm_act: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from error_rule import GRADIENT, OUTPUT, check_errors
+from torch import Tensor
+from torch.library import opcheck
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.ops import conv_moments, cpp, norm_act, norm_act_pool, registry
+from dspnet_fast.ops.norm_act import norm_act_backward
+from dspnet_fast.ops.owed import ACTS
+
+ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
+NAMES = ("x", "scale", "shift", "gate", "residual", "residual_scale", "residual_shift")
+
+# (images, channels, height, width, views)
+CASES = {
+    "one vector": (4, 16, 6, 5, 2),
+    "odd channels": (6, 13, 7, 5, 3),
+    "wide": (4, 200, 5, 6, 2),
+    "wide, small maps": (64, 250, 3, 3, 2),
+    "1x1 maps": (6, 72, 1, 1, 2),
+    "large": (4, 40, 23, 21, 2),
+    "one channel": (2, 1, 3, 3, 1),
+    "one image": (1, 35, 9, 7, 1),
+}
+# What is added before the activation.
+RESIDUALS = ("no residual", "residual", "normalised residual")
+
+needs_cpp = pytest.mark.skipif(not cpp.has("norm_act")[0], reason=cpp.has("norm_act")[1])
+
+
+@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+def provider(request, policy):
+    policy(request.param)
+    return request.param
+
+
+def make(
+    case: str,
+    act: str = "relu",
+    owed: bool = True,
+    gated: bool = False,
+    residual: str = "residual",
+    dtype: torch.dtype = torch.float32,
+) -> dict:
+    """The operator's arguments."""
+    images, channels, height, width, views = CASES[case]
+
+    def activation() -> Tensor:
+        return torch.randn(images, channels, height, width).to(memory_format=torch.channels_last).to(dtype)
+
+    def rows() -> tuple[Tensor, Tensor]:
+        return 1 + torch.rand(views, channels), torch.randn(views, channels)
+
+    scale, shift = rows()
+    residual_scale, residual_shift = rows()
+    normalised = residual == "normalised residual"
+    return {
+        "x": activation(),
+        "scale": scale if owed else None,
+        "shift": shift if owed else None,
+        "act": act,
+        "gate": torch.rand(images, channels) if gated else None,
+        "residual": None if residual == "no residual" else activation(),
+        "residual_scale": residual_scale if normalised else None,
+        "residual_shift": residual_shift if normalised else None,
+    }
+
+
+def double(arguments: dict) -> dict:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def normalised(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """One view after another."""
+    if scale is None:
+        return x
+    parts = zip(x.chunk(len(scale)), scale, shift)
+    return torch.cat([row[:, None, None] * part + other[:, None, None] for part, row, other in parts])
+
+
+def composed(x, scale, shift, act, gate, residual, residual_scale, residual_shift):
+    """The formula by ordinary operations."""
+    z = normalised(x, scale, shift)
+    if residual is not None:
+        z = z + normalised(residual, residual_scale, residual_shift)
+    value = ACTIVATIONS[act](z)
+    return value if gate is None else value * gate[:, :, None, None]
+
+
+def run(op, arguments: dict, cotangent: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
+    """The output, the cotangent that was used, and the gradients of all inputs that are there."""
+    leaves = {
+        name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    output = op(*leaves.values())
+    if cotangent is None:
+        cotangent = torch.randn_like(output)
+    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
+    return output.detach(), cotangent, torch.autograd.grad(output, wanted, cotangent.to(output.dtype))
+
+
+def check(arguments: dict) -> None:
+    """The provider in force against the native body in the same dtype, both against the native body in float64."""
+    in_force = registry.get_policy()
+    got, cotangent, grads = run(norm_act, arguments)
+    registry.set_policy("native")
+    exact, _, exact_grads = run(norm_act, double(arguments), cotangent)
+    native, _, native_grads = run(norm_act, arguments, cotangent)
+    registry.set_policy(in_force)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    check_errors(("output",), (got,), (native,), (exact,), OUTPUT)
+    present = [name for name in NAMES if arguments[name] is not None]
+    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_formulas_by_autograd(case, act, gated, residual):
+    arguments = double(make(case, act, gated=gated, residual=residual))
+    got, cotangent, grads = run(norm_act, arguments)
+    want, _, want_grads = run(composed, arguments, cotangent)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, want_grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_error_rule(provider, nan_filled, case, act, gated, residual):
+    check(make(case, act, gated=gated, residual=residual))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("act", ["identity", "relu"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
+    check(make(case, act, owed=False, residual=residual))
+    check(make(case, act, owed=False, residual=residual, gated=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_error_rule_bf16(provider, nan_filled, case, gated, residual):
+    check(make(case, "hardswish", gated=gated, residual=residual, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 1), (1, 1), (4, 2)])
+def test_both_sides_have_rows_of_their_own(provider, nan_filled, first, second):
+    arguments = make("one vector", residual="normalised residual")
+    for names, rows in (("scale", "shift"), first), (("residual_scale", "residual_shift"), second):
+        arguments |= {name: torch.rand(rows, 16) for name in names}
+    check(arguments)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("residual", RESIDUALS[1:])
+@pytest.mark.parametrize("residual_gradient", [False, True])
+@pytest.mark.parametrize("owed", [False, True])
+def test_the_residual_has_a_gradient_where_it_is_asked_for(
+    provider, nan_filled, act, gated, residual, residual_gradient, owed
+):
+    arguments = make("odd channels", act, owed, gated, residual)
+    grad = torch.randn_like(arguments["x"])
+    got = norm_act_backward(grad, *arguments.values(), residual_gradient)
+    registry.set_policy("native")
+    want = norm_act_backward(*double({"grad": grad} | arguments).values(), residual_gradient)
+    assert [g.numel() > 0 for g in got[4:]] == [
+        residual_gradient,
+        *2 * [residual_gradient and residual == "normalised residual"],
+    ]
+    torch.testing.assert_close(got, want, check_dtype=False, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", ["identity", "relu"])
+def test_other_memory_formats(provider, act):
+    arguments = make("wide", act, gated=True, residual="normalised residual")
+    want, cotangent, grads = run(norm_act, arguments)
+    arguments |= {name: arguments[name].contiguous() for name in ("x", "residual")}
+    for layout in (cotangent.contiguous(), cotangent[:1, :1, :1, :1].expand_as(cotangent)):
+        got, _, got_grads = run(norm_act, arguments, layout)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got, want)
+        if layout.is_contiguous():
+            torch.testing.assert_close(got_grads, grads)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8, 0, 3), (2, 0, 3, 3)])
+def test_nothing_at_all(provider, nan_filled, shape):
+    x = torch.randn(shape).requires_grad_()
+    small = [torch.rand(2, shape[1]).requires_grad_() for _ in range(2)]
+    gate = torch.rand(shape[:2]).requires_grad_()
+    output = norm_act(x, *small, "relu", gate, x.detach(), None, None)
+    assert output.shape == x.shape
+    for gradient in torch.autograd.grad(output.sum(), (x, *small, gate)):
+        assert not gradient.count_nonzero()
+
+
+def test_threads_share_few_images_and_many(provider, nan_filled):
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        for case in ("one image", "wide, small maps", "large"):
+            check(make(case, gated=True, residual="normalised residual"))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_opcheck(provider, residual):
+    arguments = make("odd channels", gated=True, residual=residual)
+    opcheck(torch.ops.dspnet.norm_act.default, tuple(arguments.values()))
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            value.requires_grad_()
+    opcheck(torch.ops.dspnet.norm_act.default, tuple(arguments.values()))
+
+
+def test_a_block_is_compiled_whole(provider):
+    """All operators of owed normalisation under torch.compile, forward and backward."""
+    images, channels = 4, 16
+
+    def block(x, weight, gamma, beta, first):
+        y, mean, variance = conv_moments(x, None, None, "identity", None, weight, None, channels, 1, 1, 1, 2)
+        scale = gamma * (variance + 1e-5).rsqrt()
+        shift = beta - mean * scale
+        gate = torch.sigmoid(norm_act_pool(y, scale, shift, "hardswish") @ first)
+        return norm_act(y, scale, shift, "hardswish", gate, x, None, None)
+
+    inputs = [
+        torch.randn(images, channels, 6, 6).to(memory_format=torch.channels_last),
+        torch.randn(channels, channels, 3, 3) / 12,
+        torch.rand(channels),
+        torch.randn(channels),
+        torch.randn(channels, channels),
+    ]
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = function(*leaves)
+        results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    torch.testing.assert_close(*results)
+
+
+REFUSED = {
+    "x of three dimensions": lambda a: {"x": a["x"][0]},
+    "integers": lambda a: {"x": a["x"].int()},
+    "an unknown activation": lambda a: {"act": "gelu"},
+    "scale without shift": lambda a: {"shift": None},
+    "scale of other channels": lambda a: {"scale": a["scale"][:, 1:]},
+    "scale of another dtype": lambda a: {"scale": a["scale"].double()},
+    "rows that do not divide the batch": lambda a: {"scale": torch.ones(3, 16), "shift": torch.ones(3, 16)},
+    "a gate of other images": lambda a: {"gate": a["gate"][1:]},
+    "a residual of another shape": lambda a: {"residual": a["residual"][1:]},
+    "a residual of another dtype": lambda a: {"residual": a["residual"].bfloat16()},
+    "residual_scale without residual_shift": lambda a: {"residual_shift": None},
+    "residual_scale of other channels": lambda a: {"residual_scale": a["residual_scale"][:, 1:]},
+    "residual_scale without a residual": lambda a: {"residual": None},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused(provider, reason):
+    arguments = make("one vector", gated=True, residual="normalised residual")
+    arguments |= REFUSED[reason](arguments)
+    with pytest.raises((RuntimeError, InputError)):
+        norm_act(*arguments.values())
+
+
+@needs_cpp
+def test_every_build_of_the_library(run_python):
+    """The builds for lesser processors, by this file's error rule, in processes of their own."""
+    for capability in ("avx2", "default"):
+        program = (
+            "import sys, torch; from dspnet_fast.ops import registry\n"
+            "sys.path.insert(0, 'tests/ops'); import test_norm_act as t\n"
+            "registry.set_policy('cpp')\n"
+            "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
+            "for case in t.CASES:\n"
+            "    for residual in t.RESIDUALS:\n"
+            "        t.check(t.make(case, 'hardswish', gated=True, residual=residual))\n"
+            "        t.check(t.make(case, 'relu', residual=residual, dtype=torch.bfloat16))\n"
+        )
+        run_python("-c", program, ATEN_CPU_CAPABILITY=capability)
