@@ -11,6 +11,9 @@
 #include <type_traits>
 #include <utility>
 
+// Only what is inlined takes vectors in registers.
+#define DSPNET_INLINE inline __attribute__((always_inline))
+
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
@@ -34,7 +37,7 @@ struct Owed {
 };
 
 template <Act act>
-Vec activate(const Vec& z) {
+DSPNET_INLINE Vec activate(const Vec& z) {
   if constexpr (act == Act::relu) {
     return at::vec::maximum(z, Vec(0));
   } else if constexpr (act == Act::hardswish) {
@@ -46,12 +49,21 @@ Vec activate(const Vec& z) {
 
 // act'(z)
 template <Act act>
-Vec slope(const Vec& z) {
+DSPNET_INLINE Vec slope(const Vec& z) {
   if constexpr (act == Act::relu) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return Vec(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, Vec(0), _CMP_GT_OQ), Vec(1)));
+#else
     return Vec::blendv(Vec(0), Vec(1), z > Vec(0));
+#endif
   } else if constexpr (act == Act::hardswish) {
     const Vec middle = at::vec::fmadd(z, Vec(1.f / 3), Vec(0.5f));
+#if defined(CPU_CAPABILITY_AVX512)
+    const Vec low = Vec(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, Vec(-3), _CMP_NLT_UQ), middle));
+    return Vec(_mm512_mask_mov_ps(low, _mm512_cmp_ps_mask(z, Vec(3), _CMP_GT_OQ), Vec(1)));
+#else
     return Vec::blendv(Vec::blendv(middle, Vec(0), z < Vec(-3)), Vec(1), z > Vec(3));
+#endif
   } else {
     return Vec(1);
   }
@@ -71,10 +83,10 @@ auto with_act(Act act, const Run& run) {
 }
 
 // kVec stored values as fp32.
-inline Vec load(const float* from) {
+DSPNET_INLINE Vec load(const float* from) {
   return Vec::loadu(from);
 }
-inline Vec load(const at::BFloat16* from) {
+DSPNET_INLINE Vec load(const at::BFloat16* from) {
 #if defined(CPU_CAPABILITY_AVX512)
   return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16)));
@@ -91,30 +103,59 @@ inline Vec load(const at::BFloat16* from) {
 }
 
 // The first `count` < kVec of them; the rest are zero.
-inline Vec load(const float* from, int64_t count) {
+DSPNET_INLINE Vec load(const float* from, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return Vec(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+#else
   return Vec::loadu(from, count);
+#endif
 }
-inline Vec load(const at::BFloat16* from, int64_t count) {
+DSPNET_INLINE Vec load(const at::BFloat16* from, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+#else
   at::BFloat16 padded[kVec] = {};
   for (int64_t i = 0; i < count; ++i) {
     padded[i] = from[i];
   }
   return load(padded);
+#endif
 }
 
-inline void store(float* to, const Vec& value) {
+DSPNET_INLINE void store(float* to, const Vec& value) {
   value.store(to);
 }
-inline void store(float* to, const Vec& value, int64_t count) {
+DSPNET_INLINE void store(float* to, const Vec& value, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
+#else
   value.store(to, count);
+#endif
 }
 // Rounds to the nearest even. NaN stays NaN.
-inline void store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
+DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // The forms with a mask: GCC 12 warns of its own header in the others.
+  constexpr __mmask16 all = 0xffff;
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(all, bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  const __m512i high = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), ordered, rounded, 16);
+  const __m256i halves = _mm512_maskz_cvtepi32_epi16(all, high);
+  if (count == kVec) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+  } else {
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
+  }
+#else
   float wide[kVec];
   value.store(wide);
   for (int64_t i = 0; i < count; ++i) {
     to[i] = wide[i];
   }
+#endif
 }
 
 } // namespace CPU_CAPABILITY

@@ -33,6 +33,18 @@ CASES = {
     "depthwise 3x3 maps": (6, 96, 3, 3, 96, (120, 1), 5, 1, 2, 96, 2),
     "depthwise unpadded": (2, 9, 6, 7, 9, (9, 1), 3, 1, 0, 9, 1),
     "depthwise 7": (2, 9, 8, 8, 9, (9, 1), 7, 1, 3, 9, 2),
+    "depthwise one image": (1, 40, 13, 15, 40, (40, 1), 3, 1, 1, 40, 1),
+    "depthwise one image stride 2": (1, 33, 21, 14, 33, (33, 1), 5, 2, 2, 33, 1),
+    "depthwise more padding than kernel": (2, 20, 5, 4, 20, (20, 1), 3, 1, 4, 20, 2),
+    "depthwise padded stride 2": (4, 20, 5, 6, 20, (20, 1), 3, 2, 3, 20, 2),
+    "depthwise 5 unpadded stride 2": (3, 19, 8, 12, 19, (19, 1), 5, 2, 0, 19, 3),
+    "depthwise 2": (4, 18, 7, 8, 18, (18, 1), 2, 1, 1, 18, 2),
+    "depthwise 4 stride 2": (4, 18, 9, 7, 18, (18, 1), 4, 2, 1, 18, 2),
+    "depthwise 3 stride 3": (2, 21, 11, 13, 21, (21, 1), 3, 3, 1, 21, 2),
+    "depthwise 2 stride 4": (2, 21, 11, 13, 21, (21, 1), 2, 4, 1, 21, 1),
+    "depthwise 1": (2, 21, 5, 6, 21, (21, 1), 1, 1, 0, 21, 1),
+    "depthwise many groups": (2, 1000, 4, 7, 1000, (1000, 1), 5, 1, 2, 1000, 2),
+    "depthwise row of tiles": (2, 8, 3, 37, 8, (8, 1), 5, 1, 2, 8, 2),
     "dense 3": (4, 8, 9, 8, 16, (24, 12), 3, 1, 1, 1, 2),
     "dense 3 stride 2": (4, 13, 9, 8, 17, (24, 16), 3, 2, 1, 1, 2),
     "dense wide": (2, 70, 6, 6, 80, (80, 70), 3, 1, 1, 1, 2),
@@ -113,8 +125,8 @@ def check(arguments: dict) -> None:
     """The provider in force against the native body in the same dtype, both against the native body in float64."""
     in_force = registry.get_policy()
     got, cotangents, grads = run(conv_moments, arguments)
-    exact, _, exact_grads = run(conv_moments, double(arguments), cotangents)
     registry.set_policy("native")
+    exact, _, exact_grads = run(conv_moments, double(arguments), cotangents)
     native, _, native_grads = run(conv_moments, arguments, cotangents)
     registry.set_policy(in_force)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
@@ -193,6 +205,7 @@ def test_moments_far_from_zero(provider, case):
     arguments |= {"weight": weight, "x": (x + 1000).contiguous(memory_format=torch.channels_last)}
     arguments["padding"] = 0
     _, mean, variance = conv_moments(*arguments.values())
+    registry.set_policy("native")
     _, exact_mean, exact_variance = conv_moments(*double(arguments).values())
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(variance.double(), exact_variance, rtol=1e-4, atol=0)
