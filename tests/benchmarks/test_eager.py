@@ -38,7 +38,7 @@ def test_losses_gradients_and_updates_are_ours(network, names, stem, options, po
     eager = EagerStep(model, **options, **LARS)
     arena = Arena(model.online, model.target)
     for _ in range(2):  # the second with momentum
-        images = torch.randn(8, 3, 64, 64).double()
+        images = torch.randn(8, 3, 32, 32).double()
         losses = model.accumulate(images, list(model.family))
         torch.testing.assert_close(eager.accumulate(images, list(model.family)), losses)
         gradients = {name: parameter.grad for name, parameter in eager.parameters.items()}
