@@ -36,7 +36,7 @@ def peak_of_step(build: Callable[[], Callable[[], object]]) -> int:
             step()
         with torch.profiler.record_function(MEASURED):
             step()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     began = next(event.start_ns() for event in events if event.name() == MEASURED)
     allocations = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0

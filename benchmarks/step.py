@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,20 +72,20 @@ STEPS_OF_A_RUN = 100_000  # so many that learning rate and tau stay what they ar
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the step: of ours with a policy, or of the comparison with its options."""
+    """A way to compute the step: ours under a policy, or the comparison, with no policy, by its options."""
 
     policy: str | None = None
     precision: str = "fp32"
     channels_last: bool = True
     compiled: bool = False
-    quick: bool = True  # measured with --quick as well
+    quick: bool = True  # also with --quick
 
 
 VARIANTS = {
     EAGER: Variant(),
     EAGER_DEFAULT: Variant(channels_last=False),
     "eager bf16 autocast": Variant(precision="bf16", quick=False),
-    "eager torch.compile": Variant(compiled=True, quick=False),
+    "eager torch.compile": Variant(compiled=True),
     OURS: Variant(policy="auto"),
     "ours bf16": Variant(policy="auto", precision="bf16"),
     "ours native": Variant(policy="native", quick=False),
@@ -216,7 +217,9 @@ def report(results: dict[str, Any], console: Console) -> None:
     console.print(table)
     disturbed = [name for name, line in results["variants"].items() if line["undisturbed"] < ENOUGH]
     if disturbed:
-        console.print(f"[red]the machine was busy: disturbed samples count for {', '.join(disturbed)}. Measure again[/]")
+        console.print(
+            f"[red]the machine was busy: disturbed samples count for {', '.join(disturbed)}. Measure again[/]"
+        )
 
 
 def summary(variants: dict[str, Any]) -> str:
@@ -249,10 +252,8 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
     chosen = {
         name: variant
         for name, variant in VARIANTS.items()
-        if (variant.quick or not options.quick) and (options.compile or not variant.compiled)
+        if (options.compile if variant.compiled else variant.quick or not options.quick)
     }
-    if options.quick and options.compile:
-        chosen["eager torch.compile"] = VARIANTS["eager torch.compile"]
     rounds = options.rounds or (7 if options.quick else 15)
     batch = images(options)
     monitor = Monitor("step", len(chosen) * (rounds + 2) + 3, console=progress)
@@ -293,6 +294,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
             "system": platform.platform(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
             "GFLOP/s": machine.peak_gflops(),
             "copy GB/s": machine.copy_bandwidth(COPY_FOOTPRINT),
         },
