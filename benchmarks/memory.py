@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,26 +20,39 @@ from train.config import PretrainConfig
 from train.trainer import Trainer
 
 MIB = 2**20
+WARMUP_STEPS = 2
+MEASURED = "the step measured"
 
 
-def tensor_bytes(trainer: Trainer) -> int:
-    """Bytes of weights, gradients, momentum, target and buffers, which live all the time."""
-    arena = trainer.arena
-    state = [arena.params, arena.grads, arena.momenta, arena.targets, *trainer.model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in state)
+def peak_of_step(build: Callable[[], Callable[[], object]]) -> int:
+    """The highest sum of live tensors, in bytes, during the third call of the step that `build` returns.
 
-
-def peak_of_step(trainer: Trainer, batch: torch.Tensor) -> int:
-    """Highest number of bytes allocated during a step beyond those before it."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        trainer.train_step(batch)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    Whatever `build` and the steps before allocated and kept counts, from the profiler's record of every allocation on
+    the CPU, so nobody has to list what lives all the time.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step = build()
+        for _ in range(WARMUP_STEPS):
+            step()
+        with torch.profiler.record_function(MEASURED):
+            step()
+    events = profile.profiler.kineto_results.events()
+    began = next(event.start_ns() for event in events if event.name() == MEASURED)
     allocations = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
-    for _, size in allocations:
+    for when, size in allocations:
         live += size
-        peak = max(peak, live)
+        if when >= began:
+            peak = max(peak, live)
     return peak
+
+
+def in_own_process(module: str, arguments: Sequence[str]) -> dict[str, float]:
+    """What `python -m module arguments` prints, as JSON; RuntimeError with what it complained of."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -52,19 +66,28 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         full_only_epochs=0,
         epochs=1,
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    trainer = Trainer(config, epoch_steps=10, device=torch.device(options.device))
     batch = torch.randint(256, (2 * options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8)
-    for _ in range(2):
-        trainer.train_step(batch)
+
+    def build() -> Callable[[], object]:
+        trainer = Trainer(config, epoch_steps=10, device=torch.device(options.device))
+        return lambda: trainer.train_step(batch)
+
     if options.device == "cuda":
+        step = build()
+        for _ in range(WARMUP_STEPS):
+            step()
         torch.cuda.reset_peak_memory_stats()
-        trainer.train_step(batch)
+        step()
         stats = torch.cuda.memory_stats()
         peaks = (stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.peak"])
         return {"allocated": peaks[0] / MIB, "resident": peaks[1] / MIB}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    step = build()
+    for _ in range(WARMUP_STEPS):
+        step()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    return {"allocated": (tensor_bytes(trainer) + peak_of_step(trainer, batch)) / MIB, "resident": resident}
+    del step
+    return {"allocated": peak_of_step(build) / MIB, "resident": resident}
 
 
 def main() -> None:
@@ -84,8 +107,7 @@ def main() -> None:
     variants = {f"full network alone, {full}": full, f"sandwich of {options.subnets} of {options.dns}": options.dns}
     results = []
     for name, dns in variants.items():
-        command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--one", "--dns", dns]
-        results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        results.append(in_own_process("benchmarks.memory", [*sys.argv[1:], "--one", "--dns", dns]))
         print(f"{name}: " + ", ".join(f"{kind} {value:.0f} MiB" for kind, value in results[-1].items()))
     alone, sandwich = results
     print(" ".join(f"{kind}_ratio={sandwich[kind] / alone[kind]:.3f}" for kind in alone))

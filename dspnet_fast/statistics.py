@@ -14,28 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from .nn import activate
-from .nn.batch_norm import SlimBatchNorm, batch_moments
+from .nn.batch_norm import Observer, SlimBatchNorm
 from .subnets import Subnet
 
 
 class Moments:
-    """Count, mean and sum of squared deviations per channel of all tensors seen, in float64."""
+    """Count, mean and sum of squared deviations per channel of all values seen, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Merge in a tensor [N, C, ...]."""
-        count = x.numel() // x.shape[1]
-        if count == 0:
-            return
-        if count == 1:
-            mean, squares = x.flatten().double(), torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        else:
-            mean, variance = (moment.double() for moment in batch_moments(x))
-            squares = variance * (count - 1)
+    def add(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Merge in the mean and biased variance [C] of `count` values per channel."""
+        mean, squares = mean.double(), variance.double() * count
         delta = mean - self.mean
         total = self.count + count
         self.mean = self.mean + delta * (count / total)
@@ -50,6 +43,14 @@ class Moments:
 
 def _batch_norms(model: nn.Module) -> dict[str, SlimBatchNorm]:
     return {path: module for path, module in model.named_modules() if isinstance(module, SlimBatchNorm)}
+
+
+def _adding_to(moments: dict[tuple[str, str | None], Moments], path: str, norm: SlimBatchNorm) -> Observer:
+    def observe(means: Tensor, variances: Tensor, count: int) -> None:
+        for mean, variance in zip(means, variances, strict=True):
+            moments[path, norm.active_dn].add(mean, variance, count)
+
+    return observe
 
 
 @torch.no_grad()
@@ -67,28 +68,21 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
     dns = list(dns)
     norms = _batch_norms(model)
     moments: dict[tuple[str, str | None], Moments] = defaultdict(Moments)  # by layer and subnet
-    hooks = [
-        norm.register_forward_pre_hook(lambda norm, inputs, path=path: moments[path, norm.active_dn].add(inputs[0]))
-        for path, norm in norms.items()
-    ]
-    tracked = {norm: norm.track_running_stats for norm in norms.values()}
     seen = 0
     model.eval()
     try:
-        for norm in norms.values():
+        for path, norm in norms.items():
             norm.train()
-            norm.track_running_stats = False
+            norm.observer = _adding_to(moments, path, norm)
         for batch in batches:
             seen += len(batch)
             for dn in dns:
                 with activate(model, dn):
                     model(batch)
     finally:
-        for hook in hooks:
-            hook.remove()
-        for norm, track in tracked.items():
+        for norm in norms.values():
             norm.eval()
-            norm.track_running_stats = track
+            norm.observer = None
     if not seen:
         raise ValueError("post_statistics needs at least one batch")
     for (path, dn), measured in moments.items():

@@ -26,7 +26,7 @@ def test_recipe_describes_a_family_that_can_be_built(recipe):
     assert recipe.stem.endswith(f"_{config.epochs}e")
 
 
-def test_the_layers_page_runs():
+def test_the_layers_page_runs(policy):  # which puts back what the page sets
     text = (ROOT / "docs" / "layers.md").read_text()
     code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
     names: dict = {}
@@ -48,5 +48,6 @@ def test_links_and_files_exist(page):
 def test_options_exist(page):
     known = {option for action in make_parser()._actions for option in action.option_strings}
     known |= {"--json", "--baselines", "--dn", "--references", "--k"}  # of the other commands
+    known |= {"--no-build-isolation", "--inplace", "--benchmark-only"}  # of pip, setuptools and pytest
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
         assert option in known, option

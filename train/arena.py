@@ -22,7 +22,8 @@ class Arena:
     Every parameter, its gradient, its momentum and its target lie at the same place of their flat tensors, aligned, in
     the parameter's own strides. Those that have a target come first. The padding between them is zero.
 
-    Autograd adds into the gradients as they stand, so they must stay: whatever replaces a parameter's memory or
+    Operators that use a prefix of a weight add its gradient to the same prefix here (`main_grad`), and autograd adds
+    what else there is into the gradients as they stand, so they must stay: whatever replaces a parameter's memory or
     gradient afterwards (`zero_grad`, `to`) is an error in the next `step`.
 
     Args:
@@ -60,6 +61,7 @@ class Arena:
         for name, parameter in self._parameters.items():
             parameter.data = self._view(self.params, name).copy_(parameter.data)
             parameter.grad = self._view(self.grads, name)
+            parameter.main_grad = parameter.grad  # type: ignore[attr-defined]  # operators add to its prefix
         for name, parameter in targets.items():
             parameter.data = self._view(self.targets, name).copy_(parameter.data)
         self._gradients = [(name, p, p.grad) for name, p in self._parameters.items()]

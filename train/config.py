@@ -59,7 +59,7 @@ class OptimizationOptions:
     eta: float = option(1e-3, "LARS trust coefficient")
     tau: float = option(0.996, "decay of the target at the start; rises to 1")
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
-    precision: str = option("fp32", "fp32 or bf16 (autocast)")
+    precision: str = option("fp32", "fp32, or bf16 to store activations in bf16")
 
 
 @dataclass(kw_only=True)

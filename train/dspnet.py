@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ VIEWS = 2
 class Branch(nn.Module):
     """Encoder and projector, and for the online network the predictor: images [N, 3, H, W] to [N, D]."""
 
-    def __init__(self, encoder: Network, projector: nn.Module, predictor: nn.Module | None) -> None:
+    def __init__(self, encoder: Network, projector: MLP, predictor: MLP | None) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
@@ -45,7 +44,7 @@ class Branch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Predict (online) or project (target)."""
-        projection = self.projector(self.encoder(images))
+        projection = self.projector(self.encoder(images).to(self.projector.fc1.weight.dtype))
         return projection if self.predictor is None else self.predictor(projection)
 
 
@@ -59,7 +58,8 @@ class DSPNet(nn.Module):
         hidden_features, out_features: sizes of projector and predictor.
         momentum_bn: momentum batch normalisation in the target: "off", "on", or "momentum2" for the variance as the
             published code of Momentum^2 Teacher computes it.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32", or "bf16" to store the encoder's activations in bf16; weights, sums, statistics and heads
+            stay fp32.
     """
 
     def __init__(
@@ -82,10 +82,9 @@ class DSPNet(nn.Module):
         if momentum_bn != "off":
             _use_momentum_batch_norm(self.target, double_correction=momentum_bn == "momentum2")
 
-    def _autocast(self, images: Tensor) -> AbstractContextManager:
-        if self.precision == "bf16":
-            return torch.autocast(images.device.type, torch.bfloat16)
-        return nullcontext()
+    def _stored(self, images: Tensor) -> Tensor:
+        """The images in the dtype that activations are stored in."""
+        return images.bfloat16() if self.precision == "bf16" else images
 
     @torch.no_grad()
     def targets(self, images: Tensor, alpha: float = 1.0) -> Tensor:
@@ -94,14 +93,14 @@ class DSPNet(nn.Module):
         for module in self.target.modules():
             if isinstance(module, MomentumBatchNorm):
                 module.alpha = alpha
-        with activate(self.target, None, views=VIEWS), self._autocast(images):
-            first, second = self.target(images).chunk(VIEWS)
+        with activate(self.target, None, views=VIEWS):
+            first, second = self.target(self._stored(images)).chunk(VIEWS)
         return torch.cat([second, first])
 
     def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
         """Symmetrised loss of one subnet, a scalar from 0 to 8."""
-        with activate(self.online, subnet, views=VIEWS), self._autocast(images):
-            predictions = self.online(images)
+        with activate(self.online, subnet, views=VIEWS):
+            predictions = self.online(self._stored(images))
         return VIEWS * normalized_mse(predictions, targets)
 
     def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float = 1.0) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """ema_update: reads target and online, writes target; 12 bytes per fp32 element."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,12 +18,12 @@ def one_by_one(targets, onlines, tau):
         target.mul_(tau).add_(online, alpha=1 - tau)
 
 
-VARIANTS = {"loop": one_by_one, "native": ema_update, "cpp": ema_update}
+VARIANTS: dict[str, Callable[..., None]] = {"loop": one_by_one, "native": ema_update, "cpp": ema_update}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", CASES)
 def test_ema_update(moves, case, variant):
     model = networks(case)
     targets = dict(model.target.named_parameters())

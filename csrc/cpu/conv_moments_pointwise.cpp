@@ -11,6 +11,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "conv_moments.h"
@@ -269,6 +272,472 @@ void finish_moments(
   }
 }
 
+// dy, and what else makes e of it.
+template <typename scalar_t>
+struct OutputGradient {
+  const scalar_t* grad_y;
+  const scalar_t* y;
+  int64_t channels, stride, views; // stride: of formed rows
+  std::vector<float> mean, constant, factor; // e = dy + constant + factor (y - mean), [views, stride]
+
+  OutputGradient(const ConvShape& shape, const Backward<scalar_t>& args)
+      : grad_y(args.grad_y),
+        y(args.y),
+        channels(shape.out_channels),
+        stride(round_up(channels, kVec)),
+        views(shape.views),
+        mean(padded_rows(args.mean, views, channels)),
+        constant(padded_rows(args.grad_mean, views, channels)),
+        factor(padded_rows(args.grad_variance, views, channels)) {
+    const float count = static_cast<float>(shape.images / std::max<int64_t>(views, 1) * shape.positions());
+    for (size_t i = 0; i < constant.size(); ++i) {
+      constant[i] /= count;
+      factor[i] = 2 * factor[i] / count;
+    }
+  }
+
+  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      form_group<4>(segment, begin + r, to + r * stride);
+    }
+    for (; r < rows; ++r) {
+      form_group<1>(segment, begin + r, to + r * stride);
+    }
+  }
+
+  template <int R>
+  void form_group(int64_t segment, int64_t begin, float* to) const {
+    const int64_t view = (views > 1 ? segment : 0) * stride;
+    const auto vector = [&](int64_t c, auto... count) {
+      const Vec a = Vec::loadu(constant.data() + view + c), b = Vec::loadu(factor.data() + view + c);
+      const Vec center = Vec::loadu(mean.data() + view + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = (begin + r) * channels + c;
+        Vec e = load(grad_y + at, count...);
+        if (views > 0) {
+          e = e + at::vec::fmadd(b, load(y + at, count...) - center, a);
+        }
+        e.store(to + r * stride + c);
+      }
+    };
+    int64_t c = 0;
+    for (; c + kVec <= channels; c += kVec) {
+      vector(c);
+    }
+    if (c < channels) {
+      vector(c, channels - c);
+    }
+  }
+};
+
+DSPNET_INLINE void add_to(float* to, const Vec& value) {
+  (Vec::loadu(to) + value).store(to);
+}
+DSPNET_INLINE void add_to(float* to, const Vec& value, int64_t count) {
+  store(to, load(to, count) + value, count);
+}
+
+// From a block's dh to dx, sums of dz x and dz for dscale and dshift, and sums of dh act(z) over an image for dgate.
+template <typename scalar_t, Act act, bool owed>
+struct StoreInputGradient {
+  const scalar_t* x; // the block's first row
+  scalar_t* grad_x;
+  int64_t channels;
+  const float* scale; // of the block's segment
+  const float* shift;
+  float* grad_scale; // the block's sums
+  float* grad_shift;
+  const float* gate; // [images, channels], or null
+  float* grad_gate; // added to
+  const int32_t* image; // of every row in the block
+
+  template <int R, int V>
+  DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = column + v * kVec, count = channels - c;
+      Vec values[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        values[r] = sums[r][v];
+      }
+      if (v + 1 < V || count >= kVec) {
+        finish(row, c, values);
+      } else {
+        finish(row, c, values, count);
+      }
+    }
+  }
+
+  template <int R, typename... Count>
+  DSPNET_INLINE void finish(int64_t row, int64_t c, const Vec (&grad_h)[R], Count... count) const {
+    scalar_t* to = grad_x + row * channels + c;
+    if constexpr (!owed) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        store(to + r * channels, grad_h[r], count...);
+      }
+    } else if (gate) {
+      through<true>(row, c, grad_h, count...);
+    } else {
+      through<false>(row, c, grad_h, count...);
+    }
+  }
+
+  template <bool gated, int R, typename... Count>
+  DSPNET_INLINE void through(int64_t row, int64_t c, const Vec (&grad_h)[R], Count... count) const {
+    const scalar_t* from = x + row * channels + c;
+    scalar_t* to = grad_x + row * channels + c;
+    const Vec a = Vec::loadu(scale + c), b = Vec::loadu(shift + c);
+    const bool one_image = gated && image[row] == image[row + R - 1];
+    Vec of_scale(0), of_shift(0), of_gate(0);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec value = load(from + r * channels, count...);
+      const Vec z = at::vec::fmadd(value, a, b);
+      Vec grad = grad_h[r];
+      if constexpr (gated) {
+        const int64_t at = image[row + r] * channels + c;
+        const Vec part = grad * activate<act>(z);
+        if (one_image) {
+          of_gate = of_gate + part;
+        } else {
+          add_to(grad_gate + at, part, count...);
+        }
+        grad = grad * load(gate + at, count...);
+      }
+      grad = grad * slope<act>(z);
+      store(to + r * channels, grad * a, count...);
+      of_scale = at::vec::fmadd(grad, value, of_scale);
+      of_shift = of_shift + grad;
+    }
+    if (one_image) {
+      add_to(grad_gate + image[row] * channels + c, of_gate, count...);
+    }
+    if (row > 0) {
+      of_scale = of_scale + Vec::loadu(grad_scale + c);
+      of_shift = of_shift + Vec::loadu(grad_shift + c);
+    }
+    of_scale.store(grad_scale + c);
+    of_shift.store(grad_shift + c);
+  }
+};
+
+// Adds a tile of the weight gradient to a matrix in whole vectors, or begins it.
+struct AddToMatrix {
+  float* to;
+  int64_t stride;
+  bool begins;
+
+  template <int R, int V>
+  DSPNET_INLINE void operator()(int64_t i, int64_t column, const Vec (&sums)[R][V]) const {
+    float* row = to + i * stride + column;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        float* at = row + r * stride + v * kVec;
+        if (begins) {
+          sums[r][v].store(at);
+        } else {
+          add_to(at, sums[r][v]);
+        }
+      }
+    }
+  }
+};
+
+// Adds a tile of the weight gradient to where the caller wants it.
+struct AddToGradient {
+  float* to;
+  int64_t row_stride, column_stride, columns;
+
+  template <int R, int V>
+  DSPNET_INLINE void operator()(int64_t i, int64_t column, const Vec (&sums)[R][V]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        const int64_t c = column + v * kVec, count = std::min(kVec, columns - c);
+        float* at = to + (i + r) * row_stride + c * column_stride;
+        if (column_stride == 1 && count == kVec) {
+          add_to(at, sums[r][v]);
+        } else {
+          float values[kVec];
+          sums[r][v].store(values);
+          for (int64_t lane = 0; lane < count; ++lane) {
+            at[lane * column_stride] += values[lane];
+          }
+        }
+      }
+    }
+  }
+};
+
+constexpr int64_t kBackwardBytes = 96 << 10; // of formed rows in a block
+constexpr int64_t kBackwardRows = 480; // whose fp32 sums are exact enough
+constexpr int64_t kWholeBytes = 8 << 20; // of formed rows if all of them are formed before they are used
+
+struct PartialWeight;
+struct PartialGate;
+struct RowImages;
+
+template <typename scalar_t>
+struct BackwardPass {
+  const ConvShape& shape;
+  const Backward<scalar_t>& args;
+  Input<scalar_t> input;
+  OutputGradient<scalar_t> output;
+  Blocks blocks;
+  Panels in, out;
+  bool vectors_of_h; // the weight gradient has whole vectors of input channels, otherwise of output channels
+  const float* weight; // packed for dh = e W
+
+  BackwardPass(const ConvShape& shape, const Backward<scalar_t>& args)
+      : shape(shape),
+        args(args),
+        input(shape, args.x, args.owed),
+        output(shape, args),
+        blocks(
+            shape,
+            args.owed,
+            std::min<int64_t>(
+                kBackwardRows,
+                std::max<int64_t>(
+                    2 * kRowMultiple, kBackwardBytes / ((input.stride + output.stride) * sizeof(float))))),
+        in(shape.channels),
+        out(shape.out_channels),
+        vectors_of_h(waste(in) <= waste(out)),
+        weight(
+            args.grad_x ? pack(in, args.weight.data, args.weight.out, args.weight.in, shape.out_channels) : nullptr) {}
+
+  // Multiplications for nothing, as a share; a single vector loads too much for them.
+  static double waste(const Panels& panels) {
+    return static_cast<double>(panels.padded()) / panels.columns * (panels.vectors == 1 ? 1.2 : 1);
+  }
+
+  int64_t rows() const {
+    return shape.images * shape.positions();
+  }
+
+  // Whether threads take columns of the results, not rows: then nothing is to be merged, but e and h are to be whole.
+  bool is_small() const {
+    const int64_t gradient = shape.channels * shape.out_channels, formed = rows() * (input.stride + output.stride);
+    const int64_t threads = at::get_num_threads(), units = (args.grad_x ? in.count : 0) + weight_panels().count;
+    return formed * static_cast<int64_t>(sizeof(float)) <= kWholeBytes && gradient * 8 >= formed &&
+        (threads == 1 || units >= 3 * threads);
+  }
+
+  const Panels& weight_panels() const {
+    return vectors_of_h ? in : out;
+  }
+  // Rows of the weight gradient, as it is computed.
+  int64_t weight_height() const {
+    return vectors_of_h ? shape.out_channels : shape.channels;
+  }
+
+  // e and h of a block, in `to` or where they are already.
+  Matrix form_e(const Blocks::Block& block, float* to) const {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (output.views == 0 && (vectors_of_h || output.channels == output.stride)) {
+        return {args.grad_y + block.begin * output.channels, output.channels};
+      }
+    }
+    output.form(block.segment, block.begin, block.rows, to);
+    return {to, output.stride};
+  }
+  Matrix form_h(const Blocks::Block& block, float* to) const {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (!input.is_owed() && (!vectors_of_h || input.channels == input.stride)) {
+        return {args.x + block.begin * input.channels, input.channels};
+      }
+    }
+    input.form(block.segment, block.begin, block.rows, to);
+    return {to, input.stride};
+  }
+
+  // Columns of dx for a block, and sums into `sums`, [2, input.stride].
+  void input_gradient(
+      const Blocks::Block& block, const Matrix& e, int64_t first, int64_t last, float* sums, float* grad_gate) const {
+    int32_t* images = nullptr;
+    if (args.owed.gate) {
+      images = reinterpret_cast<int32_t*>(scratch<RowImages>(block.rows));
+      for (int64_t r = 0; r < block.rows; ++r) {
+        images[r] = static_cast<int32_t>((block.begin + r) / input.positions);
+      }
+    }
+    const auto run = [&](auto act, auto owed) {
+      const int64_t row = input.row(block.segment) * input.stride;
+      const StoreInputGradient<scalar_t, act, owed> epilogue{
+          args.x + block.begin * input.channels, args.grad_x + block.begin * input.channels, input.channels,
+          input.scale.data() + row, input.shift.data() + row, sums, sums + input.stride, args.owed.gate, grad_gate,
+          images};
+      multiply(Rows{e.data, e.stride, output.channels}, block.rows, weight, in, first, last, epilogue);
+    };
+    if (input.is_owed()) {
+      with_act(args.owed.act, [&](auto act) { run(act, std::true_type{}); });
+    } else {
+      run(std::integral_constant<Act, Act::identity>{}, std::false_type{});
+    }
+  }
+
+  // Panels of the weight gradient.
+  template <typename Epilogue>
+  void weight_gradient(
+      const Matrix& e, const Matrix& h, int64_t rows, int64_t first, int64_t last, const Epilogue& epilogue) const {
+    const Matrix& values = vectors_of_h ? e : h;
+    const Matrix& vectors = vectors_of_h ? h : e;
+    multiply_outer(values, weight_height(), vectors, weight_panels(), first, last, rows, epilogue);
+  }
+
+  AddToGradient to_gradient() const {
+    const auto [row, column] = vectors_of_h ? std::pair(args.grad_weight.out, args.grad_weight.in)
+                                            : std::pair(args.grad_weight.in, args.grad_weight.out);
+    return {args.grad_weight.data, row, column, weight_panels().columns};
+  }
+
+  // Threads take blocks; their weight gradients and sums are merged.
+  void run_by_rows() const {
+    const int64_t threads = at::get_num_threads(), sum_rows = std::max<int64_t>(args.owed.rows, 1);
+    const int64_t weight_size = weight_height() * weight_panels().padded();
+    const int64_t gate_size = shape.images * shape.channels;
+    const bool sums_gate = args.grad_x && args.owed.gate;
+    float* weights = args.grad_weight.data ? scratch<PartialWeight>(threads * weight_size) : nullptr;
+    float* gates = sums_gate && threads > 1 ? scratch<PartialGate>((threads - 1) * gate_size) : nullptr;
+    std::vector<double> sums(args.grad_x ? threads * sum_rows * 2 * input.stride : 0);
+    std::vector<char> used(threads, 0);
+
+    at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
+      const int64_t thread = at::get_thread_num();
+      float* formed_e = scratch<FormedOutput>(blocks.rows * output.stride);
+      float* formed_h = scratch<FormedInput>(blocks.rows * input.stride);
+      float* block_sums = scratch<BlockSums>(2 * input.stride);
+      float* gate = thread == 0 ? args.grad_gate : gates + (thread - 1) * gate_size;
+      if (sums_gate) {
+        std::fill_n(gate, gate_size, 0.f);
+      }
+      used[thread] = 1;
+      for (int64_t b = first; b < last; ++b) {
+        const Blocks::Block block = blocks.at(b);
+        const Matrix e = form_e(block, formed_e);
+        if (weights) {
+          const AddToMatrix epilogue{weights + thread * weight_size, weight_panels().padded(), b == first};
+          weight_gradient(e, form_h(block, formed_h), block.rows, 0, weight_panels().count, epilogue);
+        }
+        if (args.grad_x) {
+          input_gradient(block, e, 0, in.count, block_sums, gate);
+          if (args.owed.rows > 0) {
+            double* to = sums.data() + (thread * sum_rows + input.row(block.segment)) * 2 * input.stride;
+            std::transform(block_sums, block_sums + 2 * input.stride, to, to, std::plus<double>());
+          }
+        }
+      }
+    });
+
+    if (weights) {
+      merge_weights(weights, weight_size, used);
+    }
+    for (int64_t thread = 1; sums_gate && thread < threads; ++thread) {
+      const float* part = gates + (thread - 1) * gate_size;
+      if (used[thread]) {
+        std::transform(part, part + gate_size, args.grad_gate, args.grad_gate, std::plus<float>());
+      }
+    }
+    for (int64_t row = 0; args.grad_x && row < args.owed.rows; ++row) {
+      for (int64_t thread = 1; thread < threads; ++thread) {
+        const double* part = sums.data() + (thread * sum_rows + row) * 2 * input.stride;
+        double* to = sums.data() + row * 2 * input.stride;
+        std::transform(part, part + 2 * input.stride, to, to, std::plus<double>());
+      }
+      store_sums(sums.data() + row * 2 * input.stride, row, 0, shape.channels);
+    }
+  }
+
+  void store_sums(const double* sums, int64_t row, int64_t first, int64_t last) const {
+    for (int64_t c = first; c < last; ++c) {
+      args.grad_scale[row * shape.channels + c] = static_cast<float>(sums[c]);
+      args.grad_shift[row * shape.channels + c] = static_cast<float>(sums[input.stride + c]);
+    }
+  }
+
+  void merge_weights(const float* weights, int64_t size, const std::vector<char>& used) const {
+    const AddToGradient gradient = to_gradient();
+    const int64_t stride = weight_panels().padded();
+    constexpr int64_t kGrain = 1 << 15; // floats
+    at::parallel_for(0, weight_height(), kGrain / stride + 1, [&](int64_t first, int64_t last) {
+      float* sum = scratch<BlockSums>(stride);
+      for (int64_t i = first; i < last; ++i) {
+        std::copy_n(weights + i * stride, stride, sum);
+        for (size_t thread = 1; thread < used.size(); ++thread) {
+          const float* part = weights + thread * size + i * stride;
+          if (used[thread]) {
+            std::transform(part, part + stride, sum, sum, std::plus<float>());
+          }
+        }
+        float* to = gradient.to + i * gradient.row_stride;
+        for (int64_t c = 0; c < gradient.columns; ++c) {
+          to[c * gradient.column_stride] += sum[c];
+        }
+      }
+    });
+  }
+
+  // Forms all of e and h; then threads take panels of dx and of the weight gradient.
+  void run_by_columns() const {
+    float* formed_e = scratch<FormedOutput>(rows() * output.stride);
+    float* formed_h = scratch<FormedInput>(rows() * input.stride);
+    const Blocks::Block whole{0, 0, rows()};
+    const bool weights = args.grad_weight.data;
+    Matrix e{formed_e, output.stride}, h{formed_h, input.stride};
+    at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        const Blocks::Block block = blocks.at(b);
+        output.form(block.segment, block.begin, block.rows, formed_e + block.begin * output.stride);
+        if (weights) {
+          input.form(block.segment, block.begin, block.rows, formed_h + block.begin * input.stride);
+        }
+      }
+    });
+    const int64_t of_x = args.grad_x ? in.count : 0, of_weight = weights ? weight_panels().count : 0;
+    at::parallel_for(0, of_x + of_weight, 1, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        if (unit < of_x) {
+          input_columns(e, unit);
+        } else {
+          weight_gradient(e, h, whole.rows, unit - of_x, unit - of_x + 1, to_gradient());
+        }
+      }
+    });
+  }
+
+  // A panel of dx and its sums.
+  void input_columns(const Matrix& e, int64_t panel) const {
+    const int64_t first = in.column(panel), last = std::min(first + in.width(panel), shape.channels);
+    float* block_sums = scratch<BlockSums>(2 * input.stride);
+    for (int64_t n = 0; args.owed.gate && n < shape.images; ++n) {
+      std::fill(args.grad_gate + n * shape.channels + first, args.grad_gate + n * shape.channels + last, 0.f);
+    }
+    std::vector<double> sums(2 * input.stride);
+    for (int64_t b = 0; b < blocks.count(); ++b) {
+      const Blocks::Block block = blocks.at(b);
+      const Matrix rows{e.data + block.begin * e.stride, e.stride};
+      input_gradient(block, rows, panel, panel + 1, block_sums, args.grad_gate);
+      for (int64_t c = first; args.owed.rows > 0 && c < last; ++c) {
+        sums[c] += block_sums[c];
+        sums[input.stride + c] += block_sums[input.stride + c];
+      }
+      const bool row_ends = b + 1 == blocks.count() ||
+          (args.owed.rows > 1 && blocks.at(b + 1).segment != block.segment);
+      if (args.owed.rows > 0 && row_ends) {
+        store_sums(sums.data(), input.row(block.segment), first, last);
+        std::fill(sums.begin(), sums.end(), 0.);
+      }
+    }
+  }
+};
+
 } // namespace
 
 template <typename scalar_t>
@@ -315,8 +784,13 @@ void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 }
 
 template <typename scalar_t>
-void pointwise_backward(const ConvShape&, const Backward<scalar_t>&) {
-  TORCH_CHECK(false, "pointwise conv_moments is not there yet");
+void pointwise_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
+  const BackwardPass<scalar_t> pass(shape, args);
+  if (pass.is_small()) {
+    pass.run_by_columns();
+  } else {
+    pass.run_by_rows();
+  }
 }
 
 template void pointwise_forward(const ConvShape&, const Forward<float>&);

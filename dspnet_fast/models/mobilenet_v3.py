@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn import SlimBatchNorm2d, SlimConv2d
 from ..nn.activate import Sizes
+from ..nn.owed import Activation, conv_norm_act, gated, pool, settle
 from ..subnets import Subnet, make_divisible, width_name
 from .initialize import initialize
 from .network import Network
@@ -69,10 +70,10 @@ class SqueezeExcite(nn.Module):
         """Output channels of the convolutions for that many channels to gate."""
         return {"conv_reduce": make_divisible(channels / 4), "conv_expand": channels}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Gate [N, C, H, W]."""
-        gate = self.conv_expand(self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True))))
-        return x * F.hardsigmoid(gate)
+        gate = self.conv_expand(self.act1(self.conv_reduce(pool(x)[:, :, None, None])))
+        return gated(x, F.hardsigmoid(gate.flatten(1)))
 
 
 class DepthwiseSeparable(nn.Module):
@@ -95,11 +96,11 @@ class DepthwiseSeparable(nn.Module):
         """Output channels of the convolutions for that many channels in and out."""
         return {"conv_pw": out_channels}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Map [N, C, H, W] to [N, C', H', W']."""
-        y = self.act1(self.bn1(self.conv_dw(x)))
-        y = self.bn2(self.conv_pw(y))
-        return x + y if self.stride == 1 and x.shape[1] == y.shape[1] else y
+        y = conv_norm_act(x, self.conv_dw, self.bn1, self.act1)
+        y = conv_norm_act(y, self.conv_pw, self.bn2)
+        return settle(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
 
 
 class InvertedResidual(nn.Module):
@@ -127,12 +128,12 @@ class InvertedResidual(nn.Module):
         squeeze = {f"se.{name}": size for name, size in SqueezeExcite.plan(mid).items()} if block.squeeze else {}
         return {"conv_pw": mid, **squeeze, "conv_pwl": out_channels}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Map [N, C, H, W] to [N, C', H', W']."""
-        y = self.act1(self.bn1(self.conv_pw(x)))
-        y = self.se(self.act2(self.bn2(self.conv_dw(y))))
-        y = self.bn3(self.conv_pwl(y))
-        return x + y if self.stride == 1 and x.shape[1] == y.shape[1] else y
+        y = conv_norm_act(x, self.conv_pw, self.bn1, self.act1)
+        y = self.se(conv_norm_act(y, self.conv_dw, self.bn2, self.act2))
+        y = conv_norm_act(y, self.conv_pwl, self.bn3)
+        return settle(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
 
 
 class Feature(nn.Module):
@@ -144,9 +145,9 @@ class Feature(nn.Module):
         self.bn1 = SlimBatchNorm2d(out_channels)
         self.act1 = nn.Hardswish(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Map [N, C, H, W] to [N, C', H, W]."""
-        return self.act1(self.bn1(self.conv(x)))
+        return conv_norm_act(x, self.conv, self.bn1, self.act1)
 
 
 def _block_type(stage: int) -> type[DepthwiseSeparable] | type[InvertedResidual]:
@@ -210,5 +211,4 @@ class MobileNetV3(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Represent images [N, 3, H, W] by [N, features]."""
-        x = self.act1(self.bn1(self.conv_stem(x)))
-        return self.blocks(x).mean((2, 3))
+        return pool(self.blocks(conv_norm_act(x, self.conv_stem, self.bn1, self.act1)))

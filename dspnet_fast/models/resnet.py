@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn import SlimBatchNorm2d, SlimConv2d, SlimSequential
 from ..nn.activate import Sizes
+from ..nn.owed import conv_norm_act, pool, settle
 from ..subnets import Subnet
 from .initialize import initialize
 from .network import Network
@@ -38,9 +39,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C', H', W']."""
-        y = self.act1(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.act2(y + (x if self.downsample is None else self.downsample(x)))
+        y = conv_norm_act(x, self.conv1, self.bn1, self.act1)
+        y = conv_norm_act(y, self.conv2, self.bn2)
+        return settle(y, x if self.downsample is None else conv_norm_act(x, *self.downsample), self.act2)
 
 
 class ResNet(Network):
@@ -97,7 +98,7 @@ class ResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Represent images [N, 3, H, W] by [N, features]."""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        x = self.maxpool(settle(conv_norm_act(x, self.conv1, self.bn1, self.act1)))
         for index in range(1, len(STAGE_MULTIPLIERS) + 1):
             x = self.get_submodule(f"layer{index}")(x)
-        return x.mean((2, 3))
+        return pool(x)

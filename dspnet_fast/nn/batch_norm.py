@@ -3,30 +3,44 @@
 Affine parameters are shared by all subnets. Running statistics belong to the full network alone: an average over
 subnets would describe none of them. A subnet is evaluated with statistics measured for it (`dspnet_fast.statistics`),
 kept by its name, since subnets of different widths can share a layer's channel count.
+
+Whatever the statistics are, normalisation is a scale and a shift per channel: gamma / sqrt(var + eps) and beta - mean
+scale. The kinds of batch normalisation differ only in the mean and the variance that they put there, `_statistics`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import overload
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops import slim_batch_norm
+from .owed import Owed, Raw
 
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [C] and unbiased variance [C] of [N, C, ...], in float32 at least; needs two values per channel.
-
-    Taken from batch normalisation itself, which on a CPU finds them five times as fast as torch.var_mean does.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, variance = x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
-    F.batch_norm(x, mean, variance, training=True, momentum=1.0)
-    return mean, variance
+# Called with mean and biased variance [V, C] of each view, and the number of values that each was taken from.
+Observer = Callable[[Tensor, Tensor, int], None]
 
 
 class SlimBatchNorm(_BatchNorm):
-    """What SlimBatchNorm1d and SlimBatchNorm2d share; the number of channels is taken from the input."""
+    """What SlimBatchNorm1d and SlimBatchNorm2d share; the number of channels is taken from the input.
 
-    active_dn: str | None = None  # None: the full network
+    Attributes:
+        active_dn: the subnet that computes; None is the full network.
+        views: batches hold this many views, each normalised by itself in training.
+        process_group: where set, statistics are those of the whole batch over these ranks (synchronised batch
+            normalisation); every rank must have as many images.
+        observer: where set, it gets the moments of every batch instead of the running statistics.
+    """
+
+    active_dn: str | None = None
     views: int = 1
+    process_group: dist.ProcessGroup | None = None
+    observer: Observer | None = None
 
     def __init__(
         self,
@@ -59,38 +73,112 @@ class SlimBatchNorm(_BatchNorm):
             "measure them first with dspnet_fast.statistics.post_statistics(model, dns, batches)"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [N, C, ...] per channel: by each view's own batch in training, by kept statistics otherwise."""
-        self._check_input_dim(x)
+    @property
+    def batch_views(self) -> int:
+        """Views of which moments are wanted; 0 where kept statistics are used instead."""
+        if self.training:
+            return self.views
+        return 0 if self.track_running_stats or self.active_dn in self.measured else 1
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Raw) -> Owed: ...
+
+    def forward(self, x):
+        """Normalise [N, C, ...] per channel: by each view's own batch in training, by kept statistics otherwise.
+
+        A `Raw` becomes an `Owed`: its normalisation is computed, but left to whoever reads it.
+        """
         channels = x.shape[1]
         if channels > self.num_features:
             raise ValueError(f"{type(self).__name__} has {self.num_features} channels, the input has {channels}")
         weight = None if self.weight is None else self.weight[:channels]
         bias = None if self.bias is None else self.bias[:channels]
-        if self.training:
-            self.measured.clear()  # they described weights that training is about to change
-            if x.shape[0] % self.views:
-                raise ValueError(f"a batch of {x.shape[0]} is not {self.views} views of equal size")
-            views = [self._normalize_view(view, weight, bias) for view in x.chunk(self.views)]
-            return views[0] if self.views == 1 else torch.cat(views)
-        if not self.track_running_stats and self.active_dn not in self.measured:
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        if isinstance(x, Raw):
+            return Owed(x.y, *self._scale_shift(x, weight, bias))
+        self._check_input_dim(x)
+        views = self.batch_views
+        if not views:
+            mean, variance = self._kept_statistics(channels)
+            return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+        if len(x) % views:
+            raise ValueError(f"a batch of {len(x)} is not {views} views of equal size")
+        y, mean, variance = slim_batch_norm(x, weight, bias, self.eps, views)
+        if not self._own_statistics:
+            self._observe(mean, variance, self._count(x.shape, views))
+            return y
+        scale, shift = self._scale_shift(Raw(x, mean, variance), weight, bias)
+        spread = len(scale), 1, channels, *(x.ndim - 2) * [1]
+        return (x.unflatten(0, (views, -1)) * scale.view(spread) + shift.view(spread)).flatten(0, 1).to(x.dtype)
+
+    def _scale_shift(self, raw: Raw, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """scale and shift [V, C] of the owed normalisation; one row with kept statistics."""
+        if len(raw.mean):
+            mean, variance = self._statistics(raw.mean, raw.variance, self._count(raw.shape, len(raw.mean)))
+        else:
+            mean, variance = (kept[None] for kept in self._kept_statistics(raw.shape[1]))
+        scale = (variance + self.eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        return scale, -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
+
+    @property
+    def _own_statistics(self) -> bool:
+        """Whether `_statistics` is more than the moments of this rank's batch."""
+        return self.process_group is not None
+
+    def _statistics(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What to normalise a batch by, given its moments [V, C] over `count` values each."""
+        if self.process_group is not None:
+            mean, variance = _over_ranks(mean, variance, self.process_group)
+            count *= self.process_group.size()
+        self._observe(mean, variance, count)
+        return mean, variance
+
+    def _count(self, shape: torch.Size, views: int) -> int:
+        """Values per channel and view; ValueError for a single one, which has no variance."""
+        count = shape.numel() // (shape[1] * views)
+        if count < 2 and self.training:
+            raise ValueError(
+                f"batch normalisation in training needs at least two values per channel, got {list(shape)}"
+            )
+        return count
+
+    @torch.no_grad()
+    def _observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Tell the observer, or else update the running statistics if the full network computes, view by view."""
+        if not self.training:
+            return
+        self.measured.clear()  # they described weights that training is about to change
+        if self.observer is not None:
+            self.observer(mean, variance, count)
+            return
+        if not (self.track_running_stats and self.active_dn is None and mean.shape[1] == self.num_features):
+            return
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        unbiased = variance * (count / (count - 1))
+        for view_mean, view_variance in zip(mean, unbiased, strict=True):
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(view_mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(view_variance.to(self.running_var.dtype), momentum)
+
+    def _kept_statistics(self, channels: int) -> tuple[Tensor, Tensor]:
         mean, variance = self.evaluation_statistics()
         if len(mean) != channels:
             raise ValueError(
                 f"statistics of {len(mean)} channels for an input of {channels}: activate(model, dn) the subnet first"
             )
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+        return mean, variance
 
-    def _normalize_view(self, view: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Normalise one view by its own mean and biased variance, as torch.nn.BatchNorm2d does in training."""
-        track = self.track_running_stats and self.active_dn is None and view.shape[1] == self.num_features
-        if not track:
-            return F.batch_norm(view, None, None, weight, bias, True, 0.0, self.eps)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        return F.batch_norm(view, self.running_mean, self.running_var, weight, bias, True, momentum, self.eps)
+
+def _over_ranks(mean: Tensor, variance: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Moments of the ranks' batches together, all of one size, by two all-reduces of vectors; differentiable."""
+    # torch.distributed.nn needs a build with distributed support: imported only where it is used.
+    from torch.distributed.nn.functional import all_reduce
+
+    together = all_reduce(mean, group=group) / group.size()
+    return together, all_reduce(variance + (mean - together).square(), group=group) / group.size()
 
 
 class SlimBatchNorm2d(SlimBatchNorm, nn.BatchNorm2d):
@@ -117,40 +205,28 @@ class MomentumBatchNorm(SlimBatchNorm):
     alpha: float = 1.0
     double_correction: bool = False
 
-    def _normalize_all(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        count = x.numel() // (x.shape[1] * self.views)
-        if count < 2:
-            raise ValueError("an unbiased variance needs at least two values per channel and view")
-        moments = [batch_moments(view) for view in x.detach().chunk(self.views)]
-        if self.double_correction:
-            moments = [(mean, variance * (count / (count - 1))) for mean, variance in moments]
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        normalized = [
-            F.batch_norm(
-                view,
-                torch.lerp(self.running_mean, mean.to(self.running_mean.dtype), self.alpha),
-                torch.lerp(self.running_var, variance.to(self.running_var.dtype), self.alpha),
-                weight,
-                bias,
-                False,
-                0.0,
-                self.eps,
-            )
-            for view, (mean, variance) in zip(x.chunk(self.views), moments, strict=True)
-        ]
-        for index, kept in enumerate((self.running_mean, self.running_var)):
-            kept.lerp_(torch.stack([moment[index] for moment in moments]).mean(0).to(kept.dtype), self.alpha)
-        self.num_batches_tracked.add_(1)
-        return normalized[0] if self.views == 1 else torch.cat(normalized)
+    @property
+    def _own_statistics(self) -> bool:
+        return True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [N, C, ...]: by the blend of batch and momentum statistics in training, by the kept ones else."""
-        if not self.training:
-            return super().forward(x)
-        self._check_input_dim(x)
-        if x.shape[1] != self.num_features:
+    def _count(self, shape: torch.Size, views: int) -> int:
+        if shape[1] != self.num_features:
             raise ValueError(f"momentum batch normalisation of {self.num_features} channels is not slimmable")
-        return self._normalize_all(x, self.weight, self.bias)
+        return super()._count(shape, views)
+
+    @torch.no_grad()
+    def _statistics(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self.process_group is not None:
+            mean, variance = _over_ranks(mean, variance, self.process_group)
+            count *= self.process_group.size()
+        variance = variance * (count / (count - 1)) ** (2 if self.double_correction else 1)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        mean, variance = mean.to(self.running_mean.dtype), variance.to(self.running_var.dtype)
+        blended = self.running_mean.lerp(mean, self.alpha), self.running_var.lerp(variance, self.alpha)
+        self.running_mean.lerp_(mean.mean(0), self.alpha)
+        self.running_var.lerp_(variance.mean(0), self.alpha)
+        self.num_batches_tracked.add_(1)
+        return blended
 
 
 class MomentumBatchNorm2d(MomentumBatchNorm, nn.BatchNorm2d):

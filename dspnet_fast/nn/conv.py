@@ -1,10 +1,13 @@
 """2-d convolution whose input and output channels are prefixes of the weight's."""
 
-import torch
+from typing import overload
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sized import Sized
+from ..ops import conv_moments, slim_conv2d, slim_linear
+from .owed import Owed, Raw
+from .sized import Sized, main_grad
 
 
 class SlimConv2d(Sized, nn.Conv2d):
@@ -22,23 +25,65 @@ class SlimConv2d(Sized, nn.Conv2d):
         """Output channels."""
         return self.out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve [N, C, H, W] with the active prefix of the weight."""
-        channels = x.shape[-3]
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Owed, views: int) -> Raw: ...
+
+    def forward(self, x, views=0):
+        """Convolve [N, C, H, W] with the active prefix of the weight; an `Owed` with the moments of `views` views."""
+        if len(x.shape) == 3:
+            return self.forward(x[None])[0]
+        groups, out_channels = self._active(x.shape[1])
+        if isinstance(x, Owed):
+            return self._conv_moments(x, out_channels, groups, views)
+        bias = None if self.bias is None else self.bias[:out_channels]
+        weight, grad = self.weight, main_grad(self.weight)
+        if groups == 1 and x.shape[2:].numel() == weight.shape[2:].numel() == 1 and self.padding == (0, 0):
+            return slim_linear(x.flatten(1), weight, bias, grad, out_channels)[:, :, None, None]
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        return slim_conv2d(x, weight, bias, grad, out_channels, self.stride, padding, self.dilation, groups)
+
+    def _active(self, channels: int) -> tuple[int, int]:
+        """Groups and output channels for that many input channels."""
         if channels > self.in_channels:
             raise ValueError(f"SlimConv2d has {self.in_channels} input channels, the input has {channels}")
         if self.groups == 1:
-            groups, out_channels, group_channels = 1, self.size, channels
-        else:
-            group_channels = self.in_channels // self.groups
-            groups, rest = divmod(channels, group_channels)
-            if rest:
-                raise ValueError(f"an input of {channels} channels cuts a group of {group_channels} in two")
-            out_channels = groups * (self.out_channels // self.groups)
-        weight = self.weight[:out_channels, :group_channels]
-        bias = None if self.bias is None else self.bias[:out_channels]
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
-        return torch.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+            return 1, self.size
+        group_channels = self.in_channels // self.groups
+        groups, rest = divmod(channels, group_channels)
+        if rest:
+            raise ValueError(f"an input of {channels} channels cuts a group of {group_channels} in two")
+        return groups, groups * (self.out_channels // self.groups)
+
+    def _conv_moments(self, owed: Owed, out_channels: int, groups: int, views: int) -> Raw:
+        stride, padding = set(self.stride), {*self.padding}
+        served = (len(stride), len(padding), self.dilation, self.bias, self.padding_mode) == (
+            1,
+            1,
+            (1, 1),
+            None,
+            "zeros",
+        )
+        if not served or isinstance(self.padding, str) or self.groups not in (1, self.in_channels):
+            raise ValueError(f"no conv_moments of {self}: settle its input first")
+        return Raw(
+            *conv_moments(
+                owed.x,
+                owed.scale,
+                owed.shift,
+                owed.act,
+                owed.gate,
+                self.weight,
+                main_grad(self.weight),
+                out_channels,
+                stride.pop(),
+                padding.pop(),
+                groups,
+                views,
+            )
+        )

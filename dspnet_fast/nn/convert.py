@@ -21,7 +21,7 @@ def slimmable(model: nn.Module) -> nn.Module:
     """Turn every convolution, linear layer and batch normalisation of `model` into its slimmable kind.
 
     Parameters, buffers, hooks and names stay what they are, so an optimizer that holds the parameters goes on holding
-    them, and as long as nothing is activated the model computes what it did.
+    them, and as long as nothing is activated the model computes what it did, up to rounding.
 
     Returns:
         The model itself.

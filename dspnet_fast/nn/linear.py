@@ -1,9 +1,9 @@
 """Linear layer whose input and output features are prefixes of the weight's."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sized import Sized
+from ..ops import slim_linear
+from .sized import Sized, main_grad
 
 
 class SlimLinear(Sized, nn.Linear):
@@ -24,4 +24,4 @@ class SlimLinear(Sized, nn.Linear):
         if features > self.in_features:
             raise ValueError(f"SlimLinear has {self.in_features} input features, the input has {features}")
         bias = None if self.bias is None else self.bias[: self.size]
-        return F.linear(x, self.weight[: self.size, :features], bias)
+        return slim_linear(x, self.weight, bias, main_grad(self.weight), self.size)

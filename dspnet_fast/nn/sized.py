@@ -1,6 +1,6 @@
 """What every layer that can be cut to a prefix has in common."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Sized(nn.Module):
@@ -17,3 +17,12 @@ class Sized(nn.Module):
     def size(self) -> int:
         """Number of units in use."""
         return self.full_size if self.active_size is None else self.active_size
+
+
+def main_grad(parameter: Tensor) -> Tensor | None:
+    """The full-size buffer that operators add the gradient of a prefix to, if the parameter carries one.
+
+    `train.arena` gives every parameter its part of one flat tensor. Without it autograd gets full-size gradients, zero
+    outside the prefix, so that the layers work in any training code.
+    """
+    return getattr(parameter, "main_grad", None)

@@ -181,9 +181,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Any, ...]:
     x, scale, shift, gate, weight, y, mean = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    input_gradient = any(needs[i] for i in (0, 1, 2, 4))
-    grads = conv_moments_backward(
+    stride, padding, groups = ctx.geometry
+    of_x, of_scale, of_shift, _, of_gate, of_weight = ctx.needs_input_grad[:6]
+    grad_x, grad_scale, grad_shift, grad_gate, grad_weight = conv_moments_backward(
         grad_y,
         grad_mean,
         grad_variance,
@@ -196,14 +196,21 @@ def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor
         ctx.main_grad,
         y,
         mean,
-        *ctx.geometry,
-        input_gradient,
-        needs[5],
+        stride,
+        padding,
+        groups,
+        of_x or of_scale or of_shift or of_gate,
+        of_weight,
     )
-    present = [input_gradient, *(input_gradient and t is not None for t in (scale, shift, gate)), needs[5]]
-    present[4] = needs[5] and ctx.main_grad is None
-    dx, dscale, dshift, dgate, dweight = (g if p else None for g, p in zip(grads, present, strict=True))
-    return dx, dscale, dshift, None, dgate, dweight, None, None, None, None, None, None
+    return (
+        grad_x if of_x else None,
+        grad_scale if of_scale else None,
+        grad_shift if of_shift else None,
+        None,
+        grad_gate if of_gate else None,
+        grad_weight if of_weight and ctx.main_grad is None else None,
+        *6 * [None],
+    )
 
 
 conv_moments.register_autograd(_backward, _setup_context)

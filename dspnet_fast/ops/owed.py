@@ -24,7 +24,11 @@ def _hardswish_slope(z: Tensor) -> Tensor:
     return torch.where((z < -3) | (z > 3), (z > 3).to(z.dtype), z / 3 + 0.5)
 
 
-_SLOPES = {"identity": torch.ones_like, "relu": _relu_slope, "hardswish": _hardswish_slope}
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": torch.ones_like,
+    "relu": _relu_slope,
+    "hardswish": _hardswish_slope,
+}
 
 
 def wide(x: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ def check_owed(
         for name, rows in (("scale", scale), ("shift", shift)):
             torch._check(
                 rows.ndim == 2 and rows.shape[1] == x.shape[1] and rows.dtype == wide(x[:0]).dtype,
-                lambda name=name, rows=rows: (
+                lambda name=name, rows=rows: (  # type: ignore[misc]
                     f"{operator}: {name} must be [views, {x.shape[1]}], {wide(x[:0]).dtype}, {_of(rows)}"
                 ),
             )

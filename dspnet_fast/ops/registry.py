@@ -10,8 +10,9 @@ shapes under torch.compile) and its provider `native`. `@operator` makes it a to
     @ema_update.provider("cpp", devices=("cpu",), supported=lambda: (True, ""), accepts=lambda *args: (True, ""))
     def _(targets, onlines, tau): ...
 
-Which provider serves a call is decided at run time inside the operator, so a compiled graph holds only the operator. A
-gradient that providers are to serve is an operator of its own, called by the one given to `register_autograd`.
+Which provider serves a call is decided at run time inside the operator, so a compiled graph holds only the operator. An
+ordinary eager call takes the same way without the dispatcher. A gradient that providers are to serve is an operator of
+its own, called by the one given to `register_autograd`.
 
 The policy is `native`, `auto` (per device the first of PRIORITY that accepts the arguments) or a provider's name. It
 starts as DSPNET_KERNELS, read once at import, and is `native` without it.
@@ -70,13 +71,20 @@ class Operator(Generic[P, R]):
         self._reported: set[str] = set()
         schema = torch.library.infer_schema(native, mutates_args=mutates)
         self._custom = torch.library.custom_op(f"dspnet::{self.name}", self._run, mutates_args=mutates, schema=schema)
-        if not schema.endswith("-> ()"):
-            self._custom.register_fake(native)
         self._call: Callable[P, R] = getattr(torch.ops.dspnet, self.name).default
+        self._returns = not schema.endswith("-> ()")
+        if self._returns:
+            self._custom.register_fake(native)
+        self._function: type[torch.autograd.Function] | None = None
         functools.update_wrapper(self, native)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._call(*args, **kwargs)
+        if not self._returns or kwargs or not _is_plain_eager(args):
+            return self._call(*args, **kwargs)
+        # The dispatcher's way through autograd costs three times as much as a small convolution.
+        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+            return self._run(*args)
+        return self._call(*args) if self._function is None else self._function.apply(*args)  # type: ignore[call-arg]
 
     def provider(
         self,
@@ -100,6 +108,14 @@ class Operator(Generic[P, R]):
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """Registers the gradient, as torch.library.register_autograd does."""
         self._custom.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self._run(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self.name, (torch.autograd.Function,), members)
 
     def _run(self, *args: Any) -> Any:
         device = _device_type(args)
@@ -213,6 +229,17 @@ def _device_type(args: tuple[Any, ...]) -> str | None:
         if isinstance(arg, Tensor):
             return arg.device.type
     return None
+
+
+def _is_plain_eager(args: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd wants to see this call: no compiler, no mode, no transform, no subclass, no fake."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    return all(type(arg) in (Tensor, torch.nn.Parameter) and not arg.is_meta for arg in args if isinstance(arg, Tensor))
 
 
 _policy_of_environment = os.environ.get("DSPNET_KERNELS", "")

@@ -30,7 +30,7 @@ def slim_batch_norm(
     for name, vector in (("weight", weight), ("bias", bias)):
         torch._check(
             vector is None or vector.shape == x.shape[1:2],
-            lambda name=name: f"slim_batch_norm: {name} must be [{x.shape[1]}]",
+            lambda name=name: f"slim_batch_norm: {name} must be [{x.shape[1]}]",  # type: ignore[misc]
         )
     rows = wide(x).unflatten(0, (views, -1))
     variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)

@@ -1,0 +1,66 @@
+"""What this machine can do at most, measured: the shares that benchmarks print are of these."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+
+def _seconds(run: Callable[[], object], rounds: int) -> list[float]:
+    seconds = []
+    for _ in range(rounds + rounds // 3):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return seconds[-rounds:]
+
+
+@functools.cache
+def copy_bandwidth(footprint: int) -> float:
+    """GB/s that a copy reads and writes together, the median of 15, between two halves of `footprint` bytes.
+
+    As many bytes as the operator works on, so that both find the same share of them in the caches.
+    """
+    source = torch.ones(max(1, footprint // 8))
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(_seconds(lambda: target.copy_(source), 15)) / 1e9
+
+
+@functools.cache
+def peak_gflops() -> float:
+    """GFLOP/s of fp32 multiply-adds: the best that a large matrix product or pointwise convolution reached.
+
+    Both, since they come from libraries (MKL and oneDNN on x86) of which either can be slow on a given processor.
+    """
+    side, channels = 2048, 1024
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    images = torch.randn(8, channels, 16, 16).to(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 1, 1).to(memory_format=torch.channels_last)
+    work: list[tuple[int, Callable[[], object]]] = [
+        (2 * side**3, lambda: left @ right),
+        (2 * images.numel() * channels, lambda: F.conv2d(images, weight)),
+    ]
+    return max(count / min(_seconds(run, 9)) for count, run in work) / 1e9
+
+
+def roofline_seconds(flops: float, count: float, footprint: int) -> float:
+    """The least time for that many operations and that many bytes read and written, the slower of the two.
+
+    footprint: the bytes that a copy is timed on, as in `copy_bandwidth`.
+    """
+    return max(flops / (1e9 * peak_gflops()), count / (1e9 * copy_bandwidth(footprint)))
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,154 @@
+"""The layers that operators are timed on: of a batch of 32 images of 96 px, two views, in the widths of a family."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dspnet_fast.ops.registry import Operator
+
+IMAGES, VIEWS = 64, 2
+DIRECTIONS = ("forward", "forward + backward")  # without gradient, as in the target; with it
+
+ACTS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda x, inplace: x,
+    "relu": F.relu,
+    "hardswish": F.hardswish,
+}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution of [64, channels, size, size] by a prefix of `full`, [O, I], and what its input is owed.
+
+    act None: the input is settled, as at the beginning of a block.
+    """
+
+    channels: int
+    size: int
+    out_channels: int
+    full: tuple[int, int]
+    kernel: int = 1
+    stride: int = 1
+    act: str | None = None
+    gated: bool = False
+
+    @property
+    def groups(self) -> int:
+        """1, or as many as channels."""
+        return self.channels if self.full[1] == 1 else 1
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output."""
+        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass."""
+        taps = self.kernel**2 * self.channels / self.groups
+        return 2 * IMAGES * self.out_channels * self.out_size**2 * taps
+
+    @property
+    def prefix(self) -> int:
+        """Bytes of the weight's prefix."""
+        return 4 * self.out_channels * self.channels // self.groups * self.kernel**2
+
+
+def _pointwise(name: str, size: int, ends: Sequence[int], halves: Sequence[int], *owed) -> dict[str, Conv]:
+    """Of width 1.00 and 0.50, the latter by a prefix of the former's weight; channels in and out of each."""
+    return {
+        f"{name} {channels}>{out} {size}x{size} {width}": Conv(channels, size, out, (ends[1], ends[0]), 1, 1, *owed)
+        for width, (channels, out) in (("w1.00", ends), ("w0.50", halves))
+    }
+
+
+def _depthwise(name: str, size: int, channels: int, half: int, kernel: int, stride: int, act: str) -> dict[str, Conv]:
+    """As _pointwise."""
+    strided = f" s{stride}" if stride > 1 else ""
+    return {
+        f"{name} {used} {size}x{size} k{kernel}{strided} {width}": Conv(
+            used, size, used, (channels, 1), kernel, stride, act
+        )
+        for width, used in (("w1.00", channels), ("w0.50", half))
+    }
+
+
+MOBILENET = {
+    "stem 3>16 96x96 k3 s2": Conv(3, 96, 16, (16, 3), 3, 2),
+    **_pointwise("1.0 expand", 48, (16, 64), (8, 32)),
+    **_pointwise("1.1 project", 24, (72, 24), (48, 16), "relu"),
+    **_pointwise("3.0 project", 6, (240, 80), (144, 40), "hardswish"),
+    **_pointwise("4.1 project, gated", 6, (672, 112), (336, 56), "hardswish", True),
+    **_pointwise("5.1 expand", 3, (160, 960), (80, 480)),
+    **_pointwise("5.1 project, gated", 3, (960, 160), (480, 80), "hardswish", True),
+    **_depthwise("1.0 depthwise", 48, 64, 32, 3, 2, "relu"),
+    **_depthwise("1.1 depthwise", 24, 72, 48, 3, 1, "relu"),
+    **_depthwise("2.1 depthwise", 12, 120, 72, 5, 1, "relu"),
+    **_depthwise("4.1 depthwise", 6, 672, 336, 3, 1, "hardswish"),
+    **_depthwise("5.1 depthwise", 3, 960, 480, 5, 1, "hardswish"),
+}
+RESNET = {
+    "ResNet-18 64>64 24x24 k3": Conv(64, 24, 64, (64, 64), 3, 1, "relu"),
+    "ResNet-18 256>256 6x6 k3": Conv(256, 6, 256, (256, 256), 3, 1, "relu"),
+    "ResNet-18 64>128 24x24 s2": Conv(64, 24, 128, (128, 64), 1, 2),
+}
+
+
+def variants(operator: Operator) -> list[str]:
+    """What is compared: the alternative first, then native, then the operator's provider for this device."""
+    compiled = ["compile"] if os.environ.get("DSPNET_BENCH_COMPILE") == "1" else []
+    return ["eager", *compiled, "native", *(["cpp"] if "cpp" in operator.providers else [])]
+
+
+def random(*shape: int) -> Tensor:
+    """A tensor of an activation's kind: channels-last, and with a gradient."""
+    x = torch.randn(shape)
+    return (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
+
+
+def rows(channels: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift of both views."""
+    return (1 + torch.rand(VIEWS, channels)).requires_grad_(), torch.randn(VIEWS, channels).requires_grad_()
+
+
+def affine(channels: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a batch normalisation."""
+    return (1 + torch.rand(channels)).requires_grad_(), torch.randn(channels).requires_grad_()
+
+
+def halves(x: Tensor) -> list[Tensor]:
+    """The two views, each a tensor of its own, as separate forward passes have them."""
+    return [view.detach().clone().requires_grad_(x.requires_grad) for view in x.chunk(VIEWS)]
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of all of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def runner(
+    variant: str,
+    direction: str,
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+) -> Callable[[], object]:
+    """What is timed: function(*inputs), and the gradients of all inputs that have one, from those of the outputs."""
+    if variant == "compile":
+        function = torch.compile(function, dynamic=False)
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def both() -> object:
+        return torch.autograd.grad(function(*inputs), wanted, grads, allow_unused=True)
+
+    return forward if direction == DIRECTIONS[0] else both

@@ -1,0 +1,358 @@
+"""What a whole DSPNet training step costs, ours against plain PyTorch.
+
+A step is: a uint8 batch of two views on hand, normalised; the target's forward pass; forward and backward pass of every
+subnet; LARS and the target's update. The baseline is benchmarks/eager.py, the same step as published slimmable code has
+it; a first step of both must give the same losses, or nothing is timed.
+
+Variants take turns within one process. Every sample waits, for a bounded time, until other processes use less than 6 %
+of the machine, and is dropped if the process was pushed off its processors meanwhile. Times are medians of what is
+left, and `x` is against eager channels_last. Peak memory is the highest sum of live tensors during a step, weights and
+optimizer state included, each variant in a process of its own. `limit` is the share of the time that this machine, as
+measured in the same run, would need for the convolutions and matrix products alone if each were bound by nothing but
+its own arithmetic or by reading and writing its operands once.
+
+The last line is for programs:
+
+    step_speedup_vs_eager_channels_last=X vs_eager_default=Y peak_memory_ratio=Z
+
+for ours in fp32 with the fast kernels; Z is ours divided by eager channels_last, less than 1 is less memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's word about GPUs that are not there
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import family
+from dspnet_fast.ops import registry
+from train import cli
+from train.config import PretrainConfig
+from train.progress import Monitor
+from train.trainer import Trainer
+
+from . import machine, work
+from .eager import EagerStep
+from .memory import MIB, in_own_process, peak_of_step
+from .quiet import ENOUGH, Patience, Samples, interleave
+
+EPILOG = """\
+examples:
+  python -m benchmarks.step --quick
+      the two figures that matter, in fp32 and bf16, in under three minutes on two cores
+  python -m benchmarks.step --json step.json
+      every variant but torch.compile, more rounds: about ten minutes
+  python -m benchmarks.step --network resnet --dns c32-d1111,c64-d2222 --subnets c32-d1111,c64-d2222
+      another family
+  python -m benchmarks.step --threads 1 --image-size 64 --batch-size 16 --rounds 5
+      smaller, on one core
+"""
+
+Step = Callable[[], dict[str, Tensor]]
+
+OURS, EAGER, EAGER_DEFAULT = "ours", "eager channels_last", "eager default layout"
+COPY_FOOTPRINT = 64 * MIB
+LOSS_RTOL = 1e-3
+STEPS_OF_A_RUN = 100_000  # so many that learning rate and tau stay what they are
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the step: ours under a policy, or the comparison, with no policy, by its options."""
+
+    policy: str | None = None
+    precision: str = "fp32"
+    channels_last: bool = True
+    compiled: bool = False
+    quick: bool = True  # also with --quick
+
+
+VARIANTS = {
+    EAGER: Variant(),
+    EAGER_DEFAULT: Variant(channels_last=False),
+    "eager bf16 autocast": Variant(precision="bf16", quick=False),
+    "eager torch.compile": Variant(compiled=True),
+    OURS: Variant(policy="auto"),
+    "ours bf16": Variant(policy="auto", precision="bf16"),
+    "ours native": Variant(policy="native", quick=False),
+}
+
+
+def configuration(options: argparse.Namespace, precision: str = "fp32") -> PretrainConfig:
+    """A run whose every step takes the same subnets: all of its family."""
+    subnets = _names(options.subnets)
+    return PretrainConfig(
+        network=options.network,
+        dns=",".join(subnets),
+        stem=options.stem,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        subnets_per_step=max(2, len(subnets)),
+        momentum_bn="off",  # published slimmable code has none
+        precision=precision,
+        full_only_epochs=0,
+        warmup_epochs=0,
+        epochs=1,
+    )
+
+
+def _names(dns: str) -> list[str]:
+    return [name.strip() for name in dns.split(",") if name.strip()]
+
+
+def _check(options: argparse.Namespace) -> None:
+    whole = family(options.network, _names(options.dns))
+    sampled = family(options.network, [whole.find(name).name for name in _names(options.subnets)])
+    if sampled.full != whole.full:
+        raise InputError(f"--subnets lacks {whole.full}: every step trains the full network")
+
+
+def images(options: argparse.Namespace) -> Tensor:
+    """Two views of random images, uint8 [2B, 3, S, S]."""
+    shape = (2 * options.batch_size, 3, options.image_size, options.image_size)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Step:
+    """The variant's step, on weights of its own; all variants start with the same ones."""
+    precision = variant.precision if variant.policy else "fp32"
+    trainer = Trainer(configuration(options, precision), STEPS_OF_A_RUN, torch.device("cpu"))
+    if variant.policy is None:
+        subnets, lr, tau = list(trainer.model.family), trainer.learning_rate, trainer.tau
+        eager = EagerStep(
+            trainer.model,
+            channels_last=variant.channels_last,
+            precision=variant.precision,
+            compiled=variant.compiled,
+        )
+        return lambda: eager.step(batch, subnets, lr, tau)
+
+    def step() -> dict[str, Tensor]:
+        assert variant.policy is not None
+        if registry.get_policy() != variant.policy:
+            registry.set_policy(variant.policy)
+        return trainer.train_step(batch)
+
+    return step
+
+
+def check_losses(ours: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
+    """Exit with 1 if the losses of a first step differ."""
+    if ours.keys() != eager.keys():
+        sys.exit(f"error: our step trains {', '.join(ours)}, the comparison {', '.join(eager)}: nothing is timed")
+    for name, loss in eager.items():
+        difference = abs(ours[name].item() / loss.item() - 1)
+        if not difference <= LOSS_RTOL:
+            sys.exit(
+                f"error: the loss of {name} is {ours[name].item():.6g}, by eager PyTorch {loss.item():.6g}: "
+                f"{difference:.1e} apart, {LOSS_RTOL:.0e} allowed. Nothing is timed"
+            )
+
+
+def profile(step: Step, rows: int) -> list[dict[str, Any]]:
+    """Where the time of a step goes: the operators with the most time of their own, then all others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    table = [{"operator": e.key, "calls": e.count, "ms": e.self_cpu_time_total / 1e3} for e in events]
+    total = sum(row["ms"] for row in table)
+    others = {
+        "operator": f"{len(table[rows:])} others",
+        "calls": sum(row["calls"] for row in table[rows:]),
+        "ms": sum(row["ms"] for row in table[rows:]),
+    }
+    return [{**row, "share": row["ms"] / total} for row in [*table[:rows], others]]
+
+
+def report(results: dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+    limits, options = results["machine"], results["options"]
+    console.print(
+        f"[bold]{options['network']}[/], {options['subnets']}, {options['batch_size']} images of "
+        f"{options['image_size']} px, two views, {limits['threads']} threads of {limits['processor']}, "
+        f"torch {limits['torch']}"
+    )
+    console.print(
+        f"this machine: {limits['GFLOP/s']:.0f} GFLOP/s fp32, copy {limits['copy GB/s']:.1f} GB/s (read and written, "
+        f"{COPY_FOOTPRINT // MIB} MiB). One step: {results['GFLOP']:.1f} GFLOP, {results['GB']:.2f} GB, at least "
+        f"{results['limit_ms']:.0f} ms"
+    )
+    table = Table("step", *("ms", "±", "x", "images/s", "GFLOP/s", "limit", "peak MiB", "undisturbed"))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, line in results["variants"].items():
+        slower = name.startswith("ours") and line["x"] < 1
+        table.add_row(
+            name,
+            f"{line['ms']:.0f}",
+            f"{line['spread']:.0%}",
+            f"{line['x']:.2f}" + (" slower" if slower else ""),
+            f"{line['images/s']:.1f}",
+            f"{line['GFLOP/s']:.0f}",
+            f"{line['limit']:.0%}" if VARIANTS[name].precision == "fp32" else "",
+            f"{line['peak_MiB']:.0f}",
+            f"{line['undisturbed']} of {line['samples']}",
+            style="red" if slower else "bold" if name == OURS else "",
+        )
+    console.print(table)
+    table = Table("where our step's time goes", "calls", "ms", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in results["profile"]:
+        table.add_row(row["operator"], str(row["calls"]), f"{row['ms']:.1f}", f"{row['share']:.1%}")
+    console.print(table)
+    disturbed = [name for name, line in results["variants"].items() if line["undisturbed"] < ENOUGH]
+    if disturbed:
+        console.print(
+            f"[red]the machine was busy: disturbed samples count for {', '.join(disturbed)}. Measure again[/]"
+        )
+
+
+def summary(variants: dict[str, Any]) -> str:
+    """The line for programs."""
+    ours, eager, default = (variants[name] for name in (OURS, EAGER, EAGER_DEFAULT))
+    return (
+        f"step_speedup_vs_eager_channels_last={eager['ms'] / ours['ms']:.2f} "
+        f"vs_eager_default={default['ms'] / ours['ms']:.2f} "
+        f"peak_memory_ratio={ours['peak_MiB'] / eager['peak_MiB']:.3f}"
+    )
+
+
+def _line(options: argparse.Namespace, samples: Samples, eager: Samples, flops: float, limit: float) -> dict[str, Any]:
+    return {
+        "ms": 1e3 * samples.median,
+        "spread": samples.spread,
+        "x": eager.median / samples.median,
+        "images/s": options.batch_size / samples.median,
+        "GFLOP/s": flops / samples.median / 1e9,
+        "limit": limit / samples.median,
+        "samples": len(samples.seconds) + len(samples.disturbed),
+        "undisturbed": len(samples.seconds),
+        "seconds": samples.seconds,
+        "disturbed_seconds": samples.disturbed,
+    }
+
+
+def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console) -> dict[str, Any]:
+    """Everything; `progress` is told how far it is."""
+    chosen = {
+        name: variant
+        for name, variant in VARIANTS.items()
+        if (options.compile if variant.compiled else variant.quick or not options.quick)
+    }
+    rounds = options.rounds or (7 if options.quick else 15)
+    batch = images(options)
+    monitor = Monitor("step", len(chosen) * (rounds + 2) + 3, console=progress)
+
+    def tick(status: str) -> None:
+        monitor.status(status)
+        monitor.advance()
+
+    with monitor:
+        tick("the same losses as eager PyTorch?")
+        steps = {name: build(chosen[name], options, batch) for name in (EAGER, OURS)}
+        eager_losses: dict[str, Tensor] = {}
+        layers = work.record(lambda: eager_losses.update(steps[EAGER]()))
+        check_losses(steps[OURS](), eager_losses)
+        tick("the machine's limits")
+        limit = work.roofline(layers, COPY_FOOTPRINT)
+        for name, variant in chosen.items():
+            tick(f"{name}: warm-up")
+            if name not in steps:
+                steps[name] = build(variant, options, batch)
+                steps[name]()
+            steps[name]()
+        patience = Patience(20, 3) if options.quick else Patience(200, 15)
+        samples = interleave({name: steps[name] for name in chosen}, rounds, patience, tick)
+        tick("where the time goes")
+        where = profile(steps[OURS], options.rows)
+        steps.clear()
+        flops = sum(layer.flops for layer in layers)
+        lines = {name: _line(options, samples[name], samples[EAGER], flops, limit) for name in chosen}
+        for name in chosen:
+            tick(f"{name}: memory")
+            lines[name] |= in_own_process("benchmarks.step", [*argv, "--memory-of", name])
+    return {
+        "options": {k: v for k, v in vars(options).items() if k in ("network", "subnets", "stem")}
+        | {"image_size": options.image_size, "batch_size": options.batch_size},
+        "machine": {
+            "processor": machine.processor(),
+            "system": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "GFLOP/s": machine.peak_gflops(),
+            "copy GB/s": machine.copy_bandwidth(COPY_FOOTPRINT),
+        },
+        "kernels": registry.serving(),
+        "GFLOP": flops / 1e9,
+        "GB": sum(layer.bytes for layer in layers) / 1e9,
+        "limit_ms": 1e3 * limit,
+        "variants": lines,
+        "variant_options": {name: asdict(variant) for name, variant in chosen.items()},
+        "profile": where,
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, without eager bf16 and ours native")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the comparison as well: minutes")
+    parser.add_argument("--network", default="mobilenet_v3_large", help="architecture [%(default)s]")
+    parser.add_argument("--dns", default="w0.50,w0.625,w0.75,w1.00", help="the family [%(default)s]")
+    parser.add_argument("--subnets", help="what every step trains, with the full network [all of --dns]")
+    parser.add_argument("--stem", default="standard", help="standard, or small for small images [%(default)s]")
+    parser.add_argument("--image-size", type=int, default=96, help="height and width in pixels [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=32, help="images, of two views each [%(default)s]")
+    parser.add_argument("--threads", type=int, help="threads that PyTorch uses [one per core]")
+    parser.add_argument("--rounds", type=int, help="samples of each variant [7 with --quick, else 15]")
+    parser.add_argument("--rows", type=int, default=15, help="rows of the profile [%(default)s]")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured, samples included")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)  # measure that in this process
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    options = make_parser().parse_args(argv)
+    options.subnets = options.subnets or options.dns
+    _check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.memory_of:
+        variant, batch = VARIANTS[options.memory_of], images(options)
+        print(json.dumps({"peak_MiB": peak_of_step(lambda: build(variant, options, batch)) / MIB}))
+        return
+    results = measure(options, argv, Console(stderr=True, highlight=False))
+    results["summary"] = summary(results["variants"])
+    console = Console(highlight=False)
+    report(results, console if console.is_terminal else Console(highlight=False, width=120))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(results, file, indent=1)
+    print(results["summary"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,118 @@
+"""The step benchmark: what it counts, what it refuses, and that it says what it promises."""
+
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import quiet, step, work
+from benchmarks.memory import MIB, peak_of_step
+from dspnet_fast.errors import InputError
+
+SMALL = ["--network=resnet", "--dns=c8-d1111,c12-d1111,c16-d1111", "--stem=small", "--image-size=12", "--batch-size=4"]
+TINY = [*SMALL, "--quick", "--rounds=2", "--rows=3"]
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """No waiting, no processes, no time for limits, native kernels."""
+    monkeypatch.setattr(quiet, "foreign_load", lambda: 0.0)
+    monkeypatch.setattr(step, "in_own_process", lambda module, arguments: {"peak_MiB": 2.0})
+    monkeypatch.setattr(step.machine, "peak_gflops", lambda: 100.0)
+    monkeypatch.setattr(work, "roofline_seconds", lambda flops, count, footprint: flops / 1e11)
+    monkeypatch.setitem(step.VARIANTS, step.OURS, step.Variant(policy="native"))
+    monkeypatch.setitem(step.VARIANTS, "ours bf16", step.Variant(policy="native", precision="bf16"))
+
+
+def test_it_ends_with_the_line_for_programs(hasty, capsys, tmp_path, policy):
+    step.main([*TINY, f"--json={tmp_path / 'step.json'}"])
+    printed = capsys.readouterr().out
+    line = r"step_speedup_vs_eager_channels_last=\d+\.\d\d vs_eager_default=\d+\.\d\d peak_memory_ratio=1\.000"
+    assert re.fullmatch(line, printed.splitlines()[-1])
+    for name in ("eager channels_last", "eager default layout", "ours", "ours bf16", "GFLOP/s", "share"):
+        assert name in printed
+    results = json.loads((tmp_path / "step.json").read_text())
+    assert len(results["variants"]) == 4 and len(results["profile"]) == 4
+    assert sum(row["share"] for row in results["profile"]) == pytest.approx(1)
+
+
+def test_other_losses_are_an_error_and_nothing_is_printed(hasty, capsys, monkeypatch, policy):
+    losses = {"c8-d1111": torch.tensor(3.9)}
+    monkeypatch.setattr(
+        step,
+        "build",
+        lambda variant, *rest: lambda: {k: v * 1.002 for k, v in losses.items()} if variant.policy else losses,
+    )
+    with pytest.raises(SystemExit) as exit:
+        step.main(TINY)
+    assert "nothing is timed" in str(exit.value).lower() and "c8-d1111" in str(exit.value)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        step.check_losses({"w": torch.tensor(float("nan"))}, {"w": torch.tensor(1.0)})
+    step.check_losses({"w": torch.tensor(1.0005)}, {"w": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("name", ["eager channels_last", "ours native"])
+def test_every_step_trains_the_same_subnets(name, policy):
+    options = step.make_parser().parse_args([*SMALL, "--subnets=c16-d1111,c8-d1111"])
+    run = step.build(step.VARIANTS[name], options, step.images(options))
+    assert [set(run()) for _ in range(3)] == 3 * [{"c8-d1111", "c16-d1111"}]
+
+
+@pytest.mark.parametrize("subnets", ["c8-d1111,c12-d1111", "c8-d1111,c16-d2111"])
+def test_subnets_are_of_the_family_with_the_full_network(subnets):
+    with pytest.raises(InputError, match="c16-d"):
+        step.main([*TINY, f"--subnets={subnets}"])
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_work_of_a_convolution_and_a_product(groups):
+    x = torch.randn(2, 8, 6, 6).requires_grad_()
+    weight, matrix = torch.randn(8, 8 // groups, 3, 3).requires_grad_(), torch.randn(5, 8)
+
+    def run():
+        F.linear(F.conv2d(x, weight, padding=1, groups=groups).mean((2, 3)), matrix).sum().backward()
+
+    forward, product, *_, backward = layers = work.record(run)
+    macs = 2 * 8 * 36 * 9 * 8 // groups
+    assert (forward.flops, backward.flops) == (2 * macs, 4 * macs)
+    assert product.flops == 2 * 2 * 5 * 8 and len(layers) == 4  # the matrix has no gradient
+    assert forward.bytes == 4 * (2 * x.numel() + weight.numel())
+    assert backward.bytes == 4 * (4 * x.numel() + 2 * weight.numel())
+
+
+def test_peak_memory_counts_what_was_kept_before_and_what_is_alive_at_once():
+    def build():
+        kept = torch.ones(4 * MIB // 4)
+
+        def run():
+            for _ in range(3):
+                kept.add(1)  # 4 MiB each time, freed at once
+
+        torch.ones(64 * MIB // 4)  # gone before the step
+        return run
+
+    assert 8 * MIB <= peak_of_step(build) < 9 * MIB
+
+
+def test_disturbed_samples_do_not_count_unless_there_are_no_others(monkeypatch):
+    samples = quiet.Samples([1.0, 3.0, 2.0], [50.0])
+    assert samples.median == 2.0 and 0 < samples.spread < 1
+    assert quiet.Samples([1.0], [2.0, 6.0]).median == 2.0
+
+
+def test_variants_take_turns(monkeypatch):
+    monkeypatch.setattr(quiet, "foreign_load", lambda: 0.0)
+    order = []
+    variants = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = quiet.interleave(variants, 2, quiet.Patience(1, 1), lambda name: None)
+    assert "".join(order) == "abcbca"
+    assert all(len(s.seconds) + len(s.disturbed) == 2 for s in samples.values())
+
+
+def test_patience_ends(monkeypatch):
+    monkeypatch.setattr(quiet, "foreign_load", lambda: 1.0)
+    quiet.Patience(0.05, 10).wait()
+    quiet.Patience(10, 0.05).wait()
