@@ -115,22 +115,25 @@ void form_rows(const FormedRows& formed, int64_t images, const Form& form) {
   }
 }
 
-// Positions of one output row in one image, or one position of several images, as the rows of a product.
-// Its taps are some runs of floats, from some rows of what was formed and with some rows of the packed weight.
-struct Taps {
-  std::vector<int64_t> offsets, depths;
+// The positions of one row in one image, or one position of several images: rows by the packed weight. Their taps are
+// `runs` runs of `run` floats; in the weight, the first one's rows begin at `depth`.
+template <typename out_t>
+struct Product {
+  const float* from;
+  int64_t runs, run, depth;
+  int64_t rows;
+  out_t* to;
+};
 
-  explicit Taps(int64_t kernel) : offsets(kernel), depths(kernel) {}
+// Products that differ in no more than that.
+template <typename out_t>
+struct Products {
+  int64_t stride, row_step, depth_step; // from row to row of A; from run to run, there and in the weight
+  int64_t to_stride; // from row to row of the result
+  std::vector<Product<out_t>> all{};
 
-  // Runs of `run` floats from `from` on, of rows `row_step` floats apart. In the weight, the first run's rows begin at
-  // `depth`, the others' `depth_step` later each.
-  Rows rows(
-      const float* from, int64_t stride, int64_t runs, int64_t run, int64_t row_step, int64_t depth, int64_t depth_step) {
-    for (int64_t r = 0; r < runs; ++r) {
-      offsets[r] = r * row_step;
-      depths[r] = depth + r * depth_step;
-    }
-    return {from, stride, run, offsets.data(), std::max<int64_t>(runs, 0), depths.data()};
+  void add(const float* from, int64_t runs, int64_t run, int64_t depth, int64_t rows, out_t* to) {
+    all.push_back({from, std::max<int64_t>(runs, 0), std::max<int64_t>(run, 0), depth, rows, to});
   }
 };
 
@@ -146,13 +149,24 @@ void multiply_evenly(const Rows& a, int64_t rows, const float* panel, int64_t co
   }
 }
 
-// depth: of the whole packed weight, of which `a` may use a part.
-template <typename Epilogue>
+// depth: of the whole packed weight, of which a product may use a part. Panel after panel, so that each stays in the
+// cache for all products. epilogue_of(product): one of multiply()'s.
+template <typename out_t, typename EpilogueOf>
 void multiply_all(
-    const Rows& a, int64_t rows, const float* packed, int64_t depth, const Panels& panels, const Epilogue& epilogue) {
+    const Products<out_t>& products, const float* packed, int64_t depth, const Panels& panels, const EpilogueOf& epilogue_of) {
+  std::vector<int64_t> taps, depths;
   for (int64_t p = 0; p < panels.count; ++p) {
     with_vectors(panels.width(p), [&](auto v) {
-      multiply_evenly<v>(a, rows, packed + panels.offset(p, depth), panels.column(p), epilogue);
+      for (const Product<out_t>& product : products.all) {
+        taps.resize(product.runs);
+        depths.resize(product.runs);
+        for (int64_t r = 0; r < product.runs; ++r) {
+          taps[r] = r * products.row_step;
+          depths[r] = product.depth + r * products.depth_step;
+        }
+        const Rows rows{product.from, products.stride, product.run, taps.data(), product.runs, depths.data()};
+        multiply_evenly<v>(rows, product.rows, packed + panels.offset(p, depth), panels.column(p), epilogue_of(product));
+      }
     });
   }
 }
@@ -193,6 +207,9 @@ struct Input {
   void form(const Band& band, const FormedRows& formed) const {
     with_act(owed.act, [&](auto act) {
       form_rows(formed, band.images, [&](float* to, int64_t i, int64_t y) {
+        if (y % pixel_step() != first_pixel()) {
+          return;
+        }
         const int64_t n = band.image + i;
         const scalar_t* from = x + (n * shape.height + y) * shape.width * shape.channels;
         if (!is_owed()) {
@@ -204,6 +221,14 @@ struct Input {
         }
       });
     });
+  }
+
+  // A kernel of one tap leaves out rows and pixels if it has a stride.
+  int64_t pixel_step() const {
+    return shape.kernel == 1 ? shape.stride : 1;
+  }
+  int64_t first_pixel() const { // and row
+    return (pixel_step() - shape.padding % pixel_step()) % pixel_step();
   }
 
   void form_as_is(const scalar_t* from, float* to) const {
@@ -225,7 +250,8 @@ struct Input {
         b[v] = panel.get_or(shift(n), v, 0);
         g[v] = panel.get_or(gate(n), v, 1);
       }
-      for (int64_t at = 0; at < shape.width * shape.channels; at += shape.channels) {
+      for (int64_t at = first_pixel() * shape.channels; at < shape.width * shape.channels;
+           at += pixel_step() * shape.channels) {
 #pragma GCC unroll 2
         for (int v = 0; v < P::vectors; ++v) {
           Vec h = activate<act>(at::vec::fmadd(panel.get(from + at, v), a[v], b[v]));
@@ -589,39 +615,41 @@ struct BackwardPass {
   void input_gradient(const Band& band, const FormedRows& e, int64_t first, int64_t last, float* grad_h) const {
     const int64_t begin = input_begin(band), end = input_end(band), width = shape.width, stride = shape.stride;
     const int64_t of_image = (end - begin) * width * in.padded();
+    const bool by_images = by_image(shape, last - first);
     if (static_cast<int64_t>(classes.size()) < std::min(stride, shape.height) * std::min(stride, width)) {
       std::fill_n(grad_h, (last - first) * of_image, 0.f); // there are positions that no tap reaches
     }
-    Taps taps(shape.kernel);
     for (const Class& each : classes) {
       const int64_t depth = each.taps() * shape.out_channels, depth_step = each.columns * shape.out_channels;
       const int64_t last_kx = each.first_column + (each.columns - 1) * stride;
       const int64_t left = (each.x + shape.padding - last_kx) / stride; // the first output pixel that reaches each.x
+      Products<float> products{
+          by_images ? e.image_floats() : shape.out_channels, -e.row_floats(), depth_step,
+          by_images ? of_image : stride * in.padded()};
       for (int64_t y = begin + ((each.y - begin) % stride + stride) % stride; y < end; y += stride) {
         // Kernel row r comes from output row bottom - r.
         const int64_t bottom = (y + shape.padding - each.first_row) / stride;
         const int64_t r = std::max<int64_t>(bottom - shape.out_height + 1, 0);
         const int64_t runs = std::min(each.rows, bottom + 1) - r;
         float* to = grad_h + ((y - begin) * width + each.x) * in.padded();
-        if (by_image(shape, last - first)) {
+        if (by_images) {
           for (int64_t x = each.x, from = left; x < width; x += stride, ++from, to += stride * in.padded()) {
             const int64_t skip = std::max<int64_t>(-from, 0);
-            const int64_t pixels = std::max<int64_t>(std::min(each.columns, shape.out_width - from) - skip, 0);
-            const Rows rows = taps.rows(
-                e.pixel(first, bottom - r, from + skip), e.image_floats(), runs, pixels * shape.out_channels,
-                -e.row_floats(), r * depth_step + skip * shape.out_channels, depth_step);
-            multiply_all(rows, last - first, each.weight, depth, in, StoreRows{to, of_image});
+            const int64_t pixels = std::min(each.columns, shape.out_width - from) - skip;
+            products.add(
+                e.pixel(first, bottom - r, from + skip), runs, pixels * shape.out_channels,
+                r * depth_step + skip * shape.out_channels, last - first, to);
           }
         } else {
           for (int64_t i = first; i < last; ++i, to += of_image) {
-            const Rows rows = taps.rows(
-                e.pixel(i, bottom - r, left), shape.out_channels, runs, depth_step, -e.row_floats(), r * depth_step,
-                depth_step);
-            const int64_t positions = (width - each.x - 1) / stride + 1;
-            multiply_all(rows, positions, each.weight, depth, in, StoreRows{to, stride * in.padded()});
+            products.add(
+                e.pixel(i, bottom - r, left), runs, depth_step, r * depth_step, (width - each.x - 1) / stride + 1, to);
           }
         }
       }
+      multiply_all(products, each.weight, depth, in, [&](const Product<float>& product) {
+        return StoreRows{product.to, products.to_stride};
+      });
     }
   }
 
@@ -736,111 +764,101 @@ struct BackwardPass {
   template <typename Pending>
   void input_gradients(const Band& band, const FormedRows& e, float* gates, Pending& pending) const {
     const int64_t begin = input_begin(band), positions = (input_end(band) - begin) * shape.width;
-    const int64_t images = by_image(shape, band.images) ? band.images : 1;
+    const int64_t limit = kBandBytes / 2 / std::max<int64_t>(positions * in.padded() * sizeof(float), 1);
+    const int64_t images = by_image(shape, band.images) ? band.images : std::clamp<int64_t>(limit, 1, band.images);
     float* grad_h = scratch<BandInput>(images * positions * in.padded());
     for (int64_t first = 0; first < band.images; first += images) {
-      input_gradient(band, e, first, first + images, grad_h);
+      const int64_t some = std::min(images, band.images - first);
+      input_gradient(band, e, first, first + some, grad_h);
       const int64_t line = (band.image + first) * shape.height + begin; // of all images: the band's are consecutive
-      finish(line * shape.width, images * positions, grad_h, gates, pending);
+      finish(line * shape.width, some * positions, grad_h, gates, pending);
     }
   }
 };
 
-// Sums y of some rows at a time for the moments of a view.
+// Multiplies for y, and sums it for the moments of a view.
 template <typename scalar_t>
 class OutputRows {
  public:
-  OutputRows(const ConvShape& shape, const Panels& panels, ChannelMoments* moments)
-      : channels_(shape.out_channels), moments_(moments) {
+  // moments: [views].
+  OutputRows(const ConvShape& shape, const float* weight, const Panels& panels, ChannelMoments* moments)
+      : shape_(shape), weight_(weight), panels_(panels), moments_(moments) {
     float* memory = scratch<BlockSums>(3 * panels.padded());
     std::fill_n(memory, panels.padded(), 0.f);
-    epilogue_.pivot = memory;
     epilogue_.sum = memory + panels.padded();
     epilogue_.square = memory + 2 * panels.padded();
-    epilogue_.channels = channels_;
+    epilogue_.channels = shape.out_channels;
+    pivot_ = memory;
   }
 
-  // multiply(epilogue) is to give it `rows` rows, for y from `to` on. view: -1 where no moments are wanted.
-  template <typename Multiply>
-  void add(int64_t view, scalar_t* to, int64_t stride, int64_t rows, const Multiply& multiply) {
-    if (view != view_ || rows_ + rows > kMomentRows) {
-      flush();
-      view_ = view;
+  // view: ignored where no moments are wanted.
+  void multiply(const Products<scalar_t>& products, int64_t view) {
+    Products<scalar_t> some = products;
+    auto next = products.all.begin();
+    while (next != products.all.end()) {
+      const bool has_pivot = shape_.views == 0 || moments_[view].to_pivot(pivot_);
+      some.all.clear();
+      int64_t rows = 0;
+      do {
+        rows += next->rows;
+        some.all.push_back(*next++);
+        // Few rows for a mean that is a good pivot.
+      } while (has_pivot && next != products.all.end() && rows + next->rows <= kMomentRows);
+      multiply_some(some, has_pivot);
+      if (shape_.views) {
+        moments_[view].merge(rows, shape_.out_channels, pivot_, epilogue_.sum, epilogue_.square);
+      }
     }
-    epilogue_.y = to;
-    epilogue_.stride = stride;
-    epilogue_.begins = rows_ == 0;
-    if (view < 0) {
-      StoreOutput<scalar_t> store = epilogue_;
-      store.pivot = nullptr;
-      multiply(store);
-      return;
-    }
-    if (rows_ == 0) {
-      epilogue_.has_pivot = moments_[view].to_pivot(epilogue_.pivot);
-    }
-    multiply(epilogue_);
-    rows_ += rows;
-    if (!epilogue_.has_pivot) {
-      flush(); // few rows for a mean that is a good pivot
-    }
-  }
-
-  void flush() {
-    if (rows_ > 0) {
-      moments_[view_].merge(rows_, channels_, epilogue_.pivot, epilogue_.sum, epilogue_.square);
-    }
-    rows_ = 0;
   }
 
  private:
-  int64_t channels_;
-  ChannelMoments* moments_; // [views]
+  void multiply_some(const Products<scalar_t>& products, bool has_pivot) {
+    epilogue_.pivot = shape_.views ? pivot_ : nullptr;
+    epilogue_.has_pivot = has_pivot;
+    epilogue_.stride = products.to_stride;
+    const int64_t depth = shape_.kernel * shape_.kernel * shape_.channels;
+    multiply_all(products, weight_, depth, panels_, [&](const Product<scalar_t>& product) {
+      epilogue_.y = product.to;
+      epilogue_.begins = product.to == products.all.front().to;
+      return epilogue_;
+    });
+  }
+
+  const ConvShape& shape_;
+  const float* weight_;
+  const Panels& panels_;
+  ChannelMoments* moments_;
   StoreOutput<scalar_t> epilogue_{};
-  int64_t view_ = -1, rows_ = 0;
+  float* pivot_;
 };
 
-// y of a band.
+// The products for y of a band.
 template <typename scalar_t>
-void band_forward(
-    const ConvShape& shape,
-    const Band& band,
-    const FormedRows& h,
-    const float* weight,
-    const Panels& panels,
-    scalar_t* y,
-    OutputRows<scalar_t>& output) {
+Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const FormedRows& h, scalar_t* y) {
   const int64_t kernel = shape.kernel, channels = shape.channels, out_channels = shape.out_channels;
   const int64_t of_image = shape.positions() * out_channels, depth_step = kernel * channels;
-  const int64_t view = shape.views > 1 ? band.segment : shape.views - 1;
-  Taps taps(kernel);
-  const auto multiply = [&](const Rows& rows, int64_t count, scalar_t* to, int64_t stride) {
-    output.add(view, to, stride, count, [&](const auto& epilogue) {
-      multiply_all(rows, count, weight, kernel * depth_step, panels, epilogue);
-    });
-  };
+  const bool by_images = by_image(shape, band.images);
+  Products<scalar_t> products{
+      by_images ? h.image_floats() : shape.stride * channels, h.row_floats(), depth_step,
+      by_images ? of_image : out_channels};
   for (int64_t row = band.begin; row < band.end; ++row) {
     const int64_t top = row * shape.stride - shape.padding, ky = std::max<int64_t>(-top, 0);
     const int64_t runs = std::min(kernel, shape.height - top) - ky;
     scalar_t* to = y + band.image * of_image + row * shape.out_width * out_channels;
-    if (by_image(shape, band.images)) {
+    if (by_images) {
       for (int64_t x = 0; x < shape.out_width; ++x, to += out_channels) {
         const int64_t left = x * shape.stride - shape.padding, kx = std::max<int64_t>(-left, 0);
-        const int64_t pixels = std::max<int64_t>(std::min(kernel, shape.width - left) - kx, 0);
-        const Rows rows = taps.rows(
-            h.pixel(0, top + ky, left + kx), h.image_floats(), runs, pixels * channels, h.row_floats(),
-            ky * depth_step + kx * channels, depth_step);
-        multiply(rows, band.images, to, of_image);
+        const int64_t pixels = std::min(kernel, shape.width - left) - kx;
+        products.add(
+            h.pixel(0, top + ky, left + kx), runs, pixels * channels, ky * depth_step + kx * channels, band.images, to);
       }
     } else {
       for (int64_t i = 0; i < band.images; ++i, to += of_image) {
-        const Rows rows = taps.rows(
-            h.pixel(i, top + ky, -shape.padding), shape.stride * channels, runs, depth_step, h.row_floats(),
-            ky * depth_step, depth_step);
-        multiply(rows, shape.out_width, to, out_channels);
+        products.add(h.pixel(i, top + ky, -shape.padding), runs, depth_step, ky * depth_step, shape.out_width, to);
       }
     }
   }
+  return products;
 }
 
 } // namespace
@@ -854,14 +872,13 @@ void dense_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
   std::vector<ChannelMoments> moments(at::get_num_threads() * shape.views); // [thread, view]
   at::parallel_for(0, bands.count(), 1, [&](int64_t b, int64_t last) {
     float* formed = scratch<FormedInput>(input.floats(bands));
-    OutputRows<scalar_t> output(shape, panels, moments.data() + at::get_thread_num() * shape.views);
+    OutputRows<scalar_t> output(shape, weight, panels, moments.data() + at::get_thread_num() * shape.views);
     for (; b < last; ++b) {
       const Band band = bands.at(b);
       const FormedRows h = input.rows(band, formed);
       input.form(band, h);
-      band_forward(shape, band, h, weight, panels, args.y, output);
+      output.multiply(products_of(shape, band, h, args.y), shape.views > 1 ? band.segment : 0);
     }
-    output.flush();
   });
   for (int64_t view = 0; view < shape.views; ++view) {
     ChannelMoments all;
