@@ -55,7 +55,7 @@ examples:
   python -m benchmarks.step --quick
       the two figures that matter, in fp32 and bf16, in under three minutes on two cores
   python -m benchmarks.step --json step.json
-      every variant but torch.compile, more rounds: about ten minutes
+      every variant but torch.compile, in more rounds
   python -m benchmarks.step --network resnet --dns c32-d1111,c64-d2222 --subnets c32-d1111,c64-d2222
       another family
   python -m benchmarks.step --threads 1 --image-size 64 --batch-size 16 --rounds 5
