@@ -41,6 +41,11 @@ DSPNET_CPU_BUILDS(
 DSPNET_CPU_BUILDS(
     Tensors3, norm_act_pool_backward, Tensor grad, Tensor x, OptionalTensor scale, OptionalTensor shift,
     std::string_view act)
+DSPNET_CPU_BUILDS(
+    Tensors3, slim_batch_norm, Tensor x, OptionalTensor weight, OptionalTensor bias, double eps, int64_t views)
+DSPNET_CPU_BUILDS(
+    Tensors3, slim_batch_norm_backward, Tensor grad_y, Tensor grad_mean, Tensor grad_variance, Tensor x,
+    OptionalTensor weight, Tensor mean, Tensor variance, double eps)
 
 TORCH_LIBRARY(dspnet_cpp, library) {
   library.def(
@@ -66,6 +71,11 @@ TORCH_LIBRARY(dspnet_cpp, library) {
   library.def(
       "norm_act_pool_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act) -> "
       "(Tensor, Tensor, Tensor)");
+  library.def(
+      "slim_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, int views) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "slim_batch_norm_backward(Tensor grad_y, Tensor grad_mean, Tensor grad_variance, Tensor x, Tensor? weight, "
+      "Tensor mean, Tensor variance, float eps) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
@@ -77,4 +87,6 @@ TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
   library.impl("norm_act_backward", DSPNET_CPU_BUILD(norm_act_backward));
   library.impl("norm_act_pool", DSPNET_CPU_BUILD(norm_act_pool));
   library.impl("norm_act_pool_backward", DSPNET_CPU_BUILD(norm_act_pool_backward));
+  library.impl("slim_batch_norm", DSPNET_CPU_BUILD(slim_batch_norm));
+  library.impl("slim_batch_norm_backward", DSPNET_CPU_BUILD(slim_batch_norm_backward));
 }

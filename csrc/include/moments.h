@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
@@ -31,6 +32,58 @@ struct Moments {
 
   double variance() const { // biased
     return count == 0 || squares < 0 ? 0 : squares / count;
+  }
+};
+
+// Those of all channels at once.
+struct ChannelMoments {
+  double count = 0;
+  std::vector<double> mean, squares;
+
+  // Of `rows` rows: sums of differences from a pivot and of their squares.
+  void merge(int64_t rows, int64_t channels, const float* pivot, const float* sum, const float* square) {
+    mean.resize(channels);
+    squares.resize(channels);
+    const double block = static_cast<double>(rows), total = count + block;
+    const double inverse = 1 / block, share = block / total, weight = count * share;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double shifted = sum[c] * inverse;
+      const double delta = pivot[c] + shifted - mean[c];
+      mean[c] += delta * share;
+      squares[c] += square[c] - shifted * sum[c] + delta * delta * weight;
+    }
+    count = total;
+  }
+
+  void merge(const ChannelMoments& other) {
+    if (other.count == 0) {
+      return;
+    }
+    mean.resize(other.mean.size());
+    squares.resize(other.mean.size());
+    const double total = count + other.count, share = other.count / total, weight = count * share;
+    for (size_t c = 0; c < mean.size(); ++c) {
+      const double delta = other.mean[c] - mean[c];
+      mean[c] += delta * share;
+      squares[c] += other.squares[c] + delta * delta * weight;
+    }
+    count = total;
+  }
+
+  // The mean so far is the best pivot for what follows. False if there is none yet.
+  bool to_pivot(float* pivot) const {
+    for (size_t c = 0; c < mean.size(); ++c) {
+      pivot[c] = static_cast<float>(mean[c]);
+    }
+    return count > 0;
+  }
+
+  // variance: biased.
+  void write(int64_t channels, float* means, float* variance) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      means[c] = static_cast<float>(mean[c]);
+      variance[c] = static_cast<float>(squares[c] < 0 ? 0 : squares[c] / count);
+    }
   }
 };
 

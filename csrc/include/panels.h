@@ -63,10 +63,10 @@ void for_panels(int64_t channels, const Run& run) {
   }
 }
 
-// Calls run(panel, first row, number of rows), block after block.
+// Calls run(panel, first row, number of rows), block after block: few rows, because their sums are rounded as often.
 template <typename Run>
 void for_blocks(int64_t begin, int64_t end, int64_t channels, const Run& run) {
-  const int64_t block = std::clamp<int64_t>(2048 / channels, 4, 128);
+  const int64_t block = std::clamp<int64_t>(2048 / channels, 4, 32);
   for (; begin < end; begin += block) {
     const int64_t rows = std::min(block, end - begin);
     for_panels(channels, [&](const auto& panel) { run(panel, begin, rows); });

@@ -1,10 +1,12 @@
 """slim_batch_norm: batch normalisation of every view by itself, with its moments as outputs, for the drop-in layers."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpp
 from .owed import wide
 from .registry import operator
 
@@ -107,3 +109,32 @@ def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor
 
 
 slim_batch_norm.register_autograd(_backward, _setup_context)
+
+
+def _accepts(x: Tensor, *vectors: Tensor | None) -> tuple[bool, str]:
+    dense = x.is_contiguous() if x.ndim == 2 else x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not dense:
+        return False, "it serves [N, C], contiguous, and [N, C, H, W], channels-last"
+    if any(vector is not None and vector.dtype != torch.float32 for vector in vectors):
+        return False, "it serves weights and biases of float32 only"
+    return cpp.stores(x)
+
+
+@slim_batch_norm.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "slim_batch_norm"),
+    accepts=lambda x, weight, bias, *_: _accepts(x, weight, bias),
+)
+def _cpp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.dspnet_cpp.slim_batch_norm(*args)
+
+
+@slim_batch_norm_backward.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "slim_batch_norm_backward"),
+    accepts=lambda *args: _accepts(args[3], args[4]),
+)
+def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.dspnet_cpp.slim_batch_norm_backward(*args)

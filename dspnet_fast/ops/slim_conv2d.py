@@ -1,11 +1,13 @@
 """slim_conv2d: an ordinary convolution by a prefix of a weight, read and given its gradient in place."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpp
 from .registry import operator
 
 
@@ -112,3 +114,82 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 slim_conv2d.register_autograd(_backward, _setup_context)
+
+
+def _accepts(
+    x: Tensor, weight: Tensor, out_channels: int, stride: Sequence[int], padding: Sequence[int], *rest: Any
+) -> tuple[bool, str]:
+    dilation, groups, *_ = rest
+    if not (x.ndim == weight.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return False, "it serves channels-last inputs"
+    if x.dtype != weight.dtype:
+        return False, f"it serves inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
+    if groups != 1 or tuple(weight.shape[2:]) == (1, 1) == tuple(stride):
+        return False, "it serves dense convolutions only"
+    if weight.shape[2] != weight.shape[3] or len({*stride}) > 1 or len({*padding}) > 1 or {*dilation} != {1}:
+        return False, "it serves square kernels, strides and paddings without dilation"
+    return cpp.stores(x)
+
+
+@slim_conv2d.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "conv_moments"),
+    accepts=lambda x, weight, bias, main_grad, *rest: _accepts(x, weight, *rest),
+)
+def _cpp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    main_grad: Tensor | None,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A convolution of an input that is owed nothing, without moments."""
+    _check(x, weight, main_grad, out_channels, groups)
+    prefix = _prefix(x, weight, out_channels, groups).float()
+    y, _, _ = torch.ops.dspnet_cpp.conv_moments(
+        x, None, None, "identity", None, prefix, out_channels, stride[0], padding[0], groups, 0
+    )
+    return y if bias is None else y.add_(bias[:, None, None])
+
+
+@slim_conv2d_backward.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "conv_moments_backward"),
+    accepts=lambda grad, x, weight, main_grad, *rest: _accepts(x, weight, grad.shape[1], *rest),
+)
+def _cpp_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    input_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    prefix = _prefix(x, weight, grad.shape[1], groups)
+    of_weight, into = weight.new_empty(0), None
+    if weight_gradient:
+        if main_grad is None:
+            main_grad = of_weight = torch.zeros_like(weight)
+        into = _prefix(x, main_grad, grad.shape[1], groups)
+    of_prefix = (
+        torch.zeros_like(prefix, dtype=torch.float32) if into is not None and into.dtype != torch.float32 else into
+    )
+    nothing = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
+    of_x, *_ = torch.ops.dspnet_cpp.conv_moments_backward(
+        *(grad, nothing, nothing, x, None, None, "identity", None, prefix.float(), of_prefix, grad, nothing),
+        *(stride[0], padding[0], groups, input_gradient, weight_gradient),
+    )
+    if into is not None and of_prefix is not into:
+        into += of_prefix
+    return of_x, of_weight, grad.sum((0, 2, 3)) if bias_gradient else x.new_empty(0)

@@ -1,0 +1,174 @@
+"""slim_conv2d: values and gradients are those of a convolution by the sliced weight, by every provider that serves it;
+what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from error_rule import GRADIENT, OUTPUT, check_errors
+from torch import Tensor
+from torch.library import opcheck
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.ops import cpp, registry, slim_conv2d
+
+NAMES = ("x", "weight", "bias")
+
+# (shape of x, shape of the full weight, channels out, stride, padding, dilation, groups)
+CASES = {
+    "dense 3": ((4, 8, 9, 7), (20, 12, 3, 3), 13, (1, 1), (1, 1), (1, 1), 1),
+    "dense 3 stride 2": ((4, 8, 9, 7), (20, 12, 3, 3), 13, (2, 2), (1, 1), (1, 1), 1),
+    "stem": ((2, 3, 17, 16), (16, 3, 3, 3), 16, (2, 2), (1, 1), (1, 1), 1),
+    "shortcut": ((4, 16, 8, 9), (24, 16, 1, 1), 24, (2, 2), (0, 0), (1, 1), 1),
+    "unpadded": ((2, 6, 5, 6), (7, 6, 3, 3), 7, (1, 1), (0, 0), (1, 1), 1),
+}
+# Those that only the native body serves.
+OTHER_CASES = {
+    "oblong": ((2, 6, 8, 9), (12, 8, 3, 2), 9, (2, 1), (0, 1), (1, 1), 1),
+    "dilated": ((2, 6, 8, 9), (12, 8, 3, 3), 9, (1, 1), (2, 2), (2, 2), 1),
+    "groups": ((2, 6, 8, 9), (12, 4, 3, 3), 9, (1, 1), (1, 1), (1, 1), 3),
+    "pointwise": ((4, 16, 8, 9), (40, 24, 1, 1), 24, (1, 1), (0, 0), (1, 1), 1),
+    "depthwise": ((4, 13, 8, 9), (20, 1, 3, 3), 13, (1, 1), (1, 1), (1, 1), 13),
+    "depthwise stride 2": ((4, 13, 8, 9), (20, 1, 5, 5), 13, (2, 2), (2, 2), (1, 1), 13),
+}
+
+needs_cpp = pytest.mark.skipif(not cpp.has("conv_moments")[0], reason=cpp.has("conv_moments")[1])
+
+
+@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+def provider(request, policy):
+    policy(request.param)
+    return request.param
+
+
+def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float32) -> dict:
+    """The operator's arguments, of fp32 values."""
+    shape, full, out_channels, *geometry = (CASES | OTHER_CASES)[case]
+    return {
+        "x": torch.randn(shape).to(memory_format=torch.channels_last).to(dtype),
+        "weight": torch.randn(full).to(dtype),
+        "bias": torch.randn(out_channels).to(dtype) if biased else None,
+        "main_grad": None,
+        "out_channels": out_channels,
+        **dict(zip(("stride", "padding", "dilation", "groups"), geometry)),
+    }
+
+
+def double(arguments: dict) -> dict:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def composed(x, weight, bias, main_grad, out_channels, stride, padding, dilation, groups):
+    """By PyTorch's own layer; autograd makes the gradient of the full weight."""
+    prefix = weight[:out_channels, : x.shape[1] // groups]
+    return F.conv2d(x, prefix, bias, stride, padding, dilation, groups)
+
+
+def run(op, arguments: dict, cotangent: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
+    """The output, the cotangent that was used, and the gradients of all inputs that are there."""
+    leaves = {
+        name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    output = op(*leaves.values())
+    if cotangent is None:
+        cotangent = torch.randn_like(output)
+    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
+    return output.detach(), cotangent, torch.autograd.grad(output, wanted, cotangent.to(output.dtype))
+
+
+@pytest.mark.parametrize("case", CASES | OTHER_CASES)
+@pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
+def test_values_and_gradients(case, biased):
+    arguments = double(make(case, biased))
+    got, cotangent, grads = run(slim_conv2d, arguments)
+    want, _, want_grads = run(composed, arguments, cotangent)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, want_grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_error_rule(provider, nan_filled, case, biased, dtype):
+    arguments = make(case, biased, dtype)
+    got, cotangent, grads = run(slim_conv2d, arguments)
+    registry.set_policy("native")
+    exact, _, exact_grads = run(slim_conv2d, double(arguments), cotangent)
+    native, _, native_grads = run(slim_conv2d, arguments, cotangent)
+    check_errors(("y",), (got,), (native,), (exact,), OUTPUT)
+    present = [name for name in NAMES if arguments[name] is not None]
+    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", OTHER_CASES)
+def test_what_a_provider_does_not_serve_is_the_native_bodys(policy, case):
+    arguments = make(case)
+    want, cotangent, grads = run(slim_conv2d, arguments)
+    policy("auto")
+    got, _, got_grads = run(slim_conv2d, arguments, cotangent)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got_grads, grads)
+    policy("cpp")
+    with pytest.raises(InputError):
+        slim_conv2d(*arguments.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradient_goes_to_the_prefix_of_main_grad(provider, case, dtype):
+    arguments = make(case, dtype=dtype)
+    _, cotangent, (_, whole, _) = run(slim_conv2d, arguments)
+    before = torch.randn_like(whole)
+    arguments |= {"main_grad": before.clone(), "weight": arguments["weight"].requires_grad_()}
+    slim_conv2d(*arguments.values()).backward(cotangent)
+    assert arguments["weight"].grad is None
+    torch.testing.assert_close(arguments["main_grad"], before + whole)
+    out, inputs = arguments["out_channels"], arguments["x"].shape[1] // arguments["groups"]
+    assert arguments["main_grad"][out:].equal(before[out:])
+    assert arguments["main_grad"][:, inputs:].equal(before[:, inputs:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_gradient_alone(provider, name):
+    arguments = make("dense 3")
+    arguments[name].requires_grad_()
+    slim_conv2d(*arguments.values()).sum().backward()
+    assert arguments[name].grad is not None
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
+def test_opcheck(provider, biased):
+    arguments = make("dense 3", biased)
+    opcheck(
+        torch.ops.dspnet.slim_conv2d.default,
+        tuple((arguments | {"main_grad": torch.zeros_like(arguments["weight"])}).values()),
+    )
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            value.requires_grad_()
+    opcheck(torch.ops.dspnet.slim_conv2d.default, tuple(arguments.values()))
+
+
+REFUSED = {
+    "x of three dimensions": lambda a: {"x": a["x"][0]},
+    "a weight of two dimensions": lambda a: {"weight": a["weight"][:, :, 0, 0]},
+    "more output channels than the weight": lambda a: {"out_channels": 21},
+    "no output channels": lambda a: {"out_channels": 0},
+    "more input channels than the weight": lambda a: {"weight": a["weight"][:, :3]},
+    "no groups": lambda a: {"groups": 0},
+    "a bias of other channels": lambda a: {"bias": a["bias"][:3]},
+    "a kernel larger than the image": lambda a: {"x": a["x"][:, :, :1, :1], "padding": (0, 0)},
+    "no stride": lambda a: {"stride": (0, 0)},
+    "negative padding": lambda a: {"padding": (-1, -1)},
+    "a main_grad of another shape": lambda a: {"main_grad": a["weight"][1:]},
+    "a main_grad of another dtype": lambda a: {"main_grad": a["weight"].double()},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused(provider, reason):
+    arguments = make("dense 3")
+    arguments |= REFUSED[reason](arguments)
+    with pytest.raises((RuntimeError, InputError)):
+        slim_conv2d(*arguments.values())

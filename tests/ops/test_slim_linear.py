@@ -1,0 +1,129 @@
+"""slim_linear: values and gradients are those of a linear layer by the sliced weight; what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
+
+from dspnet_fast.ops import slim_linear
+
+# (shape of x, shape of the full weight, out_features)
+CASES = {
+    "whole": ((5, 12), (7, 12), 7),
+    "sliced": ((5, 9), (16, 12), 7),
+    "three dimensions": ((2, 3, 9), (16, 12), 7),
+    "one row": ((9,), (16, 12), 7),
+    "pointwise weight": ((5, 9), (16, 12, 1, 1), 7),
+    "no rows": ((0, 9), (16, 12), 7),
+}
+
+
+def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float64) -> dict:
+    """The operator's arguments."""
+    shape, full, out_features = CASES[case]
+    return {
+        "x": torch.randn(shape, dtype=dtype),
+        "weight": torch.randn(full, dtype=dtype),
+        "bias": torch.randn(out_features, dtype=dtype) if biased else None,
+        "main_grad": None,
+        "out_features": out_features,
+    }
+
+
+def composed(x, weight, bias, main_grad, out_features):
+    """By PyTorch's own layer; autograd makes the gradient of the full weight."""
+    return F.linear(x, weight.flatten(1)[:out_features, : x.shape[-1]], bias)
+
+
+def run(op, arguments: dict, cotangent: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
+    """The output, the cotangent that was used, and the gradients of all inputs that are there."""
+    leaves = {
+        name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    output = op(*leaves.values())
+    if cotangent is None:
+        cotangent = torch.randn_like(output)
+    wanted = [leaves[name] for name in ("x", "weight", "bias") if leaves[name] is not None]
+    return output.detach(), cotangent, torch.autograd.grad(output, wanted, cotangent)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
+def test_values_and_gradients(case, biased):
+    arguments = make(case, biased)
+    got, cotangent, grads = run(slim_linear, arguments)
+    want, _, want_grads = run(composed, arguments, cotangent)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, want_grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_other_dtypes(case, dtype):
+    arguments = make(case, dtype=dtype)
+    got, cotangent, grads = run(slim_linear, arguments)
+    want, _, want_grads = run(composed, arguments, cotangent)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, want_grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_goes_to_the_prefix_of_main_grad(case):
+    arguments = make(case)
+    _, cotangent, (_, whole, _) = run(slim_linear, arguments)
+    before = torch.randn_like(whole)
+    arguments |= {"main_grad": before.clone(), "weight": arguments["weight"].requires_grad_()}
+    slim_linear(*arguments.values()).backward(cotangent)
+    assert arguments["weight"].grad is None
+    torch.testing.assert_close(arguments["main_grad"], before + whole)
+    inputs = arguments["x"].shape[-1]
+    assert arguments["main_grad"][arguments["out_features"] :].equal(before[arguments["out_features"] :])
+    assert arguments["main_grad"][:, inputs:].equal(before[:, inputs:])
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_one_gradient_alone(name):
+    arguments = make("sliced")
+    arguments[name].requires_grad_()
+    slim_linear(*arguments.values()).sum().backward()
+    assert arguments[name].grad is not None
+
+
+@pytest.mark.parametrize("case", ["sliced", "three dimensions", "pointwise weight"])
+@pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
+def test_opcheck(case, biased):
+    arguments = make(case, biased, torch.float32)
+    opcheck(
+        torch.ops.dspnet.slim_linear.default,
+        tuple((arguments | {"main_grad": torch.zeros_like(arguments["weight"])}).values()),
+    )
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            value.requires_grad_()
+    opcheck(torch.ops.dspnet.slim_linear.default, tuple(arguments.values()))
+
+
+REFUSED = {
+    "a weight of three dimensions": lambda a: {"weight": a["weight"][None]},
+    "a weight that is no pointwise convolution's": lambda a: {
+        "weight": a["weight"][:, :, None, None].expand(-1, -1, 2, 1)
+    },
+    "more outputs than the weight": lambda a: {"out_features": 17},
+    "no outputs": lambda a: {"out_features": 0},
+    "more inputs than the weight": lambda a: {"weight": a["weight"][:, :3]},
+    "no inputs": lambda a: {"x": a["x"][:, :0]},
+    "a bias of other outputs": lambda a: {"bias": a["bias"][:3]},
+    "a main_grad of another shape": lambda a: {"main_grad": a["weight"][1:]},
+    "a main_grad of another dtype": lambda a: {"main_grad": a["weight"].float()},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused(reason):
+    arguments = make("sliced")
+    arguments |= REFUSED[reason](arguments)
+    with pytest.raises(RuntimeError):
+        slim_linear(*arguments.values())
