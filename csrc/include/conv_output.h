@@ -1,0 +1,78 @@
+// What convolutions as matrix products do with a tile of y: store it, and sum it for the moments.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm.h"
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+
+// An epilogue of multiply(). pivot, sum, square: [padded channels] each, as ChannelMoments::merge wants them, or null.
+template <typename scalar_t>
+struct StoreOutput {
+  scalar_t* y; // of the first row
+  int64_t channels;
+  float* pivot = nullptr;
+  float* sum = nullptr;
+  float* square = nullptr;
+  bool has_pivot = false;
+
+  template <int R, int V>
+  DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
+    scalar_t* to = y + row * channels + column;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const int64_t count = channels - column - v * kVec;
+      if (v + 1 < V || count >= kVec) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          store(to + r * channels + v * kVec, sums[r][v]);
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          store(to + r * channels + v * kVec, sums[r][v], count);
+        }
+      }
+    }
+    if (pivot) {
+      add_up(row, column, sums);
+    }
+  }
+
+  // Sums of a tile first: adding every row to the block's sum would round it as often. Without a pivot yet, it is the
+  // mean of the first tile: near the block's mean, whatever that is.
+  template <int R, int V>
+  DSPNET_INLINE void add_up(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = column + v * kVec;
+      if (row == 0 && !has_pivot) {
+        Vec near = sums[0][v];
+#pragma GCC unroll 16
+        for (int r = 1; r < R; ++r) {
+          near = near + sums[r][v];
+        }
+        (near * Vec(1.f / R)).store(pivot + c);
+      }
+      const Vec near = Vec::loadu(pivot + c);
+      Vec total = sums[0][v] - near, squares = total * total;
+#pragma GCC unroll 16
+      for (int r = 1; r < R; ++r) {
+        const Vec difference = sums[r][v] - near;
+        total = total + difference;
+        squares = at::vec::fmadd(difference, difference, squares);
+      }
+      if (row > 0) {
+        total = total + Vec::loadu(sum + c);
+        squares = squares + Vec::loadu(square + c);
+      }
+      total.store(sum + c);
+      squares.store(square + c);
+    }
+  }
+};
+
+} // namespace CPU_CAPABILITY
+} // namespace dspnet
