@@ -92,8 +92,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section("share of this machine's limit")
     terminalreporter.write_line(
         f"{torch.get_num_threads()} threads, {peak_gflops():.0f} GFLOP/s fp32. Times are medians, x is against the "
-        "first line of a case.\nThe share is of the longer of two times: of its bytes at the speed of a copy of as many, "
-        "and of its arithmetic at that peak."
+        "first line of a case.\nThe share is of the longer of two times: of its bytes at the speed of a copy of as "
+        "many, and of its arithmetic at that peak."
     )
     cases: dict[tuple, list[dict]] = {}
     for line in LINES:

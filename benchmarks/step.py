@@ -2,7 +2,7 @@
 
 A step is: a uint8 batch of two views on hand, normalised; the target's forward pass; forward and backward pass of every
 subnet; LARS and the target's update. The baseline is benchmarks/eager.py, the same step as published slimmable code has
-it; a first step of both must give the same losses, or nothing is timed.
+it; a first step of both must give the same losses and move the weights alike, or nothing is timed.
 
 Variants take turns within one process. Every sample waits, for a bounded time, until other processes use less than 6 %
 of the machine, and is dropped if the process was pushed off its processors meanwhile. Times are medians of what is
@@ -26,7 +26,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,18 +55,17 @@ examples:
   python -m benchmarks.step --quick
       the two figures that matter, in fp32 and bf16, in under three minutes on two cores
   python -m benchmarks.step --json step.json
-      every variant but torch.compile, more rounds: about ten minutes
+      every variant but torch.compile, in more rounds
   python -m benchmarks.step --network resnet --dns c32-d1111,c64-d2222 --subnets c32-d1111,c64-d2222
       another family
   python -m benchmarks.step --threads 1 --image-size 64 --batch-size 16 --rounds 5
       smaller, on one core
 """
 
-Step = Callable[[], dict[str, Tensor]]
-
 OURS, EAGER, EAGER_DEFAULT = "ours", "eager channels_last", "eager default layout"
 COPY_FOOTPRINT = 64 * MIB
 LOSS_RTOL = 1e-3
+UPDATE_RTOL = 0.05  # of the whole step's length; two correct steps in fp32 were 0.007 apart
 STEPS_OF_A_RUN = 100_000  # so many that learning rate and tau stay what they are
 
 
@@ -90,6 +89,14 @@ VARIANTS = {
     "ours bf16": Variant(policy="auto", precision="bf16"),
     "ours native": Variant(policy="native", quick=False),
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant's step, which returns the losses of the subnets, and the weights that it trains."""
+
+    step: Callable[[], dict[str, Tensor]]
+    weights: Mapping[str, Tensor]
 
 
 def configuration(options: argparse.Namespace, precision: str = "fp32") -> PretrainConfig:
@@ -127,8 +134,8 @@ def images(options: argparse.Namespace) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Step:
-    """The variant's step, on weights of its own; all variants start with the same ones."""
+def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:
+    """The variant, on weights of its own; all variants start with the same ones."""
     precision = variant.precision if variant.policy else "fp32"
     trainer = Trainer(configuration(options, precision), STEPS_OF_A_RUN, torch.device("cpu"))
     if variant.policy is None:
@@ -139,7 +146,7 @@ def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Step:
             precision=variant.precision,
             compiled=variant.compiled,
         )
-        return lambda: eager.step(batch, subnets, lr, tau)
+        return Run(lambda: eager.step(batch, subnets, lr, tau), eager.parameters)
 
     def step() -> dict[str, Tensor]:
         assert variant.policy is not None
@@ -147,7 +154,7 @@ def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Step:
             registry.set_policy(variant.policy)
         return trainer.train_step(batch)
 
-    return step
+    return Run(step, dict(trainer.model.online.named_parameters()))
 
 
 def check_losses(ours: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
@@ -163,7 +170,31 @@ def check_losses(ours: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
             )
 
 
-def profile(step: Step, rows: int) -> list[dict[str, Any]]:
+def check_updates(before: Mapping[str, Tensor], ours: Mapping[str, Tensor], eager: Mapping[str, Tensor]) -> None:
+    """Exit with 1 if the first steps moved the weights apart."""
+    apart = sum((ours[name] - eager[name]).double().square().sum().item() for name in before)
+    length = sum((eager[name] - before[name]).double().square().sum().item() for name in before)
+    difference = (apart / length) ** 0.5
+    if not difference <= UPDATE_RTOL:
+        sys.exit(
+            f"error: our first step moves the weights otherwise than eager PyTorch's: {difference:.1e} of its length "
+            f"apart, {UPDATE_RTOL:.0e} allowed. Nothing is timed"
+        )
+
+
+@torch.no_grad()
+def first_steps(ours: Run, eager: Run) -> list[work.Layer]:
+    """Take the first step of both and compare them; returns the work that is in it."""
+    before = {name: value.clone() for name, value in eager.weights.items()}
+    losses: dict[str, Tensor] = {}
+    with torch.enable_grad():
+        layers = work.record(lambda: losses.update(eager.step()))
+        check_losses(ours.step(), losses)
+    check_updates(before, ours.weights, eager.weights)
+    return layers
+
+
+def profile(step: Callable[[], object], rows: int) -> list[dict[str, Any]]:
     """Where the time of a step goes: the operators with the most time of their own, then all others."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
@@ -263,24 +294,22 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
         monitor.advance()
 
     with monitor:
-        tick("the same losses as eager PyTorch?")
-        steps = {name: build(chosen[name], options, batch) for name in (EAGER, OURS)}
-        eager_losses: dict[str, Tensor] = {}
-        layers = work.record(lambda: eager_losses.update(steps[EAGER]()))
-        check_losses(steps[OURS](), eager_losses)
+        tick("is it the same step?")
+        runs = {name: build(chosen[name], options, batch) for name in (EAGER, OURS)}
+        layers = first_steps(runs[OURS], runs[EAGER])
         tick("the machine's limits")
         limit = work.roofline(layers, COPY_FOOTPRINT)
         for name, variant in chosen.items():
             tick(f"{name}: warm-up")
-            if name not in steps:
-                steps[name] = build(variant, options, batch)
-                steps[name]()
-            steps[name]()
+            if name not in runs:
+                runs[name] = build(variant, options, batch)
+                runs[name].step()
+            runs[name].step()
         patience = Patience(20, 3) if options.quick else Patience(200, 15)
-        samples = interleave({name: steps[name] for name in chosen}, rounds, patience, tick)
+        samples = interleave({name: runs[name].step for name in chosen}, rounds, patience, tick)
         tick("where the time goes")
-        where = profile(steps[OURS], options.rows)
-        steps.clear()
+        where = profile(runs[OURS].step, options.rows)
+        runs.clear()
         flops = sum(layer.flops for layer in layers)
         lines = {name: _line(options, samples[name], samples[EAGER], flops, limit) for name in chosen}
         for name in chosen:
@@ -342,7 +371,7 @@ def main(argv: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
     if options.memory_of:
         variant, batch = VARIANTS[options.memory_of], images(options)
-        print(json.dumps({"peak_MiB": peak_of_step(lambda: build(variant, options, batch)) / MIB}))
+        print(json.dumps({"peak_MiB": peak_of_step(lambda: build(variant, options, batch).step) / MIB}))
         return
     results = measure(options, argv, Console(stderr=True, highlight=False))
     results["summary"] = summary(results["variants"])
