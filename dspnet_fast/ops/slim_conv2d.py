@@ -124,8 +124,8 @@ def _accepts(
         return False, "it serves channels-last inputs"
     if x.dtype != weight.dtype:
         return False, f"it serves inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
-    if groups != 1 or tuple(weight.shape[2:]) == (1, 1) == tuple(stride):
-        return False, "it serves dense convolutions only"
+    if groups != 1 and not groups == x.shape[1] == out_channels:
+        return False, "it serves dense and depthwise convolutions"
     if weight.shape[2] != weight.shape[3] or len({*stride}) > 1 or len({*padding}) > 1 or {*dilation} != {1}:
         return False, "it serves square kernels, strides and paddings without dilation"
     return cpp.stores(x)
@@ -177,19 +177,18 @@ def _cpp_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     prefix = _prefix(x, weight, grad.shape[1], groups)
-    of_weight, into = weight.new_empty(0), None
+    of_weight, narrow, of_prefix = weight.new_empty(0), None, None
     if weight_gradient:
         if main_grad is None:
             main_grad = of_weight = torch.zeros_like(weight)
-        into = _prefix(x, main_grad, grad.shape[1], groups)
-    of_prefix = (
-        torch.zeros_like(prefix, dtype=torch.float32) if into is not None and into.dtype != torch.float32 else into
-    )
+        of_prefix = _prefix(x, main_grad, grad.shape[1], groups)
+        if of_prefix.dtype != torch.float32:
+            narrow, of_prefix = of_prefix, torch.zeros_like(prefix, dtype=torch.float32)
     nothing = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
     of_x, *_ = torch.ops.dspnet_cpp.conv_moments_backward(
         *(grad, nothing, nothing, x, None, None, "identity", None, prefix.float(), of_prefix, grad, nothing),
         *(stride[0], padding[0], groups, input_gradient, weight_gradient),
     )
-    if into is not None and of_prefix is not into:
-        into += of_prefix
+    if narrow is not None and of_prefix is not None:
+        narrow += of_prefix
     return of_x, of_weight, grad.sum((0, 2, 3)) if bias_gradient else x.new_empty(0)
