@@ -1,13 +1,15 @@
-// conv_moments, dense: k x k kernels of any stride and padding, as matrix products over patches, and its gradient.
+// conv_moments, dense: k x k kernels of any stride and padding, as matrix products, and its gradient.
 //
 // A band, some images or some rows of one, is formed once into scratch: h = act(scale x + shift) * gate, its rows with
-// zeros on both sides. Blocks of output positions gather their patches [k k C] from it and are multiplied by the packed
-// weight; the epilogue stores y and sums it for the moments. Per position: 2 k k C O flops, C stride^2 + O values read or
-// written, and k k C floats copied within the caches.
+// zeros on both sides. The k taps of one kernel row are then k C floats in a row, so a product needs no copy of patches:
+// its rows are the positions of one output row, or, where those are few, one position of many images. Taps outside the
+// image are left out. The epilogue stores y and sums it for the moments. Per position: 2 k k C O flops, C stride^2 + O
+// values read or written.
 //
-// Backward, band by band: e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt is formed likewise. dW sums e^T patches(h).
-// dh is the convolution of e with the taps that reach an input position. Which these are depends on the position modulo
-// the stride: each such class is a product of its own, stride^2 of them. Then dx and the sums for dscale, dshift, dgate.
+// Backward, band by band: e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt is formed likewise. dW sums h^T e for every
+// kernel row. dh is the convolution of e with the taps that reach an input position. Which these are depends on the
+// position modulo the stride: each such class has a packed weight of its own. Then dx and the sums for dscale, dshift,
+// dgate.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -25,29 +27,22 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kBandBytes = 256 << 10; // of formed rows
-constexpr int64_t kPatchBytes = 192 << 10; // of the patches of a block
-constexpr int64_t kBlockRows = 192; // positions, at most; their fp32 sums are exact enough
+constexpr int64_t kBandBytes = 512 << 10; // of formed rows
+constexpr int64_t kMomentRows = 192; // whose fp32 sums are exact enough
+constexpr int64_t kOuterRows = 128; // that a weight gradient is summed over in registers
+constexpr int64_t kNarrow = 8; // output rows shorter than this are too short for tiles
 
 struct PackedWeight;
 struct PartialWeight;
 struct PartialGate;
 struct FormedInput;
 struct FormedOutput;
-struct Patches;
-struct BlockOutput;
-struct BlockInput;
+struct BandInput;
 struct BlockSums;
-struct BlockPositions;
-
-int64_t block_rows(int64_t patch_floats) {
-  const int64_t rows = kPatchBytes / (patch_floats * static_cast<int64_t>(sizeof(float)));
-  return std::clamp(rows / kRowMultiple * kRowMultiple, kRowMultiple, kBlockRows);
-}
 
 // Some images, whole, or some output rows [begin, end) of one.
 struct Band {
-  int64_t index, segment, image, images, begin, end;
+  int64_t segment, image, images, begin, end;
 };
 
 // Images are in segments, those of one view or of one row of scale and shift. No band straddles two.
@@ -59,13 +54,12 @@ struct Bands {
       : segments(std::max<int64_t>({shape.views, owed.rows, 1})),
         segment_images(shape.images / segments),
         height(shape.out_height) {
-    const int64_t bytes = height * floats * static_cast<int64_t>(sizeof(float));
-    const int64_t wanted = std::max((bytes + kBandBytes - 1) / kBandBytes, 2 * at::get_num_threads() / shape.images);
-    rows = (height + wanted - 1) / std::max<int64_t>(wanted, 1);
-    rows = std::clamp<int64_t>(rows, 1, height);
+    const int64_t image_bytes = height * floats * static_cast<int64_t>(sizeof(float)), threads = at::get_num_threads();
+    const int64_t wanted = std::max((image_bytes + kBandBytes - 1) / kBandBytes, 2 * threads / shape.images);
+    rows = std::clamp<int64_t>((height + wanted - 1) / wanted, 1, height);
     parts = (height + rows - 1) / rows;
-    const int64_t share = shape.images / (4 * at::get_num_threads());
-    images = parts > 1 ? 1 : std::max<int64_t>(std::min({kBlockRows / shape.positions(), share, segment_images}), 1);
+    const int64_t limit = std::min({kBandBytes / image_bytes, shape.images / (4 * threads), kRowMultiple});
+    images = parts > 1 ? 1 : std::clamp<int64_t>(limit, 1, segment_images);
   }
 
   int64_t per_segment() const {
@@ -77,13 +71,12 @@ struct Bands {
   Band at(int64_t b) const {
     const int64_t segment = b / per_segment(), within = b % per_segment(), part = within % parts;
     const int64_t first = within / parts * images;
-    return {
-        b, segment, segment * segment_images + first, std::min(images, segment_images - first), part * rows,
-        std::min((part + 1) * rows, height)};
+    return {segment, segment * segment_images + first, std::min(images, segment_images - first), part * rows,
+            std::min((part + 1) * rows, height)};
   }
 };
 
-// Rows [low, high) of a band's images in scratch, with zero pixels on both sides. All other rows are zero.
+// Rows [low, high) of a band's images in scratch, with zero pixels on both sides.
 struct FormedRows {
   float* data;
   int64_t channels, width, left, right, low, high;
@@ -91,67 +84,90 @@ struct FormedRows {
   int64_t row_floats() const {
     return (left + width + right) * channels;
   }
-  int64_t rows() const {
-    return high - low;
+  // An odd number of cache lines: the same position of many images then falls into different sets of the cache.
+  int64_t image_floats() const {
+    constexpr int64_t line = 16;
+    return (round_up((high - low) * row_floats(), line) / line | 1) * line;
   }
-  // The pixel `left` pixels before the image. A row of zeros comes after the last image.
-  float* row(int64_t image, int64_t y) const {
-    return data + (image * rows() + y - low) * row_floats();
-  }
-  const float* row_or_zeros(int64_t image, int64_t images, int64_t y) const {
-    return y >= low && y < high ? row(image, y) : data + images * rows() * row_floats();
+  // Of the image itself, x < 0 being the zeros before it.
+  float* pixel(int64_t image, int64_t y, int64_t x) const {
+    return data + image * image_floats() + (y - low) * row_floats() + (left + x) * channels;
   }
 };
+
+// What `images` of them need; vectors may be read from the last pixel on.
+int64_t formed_floats(FormedRows rows, int64_t images, int64_t height) {
+  rows.low = 0;
+  rows.high = height;
+  return images * rows.image_floats() + kPanelVectors * kVec;
+}
 
 // Calls form(to, image, y) for the pixels of all rows, and makes the zeros.
 template <typename Form>
 void form_rows(const FormedRows& formed, int64_t images, const Form& form) {
-  const int64_t before = formed.left * formed.channels, after = formed.right * formed.channels;
-  const int64_t pixels = formed.width * formed.channels;
   for (int64_t i = 0; i < images; ++i) {
     for (int64_t y = formed.low; y < formed.high; ++y) {
-      float* row = formed.row(i, y);
-      std::fill_n(row, before, 0.f);
-      form(row + before, i, y);
-      std::fill_n(row + before + pixels, after, 0.f);
+      float* row = formed.pixel(i, y, 0);
+      std::fill_n(row - formed.left * formed.channels, formed.left * formed.channels, 0.f);
+      form(row, i, y);
+      std::fill_n(row + formed.width * formed.channels, formed.right * formed.channels, 0.f);
     }
   }
-  std::fill_n(formed.data + images * formed.rows() * formed.row_floats(), formed.row_floats(), 0.f);
 }
 
-DSPNET_INLINE void copy(float* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kVec <= count; i += kVec) {
-    Vec::loadu(from + i).store(to + i);
-  }
-  if (i < count) {
-    store(to + i, load(from + i, count - i), count - i);
-  }
-}
+// The positions of one row in one image, or one position of several images: rows by the packed weight. Their taps are
+// `runs` runs of `run` floats; in the weight, the first one's rows begin at `depth`.
+template <typename out_t>
+struct Product {
+  const float* from;
+  int64_t runs, run, depth;
+  int64_t rows;
+  out_t* to;
+};
 
-// A patch: `runs` runs of `run` floats, from as many rows. The next position's begins `step` floats later.
-struct PatchShape {
-  int64_t runs, run, step, stride; // stride: from patch to patch; what is left of it is zero
+// Products that differ in no more than that.
+template <typename out_t>
+struct Products {
+  int64_t stride, row_step, depth_step; // from row to row of A; from run to run, there and in the weight
+  int64_t to_stride; // from row to row of the result
+  std::vector<Product<out_t>> all{};
 
-  static PatchShape of(int64_t runs, int64_t run, int64_t step) {
-    // An odd number of cache lines: patches one below another then fall into different sets of the cache.
-    constexpr int64_t line = 16;
-    return {runs, run, step, (round_up(runs * run, line) / line | 1) * line};
-  }
-  int64_t floats() const {
-    return runs * run;
+  void add(const float* from, int64_t runs, int64_t run, int64_t depth, int64_t rows, out_t* to) {
+    all.push_back({from, std::max<int64_t>(runs, 0), std::max<int64_t>(run, 0), depth, rows, to});
   }
 };
 
-// The patches of `count` positions side by side. rows: where each run of the first begins.
-void gather(const PatchShape& patch, const float* const* rows, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i, to += patch.stride) {
-    for (int64_t rest = patch.stride; rest > patch.floats(); rest -= kVec) {
-      Vec(0).store(to + rest - kVec);
-    }
-    for (int64_t r = 0; r < patch.runs; ++r) {
-      copy(to + r * patch.run, rows[r] + i * patch.step, patch.run);
-    }
+// As multiply_rows, but where a tile and a small rest would be left, two tiles of about the same size.
+template <int V, typename Epilogue>
+void multiply_evenly(const Rows& a, int64_t rows, const float* panel, int64_t column, const Epilogue& epilogue) {
+  constexpr int R = kTileRows<V>, middle = R == 12 ? 8 : R == 6 ? 4 : R / 2;
+  const int64_t rest = rows % R;
+  const int64_t whole = rest > 0 && R + rest <= 2 * middle && rows > R ? rows - rest - R : rows - rest;
+  multiply_rows<V, R>(a, 0, whole, panel, column, epilogue);
+  if (whole < rows) {
+    multiply_rows<V, middle>(a, whole, rows, panel, column, epilogue);
+  }
+}
+
+// depth: of the whole packed weight, of which a product may use a part. Panel after panel, so that each stays in the
+// cache for all products. epilogue_of(product): one of multiply()'s.
+template <typename out_t, typename EpilogueOf>
+void multiply_all(
+    const Products<out_t>& products, const float* packed, int64_t depth, const Panels& panels, const EpilogueOf& epilogue_of) {
+  std::vector<int64_t> taps, depths;
+  for (int64_t p = 0; p < panels.count; ++p) {
+    with_vectors(panels.width(p), [&](auto v) {
+      for (const Product<out_t>& product : products.all) {
+        taps.resize(product.runs);
+        depths.resize(product.runs);
+        for (int64_t r = 0; r < product.runs; ++r) {
+          taps[r] = r * products.row_step;
+          depths[r] = product.depth + r * products.depth_step;
+        }
+        const Rows rows{product.from, products.stride, product.run, taps.data(), product.runs, depths.data()};
+        multiply_evenly<v>(rows, product.rows, packed + panels.offset(p, depth), panels.column(p), epilogue_of(product));
+      }
+    });
   }
 }
 
@@ -175,22 +191,25 @@ struct Input {
     return owed.gate ? owed.gate + n * shape.channels : nullptr;
   }
 
-  // The input rows that output rows [begin, end) need.
+  // The input rows that the band's output rows need.
   FormedRows rows(const Band& band, float* data) const {
-    const int64_t low = band.begin * shape.stride - shape.padding;
+    const int64_t low = std::clamp<int64_t>(band.begin * shape.stride - shape.padding, 0, shape.height);
     const int64_t high = (band.end - 1) * shape.stride - shape.padding + shape.kernel;
-    const int64_t first = std::clamp<int64_t>(low, 0, shape.height);
-    return {data, shape.channels, shape.width, shape.padding, shape.padding, first,
-            std::clamp<int64_t>(high, first, shape.height)};
+    return {data, shape.channels, shape.width, shape.padding, shape.padding, low,
+            std::clamp<int64_t>(high, low, shape.height)};
   }
   int64_t floats(const Bands& bands) const { // that rows() needs at most
-    const int64_t rows = std::min((bands.rows - 1) * shape.stride + shape.kernel, shape.height);
-    return (bands.images * rows + 1) * (shape.width + 2 * shape.padding) * shape.channels + kVec;
+    return formed_floats(
+        rows(bands.at(0), nullptr), bands.images,
+        std::min((bands.rows - 1) * shape.stride + shape.kernel, shape.height));
   }
 
   void form(const Band& band, const FormedRows& formed) const {
     with_act(owed.act, [&](auto act) {
       form_rows(formed, band.images, [&](float* to, int64_t i, int64_t y) {
+        if (y % pixel_step() != first_pixel()) {
+          return;
+        }
         const int64_t n = band.image + i;
         const scalar_t* from = x + (n * shape.height + y) * shape.width * shape.channels;
         if (!is_owed()) {
@@ -202,6 +221,14 @@ struct Input {
         }
       });
     });
+  }
+
+  // A kernel of one tap leaves out rows and pixels if it has a stride.
+  int64_t pixel_step() const {
+    return shape.kernel == 1 ? shape.stride : 1;
+  }
+  int64_t first_pixel() const { // and row
+    return (pixel_step() - shape.padding % pixel_step()) % pixel_step();
   }
 
   void form_as_is(const scalar_t* from, float* to) const {
@@ -223,7 +250,8 @@ struct Input {
         b[v] = panel.get_or(shift(n), v, 0);
         g[v] = panel.get_or(gate(n), v, 1);
       }
-      for (int64_t at = 0; at < shape.width * shape.channels; at += shape.channels) {
+      for (int64_t at = first_pixel() * shape.channels; at < shape.width * shape.channels;
+           at += pixel_step() * shape.channels) {
 #pragma GCC unroll 2
         for (int v = 0; v < P::vectors; ++v) {
           Vec h = activate<act>(at::vec::fmadd(panel.get(from + at, v), a[v], b[v]));
@@ -237,28 +265,9 @@ struct Input {
   }
 };
 
-// Patches of h for output positions. Block after block of them: run(first position in the band, number, patches).
-template <typename Run>
-void for_patches(
-    const ConvShape& shape, const Band& band, const FormedRows& h, int64_t limit, float* patches, const Run& run) {
-  const PatchShape patch =
-      PatchShape::of(shape.kernel, shape.kernel * shape.channels, shape.stride * shape.channels);
-  const int64_t height = band.end - band.begin, positions = band.images * height * shape.out_width;
-  std::vector<const float*> rows(shape.kernel);
-  for (int64_t first = 0; first < positions; first += limit) {
-    const int64_t last = std::min(first + limit, positions);
-    for (int64_t at = first; at < last;) {
-      const int64_t line = at / shape.out_width, x = at % shape.out_width;
-      const int64_t count = std::min(shape.out_width - x, last - at);
-      const int64_t top = (band.begin + line % height) * shape.stride - shape.padding;
-      for (int64_t r = 0; r < shape.kernel; ++r) {
-        rows[r] = h.row_or_zeros(line / height, band.images, top + r) + x * patch.step;
-      }
-      gather(patch, rows.data(), count, patches + (at - first) * patch.stride);
-      at += count;
-    }
-    run(first, last - first, Matrix{patches, patch.stride});
-  }
+// Whether a product's rows are one position of many images.
+bool by_image(const ConvShape& shape, int64_t images) {
+  return shape.out_width < kNarrow && images > shape.out_width;
 }
 
 // Calls run(index) for [0, count) in parallel.
@@ -351,8 +360,8 @@ struct OutputGradient {
   }
   int64_t floats(const Bands& bands) const { // that rows() needs at most
     const int64_t more = 2 * (shape.kernel + shape.padding) / shape.stride + 4;
-    const int64_t rows = std::min(bands.rows + more, shape.out_height);
-    return (bands.images * rows + 1) * (left() + shape.out_width + right()) * shape.out_channels + kVec;
+    return formed_floats(
+        rows(bands.at(0), 0, 0, nullptr), bands.images, std::min(bands.rows + more, shape.out_height));
   }
   int64_t left() const {
     return std::max<int64_t>((shape.kernel - 1 - shape.padding + shape.stride - 1) / shape.stride, 0);
@@ -397,17 +406,16 @@ struct OutputGradient {
   }
 };
 
-// Epilogue: rows of whole vectors, row r to positions[r].
-struct StoreAt {
+// Epilogue: whole vectors.
+struct StoreRows {
   float* to;
   int64_t stride;
-  const int32_t* positions;
 
   template <int R, int V>
   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      float* at = to + positions[row + r] * stride + column;
+      float* at = to + (row + r) * stride + column;
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
         sums[r][v].store(at + v * kVec);
@@ -434,6 +442,35 @@ struct AddToMatrix {
     }
   }
 };
+
+// Pairs of matrices whose products are summed: rows of h and of e at the same output positions.
+struct Pairs {
+  std::vector<std::pair<const float*, const float*>> first; // of each pair
+  int64_t rows, stride, other_stride;
+};
+
+// As multiply_outer_panel, summed over all pairs.
+template <int V, int R, typename Epilogue>
+void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, const Epilogue& epilogue) {
+  for (; i + R <= end; i += R) {
+    Vec sums[R][V];
+    clear(sums);
+    for (const auto& [a, b] : pairs.first) {
+      const float *values = a + i, *columns = b + column;
+      for (int64_t row = 0; row < pairs.rows; ++row) {
+        add_product(sums, values, 1, columns);
+        values += pairs.stride;
+        columns += pairs.other_stride;
+      }
+    }
+    epilogue(i, column, sums);
+  }
+  if constexpr (R > 1) {
+    if (i < end) {
+      multiply_pairs<V, R - 1>(pairs, i, end, column, epilogue);
+    }
+  }
+}
 
 // From dh to dx for some positions of one image, and sums of dz, dz x and dh act(z), [C] each.
 template <Act act, bool gated, typename P, typename scalar_t>
@@ -491,10 +528,12 @@ struct BackwardPass {
   Input<scalar_t> input;
   OutputGradient<scalar_t> output;
   Bands bands;
-  PatchShape patch; // of h
-  Panels in, patch_columns;
+  Panels in;
   std::vector<Class> classes;
-  int64_t rows_h, rows_e; // positions in a block of either kind
+  int64_t run; // k C: the taps of one kernel row
+  bool vectors_of_h; // the weight gradient has whole vectors of h, otherwise of e
+  Panels weight_columns; // of the weight gradient of one kernel row, which has weight_rows rows
+  int64_t weight_rows;
 
   BackwardPass(const ConvShape& shape, const Backward<scalar_t>& args)
       : shape(shape),
@@ -505,19 +544,20 @@ struct BackwardPass {
             shape,
             args.owed,
             shape.stride * (shape.width + 2 * shape.padding) * shape.channels +
-                (shape.out_width + shape.kernel) * shape.out_channels),
-        patch(PatchShape::of(shape.kernel, shape.kernel * shape.channels, shape.stride * shape.channels)),
+                (output.left() + shape.out_width + output.right()) * shape.out_channels),
         in(shape.channels),
-        patch_columns(patch.floats()),
-        rows_h(block_rows(patch.stride)) {
-    int64_t longest = 1;
+        run(shape.kernel * shape.channels),
+        vectors_of_h(waste(Panels(run)) <= waste(Panels(shape.out_channels))),
+        weight_columns(vectors_of_h ? run : shape.out_channels),
+        weight_rows(vectors_of_h ? shape.out_channels : run) {
     if (args.grad_x) {
       classes = classes_of(shape, args.weight, in);
-      for (const Class& each : classes) {
-        longest = std::max(longest, patch_of(each).stride);
-      }
     }
-    rows_e = std::max(block_rows(longest) / shape.width, int64_t{1}) * shape.width;
+  }
+
+  // Multiplications for nothing, as a share; a single vector loads too much for them.
+  static double waste(const Panels& panels) {
+    return static_cast<double>(panels.padded()) / panels.columns * (panels.vectors == 1 ? 1.2 : 1);
   }
 
   // The input rows of each image that a band is to give gradients for.
@@ -529,65 +569,88 @@ struct BackwardPass {
   }
 
   int64_t weight_size() const {
-    return shape.out_channels * patch_columns.padded();
+    return shape.kernel * weight_rows * weight_columns.padded();
   }
 
-  // Adds a band's e^T patches(h) to a matrix [out_channels, padded columns], or begins it.
+  // Adds a band's weight gradient to matrices [kernel rows, weight_rows, padded columns], or begins them.
   void weight_gradient(const Band& band, const FormedRows& h, const FormedRows& e, float* to, bool begins) const {
-    const int64_t channels = shape.out_channels, height = band.end - band.begin;
-    float* patches = scratch<Patches>(rows_h * patch.stride + kVec);
-    float* rows = scratch<BlockOutput>(rows_h * channels + kVec);
-    for_patches(shape, band, h, rows_h, patches, [&](int64_t first, int64_t count, const Matrix& matrix) {
-      for (int64_t at = first; at < first + count;) {
-        const int64_t line = at / shape.out_width, x = at % shape.out_width;
-        const int64_t pixels = std::min(shape.out_width - x, first + count - at);
-        const float* from = e.row(line / height, band.begin + line % height) + (e.left + x) * channels;
-        copy(rows + (at - first) * channels, from, pixels * channels);
-        at += pixels;
+    const int64_t positions = (band.end - band.begin) * shape.out_width;
+    const int64_t images = std::max<int64_t>(kOuterRows / positions, 1); // as many as stay in the L1 cache, if possible
+    for (int64_t first = 0; first < band.images; first += images) {
+      for (int64_t ky = 0; ky < shape.kernel; ++ky) {
+        const Pairs pairs = pairs_of(band, first, std::min(first + images, band.images), ky, h, e);
+        const AddToMatrix epilogue{
+            to + ky * weight_rows * weight_columns.padded(), weight_columns.padded(), begins && first == 0};
+        for (int64_t p = 0; p < weight_columns.count; ++p) {
+          with_vectors(weight_columns.width(p), [&](auto v) {
+            multiply_pairs<v, kTileRows<v>>(pairs, 0, weight_rows, weight_columns.column(p), epilogue);
+          });
+        }
       }
-      multiply_outer(
-          Matrix{rows, channels}, channels, matrix, patch_columns, 0, patch_columns.count, count,
-          AddToMatrix{to, patch_columns.padded(), begins && first == 0});
-    });
+    }
   }
 
-  // dh for some rows of the band's images, `lines` from the `first` on: [positions, in.padded()].
-  void input_gradient(const Band& band, const FormedRows& e, int64_t first, int64_t lines, float* grad_h) const {
-    const int64_t begin = input_begin(band), height = input_end(band) - begin;
-    if (static_cast<int64_t>(classes.size()) < std::min(shape.stride, shape.height) * std::min(shape.stride, shape.width)) {
-      std::fill_n(grad_h, lines * shape.width * in.padded(), 0.f); // there are positions that no tap reaches
+  // The output rows that a kernel row reaches, with what it reaches them from.
+  Pairs pairs_of(
+      const Band& band, int64_t first, int64_t last, int64_t ky, const FormedRows& h, const FormedRows& e) const {
+    Pairs pairs{{}, shape.out_width, shape.stride * shape.channels, shape.out_channels};
+    for (int64_t i = first; i < last; ++i) {
+      for (int64_t y = band.begin; y < band.end; ++y) {
+        const int64_t row = y * shape.stride - shape.padding + ky;
+        if (row >= 0 && row < shape.height) {
+          pairs.first.emplace_back(h.pixel(i, row, -shape.padding), e.pixel(i, y, 0));
+          if (vectors_of_h) {
+            std::swap(pairs.first.back().first, pairs.first.back().second);
+          }
+        }
+      }
     }
-    int32_t* positions = reinterpret_cast<int32_t*>(scratch<BlockPositions>(rows_e));
-    std::vector<const float*> rows(shape.kernel);
+    if (vectors_of_h) {
+      std::swap(pairs.stride, pairs.other_stride);
+    }
+    return pairs;
+  }
+
+  // dh of the band's images [first, last), [image, positions of the band, in.padded()].
+  void input_gradient(const Band& band, const FormedRows& e, int64_t first, int64_t last, float* grad_h) const {
+    const int64_t begin = input_begin(band), end = input_end(band), width = shape.width, stride = shape.stride;
+    const int64_t of_image = (end - begin) * width * in.padded();
+    const bool by_images = by_image(shape, last - first);
+    if (static_cast<int64_t>(classes.size()) < std::min(stride, shape.height) * std::min(stride, width)) {
+      std::fill_n(grad_h, (last - first) * of_image, 0.f); // there are positions that no tap reaches
+    }
     for (const Class& each : classes) {
-      const PatchShape of_e = patch_of(each);
-      float* patches = scratch<Patches>(rows_e * of_e.stride + kVec);
-      const int64_t columns = (shape.width - each.x - 1) / shape.stride + 1;
-      const int64_t last_kx = each.first_column + (each.columns - 1) * shape.stride;
-      const int64_t x = (each.x + shape.padding - last_kx) / shape.stride + e.left; // exact; of e, for the first position
-      int64_t count = 0;
-      for (int64_t line = first; line < first + lines; ++line) {
-        const int64_t image = line / height, y = begin + line % height;
-        if (y % shape.stride != each.y) {
-          continue;
-        }
-        for (int64_t r = 0; r < each.rows; ++r) {
-          const int64_t row = (y + shape.padding - each.first_row) / shape.stride - r;
-          rows[r] = e.row_or_zeros(image, band.images, row) + x * shape.out_channels;
-        }
-        gather(of_e, rows.data(), columns, patches + count * of_e.stride);
-        for (int64_t i = 0; i < columns; ++i) {
-          positions[count++] = static_cast<int32_t>((line - first) * shape.width + each.x + i * shape.stride);
+      const int64_t depth = each.taps() * shape.out_channels, depth_step = each.columns * shape.out_channels;
+      const int64_t last_kx = each.first_column + (each.columns - 1) * stride;
+      const int64_t left = (each.x + shape.padding - last_kx) / stride; // the first output pixel that reaches each.x
+      Products<float> products{
+          by_images ? e.image_floats() : shape.out_channels, -e.row_floats(), depth_step,
+          by_images ? of_image : stride * in.padded()};
+      for (int64_t y = begin + ((each.y - begin) % stride + stride) % stride; y < end; y += stride) {
+        // Kernel row r comes from output row bottom - r.
+        const int64_t bottom = (y + shape.padding - each.first_row) / stride;
+        const int64_t r = std::max<int64_t>(bottom - shape.out_height + 1, 0);
+        const int64_t runs = std::min(each.rows, bottom + 1) - r;
+        float* to = grad_h + ((y - begin) * width + each.x) * in.padded();
+        if (by_images) {
+          for (int64_t x = each.x, from = left; x < width; x += stride, ++from, to += stride * in.padded()) {
+            const int64_t skip = std::max<int64_t>(-from, 0);
+            const int64_t pixels = std::min(each.columns, shape.out_width - from) - skip;
+            products.add(
+                e.pixel(first, bottom - r, from + skip), runs, pixels * shape.out_channels,
+                r * depth_step + skip * shape.out_channels, last - first, to);
+          }
+        } else {
+          for (int64_t i = first; i < last; ++i, to += of_image) {
+            products.add(
+                e.pixel(i, bottom - r, left), runs, depth_step, r * depth_step, (width - each.x - 1) / stride + 1, to);
+          }
         }
       }
-      multiply(
-          Rows{patches, of_e.stride, of_e.floats()}, count, each.weight, in, 0, in.count,
-          StoreAt{grad_h, in.padded(), positions});
+      multiply_all(products, each.weight, depth, in, [&](const Product<float>& product) {
+        return StoreRows{product.to, products.to_stride};
+      });
     }
-  }
-
-  PatchShape patch_of(const Class& each) const {
-    return PatchShape::of(each.rows, each.columns * shape.out_channels, shape.out_channels);
   }
 
   // dx for positions from `first` on, in whole x, which may be of several images.
@@ -626,25 +689,25 @@ struct BackwardPass {
 
   // Adds up the threads' matrices into the prefix.
   void merge_weights(const float* weights, const std::vector<char>& used) const {
-    const int64_t stride = patch_columns.padded(), kernel = shape.kernel, channels = shape.channels;
-    in_parallel(shape.out_channels, stride, [&](int64_t o) {
+    const int64_t stride = weight_columns.padded(), channels = shape.channels;
+    in_parallel(shape.kernel * weight_rows, stride, [&](int64_t row) {
       float* sum = scratch<BlockSums>(stride);
       std::fill_n(sum, stride, 0.f);
       for (size_t thread = 0; thread < used.size(); ++thread) {
-        const float* part = weights + thread * weight_size() + o * stride;
+        const float* part = weights + thread * weight_size() + row * stride;
         for (int64_t i = 0; used[thread] && i < stride; ++i) {
           sum[i] += part[i];
         }
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
-          args.grad_weight.at(o, c, tap / kernel, tap % kernel) += sum[tap * channels + c];
-        }
+      const int64_t ky = row / weight_rows, i = row % weight_rows;
+      for (int64_t j = 0; j < weight_columns.columns; ++j) {
+        const int64_t o = vectors_of_h ? i : j, of_run = vectors_of_h ? j : i;
+        args.grad_weight.at(o, of_run % channels, ky, of_run / channels) += sum[j];
       }
     });
   }
 
-  void run() const {
+  void run_all() const {
     const int64_t threads = at::get_num_threads(), channels = shape.channels;
     float* weights = args.grad_weight.data ? scratch<PartialWeight>(threads * weight_size()) : nullptr;
     std::vector<char> used(threads, 0);
@@ -697,20 +760,106 @@ struct BackwardPass {
     }
   }
 
-  // dx of a band, block after block.
+  // dx of a band.
   template <typename Pending>
   void input_gradients(const Band& band, const FormedRows& e, float* gates, Pending& pending) const {
-    const int64_t begin = input_begin(band), lines = band.images * (input_end(band) - begin);
-    const int64_t limit = rows_e / shape.width;
-    float* grad_h = scratch<BlockInput>(rows_e * in.padded());
-    for (int64_t first = 0; first < lines; first += limit) {
-      const int64_t some = std::min(limit, lines - first);
-      input_gradient(band, e, first, some, grad_h);
-      const int64_t line = band.image * shape.height + begin + first; // of all images: the band's are consecutive
-      finish(line * shape.width, some * shape.width, grad_h, gates, pending);
+    const int64_t begin = input_begin(band), positions = (input_end(band) - begin) * shape.width;
+    const int64_t limit = kBandBytes / 2 / std::max<int64_t>(positions * in.padded() * sizeof(float), 1);
+    const int64_t images = by_image(shape, band.images) ? band.images : std::clamp<int64_t>(limit, 1, band.images);
+    float* grad_h = scratch<BandInput>(images * positions * in.padded());
+    for (int64_t first = 0; first < band.images; first += images) {
+      const int64_t some = std::min(images, band.images - first);
+      input_gradient(band, e, first, first + some, grad_h);
+      const int64_t line = (band.image + first) * shape.height + begin; // of all images: the band's are consecutive
+      finish(line * shape.width, some * positions, grad_h, gates, pending);
     }
   }
 };
+
+// Multiplies for y, and sums it for the moments of a view.
+template <typename scalar_t>
+class OutputRows {
+ public:
+  // moments: [views].
+  OutputRows(const ConvShape& shape, const float* weight, const Panels& panels, ChannelMoments* moments)
+      : shape_(shape), weight_(weight), panels_(panels), moments_(moments) {
+    float* memory = scratch<BlockSums>(3 * panels.padded());
+    std::fill_n(memory, panels.padded(), 0.f);
+    epilogue_.sum = memory + panels.padded();
+    epilogue_.square = memory + 2 * panels.padded();
+    epilogue_.channels = shape.out_channels;
+    pivot_ = memory;
+  }
+
+  // view: ignored where no moments are wanted.
+  void multiply(const Products<scalar_t>& products, int64_t view) {
+    Products<scalar_t> some = products;
+    auto next = products.all.begin();
+    while (next != products.all.end()) {
+      const bool has_pivot = shape_.views == 0 || moments_[view].to_pivot(pivot_);
+      some.all.clear();
+      int64_t rows = 0;
+      do {
+        rows += next->rows;
+        some.all.push_back(*next++);
+        // Few rows for a mean that is a good pivot.
+      } while (has_pivot && next != products.all.end() && rows + next->rows <= kMomentRows);
+      multiply_some(some, has_pivot);
+      if (shape_.views) {
+        moments_[view].merge(rows, shape_.out_channels, pivot_, epilogue_.sum, epilogue_.square);
+      }
+    }
+  }
+
+ private:
+  void multiply_some(const Products<scalar_t>& products, bool has_pivot) {
+    epilogue_.pivot = shape_.views ? pivot_ : nullptr;
+    epilogue_.has_pivot = has_pivot;
+    epilogue_.stride = products.to_stride;
+    const int64_t depth = shape_.kernel * shape_.kernel * shape_.channels;
+    multiply_all(products, weight_, depth, panels_, [&](const Product<scalar_t>& product) {
+      epilogue_.y = product.to;
+      epilogue_.begins = product.to == products.all.front().to;
+      return epilogue_;
+    });
+  }
+
+  const ConvShape& shape_;
+  const float* weight_;
+  const Panels& panels_;
+  ChannelMoments* moments_;
+  StoreOutput<scalar_t> epilogue_{};
+  float* pivot_;
+};
+
+// The products for y of a band.
+template <typename scalar_t>
+Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const FormedRows& h, scalar_t* y) {
+  const int64_t kernel = shape.kernel, channels = shape.channels, out_channels = shape.out_channels;
+  const int64_t of_image = shape.positions() * out_channels, depth_step = kernel * channels;
+  const bool by_images = by_image(shape, band.images);
+  Products<scalar_t> products{
+      by_images ? h.image_floats() : shape.stride * channels, h.row_floats(), depth_step,
+      by_images ? of_image : out_channels};
+  for (int64_t row = band.begin; row < band.end; ++row) {
+    const int64_t top = row * shape.stride - shape.padding, ky = std::max<int64_t>(-top, 0);
+    const int64_t runs = std::min(kernel, shape.height - top) - ky;
+    scalar_t* to = y + band.image * of_image + row * shape.out_width * out_channels;
+    if (by_images) {
+      for (int64_t x = 0; x < shape.out_width; ++x, to += out_channels) {
+        const int64_t left = x * shape.stride - shape.padding, kx = std::max<int64_t>(-left, 0);
+        const int64_t pixels = std::min(kernel, shape.width - left) - kx;
+        products.add(
+            h.pixel(0, top + ky, left + kx), runs, pixels * channels, ky * depth_step + kx * channels, band.images, to);
+      }
+    } else {
+      for (int64_t i = 0; i < band.images; ++i, to += of_image) {
+        products.add(h.pixel(i, top + ky, -shape.padding), runs, depth_step, ky * depth_step, shape.out_width, to);
+      }
+    }
+  }
+  return products;
+}
 
 } // namespace
 
@@ -718,56 +867,31 @@ template <typename scalar_t>
 void dense_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
   const Input<scalar_t> input{shape, args.x, args.owed};
   const Bands bands(shape, args.owed, shape.stride * (shape.width + 2 * shape.padding) * shape.channels);
-  const PatchShape patch = PatchShape::of(shape.kernel, shape.kernel * shape.channels, shape.stride * shape.channels);
-  const int64_t limit = block_rows(patch.stride), channels = shape.out_channels, views = shape.views;
-  const Panels panels(channels);
+  const Panels panels(shape.out_channels);
   const float* weight = pack_forward(shape, args.weight, panels);
-  std::vector<ChannelMoments> moments(at::get_num_threads() * views); // [thread, view]
-
+  std::vector<ChannelMoments> moments(at::get_num_threads() * shape.views); // [thread, view]
   at::parallel_for(0, bands.count(), 1, [&](int64_t b, int64_t last) {
     float* formed = scratch<FormedInput>(input.floats(bands));
-    float* patches = scratch<Patches>(limit * patch.stride + kVec);
-    float* pivot = scratch<BlockSums>(3 * panels.padded());
-    float *sum = pivot + panels.padded(), *square = sum + panels.padded();
-    std::fill_n(pivot, panels.padded(), 0.f);
+    OutputRows<scalar_t> output(shape, weight, panels, moments.data() + at::get_thread_num() * shape.views);
     for (; b < last; ++b) {
       const Band band = bands.at(b);
       const FormedRows h = input.rows(band, formed);
       input.form(band, h);
-      const int64_t begin = (band.image * shape.out_height + band.begin) * shape.out_width;
-      for_patches(shape, band, h, limit, patches, [&](int64_t first, int64_t count, const Matrix& matrix) {
-        const Rows rows{matrix.data, matrix.stride, patch.floats()};
-        StoreOutput<scalar_t> epilogue{args.y + (begin + first) * channels, channels};
-        if (views == 0) {
-          multiply(rows, count, weight, panels, 0, panels.count, epilogue);
-          return;
-        }
-        ChannelMoments& view = moments[at::get_thread_num() * views + (views > 1 ? band.segment : 0)];
-        epilogue.pivot = pivot;
-        epilogue.sum = sum;
-        epilogue.square = square;
-        for (int64_t done = 0, some; done < count; done += some) {
-          epilogue.has_pivot = view.to_pivot(pivot);
-          some = epilogue.has_pivot ? count - done : std::min(count, kRowMultiple); // few for a mean that is a good pivot
-          epilogue.y = args.y + (begin + first + done) * channels;
-          multiply(rows.from(done), some, weight, panels, 0, panels.count, epilogue);
-          view.merge(some, channels, pivot, sum, square);
-        }
-      });
+      output.multiply(products_of(shape, band, h, args.y), shape.views > 1 ? band.segment : 0);
     }
   });
-  for (int64_t view = 0; view < views; ++view) {
+  for (int64_t view = 0; view < shape.views; ++view) {
     ChannelMoments all;
-    for (size_t part = view; part < moments.size(); part += views) {
+    for (size_t part = view; part < moments.size(); part += shape.views) {
       all.merge(moments[part]);
     }
-    all.write(channels, args.mean + view * channels, args.variance + view * channels);
+    all.write(shape.out_channels, args.mean + view * shape.out_channels, args.variance + view * shape.out_channels);
   }
 }
 
 template <typename scalar_t>
 void dense_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
-  BackwardPass<scalar_t>(shape, args).run();
+  BackwardPass<scalar_t>(shape, args).run_all();
 }
 
 template void dense_forward(const ConvShape&, const Forward<float>&);

@@ -12,27 +12,29 @@ inline namespace CPU_CAPABILITY {
 template <typename scalar_t>
 struct StoreOutput {
   scalar_t* y; // of the first row
+  int64_t stride; // from row to row
   int64_t channels;
   float* pivot = nullptr;
   float* sum = nullptr;
   float* square = nullptr;
   bool has_pivot = false;
+  bool begins = true; // the sums; otherwise adds to them
 
   template <int R, int V>
   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
-    scalar_t* to = y + row * channels + column;
+    scalar_t* to = y + row * stride + column;
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       const int64_t count = channels - column - v * kVec;
       if (v + 1 < V || count >= kVec) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          store(to + r * channels + v * kVec, sums[r][v]);
+          store(to + r * stride + v * kVec, sums[r][v]);
         }
       } else {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          store(to + r * channels + v * kVec, sums[r][v], count);
+          store(to + r * stride + v * kVec, sums[r][v], count);
         }
       }
     }
@@ -48,7 +50,8 @@ struct StoreOutput {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       const int64_t c = column + v * kVec;
-      if (row == 0 && !has_pivot) {
+      const bool first = begins && row == 0;
+      if (first && !has_pivot) {
         Vec near = sums[0][v];
 #pragma GCC unroll 16
         for (int r = 1; r < R; ++r) {
@@ -64,7 +67,7 @@ struct StoreOutput {
         total = total + difference;
         squares = at::vec::fmadd(difference, difference, squares);
       }
-      if (row > 0) {
+      if (!first) {
         total = total + Vec::loadu(sum + c);
         squares = squares + Vec::loadu(square + c);
       }

@@ -104,13 +104,15 @@ inline void pack_panel(
   }
 }
 
-// The rows of A: element (row, tap t, k) = data[row * stride + taps[t] + k], k < depth. No taps: one, at 0.
+// The rows of A: element (row, tap t, k) = data[row * stride + taps[t] + k], k < depth. No taps: one, at 0. A tap's rows
+// of B begin at depths[t], or without depths where those of the tap before end.
 struct Rows {
   const float* data;
   int64_t stride;
   int64_t depth;
   const int64_t* taps = nullptr;
   int64_t tap_count = 1;
+  const int64_t* depths = nullptr;
 
   Rows from(int64_t row) const {
     Rows rest = *this;
@@ -155,9 +157,10 @@ void multiply_tile(const Rows& a, int64_t row, const float* panel, int64_t colum
   const float* rows = a.data + row * a.stride;
   for (int64_t t = 0; t < a.tap_count; ++t) {
     const float* from = a.taps ? rows + a.taps[t] : rows;
+    const float* columns = panel + (a.depths ? a.depths[t] : t * a.depth) * V * kVec;
     for (int64_t k = 0; k < a.depth; ++k) {
-      add_product(sums, from + k, a.stride, panel);
-      panel += V * kVec;
+      add_product(sums, from + k, a.stride, columns);
+      columns += V * kVec;
     }
   }
   epilogue(row, column, sums);
