@@ -49,7 +49,7 @@ struct InputRow {
 
 // dh of `tile` positions from `first` on of one phase, which `taps` taps see, and their part of dW. -1: any number.
 template <int taps, int stride, int tile>
-void input_tile(const InputRow& row, int64_t v, int64_t phase, int64_t first) {
+DSPNET_INLINE void input_tile(const InputRow& row, int64_t v, int64_t phase, int64_t first) {
   const int64_t at = v * row.of_vector + phase * row.of_phase + first * kVec;
   const int64_t step = (stride > 0 ? stride : row.stride) * kVec; // between the taps of a phase
   std::array<Vec, tile> h, grad;
@@ -107,7 +107,8 @@ void input_tile(const InputRow& row, int64_t v, int64_t phase, int64_t first) {
 
 // `tiles` tiles of one phase of a row of x from `first` on.
 template <int taps, int stride, int tile>
-void input_tiles(const InputRow& row, int64_t phase, int64_t first, int64_t tiles) {
+void input_tiles(const InputRow& shared, int64_t phase, int64_t first, int64_t tiles) {
+  const InputRow row = shared; // GCC takes it that a store of a vector may change what is behind a reference
   for (int64_t v = 0; v < row.channels.vectors; ++v) {
     for (int64_t i = 0; i < tiles; ++i) {
       input_tile<taps, stride, tile>(row, v, phase, first + i * tile);
@@ -156,7 +157,7 @@ struct BackwardCall {
         ring((shape.kernel - 1) / shape.stride + 1),
         e_before(ring - 1),
         e_columns(e_before + std::max(shape.out_width, padded.columns)),
-        groups(shape.channels, shape.images, static_cast<int64_t>(sizeof(float)) * of_vector()),
+        groups(shape.channels, shape.images, of_rows(), of_weight()),
         column(shape.width),
         e_column(shape.out_width) {
     for (const auto i : c10::irange(shape.width)) {
@@ -183,8 +184,12 @@ struct BackwardCall {
     return shape.kernel * shape.kernel;
   }
 
-  int64_t of_vector() const { // floats of scratch
-    return ring * e_columns * kVec + 2 * padded.of_vector() + 2 * taps() * kVec;
+  int64_t of_rows() const { // floats of scratch that a vector takes: e, h and dh
+    return ring * e_columns * kVec + 2 * padded.of_vector();
+  }
+
+  int64_t of_weight() const { // and its gradient
+    return 2 * taps() * kVec;
   }
 
   void finish(int64_t group, const BackwardSums& sums) const {
@@ -227,7 +232,7 @@ class BackwardWorker {
         shape_(call.shape),
         args_(call.args),
         size_(call.groups.size * kVec),
-        scratch_(OwedChannels::floats(call.groups.size) + 6 * size_ + call.groups.size * call.of_vector()),
+        scratch_(OwedChannels::floats(call.groups.size) + 6 * size_ + call.groups.size * (call.of_rows() + call.of_weight())),
         owed_(scratch_, call.groups.size),
         mean_(scratch_.take(size_)),
         constant_(scratch_.take(size_)),
@@ -346,7 +351,7 @@ class BackwardWorker {
     const auto with = [&](auto act) {
       settle_row<act>(
           args_.x + at, shape_.channels, shape_.width, channels_, owed_, call_.column.data(),
-          call_.padded.of_vector(), h_);
+          call_.padded.of_vector(), h_, shape_.width * shape_.channels);
       convolve_row({channels_, e_.data(), std::max<int64_t>(last - first + 1, 0), q - last * shape_.stride, shape_.kernel,
                     shape_.stride, call_.e_columns * kVec, call_.padded.of_vector(), call_.padded.of_phase(), weight_,
                     grad_weight_, h_, grad_h_});
@@ -379,22 +384,29 @@ class BackwardWorker {
   }
 
   template <bool moments>
-  void form_error_row(const scalar_t* grad_y, const scalar_t* y, float* e) {
-    const int64_t pixel = shape_.channels;
-    for_pixels(shape_.out_width, [&](auto pixels, int64_t first) {
+  void form_error_row(const scalar_t* grad_y, const scalar_t* y, float* e) const {
+    const Channels channels = channels_;
+    const float *means = mean_, *constants = constant_, *slopes = slope_;
+    const int64_t pixel = shape_.channels, ahead = shape_.out_width * pixel, of_vector = call_.e_columns * kVec;
+    e += call_.e_before * kVec;
+    for_pixels(shape_.out_width, [&](auto pixels, int64_t first) __attribute__((always_inline)) {
       constexpr int count = pixels;
-      for_vectors(channels_, [&](int64_t v, auto lanes) {
-        const Vec mean = Vec::loadu(mean_ + v * kVec), constant = Vec::loadu(constant_ + v * kVec);
-        const Vec slope = Vec::loadu(slope_ + v * kVec);
-        float* to = e + (v * call_.e_columns + call_.e_before + first) * kVec;
+      for_vectors(channels, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+        const Vec mean = Vec::loadu(means + v * kVec), constant = Vec::loadu(constants + v * kVec);
+        const Vec slope = Vec::loadu(slopes + v * kVec);
+        const scalar_t *from_grad = grad_y + first * pixel + v * kVec, *from = y + first * pixel + v * kVec;
+        float* to = e + v * of_vector + first * kVec;
 #pragma GCC unroll 4
         for (int p = 0; p < count; ++p) {
-          const int64_t at = (first + p) * pixel + v * kVec;
-          Vec value = load_lanes(grad_y + at, lanes);
+          prefetch(from_grad + ahead);
+          Vec value = load_lanes(from_grad, lanes);
           if constexpr (moments) {
-            value = at::vec::fmadd(load_lanes(y + at, lanes) - mean, slope, value + constant);
+            prefetch(from + ahead);
+            value = at::vec::fmadd(load_lanes(from, lanes) - mean, slope, value + constant);
           }
           value.store(to + p * kVec);
+          from_grad += pixel;
+          from += pixel;
         }
       });
     });
@@ -402,29 +414,38 @@ class BackwardWorker {
 
   // From dh to dx and the sums over the row.
   template <Act act>
-  void settle_gradient_row(const scalar_t* x, scalar_t* grad_x) {
-    const int64_t pixel = shape_.channels;
-    for_pixels(shape_.width, [&](auto pixels, int64_t first) {
+  void settle_gradient_row(const scalar_t* x, scalar_t* grad_x) const {
+    const Channels channels = channels_;
+    const OwedChannels owed = owed_;
+    float *grad_scales = grad_scale_, *grad_shifts = grad_shift_, *grad_gates = grad_gate_;
+    const float* grad_h = grad_h_;
+    const int64_t* column = call_.column.data();
+    const int64_t pixel = shape_.channels, ahead = shape_.width * pixel, of_vector = call_.padded.of_vector();
+    for_pixels(shape_.width, [&](auto pixels, int64_t first) __attribute__((always_inline)) {
       constexpr int count = pixels;
-      for_vectors(channels_, [&](int64_t v, auto lanes) {
-        const Vec scale = Vec::loadu(owed_.scale + v * kVec), shift = Vec::loadu(owed_.shift + v * kVec);
-        const Vec gate = Vec::loadu(owed_.gate + v * kVec);
-        const float* grad_h = grad_h_ + v * call_.padded.of_vector();
+      std::array<const float*, count> from;
+      for (int p = 0; p < count; ++p) {
+        from[p] = grad_h + column[first + p];
+      }
+      for_vectors(channels, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+        const Vec scale = Vec::loadu(owed.scale + v * kVec), shift = Vec::loadu(owed.shift + v * kVec);
+        const Vec gate = Vec::loadu(owed.gate + v * kVec);
         Vec grad_scale(0), grad_shift(0), grad_gate(0);
 #pragma GCC unroll 4
         for (int p = 0; p < count; ++p) {
-          const Vec raw = load_lanes(x + (first + p) * pixel + v * kVec, lanes);
+          const int64_t at = (first + p) * pixel + v * kVec;
+          prefetch(grad_x + at + ahead);
+          const Vec raw = load_lanes(x + at, lanes), grad = Vec::loadu(from[p] + v * of_vector);
           const Vec z = at::vec::fmadd(raw, scale, shift);
-          const Vec grad = Vec::loadu(grad_h + call_.column[first + p]);
           grad_gate = at::vec::fmadd(grad, activate<act>(z), grad_gate);
           const Vec grad_z = grad * gate * slope<act>(z);
           grad_scale = at::vec::fmadd(grad_z, raw, grad_scale);
           grad_shift = grad_shift + grad_z;
-          store_lanes(grad_x + (first + p) * pixel + v * kVec, grad_z * scale, lanes);
+          store_lanes(grad_x + at, grad_z * scale, lanes);
         }
-        add_to(grad_scale_ + v * kVec, grad_scale);
-        add_to(grad_shift_ + v * kVec, grad_shift);
-        add_to(grad_gate_ + v * kVec, grad_gate);
+        add_to(grad_scales + v * kVec, grad_scale);
+        add_to(grad_shifts + v * kVec, grad_shift);
+        add_to(grad_gates + v * kVec, grad_gate);
       });
     });
   }

@@ -1,7 +1,7 @@
 // conv_moments, depthwise, forward: y = depthwise(act(scale x + shift) * gate) and its moments.
 //
 // Bound by memory for kernels of 3 and 5: it reads x and writes y once, 8 bytes per pixel in fp32, for 2 k^2 flops. A
-// row of h is formed once, into a ring of as many rows as the kernel is high; what a row of y needs of it stays in L1.
+// row of h is formed once, into a ring of as many rows as the kernel is high; what a row of y needs of it stays in the cache.
 // Rows above and below the image are left out, columns beside it are zeros of the scratch.
 #include <limits>
 
@@ -67,11 +67,12 @@ struct OutputRow {
   int64_t pixel; // between pixels of y
   float *pivot, *sum, *square;
   bool choose_pivot;
+  int64_t ahead; // elements, to what will be written next
 };
 
 // sums[t] += the taps of phase `phase` in one row of the kernel.
 template <int kernel, int stride, int tile, int phase>
-void add_phase(std::array<Vec, tile>& sums, const float* h, const float* weight) {
+DSPNET_INLINE void add_phase(std::array<Vec, tile>& sums, const float* h, const float* weight) {
   constexpr int taps = (kernel - phase + stride - 1) / stride;
   Vec w[taps];
 #pragma GCC unroll 8
@@ -92,7 +93,7 @@ void add_phase(std::array<Vec, tile>& sums, const float* h, const float* weight)
 
 // The convolution at `tile` outputs from column `first` on. kernel 0: any kernel and stride.
 template <int kernel, int stride, int tile, typename scalar_t>
-std::array<Vec, tile> convolve(const OutputRow<scalar_t>& row, int64_t v, int64_t first) {
+DSPNET_INLINE std::array<Vec, tile> convolve(const OutputRow<scalar_t>& row, int64_t v, int64_t first) {
   std::array<Vec, tile> sums;
   sums.fill(Vec(0));
   const int64_t size = kernel > 0 ? kernel : row.kernel;
@@ -119,7 +120,7 @@ std::array<Vec, tile> convolve(const OutputRow<scalar_t>& row, int64_t v, int64_
 }
 
 template <size_t count>
-Vec mean_of(const std::array<Vec, count>& values) {
+DSPNET_INLINE Vec mean_of(const std::array<Vec, count>& values) {
   Vec sum = values[0];
 #pragma GCC unroll 8
   for (size_t i = 1; i < count; ++i) {
@@ -130,8 +131,9 @@ Vec mean_of(const std::array<Vec, count>& values) {
 
 // `tiles` tiles of a row of y from column `first` on, with their moments.
 template <int kernel, int stride, int tile, typename scalar_t>
-void output_tiles(const OutputRow<scalar_t>& row, int64_t first, int64_t tiles) {
-  for_vectors(row.channels, [&](int64_t v, auto lanes) {
+void output_tiles(const OutputRow<scalar_t>& shared, int64_t first, int64_t tiles) {
+  const OutputRow<scalar_t> row = shared; // GCC takes it that a store of a vector may change what is behind a reference
+  for_vectors(row.channels, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     Vec sum[2] = {Vec(0), Vec(0)}, square[2] = {Vec(0), Vec(0)};
     for (int64_t column = first; column < first + tiles * tile; column += tile) {
       const std::array<Vec, tile> out = convolve<kernel, stride, tile>(row, v, column);
@@ -142,6 +144,7 @@ void output_tiles(const OutputRow<scalar_t>& row, int64_t first, int64_t tiles) 
       scalar_t* y = row.y + column * row.pixel + v * kVec;
 #pragma GCC unroll 8
       for (int t = 0; t < tile; ++t) {
+        prefetch(y + t * row.pixel + row.ahead);
         store_lanes(y + t * row.pixel, out[t], lanes);
         const Vec difference = out[t] - pivot;
         sum[t % 2] = sum[t % 2] + difference;
@@ -190,9 +193,7 @@ struct ForwardCall {
             (shape.out_width - 1) * shape.stride + shape.kernel - shape.padding, 0, shape.width)),
         ring(std::min(shape.kernel, shape.height)),
         groups(
-            shape.channels,
-            shape.images,
-            static_cast<int64_t>(sizeof(float)) * (ring * padded.of_vector() + shape.kernel * shape.kernel * kVec)),
+            shape.channels, shape.images, ring * padded.of_vector(), shape.kernel * shape.kernel * kVec),
         tiles(shape.out_width),
         column(width),
         larger(output_kernel<scalar_t>(shape.kernel, shape.stride, tiles.size + 1)),
@@ -330,7 +331,7 @@ class ForwardWorker {
         channels_, rows_.data(), first_tap, last_tap, shape_.kernel, shape_.stride, call_.padded.of_vector(),
         call_.padded.of_phase(), weight_,
         call_.args.y + (n * shape_.out_height + oy) * shape_.out_width * shape_.channels + channels_.first,
-        shape_.channels, pivot_, sum_, square_, choose_pivot};
+        shape_.channels, pivot_, sum_, square_, choose_pivot, shape_.out_width * shape_.channels};
     if (call_.tiles.larger > 0) {
       call_.larger(row, 0, call_.tiles.larger);
     }
@@ -342,7 +343,8 @@ class ForwardWorker {
     float* h = ring_ + iy % call_.ring * of_row();
     with_act(call_.args.owed.act, [&](auto act) {
       settle_row<act>(
-          x, shape_.channels, call_.width, channels_, owed_, call_.column.data(), call_.padded.of_vector(), h);
+          x, shape_.channels, call_.width, channels_, owed_, call_.column.data(), call_.padded.of_vector(), h,
+          shape_.width * shape_.channels);
     });
   }
 };

@@ -1,12 +1,15 @@
 // conv_moments, pointwise: y = h W^T over the positions of all images as rows, and its gradient.
 //
-// Forward: rows are taken in blocks. A block's h = act(scale x + shift) * gate is formed once, into scratch that stays in
-// cache, and multiplied by the packed weight; the epilogue stores y and sums it for the moments. Per row of K channels in
-// and N out: 2 K N flops, (K + N) values read or written.
+// Forward: rows are taken in blocks. A block's h = act(scale x + shift) * gate is formed once, into scratch that stays
+// in cache, and multiplied by the packed weight; the epilogue stores y and sums it for the moments. Per row of K
+// channels in and N out: 2 K N flops, K + N values read or written.
 //
 // Backward, in one pass: a block's e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt and h are formed once; then
-// dW += e^T h, and dh = e W, whose epilogue goes on to dx and the sums for dscale, dshift and dgate. Per row 4 K N flops,
-// 3 N + 2 K values (without dx: 2 N + K and half the flops).
+// dW += e^T h, and dh = e W, whose epilogue goes on to dx and the sums for dscale, dshift and dgate. Per row 4 K N
+// flops, 2 N + 2 K values; without dx, or without dW, half the flops.
+//
+// To have threads take columns of dW and dx instead, of e and h formed whole, saves the merge of their weight gradients
+// but was slower on every map from 12x12 down to 3x3: e and h then come from the outer caches once per panel.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -181,21 +184,15 @@ struct StoreOutput {
 
   template <int R, int V>
   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
-    scalar_t* to = y + row * channels + column;
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const int64_t count = channels - column - v * kVec;
-      if (v + 1 < V || count >= kVec) {
+      const int64_t c = column + v * kVec;
+      with_lanes(v + 1 < V, channels - c, [&](auto... count) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          store(to + r * channels + v * kVec, sums[r][v]);
+          store(y + (row + r) * channels + c, sums[r][v], count...);
         }
-      } else {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          store(to + r * channels + v * kVec, sums[r][v], count);
-        }
-      }
+      });
     }
     if (pivot) {
       add_up(row, column, sums);
@@ -357,17 +354,15 @@ struct StoreInputGradient {
   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const int64_t c = column + v * kVec, count = channels - c;
-      Vec values[R];
+      const int64_t c = column + v * kVec;
+      Vec grad_h[R];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        values[r] = sums[r][v];
+        grad_h[r] = sums[r][v];
       }
-      if (v + 1 < V || count >= kVec) {
-        finish(row, c, values);
-      } else {
-        finish(row, c, values, count);
-      }
+      with_lanes(v + 1 < V, channels - c, [&](auto... count) __attribute__((always_inline)) {
+        finish(row, c, grad_h, count...);
+      });
     }
   }
 
@@ -449,36 +444,8 @@ struct AddToMatrix {
   }
 };
 
-// Adds a tile of the weight gradient to where the caller wants it.
-struct AddToGradient {
-  float* to;
-  int64_t row_stride, column_stride, columns;
-
-  template <int R, int V>
-  DSPNET_INLINE void operator()(int64_t i, int64_t column, const Vec (&sums)[R][V]) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        const int64_t c = column + v * kVec, count = std::min(kVec, columns - c);
-        float* at = to + (i + r) * row_stride + c * column_stride;
-        if (column_stride == 1 && count == kVec) {
-          add_to(at, sums[r][v]);
-        } else {
-          float values[kVec];
-          sums[r][v].store(values);
-          for (int64_t lane = 0; lane < count; ++lane) {
-            at[lane * column_stride] += values[lane];
-          }
-        }
-      }
-    }
-  }
-};
-
 constexpr int64_t kBackwardBytes = 96 << 10; // of formed rows in a block
 constexpr int64_t kBackwardRows = 480; // whose fp32 sums are exact enough
-constexpr int64_t kWholeBytes = 8 << 20; // of formed rows if all of them are formed before they are used
 
 struct PartialWeight;
 struct PartialGate;
@@ -504,9 +471,7 @@ struct BackwardPass {
             shape,
             args.owed,
             std::min<int64_t>(
-                kBackwardRows,
-                std::max<int64_t>(
-                    2 * kRowMultiple, kBackwardBytes / ((input.stride + output.stride) * sizeof(float))))),
+                kBackwardRows, kBackwardBytes / ((input.stride + output.stride) * sizeof(float)))),
         in(shape.channels),
         out(shape.out_channels),
         vectors_of_h(waste(in) <= waste(out)),
@@ -516,18 +481,6 @@ struct BackwardPass {
   // Multiplications for nothing, as a share; a single vector loads too much for them.
   static double waste(const Panels& panels) {
     return static_cast<double>(panels.padded()) / panels.columns * (panels.vectors == 1 ? 1.2 : 1);
-  }
-
-  int64_t rows() const {
-    return shape.images * shape.positions();
-  }
-
-  // Whether threads take columns of the results, not rows: then nothing is to be merged, but e and h are to be whole.
-  bool is_small() const {
-    const int64_t gradient = shape.channels * shape.out_channels, formed = rows() * (input.stride + output.stride);
-    const int64_t threads = at::get_num_threads(), units = (args.grad_x ? in.count : 0) + weight_panels().count;
-    return formed * static_cast<int64_t>(sizeof(float)) <= kWholeBytes && gradient * 8 >= formed &&
-        (threads == 1 || units >= 3 * threads);
   }
 
   const Panels& weight_panels() const {
@@ -558,9 +511,8 @@ struct BackwardPass {
     return {to, input.stride};
   }
 
-  // Columns of dx for a block, and sums into `sums`, [2, input.stride].
-  void input_gradient(
-      const Blocks::Block& block, const Matrix& e, int64_t first, int64_t last, float* sums, float* grad_gate) const {
+  // dx of a block, and its sums into `sums`, [2, input.stride], and `grad_gate`.
+  void input_gradient(const Blocks::Block& block, const Matrix& e, float* sums, float* grad_gate) const {
     int32_t* images = nullptr;
     if (args.owed.gate) {
       images = reinterpret_cast<int32_t*>(scratch<RowImages>(block.rows));
@@ -574,7 +526,7 @@ struct BackwardPass {
           args.x + block.begin * input.channels, args.grad_x + block.begin * input.channels, input.channels,
           input.scale.data() + row, input.shift.data() + row, sums, sums + input.stride, args.owed.gate, grad_gate,
           images};
-      multiply(Rows{e.data, e.stride, output.channels}, block.rows, weight, in, first, last, epilogue);
+      multiply(Rows{e.data, e.stride, output.channels}, block.rows, weight, in, 0, in.count, epilogue);
     };
     if (input.is_owed()) {
       with_act(args.owed.act, [&](auto act) { run(act, std::true_type{}); });
@@ -583,23 +535,17 @@ struct BackwardPass {
     }
   }
 
-  // Panels of the weight gradient.
-  template <typename Epilogue>
-  void weight_gradient(
-      const Matrix& e, const Matrix& h, int64_t rows, int64_t first, int64_t last, const Epilogue& epilogue) const {
-    const Matrix& values = vectors_of_h ? e : h;
-    const Matrix& vectors = vectors_of_h ? h : e;
-    multiply_outer(values, weight_height(), vectors, weight_panels(), first, last, rows, epilogue);
-  }
-
-  AddToGradient to_gradient() const {
-    const auto [row, column] = vectors_of_h ? std::pair(args.grad_weight.out, args.grad_weight.in)
-                                            : std::pair(args.grad_weight.in, args.grad_weight.out);
-    return {args.grad_weight.data, row, column, weight_panels().columns};
+  void weight_gradient(const Matrix& e, const Matrix& h, int64_t rows, const AddToMatrix& epilogue) const {
+    const Panels& panels = weight_panels();
+    if (vectors_of_h) {
+      multiply_outer(e, weight_height(), h, panels, 0, panels.count, rows, epilogue);
+    } else {
+      multiply_outer(h, weight_height(), e, panels, 0, panels.count, rows, epilogue);
+    }
   }
 
   // Threads take blocks; their weight gradients and sums are merged.
-  void run_by_rows() const {
+  void run() const {
     const int64_t threads = at::get_num_threads(), sum_rows = std::max<int64_t>(args.owed.rows, 1);
     const int64_t weight_size = weight_height() * weight_panels().padded();
     const int64_t gate_size = shape.images * shape.channels;
@@ -614,8 +560,9 @@ struct BackwardPass {
       float* formed_e = scratch<FormedOutput>(blocks.rows * output.stride);
       float* formed_h = scratch<FormedInput>(blocks.rows * input.stride);
       float* block_sums = scratch<BlockSums>(2 * input.stride);
-      float* gate = thread == 0 ? args.grad_gate : gates + (thread - 1) * gate_size;
+      float* gate = nullptr;
       if (sums_gate) {
+        gate = thread == 0 ? args.grad_gate : gates + (thread - 1) * gate_size;
         std::fill_n(gate, gate_size, 0.f);
       }
       used[thread] = 1;
@@ -624,10 +571,10 @@ struct BackwardPass {
         const Matrix e = form_e(block, formed_e);
         if (weights) {
           const AddToMatrix epilogue{weights + thread * weight_size, weight_panels().padded(), b == first};
-          weight_gradient(e, form_h(block, formed_h), block.rows, 0, weight_panels().count, epilogue);
+          weight_gradient(e, form_h(block, formed_h), block.rows, epilogue);
         }
         if (args.grad_x) {
-          input_gradient(block, e, 0, in.count, block_sums, gate);
+          input_gradient(block, e, block_sums, gate);
           if (args.owed.rows > 0) {
             double* to = sums.data() + (thread * sum_rows + input.row(block.segment)) * 2 * input.stride;
             std::transform(block_sums, block_sums + 2 * input.stride, to, to, std::plus<double>());
@@ -651,20 +598,20 @@ struct BackwardPass {
         double* to = sums.data() + row * 2 * input.stride;
         std::transform(part, part + 2 * input.stride, to, to, std::plus<double>());
       }
-      store_sums(sums.data() + row * 2 * input.stride, row, 0, shape.channels);
-    }
-  }
-
-  void store_sums(const double* sums, int64_t row, int64_t first, int64_t last) const {
-    for (int64_t c = first; c < last; ++c) {
-      args.grad_scale[row * shape.channels + c] = static_cast<float>(sums[c]);
-      args.grad_shift[row * shape.channels + c] = static_cast<float>(sums[input.stride + c]);
+      const double* of_scale = sums.data() + row * 2 * input.stride;
+      const double* of_shift = of_scale + input.stride;
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        args.grad_scale[row * shape.channels + c] = static_cast<float>(of_scale[c]);
+        args.grad_shift[row * shape.channels + c] = static_cast<float>(of_shift[c]);
+      }
     }
   }
 
   void merge_weights(const float* weights, int64_t size, const std::vector<char>& used) const {
-    const AddToGradient gradient = to_gradient();
-    const int64_t stride = weight_panels().padded();
+    const Prefix& gradient = args.grad_weight;
+    const int64_t to_row = vectors_of_h ? gradient.out : gradient.in;
+    const int64_t to_column = vectors_of_h ? gradient.in : gradient.out;
+    const int64_t stride = weight_panels().padded(), columns = weight_panels().columns;
     constexpr int64_t kGrain = 1 << 15; // floats
     at::parallel_for(0, weight_height(), kGrain / stride + 1, [&](int64_t first, int64_t last) {
       float* sum = scratch<BlockSums>(stride);
@@ -676,65 +623,12 @@ struct BackwardPass {
             std::transform(part, part + stride, sum, sum, std::plus<float>());
           }
         }
-        float* to = gradient.to + i * gradient.row_stride;
-        for (int64_t c = 0; c < gradient.columns; ++c) {
-          to[c * gradient.column_stride] += sum[c];
+        float* to = gradient.data + i * to_row;
+        for (int64_t c = 0; c < columns; ++c) {
+          to[c * to_column] += sum[c];
         }
       }
     });
-  }
-
-  // Forms all of e and h; then threads take panels of dx and of the weight gradient.
-  void run_by_columns() const {
-    float* formed_e = scratch<FormedOutput>(rows() * output.stride);
-    float* formed_h = scratch<FormedInput>(rows() * input.stride);
-    const Blocks::Block whole{0, 0, rows()};
-    const bool weights = args.grad_weight.data;
-    Matrix e{formed_e, output.stride}, h{formed_h, input.stride};
-    at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        const Blocks::Block block = blocks.at(b);
-        output.form(block.segment, block.begin, block.rows, formed_e + block.begin * output.stride);
-        if (weights) {
-          input.form(block.segment, block.begin, block.rows, formed_h + block.begin * input.stride);
-        }
-      }
-    });
-    const int64_t of_x = args.grad_x ? in.count : 0, of_weight = weights ? weight_panels().count : 0;
-    at::parallel_for(0, of_x + of_weight, 1, [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit) {
-        if (unit < of_x) {
-          input_columns(e, unit);
-        } else {
-          weight_gradient(e, h, whole.rows, unit - of_x, unit - of_x + 1, to_gradient());
-        }
-      }
-    });
-  }
-
-  // A panel of dx and its sums.
-  void input_columns(const Matrix& e, int64_t panel) const {
-    const int64_t first = in.column(panel), last = std::min(first + in.width(panel), shape.channels);
-    float* block_sums = scratch<BlockSums>(2 * input.stride);
-    for (int64_t n = 0; args.owed.gate && n < shape.images; ++n) {
-      std::fill(args.grad_gate + n * shape.channels + first, args.grad_gate + n * shape.channels + last, 0.f);
-    }
-    std::vector<double> sums(2 * input.stride);
-    for (int64_t b = 0; b < blocks.count(); ++b) {
-      const Blocks::Block block = blocks.at(b);
-      const Matrix rows{e.data + block.begin * e.stride, e.stride};
-      input_gradient(block, rows, panel, panel + 1, block_sums, args.grad_gate);
-      for (int64_t c = first; args.owed.rows > 0 && c < last; ++c) {
-        sums[c] += block_sums[c];
-        sums[input.stride + c] += block_sums[input.stride + c];
-      }
-      const bool row_ends = b + 1 == blocks.count() ||
-          (args.owed.rows > 1 && blocks.at(b + 1).segment != block.segment);
-      if (args.owed.rows > 0 && row_ends) {
-        store_sums(sums.data(), input.row(block.segment), first, last);
-        std::fill(sums.begin(), sums.end(), 0.);
-      }
-    }
   }
 };
 
@@ -743,7 +637,8 @@ struct BackwardPass {
 template <typename scalar_t>
 void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
   const int64_t channels = shape.channels, out_channels = shape.out_channels, views = shape.views;
-  const Blocks blocks(shape, args.owed, std::min(kForwardRows, kForwardBytes / (channels * static_cast<int64_t>(sizeof(float)))));
+  const int64_t limit = kForwardBytes / static_cast<int64_t>(channels * sizeof(float));
+  const Blocks blocks(shape, args.owed, std::min(kForwardRows, limit));
   const Input<scalar_t> input(shape, args.x, args.owed);
   const Panels panels(out_channels);
   const float* weight = pack(panels, args.weight.data, args.weight.in, args.weight.out, channels);
@@ -785,12 +680,7 @@ void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 
 template <typename scalar_t>
 void pointwise_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
-  const BackwardPass<scalar_t> pass(shape, args);
-  if (pass.is_small()) {
-    pass.run_by_columns();
-  } else {
-    pass.run_by_rows();
-  }
+  BackwardPass<scalar_t>(shape, args).run();
 }
 
 template void pointwise_forward(const ConvShape&, const Forward<float>&);

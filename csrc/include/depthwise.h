@@ -1,7 +1,7 @@
 // What the forward and the backward of the depthwise conv_moments have in common: how channels and pixels are cut, how
 // scratch is laid out, and how the sums of several threads become one.
 //
-// Channels are taken in vectors of kVec, vectors in groups whose scratch stays in the L1 cache. A unit of work is one
+// Channels are taken in vectors of kVec, vectors in groups whose scratch stays in the L2 cache. A unit of work is one
 // image of one group; a thread takes units in a row, group by group, so that at most its first and its last group are
 // shared with others. Inside a unit rows of pixels stream through scratch: every activation is read and written once.
 #pragma once
@@ -44,7 +44,7 @@ struct Tiles {
 
 // run(std::integral_constant<int, size>) for a size in 1..most known only at run time.
 template <int most = kTile, typename Run>
-void with_size(int64_t size, const Run& run) {
+DSPNET_INLINE void with_size(int64_t size, const Run& run) {
   if constexpr (most > 1) {
     if (size < most) {
       return with_size<most - 1>(size, run);
@@ -66,7 +66,7 @@ void for_tiles(const Tiles& tiles, const Run& run) {
 
 // run(std::integral_constant<int, n>, first pixel) over all of `count` pixels, n up to kPixels.
 template <typename Run>
-void for_pixels(int64_t count, const Run& run) {
+DSPNET_INLINE void for_pixels(int64_t count, const Run& run) {
   int64_t first = 0;
   for (; first + kPixels <= count; first += kPixels) {
     run(std::integral_constant<int, kPixels>{}, first);
@@ -81,11 +81,15 @@ struct Groups {
   int64_t size; // vectors of a group; the last may have less
   int64_t count;
 
-  Groups(int64_t channels, int64_t images, int64_t scratch_of_a_vector)
+  // rows, weight: floats of scratch that a vector takes. What is read for every row is to stay in L1 if it is much.
+  Groups(int64_t channels, int64_t images, int64_t rows, int64_t weight)
       : channels(channels), vectors(at::divup(channels, kVec)) {
-    constexpr int64_t scratch = 40 << 10; // bytes
-    const int64_t fit = std::clamp<int64_t>(scratch / scratch_of_a_vector, 1, vectors);
-    const int64_t for_all_threads = std::min(at::divup(2 * at::get_num_threads(), images), vectors);
+    const int64_t scratch = (5 * weight >= 4 * rows ? 24 << 10 : 256 << 10) / static_cast<int64_t>(sizeof(float));
+    constexpr int64_t least = 8; // vectors: shorter pieces of a pixel are read slowly
+    const int64_t threads = at::get_num_threads();
+    const int64_t fit = std::clamp<int64_t>(scratch / (rows + weight), 1, vectors);
+    const int64_t for_all_threads =
+        images < 2 * threads ? std::min(2 * threads, vectors) : std::min(threads, vectors / least);
     size = at::divup(vectors, std::max(at::divup(vectors, fit), for_all_threads));
     count = at::divup(vectors, size);
   }
@@ -109,7 +113,7 @@ struct Channels {
 
 // run(vector, lanes) with lanes a constant wherever all are in use.
 template <typename Run>
-void for_vectors(const Channels& channels, const Run& run) {
+DSPNET_INLINE void for_vectors(const Channels& channels, const Run& run) {
   const int64_t whole = channels.count / kVec;
   for (int64_t v = 0; v < whole; ++v) {
     run(v, std::integral_constant<int64_t, kVec>{});
@@ -120,23 +124,29 @@ void for_vectors(const Channels& channels, const Run& run) {
 }
 
 template <typename scalar_t>
-Vec load_lanes(const scalar_t* from, std::integral_constant<int64_t, kVec>) {
+DSPNET_INLINE Vec load_lanes(const scalar_t* from, std::integral_constant<int64_t, kVec>) {
   return load(from);
 }
 template <typename scalar_t>
-Vec load_lanes(const scalar_t* from, int64_t lanes) {
+DSPNET_INLINE Vec load_lanes(const scalar_t* from, int64_t lanes) {
   return load(from, lanes);
 }
 template <typename scalar_t>
-void store_lanes(scalar_t* to, const Vec& value, std::integral_constant<int64_t, kVec>) {
+DSPNET_INLINE void store_lanes(scalar_t* to, const Vec& value, std::integral_constant<int64_t, kVec>) {
   store(to, value);
 }
 template <typename scalar_t>
-void store_lanes(scalar_t* to, const Vec& value, int64_t lanes) {
+DSPNET_INLINE void store_lanes(scalar_t* to, const Vec& value, int64_t lanes) {
   store(to, value, lanes);
 }
 
-inline void add_to(float* sum, const Vec& value) {
+// Into the L2 cache: while rows are computed from scratch, the processor has no reads to guess the next ones from.
+template <typename scalar_t>
+DSPNET_INLINE void prefetch(const scalar_t* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+
+DSPNET_INLINE void add_to(float* sum, const Vec& value) {
   (Vec::loadu(sum) + value).store(sum);
 }
 
@@ -215,17 +225,26 @@ void settle_row(
     const OwedChannels& owed,
     const int64_t* column, // floats from the start of a vector's row
     int64_t of_vector,
-    float* h) {
-  for_pixels(width, [&](auto pixels, int64_t first) {
+    float* h,
+    int64_t ahead) { // elements of x, to what will be read next
+  const Channels local = channels; // GCC takes it that a store of a vector may change what is behind a reference
+  const float *scales = owed.scale, *shifts = owed.shift, *gates = owed.gate;
+  for_pixels(width, [&](auto pixels, int64_t first) __attribute__((always_inline)) {
     constexpr int count = pixels;
-    for_vectors(channels, [&](int64_t v, auto lanes) {
-      const Vec scale = Vec::loadu(owed.scale + v * kVec), shift = Vec::loadu(owed.shift + v * kVec);
-      const Vec gate = Vec::loadu(owed.gate + v * kVec);
+    std::array<const scalar_t*, count> from;
+    std::array<float*, count> to;
+    for (int p = 0; p < count; ++p) {
+      from[p] = x + (first + p) * pixel;
+      to[p] = h + column[first + p];
+    }
+    for_vectors(local, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+      const Vec scale = Vec::loadu(scales + v * kVec), shift = Vec::loadu(shifts + v * kVec);
+      const Vec gate = Vec::loadu(gates + v * kVec);
 #pragma GCC unroll 4
       for (int p = 0; p < count; ++p) {
-        const Vec raw = load_lanes(x + (first + p) * pixel + v * kVec, lanes);
-        const Vec z = at::vec::fmadd(raw, scale, shift);
-        (activate<act>(z) * gate).store(h + v * of_vector + column[first + p]);
+        prefetch(from[p] + v * kVec + ahead);
+        const Vec z = at::vec::fmadd(load_lanes(from[p] + v * kVec, lanes), scale, shift);
+        (activate<act>(z) * gate).store(to[p] + v * of_vector);
       }
     });
   });

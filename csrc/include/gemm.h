@@ -4,8 +4,8 @@
 //   multiply_outer()    sums[i, column]   = sum over rows of          A[row, i] * B[row, column]
 //
 // multiply() is a convolution (A: the input's rows, B: the weight) or its input gradient (A: the output gradient's
-// rows, B: the weight transposed); multiply_outer() is a weight gradient. Both keep a tile of kTileRows<V> x V vectors in
-// registers, begin it at zero and hand it to an epilogue, which stores it: what a convolution owes or is asked for
+// rows, B: the weight transposed); multiply_outer() is a weight gradient. Both keep a tile of kTileRows<V> x V vectors
+// in registers, begin it at zero and hand it to an epilogue, which stores it: what a convolution owes or is asked for
 // besides is done there, where it costs no pass over memory. An epilogue is a functor with
 //
 //   template <int R, int V>
@@ -33,10 +33,14 @@ inline namespace CPU_CAPABILITY {
 constexpr int kPanelVectors = 4;
 template <int V>
 constexpr int kTileRows = V == 1 ? 16 : V == 2 ? 12 : V == 3 ? 8 : 6;
-#else
+#elif defined(CPU_CAPABILITY_AVX2)
 constexpr int kPanelVectors = 2;
 template <int V>
 constexpr int kTileRows = V == 1 ? 12 : 6;
+#else // no vectors of this width: small tiles, since each is unrolled to single numbers and takes the compiler long
+constexpr int kPanelVectors = 1;
+template <int V>
+constexpr int kTileRows = 4;
 #endif
 constexpr int64_t kRowMultiple = 48; // a multiple of every kTileRows: rows in blocks of it leave no smaller tiles
 
@@ -70,8 +74,8 @@ struct Panels {
   }
 };
 
-// Packs `depth` rows of panel p, element (k, column) = from[k * depth_stride + column * column_stride]. With several taps
-// call it for each, `to` at its first row: offset(p, taps * depth) + tap * depth * width(p).
+// Packs `depth` rows of panel p, element (k, column) = from[k * depth_stride + column * column_stride]. With several
+// taps call it for each, `to` at its first row: offset(p, taps * depth) + tap * depth * width(p).
 inline void pack_panel(
     float* to,
     const Panels& panels,
@@ -104,8 +108,9 @@ inline void pack_panel(
   }
 }
 
-// The rows of A: element (row, tap t, k) = data[row * stride + taps[t] + k], k < depth. No taps: one, at 0. A tap's rows
-// of B begin at depths[t], or without depths where those of the tap before end.
+// The rows of A: element (row, tap t, k) = data[row * stride + taps[t] + k], k < depth. No taps: one, at 0. For a dense
+// convolution: the pixels of one output row, `stride` the convolution's times the channels, a tap for each (ky, kx). A
+// tap's rows of B begin at depths[t], or without depths where those of the tap before end.
 struct Rows {
   const float* data;
   int64_t stride;
@@ -150,18 +155,61 @@ DSPNET_INLINE void add_product(Vec (&sums)[R][V], const float* a, int64_t row_st
   }
 }
 
+// A longer sum is put together from parts: rounding errors grow with the number of additions one after another.
+constexpr int64_t kChain = 256;
+
+// parked = sums, plus parked if it has `begun`; sums = 0
+template <int R, int V>
+DSPNET_INLINE void park(Vec (&sums)[R][V], float* parked, bool begun) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      float* at = parked + (r * V + v) * kVec;
+      (begun ? sums[r][v] + Vec::loadu(at) : sums[r][v]).store(at);
+    }
+  }
+  clear(sums);
+}
+
+template <int R, int V>
+DSPNET_INLINE void add_parked(Vec (&sums)[R][V], const float* parked) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      sums[r][v] = sums[r][v] + Vec::loadu(parked + (r * V + v) * kVec);
+    }
+  }
+}
+
 template <int V, int R, typename Epilogue>
 void multiply_tile(const Rows& a, int64_t row, const float* panel, int64_t column, const Epilogue& epilogue) {
   Vec sums[R][V];
   clear(sums);
+  alignas(64) float parked[R * V * kVec];
+  bool begun = false;
+  int64_t chain = 0;
   const float* rows = a.data + row * a.stride;
   for (int64_t t = 0; t < a.tap_count; ++t) {
     const float* from = a.taps ? rows + a.taps[t] : rows;
     const float* columns = panel + (a.depths ? a.depths[t] : t * a.depth) * V * kVec;
-    for (int64_t k = 0; k < a.depth; ++k) {
-      add_product(sums, from + k, a.stride, columns);
-      columns += V * kVec;
+    for (int64_t k = 0; k < a.depth;) {
+      const int64_t end = std::min(k + kChain, a.depth);
+      if (chain > 0 && chain + end - k > kChain) {
+        park(sums, parked, begun);
+        begun = true;
+        chain = 0;
+      }
+      chain += end - k;
+      for (; k < end; ++k) {
+        add_product(sums, from + k, a.stride, columns);
+        columns += V * kVec;
+      }
     }
+  }
+  if (begun) {
+    add_parked(sums, parked);
   }
   epilogue(row, column, sums);
 }
@@ -191,8 +239,8 @@ void with_vectors(int64_t width, const Run& run) {
   run(std::integral_constant<int, V>{});
 }
 
-// `rows` rows of A by the panels [first, last) of B, packed with depth a.tap_count * a.depth. Tiles come in the order of
-// panels, then rows: within a panel the first tile holds row 0.
+// `rows` rows of A by the panels [first, last) of B, packed with depth a.tap_count * a.depth. Tiles come in the order
+// of panels, then rows: within a panel the first tile holds row 0.
 template <typename Epilogue>
 void multiply(
     const Rows& a,
@@ -208,6 +256,21 @@ void multiply(
       multiply_rows<v, kTileRows<v>>(a, 0, rows, panel, panels.column(p), epilogue);
     });
   }
+}
+
+// For epilogues: calls run() for a vector whose lanes are all there, as is known if `whole`, and run(count) for one
+// with fewer. With masks run(count) serves both, and half the code is enough.
+template <typename Run>
+DSPNET_INLINE void with_lanes([[maybe_unused]] bool whole, int64_t count, const Run& run) {
+#if defined(CPU_CAPABILITY_AVX512)
+  run(std::min(count, kVec));
+#else
+  if (whole || count >= kVec) {
+    run();
+  } else {
+    run(count);
+  }
+#endif
 }
 
 // Some rows of a matrix, each `stride` floats after the one before. As B of multiply_outer it is read in whole vectors.

@@ -102,7 +102,7 @@ DSPNET_INLINE Vec load(const at::BFloat16* from) {
 #endif
 }
 
-// The first `count` < kVec of them; the rest are zero.
+// The first `count` <= kVec of them; the rest are zero.
 DSPNET_INLINE Vec load(const float* from, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
   return Vec(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
@@ -144,11 +144,7 @@ DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVe
   const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
   const __m512i high = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), ordered, rounded, 16);
   const __m256i halves = _mm512_maskz_cvtepi32_epi16(all, high);
-  if (count == kVec) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
-  } else {
-    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
-  }
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
 #else
   float wide[kVec];
   value.store(wide);

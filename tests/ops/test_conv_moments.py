@@ -7,6 +7,7 @@ from error_rule import GRADIENT, OUTPUT, check_errors
 from torch import Tensor
 from torch.library import opcheck
 
+from dspnet_fast.errors import InputError
 from dspnet_fast.ops import conv_moments, cpp, registry
 from dspnet_fast.ops.owed import ACTS
 
@@ -22,6 +23,11 @@ CASES = {
     "pointwise one view": (3, 16, 9, 9, 24, (24, 16), 1, 1, 0, 1, 1),
     "pointwise many rows": (8, 16, 33, 31, 64, (64, 16), 1, 1, 0, 1, 2),
     "pointwise of one": (2, 1, 3, 3, 1, (1, 1), 1, 1, 0, 1, 1),
+    "pointwise tails": (4, 40, 7, 7, 136, (136, 40), 1, 1, 0, 1, 2),
+    "pointwise many panels": (2, 330, 5, 3, 300, (300, 330), 1, 1, 0, 1, 2),
+    "pointwise deeper than a block": (4, 1000, 3, 3, 24, (24, 1000), 1, 1, 0, 1, 2),
+    "pointwise one row": (1, 33, 1, 1, 70, (70, 33), 1, 1, 0, 1, 1),
+    "pointwise many views": (12, 30, 3, 4, 50, (64, 31), 1, 1, 0, 1, 12),
     "pointwise 1x1 maps": (6, 20, 1, 1, 12, (12, 20), 1, 1, 0, 1, 2),
     "depthwise 3": (4, 24, 9, 8, 24, (40, 1), 3, 1, 1, 24, 2),
     "depthwise 3 stride 2": (4, 24, 9, 8, 24, (40, 1), 3, 2, 1, 24, 2),
@@ -165,6 +171,22 @@ def test_error_rule_bf16(provider, nan_filled, case, gated):
     check(make(case, "hardswish", gated=gated, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("threads", [1, 3, 8])
+@pytest.mark.parametrize("case", ["pointwise many rows", "depthwise 3", "dense 3"])
+def test_any_number_of_threads(provider, nan_filled, case, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(make(case, gated=True))
+        arguments = make(case, gated=True)
+        first, cotangents, first_grads = run(conv_moments, arguments)
+        again, _, again_grads = run(conv_moments, arguments, cotangents)
+    finally:
+        torch.set_num_threads(before)
+    if registry.get_policy() == "cpp":
+        assert all(map(torch.equal, (*first, *first_grads), (*again, *again_grads)))
+
+
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
 def test_one_row_of_scale_serves_all_views_and_no_moments(provider, nan_filled, case):
     arguments = make(case)
@@ -273,7 +295,7 @@ REFUSED = {
 def test_refused(provider, reason):
     arguments = make("pointwise", gated=True)
     arguments |= REFUSED[reason](arguments)
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, InputError)):  # InputError: by name, a provider of other dtypes
         conv_moments(*arguments.values())
 
 
