@@ -92,6 +92,10 @@ def _check(
         stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and len(x) > 0,
         lambda: f"conv_moments: no output for {list(x.shape)} by kernel {kernel}, stride {stride}, padding {padding}",
     )
+    _check_main_grad(weight, main_grad)
+
+
+def _check_main_grad(weight: Tensor, main_grad: Tensor | None) -> None:
     torch._check(
         main_grad is None or (main_grad.shape == weight.shape and main_grad.dtype == weight.dtype),
         lambda: f"conv_moments: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
@@ -238,6 +242,7 @@ def _cpp(
     main_grad: Tensor | None,
     *rest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_main_grad(weight, main_grad)  # the forward itself has no use for it
     return torch.ops.dspnet_cpp.conv_moments(x, scale, shift, act, gate, weight, *rest)
 
 
