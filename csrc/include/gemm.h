@@ -28,16 +28,19 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-// A tile must fit into the registers with V vectors of B and one of A: 32 of them with AVX-512, otherwise 16.
+// A tile must fit into the registers with V vectors of B and one of A.
 #if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kRegisters = 32;
 constexpr int kPanelVectors = 4;
 template <int V>
 constexpr int kTileRows = V == 1 ? 16 : V == 2 ? 12 : V == 3 ? 8 : 6;
 #elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kRegisters = 16;
 constexpr int kPanelVectors = 2;
 template <int V>
 constexpr int kTileRows = V == 1 ? 12 : 6;
 #else // no vectors of this width: small tiles, since each is unrolled to single numbers and takes the compiler long
+constexpr int64_t kRegisters = 16;
 constexpr int kPanelVectors = 1;
 template <int V>
 constexpr int kTileRows = 4;
@@ -155,22 +158,23 @@ DSPNET_INLINE void add_product(Vec (&sums)[R][V], const float* a, int64_t row_st
   }
 }
 
+// Memory of the calling thread that is kept from call to call, because fresh pages are slow. `Use` tells apart what is
+// in use at the same time. The contents are whatever was there.
+template <typename Use>
+float* scratch(int64_t floats) {
+  constexpr int64_t kAlign = 16; // floats in a cache line
+  static thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats + kAlign) {
+    memory = std::vector<float>(); // frees before it allocates
+    memory.resize(floats + kAlign);
+  }
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (round_up(address, kAlign * sizeof(float)) - address) / sizeof(float);
+}
+
 // A longer sum is put together from parts: rounding errors grow with the number of additions one after another.
 constexpr int64_t kChain = 256;
-
-// parked = sums, plus parked if it has `begun`; sums = 0
-template <int R, int V>
-DSPNET_INLINE void park(Vec (&sums)[R][V], float* parked, bool begun) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      float* at = parked + (r * V + v) * kVec;
-      (begun ? sums[r][v] + Vec::loadu(at) : sums[r][v]).store(at);
-    }
-  }
-  clear(sums);
-}
+struct ParkedTile;
 
 template <int R, int V>
 DSPNET_INLINE void add_parked(Vec (&sums)[R][V], const float* parked) {
@@ -183,11 +187,22 @@ DSPNET_INLINE void add_parked(Vec (&sums)[R][V], const float* parked) {
   }
 }
 
+template <int R, int V>
+DSPNET_INLINE void park(const Vec (&sums)[R][V], float* parked) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      sums[r][v].store(parked + (r * V + v) * kVec);
+    }
+  }
+}
+
 template <int V, int R, typename Epilogue>
-void multiply_tile(const Rows& a, int64_t row, const float* panel, int64_t column, const Epilogue& epilogue) {
+void multiply_tile(
+    const Rows& a, int64_t row, const float* panel, int64_t column, float* parked, const Epilogue& epilogue) {
   Vec sums[R][V];
   clear(sums);
-  alignas(64) float parked[R * V * kVec];
   bool begun = false;
   int64_t chain = 0;
   const float* rows = a.data + row * a.stride;
@@ -197,7 +212,11 @@ void multiply_tile(const Rows& a, int64_t row, const float* panel, int64_t colum
     for (int64_t k = 0; k < a.depth;) {
       const int64_t end = std::min(k + kChain, a.depth);
       if (chain > 0 && chain + end - k > kChain) {
-        park(sums, parked, begun);
+        if (begun) {
+          add_parked(sums, parked);
+        }
+        park(sums, parked);
+        clear(sums);
         begun = true;
         chain = 0;
       }
@@ -217,13 +236,19 @@ void multiply_tile(const Rows& a, int64_t row, const float* panel, int64_t colum
 // Tiles of R rows from `row` on, then smaller ones for what is left.
 template <int V, int R, typename Epilogue>
 void multiply_rows(
-    const Rows& a, int64_t row, int64_t end, const float* panel, int64_t column, const Epilogue& epilogue) {
+    const Rows& a,
+    int64_t row,
+    int64_t end,
+    const float* panel,
+    int64_t column,
+    float* parked,
+    const Epilogue& epilogue) {
   for (; row + R <= end; row += R) {
-    multiply_tile<V, R>(a, row, panel, column, epilogue);
+    multiply_tile<V, R>(a, row, panel, column, parked, epilogue);
   }
   if constexpr (R > 1) {
     if (row < end) {
-      multiply_rows<V, R / 2>(a, row, end, panel, column, epilogue);
+      multiply_rows<V, R / 2>(a, row, end, panel, column, parked, epilogue);
     }
   }
 }
@@ -250,10 +275,11 @@ void multiply(
     int64_t first,
     int64_t last,
     const Epilogue& epilogue) {
+  float* parked = scratch<ParkedTile>(kRegisters * kVec);
   for (int64_t p = first; p < last; ++p) {
     const float* panel = packed + panels.offset(p, a.tap_count * a.depth);
     with_vectors(panels.width(p), [&](auto v) {
-      multiply_rows<v, kTileRows<v>>(a, 0, rows, panel, panels.column(p), epilogue);
+      multiply_rows<v, kTileRows<v>>(a, 0, rows, panel, panels.column(p), parked, epilogue);
     });
   }
 }
@@ -323,20 +349,6 @@ void multiply_outer(
       multiply_outer_panel<v, kTileRows<v>>(a, b, rows, 0, height, panels.column(p), epilogue);
     });
   }
-}
-
-// Memory of the calling thread that is kept from call to call, because fresh pages are slow. `Use` tells apart what is
-// in use at the same time. The contents are whatever was there.
-template <typename Use>
-float* scratch(int64_t floats) {
-  constexpr int64_t kAlign = 16; // floats in a cache line
-  static thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < floats + kAlign) {
-    memory = std::vector<float>(); // frees before it allocates
-    memory.resize(floats + kAlign);
-  }
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return memory.data() + (round_up(address, kAlign * sizeof(float)) - address) / sizeof(float);
 }
 
 } // namespace CPU_CAPABILITY
