@@ -165,6 +165,17 @@ def test_error_rule_bf16(provider, nan_filled, case, gated):
     check(make(case, "hardswish", gated=gated, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("case", ["depthwise large stride 2", "depthwise 3x3 maps", "depthwise one image"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_error_rule_by_threads(provider, nan_filled, case, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(make(case, "hardswish", gated=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
 def test_one_row_of_scale_serves_all_views_and_no_moments(provider, nan_filled, case):
     arguments = make(case)
