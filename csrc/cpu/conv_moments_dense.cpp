@@ -143,9 +143,10 @@ void multiply_evenly(const Rows& a, int64_t rows, const float* panel, int64_t co
   constexpr int R = kTileRows<V>, middle = R == 12 ? 8 : R == 6 ? 4 : R / 2;
   const int64_t rest = rows % R;
   const int64_t whole = rest > 0 && R + rest <= 2 * middle && rows > R ? rows - rest - R : rows - rest;
-  multiply_rows<V, R>(a, 0, whole, panel, column, epilogue);
+  float* parked = scratch<ParkedTile>(kRegisters * kVec);
+  multiply_rows<V, R>(a, 0, whole, panel, column, parked, epilogue);
   if (whole < rows) {
-    multiply_rows<V, middle>(a, whole, rows, panel, column, epilogue);
+    multiply_rows<V, middle>(a, whole, rows, panel, column, parked, epilogue);
   }
 }
 

@@ -5,9 +5,9 @@
 //   dz = dh gate act'(z)    dx = scale dz    dscale = sum(dz x)    dshift = sum(dz)    dgate = sum(dh act(z))
 //
 // It reads dy, y and x and writes dx, 8 bytes per pixel of x and of y in fp32, for 4 k^2 flops. Rows of x are taken one
-// by one: the rows of e that a row of x is seen by are in a ring of scratch, and every e that is loaded serves both sums.
-// With a stride, positions are split into phases by their remainder: in a phase the taps of one remainder are a
-// convolution without a stride, so only pairs that exist are multiplied.
+// by one: the rows of e that see a row of x are in a ring of scratch, and every e that is loaded serves both sums. With
+// a stride, positions are split into phases by their remainder: in a phase the taps of one remainder are a convolution
+// without a stride, so only pairs that exist are multiplied.
 #include "depthwise.h"
 
 namespace dspnet {
@@ -232,7 +232,9 @@ class BackwardWorker {
         shape_(call.shape),
         args_(call.args),
         size_(call.groups.size * kVec),
-        scratch_(OwedChannels::floats(call.groups.size) + 6 * size_ + call.groups.size * (call.of_rows() + call.of_weight())),
+        scratch_(
+            OwedChannels::floats(call.groups.size) + 6 * size_ +
+            call.groups.size * (call.of_rows() + call.of_weight())),
         owed_(scratch_, call.groups.size),
         mean_(scratch_.take(size_)),
         constant_(scratch_.take(size_)),
@@ -348,18 +350,19 @@ class BackwardWorker {
       e_[last - oy] = ring_row(oy) + call_.e_before * kVec;
     }
     const int64_t at = (n * shape_.height + iy) * shape_.width * shape_.channels + channels_.first;
-    const auto with = [&](auto act) {
+    const InputRow row{
+        channels_, e_.data(), std::max<int64_t>(last - first + 1, 0), q - last * shape_.stride, shape_.kernel,
+        shape_.stride, call_.e_columns * kVec, call_.padded.of_vector(), call_.padded.of_phase(), weight_,
+        grad_weight_, h_, grad_h_};
+    with_act(args_.owed.act, [&](auto act) {
       settle_row<act>(
-          args_.x + at, shape_.channels, shape_.width, channels_, owed_, call_.column.data(),
-          call_.padded.of_vector(), h_, shape_.width * shape_.channels);
-      convolve_row({channels_, e_.data(), std::max<int64_t>(last - first + 1, 0), q - last * shape_.stride, shape_.kernel,
-                    shape_.stride, call_.e_columns * kVec, call_.padded.of_vector(), call_.padded.of_phase(), weight_,
-                    grad_weight_, h_, grad_h_});
+          args_.x + at, shape_.channels, shape_.width, channels_, owed_, call_.column.data(), call_.padded.of_vector(),
+          h_, shape_.width * shape_.channels);
+      convolve_row(row);
       if (args_.grad_x) {
         settle_gradient_row<act>(args_.x + at, args_.grad_x + at);
       }
-    };
-    with_act(args_.owed.act, with);
+    });
   }
 
   void convolve_row(const InputRow& row) const {

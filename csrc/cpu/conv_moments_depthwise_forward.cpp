@@ -1,10 +1,8 @@
 // conv_moments, depthwise, forward: y = depthwise(act(scale x + shift) * gate) and its moments.
 //
 // Bound by memory for kernels of 3 and 5: it reads x and writes y once, 8 bytes per pixel in fp32, for 2 k^2 flops. A
-// row of h is formed once, into a ring of as many rows as the kernel is high; what a row of y needs of it stays in the cache.
-// Rows above and below the image are left out, columns beside it are zeros of the scratch.
-#include <limits>
-
+// row of h is formed once, into a ring of as many rows as the kernel is high, which stays in the cache. Rows above and
+// below the image are left out, columns beside it are zeros of the scratch.
 #include "depthwise.h"
 
 namespace dspnet {

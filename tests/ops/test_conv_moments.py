@@ -172,7 +172,9 @@ def test_error_rule_bf16(provider, nan_filled, case, gated):
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
-@pytest.mark.parametrize("case", ["pointwise many rows", "depthwise 3", "dense 3"])
+@pytest.mark.parametrize(
+    "case", ["pointwise many rows", "depthwise 3", "depthwise 3x3 maps", "depthwise one image", "dense 3"]
+)
 def test_any_number_of_threads(provider, nan_filled, case, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
