@@ -311,7 +311,8 @@ def test_every_build_of_the_library(run_python):
             "registry.set_policy('cpp')\n"
             "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
             "for case in t.CASES:\n"
-            "    t.check(t.make(case, 'hardswish', gated=True))\n"
-            "    t.check(t.make(case, 'relu', dtype=torch.bfloat16))\n"
+            "    for options in ({'act': 'hardswish', 'gated': True}, {'act': 'relu', 'dtype': torch.bfloat16}):\n"
+            "        torch.manual_seed(0)  # as the fixture of every other test\n"
+            "        t.check(t.make(case, **options))\n"
         )
         run_python("-c", program, ATEN_CPU_CAPABILITY=capability)
