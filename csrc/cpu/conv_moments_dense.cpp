@@ -881,13 +881,7 @@ void dense_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
       output.multiply(products_of(shape, band, h, args.y), shape.views > 1 ? band.segment : 0);
     }
   });
-  for (int64_t view = 0; view < shape.views; ++view) {
-    ChannelMoments all;
-    for (size_t part = view; part < moments.size(); part += shape.views) {
-      all.merge(moments[part]);
-    }
-    all.write(shape.out_channels, args.mean + view * shape.out_channels, args.variance + view * shape.out_channels);
-  }
+  write_moments(moments, shape.views, shape.out_channels, args.mean, args.variance);
 }
 
 template <typename scalar_t>

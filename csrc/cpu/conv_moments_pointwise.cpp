@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "conv_moments.h"
+#include "conv_output.h"
 #include "gemm.h"
 #include "moments.h"
 
@@ -142,96 +143,6 @@ struct Input {
   }
 };
 
-// The moments of some channels of y over one view, in double.
-struct ViewMoments {
-  double count = 0;
-  std::vector<double> mean, squares;
-
-  // Of a block of `rows` rows: sums of differences from a pivot and of their squares. As Moments::merge, all channels
-  // at once.
-  void merge(int64_t rows, int64_t channels, const float* pivot, const float* sum, const float* square) {
-    mean.resize(channels);
-    squares.resize(channels);
-    const double block = static_cast<double>(rows), total = count + block;
-    const double inverse = 1 / block, share = block / total, weight = count * share;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double shifted = sum[c] * inverse;
-      const double delta = pivot[c] + shifted - mean[c];
-      mean[c] += delta * share;
-      squares[c] += square[c] - shifted * sum[c] + delta * delta * weight;
-    }
-    count = total;
-  }
-
-  // The mean so far, if there is one: the best pivot for what follows.
-  bool to_pivot(int64_t channels, float* pivot) const {
-    for (int64_t c = 0; count > 0 && c < channels; ++c) {
-      pivot[c] = static_cast<float>(mean[c]);
-    }
-    return count > 0;
-  }
-};
-
-// Stores y, and with a pivot sums it for the moments of the block.
-template <typename scalar_t>
-struct StoreOutput {
-  scalar_t* y; // the block's first row
-  int64_t channels;
-  float* pivot = nullptr; // [padded channels] each, or null
-  float* sum = nullptr;
-  float* square = nullptr;
-  bool has_pivot = false;
-
-  template <int R, int V>
-  DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = column + v * kVec;
-      with_lanes(v + 1 < V, channels - c, [&](auto... count) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          store(y + (row + r) * channels + c, sums[r][v], count...);
-        }
-      });
-    }
-    if (pivot) {
-      add_up(row, column, sums);
-    }
-  }
-
-  // Sums of a tile first: adding every row to the block's sum would round it as often. Without a pivot yet, it is the
-  // mean of the first tile: near the block's mean, whatever that is.
-  template <int R, int V>
-  DSPNET_INLINE void add_up(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = column + v * kVec;
-      if (row == 0 && !has_pivot) {
-        Vec near = sums[0][v];
-#pragma GCC unroll 16
-        for (int r = 1; r < R; ++r) {
-          near = near + sums[r][v];
-        }
-        (near * Vec(1.f / R)).store(pivot + c);
-      }
-      const Vec near = Vec::loadu(pivot + c);
-      Vec total = sums[0][v] - near, squares = total * total;
-#pragma GCC unroll 16
-      for (int r = 1; r < R; ++r) {
-        const Vec difference = sums[r][v] - near;
-        total = total + difference;
-        squares = at::vec::fmadd(difference, difference, squares);
-      }
-      if (row > 0) {
-        total = total + Vec::loadu(sum + c);
-        squares = squares + Vec::loadu(square + c);
-      }
-      total.store(sum + c);
-      squares.store(square + c);
-    }
-  }
-};
-
 constexpr int64_t kForwardBytes = 48 << 10; // of formed rows in a block
 constexpr int64_t kForwardRows = 192; // whose fp32 sums are exact enough
 
@@ -251,22 +162,6 @@ const float* pack(
     }
   });
   return to;
-}
-
-void finish_moments(
-    const std::vector<ViewMoments>& parts, int64_t views, int64_t channels, float* mean, float* variance) {
-  for (int64_t view = 0; view < views; ++view) {
-    for (int64_t c = 0; c < channels; ++c) {
-      Moments all;
-      for (size_t part = view; part < parts.size(); part += views) {
-        if (parts[part].count > 0) {
-          all.merge({parts[part].count, parts[part].mean[c], parts[part].squares[c]});
-        }
-      }
-      mean[view * channels + c] = static_cast<float>(all.mean);
-      variance[view * channels + c] = static_cast<float>(all.variance());
-    }
-  }
 }
 
 // dy, and what else makes e of it.
@@ -642,7 +537,7 @@ void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
   const Input<scalar_t> input(shape, args.x, args.owed);
   const Panels panels(out_channels);
   const float* weight = pack(panels, args.weight.data, args.weight.in, args.weight.out, channels);
-  std::vector<ViewMoments> moments(at::get_num_threads() * views); // [thread, view]
+  std::vector<ChannelMoments> moments(at::get_num_threads() * views); // [thread, view]
 
   at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
     float* formed = scratch<FormedInput>(blocks.rows * input.stride);
@@ -657,17 +552,17 @@ void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
       } else {
         input.form(segment, begin, rows, formed);
       }
-      StoreOutput<scalar_t> epilogue{args.y + begin * out_channels, out_channels};
+      StoreOutput<scalar_t> epilogue{args.y + begin * out_channels, out_channels, out_channels};
       if (views == 0) {
         multiply(h, rows, weight, panels, 0, panels.count, epilogue);
         continue;
       }
-      ViewMoments& view = moments[at::get_thread_num() * views + (views > 1 ? segment : 0)];
+      ChannelMoments& view = moments[at::get_thread_num() * views + (views > 1 ? segment : 0)];
       epilogue.pivot = sums;
       epilogue.sum = sums + panels.padded();
       epilogue.square = sums + 2 * panels.padded();
       for (int64_t done = 0, some; done < rows; done += some) {
-        epilogue.has_pivot = view.to_pivot(out_channels, sums);
+        epilogue.has_pivot = view.to_pivot(sums);
         some = epilogue.has_pivot ? rows - done : std::min(rows, kRowMultiple); // few for a mean that is a good pivot
         epilogue.y = args.y + (begin + done) * out_channels;
         multiply(h.from(done), some, weight, panels, 0, panels.count, epilogue);
@@ -675,7 +570,7 @@ void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
       }
     }
   });
-  finish_moments(moments, views, out_channels, args.mean, args.variance);
+  write_moments(moments, views, out_channels, args.mean, args.variance);
 }
 
 template <typename scalar_t>

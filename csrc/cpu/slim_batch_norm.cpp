@@ -110,13 +110,7 @@ void moments(const Batch& batch, const scalar_t* x, float* mean, float* variance
       part.merge(end - begin, channels, pivot, sum, square);
     }
   });
-  for (int64_t view = 0; view < batch.views; ++view) {
-    ChannelMoments all;
-    for (size_t part = view; part < parts.size(); part += batch.views) {
-      all.merge(parts[part]);
-    }
-    all.write(channels, mean + view * channels, variance + view * channels);
-  }
+  write_moments(parts, batch.views, channels, mean, variance);
 }
 
 // means, scales, shifts: [C]; null stands for shifts of 0.

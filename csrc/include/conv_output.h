@@ -22,21 +22,15 @@ struct StoreOutput {
 
   template <int R, int V>
   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
-    scalar_t* to = y + row * stride + column;
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const int64_t count = channels - column - v * kVec;
-      if (v + 1 < V || count >= kVec) {
+      const int64_t c = column + v * kVec;
+      with_lanes(v + 1 < V, channels - c, [&](auto... count) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          store(to + r * stride + v * kVec, sums[r][v]);
+          store(y + (row + r) * stride + c, sums[r][v], count...);
         }
-      } else {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          store(to + r * stride + v * kVec, sums[r][v], count);
-        }
-      }
+      });
     }
     if (pivot) {
       add_up(row, column, sums);

@@ -85,11 +85,10 @@ struct Groups {
   Groups(int64_t channels, int64_t images, int64_t rows, int64_t weight)
       : channels(channels), vectors(at::divup(channels, kVec)) {
     const int64_t scratch = (5 * weight >= 4 * rows ? 24 << 10 : 256 << 10) / static_cast<int64_t>(sizeof(float));
-    constexpr int64_t least = 8; // vectors: shorter pieces of a pixel are read slowly
     const int64_t threads = at::get_num_threads();
     const int64_t fit = std::clamp<int64_t>(scratch / (rows + weight), 1, vectors);
-    const int64_t for_all_threads =
-        images < 2 * threads ? std::min(2 * threads, vectors) : std::min(threads, vectors / least);
+    // Threads take whole images while there are enough: pieces of pixels are read slower.
+    const int64_t for_all_threads = images < 2 * threads ? std::min(2 * threads, vectors) : 1;
     size = at::divup(vectors, std::max(at::divup(vectors, fit), for_all_threads));
     count = at::divup(vectors, size);
   }

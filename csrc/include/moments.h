@@ -2,40 +2,14 @@
 // pivot near the mean, merged over blocks as Chan et al. (1979) do. Never E[y^2] - E[y]^2 of raw values.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-// Count, mean and sum of squared deviations of some values of one channel.
-struct Moments {
-  double count = 0;
-  double mean = 0;
-  double squares = 0;
-
-  void merge(const Moments& other) {
-    if (other.count == 0) {
-      return;
-    }
-    const double delta = other.mean - mean;
-    const double total = count + other.count;
-    mean += delta * (other.count / total);
-    squares += other.squares + delta * delta * (count * other.count / total);
-    count = total;
-  }
-
-  // Of `count` values v with sum = sum(v - pivot) and sum_of_squares = sum((v - pivot)^2).
-  static Moments shifted(double count, double pivot, double sum, double sum_of_squares) {
-    return {count, pivot + sum / count, sum_of_squares - sum * sum / count};
-  }
-
-  double variance() const { // biased
-    return count == 0 || squares < 0 ? 0 : squares / count;
-  }
-};
-
-// Those of all channels at once.
+// Count, and per channel mean and sum of squared deviations, of some values.
 struct ChannelMoments {
   double count = 0;
   std::vector<double> mean, squares;
@@ -86,6 +60,18 @@ struct ChannelMoments {
     }
   }
 };
+
+// parts: [part, view]. mean, variance: [views, channels].
+inline void write_moments(
+    const std::vector<ChannelMoments>& parts, int64_t views, int64_t channels, float* mean, float* variance) {
+  for (int64_t view = 0; view < views; ++view) {
+    ChannelMoments all;
+    for (size_t part = view; part < parts.size(); part += views) {
+      all.merge(parts[part]);
+    }
+    all.write(channels, mean + view * channels, variance + view * channels);
+  }
+}
 
 } // namespace CPU_CAPABILITY
 } // namespace dspnet
