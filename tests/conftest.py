@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Every test draws the same numbers, whatever ran before it."""
-    torch.manual_seed(0)
+    """Every test draws the same numbers, whatever ran before it; DSPNET_TEST_SEED draws others."""
+    torch.manual_seed(int(os.environ.get("DSPNET_TEST_SEED", "0")))
 
 
 THREADS = torch.get_num_threads()
