@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, triton
 from .owed import activated, check_owed, normalization_gradients, normalized, per_image, settled, slope, wide
 from .registry import operator
 
@@ -254,3 +254,24 @@ def _cpp(
 )
 def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.dspnet_cpp.conv_moments_backward(*args)
+
+
+@conv_moments.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda *args: triton.kernels("conv_moments").accepts(args[0], args[5], args[10]),
+)
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check(*args)
+    return triton.kernels("conv_moments").conv_moments(*args[:6], *args[7:])  # main_grad is the backward's
+
+
+@conv_moments_backward.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda *args: triton.kernels("conv_moments").accepts(args[3], args[8], args[14]),
+)
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return triton.kernels("conv_moments").conv_moments_backward(*args)

@@ -45,7 +45,7 @@ def _triton_accepts(*args: Any) -> tuple[bool, str]:
 
 @ema_update.provider(
     "triton",
-    devices=("cuda",),
+    devices=triton.DEVICES,
     supported=triton.supported,
     accepts=_triton_accepts,
     unproven="not yet measured on a GPU, so only by name",

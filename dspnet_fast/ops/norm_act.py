@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, triton
 from .owed import activated, check_owed, normalization_gradients, normalized, slope
 from .registry import operator
 
@@ -152,3 +152,24 @@ def _cpp(*args: Any) -> Tensor:
 )
 def _cpp_backward(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.dspnet_cpp.norm_act_backward(*args)
+
+
+@norm_act.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda x, *_: triton.kernels("norm_act").accepts(x),
+)
+def _triton(*args: Any) -> Tensor:
+    _check(*args)
+    return triton.kernels("norm_act").norm_act(*args)
+
+
+@norm_act_backward.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda grad, x, *_: triton.kernels("norm_act").accepts(x),
+)
+def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
+    return triton.kernels("norm_act").norm_act_backward(*args)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, triton
 from .owed import check_owed, normalization_gradients, normalized, settled, slope
 from .registry import operator
 
@@ -18,9 +18,13 @@ def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
     x: [N, C, H, W]. scale, shift: [V, C] with as many rows as there are views, or 1, or absent; fp32, or fp64 if x is.
     Returns [N, C] in fp32, or fp64 if x is. Raises RuntimeError for anything else, and for x without positions.
     """
+    _check(x, scale, shift, act)
+    return settled(x, scale, shift, act, None).mean((2, 3))
+
+
+def _check(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
     check_owed("norm_act_pool", x, scale, shift, act, None)
     torch._check(x.shape[2] * x.shape[3] > 0, lambda: f"norm_act_pool: no positions in {list(x.shape)}")
-    return settled(x, scale, shift, act, None).mean((2, 3))
 
 
 @operator()
@@ -66,3 +70,24 @@ def _cpp(*args: Any) -> Tensor:
 )
 def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.dspnet_cpp.norm_act_pool_backward(*args)
+
+
+@norm_act_pool.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda x, *_: triton.kernels("norm_act_pool").accepts(x),
+)
+def _triton(*args: Any) -> Tensor:
+    _check(*args)
+    return triton.kernels("norm_act_pool").norm_act_pool(*args)
+
+
+@norm_act_pool_backward.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda grad, x, *_: triton.kernels("norm_act_pool").accepts(x),
+)
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return triton.kernels("norm_act_pool").norm_act_pool_backward(*args)

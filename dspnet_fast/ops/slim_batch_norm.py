@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, triton
 from .owed import wide
 from .registry import operator
 
@@ -21,6 +21,15 @@ def slim_batch_norm(
     and biased variance [views, C] in fp32, or fp64 if x is. Differentiable in all three outputs. Raises RuntimeError
     for anything else.
     """
+    _check(x, weight, bias, views)
+    rows = wide(x).unflatten(0, (views, -1))
+    variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
+    scale, shift = _scale_shift(mean, variance, weight, bias, eps)
+    y = torch.empty_like(x).copy_((rows * _spread(scale, rows) + _spread(shift, rows)).flatten(0, 1))
+    return y, mean, variance
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> None:
     torch._check(
         x.ndim >= 2 and x.is_floating_point() and x.numel() > 0 and views > 0 and len(x) % views == 0,
         lambda: (
@@ -32,11 +41,6 @@ def slim_batch_norm(
             vector is None or vector.shape == x.shape[1:2],
             lambda name=name: f"slim_batch_norm: {name} must be [{x.shape[1]}]",  # type: ignore[misc]
         )
-    rows = wide(x).unflatten(0, (views, -1))
-    variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
-    scale, shift = _scale_shift(mean, variance, weight, bias, eps)
-    y = torch.empty_like(x).copy_((rows * _spread(scale, rows) + _spread(shift, rows)).flatten(0, 1))
-    return y, mean, variance
 
 
 def _reduced(rows: Tensor) -> tuple[int, ...]:
@@ -138,3 +142,26 @@ def _cpp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 )
 def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.dspnet_cpp.slim_batch_norm_backward(*args)
+
+
+@slim_batch_norm.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda x, *_: triton.kernels("slim_batch_norm").accepts(x),
+)
+def _triton(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, views)
+    return triton.kernels("slim_batch_norm").slim_batch_norm(x, weight, bias, eps, views)
+
+
+@slim_batch_norm_backward.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda *args: triton.kernels("slim_batch_norm").accepts(args[3]),
+)
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return triton.kernels("slim_batch_norm").slim_batch_norm_backward(*args)

@@ -1,13 +1,13 @@
 """slim_conv2d: an ordinary convolution by a prefix of a weight, read and given its gradient in place."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, triton
 from .registry import operator
 
 
@@ -116,7 +116,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 slim_conv2d.register_autograd(_backward, _setup_context)
 
 
-def _accepts(
+def _is_conv_moments(
     x: Tensor, weight: Tensor, out_channels: int, stride: Sequence[int], padding: Sequence[int], *rest: Any
 ) -> tuple[bool, str]:
     dilation, groups, *_ = rest
@@ -128,16 +128,11 @@ def _accepts(
         return False, "it serves dense and depthwise convolutions"
     if weight.shape[2] != weight.shape[3] or len({*stride}) > 1 or len({*padding}) > 1 or {*dilation} != {1}:
         return False, "it serves square kernels, strides and paddings without dilation"
-    return cpp.stores(x)
+    return True, ""
 
 
-@slim_conv2d.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "conv_moments"),
-    accepts=lambda x, weight, bias, main_grad, *rest: _accepts(x, weight, *rest),
-)
-def _cpp(
+def _by_conv_moments(
+    conv_moments: Callable[..., tuple[Tensor, Tensor, Tensor]],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -151,19 +146,12 @@ def _cpp(
     """A convolution of an input that is owed nothing, without moments."""
     _check(x, weight, main_grad, out_channels, groups)
     prefix = _prefix(x, weight, out_channels, groups).float()
-    y, _, _ = torch.ops.dspnet_cpp.conv_moments(
-        x, None, None, "identity", None, prefix, out_channels, stride[0], padding[0], groups, 0
-    )
+    y, _, _ = conv_moments(x, None, None, "identity", None, prefix, out_channels, stride[0], padding[0], groups, 0)
     return y if bias is None else y.add_(bias[:, None, None])
 
 
-@slim_conv2d_backward.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "conv_moments_backward"),
-    accepts=lambda grad, x, weight, main_grad, *rest: _accepts(x, weight, grad.shape[1], *rest),
-)
-def _cpp_backward(
+def _by_conv_moments_backward(
+    conv_moments_backward: Callable[..., tuple[Tensor, ...]],
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -185,10 +173,61 @@ def _cpp_backward(
         if of_prefix.dtype != torch.float32:
             narrow, of_prefix = of_prefix, torch.zeros_like(prefix, dtype=torch.float32)
     nothing = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
-    of_x, *_ = torch.ops.dspnet_cpp.conv_moments_backward(
+    of_x, *_ = conv_moments_backward(
         *(grad, nothing, nothing, x, None, None, "identity", None, prefix.float(), of_prefix, grad, nothing),
         *(stride[0], padding[0], groups, input_gradient, weight_gradient),
     )
     if narrow is not None and of_prefix is not None:
         narrow += of_prefix
     return of_x, of_weight, grad.sum((0, 2, 3)) if bias_gradient else x.new_empty(0)
+
+
+def _cpp_accepts(x: Tensor, *rest: Any) -> tuple[bool, str]:
+    stored, reason = cpp.stores(x)
+    return _is_conv_moments(x, *rest) if stored else (stored, reason)
+
+
+@slim_conv2d.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "conv_moments"),
+    accepts=lambda x, weight, bias, main_grad, *rest: _cpp_accepts(x, weight, *rest),
+)
+def _cpp(*args: Any) -> Tensor:
+    return _by_conv_moments(torch.ops.dspnet_cpp.conv_moments, *args)
+
+
+@slim_conv2d_backward.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "conv_moments_backward"),
+    accepts=lambda grad, x, weight, main_grad, *rest: _cpp_accepts(x, weight, grad.shape[1], *rest),
+)
+def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _by_conv_moments_backward(torch.ops.dspnet_cpp.conv_moments_backward, *args)
+
+
+def _triton_accepts(x: Tensor, weight: Tensor, *rest: Any) -> tuple[bool, str]:
+    accepted, reason = _is_conv_moments(x, weight, *rest)
+    groups = rest[4]
+    return triton.kernels("conv_moments").accepts(x, weight, groups) if accepted else (accepted, reason)
+
+
+@slim_conv2d.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda x, weight, bias, main_grad, *rest: _triton_accepts(x, weight, *rest),
+)
+def _triton(*args: Any) -> Tensor:
+    return _by_conv_moments(triton.kernels("conv_moments").conv_moments, *args)
+
+
+@slim_conv2d_backward.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda grad, x, weight, main_grad, *rest: _triton_accepts(x, weight, grad.shape[1], *rest),
+)
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _by_conv_moments_backward(triton.kernels("conv_moments").conv_moments_backward, *args)

@@ -1,20 +1,29 @@
-"""Triton kernels, kernels/, as the provider `triton`: nothing imports Triton before a GPU wants a kernel."""
+"""Triton kernels, kernels/, as the provider `triton`: nothing imports Triton before a GPU wants a kernel.
+
+With TRITON_INTERPRET=1 Triton runs kernels in Python instead, to test and debug them: then they serve the CPU as well,
+very slowly, and only by name.
+"""
 
 import functools
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 @functools.cache
 def supported() -> tuple[bool, str]:
     """Whether this machine has what the kernels need. Returns (True, "") or (False, why not)."""
-    if not torch.cuda.is_available():
-        return False, "no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which Triton needs"
+    if not INTERPRETED:
+        if not torch.cuda.is_available():
+            return False, "no CUDA device"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which Triton needs"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     if importlib.util.find_spec("dspnet_fast.kernels") is None:

@@ -1,0 +1,147 @@
+"""conv_moments, which dspnet_fast/ops specifies, by the kind of convolution.
+
+Pointwise and depthwise convolutions have kernels that never write a normalised activation. A dense k x k convolution,
+and a pointwise one with stride or padding, settles its input, uses the library's convolution, and takes the moments of
+its output in one more pass.
+
+Everything is deterministic: programs leave partial sums, which are added up in a fixed order.
+"""
+
+import torch
+from torch import Tensor
+
+from . import conv_moments_depthwise as depthwise
+from . import conv_moments_pointwise as pointwise
+from .launch import channels_last, contiguous, sums, takes
+from .moments import moments
+from .norm_act import norm_act, settle_backward
+from .output_gradient import output_gradient
+
+
+def conv_moments(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    out_channels: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    views: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As dspnet_fast.ops.conv_moments, without main_grad, for arguments that are valid and that `accepts` takes."""
+    x = channels_last(x)
+    scale, shift, gate = contiguous(scale, shift, gate)
+    kernel = weight.shape[2]
+    kind = _kind(kernel, stride, padding, groups)
+    if kind == "dense":
+        if scale is not None or act != "identity" or gate is not None:
+            x = norm_act(x, scale, shift, act, gate, None, None, None)
+        prefix = weight[:out_channels, : x.shape[1]].to(x.dtype)
+        y = channels_last(torch.conv2d(x, prefix, None, stride, padding))
+        if views:
+            return y, *moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views)
+        nothing = x.new_empty(0, out_channels, dtype=torch.float32)
+        return y, nothing, nothing.clone()
+    size = [(length + 2 * padding - kernel) // stride + 1 for length in x.shape[2:]]
+    y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if kind == "pointwise":
+        return y, *pointwise.forward(x, scale, shift, act, gate, weight, y, views)
+    return y, *depthwise.forward(x, scale, shift, act, gate, _taps(weight), y, stride, padding, views)
+
+
+def conv_moments_backward(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    stride: int,
+    padding: int,
+    groups: int,
+    wanted_input: bool,
+    wanted_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As dspnet_fast.ops.conv_moments_backward, for arguments that are valid and that `accepts` takes."""
+    grad_y, y = channels_last(grad_y), channels_last(y)
+    grad_mean, grad_variance, mean = (tensor.contiguous() for tensor in (grad_mean, grad_variance, mean))
+    x = channels_last(x)
+    scale, shift, gate = contiguous(scale, shift, gate)
+    of_output = (grad_y, grad_mean, grad_variance)
+    owed = (x, scale, shift, act, gate)
+    kernel = weight.shape[2]
+    kind = _kind(kernel, stride, padding, groups)
+    of_x, of_prefix, partial = x.new_empty(0), None, None
+    if kind == "dense":
+        owes = scale is not None or act != "identity" or gate is not None
+        h = norm_act(*owed, None, None, None) if owes and wanted_weight else x
+        of_h, of_prefix, _ = torch.ops.aten.convolution_backward(
+            output_gradient(*of_output, y, mean),
+            h,
+            weight[: y.shape[1], : x.shape[1]].to(x.dtype),
+            None,
+            [stride, stride],
+            [padding, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [wanted_input, wanted_weight, False],
+        )
+        if wanted_input and owes:
+            of_x, _, partial = settle_backward(channels_last(of_h), *owed)
+        elif wanted_input:
+            of_x = channels_last(of_h)
+    else:
+        if wanted_input:
+            of_x = torch.empty_like(x)
+            partial = (
+                pointwise.input_gradient(*of_output, *owed, weight, y, mean, of_x)
+                if kind == "pointwise"
+                else depthwise.input_gradient(*of_output, *owed, _taps(weight), y, mean, of_x, stride, padding)
+            )
+        if wanted_weight:
+            of_prefix = (
+                pointwise.weight_gradient(*of_output, *owed, y, mean)
+                if kind == "pointwise"
+                else depthwise.weight_gradient(*of_output, *owed, y, mean, kernel, stride, padding)
+            )
+    of_scale, of_shift, of_gate = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
+    if partial is not None and scale is not None:
+        of_scale, of_shift = (sums(part, len(scale)) for part in partial[:2])
+    if partial is not None and gate is not None:
+        of_gate = sums(partial[2], len(x))
+    of_weight = weight.new_empty(0)
+    if of_prefix is not None:
+        if main_grad is None:
+            main_grad = of_weight = torch.zeros_like(weight)
+        prefix = main_grad[: y.shape[1], : x.shape[1] // groups]
+        prefix += of_prefix.view(prefix.shape)
+    return of_x, of_scale, of_shift, of_gate, of_weight
+
+
+def accepts(x: Tensor, weight: Tensor, groups: int) -> tuple[bool, str]:
+    """Whether the kernels take these arguments. Returns (True, "") or (False, why not)."""
+    if groups > 1 and weight.shape[-1] > depthwise.LARGEST_KERNEL:
+        return False, f"it serves depthwise kernels up to {depthwise.LARGEST_KERNEL}, not {weight.shape[-1]}"
+    return takes(x)
+
+
+def _kind(kernel: int, stride: int, padding: int, groups: int) -> str:
+    if groups > 1:
+        return "depthwise"
+    return "pointwise" if (kernel, stride, padding) == (1, 1, 0) else "dense"
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """A depthwise weight whose taps are adjacent: itself, unless somebody has stored it oddly."""
+    return weight if weight[0, 0].is_contiguous() else weight.contiguous()

@@ -1,0 +1,440 @@
+"""conv_moments for depthwise convolutions: bound by memory, and by the arithmetic of forming h anew for every tap.
+
+A program works on tiles of positions by channels. The taps of a tile overlap, so all but the first read of an element
+comes out of the L1 cache; h is formed again each time, which costs less than writing it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Rows, launch, partial_sums, power_of_two
+from .moments import merge_moments, partial_moments
+from .owed import activated, add_tile, load_output_gradient, load_row, normalized, settle_gradient, store_sums
+
+LARGEST_KERNEL = 7  # taps are unrolled
+BLOCK_P = 32  # positions of a tile
+
+
+@triton.jit
+def _load_settled(
+    x, gate, factor, offset, image, i, j, there, column, height, width, channels,
+    ACT: tl.constexpr, OWED: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """h at position (i, j) of every row's image; 0 in the padding."""
+    valid = (there & (i >= 0) & (i < height) & (j >= 0) & (j < width))[:, None] & (column < channels)[None, :]
+    position = (image.to(tl.int64) * height + i) * width + j
+    values = tl.load(x + position[:, None] * channels + column[None, :], mask=valid, other=0.0)
+    h = activated(normalized(values, factor, offset, OWED), ACT)
+    if GATED:
+        h *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
+    # Rounded as it would be if it were stored.
+    return tl.where(valid, h, 0.0).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _load_tap(weight, tap, column, channels, stride_o, like):
+    """One tap of every channel's kernel, [1, columns], rounded to the dtype of activations."""
+    taps = tl.load(weight + column * stride_o + tap, mask=column < channels, other=0.0)
+    return taps.to(like.dtype.element_ty).to(tl.float32)[None, :]
+
+
+@triton.jit
+def conv_moments_depthwise_kernel(
+    x,  # [N, H, W, C]
+    scale,  # [scale_rows, C]
+    shift,
+    gate,  # [N, C]
+    weight,  # [O, 1, k, k], contiguous from the second dimension on
+    y,  # [N, H', W', C]
+    partial,  # [2, programs, C]
+    channels,
+    stride_o,
+    height,
+    width,
+    out_height,
+    out_width,
+    stride,
+    padding,
+    size,
+    parts,
+    tiles,
+    segments,
+    scale_rows,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    begin = program % parts * tiles * BLOCK_P
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
+        in_segment = first + tl.arange(0, BLOCK_P)
+        there = in_segment < size
+        row = segment.to(tl.int64) * size + in_segment
+        image = (row // (out_height * out_width)).to(tl.int32)
+        position = (row % (out_height * out_width)).to(tl.int32)
+        top = position // out_width * stride - padding
+        left = position % out_width * stride - padding
+        accumulator = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for k in tl.static_range(KERNEL * KERNEL):
+            h = _load_settled(
+                x, gate, factor, offset, image, top + k // KERNEL, left + k % KERNEL, there, column, height, width,
+                channels, ACT, OWED, GATED,
+            )  # fmt: skip
+            accumulator += h * _load_tap(weight, k, column, channels, stride_o, x)
+        valid = there[:, None] & inside[None, :]
+        stored = accumulator.to(y.dtype.element_ty)
+        tl.store(y + row[:, None] * channels + column[None, :], stored, mask=valid)
+        if MOMENTS:
+            total = tl.minimum(BLOCK_P, size - first)
+            stored = tl.where(valid, stored.to(tl.float32), 0.0)
+            mean, squares = add_tile(stored, valid, (first - begin).to(tl.float32), mean, squares, total)
+    if MOMENTS:
+        programs = segments * parts
+        tl.store(partial + program * channels + column, mean, mask=inside)
+        tl.store(partial + (programs + program) * channels + column, squares, mask=inside)
+
+
+def forward(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    views: int,
+) -> tuple[Tensor, Tensor]:
+    """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
+    images, channels, height, width = x.shape
+    scale_rows = 1 if scale is None else len(scale)
+    block_c = power_of_two(channels, 16, 64)
+    blocks = triton.cdiv(channels, block_c)
+    rows = Rows.share(y.numel() // channels, max(views, scale_rows), BLOCK_P, blocks, x.device)
+    partial = partial_moments(rows, channels, x) if views else x
+    launch(
+        conv_moments_depthwise_kernel,
+        rows.programs * blocks,
+        x,
+        x if scale is None else scale,
+        x if shift is None else shift,
+        x if gate is None else gate,
+        weight,
+        y,
+        partial,
+        channels,
+        weight.stride(0),
+        height,
+        width,
+        y.shape[2],
+        y.shape[3],
+        stride,
+        padding,
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.segments,
+        scale_rows,
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        MOMENTS=views > 0,
+        KERNEL=weight.shape[2],
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=block_c,
+    )
+    if views:
+        return merge_moments(partial, rows)
+    nothing = x.new_empty(0, channels, dtype=torch.float32)
+    return nothing, nothing.clone()
+
+
+@triton.jit
+def conv_moments_depthwise_input_gradient_kernel(
+    dy,  # [N, H', W', C]
+    dmean,  # [views, C]
+    dvariance,
+    y,
+    mean,
+    weight,
+    x,  # [N, H, W, C]
+    scale,
+    shift,
+    gate,
+    dx,
+    partial,  # [3, programs, C]: sums for scale, shift, gate
+    inverse_count,
+    channels,
+    stride_o,
+    height,
+    width,
+    out_height,
+    out_width,
+    stride,
+    padding,
+    size,
+    parts,
+    tiles,
+    segments,
+    scale_rows,
+    views,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    view = segment * views // segments
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    gates = tl.full((1, BLOCK_C), 1.0, tl.float32)
+    if GATED:
+        gates = tl.load(gate + segment * channels + column, mask=inside, other=0.0)[None, :]
+    of_scale = tl.zeros((BLOCK_C,), tl.float32)
+    of_shift = tl.zeros((BLOCK_C,), tl.float32)
+    of_gate = tl.zeros((BLOCK_C,), tl.float32)
+    begin = program % parts * tiles * BLOCK_P
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
+        in_segment = first + tl.arange(0, BLOCK_P)
+        there = in_segment < size
+        row = segment.to(tl.int64) * size + in_segment
+        image = row // (height * width)
+        position = (row % (height * width)).to(tl.int32)
+        dh = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for k in tl.static_range(KERNEL * KERNEL):
+            # The output positions that read this one by this tap: (i, j), if they fall on the stride.
+            below = position // width + padding - k // KERNEL
+            right = position % width + padding - k % KERNEL
+            i = below // stride
+            j = right // stride
+            read = (below >= 0) & (right >= 0) & (below == i * stride) & (right == j * stride)
+            read = there & read & (i < out_height) & (j < out_width)
+            e = load_output_gradient(
+                dy, dmean, dvariance, y, mean, inverse_count, (image * out_height + i) * out_width + j, read, view,
+                column, channels, MOMENTS,
+            )  # fmt: skip
+            e = e.to(x.dtype.element_ty).to(tl.float32)
+            dh += e * _load_tap(weight, k, column, channels, stride_o, x)
+        valid = there[:, None] & inside[None, :]
+        offsets = row[:, None] * channels + column[None, :]
+        values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
+        dz, to_gate = settle_gradient(dh, values, factor, offset, gates, valid, ACT, OWED, GATED)
+        of_gate += to_gate
+        of_scale += tl.sum(dz * values, 0)
+        of_shift += tl.sum(dz, 0)
+        tl.store(dx + offsets, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+    store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
+
+
+def input_gradient(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    dx: Tensor,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """Fills dx; returns what programs have summed for scale, shift and gate, [3, programs, C]."""
+    images, channels, height, width = x.shape
+    views, scale_rows = len(mean), 1 if scale is None else len(scale)
+    block_c = power_of_two(channels, 16, 64)
+    blocks = triton.cdiv(channels, block_c)
+    # A program works within one image where there is a gate, whose gradient is a sum over an image.
+    segments = max(views, scale_rows) if gate is None else images
+    rows = Rows.share(images * height * width, segments, BLOCK_P, blocks, x.device)
+    partial = partial_sums(rows, channels, x)
+    launch(
+        conv_moments_depthwise_input_gradient_kernel,
+        rows.programs * blocks,
+        grad_y,
+        grad_mean,
+        grad_variance,
+        y,
+        mean,
+        weight,
+        x,
+        x if scale is None else scale,
+        x if shift is None else shift,
+        x if gate is None else gate,
+        dx,
+        partial,
+        max(views, 1) * channels / y.numel(),
+        channels,
+        weight.stride(0),
+        height,
+        width,
+        y.shape[2],
+        y.shape[3],
+        stride,
+        padding,
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.segments,
+        scale_rows,
+        views,
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        MOMENTS=views > 0,
+        KERNEL=weight.shape[2],
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=block_c,
+    )
+    return partial
+
+
+@triton.jit
+def conv_moments_depthwise_weight_gradient_kernel(
+    dy,  # [N, H', W', C]
+    dmean,  # [views, C]
+    dvariance,
+    y,
+    mean,
+    x,  # [N, H, W, C]
+    scale,
+    shift,
+    gate,
+    partial,  # [programs, k k, C]
+    inverse_count,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    stride,
+    padding,
+    size,
+    parts,
+    tiles,
+    segments,
+    scale_rows,
+    views,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,  # the power of two from KERNEL^2 on
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    view = segment * views // segments
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    tap = tl.arange(0, TAPS)
+    accumulator = tl.zeros((TAPS, BLOCK_C), tl.float32)
+    begin = program % parts * tiles * BLOCK_P
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
+        in_segment = first + tl.arange(0, BLOCK_P)
+        there = in_segment < size
+        row = segment.to(tl.int64) * size + in_segment
+        image = (row // (out_height * out_width)).to(tl.int32)
+        position = (row % (out_height * out_width)).to(tl.int32)
+        top = position // out_width * stride - padding
+        left = position % out_width * stride - padding
+        e = load_output_gradient(
+            dy, dmean, dvariance, y, mean, inverse_count, row, there, view, column, channels, MOMENTS
+        )
+        e = e.to(x.dtype.element_ty).to(tl.float32)
+        for k in tl.static_range(KERNEL * KERNEL):
+            h = _load_settled(
+                x, gate, factor, offset, image, top + k // KERNEL, left + k % KERNEL, there, column, height, width,
+                channels, ACT, OWED, GATED,
+            )  # fmt: skip
+            accumulator += tl.where((tap == k)[:, None], tl.sum(e * h, 0)[None, :], 0.0)
+    to = partial + (program.to(tl.int64) * KERNEL * KERNEL + tap)[:, None] * channels + column[None, :]
+    tl.store(to, accumulator, mask=(tap < KERNEL * KERNEL)[:, None] & inside[None, :])
+
+
+def weight_gradient(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """The gradient of the weight's prefix, [C, 1, k, k] in fp32."""
+    channels, height, width = x.shape[1:]
+    views, scale_rows = len(mean), 1 if scale is None else len(scale)
+    block_c = power_of_two(channels, 16, 32)
+    blocks = triton.cdiv(channels, block_c)
+    rows = Rows.share(y.numel() // channels, max(views, scale_rows), BLOCK_P, blocks, x.device)
+    partial = x.new_empty(rows.programs, kernel * kernel, channels, dtype=torch.float32)
+    launch(
+        conv_moments_depthwise_weight_gradient_kernel,
+        rows.programs * blocks,
+        grad_y,
+        grad_mean,
+        grad_variance,
+        y,
+        mean,
+        x,
+        x if scale is None else scale,
+        x if shift is None else shift,
+        x if gate is None else gate,
+        partial,
+        max(views, 1) * channels / y.numel(),
+        channels,
+        height,
+        width,
+        y.shape[2],
+        y.shape[3],
+        stride,
+        padding,
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.segments,
+        scale_rows,
+        views,
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        MOMENTS=views > 0,
+        KERNEL=kernel,
+        TAPS=triton.next_power_of_2(kernel * kernel),
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=block_c,
+    )
+    return partial.sum(0).t().reshape(channels, 1, kernel, kernel)

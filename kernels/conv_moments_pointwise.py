@@ -1,0 +1,425 @@
+"""conv_moments for 1 x 1 kernels: tall matrix products, bound by memory at the sizes of MobileNets.
+
+Rows are pixels, columns channels. The owed normalisation is formed on tiles of x between the load and the product, and
+moments are taken of the accumulators: x is read once per block of output channels, which lie next to each other in time
+and so mostly come out of the L2 cache, and y is written once. The weight's prefix is read by its strides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Rows, launch, partial_sums, power_of_two
+from .moments import merge_moments, partial_moments
+from .owed import (
+    activated,
+    add_tile,
+    load_output_gradient,
+    load_row,
+    normalized,
+    settle_gradient,
+    store_sums,
+)
+
+
+@triton.jit
+def conv_moments_pointwise_kernel(
+    x,  # [rows, C]
+    scale,  # [scale_rows, C]
+    shift,
+    gate,  # [N, C]
+    weight,
+    y,  # [rows, O]
+    partial,  # [2, programs, O]
+    channels,
+    out_channels,
+    stride_o,
+    stride_i,
+    positions,  # rows of an image
+    size,
+    parts,
+    tiles,
+    segments,
+    scale_rows,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    blocks = tl.cdiv(out_channels, BLOCK_O)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    out_column = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    out_inside = out_column < out_channels
+    mean = tl.zeros((BLOCK_O,), tl.float32)
+    squares = tl.zeros((BLOCK_O,), tl.float32)
+    begin = program % parts * tiles * BLOCK_M
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
+        in_segment = first + tl.arange(0, BLOCK_M)
+        there = in_segment < size
+        row = segment.to(tl.int64) * size + in_segment
+        accumulator = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        for first_in in range(0, channels, BLOCK_I):
+            column = first_in + tl.arange(0, BLOCK_I)
+            inside = column < channels
+            valid = there[:, None] & inside[None, :]
+            factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+            values = tl.load(x + row[:, None] * channels + column[None, :], mask=valid, other=0.0)
+            h = activated(normalized(values, factor, offset, OWED), ACT)
+            if GATED:
+                h *= tl.load(gate + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+            prefix = tl.load(
+                weight + column[:, None] * stride_i + out_column[None, :] * stride_o,
+                mask=inside[:, None] & out_inside[None, :],
+                other=0.0,
+            )
+            h = tl.where(valid, h, 0.0).to(x.dtype.element_ty)
+            accumulator = tl.dot(h, prefix.to(h.dtype), accumulator, input_precision=PRECISION)
+        out_valid = there[:, None] & out_inside[None, :]
+        stored = accumulator.to(y.dtype.element_ty)
+        tl.store(y + row[:, None] * out_channels + out_column[None, :], stored, mask=out_valid)
+        if MOMENTS:
+            total = tl.minimum(BLOCK_M, size - first)
+            stored = tl.where(out_valid, stored.to(tl.float32), 0.0)
+            mean, squares = add_tile(stored, out_valid, (first - begin).to(tl.float32), mean, squares, total)
+    if MOMENTS:
+        programs = segments * parts
+        tl.store(partial + program * out_channels + out_column, mean, mask=out_inside)
+        tl.store(partial + (programs + program) * out_channels + out_column, squares, mask=out_inside)
+
+
+def forward(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    views: int,
+) -> tuple[Tensor, Tensor]:
+    """Fills y [N, O, H, W] from x [N, C, H, W], both channels-last; returns mean and variance [views, O]."""
+    images, channels, height, width = x.shape
+    out_channels = y.shape[1]
+    scale_rows = 1 if scale is None else len(scale)
+    block_m, block_o, block_i = _blocks(x.dtype, out_channels, channels)
+    blocks = triton.cdiv(out_channels, block_o)
+    rows = Rows.share(images * height * width, max(views, scale_rows), block_m, blocks, x.device)
+    partial = partial_moments(rows, out_channels, x) if views else x
+    launch(
+        conv_moments_pointwise_kernel,
+        rows.programs * blocks,
+        x,
+        x if scale is None else scale,
+        x if shift is None else shift,
+        x if gate is None else gate,
+        weight,
+        y,
+        partial,
+        channels,
+        out_channels,
+        weight.stride(0),
+        weight.stride(1),
+        height * width,
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.segments,
+        scale_rows,
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        MOMENTS=views > 0,
+        PRECISION=precision(),
+        BLOCK_M=block_m,
+        BLOCK_O=block_o,
+        BLOCK_I=block_i,
+        num_warps=_warps(block_m, block_o),
+    )
+    if views:
+        return merge_moments(partial, rows)
+    nothing = x.new_empty(0, out_channels, dtype=torch.float32)
+    return nothing, nothing.clone()
+
+
+@triton.jit
+def conv_moments_pointwise_input_gradient_kernel(
+    dy,  # [rows, O]
+    dmean,  # [views, O]
+    dvariance,
+    y,
+    mean,
+    weight,
+    x,  # [rows, C]
+    scale,
+    shift,
+    gate,
+    dx,
+    partial,  # [3, programs, C]: sums for scale, shift, gate
+    inverse_count,
+    channels,
+    out_channels,
+    stride_o,
+    stride_i,
+    size,
+    parts,
+    tiles,
+    segments,
+    scale_rows,
+    views,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_I)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside = column < channels
+    view = segment * views // segments
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    gates = tl.full((1, BLOCK_I), 1.0, tl.float32)
+    if GATED:
+        gates = tl.load(gate + segment * channels + column, mask=inside, other=0.0)[None, :]
+    of_scale = tl.zeros((BLOCK_I,), tl.float32)
+    of_shift = tl.zeros((BLOCK_I,), tl.float32)
+    of_gate = tl.zeros((BLOCK_I,), tl.float32)
+    begin = program % parts * tiles * BLOCK_M
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
+        in_segment = first + tl.arange(0, BLOCK_M)
+        there = in_segment < size
+        row = segment.to(tl.int64) * size + in_segment
+        dh = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+        for first_out in range(0, out_channels, BLOCK_O):
+            out_column = first_out + tl.arange(0, BLOCK_O)
+            out_inside = out_column < out_channels
+            e = load_output_gradient(
+                dy, dmean, dvariance, y, mean, inverse_count, row, there, view, out_column, out_channels, MOMENTS
+            )
+            prefix = tl.load(
+                weight + out_column[:, None] * stride_o + column[None, :] * stride_i,
+                mask=out_inside[:, None] & inside[None, :],
+                other=0.0,
+            )
+            e = e.to(x.dtype.element_ty)
+            dh = tl.dot(e, prefix.to(e.dtype), dh, input_precision=PRECISION)
+        valid = there[:, None] & inside[None, :]
+        offsets = row[:, None] * channels + column[None, :]
+        values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
+        dz, to_gate = settle_gradient(dh, values, factor, offset, gates, valid, ACT, OWED, GATED)
+        of_gate += to_gate
+        of_scale += tl.sum(dz * values, 0)
+        of_shift += tl.sum(dz, 0)
+        tl.store(dx + offsets, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+    store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
+
+
+def input_gradient(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    dx: Tensor,
+) -> Tensor:
+    """Fills dx; returns what programs have summed for scale, shift and gate, [3, programs, C]."""
+    images, channels, height, width = x.shape
+    out_channels, views = y.shape[1], len(mean)
+    scale_rows = 1 if scale is None else len(scale)
+    block_m, block_i, block_o = _blocks(x.dtype, channels, out_channels)
+    if gate is not None:
+        block_m = power_of_two(height * width, 16, block_m)
+    blocks = triton.cdiv(channels, block_i)
+    # A program works within one image where there is a gate, whose gradient is a sum over an image.
+    segments = max(views, scale_rows) if gate is None else images
+    rows = Rows.share(images * height * width, segments, block_m, blocks, x.device)
+    partial = partial_sums(rows, channels, x)
+    launch(
+        conv_moments_pointwise_input_gradient_kernel,
+        rows.programs * blocks,
+        grad_y,
+        grad_mean,
+        grad_variance,
+        y,
+        mean,
+        weight,
+        x,
+        x if scale is None else scale,
+        x if shift is None else shift,
+        x if gate is None else gate,
+        dx,
+        partial,
+        max(views, 1) / (images * height * width),
+        channels,
+        out_channels,
+        weight.stride(0),
+        weight.stride(1),
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.segments,
+        scale_rows,
+        views,
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        MOMENTS=views > 0,
+        PRECISION=precision(),
+        BLOCK_M=block_m,
+        BLOCK_O=block_o,
+        BLOCK_I=block_i,
+        num_warps=_warps(block_m, block_i),
+    )
+    return partial
+
+
+@triton.jit
+def conv_moments_pointwise_weight_gradient_kernel(
+    dy,  # [rows, O]
+    dmean,  # [views, O]
+    dvariance,
+    y,
+    mean,
+    x,  # [rows, C]
+    scale,
+    shift,
+    gate,
+    partial,  # [programs, O, C]
+    inverse_count,
+    channels,
+    out_channels,
+    positions,
+    size,
+    parts,
+    tiles,
+    segments,
+    scale_rows,
+    views,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    in_blocks = tl.cdiv(channels, BLOCK_I)
+    blocks = tl.cdiv(out_channels, BLOCK_O) * in_blocks
+    program = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    segment = program // parts
+    view = segment * views // segments
+    out_column = block // in_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    column = block % in_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside = column < channels
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    accumulator = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    begin = program % parts * tiles * BLOCK_M
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
+        in_segment = first + tl.arange(0, BLOCK_M)
+        there = in_segment < size
+        row = segment.to(tl.int64) * size + in_segment
+        e = load_output_gradient(
+            dy, dmean, dvariance, y, mean, inverse_count, row, there, view, out_column, out_channels, MOMENTS
+        )
+        valid = there[:, None] & inside[None, :]
+        values = tl.load(x + row[:, None] * channels + column[None, :], mask=valid, other=0.0)
+        h = activated(normalized(values, factor, offset, OWED), ACT)
+        if GATED:
+            h *= tl.load(gate + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+        h = tl.where(valid, h, 0.0).to(x.dtype.element_ty)
+        accumulator = tl.dot(tl.trans(e.to(h.dtype)), h, accumulator, input_precision=PRECISION)
+    to = partial + program.to(tl.int64) * out_channels * channels + out_column[:, None] * channels + column[None, :]
+    tl.store(to, accumulator, mask=(out_column < out_channels)[:, None] & inside[None, :])
+
+
+def weight_gradient(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+) -> Tensor:
+    """The gradient of the weight's prefix, [O, C] in fp32."""
+    images, channels, height, width = x.shape
+    out_channels, views = y.shape[1], len(mean)
+    scale_rows = 1 if scale is None else len(scale)
+    block_o, block_i = power_of_two(out_channels, 16, 64), power_of_two(channels, 16, 64)
+    blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(channels, block_i)
+    rows = Rows.share(images * height * width, max(views, scale_rows), 64, blocks, x.device)
+    partial = x.new_empty(rows.programs, out_channels, channels, dtype=torch.float32)
+    launch(
+        conv_moments_pointwise_weight_gradient_kernel,
+        rows.programs * blocks,
+        grad_y,
+        grad_mean,
+        grad_variance,
+        y,
+        mean,
+        x,
+        x if scale is None else scale,
+        x if shift is None else shift,
+        x if gate is None else gate,
+        partial,
+        max(views, 1) / (images * height * width),
+        channels,
+        out_channels,
+        height * width,
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.segments,
+        scale_rows,
+        views,
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        MOMENTS=views > 0,
+        PRECISION=precision(),
+        BLOCK_M=rows.block,
+        BLOCK_O=block_o,
+        BLOCK_I=block_i,
+        num_warps=4,
+    )
+    return partial.sum(0)
+
+
+def precision() -> str:
+    """Of products of fp32: exact, unless the caller has allowed tf32 by torch.set_float32_matmul_precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _blocks(dtype: torch.dtype, columns: int, inner: int) -> tuple[int, int, int]:
+    """Rows, columns and depth of a tile of the product: fp32 without tensor cores wants small ones."""
+    narrow = dtype != torch.float32
+    return (
+        128 if narrow else 64,
+        power_of_two(columns, 16, 128 if narrow else 64),
+        power_of_two(inner, 16, 64 if narrow else 32),
+    )
+
+
+def _warps(block_m: int, columns: int) -> int:
+    return 8 if block_m * columns > 64 * 128 else 4

@@ -1,0 +1,91 @@
+"""Where kernels meet tensors: how rows are shared out among programs, and the launch itself."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WAVES = 8  # programs per multiprocessor: enough to fill it several times over, few enough to keep partial sums small
+
+# Called instead of the launch if set, with (kernel, arguments, options): to compile for a GPU that is not there.
+observer: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a matrix: `segments` parts of equal size that are never mixed, each worked on by `parts` programs of
+    `tiles` tiles of `block` rows."""
+
+    segments: int
+    size: int  # rows in a segment
+    block: int
+    parts: int
+    tiles: int
+
+    @staticmethod
+    def share(rows: int, segments: int, block: int, others: int, device: torch.device) -> "Rows":
+        """others: programs that work on the same rows, such as those on other columns."""
+        size = rows // segments
+        needed = triton.cdiv(size, block)
+        parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * others)))
+        tiles = triton.cdiv(needed, max(parts, 1))
+        return Rows(segments, size, block, triton.cdiv(needed, max(tiles, 1)), tiles)
+
+    @property
+    def programs(self) -> int:
+        return self.segments * self.parts
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132 if device.type == "meta" else 1  # interpreted, or compiled for another machine
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+    """Runs `grid` programs on the current stream of the device of the first argument, a tensor."""
+    if observer is not None:
+        observer(kernel, args, {"num_warps": num_warps, "num_stages": num_stages, **constants})
+    elif grid:
+        with torch.cuda.device_of(args[0]):
+            kernel[(grid,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor with its channels adjacent in memory; itself if they are."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The block size for `size` columns."""
+    return max(least, min(most, triton.next_power_of_2(size)))
+
+
+def partial_sums(rows: Rows, channels: int, like: Tensor, kinds: int = 3) -> Tensor:
+    """Room for what the programs of a backward sum up, by default for scale, shift and gate: [kinds, programs, C]."""
+    return like.new_empty(kinds, rows.programs, channels, dtype=torch.float32)
+
+
+def sums(partial: Tensor, rows: int) -> Tensor:
+    """[programs, ...], in the order of their segments, to [rows, ...]: the sum over each row's programs."""
+    if not len(partial):
+        return partial.new_zeros(rows, *partial.shape[1:])
+    return partial.unflatten(0, (rows, -1)).sum(1)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors that are there, contiguous: scale, shift and gate are read without strides."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def takes(x: Tensor) -> tuple[bool, str]:
+    """Whether kernels on activations take x's dtype."""
+    if x.dtype not in DTYPES:
+        return False, f"it serves float32, float16 and bfloat16, not {x.dtype}"
+    return True, ""

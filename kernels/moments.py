@@ -1,0 +1,132 @@
+"""Moments of channels: merged from those of programs, or taken of a stored tensor."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Rows, launch, power_of_two
+from .owed import add_tile
+
+
+@triton.jit
+def merge_moments_kernel(
+    partial,  # [2, views, parts, C]: means, sums of squared deviations
+    mean,  # [views, C]
+    variance,
+    channels,
+    views,
+    size,  # rows of a view
+    parts,
+    part_rows,  # rows of a part, the last of which may have fewer
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    view = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    means = partial + view * parts * channels + column
+    squares = means + views * parts * channels
+    # Differences from a mean that is near all of them lose nothing when they are added.
+    pivot = tl.load(means, mask=inside, other=0.0)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        valid = (part < parts)[:, None] & inside[None, :]
+        count = tl.minimum(part_rows, size - part * part_rows).to(tl.float32)
+        m = tl.load(means[None, :] + part[:, None] * channels, mask=valid, other=0.0)
+        total += tl.sum(tl.where(valid, (m - pivot[None, :]) * count[:, None], 0.0), 0)
+    average = pivot + total / size
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        valid = (part < parts)[:, None] & inside[None, :]
+        count = tl.minimum(part_rows, size - part * part_rows).to(tl.float32)
+        offsets = part[:, None] * channels
+        apart = tl.load(means[None, :] + offsets, mask=valid, other=0.0) - average[None, :]
+        within = tl.load(squares[None, :] + offsets, mask=valid, other=0.0)
+        total += tl.sum(tl.where(valid, within + apart * apart * count[:, None], 0.0), 0)
+    tl.store(mean + view * channels + column, average, mask=inside)
+    tl.store(variance + view * channels + column, total / size, mask=inside)
+
+
+def partial_moments(rows: Rows, channels: int, like: Tensor) -> Tensor:
+    """Room for what `merge_moments` takes: [2, programs, C], means and sums of squared deviations of each program."""
+    return like.new_empty(2, rows.programs, channels, dtype=torch.float32)
+
+
+def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [segments, C] of all rows of each segment."""
+    channels = partial.shape[2]
+    mean, variance = (partial.new_empty(rows.segments, channels) for _ in range(2))
+    block = power_of_two(channels, 16, 32)
+    launch(
+        merge_moments_kernel,
+        rows.segments * triton.cdiv(channels, block),
+        partial,
+        mean,
+        variance,
+        channels,
+        rows.segments,
+        rows.size,
+        rows.parts,
+        rows.tiles * rows.block,
+        BLOCK_P=64,
+        BLOCK_C=block,
+    )
+    return mean, variance
+
+
+@triton.jit
+def moments_kernel(
+    x,  # [segments * size, C]
+    partial,  # [2, segments * parts, C]
+    channels,
+    size,
+    parts,
+    tiles,
+    programs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    begin = program % parts * tiles * BLOCK_M
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        valid = (row < size)[:, None] & inside[None, :]
+        offsets = (segment.to(tl.int64) * size + row)[:, None] * channels + column[None, :]
+        values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
+        mean, squares = add_tile(
+            values, valid, (first - begin).to(tl.float32), mean, squares, tl.minimum(BLOCK_M, size - first)
+        )
+    tl.store(partial + program * channels + column, mean, mask=inside)
+    tl.store(partial + (programs + program) * channels + column, squares, mask=inside)
+
+
+def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [views, C] of x [rows, C], whose rows are `views` parts of equal size."""
+    channels = x.shape[1]
+    block = power_of_two(channels, 16, 64)
+    rows = Rows.share(len(x), views, 64, triton.cdiv(channels, block), x.device)
+    partial = partial_moments(rows, channels, x)
+    launch(
+        moments_kernel,
+        rows.programs * triton.cdiv(channels, block),
+        x,
+        partial,
+        channels,
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.programs,
+        BLOCK_M=rows.block,
+        BLOCK_C=block,
+    )
+    return merge_moments(partial, rows)

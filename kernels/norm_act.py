@@ -1,0 +1,299 @@
+"""norm_act and norm_act_pool's backward, which is the same with a gradient that all positions of an image share.
+
+Bound by memory: x and the residual read once, the output written once; backward as much again and the gradient.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Rows, channels_last, contiguous, launch, partial_sums, power_of_two, sums, takes
+from .owed import activated, load_row, normalized, settle_gradient, store_sums
+
+BLOCK_M = 64
+
+
+@triton.jit
+def _load_sum(
+    x, residual, factor, offset, residual_factor, residual_offset, offsets, valid,
+    OWED: tl.constexpr, ADDED: tl.constexpr, ADDED_OWED: tl.constexpr,
+):  # fmt: skip
+    """x, the residual, and what the activation is taken of."""
+    values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
+    z = normalized(values, factor, offset, OWED)
+    added = values
+    if ADDED:
+        added = tl.load(residual + offsets, mask=valid, other=0.0).to(tl.float32)
+        z += normalized(added, residual_factor, residual_offset, ADDED_OWED)
+    return values, added, z
+
+
+@triton.jit
+def norm_act_kernel(
+    x,  # [rows, C]
+    scale,  # [scale_rows, C]
+    shift,
+    gate,  # [N, C]
+    residual,
+    residual_scale,  # [residual_rows, C]
+    residual_shift,
+    out,
+    channels,
+    positions,
+    size,
+    parts,
+    segments,
+    scale_rows,
+    residual_rows,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+    ADDED_OWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    residual_factor, residual_offset = load_row(
+        residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED
+    )
+    in_segment = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = (in_segment < size)[:, None] & inside[None, :]
+    row = segment.to(tl.int64) * size + in_segment
+    offsets = row[:, None] * channels + column[None, :]
+    _, _, z = _load_sum(
+        x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, OWED, ADDED, ADDED_OWED
+    )
+    value = activated(z, ACT)
+    if GATED:
+        value *= tl.load(gate + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=valid)
+
+
+def norm_act(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+) -> Tensor:
+    """As dspnet_fast.ops.norm_act, for arguments that are valid and that `accepts` takes."""
+    x, residual = channels_last(x), None if residual is None else channels_last(residual)
+    scale, shift, gate = contiguous(scale, shift, gate)
+    residual_scale, residual_shift = contiguous(residual_scale, residual_shift)
+    out = torch.empty_like(x)
+    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    segments = _segments(scale, residual_scale)
+    size = len(x) * positions // segments
+    parts, block = triton.cdiv(size, BLOCK_M), power_of_two(channels, 16, 128)
+    launch(
+        norm_act_kernel,
+        segments * parts * triton.cdiv(channels, block),
+        x,
+        *(x if tensor is None else tensor for tensor in (scale, shift, gate, residual, residual_scale, residual_shift)),
+        out,
+        channels,
+        positions,
+        size,
+        parts,
+        segments,
+        1 if scale is None else len(scale),
+        1 if residual_scale is None else len(residual_scale),
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        ADDED=residual is not None,
+        ADDED_OWED=residual_scale is not None,
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=block,
+    )
+    return out
+
+
+@triton.jit
+def norm_act_backward_kernel(
+    grad,  # [rows, C], or [N, C] if it is shared by all positions of an image
+    x,  # [rows, C]
+    scale,  # [scale_rows, C]
+    shift,
+    gate,  # [N, C]
+    residual,
+    residual_scale,  # [residual_rows, C]
+    residual_shift,
+    dx,
+    dresidual,
+    partial,  # [4, programs, C]: sums for scale, shift, gate, residual_scale
+    grad_factor,
+    channels,
+    positions,
+    size,
+    parts,
+    tiles,
+    segments,
+    scale_rows,
+    residual_rows,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+    ADDED_OWED: tl.constexpr,
+    OF_RESIDUAL: tl.constexpr,
+    POOLED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    segment = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    residual_factor, residual_offset = load_row(
+        residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED
+    )
+    gates = tl.full((1, BLOCK_C), 1.0, tl.float32)
+    if GATED:
+        gates = tl.load(gate + segment * channels + column, mask=inside, other=0.0)[None, :]
+    of_scale = tl.zeros((BLOCK_C,), tl.float32)
+    of_shift = tl.zeros((BLOCK_C,), tl.float32)
+    of_gate = tl.zeros((BLOCK_C,), tl.float32)
+    of_residual_scale = tl.zeros((BLOCK_C,), tl.float32)
+    begin = program % parts * tiles * BLOCK_M
+    for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
+        in_segment = first + tl.arange(0, BLOCK_M)
+        valid = (in_segment < size)[:, None] & inside[None, :]
+        row = segment.to(tl.int64) * size + in_segment
+        offsets = row[:, None] * channels + column[None, :]
+        values, added, z = _load_sum(
+            x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, OWED, ADDED, ADDED_OWED
+        )
+        if POOLED:
+            dh = tl.load(grad + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+        else:
+            dh = tl.load(grad + offsets, mask=valid, other=0.0)
+        # z is all that the activation is taken of, so nothing more is owed.
+        dz, to_gate = settle_gradient(
+            dh.to(tl.float32) * grad_factor, z, factor, offset, gates, valid, ACT, False, GATED
+        )
+        of_gate += to_gate
+        of_scale += tl.sum(dz * values, 0)
+        of_shift += tl.sum(dz, 0)
+        tl.store(dx + offsets, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+        if OF_RESIDUAL:
+            of_residual_scale += tl.sum(dz * added, 0)
+            tl.store(dresidual + offsets, (dz * residual_factor).to(dx.dtype.element_ty), mask=valid)
+    programs = segments * parts
+    store_sums(partial, program, programs, channels, column, of_scale, of_shift, of_gate, OWED or ADDED_OWED, GATED)
+    if OF_RESIDUAL and ADDED_OWED:
+        tl.store(partial + (3 * programs + program) * channels + column, of_residual_scale, mask=inside)
+
+
+def settle_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    residual_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dresidual, and what programs have summed for scale, shift, gate and residual_scale, [4, programs, C].
+
+    grad: like x, or [N, C] for the mean over positions. Activations are channels-last, everything else contiguous.
+    """
+    pooled = grad.ndim == 2
+    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    block = power_of_two(channels, 16, 64)
+    segments = _segments(scale, residual_scale) if gate is None else max(len(x), 1)
+    rows = Rows.share(len(x) * positions, segments, BLOCK_M, triton.cdiv(channels, block), x.device)
+    dx, partial = torch.empty_like(x), partial_sums(rows, channels, x, kinds=4)
+    dresidual = torch.empty_like(x) if residual_gradient else x.new_empty(0)
+    launch(
+        norm_act_backward_kernel,
+        rows.programs * triton.cdiv(channels, block),
+        grad,
+        x,
+        *(x if tensor is None else tensor for tensor in (scale, shift, gate, residual, residual_scale, residual_shift)),
+        dx,
+        dresidual if residual_gradient else dx,
+        partial,
+        1 / positions if pooled else 1.0,
+        channels,
+        positions,
+        rows.size,
+        rows.parts,
+        rows.tiles,
+        rows.segments,
+        1 if scale is None else len(scale),
+        1 if residual_scale is None else len(residual_scale),
+        ACT=act,
+        OWED=scale is not None,
+        GATED=gate is not None,
+        ADDED=residual is not None,
+        ADDED_OWED=residual_scale is not None,
+        OF_RESIDUAL=residual_gradient,
+        POOLED=pooled,
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=block,
+    )
+    return dx, dresidual, partial
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As dspnet_fast.ops.norm_act_backward, for arguments that are valid and that `accepts` takes."""
+    x = channels_last(x)
+    dx, dresidual, partial = settle_backward(
+        channels_last(grad),
+        x,
+        *contiguous(scale, shift),
+        act,
+        *contiguous(gate),
+        None if residual is None else channels_last(residual),
+        *contiguous(residual_scale, residual_shift),
+        residual is not None and residual_gradient,
+    )
+    of_scale, of_shift, of_gate, of_residual_scale, of_residual_shift = (
+        x.new_empty(0, dtype=torch.float32) for _ in range(5)
+    )
+    if scale is not None:
+        of_scale, of_shift = (sums(part, len(scale)) for part in partial[:2])
+    if gate is not None:
+        of_gate = sums(partial[2], len(x))
+    if residual_scale is not None and residual_gradient:
+        of_residual_scale, of_residual_shift = (sums(partial[kind], len(residual_scale)) for kind in (3, 1))
+    return dx, of_scale, of_shift, of_gate, dresidual, of_residual_scale, of_residual_shift
+
+
+def accepts(x: Tensor) -> tuple[bool, str]:
+    """Whether the kernels take this. Returns (True, "") or (False, why not)."""
+    return takes(x)
+
+
+def _segments(*rows: Tensor | None) -> int:
+    """The fewest parts of the batch that have one row each of scale and shift and of the residual's."""
+    return math.lcm(*(1 if tensor is None else len(tensor) for tensor in rows))

@@ -1,0 +1,81 @@
+"""norm_act_pool: x is read once. Its backward is norm_act's, with a gradient that the positions of an image share."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import channels_last, contiguous, launch, power_of_two, sums, takes
+from .norm_act import settle_backward
+from .owed import activated, load_row, normalized
+
+
+@triton.jit
+def norm_act_pool_kernel(
+    x,  # [N, positions, C]
+    scale,  # [scale_rows, C]
+    shift,
+    out,  # [N, C]
+    channels,
+    positions,
+    images,
+    scale_rows,
+    ACT: tl.constexpr,
+    OWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    image = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    factor, offset = load_row(scale, shift, image * scale_rows // images, column, inside, channels, OWED)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, positions, BLOCK_M):
+        position = first + tl.arange(0, BLOCK_M)
+        valid = (position < positions)[:, None] & inside[None, :]
+        offsets = (image.to(tl.int64) * positions + position)[:, None] * channels + column[None, :]
+        values = tl.load(x + offsets, mask=valid, other=0.0)
+        total += tl.sum(tl.where(valid, activated(normalized(values, factor, offset, OWED), ACT), 0.0), 0)
+    tl.store(out + image * channels + column, total / positions, mask=inside)
+
+
+def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
+    """As dspnet_fast.ops.norm_act_pool, for arguments that are valid and that `accepts` takes."""
+    x = channels_last(x)
+    scale, shift = contiguous(scale, shift)
+    images, channels = x.shape[:2]
+    out = x.new_empty(images, channels, dtype=torch.float32)
+    positions, block = x.shape[2] * x.shape[3], power_of_two(channels, 16, 64)
+    launch(
+        norm_act_pool_kernel,
+        images * triton.cdiv(channels, block),
+        x,
+        x if scale is None else scale,
+        x if shift is None else shift,
+        out,
+        channels,
+        positions,
+        images,
+        1 if scale is None else len(scale),
+        ACT=act,
+        OWED=scale is not None,
+        BLOCK_M=power_of_two(positions, 16, 64),
+        BLOCK_C=block,
+    )
+    return out
+
+
+def norm_act_pool_backward(
+    grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As dspnet_fast.ops.norm_act_pool_backward, for arguments that are valid and that `accepts` takes."""
+    dx, _, partial = settle_backward(grad.contiguous(), channels_last(x), *contiguous(scale, shift), act, None)
+    if scale is None:
+        return dx, grad.new_empty(0), grad.new_empty(0)
+    return dx, sums(partial[0], len(scale)), sums(partial[1], len(scale))
+
+
+def accepts(x: Tensor) -> tuple[bool, str]:
+    """Whether the kernels take this. Returns (True, "") or (False, why not)."""
+    return takes(x)

@@ -1,0 +1,68 @@
+"""What reaches a convolution's output through itself and through its moments, for the library's convolution."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, power_of_two
+from .owed import load_output_gradient
+
+BLOCK_M = 64
+
+
+@triton.jit
+def output_gradient_kernel(
+    dy,  # [rows, C]
+    dmean,  # [views, C]
+    dvariance,
+    y,
+    mean,
+    e,
+    inverse_count,
+    channels,
+    size,
+    parts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    view = program // parts
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_view = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = in_view < size
+    row = view.to(tl.int64) * size + in_view
+    values = load_output_gradient(
+        dy, dmean, dvariance, y, mean, inverse_count, row, there, view, column, channels, MOMENTS=True
+    )
+    valid = there[:, None] & (column < channels)[None, :]
+    tl.store(e + row[:, None] * channels + column[None, :], values.to(e.dtype.element_ty), mask=valid)
+
+
+def output_gradient(grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor, y: Tensor, mean: Tensor) -> Tensor:
+    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt, like y; dy itself without moments. All channels-last."""
+    views, channels = mean.shape
+    if not views:
+        return grad_y
+    e = torch.empty_like(y)
+    size = y.numel() // (channels * views)
+    block = power_of_two(channels, 16, 128)
+    parts = triton.cdiv(size, BLOCK_M)
+    launch(
+        output_gradient_kernel,
+        views * parts * triton.cdiv(channels, block),
+        grad_y,
+        grad_mean,
+        grad_variance,
+        y,
+        mean,
+        e,
+        1 / size,
+        channels,
+        size,
+        parts,
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=block,
+    )
+    return e

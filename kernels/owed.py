@@ -1,0 +1,104 @@
+"""Owed normalisation as tiles [rows, channels] see it: h = act(scale x + shift) * gate, and the way back.
+
+Everything is fp32 but what is stored. ACT is one of dspnet_fast.ops.owed.ACTS.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activated(z, ACT: tl.constexpr):
+    if ACT == "relu":
+        z = tl.where(z < 0, 0.0, z)  # not a maximum: NaN stays
+    if ACT == "hardswish":
+        z = z * tl.minimum(tl.maximum(z + 3, 0.0), 6.0) * (1 / 6)
+    return z
+
+
+@triton.jit
+def slope(z, ACT: tl.constexpr):
+    """act'(z); at hardswish's kinks that of the middle piece."""
+    result = tl.full(z.shape, 1.0, tl.float32)
+    if ACT == "relu":
+        result = tl.where(z > 0, 1.0, 0.0)
+    if ACT == "hardswish":
+        result = tl.where(z < -3, 0.0, tl.where(z > 3, 1.0, z * (1 / 3) + 0.5))
+    return result
+
+
+@triton.jit
+def load_row(scale, shift, row, column, inside, channels, OWED: tl.constexpr):
+    """Scale and shift of these columns, [1, columns]."""
+    if OWED:
+        factor = tl.load(scale + row * channels + column, mask=inside, other=0.0)[None, :]
+        offset = tl.load(shift + row * channels + column, mask=inside, other=0.0)[None, :]
+    else:
+        factor = tl.full((1, column.shape[0]), 1.0, tl.float32)
+        offset = tl.full((1, column.shape[0]), 0.0, tl.float32)
+    return factor, offset
+
+
+@triton.jit
+def normalized(x, factor, offset, OWED: tl.constexpr):
+    z = x.to(tl.float32)
+    if OWED:
+        z = z * factor + offset
+    return z
+
+
+@triton.jit
+def load_output_gradient(
+    dy, dmean, dvariance, y, mean, inverse_count, row, there, view, column, channels, MOMENTS: tl.constexpr
+):
+    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt of these rows and columns; 0 where there is none."""
+    inside = column < channels
+    valid = there[:, None] & inside[None, :]
+    offsets = row[:, None] * channels + column[None, :]
+    e = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
+    if MOMENTS:
+        of_view = view * channels + column
+        to_mean = inverse_count * tl.load(dmean + of_view, mask=inside, other=0.0)
+        to_square = 2 * inverse_count * tl.load(dvariance + of_view, mask=inside, other=0.0)
+        deviation = tl.load(y + offsets, mask=valid, other=0.0).to(tl.float32)
+        deviation -= tl.load(mean + of_view, mask=inside, other=0.0)[None, :]
+        e = tl.where(valid, e + to_mean[None, :] + deviation * to_square[None, :], 0.0)
+    return e
+
+
+@triton.jit
+def settle_gradient(dh, x, factor, offset, gates, valid, ACT: tl.constexpr, OWED: tl.constexpr, GATED: tl.constexpr):
+    """From dh to dz, 0 where not valid, and the sum over the tile's rows that is the gate's gradient."""
+    z = normalized(x, factor, offset, OWED)
+    of_gate = tl.zeros((dh.shape[1],), tl.float32)
+    if GATED:
+        of_gate = tl.sum(tl.where(valid, dh * activated(z, ACT), 0.0), 0)
+        dh *= gates
+    return tl.where(valid, dh * slope(z, ACT), 0.0), of_gate
+
+
+@triton.jit
+def store_sums(
+    partial, program, programs, channels, column, of_scale, of_shift, of_gate, OWED: tl.constexpr, GATED: tl.constexpr
+):
+    """What a program has summed for scale, shift and gate, into partial [3, programs, C]."""
+    inside = column < channels
+    to = partial + program * channels + column
+    if OWED:
+        tl.store(to, of_scale, mask=inside)
+        tl.store(to + programs * channels, of_shift, mask=inside)
+    if GATED:
+        tl.store(to + 2 * programs * channels, of_gate, mask=inside)
+
+
+@triton.jit
+def add_tile(y, valid, count, mean, squares, total):
+    """Merges the moments of a tile into those of `count` rows before it (Chan et al. 1979). y is 0 where not valid.
+
+    mean, squares: [columns], of the rows so far; squares are the sums of squared deviations. total: rows of the tile.
+    """
+    tile_mean = tl.sum(y, 0) / total
+    deviation = tl.where(valid, y - tile_mean[None, :], 0.0)
+    delta = tile_mean - mean
+    share = total / (count + total)
+    return mean + delta * share, squares + tl.sum(deviation * deviation, 0) + delta * delta * (count * share)
