@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/installed
 BUILT_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test demo dataset wheel clean
+.PHONY: help install lint test test-kernels demo dataset wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv, and install the project and all that it needs in it (about 7 GB)
 
@@ -30,6 +30,9 @@ lint: install ## check style and types
 
 test: lint ## check style and types, then run the tests
 	$(BIN)/python -m pytest -n 2
+
+test-kernels: install ## the kernels for GPUs alone, without one: interpreted, and compiled for several
+	$(BIN)/python -m pytest -n 2 tests/kernels
 
 demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it: runs/demo
 	$(BIN)/python -m train.pretrain --config recipes/dspnet_resnet_fashion-mnist_3e.yaml --fast-kernels \

@@ -2,7 +2,8 @@
 
 Before an operator is timed its tests run; where they fail, nothing is timed. Every line of the summary says what share
 of the machine's limit was reached, and the limit is measured in the same run. With DSPNET_BENCH_COMPILE=1 the eager
-alternatives are timed under torch.compile as well, which takes minutes longer.
+alternatives are timed under torch.compile as well, which takes minutes longer. benchmarks/device.py says how to time on
+a GPU, or in bf16.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from dspnet_fast.ops import registry
 
+from .device import name, synchronized
 from .machine import copy_bandwidth, peak_gflops, roofline_seconds
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,7 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         if variant in OURS:
             registry.set_policy(variant)
         try:
+            run = synchronized(run)
             benchmark.pedantic(run, rounds=_rounds(run), warmup_rounds=2)
         finally:
             registry.set_policy(before)
@@ -91,7 +93,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         return
     terminalreporter.section("share of this machine's limit")
     terminalreporter.write_line(
-        f"{torch.get_num_threads()} threads, {peak_gflops():.0f} GFLOP/s fp32. Times are medians, x is against the "
+        f"{name()}, {peak_gflops():.0f} GFLOP/s. Times are medians, x is against the "
         "first line of a case.\nThe share is of the longer of two times: of its bytes at the speed of a copy of as "
         "many, and of its arithmetic at that peak."
     )

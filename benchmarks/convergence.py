@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 Run = dict[str, dict[str, Any]]
 
 
-def run(recipe: str, seed: int, policy: str, precision: str = "fp32", report: Any = lambda step, steps: None) -> Run:
+def run(
+    recipe: str,
+    seed: int,
+    policy: str,
+    precision: str = "fp32",
+    device: str = "cpu",
+    report: Callable[[int, int], None] = lambda step, steps: None,
+) -> Run:
     """One run of a recipe: {"losses": {subnet: [one per window]}, "knn": {subnet: accuracy}}."""
     config = PretrainConfig(**RECIPES[recipe], seed=seed, precision=precision)
     before = registry.get_policy()
@@ -63,7 +70,7 @@ def run(recipe: str, seed: int, policy: str, precision: str = "fp32", report: An
     try:
         images = open_images(config.data, "train")
         order = EpochOrder(config.train_images or len(images), config.batch_size, seed, config.epochs)
-        trainer = Trainer(config, order.steps_per_epoch, torch.device("cpu"))
+        trainer = Trainer(config, order.steps_per_epoch, torch.device(device))
         losses: dict[str, list[float]] = {dn.name: [] for dn in trainer.model.family}
         views = byol(config.image_size, config.min_scale)
         for step, batch in enumerate(two_view_batches(images, views, order, 0), 1):
@@ -108,6 +115,7 @@ def main() -> None:
     """Run all variants and print how far they lie apart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="auto,auto bf16", help="what to compare with native [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="where, cpu or cuda [%(default)s]")
     parser.add_argument("--golden", action="store_true", help=f"write the native runs to {GOLDEN.name}")
     options = parser.parse_args()
     variants = ["native", *filter(None, options.variants.split(","))]
@@ -124,7 +132,7 @@ def main() -> None:
                     def report(step: int, steps: int, description: str = description) -> None:
                         progress.update(task, description=f"{description}, step {step} of {steps}")
 
-                    results.setdefault(variant, []).append(run(recipe, seed, policy, precision or "fp32", report))
+                    results.setdefault(variant, []).append(run(recipe, seed, policy, precision or "fp32", options.device, report))
                     progress.advance(task)
             progress.console.print(_table(recipe, results))
             golden["seeds"][recipe] = results["native"]

@@ -192,6 +192,10 @@ class EagerStep:
         self._sizes = {subnet.name: model.online.plan(subnet)[1] for subnet in model.family}
         self._full = model.family.full
         self._precision = precision
+        self._device = next(model.parameters()).device
+        self._mean, self._std = (
+            torch.tensor(values, device=self._device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         self._views_per_pass = 2 if stacked else 1
         self._hyper = {"weight_decay": weight_decay, "momentum": momentum, "eta": eta}
         self._run = torch.compile(self._branch, dynamic=False) if compiled else self._branch
@@ -212,7 +216,7 @@ class EagerStep:
             return [self._run(layers, view, predict) for view in images.chunk(2)]
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16) if self._precision == "bf16" else nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16) if self._precision == "bf16" else nullcontext()
 
     def accumulate(self, images: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
         """The losses of `subnets` for two views, [2B, 3, H, W], and the sum of their gradients."""
@@ -236,8 +240,7 @@ class EagerStep:
 
     def step(self, batch: Tensor, subnets: Sequence[Subnet], lr: float, tau: float) -> dict[str, Tensor]:
         """A training step on two views, uint8 [2B, 3, S, S]."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        images = batch.float().div_(255).sub_(mean).div_(std)
+        images = batch.float().div_(255).sub_(self._mean).div_(self._std)
         losses = self.accumulate(images, subnets)
         self.update(lr, tau)
         return losses

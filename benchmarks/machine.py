@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from .device import DEVICE, DTYPE, synchronized
+
 
 def _seconds(run: Callable[[], object], rounds: int) -> list[float]:
-    seconds = []
+    run, seconds = synchronized(run), []
     for _ in range(rounds + rounds // 3):
         began = time.perf_counter()
         run()
@@ -27,21 +29,21 @@ def copy_bandwidth(footprint: int) -> float:
 
     As many bytes as the operator works on, so that both find the same share of them in the caches.
     """
-    source = torch.ones(max(1, footprint // 8))
+    source = torch.ones(max(1, footprint // 8), device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / statistics.median(_seconds(lambda: target.copy_(source), 15)) / 1e9
 
 
 @functools.cache
 def peak_gflops() -> float:
-    """GFLOP/s of fp32 multiply-adds: the best that a large matrix product or pointwise convolution reached.
+    """GFLOP/s of multiply-adds in the activations' dtype: the best of a large matrix product or pointwise convolution.
 
     Both, since they come from libraries (MKL and oneDNN on x86) of which either can be slow on a given processor.
     """
-    side, channels = 2048, 1024
-    left, right = torch.randn(side, side), torch.randn(side, side)
-    images = torch.randn(8, channels, 16, 16).to(memory_format=torch.channels_last)
-    weight = torch.randn(channels, channels, 1, 1).to(memory_format=torch.channels_last)
+    side, channels = (2048, 1024) if DEVICE.type == "cpu" else (8192, 1024)
+    left, right = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    images = torch.randn(8, channels, 16, 16, device=DEVICE, dtype=DTYPE).to(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 1, 1, device=DEVICE, dtype=DTYPE).to(memory_format=torch.channels_last)
     work: list[tuple[int, Callable[[], object]]] = [
         (2 * side**3, lambda: left @ right),
         (2 * images.numel() * channels, lambda: F.conv2d(images, weight)),

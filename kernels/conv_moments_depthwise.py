@@ -11,9 +11,19 @@ from torch import Tensor
 
 from .launch import Rows, launch, partial_sums, power_of_two
 from .moments import merge_moments, partial_moments
-from .owed import activated, add_tile, load_output_gradient, load_row, normalized, settle_gradient, store_sums
+from .owed import (
+    activated,
+    add_tile,
+    known,
+    load_moment_gradients,
+    load_output_gradient,
+    load_row,
+    normalized,
+    settle_gradient,
+    store_sums,
+)
 
-LARGEST_KERNEL = 7  # taps are unrolled
+LARGEST_KERNEL = 7  # whose taps' gradients are held at once
 BLOCK_P = 32  # positions of a tile
 
 
@@ -22,9 +32,9 @@ def _load_settled(
     x, gate, factor, offset, image, i, j, there, column, height, width, channels,
     ACT: tl.constexpr, OWED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """h at position (i, j) of every row's image; 0 in the padding."""
+    """h at position (i, j) of images that are counted from where x and gate begin; 0 in the padding."""
     valid = (there & (i >= 0) & (i < height) & (j >= 0) & (j < width))[:, None] & (column < channels)[None, :]
-    position = (image.to(tl.int64) * height + i) * width + j
+    position = (image * height + i) * width + j
     values = tl.load(x + position[:, None] * channels + column[None, :], mask=valid, other=0.0)
     h = activated(normalized(values, factor, offset, OWED), ACT)
     if GATED:
@@ -67,9 +77,11 @@ def conv_moments_depthwise_kernel(
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     KERNEL: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -78,25 +90,29 @@ def conv_moments_depthwise_kernel(
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
+    in_tile = tl.arange(0, BLOCK_P)
     begin = program % parts * tiles * BLOCK_P
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
-        in_segment = first + tl.arange(0, BLOCK_P)
-        there = in_segment < size
-        row = segment.to(tl.int64) * size + in_segment
-        image = (row // (out_height * out_width)).to(tl.int32)
-        position = (row % (out_height * out_width)).to(tl.int32)
+        tile = segment * size + first
+        there = first + in_tile < size
+        first_image = tile // (out_height * out_width)
+        position = tile - first_image * (out_height * out_width) + in_tile
+        image = position // (out_height * out_width)
+        position -= image * (out_height * out_width)
+        before = first_image.to(tl.int64) * (height * width) * channels
         top = position // out_width * stride - padding
         left = position % out_width * stride - padding
         accumulator = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for k in tl.static_range(KERNEL * KERNEL):
+        for k in range(KERNEL * KERNEL):  # not unrolled: all taps' loads at once would not fit the registers
             h = _load_settled(
-                x, gate, factor, offset, image, top + k // KERNEL, left + k % KERNEL, there, column, height, width,
-                channels, ACT, OWED, GATED,
+                x + before, gate + first_image * channels, factor, offset, image, top + k // KERNEL, left + k % KERNEL,
+                there, column, height, width, channels, ACT, OWED, GATED,
             )  # fmt: skip
             accumulator += h * _load_tap(weight, k, column, channels, stride_o, x)
         valid = there[:, None] & inside[None, :]
         stored = accumulator.to(y.dtype.element_ty)
-        tl.store(y + row[:, None] * channels + column[None, :], stored, mask=valid)
+        in_y = in_tile[:, None] * channels + column[None, :]
+        tl.store(y + tile.to(tl.int64) * channels + in_y, stored, mask=valid)
         if MOMENTS:
             total = tl.minimum(BLOCK_P, size - first)
             stored = tl.where(valid, stored.to(tl.float32), 0.0)
@@ -154,6 +170,7 @@ def forward(
         GATED=gate is not None,
         MOMENTS=views > 0,
         KERNEL=weight.shape[2],
+        WIDE=channels % 8 == 0,
         BLOCK_P=BLOCK_P,
         BLOCK_C=block_c,
     )
@@ -197,9 +214,11 @@ def conv_moments_depthwise_input_gradient_kernel(
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     KERNEL: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -207,21 +226,27 @@ def conv_moments_depthwise_input_gradient_kernel(
     inside = column < channels
     view = segment * views // segments
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    centre, to_mean, to_square = load_moment_gradients(
+        mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS
+    )
     gates = tl.full((1, BLOCK_C), 1.0, tl.float32)
     if GATED:
         gates = tl.load(gate + segment * channels + column, mask=inside, other=0.0)[None, :]
     of_scale = tl.zeros((BLOCK_C,), tl.float32)
     of_shift = tl.zeros((BLOCK_C,), tl.float32)
     of_gate = tl.zeros((BLOCK_C,), tl.float32)
+    in_tile = tl.arange(0, BLOCK_P)
     begin = program % parts * tiles * BLOCK_P
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
-        in_segment = first + tl.arange(0, BLOCK_P)
-        there = in_segment < size
-        row = segment.to(tl.int64) * size + in_segment
-        image = row // (height * width)
-        position = (row % (height * width)).to(tl.int32)
+        tile = segment * size + first
+        there = first + in_tile < size
+        first_image = tile // (height * width)
+        position = tile - first_image * (height * width) + in_tile
+        image = position // (height * width)
+        position -= image * (height * width)
+        before = first_image.to(tl.int64) * (out_height * out_width) * channels
         dh = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for k in tl.static_range(KERNEL * KERNEL):
+        for k in range(KERNEL * KERNEL):
             # The output positions that read this one by this tap: (i, j), if they fall on the stride.
             below = position // width + padding - k // KERNEL
             right = position % width + padding - k % KERNEL
@@ -229,20 +254,20 @@ def conv_moments_depthwise_input_gradient_kernel(
             j = right // stride
             read = (below >= 0) & (right >= 0) & (below == i * stride) & (right == j * stride)
             read = there & read & (i < out_height) & (j < out_width)
-            e = load_output_gradient(
-                dy, dmean, dvariance, y, mean, inverse_count, (image * out_height + i) * out_width + j, read, view,
-                column, channels, MOMENTS,
-            )  # fmt: skip
+            reader = (image * out_height + i) * out_width + j
+            out_valid = read[:, None] & inside[None, :]
+            in_y = reader[:, None] * channels + column[None, :]
+            e = load_output_gradient(dy + before, y + before, centre, to_mean, to_square, in_y, out_valid, MOMENTS)
             e = e.to(x.dtype.element_ty).to(tl.float32)
             dh += e * _load_tap(weight, k, column, channels, stride_o, x)
         valid = there[:, None] & inside[None, :]
-        offsets = row[:, None] * channels + column[None, :]
-        values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
+        in_x = in_tile[:, None] * channels + column[None, :]
+        values = tl.load(x + tile.to(tl.int64) * channels + in_x, mask=valid, other=0.0).to(tl.float32)
         dz, to_gate = settle_gradient(dh, values, factor, offset, gates, valid, ACT, OWED, GATED)
         of_gate += to_gate
         of_scale += tl.sum(dz * values, 0)
         of_shift += tl.sum(dz, 0)
-        tl.store(dx + offsets, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+        tl.store(dx + tile.to(tl.int64) * channels + in_x, (dz * factor).to(dx.dtype.element_ty), mask=valid)
     store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
 
 
@@ -306,6 +331,7 @@ def input_gradient(
         GATED=gate is not None,
         MOMENTS=views > 0,
         KERNEL=weight.shape[2],
+        WIDE=channels % 8 == 0,
         BLOCK_P=BLOCK_P,
         BLOCK_C=block_c,
     )
@@ -344,9 +370,11 @@ def conv_moments_depthwise_weight_gradient_kernel(
     MOMENTS: tl.constexpr,
     KERNEL: tl.constexpr,
     TAPS: tl.constexpr,  # the power of two from KERNEL^2 on
+    WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -354,25 +382,32 @@ def conv_moments_depthwise_weight_gradient_kernel(
     inside = column < channels
     view = segment * views // segments
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    centre, to_mean, to_square = load_moment_gradients(
+        mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS
+    )
     tap = tl.arange(0, TAPS)
     accumulator = tl.zeros((TAPS, BLOCK_C), tl.float32)
+    in_tile = tl.arange(0, BLOCK_P)
     begin = program % parts * tiles * BLOCK_P
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
-        in_segment = first + tl.arange(0, BLOCK_P)
-        there = in_segment < size
-        row = segment.to(tl.int64) * size + in_segment
-        image = (row // (out_height * out_width)).to(tl.int32)
-        position = (row % (out_height * out_width)).to(tl.int32)
+        tile = segment * size + first
+        there = first + in_tile < size
+        first_image = tile // (out_height * out_width)
+        position = tile - first_image * (out_height * out_width) + in_tile
+        image = position // (out_height * out_width)
+        position -= image * (out_height * out_width)
+        before = first_image.to(tl.int64) * (height * width) * channels
         top = position // out_width * stride - padding
         left = position % out_width * stride - padding
-        e = load_output_gradient(
-            dy, dmean, dvariance, y, mean, inverse_count, row, there, view, column, channels, MOMENTS
-        )
+        valid = there[:, None] & inside[None, :]
+        in_y = in_tile[:, None] * channels + column[None, :]
+        written = tile.to(tl.int64) * channels
+        e = load_output_gradient(dy + written, y + written, centre, to_mean, to_square, in_y, valid, MOMENTS)
         e = e.to(x.dtype.element_ty).to(tl.float32)
-        for k in tl.static_range(KERNEL * KERNEL):
+        for k in range(KERNEL * KERNEL):
             h = _load_settled(
-                x, gate, factor, offset, image, top + k // KERNEL, left + k % KERNEL, there, column, height, width,
-                channels, ACT, OWED, GATED,
+                x + before, gate + first_image * channels, factor, offset, image, top + k // KERNEL, left + k % KERNEL,
+                there, column, height, width, channels, ACT, OWED, GATED,
             )  # fmt: skip
             accumulator += tl.where((tap == k)[:, None], tl.sum(e * h, 0)[None, :], 0.0)
     to = partial + (program.to(tl.int64) * KERNEL * KERNEL + tap)[:, None] * channels + column[None, :]
@@ -434,6 +469,7 @@ def weight_gradient(
         MOMENTS=views > 0,
         KERNEL=kernel,
         TAPS=triton.next_power_of_2(kernel * kernel),
+        WIDE=channels % 8 == 0,
         BLOCK_P=BLOCK_P,
         BLOCK_C=block_c,
     )

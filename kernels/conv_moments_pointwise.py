@@ -15,6 +15,8 @@ from .moments import merge_moments, partial_moments
 from .owed import (
     activated,
     add_tile,
+    known,
+    load_moment_gradients,
     load_output_gradient,
     load_row,
     normalized,
@@ -47,32 +49,37 @@ def conv_moments_pointwise_kernel(
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
+    out_channels = known(out_channels, WIDE)
     blocks = tl.cdiv(out_channels, BLOCK_O)
     program = tl.program_id(0) // blocks
     segment = program // parts
     out_column = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     out_inside = out_column < out_channels
+    in_tile = tl.arange(0, BLOCK_M)
     mean = tl.zeros((BLOCK_O,), tl.float32)
     squares = tl.zeros((BLOCK_O,), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
-        in_segment = first + tl.arange(0, BLOCK_M)
-        there = in_segment < size
-        row = segment.to(tl.int64) * size + in_segment
+        tile = segment * size + first
+        there = first + in_tile < size
         accumulator = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         for first_in in range(0, channels, BLOCK_I):
             column = first_in + tl.arange(0, BLOCK_I)
             inside = column < channels
             valid = there[:, None] & inside[None, :]
             factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
-            values = tl.load(x + row[:, None] * channels + column[None, :], mask=valid, other=0.0)
+            in_x = in_tile[:, None] * channels + column[None, :]
+            values = tl.load(x + tile.to(tl.int64) * channels + in_x, mask=valid, other=0.0)
             h = activated(normalized(values, factor, offset, OWED), ACT)
             if GATED:
-                h *= tl.load(gate + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+                image = (tile + in_tile) // positions
+                h *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
             prefix = tl.load(
                 weight + column[:, None] * stride_i + out_column[None, :] * stride_o,
                 mask=inside[:, None] & out_inside[None, :],
@@ -82,7 +89,8 @@ def conv_moments_pointwise_kernel(
             accumulator = tl.dot(h, prefix.to(h.dtype), accumulator, input_precision=PRECISION)
         out_valid = there[:, None] & out_inside[None, :]
         stored = accumulator.to(y.dtype.element_ty)
-        tl.store(y + row[:, None] * out_channels + out_column[None, :], stored, mask=out_valid)
+        in_y = in_tile[:, None] * out_channels + out_column[None, :]
+        tl.store(y + tile.to(tl.int64) * out_channels + in_y, stored, mask=out_valid)
         if MOMENTS:
             total = tl.minimum(BLOCK_M, size - first)
             stored = tl.where(out_valid, stored.to(tl.float32), 0.0)
@@ -107,7 +115,7 @@ def forward(
     images, channels, height, width = x.shape
     out_channels = y.shape[1]
     scale_rows = 1 if scale is None else len(scale)
-    block_m, block_o, block_i = _blocks(x.dtype, out_channels, channels)
+    block_m, block_o, block_i = _tile(x.dtype, out_channels, channels)
     blocks = triton.cdiv(out_channels, block_o)
     rows = Rows.share(images * height * width, max(views, scale_rows), block_m, blocks, x.device)
     partial = partial_moments(rows, out_channels, x) if views else x
@@ -136,10 +144,12 @@ def forward(
         GATED=gate is not None,
         MOMENTS=views > 0,
         PRECISION=precision(),
+        WIDE=channels % 8 == out_channels % 8 == 0,
         BLOCK_M=block_m,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
-        num_warps=_warps(block_m, block_o),
+        num_warps=_warps(block_o),
+        num_stages=2,
     )
     if views:
         return merge_moments(partial, rows)
@@ -177,10 +187,13 @@ def conv_moments_pointwise_input_gradient_kernel(
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
+    out_channels = known(out_channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_I)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -191,20 +204,25 @@ def conv_moments_pointwise_input_gradient_kernel(
     gates = tl.full((1, BLOCK_I), 1.0, tl.float32)
     if GATED:
         gates = tl.load(gate + segment * channels + column, mask=inside, other=0.0)[None, :]
+    in_tile = tl.arange(0, BLOCK_M)
     of_scale = tl.zeros((BLOCK_I,), tl.float32)
     of_shift = tl.zeros((BLOCK_I,), tl.float32)
     of_gate = tl.zeros((BLOCK_I,), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
-        in_segment = first + tl.arange(0, BLOCK_M)
-        there = in_segment < size
-        row = segment.to(tl.int64) * size + in_segment
+        tile = (segment * size + first).to(tl.int64)
+        there = first + in_tile < size
         dh = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         for first_out in range(0, out_channels, BLOCK_O):
             out_column = first_out + tl.arange(0, BLOCK_O)
             out_inside = out_column < out_channels
+            centre, to_mean, to_square = load_moment_gradients(
+                mean, dmean, dvariance, view, out_column, out_channels, inverse_count, MOMENTS
+            )
+            in_y = in_tile[:, None] * out_channels + out_column[None, :]
+            out_valid = there[:, None] & out_inside[None, :]
             e = load_output_gradient(
-                dy, dmean, dvariance, y, mean, inverse_count, row, there, view, out_column, out_channels, MOMENTS
+                dy + tile * out_channels, y + tile * out_channels, centre, to_mean, to_square, in_y, out_valid, MOMENTS
             )
             prefix = tl.load(
                 weight + out_column[:, None] * stride_o + column[None, :] * stride_i,
@@ -214,13 +232,13 @@ def conv_moments_pointwise_input_gradient_kernel(
             e = e.to(x.dtype.element_ty)
             dh = tl.dot(e, prefix.to(e.dtype), dh, input_precision=PRECISION)
         valid = there[:, None] & inside[None, :]
-        offsets = row[:, None] * channels + column[None, :]
-        values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
+        in_x = in_tile[:, None] * channels + column[None, :]
+        values = tl.load(x + tile * channels + in_x, mask=valid, other=0.0).to(tl.float32)
         dz, to_gate = settle_gradient(dh, values, factor, offset, gates, valid, ACT, OWED, GATED)
         of_gate += to_gate
         of_scale += tl.sum(dz * values, 0)
         of_shift += tl.sum(dz, 0)
-        tl.store(dx + offsets, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+        tl.store(dx + tile * channels + in_x, (dz * factor).to(dx.dtype.element_ty), mask=valid)
     store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
 
 
@@ -242,7 +260,7 @@ def input_gradient(
     images, channels, height, width = x.shape
     out_channels, views = y.shape[1], len(mean)
     scale_rows = 1 if scale is None else len(scale)
-    block_m, block_i, block_o = _blocks(x.dtype, channels, out_channels)
+    block_m, block_i, block_o = _tile(x.dtype, channels, out_channels)
     if gate is not None:
         block_m = power_of_two(height * width, 16, block_m)
     blocks = triton.cdiv(channels, block_i)
@@ -281,10 +299,12 @@ def input_gradient(
         GATED=gate is not None,
         MOMENTS=views > 0,
         PRECISION=precision(),
+        WIDE=channels % 8 == out_channels % 8 == 0,
         BLOCK_M=block_m,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
-        num_warps=_warps(block_m, block_i),
+        num_warps=_warps(block_i),
+        num_stages=2,
     )
     return partial
 
@@ -316,10 +336,13 @@ def conv_moments_pointwise_weight_gradient_kernel(
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
+    out_channels = known(out_channels, WIDE)
     in_blocks = tl.cdiv(channels, BLOCK_I)
     blocks = tl.cdiv(out_channels, BLOCK_O) * in_blocks
     program = tl.program_id(0) // blocks
@@ -327,27 +350,34 @@ def conv_moments_pointwise_weight_gradient_kernel(
     segment = program // parts
     view = segment * views // segments
     out_column = block // in_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    out_inside = out_column < out_channels
+    centre, to_mean, to_square = load_moment_gradients(
+        mean, dmean, dvariance, view, out_column, out_channels, inverse_count, MOMENTS
+    )
     column = block % in_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = column < channels
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    in_tile = tl.arange(0, BLOCK_M)
     accumulator = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
-        in_segment = first + tl.arange(0, BLOCK_M)
-        there = in_segment < size
-        row = segment.to(tl.int64) * size + in_segment
-        e = load_output_gradient(
-            dy, dmean, dvariance, y, mean, inverse_count, row, there, view, out_column, out_channels, MOMENTS
-        )
+        tile = segment * size + first
+        there = first + in_tile < size
+        in_y = in_tile[:, None] * out_channels + out_column[None, :]
+        out_valid = there[:, None] & out_inside[None, :]
+        before = tile.to(tl.int64) * out_channels
+        e = load_output_gradient(dy + before, y + before, centre, to_mean, to_square, in_y, out_valid, MOMENTS)
         valid = there[:, None] & inside[None, :]
-        values = tl.load(x + row[:, None] * channels + column[None, :], mask=valid, other=0.0)
+        in_x = in_tile[:, None] * channels + column[None, :]
+        values = tl.load(x + tile.to(tl.int64) * channels + in_x, mask=valid, other=0.0)
         h = activated(normalized(values, factor, offset, OWED), ACT)
         if GATED:
-            h *= tl.load(gate + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+            image = (tile + in_tile) // positions
+            h *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
         h = tl.where(valid, h, 0.0).to(x.dtype.element_ty)
         accumulator = tl.dot(tl.trans(e.to(h.dtype)), h, accumulator, input_precision=PRECISION)
     to = partial + program.to(tl.int64) * out_channels * channels + out_column[:, None] * channels + column[None, :]
-    tl.store(to, accumulator, mask=(out_column < out_channels)[:, None] & inside[None, :])
+    tl.store(to, accumulator, mask=out_inside[:, None] & inside[None, :])
 
 
 def weight_gradient(
@@ -366,9 +396,10 @@ def weight_gradient(
     images, channels, height, width = x.shape
     out_channels, views = y.shape[1], len(mean)
     scale_rows = 1 if scale is None else len(scale)
-    block_o, block_i = power_of_two(out_channels, 16, 64), power_of_two(channels, 16, 64)
+    block_m, largest = (16, 32) if x.dtype == torch.float32 else (64, 64)
+    block_o, block_i = power_of_two(out_channels, 16, largest), power_of_two(channels, 16, largest)
     blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(channels, block_i)
-    rows = Rows.share(images * height * width, max(views, scale_rows), 64, blocks, x.device)
+    rows = Rows.share(images * height * width, max(views, scale_rows), block_m, blocks, x.device)
     partial = x.new_empty(rows.programs, out_channels, channels, dtype=torch.float32)
     launch(
         conv_moments_pointwise_weight_gradient_kernel,
@@ -398,10 +429,11 @@ def weight_gradient(
         GATED=gate is not None,
         MOMENTS=views > 0,
         PRECISION=precision(),
+        WIDE=channels % 8 == out_channels % 8 == 0,
         BLOCK_M=rows.block,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
-        num_warps=4,
+        num_stages=2,
     )
     return partial.sum(0)
 
@@ -411,15 +443,12 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _blocks(dtype: torch.dtype, columns: int, inner: int) -> tuple[int, int, int]:
-    """Rows, columns and depth of a tile of the product: fp32 without tensor cores wants small ones."""
-    narrow = dtype != torch.float32
-    return (
-        128 if narrow else 64,
-        power_of_two(columns, 16, 128 if narrow else 64),
-        power_of_two(inner, 16, 64 if narrow else 32),
-    )
+def _tile(dtype: torch.dtype, columns: int, inner: int) -> tuple[int, int, int]:
+    """Rows, columns and depth of a tile of the product. fp32 has no tensor cores, and its products are unrolled."""
+    if dtype == torch.float32:
+        return 32, power_of_two(columns, 16, 32), 16
+    return 64, power_of_two(columns, 16, 128), power_of_two(inner, 16, 32)
 
 
-def _warps(block_m: int, columns: int) -> int:
-    return 8 if block_m * columns > 64 * 128 else 4
+def _warps(columns: int) -> int:
+    return 8 if columns > 64 else 4

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Rows, launch, power_of_two
-from .owed import add_tile
+from .owed import add_tile, known
 
 
 @triton.jit
@@ -87,9 +87,11 @@ def moments_kernel(
     parts,
     tiles,
     programs,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -126,6 +128,7 @@ def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
         rows.parts,
         rows.tiles,
         rows.programs,
+        WIDE=channels % 8 == 0,
         BLOCK_M=rows.block,
         BLOCK_C=block,
     )

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Rows, channels_last, contiguous, launch, partial_sums, power_of_two, sums, takes
-from .owed import activated, load_row, normalized, settle_gradient, store_sums
+from .owed import activated, known, load_row, normalized, settle_gradient, store_sums
 
 BLOCK_M = 64
 
@@ -53,9 +53,11 @@ def norm_act_kernel(
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
     ADDED_OWED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -115,6 +117,7 @@ def norm_act(
         GATED=gate is not None,
         ADDED=residual is not None,
         ADDED_OWED=residual_scale is not None,
+        WIDE=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )
@@ -150,9 +153,11 @@ def norm_act_backward_kernel(
     ADDED_OWED: tl.constexpr,
     OF_RESIDUAL: tl.constexpr,
     POOLED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -247,6 +252,7 @@ def settle_backward(
         ADDED_OWED=residual_scale is not None,
         OF_RESIDUAL=residual_gradient,
         POOLED=pooled,
+        WIDE=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import channels_last, contiguous, launch, power_of_two, sums, takes
 from .norm_act import settle_backward
-from .owed import activated, load_row, normalized
+from .owed import activated, known, load_row, normalized
 
 
 @triton.jit
@@ -22,9 +22,11 @@ def norm_act_pool_kernel(
     scale_rows,
     ACT: tl.constexpr,
     OWED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     image = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -60,6 +62,7 @@ def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
         1 if scale is None else len(scale),
         ACT=act,
         OWED=scale is not None,
+        WIDE=channels % 8 == 0,
         BLOCK_M=power_of_two(positions, 16, 64),
         BLOCK_C=block,
     )

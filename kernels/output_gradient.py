@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, power_of_two
-from .owed import load_output_gradient
+from .owed import known, load_moment_gradients, load_output_gradient
 
 BLOCK_M = 64
 
@@ -23,9 +23,11 @@ def output_gradient_kernel(
     channels,
     size,
     parts,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     view = program // parts
@@ -33,11 +35,13 @@ def output_gradient_kernel(
     in_view = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
     there = in_view < size
     row = view.to(tl.int64) * size + in_view
-    values = load_output_gradient(
-        dy, dmean, dvariance, y, mean, inverse_count, row, there, view, column, channels, MOMENTS=True
+    centre, to_mean, to_square = load_moment_gradients(
+        mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS=True
     )
     valid = there[:, None] & (column < channels)[None, :]
-    tl.store(e + row[:, None] * channels + column[None, :], values.to(e.dtype.element_ty), mask=valid)
+    offsets = row[:, None] * channels + column[None, :]
+    values = load_output_gradient(dy, y, centre, to_mean, to_square, offsets, valid, MOMENTS=True)
+    tl.store(e + offsets, values.to(e.dtype.element_ty), mask=valid)
 
 
 def output_gradient(grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor, y: Tensor, mean: Tensor) -> Tensor:
@@ -62,6 +66,7 @@ def output_gradient(grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor, y:
         channels,
         size,
         parts,
+        WIDE=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )

@@ -8,6 +8,14 @@ import triton.language as tl
 
 
 @triton.jit
+def known(channels, WIDE: tl.constexpr):
+    """The number of channels, known to the compiler as a multiple of 8 if it is: loads are then up to 16 bytes wide."""
+    if WIDE:
+        channels = channels // 8 * 8  # which says so to the compiler; tl.multiple_of says nothing of arguments
+    return channels
+
+
+@triton.jit
 def activated(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.where(z < 0, 0.0, z)  # not a maximum: NaN stays
@@ -48,21 +56,27 @@ def normalized(x, factor, offset, OWED: tl.constexpr):
 
 
 @triton.jit
-def load_output_gradient(
-    dy, dmean, dvariance, y, mean, inverse_count, row, there, view, column, channels, MOMENTS: tl.constexpr
-):
-    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt of these rows and columns; 0 where there is none."""
-    inside = column < channels
-    valid = there[:, None] & inside[None, :]
-    offsets = row[:, None] * channels + column[None, :]
-    e = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
+def load_moment_gradients(mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS: tl.constexpr):
+    """mean, dmean / cnt and 2 dvariance / cnt of a view's columns, [1, columns]."""
+    centre = tl.full((1, column.shape[0]), 0.0, tl.float32)
+    to_mean = centre
+    to_square = centre
     if MOMENTS:
         of_view = view * channels + column
-        to_mean = inverse_count * tl.load(dmean + of_view, mask=inside, other=0.0)
-        to_square = 2 * inverse_count * tl.load(dvariance + of_view, mask=inside, other=0.0)
-        deviation = tl.load(y + offsets, mask=valid, other=0.0).to(tl.float32)
-        deviation -= tl.load(mean + of_view, mask=inside, other=0.0)[None, :]
-        e = tl.where(valid, e + to_mean[None, :] + deviation * to_square[None, :], 0.0)
+        inside = column < channels
+        centre = tl.load(mean + of_view, mask=inside, other=0.0)[None, :]
+        to_mean = inverse_count * tl.load(dmean + of_view, mask=inside, other=0.0)[None, :]
+        to_square = 2 * inverse_count * tl.load(dvariance + of_view, mask=inside, other=0.0)[None, :]
+    return centre, to_mean, to_square
+
+
+@triton.jit
+def load_output_gradient(dy, y, centre, to_mean, to_square, offsets, valid, MOMENTS: tl.constexpr):
+    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt; 0 where not valid."""
+    e = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
+    if MOMENTS:
+        deviation = tl.load(y + offsets, mask=valid, other=0.0).to(tl.float32) - centre
+        e = tl.where(valid, e + to_mean + deviation * to_square, 0.0)
     return e
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .launch import Rows, launch, partial_sums, power_of_two, sums, takes
 from .moments import moments
 from .norm_act import norm_act
+from .owed import known
 
 BLOCK_M = 64
 
@@ -23,9 +24,11 @@ def slim_batch_norm_sums_kernel(
     parts,
     tiles,
     programs,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     view = program // parts
@@ -59,9 +62,11 @@ def slim_batch_norm_input_gradient_kernel(
     channels,
     size,
     parts,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     view = program // parts
@@ -121,6 +126,7 @@ def slim_batch_norm_backward(
         rows.parts,
         rows.tiles,
         rows.programs,
+        WIDE=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )
@@ -144,6 +150,7 @@ def slim_batch_norm_backward(
         channels,
         rows.size,
         parts,
+        WIDE=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )

@@ -24,7 +24,7 @@ class Arena:
 
     Operators that use a prefix of a weight add its gradient to the same prefix here (`main_grad`), and autograd adds
     what else there is into the gradients as they stand, so they must stay: whatever replaces a parameter's memory or
-    gradient afterwards (`zero_grad`, `to`) is an error in the next `step`.
+    gradient afterwards (`zero_grad`, `to`) is an error in the next `update`.
 
     Args:
         online: trained by gradients; every parameter requires one.
@@ -74,8 +74,13 @@ class Arena:
         strides = torch.empty_like(self._parameters[name], device="meta").stride()
         return flat.as_strided(self._parameters[name].shape, strides, self._starts[name])
 
+    def schedule(self, lr: float, tau: float) -> None:
+        """Set what `update` will use, on the device."""
+        self._lr.fill_(lr)
+        self._tau.fill_(tau)
+
     @torch.no_grad()
-    def step(self, lr: float, tau: float, *, weight_decay: float, momentum: float, eta: float) -> None:
+    def update(self, *, weight_decay: float, momentum: float, eta: float) -> None:
         """LARS with the gradients that have added up, then target <- tau target + (1 - tau) online, then g = 0.
 
         Without host synchronisation. Raises RuntimeError if a parameter or gradient has left the arena.
@@ -86,8 +91,6 @@ class Arena:
         for name, parameter, address in self._addresses:
             if parameter.data_ptr() != address:
                 raise RuntimeError(f"the memory of {name} was replaced: make the arena after moving the modules")
-        self._lr.fill_(lr)
-        self._tau.fill_(tau)
         lars_ema_step(
             self.params,
             self.grads,
@@ -101,6 +104,11 @@ class Arena:
             momentum,
             eta,
         )
+
+    def step(self, lr: float, tau: float, *, weight_decay: float, momentum: float, eta: float) -> None:
+        """`schedule` and `update` in one."""
+        self.schedule(lr, tau)
+        self.update(weight_decay=weight_decay, momentum=momentum, eta=eta)
 
     def momentum(self) -> dict[str, Tensor]:
         """The momentum of every parameter by name, as views: what a checkpoint needs."""

@@ -68,6 +68,7 @@ class ExecutionOptions:
 
     device: str = option("auto", "auto, cpu or cuda", changeable=True)
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has", changeable=True)
+    no_cuda_graphs: bool = option(False, "launch every kernel by itself instead of replaying graphs", changeable=True)
     probe_epochs: float = option(1.0, "epochs between measurements of kNN and feature spread; 0 for none", True)
     probe_images: int = option(2000, "reference images of that kNN; half as many are classified", changeable=True)
     checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)

@@ -87,9 +87,9 @@ class DSPNet(nn.Module):
         return images.bfloat16() if self.precision == "bf16" else images
 
     @torch.no_grad()
-    def targets(self, images: Tensor, alpha: float = 1.0) -> Tensor:
+    def targets(self, images: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
         """Projections [2B, D] by the full target network, the two views exchanged: row i is what row i of the online
-        network predicts. `alpha` is the batch's share in momentum batch normalisation."""
+        network predicts. `alpha` is the batch's share in momentum batch normalisation, a number or a scalar tensor."""
         for module in self.target.modules():
             if isinstance(module, MomentumBatchNorm):
                 module.alpha = alpha
@@ -103,7 +103,7 @@ class DSPNet(nn.Module):
             predictions = self.online(self._stored(images))
         return VIEWS * normalized_mse(predictions, targets)
 
-    def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float = 1.0) -> dict[str, Tensor]:
+    def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor = 1.0) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward at a time.
 
         Args:

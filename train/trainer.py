@@ -15,6 +15,7 @@ from .arena import Arena
 from .config import PretrainConfig
 from .data.loader import normalize
 from .dspnet import DSPNet
+from .graphs import StepGraphs
 from .schedules import learning_rate, momentum_alpha, target_tau
 
 
@@ -50,6 +51,8 @@ class Trainer:
         self.device = device
         self.model = build_model(config).to(device).to(memory_format=torch.channels_last).train()
         self.arena = Arena(self.model.online, self.model.target)
+        self._alpha = torch.zeros((), device=device)
+        self._graphs: StepGraphs | None = None
         self.step = 0
         self.steps = config.epochs * epoch_steps
         self.epoch_steps = epoch_steps
@@ -75,17 +78,26 @@ class Trainer:
             subnets = [family.full]
         else:
             subnets = sandwich(family, self.config.subnets_per_step, self.config.seed, self.step)
-        images = normalize(batch.to(self.device, non_blocking=True))
-        losses = self.model.accumulate(images, subnets, momentum_alpha(self.step, self.steps))
-        self.arena.step(
-            self.learning_rate,
-            self.tau,
-            weight_decay=self.config.weight_decay,
-            momentum=self.config.momentum,
-            eta=self.config.eta,
-        )
+        self._alpha.fill_(momentum_alpha(self.step, self.steps))
+        self.arena.schedule(self.learning_rate, self.tau)
+        if self._records:
+            self._graphs = self._graphs or StepGraphs(self.model, self.arena, batch, self._alpha, self._update)
+            losses = self._graphs.accumulate(batch, subnets)
+            self._graphs.update()
+        else:
+            images = normalize(batch.to(self.device, non_blocking=True))
+            losses = self.model.accumulate(images, subnets, self._alpha)
+            self._update()
         self.step += 1
         return losses
+
+    @property
+    def _records(self) -> bool:
+        return self.device.type == "cuda" and not self.config.no_cuda_graphs
+
+    def _update(self) -> None:
+        config = self.config
+        self.arena.update(weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.device import DEVICE
 from dspnet_fast.ops import conv_moments
 
 from .layers import (
@@ -24,6 +25,7 @@ from .layers import (
     rows,
     runner,
     variants,
+    weight,
 )
 
 CASES = MOBILENET | RESNET
@@ -34,9 +36,9 @@ def eager(layer):
         if layer.act is not None:
             x = ACTS[layer.act](F.batch_norm(x, None, None, gamma, beta, True), inplace=True)
         if gate is not None:
-            x = x * gate[:, :, None, None]
+            x = x * gate[:, :, None, None].to(x.dtype)
         prefix = weight[: layer.out_channels, : layer.channels // layer.groups]
-        return F.conv2d(x, prefix, None, layer.stride, layer.kernel // 2, 1, layer.groups)
+        return F.conv2d(x, prefix.to(x.dtype), None, layer.stride, layer.kernel // 2, 1, layer.groups)
 
     def views(first, second, weight, gamma, beta, first_gate, second_gate):
         return conv(first, weight, gamma, beta, first_gate), conv(second, weight, gamma, beta, second_gate)
@@ -60,18 +62,18 @@ def test_conv_moments(moves, case, direction, variant):
     layer = CASES[case]
     x = random(IMAGES, layer.channels, layer.size, layer.size)
     x.requires_grad_(layer.channels > 3)
-    weight = random(*layer.full, layer.kernel, layer.kernel)
-    gate = torch.rand(IMAGES, layer.channels).requires_grad_() if layer.gated else None
+    full = weight(*layer.full, layer.kernel, layer.kernel)
+    gate = torch.rand(IMAGES, layer.channels, device=DEVICE).requires_grad_() if layer.gated else None
     dy = random(IMAGES, layer.out_channels, layer.out_size, layer.out_size).detach()
     owed = layer.act is not None
     if variant in ("eager", "compile"):
         gates = (None, None) if gate is None else halves(gate)
         norm = affine(layer.channels) if owed else (None, None)
-        function, inputs, grads = eager(layer), (*halves(x), weight, *norm, *gates), dy.chunk(VIEWS)
+        function, inputs, grads = eager(layer), (*halves(x), full, *norm, *gates), dy.chunk(VIEWS)
     else:
         norm = rows(layer.channels) if owed else (None, None)
-        function, inputs = ours(layer, torch.zeros_like(weight)), (x, weight, *norm, gate)
-        grads = dy, *torch.randn(2, VIEWS, layer.out_channels) / 1e3
+        function, inputs = ours(layer, torch.zeros_like(full)), (x, full, *norm, gate)
+        grads = dy, *torch.randn(2, VIEWS, layer.out_channels, device=DEVICE) / 1e3
     run = runner(variant, direction, function, inputs, grads)
     count = footprint = nbytes(x, dy) + layer.prefix
     flops = layer.flops

@@ -7,6 +7,7 @@ import torch
 
 from dspnet_fast.ops import ema_update
 
+from .layers import ours
 from .networks import CASES, networks
 
 TAU = 0.996
@@ -18,7 +19,7 @@ def one_by_one(targets, onlines, tau):
         target.mul_(tau).add_(online, alpha=1 - tau)
 
 
-VARIANTS: dict[str, Callable[..., None]] = {"loop": one_by_one, "native": ema_update, "cpp": ema_update}
+VARIANTS: dict[str, Callable[..., None]] = {"loop": one_by_one, **dict.fromkeys(ours(ema_update), ema_update)}
 
 
 @torch.no_grad()

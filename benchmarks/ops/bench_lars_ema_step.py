@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmarks.eager import ema, lars
+from dspnet_fast.ops import lars_ema_step
 from train.arena import Arena
 
+from .layers import ours
 from .networks import CASES, networks
 
 LR, TAU = 1e-3, 0.996
@@ -23,7 +25,7 @@ def one_by_one(parameters, momenta, targets):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["loop", "native", "cpp"])
+@pytest.mark.parametrize("variant", ["loop", *ours(lars_ema_step)])
 @pytest.mark.parametrize("case", CASES)
 def test_lars_ema_step(moves, case, variant):
     model = copy.deepcopy(networks(case))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from dspnet_fast.ops import norm_act_pool
 
-from .layers import ACTS, DIRECTIONS, IMAGES, VIEWS, affine, halves, nbytes, random, rows, runner, variants
+from .layers import ACTS, DIRECTIONS, IMAGES, VIEWS, affine, halves, nbytes, random, rows, runner, variants, weight
 
 CASES = {
     "2.1 squeeze 120 12x12 w1.00": (120, 12, "relu"),
@@ -35,10 +35,10 @@ def ours(act):
 @pytest.mark.parametrize("case", CASES)
 def test_norm_act_pool(moves, case, direction, variant):
     channels, size, act = CASES[case]
-    x, dy = random(IMAGES, channels, size, size), random(IMAGES, channels).detach()
+    x, dy = random(IMAGES, channels, size, size), weight(IMAGES, channels).detach()
     if variant in ("eager", "compile"):
         norm = affine(channels) if act else (None, None)
-        function, inputs, grads = eager(act), (*halves(x), *norm), dy.chunk(VIEWS)
+        function, inputs, grads = eager(act), (*halves(x), *norm), dy.to(x.dtype).chunk(VIEWS)
     else:
         function, inputs, grads = ours(act), (x, *(rows(channels) if act else (None, None))), (dy,)
     run = runner(variant, direction, function, inputs, grads)

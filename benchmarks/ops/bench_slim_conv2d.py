@@ -36,10 +36,10 @@ def test_slim_conv2d(moves, case, direction, variant):
     layer = CASES[case]
     x = random(IMAGES, layer.channels, layer.size, layer.size)
     x.requires_grad_(layer.channels > 3)
-    weight = random(*layer.full, layer.kernel, layer.kernel)
+    full = random(*layer.full, layer.kernel, layer.kernel)
     dy = random(IMAGES, layer.out_channels, layer.out_size, layer.out_size).detach()
-    function = eager(layer) if variant in ("eager", "compile") else ours(layer, torch.zeros_like(weight))
-    run = runner(variant, direction, function, (x, weight), (dy,))
+    function = eager(layer) if variant in ("eager", "compile") else ours(layer, torch.zeros_like(full))
+    run = runner(variant, direction, function, (x, full), (dy,))
     count = footprint = nbytes(x, dy) + layer.prefix
     flops = layer.flops
     if direction != DIRECTIONS[0]:

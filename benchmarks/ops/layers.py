@@ -1,4 +1,4 @@
-"""The layers that operators are timed on: of a batch of 32 images of 96 px, two views, in the widths of a family."""
+"""The layers that operators are timed on: of a batch of images of 96 px, two views, in the widths of a family."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.device import DEVICE, DTYPE
+from dspnet_fast.ops import registry
 from dspnet_fast.ops.registry import Operator
 
-IMAGES, VIEWS = 64, 2
+IMAGES, VIEWS = 64 if DEVICE.type == "cpu" else 2048, 2  # the images of both views
 DIRECTIONS = ("forward", "forward + backward")  # without gradient, as in the target; with it
 
 ACTS: dict[str, Callable[..., Tensor]] = {
@@ -24,7 +26,7 @@ ACTS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of [64, channels, size, size] by a prefix of `full`, [O, I], and what its input is owed.
+    """A convolution of [IMAGES, channels, size, size] by a prefix of `full`, [O, I], and what its input is owed.
 
     act None: the input is settled, as at the beginning of a block.
     """
@@ -101,25 +103,37 @@ RESNET = {
 
 
 def variants(operator: Operator) -> list[str]:
-    """What is compared: the alternative first, then native, then the operator's provider for this device."""
+    """What is compared: the alternative first, then ours."""
     compiled = ["compile"] if os.environ.get("DSPNET_BENCH_COMPILE") == "1" else []
-    return ["eager", *compiled, "native", *(["cpp"] if "cpp" in operator.providers else [])]
+    return ["eager", *compiled, *ours(operator)]
+
+
+def ours(operator: Operator) -> list[str]:
+    """The native body, then the operator's providers for this device."""
+    return ["native", *(name for name in registry.PRIORITY[DEVICE.type] if name in operator.providers)]
 
 
 def random(*shape: int) -> Tensor:
-    """A tensor of an activation's kind: channels-last, and with a gradient."""
-    x = torch.randn(shape)
+    """An activation: channels-last, and with a gradient."""
+    return weight(*shape).detach().to(DTYPE).requires_grad_()
+
+
+def weight(*shape: int) -> Tensor:
+    """A parameter, or another gradient's tensor, in fp32."""
+    x = torch.randn(shape, device=DEVICE)
     return (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
 
 
 def rows(channels: int) -> tuple[Tensor, Tensor]:
     """Scale and shift of both views."""
-    return (1 + torch.rand(VIEWS, channels)).requires_grad_(), torch.randn(VIEWS, channels).requires_grad_()
+    scale, shift = torch.rand(VIEWS, channels, device=DEVICE), torch.randn(VIEWS, channels, device=DEVICE)
+    return (1 + scale).requires_grad_(), shift.requires_grad_()
 
 
 def affine(channels: int) -> tuple[Tensor, Tensor]:
     """Weight and bias of a batch normalisation."""
-    return (1 + torch.rand(channels)).requires_grad_(), torch.randn(channels).requires_grad_()
+    gamma, beta = torch.rand(channels, device=DEVICE), torch.randn(channels, device=DEVICE)
+    return (1 + gamma).requires_grad_(), beta.requires_grad_()
 
 
 def halves(x: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from benchmarks.device import DEVICE
 from dspnet_fast.models import family
 from train.dspnet import DSPNet
 
@@ -14,4 +15,4 @@ CASES = {"MobileNetV3-Large": ("mobilenet_v3_large", "w1.00"), "ResNet-18": ("re
 def networks(case: str) -> DSPNet:
     """Online and target network with the paper's heads."""
     network, dn = CASES[case]
-    return DSPNet(network, family(network, [dn]))
+    return DSPNet(network, family(network, [dn])).to(DEVICE)

@@ -198,11 +198,12 @@ class MomentumBatchNorm(SlimBatchNorm):
 
     and after all views of a batch  M <- alpha mean_v(m_v) + (1 - alpha) M, V likewise with s_v. M and V are the
     buffers `running_mean` and `running_var`; `num_batches_tracked` counts batches. `alpha` goes from 1 to 0 over a
-    training run and is set from outside (`set_alpha`). It is not slimmable: the target is always the full network.
-    With `double_correction` the variance is multiplied by n / (n - 1) a second time, as the published code does.
+    training run and is set from outside, as a number or as a scalar on the device. It is not slimmable: the target is
+    always the full network. With `double_correction` the variance is multiplied by n / (n - 1) a second time, as the
+    published code does.
     """
 
-    alpha: float = 1.0
+    alpha: float | Tensor = 1.0
     double_correction: bool = False
 
     @property
@@ -222,9 +223,10 @@ class MomentumBatchNorm(SlimBatchNorm):
         variance = variance * (count / (count - 1)) ** (2 if self.double_correction else 1)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         mean, variance = mean.to(self.running_mean.dtype), variance.to(self.running_var.dtype)
-        blended = self.running_mean.lerp(mean, self.alpha), self.running_var.lerp(variance, self.alpha)
-        self.running_mean.lerp_(mean.mean(0), self.alpha)
-        self.running_var.lerp_(variance.mean(0), self.alpha)
+        alpha = self.alpha.to(mean.dtype) if isinstance(self.alpha, Tensor) else self.alpha
+        blended = self.running_mean.lerp(mean, alpha), self.running_var.lerp(variance, alpha)
+        self.running_mean.lerp_(mean.mean(0), alpha)
+        self.running_var.lerp_(variance.mean(0), alpha)
         self.num_batches_tracked.add_(1)
         return blended
 

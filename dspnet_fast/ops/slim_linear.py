@@ -1,7 +1,7 @@
 """slim_linear: a linear layer by a prefix of a weight, read and given its gradient in place.
 
-The native body hands the prefix to the BLAS by its strides, and the BLAS adds the gradient to main_grad's prefix: on a
-CPU nothing is left for another provider to save.
+The native body hands the prefix to the BLAS by its strides, and the BLAS adds the gradient to main_grad's prefix:
+little is left for another provider to save.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton
 from .registry import operator
 
 
@@ -22,6 +23,11 @@ def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tenso
     one, a full-size gradient is returned to autograd. Returns [..., out_features] in x's dtype. Raises RuntimeError for
     other shapes and for a prefix that the weight does not have.
     """
+    _check(x, weight, bias, main_grad, out_features)
+    return F.linear(x, _prefix(weight, out_features, x.shape[-1]), bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> None:
     torch._check(
         x.ndim > 0 and weight.ndim in (2, 4) and weight.shape[2:].numel() == 1,
         lambda: f"slim_linear: weight must be [O, I] or [O, I, 1, 1], got {list(weight.shape)}",
@@ -34,7 +40,10 @@ def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tenso
         main_grad is None or (main_grad.shape == weight.shape and main_grad.dtype == weight.dtype),
         lambda: f"slim_linear: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
     )
-    return F.linear(x, _prefix(weight, out_features, x.shape[-1]), bias)
+    torch._check(
+        bias is None or bias.shape == (out_features,),
+        lambda: f"slim_linear: bias must be [{out_features}], got {None if bias is None else list(bias.shape)}",
+    )
 
 
 def _prefix(weight: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -87,3 +96,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 slim_linear.register_autograd(_backward, _setup_context)
+
+
+@slim_linear.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda *args: triton.kernels("slim_linear").accepts(args[0], args[1]),
+    unproven="the BLAS reads the prefix in place as well, so only by name",
+)
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
+    _check(x, weight, bias, main_grad, out_features)
+    return triton.kernels("slim_linear").slim_linear(x, weight, bias, out_features)
+
+
+@slim_linear_backward.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda *args: triton.kernels("slim_linear").accepts(args[1], args[2]),
+    unproven="the BLAS reads the prefix in place as well, so only by name",
+)
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return triton.kernels("slim_linear").slim_linear_backward(*args)

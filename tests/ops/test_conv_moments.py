@@ -1,9 +1,10 @@
 """conv_moments: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from error_rule import GRADIENT, OUTPUT, check_errors
+from harness import NARROW, check_every_build, differentiable, double, providers, random_like, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
@@ -12,7 +13,6 @@ from dspnet_fast.ops import conv_moments, cpp, registry
 from dspnet_fast.ops.owed import ACTS
 
 ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
-NAMES = ("x", "scale", "shift", "gate", "weight")
 
 # (images, channels in, height, width, channels out, full weight [O, I], kernel, stride, padding, groups, views)
 CASES = {
@@ -60,10 +60,8 @@ CASES = {
     "dense unpadded": (2, 6, 5, 6, 7, (7, 6), 3, 1, 0, 1, 1),
 }
 
-needs_cpp = pytest.mark.skipif(not cpp.has("conv_moments")[0], reason=cpp.has("conv_moments")[1])
 
-
-@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+@pytest.fixture(params=providers(conv_moments))
 def provider(request, policy):
     policy(request.param)
     return request.param
@@ -89,10 +87,6 @@ def make(case: str, act: str = "relu", owed: bool = True, gated: bool = False, d
     }
 
 
-def double(arguments: dict) -> dict:
-    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
 def composed(x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views):
     """The formulas by ordinary layers, one view after another."""
     outputs = []
@@ -111,34 +105,17 @@ def composed(x, scale, shift, act, gate, weight, main_grad, out_channels, stride
     return y, *(torch.stack(moment) for moment in zip(*moments))
 
 
-def run(op, arguments: dict, cotangents: tuple[Tensor, ...] | None = None) -> tuple[tuple, tuple, tuple]:
-    """Outputs, the cotangents that were used, and the gradients of all inputs that are there."""
-    leaves = {
-        name: value.detach().requires_grad_() if name in NAMES and isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    outputs = op(*leaves.values())
-    if cotangents is None:
-        cotangents = tuple(torch.randn_like(output) for output in outputs)
-        counts = outputs[0].numel() / max(outputs[1].numel(), 1)
-        cotangents = (cotangents[0], *(counts**0.5 * c for c in cotangents[1:]))
-    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
-    loss = sum((o * c.to(o.dtype)).sum() for o, c in zip(outputs, cotangents, strict=True))
-    return tuple(o.detach() for o in outputs), cotangents, torch.autograd.grad(loss, wanted)
+def cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Random ones; moments' are larger, so that they matter beside y's, of which there are many more."""
+    counts = outputs[0].numel() / max(outputs[1].numel(), 1)
+    of_y, *of_moments = random_like(outputs)
+    return of_y, *(counts**0.5 * of_moment for of_moment in of_moments)
 
 
 def check(arguments: dict) -> None:
-    """The provider in force against the native body in the same dtype, both against the native body in float64."""
-    in_force = registry.get_policy()
-    got, cotangents, grads = run(conv_moments, arguments)
-    registry.set_policy("native")
-    exact, _, exact_grads = run(conv_moments, double(arguments), cotangents)
-    native, _, native_grads = run(conv_moments, arguments, cotangents)
-    registry.set_policy(in_force)
-    assert got[0].is_contiguous(memory_format=torch.channels_last)
-    check_errors(("y", "mean", "variance"), got, native, exact, OUTPUT)
-    present = [name for name in NAMES if arguments[name] is not None]
-    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+    """The provider in force, by the error rule."""
+    (y, _, _), _ = harness.check(conv_moments, ("y", "mean", "variance"), arguments, cotangents)
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -146,8 +123,8 @@ def check(arguments: dict) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 def test_formulas_by_autograd(case, act, gated):
     arguments = double(make(case, act, gated=gated))
-    got, cotangents, grads = run(conv_moments, arguments)
-    want, _, want_grads = run(composed, arguments, cotangents)
+    got, used, grads = run(conv_moments, arguments, cotangents)
+    want, _, want_grads = run(composed, arguments, used)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(grads, want_grads)
 
@@ -167,8 +144,10 @@ def test_error_rule_settled_input(provider, nan_filled, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
-def test_error_rule_bf16(provider, nan_filled, case, gated):
-    check(make(case, "hardswish", gated=gated, dtype=torch.bfloat16))
+def test_error_rule_narrow(provider, nan_filled, case, gated):
+    if case == "pointwise one row":
+        pytest.skip("the deviation of a single value is what rounding it has left, or nothing")
+    check(make(case, "hardswish", gated=gated, dtype=NARROW))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
@@ -181,11 +160,11 @@ def test_any_number_of_threads(provider, nan_filled, case, threads):
     try:
         check(make(case, gated=True))
         arguments = make(case, gated=True)
-        first, cotangents, first_grads = run(conv_moments, arguments)
-        again, _, again_grads = run(conv_moments, arguments, cotangents)
+        first, used, first_grads = run(conv_moments, arguments)
+        again, _, again_grads = run(conv_moments, arguments, used)
     finally:
         torch.set_num_threads(before)
-    if registry.get_policy() == "cpp":
+    if provider != "native":
         assert all(map(torch.equal, (*first, *first_grads), (*again, *again_grads)))
 
 
@@ -199,7 +178,7 @@ def test_one_row_of_scale_serves_all_views_and_no_moments(provider, nan_filled, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
-    arguments = make(case)
+    arguments = to_device(make(case))
     arguments["weight"].requires_grad_()
     y, mean, variance = conv_moments(*arguments.values())
     (whole,) = torch.autograd.grad((y.square().sum() + mean.sum() + variance.sum()), arguments["weight"])
@@ -210,11 +189,8 @@ def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
     assert arguments["weight"].grad is None
     torch.testing.assert_close(arguments["main_grad"], before + whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
     out, inputs = arguments["out_channels"], arguments["x"].shape[1] // arguments["groups"]
-    for outside in (
-        arguments["main_grad"][out:] - before[out:],
-        arguments["main_grad"][:, inputs:] - before[:, inputs:],
-    ):
-        assert not outside.count_nonzero()
+    assert arguments["main_grad"][out:].equal(before[out:])
+    assert arguments["main_grad"][:, inputs:].equal(before[:, inputs:])
 
 
 @pytest.mark.parametrize("case", ["pointwise", "pointwise many rows", "depthwise 3", "dense 3"])
@@ -228,27 +204,27 @@ def test_moments_far_from_zero(provider, case):
         weight[channel, 0 if groups > 1 else channel % x.shape[1], centre, centre] = 1
     arguments |= {"weight": weight, "x": (x + 1000).contiguous(memory_format=torch.channels_last)}
     arguments["padding"] = 0
-    _, mean, variance = conv_moments(*arguments.values())
+    _, mean, variance = conv_moments(*to_device(arguments).values())
     registry.set_policy("native")
     _, exact_mean, exact_variance = conv_moments(*double(arguments).values())
-    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(variance.double(), exact_variance, rtol=1e-4, atol=0)
+    torch.testing.assert_close(mean.cpu().double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.cpu().double(), exact_variance, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
 def test_other_memory_formats(provider, case):
     arguments = make(case)
-    want, cotangents, grads = run(conv_moments, arguments)
+    want, used, grads = run(conv_moments, arguments)
     arguments["x"] = arguments["x"].contiguous()
     arguments["weight"] = arguments["weight"].contiguous(memory_format=torch.channels_last)
-    got, _, got_grads = run(conv_moments, arguments, cotangents)
+    got, _, got_grads = run(conv_moments, arguments, used)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got_grads, grads, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
 def test_nothing_is_formed_that_nobody_wants(provider, case):
-    arguments = make(case)
+    arguments = to_device(make(case))
     arguments["weight"].requires_grad_()
     y, _, _ = conv_moments(*arguments.values())
     y.sum().backward()
@@ -262,10 +238,10 @@ def test_nothing_is_formed_that_nobody_wants(provider, case):
 
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
 def test_opcheck(provider, case):
-    arguments = make(case, gated=True)
+    arguments = to_device(make(case, gated=True))
     arguments["main_grad"] = torch.zeros_like(arguments["weight"])
     opcheck(torch.ops.dspnet.conv_moments.default, tuple(arguments.values()))
-    for name in NAMES:
+    for name in differentiable(arguments):
         arguments[name].requires_grad_()
     opcheck(torch.ops.dspnet.conv_moments.default, tuple((arguments | {"main_grad": None}).values()))
 
@@ -295,24 +271,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(provider, reason):
-    arguments = make("pointwise", gated=True)
+    arguments = to_device(make("pointwise", gated=True))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):  # InputError: by name, a provider of other dtypes
         conv_moments(*arguments.values())
 
 
-@needs_cpp
+@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule, in processes of their own."""
-    for capability in ("avx2", "default"):
-        program = (
-            "import sys, torch; from dspnet_fast.ops import registry\n"
-            "sys.path.insert(0, 'tests/ops'); import test_conv_moments as t\n"
-            "registry.set_policy('cpp')\n"
-            "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
-            "for case in t.CASES:\n"
-            "    for options in ({'act': 'hardswish', 'gated': True}, {'act': 'relu', 'dtype': torch.bfloat16}):\n"
-            f"        torch.manual_seed({torch.initial_seed()})\n"
-            "        t.check(t.make(case, **options))\n"
-        )
-        run_python("-c", program, ATEN_CPU_CAPABILITY=capability)
+    """The builds for lesser processors, by this file's error rule."""
+    check_every_build(
+        run_python,
+        "test_conv_moments",
+        "for case in t.CASES:\n"
+        "    t.check(t.make(case, 'hardswish', gated=True))\n"
+        "    if case != 'pointwise one row':\n"
+        "        t.check(t.make(case, 'relu', dtype=torch.bfloat16))\n",
+    )

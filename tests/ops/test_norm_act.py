@@ -1,9 +1,10 @@
 """norm_act: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from error_rule import GRADIENT, OUTPUT, check_errors
+from harness import NARROW, check_every_build, device, double, providers, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
@@ -13,7 +14,6 @@ from dspnet_fast.ops.norm_act import norm_act_backward
 from dspnet_fast.ops.owed import ACTS
 
 ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
-NAMES = ("x", "scale", "shift", "gate", "residual", "residual_scale", "residual_shift")
 
 # (images, channels, height, width, views)
 CASES = {
@@ -29,10 +29,8 @@ CASES = {
 # What is added before the activation.
 RESIDUALS = ("no residual", "residual", "normalised residual")
 
-needs_cpp = pytest.mark.skipif(not cpp.has("norm_act")[0], reason=cpp.has("norm_act")[1])
 
-
-@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+@pytest.fixture(params=providers(norm_act))
 def provider(request, policy):
     policy(request.param)
     return request.param
@@ -70,10 +68,6 @@ def make(
     }
 
 
-def double(arguments: dict) -> dict:
-    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
 def normalised(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """One view after another."""
     if scale is None:
@@ -91,31 +85,10 @@ def composed(x, scale, shift, act, gate, residual, residual_scale, residual_shif
     return value if gate is None else value * gate[:, :, None, None]
 
 
-def run(op, arguments: dict, cotangent: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
-    """The output, the cotangent that was used, and the gradients of all inputs that are there."""
-    leaves = {
-        name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    output = op(*leaves.values())
-    if cotangent is None:
-        cotangent = torch.randn_like(output)
-    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
-    return output.detach(), cotangent, torch.autograd.grad(output, wanted, cotangent.to(output.dtype))
-
-
 def check(arguments: dict) -> None:
-    """The provider in force against the native body in the same dtype, both against the native body in float64."""
-    in_force = registry.get_policy()
-    got, cotangent, grads = run(norm_act, arguments)
-    registry.set_policy("native")
-    exact, _, exact_grads = run(norm_act, double(arguments), cotangent)
-    native, _, native_grads = run(norm_act, arguments, cotangent)
-    registry.set_policy(in_force)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    check_errors(("output",), (got,), (native,), (exact,), OUTPUT)
-    present = [name for name in NAMES if arguments[name] is not None]
-    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+    """The provider in force, by the error rule."""
+    (output,), _ = harness.check(norm_act, ("output",), arguments)
+    assert output.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,8 +122,8 @@ def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_error_rule_bf16(provider, nan_filled, case, gated, residual):
-    check(make(case, "hardswish", gated=gated, residual=residual, dtype=torch.bfloat16))
+def test_error_rule_narrow(provider, nan_filled, case, gated, residual):
+    check(make(case, "hardswish", gated=gated, residual=residual, dtype=NARROW))
 
 
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 1), (1, 1), (4, 2)])
@@ -170,25 +143,25 @@ def test_the_residual_has_a_gradient_where_it_is_asked_for(
     provider, nan_filled, act, gated, residual, residual_gradient, owed
 ):
     arguments = make("odd channels", act, owed, gated, residual)
-    grad = torch.randn_like(arguments["x"])
-    got = norm_act_backward(grad, *arguments.values(), residual_gradient)
+    arguments = {"grad": torch.randn_like(arguments["x"])} | arguments
+    got = norm_act_backward(*to_device(arguments).values(), residual_gradient)
     registry.set_policy("native")
-    want = norm_act_backward(*double({"grad": grad} | arguments).values(), residual_gradient)
+    want = norm_act_backward(*double(arguments).values(), residual_gradient)
     assert [g.numel() > 0 for g in got[4:]] == [
         residual_gradient,
         *2 * [residual_gradient and residual == "normalised residual"],
     ]
-    torch.testing.assert_close(got, want, check_dtype=False, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, check_dtype=False, check_device=False, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("act", ["identity", "relu"])
 def test_other_memory_formats(provider, act):
     arguments = make("wide", act, gated=True, residual="normalised residual")
-    want, cotangent, grads = run(norm_act, arguments)
+    want, (cotangent,), grads = run(norm_act, arguments)
     arguments |= {name: arguments[name].contiguous() for name in ("x", "residual")}
     for layout in (cotangent.contiguous(), cotangent[:1, :1, :1, :1].expand_as(cotangent)):
-        got, _, got_grads = run(norm_act, arguments, layout)
-        assert got.is_contiguous(memory_format=torch.channels_last)
+        got, _, got_grads = run(norm_act, arguments, (layout,))
+        assert got[0].is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(got, want)
         if layout.is_contiguous():
             torch.testing.assert_close(got_grads, grads)
@@ -196,9 +169,9 @@ def test_other_memory_formats(provider, act):
 
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8, 0, 3), (2, 0, 3, 3)])
 def test_nothing_at_all(provider, nan_filled, shape):
-    x = torch.randn(shape).requires_grad_()
-    small = [torch.rand(2, shape[1]).requires_grad_() for _ in range(2)]
-    gate = torch.rand(shape[:2]).requires_grad_()
+    x = torch.randn(shape, device=device()).requires_grad_()
+    small = [torch.rand(2, shape[1], device=device()).requires_grad_() for _ in range(2)]
+    gate = torch.rand(shape[:2], device=device()).requires_grad_()
     output = norm_act(x, *small, "relu", gate, x.detach(), None, None)
     assert output.shape == x.shape
     for gradient in torch.autograd.grad(output.sum(), (x, *small, gate)):
@@ -216,7 +189,7 @@ def test_threads_share_few_images_and_many(provider, nan_filled):
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_opcheck(provider, residual):
-    arguments = make("odd channels", gated=True, residual=residual)
+    arguments = to_device(make("odd channels", gated=True, residual=residual))
     opcheck(torch.ops.dspnet.norm_act.default, tuple(arguments.values()))
     for value in arguments.values():
         if isinstance(value, Tensor):
@@ -244,7 +217,7 @@ def test_a_block_is_compiled_whole(provider):
     ]
     results = []
     for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        leaves = [tensor.to(device(), copy=True).requires_grad_() for tensor in inputs]
         output = function(*leaves)
         results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
     torch.testing.assert_close(*results)
@@ -269,24 +242,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(provider, reason):
-    arguments = make("one vector", gated=True, residual="normalised residual")
+    arguments = to_device(make("one vector", gated=True, residual="normalised residual"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
         norm_act(*arguments.values())
 
 
-@needs_cpp
+@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule, in processes of their own."""
-    for capability in ("avx2", "default"):
-        program = (
-            "import sys, torch; from dspnet_fast.ops import registry\n"
-            "sys.path.insert(0, 'tests/ops'); import test_norm_act as t\n"
-            "registry.set_policy('cpp')\n"
-            "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
-            "for case in t.CASES:\n"
-            "    for residual in t.RESIDUALS:\n"
-            "        t.check(t.make(case, 'hardswish', gated=True, residual=residual))\n"
-            "        t.check(t.make(case, 'relu', residual=residual, dtype=torch.bfloat16))\n"
-        )
-        run_python("-c", program, ATEN_CPU_CAPABILITY=capability)
+    """The builds for lesser processors, by this file's error rule."""
+    check_every_build(
+        run_python,
+        "test_norm_act",
+        "for case in t.CASES:\n"
+        "    for residual in t.RESIDUALS:\n"
+        "        t.check(t.make(case, 'hardswish', gated=True, residual=residual))\n"
+        "        t.check(t.make(case, 'relu', residual=residual, dtype=torch.bfloat16))\n",
+    )

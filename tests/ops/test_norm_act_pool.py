@@ -1,18 +1,17 @@
 """norm_act_pool: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from error_rule import GRADIENT, OUTPUT, check_errors
-from torch import Tensor
+from harness import DTYPES, check_every_build, device, differentiable, double, providers, run, to_device
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.ops import cpp, norm_act_pool, registry
+from dspnet_fast.ops import cpp, norm_act_pool
 from dspnet_fast.ops.owed import ACTS
 
 ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
-NAMES = ("x", "scale", "shift")
 
 # (images, channels, height, width, views)
 CASES = {
@@ -26,10 +25,8 @@ CASES = {
     "one image": (1, 35, 9, 7, 1),
 }
 
-needs_cpp = pytest.mark.skipif(not cpp.has("norm_act_pool")[0], reason=cpp.has("norm_act_pool")[1])
 
-
-@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+@pytest.fixture(params=providers(norm_act_pool))
 def provider(request, policy):
     policy(request.param)
     return request.param
@@ -46,10 +43,6 @@ def make(case: str, act: str = "relu", owed: bool = True, dtype: torch.dtype = t
     }
 
 
-def double(arguments: dict) -> dict:
-    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
 def composed(x, scale, shift, act):
     """The formula by ordinary operations, one view after another."""
     if scale is not None:
@@ -58,31 +51,10 @@ def composed(x, scale, shift, act):
     return ACTIVATIONS[act](x).mean((2, 3))
 
 
-def run(op, arguments: dict, cotangent: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
-    """The output, the cotangent that was used, and the gradients of all inputs that are there."""
-    leaves = {
-        name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    output = op(*leaves.values())
-    if cotangent is None:
-        cotangent = torch.randn_like(output)
-    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
-    return output.detach(), cotangent, torch.autograd.grad(output, wanted, cotangent.to(output.dtype))
-
-
 def check(arguments: dict) -> None:
-    """The provider in force against the native body in the same dtype, both against the native body in float64."""
-    in_force = registry.get_policy()
-    got, cotangent, grads = run(norm_act_pool, arguments)
-    registry.set_policy("native")
-    exact, _, exact_grads = run(norm_act_pool, double(arguments), cotangent)
-    native, _, native_grads = run(norm_act_pool, arguments, cotangent)
-    registry.set_policy(in_force)
-    assert grads[0].is_contiguous(memory_format=torch.channels_last)
-    check_errors(("output",), (got,), (native,), (exact,), OUTPUT)
-    present = [name for name in NAMES if arguments[name] is not None]
-    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+    """The provider in force, by the error rule."""
+    _, (of_x, *_) = harness.check(norm_act_pool, ("output",), arguments)
+    assert of_x.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,7 +71,7 @@ def test_formulas_by_autograd(case, act, owed):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("owed", [False, True], ids=["settled", ""])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_error_rule(provider, nan_filled, case, act, owed, dtype):
     check(make(case, act, owed, dtype))
 
@@ -112,9 +84,9 @@ def test_one_row_of_scale_serves_all_images(provider, nan_filled):
 @pytest.mark.parametrize("act", ["identity", "relu"])
 def test_other_memory_formats(provider, act):
     arguments = make("wide", act)
-    want, cotangent, grads = run(norm_act_pool, arguments)
+    want, (cotangent,), grads = run(norm_act_pool, arguments)
     got, _, got_grads = run(
-        norm_act_pool, arguments | {"x": arguments["x"].contiguous()}, cotangent.t().contiguous().t()
+        norm_act_pool, arguments | {"x": arguments["x"].contiguous()}, (cotangent.t().contiguous().t(),)
     )
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(got_grads, grads)
@@ -122,8 +94,8 @@ def test_other_memory_formats(provider, act):
 
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 0, 3, 3)])
 def test_nothing_at_all(provider, nan_filled, shape):
-    x = torch.randn(shape).requires_grad_()
-    small = [torch.rand(2, shape[1]).requires_grad_() for _ in range(2)]
+    x = torch.randn(shape, device=device()).requires_grad_()
+    small = [torch.rand(2, shape[1], device=device()).requires_grad_() for _ in range(2)]
     output = norm_act_pool(x, *small, "relu")
     assert output.shape == shape[:2]
     for gradient in torch.autograd.grad(output.sum(), (x, *small)):
@@ -140,9 +112,9 @@ def test_threads_share_few_images_and_many(provider, nan_filled):
 
 
 def test_opcheck(provider):
-    arguments = make("odd channels")
+    arguments = to_device(make("odd channels"))
     opcheck(torch.ops.dspnet.norm_act_pool.default, tuple(arguments.values()))
-    for name in NAMES:
+    for name in differentiable(arguments):
         arguments[name].requires_grad_()
     opcheck(torch.ops.dspnet.norm_act_pool.default, tuple(arguments.values()))
 
@@ -160,23 +132,19 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(provider, reason):
-    arguments = make("one vector")
+    arguments = to_device(make("one vector"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
         norm_act_pool(*arguments.values())
 
 
-@needs_cpp
+@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule, in processes of their own."""
-    for capability in ("avx2", "default"):
-        program = (
-            "import sys, torch; from dspnet_fast.ops import registry\n"
-            "sys.path.insert(0, 'tests/ops'); import test_norm_act_pool as t\n"
-            "registry.set_policy('cpp')\n"
-            "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
-            "for case in t.CASES:\n"
-            "    t.check(t.make(case, 'hardswish'))\n"
-            "    t.check(t.make(case, 'relu', dtype=torch.bfloat16))\n"
-        )
-        run_python("-c", program, ATEN_CPU_CAPABILITY=capability)
+    """The builds for lesser processors, by this file's error rule."""
+    check_every_build(
+        run_python,
+        "test_norm_act_pool",
+        "for case in t.CASES:\n"
+        "    t.check(t.make(case, 'hardswish'))\n"
+        "    t.check(t.make(case, 'relu', dtype=torch.bfloat16))\n",
+    )

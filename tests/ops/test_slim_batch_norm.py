@@ -1,16 +1,14 @@
 """slim_batch_norm: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from error_rule import GRADIENT, OUTPUT, check_errors
-from torch import Tensor
+from harness import DTYPES, check_every_build, device, differentiable, double, providers, run, to_device
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import cpp, registry, slim_batch_norm
-
-NAMES = ("x", "weight", "bias")
 
 # (shape, views). Images are channels-last, unless a case says otherwise.
 CASES = {
@@ -31,10 +29,8 @@ OTHER_CASES = {
     "volumes": ((4, 3, 2, 3, 4), 2),
 }
 
-needs_cpp = pytest.mark.skipif(not cpp.has("slim_batch_norm")[0], reason=cpp.has("slim_batch_norm")[1])
 
-
-@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+@pytest.fixture(params=providers(slim_batch_norm))
 def provider(request, policy):
     policy(request.param)
     return request.param
@@ -55,10 +51,6 @@ def make(case: str, weight: bool = True, bias: bool = True, dtype: torch.dtype =
     }
 
 
-def double(arguments: dict) -> dict:
-    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
 def composed(x, weight, bias, eps, views):
     """The formulas by ordinary layers, one view after another."""
     y, means, variances = [], [], []
@@ -73,32 +65,10 @@ def composed(x, weight, bias, eps, views):
     return torch.cat(y), torch.stack(means), torch.stack(variances)
 
 
-def run(op, arguments: dict, cotangents: tuple[Tensor, ...] | None = None) -> tuple[tuple, tuple, tuple]:
-    """Outputs, the cotangents that were used, and the gradients of all inputs that are there."""
-    leaves = {
-        name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    outputs = op(*leaves.values())
-    if cotangents is None:
-        cotangents = tuple(torch.randn_like(output) for output in outputs)
-    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
-    loss = sum((o * c.to(o.dtype)).sum() for o, c in zip(outputs, cotangents, strict=True))
-    return tuple(o.detach() for o in outputs), cotangents, torch.autograd.grad(loss, wanted)
-
-
 def check(arguments: dict) -> None:
-    """The provider in force against the native body in the same dtype, both against the native body in float64."""
-    in_force = registry.get_policy()
-    got, cotangents, grads = run(slim_batch_norm, arguments)
-    registry.set_policy("native")
-    exact, _, exact_grads = run(slim_batch_norm, double(arguments), cotangents)
-    native, _, native_grads = run(slim_batch_norm, arguments, cotangents)
-    registry.set_policy(in_force)
-    assert got[0].stride() == arguments["x"].stride()
-    check_errors(("y", "mean", "variance"), got, native, exact, OUTPUT)
-    present = [name for name in NAMES if arguments[name] is not None]
-    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+    """The provider in force, by the error rule."""
+    (y, _, _), _ = harness.check(slim_batch_norm, ("y", "mean", "variance"), arguments)
+    assert y.stride() == arguments["x"].stride()
 
 
 @pytest.mark.parametrize("case", CASES | OTHER_CASES)
@@ -116,7 +86,7 @@ def test_formulas_by_autograd(case, weight, bias):
 @pytest.mark.parametrize("case", CASES)
 def test_each_view_is_as_batch_norm_has_it(provider, case):
     arguments = make(case)
-    y, _, _ = slim_batch_norm(*arguments.values())
+    y = slim_batch_norm(*to_device(arguments).values())[0].cpu()
     if case == "one row":
         torch.testing.assert_close(y, arguments["bias"].view(1, -1, 1, 1).expand_as(y), rtol=0, atol=1e-3)
         return
@@ -127,7 +97,7 @@ def test_each_view_is_as_batch_norm_has_it(provider, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("weight, bias", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_error_rule(provider, nan_filled, case, weight, bias, dtype):
     check(make(case, weight, bias, dtype))
 
@@ -148,24 +118,24 @@ def test_moments_far_from_zero(provider, case):
     """|mean| / std = 1000, where E[x^2] - E[x]^2 in fp32 is wrong by more than the variance itself."""
     arguments = make(case)
     arguments["x"] = torch.randn_like(arguments["x"]) + 1000
-    _, mean, variance = slim_batch_norm(*arguments.values())
+    _, mean, variance = slim_batch_norm(*to_device(arguments).values())
     registry.set_policy("native")
     _, exact_mean, exact_variance = slim_batch_norm(*double(arguments).values())
-    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(variance.double(), exact_variance, rtol=1e-4, atol=0)
+    torch.testing.assert_close(mean.cpu().double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.cpu().double(), exact_variance, rtol=1e-4, atol=0)
 
 
 def test_a_pivot_far_from_the_mean(provider):
     """The first values are outliers of thousands of standard deviations."""
     x = torch.randn(1000, 24)
     x[:2] = 1000
-    _, mean, variance = slim_batch_norm(x, None, None, 1e-5, 1)
+    _, mean, variance = (output.cpu() for output in slim_batch_norm(x.to(device()), None, None, 1e-5, 1))
     torch.testing.assert_close(mean[0].double(), x.double().mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(variance[0].double(), x.double().var(0, correction=0), rtol=1e-5, atol=0)
 
 
 def test_gradients_of_other_memory_formats(provider):
-    arguments = make("one vector")
+    arguments = to_device(make("one vector"))
     x = arguments["x"].requires_grad_()
     y, _, _ = slim_batch_norm(*arguments.values())
     cotangent = torch.randn_like(y)
@@ -186,9 +156,9 @@ def test_threads(provider, nan_filled):
 
 @pytest.mark.parametrize("case", ["odd channels", "features"])
 def test_opcheck(provider, case):
-    arguments = make(case)
+    arguments = to_device(make(case))
     opcheck(torch.ops.dspnet.slim_batch_norm.default, tuple(arguments.values()))
-    for name in NAMES:
+    for name in differentiable(arguments):
         arguments[name].requires_grad_()
     opcheck(torch.ops.dspnet.slim_batch_norm.default, tuple(arguments.values()))
 
@@ -206,23 +176,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(provider, reason):
-    arguments = make("one vector")
+    arguments = to_device(make("one vector"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
         slim_batch_norm(*arguments.values())
 
 
-@needs_cpp
+@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule, in processes of their own."""
-    for capability in ("avx2", "default"):
-        program = (
-            "import sys, torch; from dspnet_fast.ops import registry\n"
-            "sys.path.insert(0, 'tests/ops'); import test_slim_batch_norm as t\n"
-            "registry.set_policy('cpp')\n"
-            "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
-            "for case in t.CASES:\n"
-            "    t.check(t.make(case))\n"
-            "    t.check(t.make(case, dtype=torch.bfloat16))\n"
-        )
-        run_python("-c", program, ATEN_CPU_CAPABILITY=capability)
+    """The builds for lesser processors, by this file's error rule."""
+    check_every_build(
+        run_python,
+        "test_slim_batch_norm",
+        "for case in t.CASES:\n    t.check(t.make(case))\n    t.check(t.make(case, dtype=torch.bfloat16))\n",
+    )

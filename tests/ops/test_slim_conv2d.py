@@ -4,14 +4,12 @@ what it refuses."""
 import pytest
 import torch
 import torch.nn.functional as F
-from error_rule import GRADIENT, OUTPUT, check_errors
+from harness import DTYPES, check, device, double, providers, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.ops import cpp, registry, slim_conv2d
-
-NAMES = ("x", "weight", "bias")
+from dspnet_fast.ops import cpp, slim_conv2d
 
 # (shape of x, shape of the full weight, channels out, stride, padding, dilation, groups)
 CASES = {
@@ -31,10 +29,8 @@ OTHER_CASES = {
     "groups": ((2, 6, 8, 9), (12, 4, 3, 3), 9, (1, 1), (1, 1), (1, 1), 3),
 }
 
-needs_cpp = pytest.mark.skipif(not cpp.has("conv_moments")[0], reason=cpp.has("conv_moments")[1])
 
-
-@pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
+@pytest.fixture(params=providers(slim_conv2d))
 def provider(request, policy):
     policy(request.param)
     return request.param
@@ -53,27 +49,10 @@ def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float32) -> 
     }
 
 
-def double(arguments: dict) -> dict:
-    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
 def composed(x, weight, bias, main_grad, out_channels, stride, padding, dilation, groups):
     """By PyTorch's own layer; autograd makes the gradient of the full weight."""
     prefix = weight[:out_channels, : x.shape[1] // groups]
     return F.conv2d(x, prefix, bias, stride, padding, dilation, groups)
-
-
-def run(op, arguments: dict, cotangent: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
-    """The output, the cotangent that was used, and the gradients of all inputs that are there."""
-    leaves = {
-        name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-    output = op(*leaves.values())
-    if cotangent is None:
-        cotangent = torch.randn_like(output)
-    wanted = [leaves[name] for name in NAMES if leaves[name] is not None]
-    return output.detach(), cotangent, torch.autograd.grad(output, wanted, cotangent.to(output.dtype))
 
 
 @pytest.mark.parametrize("case", CASES | OTHER_CASES)
@@ -88,19 +67,12 @@ def test_values_and_gradients(case, biased):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_error_rule(provider, nan_filled, case, biased, dtype):
-    arguments = make(case, biased, dtype)
-    got, cotangent, grads = run(slim_conv2d, arguments)
-    registry.set_policy("native")
-    exact, _, exact_grads = run(slim_conv2d, double(arguments), cotangent)
-    native, _, native_grads = run(slim_conv2d, arguments, cotangent)
-    check_errors(("y",), (got,), (native,), (exact,), OUTPUT)
-    present = [name for name in NAMES if arguments[name] is not None]
-    check_errors([f"gradient of {name}" for name in present], grads, native_grads, exact_grads, GRADIENT)
+    check(slim_conv2d, ("y",), make(case, biased, dtype))
 
 
-@needs_cpp
+@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 @pytest.mark.parametrize("case", OTHER_CASES)
 def test_what_a_provider_does_not_serve_is_the_native_bodys(policy, case):
     arguments = make(case)
@@ -115,24 +87,26 @@ def test_what_a_provider_does_not_serve_is_the_native_bodys(policy, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_gradient_goes_to_the_prefix_of_main_grad(provider, case, dtype):
     arguments = make(case, dtype=dtype)
-    _, cotangent, (_, whole, _) = run(slim_conv2d, arguments)
+    _, (cotangent,), (_, whole, _) = run(slim_conv2d, arguments)
     before = torch.randn_like(whole)
-    arguments |= {"main_grad": before.clone(), "weight": arguments["weight"].requires_grad_()}
-    slim_conv2d(*arguments.values()).backward(cotangent)
+    arguments = to_device(arguments | {"main_grad": before.clone()})
+    arguments["weight"].requires_grad_()
+    slim_conv2d(*arguments.values()).backward(cotangent.to(device()))
     assert arguments["weight"].grad is None
     rounding = torch.finfo(dtype).eps * whole.abs().max().item()
-    torch.testing.assert_close(arguments["main_grad"], before + whole, rtol=torch.finfo(dtype).eps, atol=4 * rounding)
+    main_grad = arguments["main_grad"].cpu()
+    torch.testing.assert_close(main_grad, before + whole, rtol=torch.finfo(dtype).eps, atol=4 * rounding)
     out, inputs = arguments["out_channels"], arguments["x"].shape[1] // arguments["groups"]
-    assert arguments["main_grad"][out:].equal(before[out:])
-    assert arguments["main_grad"][:, inputs:].equal(before[:, inputs:])
+    assert main_grad[out:].equal(before[out:])
+    assert main_grad[:, inputs:].equal(before[:, inputs:])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
 def test_one_gradient_alone(provider, name):
-    arguments = make("dense 3")
+    arguments = to_device(make("dense 3"))
     arguments[name].requires_grad_()
     slim_conv2d(*arguments.values()).sum().backward()
     assert arguments[name].grad is not None
@@ -140,7 +114,7 @@ def test_one_gradient_alone(provider, name):
 
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
 def test_opcheck(provider, biased):
-    arguments = make("dense 3", biased)
+    arguments = to_device(make("dense 3", biased))
     opcheck(
         torch.ops.dspnet.slim_conv2d.default,
         tuple((arguments | {"main_grad": torch.zeros_like(arguments["weight"])}).values()),
@@ -169,7 +143,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refused(provider, reason):
-    arguments = make("dense 3")
+    arguments = to_device(make("dense 3"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
         slim_conv2d(*arguments.values())

@@ -1,0 +1,150 @@
+"""Compiles what an operator's Triton kernels would be launched with, for GPUs that need not be there.
+
+    python tests/kernels/ahead_of_time.py conv_moments
+
+calls the operator's launchers on the shapes of benchmarks/ops/layers.py, without data, and compiles each different
+launch for two architectures. Prints a line of JSON for each: registers, stack (where registers spill to) and shared
+memory.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from dspnet_fast.kernels import launch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.ops.layers import IMAGES, MOBILENET, RESNET, VIEWS, Conv
+from dspnet_fast.ops import triton as provider
+
+ARCHITECTURES = (80, 90)
+DTYPES = (torch.bfloat16, torch.float32)
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data."""
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return tensor.to(memory_format=torch.channels_last) if len(shape) == 4 else tensor
+
+
+def owed(layer: Conv, dtype: torch.dtype) -> tuple[Any, ...]:
+    """x, scale, shift, act, gate of a layer's input."""
+    rows = [None if layer.act is None else empty(VIEWS, layer.channels) for _ in range(2)]
+    gate = empty(IMAGES, layer.channels) if layer.gated else None
+    return empty(IMAGES, layer.channels, layer.size, layer.size, dtype=dtype), *rows, layer.act or "identity", gate
+
+
+def call_conv_moments(layer: Conv, dtype: torch.dtype) -> None:
+    """Forward, with and without moments, and backward."""
+    kernels = provider.kernels("conv_moments")
+    weight = empty(*layer.full, layer.kernel, layer.kernel)
+    geometry = layer.stride, layer.kernel // 2, layer.groups
+    for views in (VIEWS, 0) if layer.channels == 64 else (VIEWS,):  # one without moments shows what they cost
+        kernels.conv_moments(*owed(layer, dtype), weight, layer.out_channels, *geometry, views)
+    y = empty(IMAGES, layer.out_channels, layer.out_size, layer.out_size, dtype=dtype)
+    moments = [empty(VIEWS, layer.out_channels) for _ in range(3)]
+    kernels.conv_moments_backward(
+        y, *moments[:2], *owed(layer, dtype), weight, weight, y, moments[2], *geometry, True, True
+    )
+
+
+def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
+    """The end of a block: added to a residual that is settled, and to one that is not."""
+    kernels = provider.kernels("norm_act")
+    x, *rest = owed(layer, dtype)
+    residual, rows = empty(*x.shape, dtype=dtype), [empty(VIEWS, layer.channels) for _ in range(2)]
+    for other in ((residual, None, None), (residual, *rows), (None, None, None)):
+        kernels.norm_act(x, *rest, *other)
+        kernels.norm_act_backward(x, x, *rest, *other, other[0] is not None)
+
+
+def call_norm_act_pool(layer: Conv, dtype: torch.dtype) -> None:
+    """Forward and backward."""
+    kernels = provider.kernels("norm_act_pool")
+    x, scale, shift, act, _ = owed(layer, dtype)
+    kernels.norm_act_pool(x, scale, shift, act)
+    kernels.norm_act_pool_backward(empty(*x.shape[:2]), x, scale, shift, act)
+
+
+def call_slim_batch_norm(layer: Conv, dtype: torch.dtype) -> None:
+    """Forward and backward."""
+    kernels = provider.kernels("slim_batch_norm")
+    x, affine = owed(layer, dtype)[0], empty(layer.channels)
+    _, mean, variance = kernels.slim_batch_norm(x, affine, affine, 1e-5, VIEWS)
+    kernels.slim_batch_norm_backward(x, mean, variance, x, affine, mean, variance, 1e-5)
+
+
+def call_slim_linear(layer: Conv, dtype: torch.dtype) -> None:
+    """A matrix product of the layer's channels by a sliced weight."""
+    kernels = provider.kernels("slim_linear")
+    x, weight = empty(IMAGES, layer.channels, dtype=dtype), empty(layer.full[0], layer.channels + 8, dtype=dtype)
+    y = kernels.slim_linear(x, weight, None, layer.out_channels)
+    kernels.slim_linear_backward(y, x, weight, None, True, True, True)
+
+
+CALLS = {name.removeprefix("call_"): function for name, function in globals().items() if name.startswith("call_")}
+
+
+def launches(operator: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict, dict[str, int]]]:
+    """Every different launch: kernel, signature, constants, attributes, options, as Triton specialises them."""
+    seen: dict[str, Any] = {}
+
+    def remember(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        signature, constants, attributes = {}, dict(options), {}
+        for position, (name, value) in enumerate(zip(kernel.arg_names, args)):
+            if isinstance(value, Tensor):
+                signature[name] = TYPES[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif value == 1:
+                signature[name], constants[name] = "constexpr", 1
+            else:
+                signature[name] = "i32" if value < 2**31 else "i64"
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(options, "constexpr")
+        key = repr((kernel.fn.__name__, signature, constants, attributes, compile_options))
+        seen.setdefault(key, (kernel, signature, constants, attributes, compile_options))
+
+    launch.observer = remember
+    for layer in (MOBILENET | RESNET).values():
+        for dtype in DTYPES:
+            CALLS[operator](layer, dtype)
+    launch.observer = None
+    yield from seen.values()
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers, bytes of stack and so on, of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", done.stdout)}
+
+
+def main() -> None:
+    for kernel, signature, constants, attributes, options in launches(sys.argv[1]):
+        for architecture in ARCHITECTURES:
+            source = ASTSource(kernel, signature, constants, attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            found = usage(compiled.asm["cubin"])
+            line = {"kernel": kernel.fn.__name__, "sm": architecture, **options, "shared": compiled.metadata.shared}
+            shown = {name: value for name, value in constants.items() if name.isupper()}
+            print(json.dumps(line | found | {"constants": shown, "wide": "v4" in compiled.asm["ptx"]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

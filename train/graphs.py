@@ -1,0 +1,126 @@
+"""CUDA graphs of a training step: its thousands of launches recorded once, and from then on replayed by a few calls.
+
+There is one graph for the target, one per subnet for forward and backward pass, one for the update. They read and
+write tensors that stay where they are: the batch, the normalised images, the targets, the losses, the arena, scalars.
+Everything else they need comes out of one pool of memory that they share: nothing in it is used after its graph has
+run, so they may follow each other in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dspnet_fast.subnets import Subnet
+
+from .arena import Arena
+from .data.loader import normalize
+from .dspnet import DSPNet
+
+WARM_UP = 3  # runs before recording, in which libraries choose algorithms and kernels are compiled
+
+# Runs a function a few times and returns what repeats it, with the same tensors, without calling it.
+Recorder = Callable[[Callable[[], object]], Callable[[], object]]
+
+
+class StepGraphs:
+    """A step of a model on batches of one shape, recorded. Recording leaves no trace in the state of the run.
+
+    Args:
+        model: the networks; their parameters lie in `arena`.
+        arena: parameters, gradients, momentum and target.
+        batch: a batch as the run has them, uint8 [2B, C, S, S].
+        alpha: see `DSPNet.targets`: a scalar on the device, read by every replay.
+        update: the update of the arena; reads what changes from step to step from the device.
+        record: how to record; by default as CUDA graphs.
+
+    Raises RuntimeError if a part of the step cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        model: DSPNet,
+        arena: Arena,
+        batch: Tensor,
+        alpha: Tensor,
+        update: Callable[[], None],
+        record: Recorder | None = None,
+    ) -> None:
+        device = arena.params.device
+        self._model, self._alpha = model, alpha
+        self._batch = batch.to(device, copy=True)
+        self._images = normalize(self._batch)
+        self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
+        with _unharmed(model, arena):
+            self._targets = model.targets(self._images, alpha)
+            record = record or recorder()
+            self._find_targets = record(self._run_target)
+            self._train = {subnet.name: record(partial(self._run_subnet, subnet)) for subnet in model.family}
+            self._update = record(update)
+
+    def _run_target(self) -> None:
+        self._images.copy_(normalize(self._batch))
+        self._targets.copy_(self._model.targets(self._images, self._alpha))
+
+    def _run_subnet(self, subnet: Subnet) -> None:
+        loss = self._model.loss(self._images, self._targets, subnet)
+        loss.backward()
+        self._losses[subnet.name].copy_(loss.detach())
+
+    def accumulate(self, batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+        """As DSPNet.accumulate, on the batch before normalisation.
+
+        Raises RuntimeError for a batch of another shape than that of the recording.
+        """
+        if batch.shape != self._batch.shape:
+            raise RuntimeError(
+                f"the step was recorded for batches of {list(self._batch.shape)}, not {list(batch.shape)}"
+            )
+        self._batch.copy_(batch, non_blocking=True)
+        self._find_targets()
+        for subnet in subnets:
+            self._train[subnet.name]()
+        return {subnet.name: self._losses[subnet.name].clone() for subnet in subnets}
+
+    def update(self) -> None:
+        """Everything after the last backward."""
+        self._update()
+
+
+def recorder() -> Recorder:
+    """Records CUDA graphs, all out of one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(function: Callable[[], object]) -> Callable[[], object]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                function()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the training step cannot be recorded as CUDA graphs; --no-cuda-graphs trains without: {error}"
+            ) from error
+        return graph.replay
+
+    return record
+
+
+@contextmanager
+def _unharmed(model: DSPNet, arena: Arena) -> Iterator[None]:
+    """Puts parameters, gradients, momentum, targets and all buffers back to what they were."""
+    flats = (arena.params, arena.grads, arena.momenta, arena.targets)
+    before = [(tensor, tensor.clone()) for tensor in (*flats, *model.buffers())]
+    yield
+    with torch.no_grad():
+        for tensor, value in before:
+            tensor.copy_(value)
