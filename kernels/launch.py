@@ -32,7 +32,7 @@ class Rows:
         """others: programs that work on the same rows, such as those on other columns."""
         size = rows // segments
         needed = triton.cdiv(size, block)
-        parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * others)))
+        parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * max(others, 1))))
         tiles = triton.cdiv(needed, max(parts, 1))
         return Rows(segments, size, block, triton.cdiv(needed, max(tiles, 1)), tiles)
 

@@ -94,7 +94,7 @@ def slim_batch_norm(
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     y = norm_act(x if x.ndim == 4 else x[:, :, None, None], scale, shift, "identity", None, None, None, None)
-    return y.view_as(x), mean, variance
+    return y if x.ndim == 4 else y[:, :, 0, 0], mean, variance
 
 
 def slim_batch_norm_backward(
