@@ -51,5 +51,5 @@ wheel: install ## build a wheel: dist/
 
 clean: ## remove what was built, but not .venv and not runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	rm -f dspnet_fast/_C.so dspnet_fast/_C.json $(INSTALLED)
+	rm -f dspnet_fast/_C*.so dspnet_fast/_C*.json $(INSTALLED)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
