@@ -153,7 +153,9 @@ def compile_into(package: Path, library: str, *definitions: str) -> str:
         print(done.stdout)
         if done.returncode:
             # A compiler's first error, else cmake's, whose text is on the lines after it.
-            error = re.search(r"^.*\berror: .*$|(?<=^CMake Error)[^\n]*(?:\n+ +[^\n]+){1,3}", done.stdout, re.MULTILINE)
+            error = re.search(
+                r"^.*(?:\berror: |nvcc fatal).*$|(?<=^CMake Error)[^\n]*(?:\n+ +[^\n]+){1,3}", done.stdout, re.MULTILINE
+            )
             return f"cmake failed: {' '.join(error[0].split()) if error else 'it gave no error message'}"
     return ""
 

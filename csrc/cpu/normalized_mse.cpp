@@ -67,7 +67,11 @@ Row measure(const P* p, const Z* z, int64_t columns) {
     pz[0] += pz[lane];
   }
   const double length_p = std::sqrt(pp[0]), length_z = std::sqrt(zz[0]);
-  Row row{at_least_shortest(length_p), at_least_shortest(length_z), 0, !(length_p > kShortest), !(length_z > kShortest)};
+  Row row;
+  row.length_p = at_least_shortest(length_p);
+  row.length_z = at_least_shortest(length_z);
+  row.short_p = !(length_p > kShortest);
+  row.short_z = !(length_z > kShortest);
   row.cosine = pz[0] / (row.length_p * row.length_z);
   return row;
 }

@@ -1,10 +1,10 @@
 // xi <- tau xi + (1 - tau) theta, in place, over a whole list of tensors.
 //
-// Bound by memory: 3 x the element size per element (read xi and theta, write xi). A list of a few hundred tensors costs
-// more in launches than in traffic, so a launch takes 120 pairs of tensors of any size: their addresses travel as the
-// kernel's parameters, of which there are 4 KB, so there is no table to copy and a CUDA graph keeps them. A block finds
-// its pair by binary search. Its tile is 4 packs of 16 bytes a thread: enough loads in flight, and small tensors waste
-// little.
+// Bound by memory: 3 x the element size per element (read xi and theta, write xi). A list of a few hundred tensors
+// costs more in launches than in traffic, so a launch takes 120 pairs of tensors of any size: their addresses travel as
+// the kernel's parameters, of which there are 4 KB, so there is no table to copy and a CUDA graph keeps them. A block
+// finds its pair by binary search. Its tile is 4 packs of 16 bytes a thread: enough loads in flight, and small tensors
+// waste little.
 //
 // 16-bit tensors are computed in fp32 and rounded once.
 #include "cuda_kernel.h"

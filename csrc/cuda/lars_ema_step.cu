@@ -6,10 +6,10 @@
 // Bound by memory, fp32: pass 1 reads p and g, 8 bytes per element, for the norms; pass 2 reads p, g, m, xi and writes
 // them, 32 bytes.
 //
-// The buffers are cut into regions, a segment or the gap between two, and regions into tiles of 4096 elements: a tile is
-// a block, so all of its elements have one q, and a block finds its region by binary search. The regions travel as the
-// kernels' parameters, of which there are 4 KB, up to 220 at a time: there is no table on the device to be made, kept or
-// copied, and a CUDA graph keeps them.
+// The buffers are cut into regions, a segment or the gap between two, and regions into tiles of 4096 elements: a tile
+// is a block, so all of its elements have one q, and a block finds its region by binary search. The regions travel as
+// the kernels' parameters, of which there are 4 KB, up to 220 at a time: there is no table on the device to be made,
+// kept or copied, and a CUDA graph keeps them.
 //
 // Sums are double, since squares of small fp32 gradients would underflow: one of each tile, added up in their order by
 // one block per region, so the result is the same each time.
@@ -285,12 +285,12 @@ const char* step(
 #else
 
 // NVRTC compiles only what is used.
-#define DSPNET_KERNELS_OF(scalar_t, width)                                                                          \
-  template __global__ void squares_kernel<scalar_t, width>(                                                         \
-      const __grid_constant__ Regions, const scalar_t*, const scalar_t*, int, scalar_t, Squares*);                  \
-  template __global__ void update_kernel<scalar_t, width>(                                                          \
-      const __grid_constant__ Regions, Buffers<scalar_t>, int, DeviceScalar, DeviceScalar, const double*, scalar_t,     \
-      scalar_t);
+#define DSPNET_KERNELS_OF(scalar_t, width)                                                                   \
+  template __global__ void squares_kernel<scalar_t, width>(                                                  \
+      const __grid_constant__ Regions, const scalar_t*, const scalar_t*, int, scalar_t, Squares*);           \
+  template __global__ void update_kernel<scalar_t, width>(                                                   \
+      const __grid_constant__ Regions, Buffers<scalar_t>, int, DeviceScalar, DeviceScalar, const double*,    \
+      scalar_t, scalar_t);
 DSPNET_KERNELS_OF(float, 1)
 DSPNET_KERNELS_OF(float, 4)
 DSPNET_KERNELS_OF(double, 1)

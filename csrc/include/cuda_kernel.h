@@ -1,4 +1,4 @@
-// What the kernels share: element types, 16-byte loads, a walk over a range, sums over a block. Compiles under NVRTC too.
+// What the kernels share: element types, 16-byte loads, a walk over a range, sums over a block. For NVRTC too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,7 @@ namespace dspnet::cuda {
 constexpr int kThreads = 256; // of every block
 constexpr int kWarp = 32;
 
-// --- Elements: 16-bit ones are computed in fp32 and rounded once ------------------------------------------------------
+// --- Elements: 16-bit ones are computed in fp32 and rounded once -----------------------------------------------------
 template <typename scalar_t>
 struct ComputedIn {
   using type = float;
@@ -76,7 +76,7 @@ __device__ inline double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-// --- Neighbours that are loaded and stored as one ---------------------------------------------------------------------
+// --- Neighbours that are loaded and stored as one --------------------------------------------------------------------
 template <typename scalar_t>
 constexpr int kWidest = 16 / sizeof(scalar_t);
 
@@ -106,8 +106,8 @@ struct Constant {
   static constexpr int width = value;
 };
 
-// A block's walk over the indices [begin, end): run(Constant<width>, i) for i .. i + width - 1 where i is `aligned` plus a
-// multiple of width, and run(Constant<1>, i) for the fewer than width indices at either end.
+// A block's walk over the indices [begin, end): run(Constant<width>, i) for i .. i + width - 1 where i is `aligned` plus
+// a multiple of width, and run(Constant<1>, i) for the fewer than width indices at either end.
 template <int width, typename Run>
 __device__ inline void for_range(int64_t begin, int64_t end, int aligned, const Run& run) {
   const int64_t skipped = begin + ((aligned - begin) & (width - 1));
@@ -142,7 +142,7 @@ __device__ inline int last_at_most(const int64_t* firsts, int count, int64_t val
   return low;
 }
 
-// --- Sums, always in the same order -----------------------------------------------------------------------------------
+// --- Sums, always in the same order ----------------------------------------------------------------------------------
 // Over a warp, in every lane.
 __device__ inline double warp_sum(double value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {

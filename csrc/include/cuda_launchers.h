@@ -1,6 +1,6 @@
-// What csrc/cuda offers to csrc/cuda/operators.cpp: raw pointers, sizes and a stream, so that the .cu files know nothing
-// of torch and operators.cpp nothing of CUDA's headers. Arguments have been checked. Launchers return at once, and give
-// null or what CUDA reports; they neither allocate nor wait, so a CUDA graph may record them.
+// What the .cu files offer to csrc/cuda/operators.cpp: raw pointers, sizes and a stream, so that they know nothing of
+// torch, and it nothing of CUDA's headers. Arguments have been checked. Launchers return at once, and give null or what
+// CUDA reports; they neither allocate nor wait, so a CUDA graph may record them.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@ typedef struct CUstream_st* cudaStream_t; // as in CUDA's own headers
 
 namespace dspnet::cuda {
 
-// --- device.cu --------------------------------------------------------------------------------------------------------
+// --- device.cu -------------------------------------------------------------------------------------------------------
 // Why this library cannot compute on this device, or null.
 const char* problem(int device);
 
 // The runtime linked into this library keeps a current device of its own, for each thread.
 const char* use_device(int device);
 
-// --- ema_update.cu ----------------------------------------------------------------------------------------------------
+// --- ema_update.cu ---------------------------------------------------------------------------------------------------
 struct EmaPair {
   void* target;
   const void* online;
@@ -28,7 +28,7 @@ struct EmaPair {
 // No target may share memory with another tensor, except with its own online if they are the same.
 const char* ema_update(Kind kind, const EmaPair* pairs, int64_t count, double tau, cudaStream_t stream);
 
-// --- lars_ema_step.cu -------------------------------------------------------------------------------------------------
+// --- lars_ema_step.cu ------------------------------------------------------------------------------------------------
 struct LarsBuffers {
   void* params;
   void* grads;
@@ -60,7 +60,7 @@ const char* lars_ema_step(
     void* workspace,
     cudaStream_t stream);
 
-// --- normalized_mse.cu ------------------------------------------------------------------------------------------------
+// --- normalized_mse.cu -----------------------------------------------------------------------------------------------
 struct Matrices {
   const void* p;
   const void* z;

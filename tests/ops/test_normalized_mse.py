@@ -31,12 +31,16 @@ def eager(p, z):
 
 
 def check(p: Tensor, z: Tensor, forward=normalized_mse, backward=normalized_mse_backward) -> None:
-    """The error rule, for the loss and both gradients."""
+    """The error rule, for the loss and both gradients.
+
+    In float64 the reference is no better than what it judges: there, both may be off by rounding.
+    """
     p, z = (v.detach().requires_grad_() for v in (p, z))
     p64, z64 = (v.detach().double().requires_grad_() for v in (p, z))
     exact, same_dtype, loss = eager(p64, z64), eager(p, z), forward(p.detach(), z.detach())
     assert loss.dtype == same_dtype.dtype and loss.shape == ()
-    unit = 4 * torch.finfo(loss.dtype).eps  # the loss lies in [0, 4]
+    rounding = 10 if loss.dtype == torch.float64 else 1
+    unit = rounding * 4 * torch.finfo(loss.dtype).eps  # the loss lies in [0, 4]
     assert (loss.double() - exact).abs() <= 2 * (same_dtype.double() - exact).abs() + unit
 
     d = torch.full_like(loss, -1.75)
@@ -46,7 +50,7 @@ def check(p: Tensor, z: Tensor, forward=normalized_mse, backward=normalized_mse_
         assert gradient.dtype == reference.dtype
         # In one dimension the gradient is 0, and what remains is rounding of terms of the size of 2 d / (N |p|).
         terms = 4 / (len(p) * min(p64.norm(dim=1).min(), z64.norm(dim=1).min()))
-        unit = torch.finfo(gradient.dtype).eps * want.abs().max() + torch.finfo(loss.dtype).eps * terms
+        unit = torch.finfo(gradient.dtype).eps * want.abs().max() + rounding * torch.finfo(loss.dtype).eps * terms
         assert (gradient.double() - want).abs().max() <= 3 * (reference.double() - want).abs().max() + unit
 
 

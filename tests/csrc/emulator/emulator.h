@@ -1,8 +1,8 @@
-// Runs the kernels of csrc/cuda on the CPU, for tests without a GPU: one block after another, its threads as fibers that
-// take turns at __syncthreads and at shuffles. To be included before anything else (-include).
+// Runs the kernels of csrc/cuda on the CPU, for tests without a GPU: one block after another, its threads as fibers
+// that take turns at __syncthreads and at shuffles. To be included before anything else (-include).
 //
-// What it shows: every index, every barrier, every sum, and with -fsanitize=alignment every wide load. What it does not:
-// races between threads that no barrier separates, nor anything about speed.
+// What it shows: every index, every barrier, every sum, and with -fsanitize=alignment every wide load. What it does
+// not: races between threads that no barrier separates, nor anything about speed.
 #pragma once
 
 #include <cuda_bf16.h>
