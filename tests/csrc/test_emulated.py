@@ -116,6 +116,7 @@ assert arguments["momenta"].isfinite().all() and arguments["params"].isfinite().
 """
 
 NORMALIZED_MSE = """
+from dspnet_fast.ops.normalized_mse import EPS
 from tests.ops.test_normalized_mse import DTYPES, SHAPES, check, inputs
 forward, backward = emulated.normalized_mse, emulated.normalized_mse_backward
 for dtype in DTYPES:
@@ -131,6 +132,11 @@ dp, dz = backward(one, p, z, True, True)
 assert torch.equal(backward(one, p, z, True, False)[0], dp) and torch.equal(backward(one, p, z, False, True)[1], dz)
 assert forward(torch.zeros(2, 5), torch.randn(2, 5)) == 2 and forward(torch.empty(3, 0), torch.empty(3, 0)) == 2
 assert backward(one, torch.zeros(2, 5), torch.randn(2, 5), True, True)[0].isfinite().all()
+unit = torch.nn.functional.normalize
+short = EPS / 10 * unit(torch.randn(7, 40))  # below the shortest length the divisor is constant
+torch.testing.assert_close(forward(short, z), (2 - 2 * (short / EPS * unit(z)).sum(1)).mean())
+torch.testing.assert_close(backward(one, short, z, True, False)[0], -2 / 7 / EPS * unit(z))
+torch.testing.assert_close(backward(one, z, short, False, True)[1], -2 / 7 / EPS * unit(z))
 p[2, 7] = float("nan")
 assert forward(p, z).isnan()
 for gradient in backward(one, p, z, True, True):

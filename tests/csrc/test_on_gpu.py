@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dspnet_fast.ops import cuda, ema_update, lars_ema_step, normalized_mse
-from dspnet_fast.ops.normalized_mse import normalized_mse_backward
+from dspnet_fast.ops.normalized_mse import EPS, normalized_mse_backward
 from tests.ops import test_ema_update as ema_rules
 from tests.ops import test_lars_ema_step as lars_rules
 from tests.ops import test_normalized_mse as mse_rules
@@ -131,6 +132,9 @@ def test_normalized_mse_of_strided_empty_and_zero_inputs():
     loss = normalized_mse(p, torch.randn(2, 5, **ONE))
     loss.backward()
     assert loss == 2 and p.grad.isfinite().all()
+    short, z = EPS / 10 * normalize(torch.randn(7, 40, **ONE)), torch.randn(7, 40, **ONE)
+    gradient, _ = normalized_mse_backward(loss.detach(), short, z, True, False)
+    torch.testing.assert_close(gradient, loss.detach() * -2 / 7 / EPS * normalize(z))
 
 
 def test_opcheck():
