@@ -138,9 +138,9 @@ def test_normalized_mse_of_strided_empty_and_zero_inputs():
 
 
 def test_opcheck():
-    p, z = on_gpu(mse_rules.inputs((7, 9), torch.float32))
+    one, (p, z) = torch.ones((), **ONE), on_gpu(mse_rules.inputs((7, 9), torch.float32))
     torch.library.opcheck(torch.ops.dspnet.normalized_mse.default, (p, z))
-    torch.library.opcheck(torch.ops.dspnet.normalized_mse_backward.default, (torch.ones((), **ONE), p, z, True, False))
+    torch.library.opcheck(torch.ops.dspnet.normalized_mse_backward.default, (one, p.detach(), z.detach(), True, False))
     torch.library.opcheck(torch.ops.dspnet.ema_update.default, ([p.detach()], [z], 0.9))
     torch.library.opcheck(torch.ops.dspnet.lars_ema_step.default, (), {**lars_arguments(), **lars_rules.OPTIONS})
 
