@@ -32,7 +32,7 @@ test: lint ## check style and types, then run the tests
 	$(BIN)/python -m pytest -n 2
 
 test-kernels: install ## the kernels for GPUs alone, without one: interpreted, and compiled for several
-	$(BIN)/python -m pytest -n 2 tests/kernels
+	$(BIN)/python -m pytest -n 2 tests/kernels tests/csrc
 
 demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it: runs/demo
 	$(BIN)/python -m train.pretrain --config recipes/dspnet_resnet_fashion-mnist_3e.yaml --fast-kernels \
@@ -54,5 +54,5 @@ wheel: install ## build a wheel: dist/
 
 clean: ## remove what was built, but not .venv and not runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	rm -f dspnet_fast/_C.so dspnet_fast/_C.json $(INSTALLED)
+	rm -f dspnet_fast/_C*.so dspnet_fast/_C*.json $(INSTALLED)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
 """Package metadata, and a thin driver of cmake (CMakeLists.txt is the one definition of the native build).
 
-The compiled library only adds speed. Where it cannot be built, the install succeeds without it, says so in one line,
-and leaves the reason in dspnet_fast/_C.json for `python -m dspnet_fast.info`. DSPNET_BUILD=1 makes a failed build an
-error, DSPNET_BUILD=0 skips it, DSPNET_BUILD=auto is the default.
+The compiled libraries only add speed. Where one cannot be built, the install succeeds without it, says so in one line,
+and leaves the reason in dspnet_fast/_C.json or _C_cuda.json for `python -m dspnet_fast.info`. DSPNET_BUILD=1 makes a
+failed build of the CPU's an error, 0 skips both, auto is the default; DSPNET_CUDA does the same for CUDA's alone.
+DSPNET_CUDA_ARCHITECTURES=80;90 narrows what that is built for.
 """
 
 import json
@@ -37,29 +38,48 @@ def packages() -> dict[str, str]:
 
 
 class BuildNative(build_ext):
-    """Builds dspnet_fast/_C.so with cmake, in place for an editable install."""
+    """Builds dspnet_fast/_C.so and _C_cuda.so with cmake, in place for an editable install."""
 
     def run(self) -> None:
-        mode = os.environ.get("DSPNET_BUILD", "auto")
-        if mode not in ("0", "1", "auto"):
-            raise SystemExit(f"DSPNET_BUILD={mode!r}: must be 0, 1 or auto")
+        build, cuda = (mode_of(variable) for variable in ("DSPNET_BUILD", "DSPNET_CUDA"))
         package = Path("dspnet_fast" if self.inplace else f"{self.build_lib}/dspnet_fast").absolute()
         package.mkdir(parents=True, exist_ok=True)
-        reason = "switched off by DSPNET_BUILD=0" if mode == "0" else missing_tool() or compile_into(package)
-        if not reason:
-            return
-        (package / "_C.so").unlink(missing_ok=True)
-        (package / "_C.json").write_text(json.dumps({"reason": reason}) + "\n")
-        message = f"dspnet-fast: the compiled CPU operators were not built ({reason})"
-        if mode == "1":
-            raise SystemExit(message)
-        print(f"{message}; everything works without them, only slower", file=sys.stderr)
+        if cuda == "1":  # before minutes of compiling
+            settle(package, "_C_cuda", "the CUDA operators", missing_cuda(), cuda)
+        reason = switched_off("DSPNET_BUILD", build) or missing_tool() or compile_into(package, "_C")
+        settle(package, "_C", "the compiled CPU operators", reason, build)
+        reason = switched_off("DSPNET_CUDA", cuda) or (reason and "they need the CPU operators, which were not built")
+        reason = reason or missing_cuda() or compile_into(package, "_C_cuda", *cuda_definitions())
+        settle(package, "_C_cuda", "the CUDA operators", reason, cuda)
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in Path(self.build_lib, "dspnet_fast").glob("_C.*")]
+        return [str(path) for path in Path(self.build_lib, "dspnet_fast").glob("_C*.*")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def mode_of(variable: str) -> str:
+    mode = os.environ.get(variable, "auto")
+    if mode not in ("0", "1", "auto"):
+        raise SystemExit(f"{variable}={mode!r}: must be 0, 1 or auto")
+    return mode
+
+
+def switched_off(variable: str, mode: str) -> str:
+    return f"switched off by {variable}=0" if mode == "0" else ""
+
+
+def settle(package: Path, library: str, name: str, reason: str, mode: str) -> None:
+    """Leaves the reason why a library was not built, if there is one, in its place."""
+    if not reason:
+        return
+    (package / f"{library}.so").unlink(missing_ok=True)
+    (package / f"{library}.json").write_text(json.dumps({"reason": reason}) + "\n")
+    message = f"dspnet-fast: {name} were not built ({reason})"
+    if mode == "1":
+        raise SystemExit(message)
+    print(f"{message}; everything works without them, only slower", file=sys.stderr)
 
 
 def find_tool(*names: str) -> str | None:
@@ -79,12 +99,42 @@ def missing_tool() -> str:
     return ""
 
 
-def compile_into(package: Path) -> str:
+def find_nvcc() -> str | None:
+    """The CUDA compiler: of the environment's choice, on PATH, or where NVIDIA's packages install it."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, (shutil.which(place) for place in places if place)), None)
+
+
+def missing_cuda() -> str:
+    """What the CUDA operators lack on this machine, or an empty string."""
+    command = [sys.executable, "-c", "import torch; print(torch.version.cuda or '')"]
+    wanted = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not wanted:
+        return "this torch was built without CUDA"
+    nvcc = find_nvcc()
+    if not nvcc:
+        return f"nvcc was not found: install CUDA {wanted}'s, or set CUDA_HOME"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    if not release:
+        return f"{nvcc} does not say its version"
+    if release[1].split(".")[0] != wanted.split(".")[0]:
+        return f"{nvcc} is of CUDA {release[1]}, but torch was built with CUDA {wanted}: set CUDA_HOME to one of those"
+    return ""
+
+
+def cuda_definitions() -> list[str]:
+    architectures = os.environ.get("DSPNET_CUDA_ARCHITECTURES", "")
+    return ["-DDSPNET_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DDSPNET_CUDA_ARCHITECTURES={architectures}"]
+
+
+def compile_into(package: Path, library: str, *definitions: str) -> str:
     """Runs cmake; returns why it failed, or an empty string. The build folder is kept, so a repeat is quick."""
     cmake, ninja = str(find_tool("cmake")), find_tool("ninja")
     # cmake refuses to change the generator of a folder that it has configured.
     generator = "ninja" if ninja else "make"
-    build = Path("build", f"native-{sys.implementation.cache_tag}-{generator}").absolute()
+    build = Path("build", f"{library}-{sys.implementation.cache_tag}-{generator}").absolute()
     configure = [
         cmake,
         "-S",
@@ -93,25 +143,31 @@ def compile_into(package: Path) -> str:
         str(build),
         f"-DDSPNET_PYTHON={sys.executable}",
         f"-DDSPNET_OUTPUT={package}",
+        *definitions,
     ]
     if ninja:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-    for command in (configure, [cmake, "--build", str(build), "--parallel", jobs]):
+    for command in (configure, [cmake, "--build", str(build), "--target", library, "--parallel", jobs]):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(done.stdout)
         if done.returncode:
             # A compiler's first error, else cmake's, whose text is on the lines after it.
-            error = re.search(r"^.*\berror: .*$|(?<=^CMake Error)[^\n]*(?:\n+ +[^\n]+){1,3}", done.stdout, re.MULTILINE)
+            error = re.search(
+                r"^.*(?:\berror: |nvcc fatal).*$|(?<=^CMake Error)[^\n]*(?:\n+ +[^\n]+){1,3}", done.stdout, re.MULTILINE
+            )
             return f"cmake failed: {' '.join(error[0].split()) if error else 'it gave no error message'}"
     return ""
 
 
 PACKAGES = packages()
+# CUDA 13's compiler no longer knows the V100: the tests compile the kernels for it with the first two, and run them on
+# the CPU with headers of the last.
+CUDA_12 = [f"nvidia-cuda-{part}-cu12; sys_platform == 'linux'" for part in ("nvrtc", "runtime", "cccl")]
 EXTRAS = {
     "timm": ["timm"],
     "dali": ["nvidia-dali-cuda130"],
-    "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn", "timm"],
+    "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn", "timm", *CUDA_12],
     "lint": ["ruff", "mypy"],
 }
 

@@ -132,7 +132,9 @@ def main() -> None:
                     def report(step: int, steps: int, description: str = description) -> None:
                         progress.update(task, description=f"{description}, step {step} of {steps}")
 
-                    results.setdefault(variant, []).append(run(recipe, seed, policy, precision or "fp32", options.device, report))
+                    results.setdefault(variant, []).append(
+                        run(recipe, seed, policy, precision or "fp32", options.device, report)
+                    )
                     progress.advance(task)
             progress.console.print(_table(recipe, results))
             golden["seeds"][recipe] = results["native"]

@@ -1,4 +1,4 @@
-// Every schema of the compiled library, in one place. Python reaches them as torch.ops.dspnet_cpp.<operator>; the
+// Every schema of the compiled libraries, in one place. Python reaches them as torch.ops.dspnet_cpp.<operator>; the
 // public operators are dspnet::<operator>, defined in dspnet_fast/ops, which choose these among other providers.
 #include <torch/library.h>
 
@@ -10,6 +10,7 @@
 
 using Tensor = const at::Tensor&;
 using OptionalTensor = const std::optional<at::Tensor>&;
+using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors7 =
@@ -41,6 +42,9 @@ DSPNET_CPU_BUILDS(
 DSPNET_CPU_BUILDS(
     Tensors3, norm_act_pool_backward, Tensor grad, Tensor x, OptionalTensor scale, OptionalTensor shift,
     std::string_view act)
+DSPNET_CPU_BUILDS(at::Tensor, normalized_mse, Tensor p, Tensor z)
+DSPNET_CPU_BUILDS(
+    Tensors2, normalized_mse_backward, Tensor grad, Tensor p, Tensor z, bool p_gradient, bool z_gradient)
 DSPNET_CPU_BUILDS(
     Tensors3, slim_batch_norm, Tensor x, OptionalTensor weight, OptionalTensor bias, double eps, int64_t views)
 DSPNET_CPU_BUILDS(
@@ -48,6 +52,7 @@ DSPNET_CPU_BUILDS(
     OptionalTensor weight, Tensor mean, Tensor variance, double eps)
 
 TORCH_LIBRARY(dspnet_cpp, library) {
+  library.def("cuda_problem(int device) -> str"); // why the CUDA library cannot compute on a device, or nothing
   library.def(
       "conv_moments(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor weight, int out_channels, "
       "int stride, int padding, int groups, int views) -> (Tensor, Tensor, Tensor)");
@@ -71,6 +76,10 @@ TORCH_LIBRARY(dspnet_cpp, library) {
   library.def(
       "norm_act_pool_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act) -> "
       "(Tensor, Tensor, Tensor)");
+  library.def("normalized_mse(Tensor p, Tensor z) -> Tensor");
+  library.def(
+      "normalized_mse_backward(Tensor grad, Tensor p, Tensor z, bool p_gradient, bool z_gradient) -> "
+      "(Tensor, Tensor)");
   library.def(
       "slim_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, int views) -> (Tensor, Tensor, Tensor)");
   library.def(
@@ -87,6 +96,8 @@ TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
   library.impl("norm_act_backward", DSPNET_CPU_BUILD(norm_act_backward));
   library.impl("norm_act_pool", DSPNET_CPU_BUILD(norm_act_pool));
   library.impl("norm_act_pool_backward", DSPNET_CPU_BUILD(norm_act_pool_backward));
+  library.impl("normalized_mse", DSPNET_CPU_BUILD(normalized_mse));
+  library.impl("normalized_mse_backward", DSPNET_CPU_BUILD(normalized_mse_backward));
   library.impl("slim_batch_norm", DSPNET_CPU_BUILD(slim_batch_norm));
   library.impl("slim_batch_norm_backward", DSPNET_CPU_BUILD(slim_batch_norm_backward));
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .ops import registry
+from .ops import cuda, registry
 
 
 def collect() -> dict[str, Any]:
@@ -42,6 +42,7 @@ def _machine() -> dict[str, str]:
         "triton": _version("triton", "pytorch-triton", "triton-windows") or "absent",
         "cuda": torch.version.cuda or "this torch was built without CUDA",
         "gpu": _gpus(),
+        "cuda operators": cuda.built(),
         "dali": _dali(),
         "apex": _apex(),
     }

@@ -25,7 +25,7 @@ def source(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, copy)
     for name in ("csrc", "dspnet_fast", "kernels", "train", "recipes"):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_C*.*"))
     return copy
 
 
@@ -64,8 +64,9 @@ def test_wheel(source, tmp_path):
     }
     assert "dspnet_fast/kernels/ema_update.py" in expected and "dspnet_fast/train/__init__.py" in expected
     assert expected <= names
-    assert "dspnet_fast/_C.so" not in names
+    assert not any(name.endswith(".so") for name in names)
     assert "DSPNET_BUILD=0" in json.loads(wheel.read("dspnet_fast/_C.json"))["reason"]
+    assert json.loads(wheel.read("dspnet_fast/_C_cuda.json"))["reason"]
     scripts = wheel.read("dspnet_fast-0.1.0.dist-info/entry_points.txt").decode()
     assert "dspnet-pretrain = dspnet_fast.train.pretrain:main" in scripts
 
@@ -83,8 +84,14 @@ def test_a_failed_build_costs_only_speed(source, tmp_path):
     assert demanded.returncode != 0 and reason in demanded.stdout + demanded.stderr
 
 
-def test_a_word_that_is_no_build_mode_is_refused(source, tmp_path):
-    done = pip_wheel(source, tmp_path, DSPNET_BUILD="yes")
+def test_cuda_that_is_demanded_and_cannot_be_built_is_an_error(source, tmp_path):
+    done = pip_wheel(source, tmp_path, DSPNET_BUILD="0", DSPNET_CUDA="1")
+    assert done.returncode != 0 and "the CUDA operators were not built" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("variable", ["DSPNET_BUILD", "DSPNET_CUDA"])
+def test_a_word_that_is_no_build_mode_is_refused(source, tmp_path, variable):
+    done = pip_wheel(source, tmp_path, **{variable: "yes"})
     assert done.returncode != 0 and "must be 0, 1 or auto" in done.stdout + done.stderr
 
 

@@ -69,8 +69,8 @@ VARIANTS = {
     EAGER: Variant(),
     COMPILED: Variant(compiled=True),
     "ours native": Variant("native"),
-    "ours": Variant("auto"),
-    "ours, graphs": Variant("auto", graphs=True),
+    "ours": Variant("any"),
+    "ours, graphs": Variant("any", graphs=True),
 }
 
 

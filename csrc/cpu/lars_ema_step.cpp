@@ -18,9 +18,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <functional>
-#include <utility>
 #include <vector>
+
+#include "lars_ema_step.h"
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
@@ -54,70 +54,6 @@ struct Squares {
   double p = 0;
   double g = 0; // of g'
 };
-
-// A storage can be resized under its tensors.
-bool has_memory(const at::Tensor& tensor) {
-  return static_cast<size_t>(tensor.storage_offset() + tensor.numel()) * tensor.element_size() <=
-      tensor.storage().nbytes();
-}
-
-void check(
-    const at::Tensor& params,
-    const at::Tensor& grads,
-    const at::Tensor& momenta,
-    const at::Tensor& targets,
-    at::IntArrayRef starts,
-    at::IntArrayRef sizes,
-    const at::Tensor& lr,
-    const at::Tensor& tau) {
-  using Named = std::pair<const char*, const at::Tensor*>;
-  std::array<Named, 4> flats{{{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"targets", &targets}}};
-  for (const auto& [name, flat] : flats) {
-    TORCH_CHECK(
-        flat->device().is_cpu() && flat->layout() == at::kStrided && flat->dim() == 1 && flat->is_contiguous() &&
-            has_memory(*flat),
-        "lars_ema_step: ", name, " must be a contiguous vector on the CPU");
-    TORCH_CHECK(
-        (flat->scalar_type() == at::kFloat || flat->scalar_type() == at::kDouble) &&
-            flat->scalar_type() == params.scalar_type(),
-        "lars_ema_step: all must be float32 or all float64: ", name, " is ", flat->scalar_type(), ", params is ",
-        params.scalar_type());
-  }
-  TORCH_CHECK(
-      grads.numel() == params.numel() && momenta.numel() == params.numel() && targets.numel() <= params.numel(),
-      "lars_ema_step: grads and momenta must be as long as params and targets no longer, got ", params.numel(),
-      " params, ", grads.numel(), " grads, ", momenta.numel(), " momenta, ", targets.numel(), " targets");
-  const auto address = [](const Named& flat) { return static_cast<const char*>(flat.second->const_data_ptr()); };
-  std::sort(flats.begin(), flats.end(), [&](const Named& a, const Named& b) {
-    return std::less<>()(address(a), address(b));
-  });
-  const Named* before = nullptr;
-  for (const Named& flat : flats) {
-    if (flat.second->numel() == 0) {
-      continue;
-    }
-    TORCH_CHECK(
-        !before || address(*before) + before->second->nbytes() <= address(flat),
-        "lars_ema_step: ", before->first, " and ", flat.first, " share memory");
-    before = &flat;
-  }
-  TORCH_CHECK(
-      starts.size() == sizes.size(), "lars_ema_step: ", starts.size(), " starts but ", sizes.size(), " sizes");
-  int64_t end = 0;
-  for (size_t s = 0; s < starts.size(); ++s) {
-    TORCH_CHECK(
-        starts[s] >= end && starts[s] <= params.numel() && sizes[s] >= 0 && sizes[s] <= params.numel() - starts[s],
-        "lars_ema_step: segment ", s, ", ", sizes[s], " elements from ", starts[s], ", must start at ", end,
-        " or later and end at ", params.numel(), " or earlier");
-    end = starts[s] + sizes[s];
-  }
-  for (const auto& [name, scalar] : {Named{"lr", &lr}, Named{"tau", &tau}}) {
-    TORCH_CHECK(
-        scalar->device().is_cpu() && scalar->layout() == at::kStrided && scalar->dim() == 0 &&
-            at::isFloatingType(scalar->scalar_type()) && has_memory(*scalar),
-        "lars_ema_step: ", name, " must be a floating-point scalar on the CPU");
-  }
-}
 
 // Lanes in a loop that the compiler vectorises: at::vec has no conversion from float to double that stays in registers.
 template <typename scalar_t>
@@ -262,7 +198,7 @@ void lars_ema_step(
     double momentum,
     double eta) {
   const at::NoGradGuard no_grad;
-  check(params, grads, momenta, targets, starts, sizes, lr, tau);
+  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, at::kCPU);
   const Scalars scalars{lr.item<double>(), tau.item<double>(), weight_decay, momentum, eta};
   const auto run = [&]<typename scalar_t>(scalar_t) {
     const Buffers<scalar_t> buffers{

@@ -7,24 +7,13 @@
 #include <optional>
 #include <string_view>
 
+#include "memory.h"
 #include "owed.h"
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// Storages can be resized under their tensors, and strides set at will: whether all elements lie inside.
-inline bool has_memory(const at::Tensor& tensor) {
-  if (tensor.numel() == 0) {
-    return true;
-  }
-  int64_t last = tensor.storage_offset();
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    last += (tensor.size(d) - 1) * tensor.stride(d);
-  }
-  return static_cast<size_t>(last + 1) * tensor.element_size() <= tensor.storage().nbytes();
-}
 
 inline void check_cpu(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(

@@ -261,6 +261,7 @@ def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda *args: triton.kernels("conv_moments").accepts(args[0], args[5], args[10]),
+    unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(*args)
@@ -272,6 +273,7 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda *args: triton.kernels("conv_moments").accepts(args[3], args[8], args[14]),
+    unproven=triton.UNPROVEN,
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return triton.kernels("conv_moments").conv_moments_backward(*args)

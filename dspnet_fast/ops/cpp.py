@@ -10,23 +10,20 @@ LIBRARY = Path(__file__).parent.parent / "_C.so"
 
 
 @functools.cache
-def load(library: Path = LIBRARY) -> tuple[bool, str]:
-    """Loads the library into torch.ops.dspnet_cpp. Returns (True, "") or (False, why not)."""
+def load(library: Path = LIBRARY, name: str = "the compiled library") -> tuple[bool, str]:
+    """Loads a library into torch.ops.dspnet_cpp. Returns (True, "") or (False, why not), calling it by its name."""
     try:
         note = json.loads(library.with_suffix(".json").read_text())
     except (OSError, ValueError):
-        return False, "the compiled library is not there: install the project (pip install -e . --no-build-isolation)"
+        return False, f"{name} is not there: install the project (pip install -e . --no-build-isolation)"
     if "reason" in note:
-        return False, f"the compiled library was not built: {note['reason']}"
+        return False, f"{name} was not built: {note['reason']}"
     if note["torch"] != torch.__version__:
-        return (
-            False,
-            f"the compiled library was built for torch {note['torch']}, not {torch.__version__}: install again",
-        )
+        return False, f"{name} was built for torch {note['torch']}, not {torch.__version__}: install again"
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return False, f"the compiled library cannot be loaded: {error.__cause__ or error}"
+        return False, f"{name} cannot be loaded: {error.__cause__ or error}"
     return True, ""
 
 

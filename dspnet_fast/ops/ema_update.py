@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpp, triton
+from . import cpp, cuda, triton
 from .registry import operator
 
 
@@ -35,7 +35,10 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
 
 
 @ema_update.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "ema_update"))
-def _cpp(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+@ema_update.provider(
+    "cuda", devices=("cuda",), supported=functools.partial(cuda.has, "ema_update"), unproven=cuda.UNPROVEN
+)
+def _compiled(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
     torch.ops.dspnet_cpp.ema_update(targets, onlines, tau)
 
 
@@ -48,7 +51,7 @@ def _triton_accepts(*args: Any) -> tuple[bool, str]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=_triton_accepts,
-    unproven="not yet measured on a GPU, so only by name",
+    unproven=triton.UNPROVEN,
 )
 def _triton(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
     triton.kernels("ema_update").ema_update(targets, onlines, tau)

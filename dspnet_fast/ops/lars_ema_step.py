@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, cuda
 from .registry import operator
 
 
@@ -106,19 +107,8 @@ def _check(
 
 
 @lars_ema_step.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "lars_ema_step"))
-def _cpp(
-    params: Tensor,
-    grads: Tensor,
-    momenta: Tensor,
-    targets: Tensor,
-    starts: Sequence[int],
-    sizes: Sequence[int],
-    lr: Tensor,
-    tau: Tensor,
-    weight_decay: float,
-    momentum: float,
-    eta: float,
-) -> None:
-    torch.ops.dspnet_cpp.lars_ema_step(
-        params, grads, momenta, targets, starts, sizes, lr, tau, weight_decay, momentum, eta
-    )
+@lars_ema_step.provider(
+    "cuda", devices=("cuda",), supported=functools.partial(cuda.has, "lars_ema_step"), unproven=cuda.UNPROVEN
+)
+def _compiled(*args: Any) -> None:
+    torch.ops.dspnet_cpp.lars_ema_step(*args)

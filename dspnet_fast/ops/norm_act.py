@@ -159,6 +159,7 @@ def _cpp_backward(*args: Any) -> tuple[Tensor, ...]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda x, *_: triton.kernels("norm_act").accepts(x),
+    unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> Tensor:
     _check(*args)
@@ -170,6 +171,7 @@ def _triton(*args: Any) -> Tensor:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda grad, x, *_: triton.kernels("norm_act").accepts(x),
+    unproven=triton.UNPROVEN,
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
     return triton.kernels("norm_act").norm_act_backward(*args)

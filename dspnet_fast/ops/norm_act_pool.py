@@ -77,6 +77,7 @@ def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda x, *_: triton.kernels("norm_act_pool").accepts(x),
+    unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> Tensor:
     _check(*args)
@@ -88,6 +89,7 @@ def _triton(*args: Any) -> Tensor:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda grad, x, *_: triton.kernels("norm_act_pool").accepts(x),
+    unproven=triton.UNPROVEN,
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton.kernels("norm_act_pool").norm_act_pool_backward(*args)

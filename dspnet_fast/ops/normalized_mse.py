@@ -1,11 +1,13 @@
 """normalized_mse: mean_n (2 - 2 cos(p_n, z_n)), the regression loss of BYOL (arXiv:2006.07733, eq. 2)."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import cpp, cuda
 from .registry import operator
 
 # The shortest length that a vector is divided by. BYOL's code bounds the squared length by 1e-12.
@@ -36,26 +38,71 @@ def _widen(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return p.to(dtype), z.to(dtype)
 
 
+@operator()
+def normalized_mse_backward(
+    grad: Tensor, p: Tensor, z: Tensor, p_gradient: bool, z_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of normalized_mse, in the dtypes of p and z. With d the gradient of the loss, a scalar like it,
+
+        dp = -2 d / (N |p|) (z / |z| - cos p / |p|)        and for z likewise
+
+    A length below EPS counts as the constant EPS, and the term with the cosine is gone. Returns dp, dz; empty: the one
+    that is not asked for.
+    """
+    inputs = p, z
+    wide = _widen(p, z)
+    lengths = [v.norm(dim=1, keepdim=True) for v in wide]
+    units = [v / length.clamp_min(EPS) for v, length in zip(wide, lengths, strict=True)]
+    cosine = (units[0] * units[1]).sum(1, keepdim=True)
+
+    def gradient(own: int, other: int) -> Tensor:
+        along = torch.where(lengths[own] > EPS, cosine, 0) * units[own]
+        scale = -2 * grad / (len(p) * lengths[own].clamp_min(EPS))
+        return (scale * (units[other] - along)).to(inputs[own].dtype)
+
+    return gradient(0, 1) if p_gradient else p.new_empty(0), gradient(1, 0) if z_gradient else z.new_empty(0)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """d cos / dp = (z / |z| - cos p / |p|) / |p|; below EPS the divisor is a constant and the second term is gone."""
-    inputs = ctx.saved_tensors
-    wide = _widen(*inputs)
-    lengths = [v.norm(dim=1, keepdim=True) for v in wide]
-    units = [v / length.clamp_min(EPS) for v, length in zip(wide, lengths, strict=True)]
-    cosine = (units[0] * units[1]).sum(1, keepdim=True)
-
-    def gradient(own: int, other: int) -> Tensor | None:
-        if not ctx.needs_input_grad[own]:
-            return None
-        along = torch.where(lengths[own] > EPS, cosine, 0) * units[own]
-        scale = -2 * grad / (len(inputs[own]) * lengths[own].clamp_min(EPS))
-        return (scale * (units[other] - along)).to(inputs[own].dtype)
-
-    return gradient(0, 1), gradient(1, 0)
+    # For a gradient of the gradient, autograd must see the formula.
+    function = normalized_mse_backward.native if torch.is_grad_enabled() else normalized_mse_backward
+    gradients = function(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+    dp, dz = (g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
+    return dp, dz
 
 
 normalized_mse.register_autograd(_backward, _setup_context)
+
+
+def _cuda_accepts(p: Tensor, z: Tensor) -> tuple[bool, str]:
+    return p.dtype == z.dtype, f"it serves two inputs of one dtype, not {p.dtype} and {z.dtype}"
+
+
+@normalized_mse.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "normalized_mse"))
+@normalized_mse.provider(
+    "cuda",
+    devices=("cuda",),
+    supported=functools.partial(cuda.has, "normalized_mse"),
+    accepts=_cuda_accepts,
+    unproven=cuda.UNPROVEN,
+)
+def _compiled(p: Tensor, z: Tensor) -> Tensor:
+    return torch.ops.dspnet_cpp.normalized_mse(p, z)
+
+
+@normalized_mse_backward.provider(
+    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "normalized_mse_backward")
+)
+@normalized_mse_backward.provider(
+    "cuda",
+    devices=("cuda",),
+    supported=functools.partial(cuda.has, "normalized_mse_backward"),
+    accepts=lambda grad, p, z, *_: _cuda_accepts(p, z),
+    unproven=cuda.UNPROVEN,
+)
+def _compiled_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.dspnet_cpp.normalized_mse_backward(*args)

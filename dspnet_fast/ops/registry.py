@@ -14,8 +14,9 @@ Which provider serves a call is decided at run time inside the operator, so a co
 ordinary eager call takes the same way without the dispatcher. A gradient that providers are to serve is an operator of
 its own, called by the one given to `register_autograd`.
 
-The policy is `native`, `auto` (per device the first of PRIORITY that accepts the arguments) or a provider's name. It
-starts as DSPNET_KERNELS, read once at import, and is `native` without it.
+The policy is `native`, `auto` (per device the first of PRIORITY that accepts the arguments), `any` (the same, with the
+providers that nobody has measured yet), or a provider's name. It starts as DSPNET_KERNELS, read once at import, and is
+`native` without it.
 """
 
 import functools
@@ -35,6 +36,7 @@ R = TypeVar("R")
 Verdict = tuple[bool, str]  # (yes, "") or (no, why)
 
 PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+CHOOSING = ("auto", "any")  # policies that choose among providers
 PROVIDERS = ("native", "cpp", "triton", "cuda")
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class Provider:
     """One implementation of one operator.
 
     devices: the device types it serves. supported: whether this machine can run it, asked once, when first needed.
-    accepts: whether it takes these arguments, asked on every call. unproven: why `auto` never chooses it, if so.
+    accepts: whether it takes these arguments, asked on every call. unproven: why `auto` does not choose it, if so.
+    only_by_name: why `any` does not either.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Provider:
     supported: Callable[[], Verdict]
     accepts: Callable[..., Verdict]
     unproven: str
+    only_by_name: str
 
 
 def _yes(*args: Any) -> Verdict:
@@ -94,12 +98,15 @@ class Operator(Generic[P, R]):
         supported: Callable[[], Verdict] = _yes,
         accepts: Callable[..., Verdict] = _yes,
         unproven: str = "",
+        only_by_name: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorates the implementation `name` of this operator, a function with the operator's signature."""
         assert name in PROVIDERS and name != "native"
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.providers[name] = Provider(name, run, devices, functools.cache(supported), accepts, unproven)
+            self.providers[name] = Provider(
+                name, run, devices, functools.cache(supported), accepts, unproven, only_by_name
+            )
             _candidates.cache_clear()
             return run
 
@@ -123,7 +130,7 @@ class Operator(Generic[P, R]):
             accepted, reason = provider.accepts(*args)
             if accepted:
                 return provider.run(*args)
-            if _policy != "auto":
+            if _policy not in CHOOSING:
                 raise InputError(f"{self.name}: {provider.name} was asked for by name, but {reason}")
             if provider.name not in self._reported:
                 self._reported.add(provider.name)
@@ -143,7 +150,7 @@ def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Opera
 
 
 def set_policy(policy: str) -> None:
-    """Chooses among providers from now on: `native`, `auto`, or the name of a provider for every operator that has it.
+    """Chooses among providers from now on: `native`, `auto`, `any`, or a provider's name, for operators that have it.
 
     Raises InputError if there is no such provider, or if this machine cannot run it.
     """
@@ -185,7 +192,7 @@ def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
     if provider is None:
         return {"available": False, "reason": "no implementation of this operator"}
     available, reason = provider.supported()
-    return {"available": available, "reason": provider.unproven if available else reason}
+    return {"available": available, "reason": provider.only_by_name or provider.unproven if available else reason}
 
 
 @functools.cache
@@ -194,9 +201,10 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     providers = operators[name].providers
     if _policy == "native":
         return ()
-    if _policy == "auto":
+    if _policy in CHOOSING:
         ordered = (providers[p] for p in PRIORITY.get(device, ()) if p in providers)
-        return tuple(p for p in ordered if device in p.devices and not p.unproven and p.supported()[0])
+        eligible = (p for p in ordered if not p.only_by_name and (_policy == "any" or not p.unproven))
+        return tuple(p for p in eligible if device in p.devices and p.supported()[0])
     _check(_policy)
     if _policy not in providers:
         return ()
@@ -208,10 +216,10 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
 
 
 def _check(policy: str) -> None:
-    if policy in ("native", "auto"):
+    if policy in ("native", *CHOOSING):
         return
     if policy not in PROVIDERS:
-        raise InputError(f"no kernel provider is called {policy!r}: use auto, {', '.join(PROVIDERS)}")
+        raise InputError(f"no kernel provider is called {policy!r}: use {', '.join((*CHOOSING, *PROVIDERS))}")
     having = {name: op.providers[policy] for name, op in operators.items() if policy in op.providers}
     if not having:
         raise InputError(f"{policy} was asked for by name, but no operator has a {policy} implementation")

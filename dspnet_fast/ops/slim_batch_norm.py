@@ -149,6 +149,7 @@ def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda x, *_: triton.kernels("slim_batch_norm").accepts(x),
+    unproven=triton.UNPROVEN,
 )
 def _triton(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
@@ -162,6 +163,7 @@ def _triton(
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda *args: triton.kernels("slim_batch_norm").accepts(args[3]),
+    unproven=triton.UNPROVEN,
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton.kernels("slim_batch_norm").slim_batch_norm_backward(*args)

@@ -218,6 +218,7 @@ def _triton_accepts(x: Tensor, weight: Tensor, *rest: Any) -> tuple[bool, str]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda x, weight, bias, main_grad, *rest: _triton_accepts(x, weight, *rest),
+    unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> Tensor:
     return _by_conv_moments(triton.kernels("conv_moments").conv_moments, *args)
@@ -228,6 +229,7 @@ def _triton(*args: Any) -> Tensor:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda grad, x, weight, main_grad, *rest: _triton_accepts(x, weight, grad.shape[1], *rest),
+    unproven=triton.UNPROVEN,
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _by_conv_moments_backward(triton.kernels("conv_moments").conv_moments_backward, *args)

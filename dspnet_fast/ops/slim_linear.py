@@ -103,7 +103,7 @@ slim_linear.register_autograd(_backward, _setup_context)
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda *args: triton.kernels("slim_linear").accepts(args[0], args[1]),
-    unproven="the BLAS reads the prefix in place as well, so only by name",
+    only_by_name="the BLAS reads the prefix in place as well, so only by name",
 )
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
     _check(x, weight, bias, main_grad, out_features)
@@ -115,7 +115,7 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | 
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=lambda *args: triton.kernels("slim_linear").accepts(args[1], args[2]),
-    unproven="the BLAS reads the prefix in place as well, so only by name",
+    only_by_name="the BLAS reads the prefix in place as well, so only by name",
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton.kernels("slim_linear").slim_linear_backward(*args)

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+UNPROVEN = "not yet measured on a GPU, so only by DSPNET_KERNELS=any or =triton"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 FAST = [
     pytest.param("cpp", "cpu", marks=pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])),
-    pytest.param("auto", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+    pytest.param("any", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
 ]
 
 

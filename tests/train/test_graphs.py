@@ -82,7 +82,7 @@ def test_a_batch_of_another_shape_is_refused(small):
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graphs_have_the_bits_of_launches(small, policy, precision):
-    policy("auto")
+    policy("any")
     config = small(precision=precision)
     eager, graphed = make(small(precision=precision, no_cuda_graphs=True), "cuda"), make(config, "cuda")
     for batch in batches(config, "cuda"):
@@ -93,7 +93,7 @@ def test_graphs_have_the_bits_of_launches(small, policy, precision):
 @needs_gpu
 @pytest.mark.parametrize("no_cuda_graphs", [False, True])
 def test_a_step_never_waits_for_the_gpu(small, policy, no_cuda_graphs):
-    policy("auto")
+    policy("any")
     config = small(no_cuda_graphs=no_cuda_graphs)
     trainer = make(config, "cuda")
     everything = batches(config, "cuda")

@@ -1,0 +1,199 @@
+// The CUDA key of dspnet_cpp's operators, whose schemas are in csrc/registration.cpp: checks, memory, stream, launch.
+// The kernels know nothing of torch, and this file needs nothing of CUDA: it builds against any torch, and the library
+// loads where there is no driver.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "cuda_launchers.h"
+#include "ema_update.h"
+#include "lars_ema_step.h"
+#include "normalized_mse.h"
+
+namespace dspnet {
+namespace {
+
+void check_cuda(const char* op, const char* error) {
+  TORCH_CHECK(!error, op, ": CUDA reports: ", error);
+}
+
+// While it lives, a tensor's device is the current one, for torch and for the kernels.
+class OnDevice {
+ public:
+  OnDevice(const char* op, const at::Tensor& tensor) : guard_(tensor.device()) {
+    check_cuda(op, cuda::use_device(tensor.device().index()));
+    const c10::impl::VirtualGuardImpl of_device(tensor.device().type());
+    stream = static_cast<cudaStream_t>(of_device.getStream(tensor.device()).native_handle());
+  }
+
+  cudaStream_t stream; // torch's current one
+
+ private:
+  c10::DeviceGuard guard_;
+};
+
+cuda::Kind kind_of(const char* op, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return cuda::Kind::f64;
+    case at::kFloat:
+      return cuda::Kind::f32;
+    case at::kHalf:
+      return cuda::Kind::f16;
+    case at::kBFloat16:
+      return cuda::Kind::bf16;
+    default:
+      TORCH_CHECK(false, op, ": ", dtype, " is not fp64, fp32, fp16 or bf16");
+  }
+}
+
+at::Tensor bytes_on(const at::Tensor& like, int64_t bytes) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+void ema_update(at::TensorList targets, at::TensorList onlines, double tau) {
+  const char* op = "ema_update";
+  const at::NoGradGuard no_grad;
+  check_ema(targets, onlines, tau, at::kCUDA);
+  struct Group {
+    at::Tensor first;
+    std::vector<cuda::EmaPair> pairs;
+  };
+  std::unordered_map<int, Group> groups; // of one dtype on one device
+  for (const size_t i : update_all_but_runs(targets, onlines, tau)) {
+    const at::Tensor& target = targets[i];
+    Group& group = groups[target.device().index() * 4 + static_cast<int>(kind_of(op, target.scalar_type()))];
+    if (group.pairs.empty()) {
+      group.first = target;
+    }
+    group.pairs.push_back({target.mutable_data_ptr(), onlines[i].const_data_ptr(), target.numel()});
+  }
+  for (const auto& [key, group] : groups) {
+    const OnDevice on(op, group.first);
+    const auto count = static_cast<int64_t>(group.pairs.size());
+    check_cuda(op, cuda::ema_update(kind_of(op, group.first.scalar_type()), group.pairs.data(), count, tau, on.stream));
+  }
+}
+
+void lars_ema_step(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& momenta,
+    const at::Tensor& targets,
+    at::IntArrayRef starts,
+    at::IntArrayRef sizes,
+    const at::Tensor& lr,
+    const at::Tensor& tau,
+    double weight_decay,
+    double momentum,
+    double eta) {
+  const char* op = "lars_ema_step";
+  const at::NoGradGuard no_grad;
+  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, at::kCUDA);
+  const cuda::LarsOptions options{
+      {lr.const_data_ptr(), kind_of(op, lr.scalar_type())},
+      {tau.const_data_ptr(), kind_of(op, tau.scalar_type())},
+      weight_decay,
+      momentum,
+      eta};
+  if (params.numel() == 0) {
+    return;
+  }
+  const OnDevice on(op, params);
+  const cuda::LarsBuffers buffers{
+      params.mutable_data_ptr(),
+      grads.mutable_data_ptr(),
+      momenta.mutable_data_ptr(),
+      targets.mutable_data_ptr(),
+      params.numel(),
+      targets.numel()};
+  const cuda::LarsSegments segments{starts.data(), sizes.data(), static_cast<int64_t>(starts.size())};
+  const at::Tensor workspace = bytes_on(params, cuda::lars_ema_step_workspace(params.numel()));
+  check_cuda(
+      op,
+      cuda::lars_ema_step(
+          kind_of(op, params.scalar_type()), buffers, segments, options, workspace.mutable_data_ptr(), on.stream));
+}
+
+// The kernels take p and z of one dtype.
+void check_matrices(const char* op, const at::Tensor& p, const at::Tensor& z) {
+  check_rows(op, p, z, at::kCUDA);
+  TORCH_CHECK(
+      p.scalar_type() == z.scalar_type(), op, ": p and z must be of one dtype, got ", p.scalar_type(), " and ",
+      z.scalar_type());
+}
+
+at::Tensor normalized_mse(const at::Tensor& p, const at::Tensor& z) {
+  const char* op = "normalized_mse";
+  const at::NoGradGuard no_grad;
+  check_matrices(op, p, z);
+  const OnDevice on(op, p);
+  const auto options = p.options().dtype(loss_dtype(p, z));
+  if (p.size(0) == 0) {
+    return at::full({}, std::numeric_limits<double>::quiet_NaN(), options);
+  }
+  const at::Tensor of_p = p.contiguous(), of_z = z.contiguous(), loss = at::empty({}, options);
+  const cuda::Matrices matrices{of_p.const_data_ptr(), of_z.const_data_ptr(), p.size(0), p.size(1)};
+  const at::Tensor workspace = bytes_on(p, cuda::normalized_mse_workspace(p.size(0)));
+  check_cuda(
+      op,
+      cuda::normalized_mse(
+          kind_of(op, p.scalar_type()), matrices, loss.mutable_data_ptr(), workspace.mutable_data_ptr(), on.stream));
+  return loss;
+}
+
+std::tuple<at::Tensor, at::Tensor> normalized_mse_backward(
+    const at::Tensor& grad, const at::Tensor& p, const at::Tensor& z, bool p_gradient, bool z_gradient) {
+  const char* op = "normalized_mse_backward";
+  const at::NoGradGuard no_grad;
+  check_matrices(op, p, z);
+  check_grad(op, grad, p, z);
+  const OnDevice on(op, p);
+  const at::Tensor of_p = p.contiguous(), of_z = z.contiguous();
+  const at::Tensor grad_p = p_gradient ? at::empty_like(of_p) : at::empty({0}, p.options());
+  const at::Tensor grad_z = z_gradient ? at::empty_like(of_z) : at::empty({0}, z.options());
+  if (p.numel() > 0 && (p_gradient || z_gradient)) {
+    const cuda::Matrices matrices{of_p.const_data_ptr(), of_z.const_data_ptr(), p.size(0), p.size(1)};
+    check_cuda(
+        op,
+        cuda::normalized_mse_backward(
+            kind_of(op, p.scalar_type()),
+            matrices,
+            grad.const_data_ptr(),
+            p_gradient ? grad_p.mutable_data_ptr() : nullptr,
+            z_gradient ? grad_z.mutable_data_ptr() : nullptr,
+            on.stream));
+  }
+  return {grad_p, grad_z};
+}
+
+std::string cuda_problem(int64_t device) {
+  const char* problem = cuda::problem(static_cast<int>(device));
+  return problem ? problem : "";
+}
+
+} // namespace
+} // namespace dspnet
+
+TORCH_LIBRARY_IMPL(dspnet_cpp, CUDA, library) {
+  library.impl("ema_update", &dspnet::ema_update);
+  library.impl("lars_ema_step", &dspnet::lars_ema_step);
+  library.impl("normalized_mse", &dspnet::normalized_mse);
+  library.impl("normalized_mse_backward", &dspnet::normalized_mse_backward);
+}
+
+// It has no tensor that a device could be read from.
+TORCH_LIBRARY_IMPL(dspnet_cpp, CompositeExplicitAutograd, library) {
+  library.impl("cuda_problem", &dspnet::cuda_problem);
+}

@@ -1,0 +1,118 @@
+"""The kernels of csrc/cuda on the CPU, as functions of the operators' signatures: see emulator/emulator.h.
+
+A wide load that is not aligned ends the process, so tests use this in one of their own.
+"""
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import nvidia
+import torch
+import triton
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent.parent
+EMULATOR = Path(__file__).parent / "emulator"
+# CUDA's headers for 16-bit numbers, which every C++ compiler takes, come with Triton but for one.
+HEADERS = [
+    Path(triton.__file__).parent / "backends/nvidia/include",
+    *(Path(root, "cuda_cccl/include") for root in nvidia.__path__),
+]
+KINDS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+GUARD = 64  # bytes after a workspace
+
+library: ctypes.CDLL
+
+
+def build(compiler: str, into: Path) -> None:
+    """Compiles the kernels; `load` takes the folder then."""
+    kernels = [ROOT / f"csrc/cuda/{name}.cu" for name in ("ema_update", "lars_ema_step", "normalized_mse")]
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+    command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    command += ["-include", EMULATOR / "emulator.h", "-I", EMULATOR, "-I", ROOT / "csrc/include"]
+    command += [option for folder in HEADERS for option in ("-isystem", folder)]
+    command += ["-o", into / "emulated.so", "-x", "c++", *kernels, EMULATOR / "launchers.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def load(folder: Path | str) -> None:
+    global library
+    library = ctypes.CDLL(str(Path(folder, "emulated.so")))
+    for name in ("lars_ema_step", "normalized_mse"):
+        getattr(library, f"emulated_{name}_workspace").restype = ctypes.c_int64
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
+
+
+def _long(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+class _Workspace:
+    """Filled with NaN, with a guard behind it."""
+
+    def __init__(self, operator: str, size: int):
+        self.bytes = getattr(library, f"emulated_{operator}_workspace")(_long(size))
+        self.memory = torch.full(((self.bytes + GUARD) // 8 + 1,), float("nan"), dtype=torch.float64)
+
+    def __enter__(self) -> ctypes.c_void_p:
+        return _address(self.memory)
+
+    def __exit__(self, *_) -> None:
+        assert self.memory[-(-self.bytes // 8) :].isnan().all(), "written behind the workspace"
+
+
+def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    """For tensors of one dtype that are runs of memory in the same order."""
+    count = len(targets)
+    library.emulated_ema_update(
+        KINDS[targets[0].dtype],
+        _long(count),
+        (ctypes.c_void_p * count)(*(t.data_ptr() for t in targets)),
+        (ctypes.c_void_p * count)(*(t.data_ptr() for t in onlines)),
+        (ctypes.c_int64 * count)(*(t.numel() for t in targets)),
+        ctypes.c_double(tau),
+    )
+
+
+def lars_ema_step(params, grads, momenta, targets, starts, sizes, lr, tau, weight_decay, momentum, eta) -> None:
+    with _Workspace("lars_ema_step", len(params)) as workspace:
+        library.emulated_lars_ema_step(
+            KINDS[params.dtype],
+            *(_address(buffer) for buffer in (params, grads, momenta, targets)),
+            _long(len(params)),
+            _long(len(targets)),
+            (ctypes.c_int64 * len(starts))(*starts),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            _long(len(starts)),
+            _address(lr),
+            KINDS[lr.dtype],
+            _address(tau),
+            KINDS[tau.dtype],
+            *(ctypes.c_double(value) for value in (weight_decay, momentum, eta)),
+            workspace,
+        )
+
+
+def normalized_mse(p: Tensor, z: Tensor) -> Tensor:
+    loss = p.new_full((), float("nan"), dtype=torch.promote_types(p.dtype, torch.float32))
+    with _Workspace("normalized_mse", len(p)) as workspace:
+        shape = _long(p.shape[0]), _long(p.shape[1])
+        library.emulated_normalized_mse(KINDS[p.dtype], _address(p), _address(z), *shape, _address(loss), workspace)
+    return loss
+
+
+def normalized_mse_backward(grad: Tensor, p: Tensor, z: Tensor, p_gradient: bool, z_gradient: bool):
+    grad_p, grad_z = (
+        torch.full_like(v, float("nan")) if wanted else None for v, wanted in ((p, p_gradient), (z, z_gradient))
+    )
+    shape = _long(p.shape[0]), _long(p.shape[1])
+    library.emulated_normalized_mse_backward(
+        KINDS[p.dtype], _address(p), _address(z), *shape, _address(grad), _address(grad_p), _address(grad_z)
+    )
+    return grad_p, grad_z

@@ -1,0 +1,165 @@
+"""The CUDA library as far as no GPU is needed: where it is built, what is in it, and that it loads without a driver."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspnet_fast.ops import cuda
+
+ROOT = Path(__file__).parent.parent.parent
+# Kernels in each file. ema_update: 4 dtypes; lars_ema_step: 2 dtypes, 2 widths and 2 passes, and one for the ratios;
+# normalized_mse: 4 dtypes, 2 widths and 2 directions, and 2 means; device: a probe.
+KERNELS = {"device": 1, "ema_update": 4, "lars_ema_step": 9, "normalized_mse": 18}
+
+needs_library = pytest.mark.skipif(not cuda.load()[0], reason=cuda.load()[1])
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """The functions of setup.py."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("setup.py")
+
+
+def test_the_library_is_in_the_tree_where_it_could_be_built(setup):
+    if os.environ.get("DSPNET_CUDA") == "0" or os.environ.get("DSPNET_CUDA_ARCHITECTURES"):
+        pytest.skip("the environment asks for no library, or for a narrower one")
+    if lacking := setup["missing_cuda"]():
+        pytest.skip(lacking)
+    assert cuda.load() == (True, "")
+    assert {"sm_80", "sm_90"} <= set(cuda.built().split())
+
+
+def compiler(folder: Path, release: str) -> str:
+    """Something that says that it is nvcc of this release."""
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+def test_why_it_is_not_built(setup, tmp_path, monkeypatch):
+    major = int(torch.version.cuda.split(".")[0])
+    monkeypatch.setenv("CUDACXX", compiler(tmp_path, f"{major}.7"))
+    assert setup["missing_cuda"]() == ""
+    monkeypatch.setenv("CUDACXX", compiler(tmp_path, f"{major - 1}.4"))
+    assert f"is of CUDA {major - 1}.4, but torch was built with CUDA {torch.version.cuda}" in setup["missing_cuda"]()
+    compiler(tmp_path, "unknown")
+    assert "does not say its version" in setup["missing_cuda"]()
+    monkeypatch.setattr(setup["missing_cuda"].__globals__["shutil"], "which", lambda *_, **__: None)
+    assert "nvcc was not found" in setup["missing_cuda"]()
+
+
+WITHOUT_A_DRIVER = """
+import torch
+from dspnet_fast.ops import cuda
+assert cuda.load() == (True, "")
+problem = torch.ops.dspnet_cpp.cuda_problem(0)
+assert "driver" in problem or "device" in problem, problem
+on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # there is no tensor on a GPU that would lead there
+x, one = torch.randn(3, 4), torch.tensor(1.0)
+flat = [torch.randn(9) for _ in range(4)]
+for name, arguments in {
+    "ema_update": ([x], [x.clone()], 0.5),
+    "lars_ema_step": (*flat, [0], [9], one, one, 0.0, 0.9, 0.001),
+    "normalized_mse": (x, x),
+    "normalized_mse_backward": (one, x, x, True, True),
+}.items():
+    try:
+        getattr(torch.ops.dspnet_cpp, name).default.redispatch(on_cuda, *arguments)
+    except RuntimeError as error:
+        assert f"{name}: " in str(error) and "of type cuda" in str(error).lower(), error
+    else:
+        raise AssertionError(name)
+print("refused")
+"""
+
+
+@needs_library
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver and a device")
+def test_it_loads_without_a_driver_and_says_what_is_missing(run_python):
+    assert run_python("-c", WITHOUT_A_DRIVER).strip() == "refused"
+    assert cuda.supported() == (False, "no CUDA device")
+
+
+def tool(name: str) -> Path:
+    """One of NVIDIA's tools that come with Triton."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        pytest.skip("Triton, which has the tools, is not installed")
+    return Path(spec.origin).parent / "backends/nvidia/bin" / name
+
+
+@needs_library
+def test_no_kernel_spills_registers():
+    usage = subprocess.run([tool("cuobjdump"), "-res-usage", cuda.LIBRARY], capture_output=True, text=True)
+    figures = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout)
+    architectures = len(cuda.built().split()) - 2
+    assert len(figures) == architectures * sum(KERNELS.values()), usage.stdout + usage.stderr
+    for kernel, registers, stack, local in figures:
+        assert int(stack) == int(local) == 0, f"{kernel} spills"
+        assert int(registers) <= 80, f"{kernel} uses {registers} registers: fewer than 3 blocks of 256 threads fit"
+
+
+@needs_library
+def test_loads_and_stores_are_16_bytes_wide():
+    sass = subprocess.run([tool("cuobjdump"), "-sass", "-arch", "sm_80", cuda.LIBRARY], capture_output=True, text=True)
+    kernels = {part.split("\n", 1)[0].strip(): part for part in sass.stdout.split("Function : ")[1:]}
+    streaming = {name: code for name, code in kernels.items() if re.search("ema_update_kernel|squares|update_k", name)}
+    streaming |= {name: code for name, code in kernels.items() if re.search("(for|back)ward_kernel", name)}
+    wide = {name for name, code in streaming.items() if "LDG.E.128" in code}
+    # All of ema_update's, and those of the others that are the wide one of two.
+    assert len(streaming) == 4 + 8 + 16 and len(wide) == 4 + 4 + 8, sorted(wide)
+    assert all("STG.E.128" in kernels[name] for name in wide if not re.search("squares|forward", name))
+
+
+def nvidia(part: str) -> Path | None:
+    """The folder of one of NVIDIA's packages for CUDA 12."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(root, part) for root in (spec.submodule_search_locations or ())] if spec else []
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def test_every_file_is_known():
+    assert {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} == set(KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_v100(name):
+    """For compute capability 7.0, which CUDA 13 no longer knows: by the run-time compiler of CUDA 12.9."""
+    runtime_compiler, headers = nvidia("cuda_nvrtc"), nvidia("cuda_runtime")
+    if runtime_compiler is None or headers is None:
+        pytest.skip("nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12 are not installed: pip install -e '.[test]'")
+    nvrtc = ctypes.CDLL(str(runtime_compiler / "lib/libnvrtc.so.12"))
+    program = ctypes.c_void_p()
+    text = (ROOT / f"csrc/cuda/{name}.cu").read_bytes()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, f"{name}.cu".encode(), 0, None, None) == 0
+    options = [
+        "--gpu-architecture=sm_70",
+        "--std=c++17",
+        "--device-as-default-execution-space",
+        f"-I{ROOT / 'csrc/include'}",
+        f"-I{headers / 'include'}",
+    ]
+    failed = nvrtc.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options))
+    )
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert not failed, log.value.decode()
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    compiled = set(re.findall(rb"[.]text[.]([\w$]+)", cubin.raw))
+    assert len(compiled) == KERNELS[name], compiled

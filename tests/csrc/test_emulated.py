@@ -1,0 +1,151 @@
+"""The CUDA kernels, run on the CPU (emulator/emulator.h), by the rules that providers of their operators must keep."""
+
+import shutil
+
+import pytest
+
+for package in ("triton", "nvidia.cuda_cccl"):
+    pytest.importorskip(package, reason="the emulator needs headers of Triton and of nvidia-cuda-cccl-cu12")
+
+import emulated  # noqa: E402
+
+compiler = shutil.which("g++")
+pytestmark = pytest.mark.skipif(compiler is None, reason="no g++")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulated")
+    emulated.build(str(compiler), folder)
+    return folder
+
+
+BEGIN = """
+import sys
+import torch
+from tests.csrc import emulated
+emulated.load(sys.argv[1])
+torch.manual_seed(0)
+"""
+
+EMA_UPDATE = """
+from tests.ops.test_ema_update import DTYPES, SIZES, TAUS, check, pairs
+sizes = [size for size in SIZES if size] + [0, 2048, 2049, 4096, 8192, 8193]
+for dtype in DTYPES:
+    for tau in TAUS:
+        check(emulated.ema_update, dtype, tau, *pairs(dtype, sizes if tau == 0.996 else SIZES[:4]))
+    # Every misalignment of the two: of pairs that can be loaded widely after all, and of pairs that cannot.
+    for shift in range(9):
+        target, online = torch.full((1200,), 5.0).to(dtype), torch.randn(1200).to(dtype)
+        inside = target[shift : shift + 1000].normal_()
+        for offset in (shift, 3):
+            check(emulated.ema_update, dtype, 0.9, [inside], [online[offset : offset + 1000]])
+        assert target[:shift].eq(5).all() and target[shift + 1000 :].eq(5).all()
+    # More pairs than a launch takes.
+    for count in (119, 120, 121, 301):
+        check(emulated.ema_update, dtype, 0.3, *pairs(dtype, [i % 11 for i in range(count)]))
+t = torch.randn(50)
+kept = t.clone()
+emulated.ema_update([t], [t], 0.3)
+torch.testing.assert_close(t, kept)
+for tau, want in ((1.0, 0.0), (0.0, 1.0)):
+    t = torch.zeros(1000)
+    emulated.ema_update([t], [torch.ones(1000)], tau)
+    assert t.eq(want).all()
+"""
+
+LARS_EMA_STEP = """
+from tests.ops import test_lars_ema_step as rules
+step = emulated.lars_ema_step
+layouts = dict(rules.LAYOUTS)
+layouts["ends of tiles"] = ([(4096, True), (4095, False), (4097, True), (1, True), (8192, False), (3, True)], 16385)
+# More regions than a launch takes: 1 to 6 elements each, some of them segments without a gap between them.
+layouts["many"] = ([(i % 6 + 1, i % 7 > 0) for i in range(700)], 1500)
+layouts["as many as a launch takes"] = ([(i % 6 + 1, i % 2 == 0) for i in range(220)], 700)
+layouts["one more"] = ([(i % 6 + 1, i % 2 == 0) for i in range(221)], 700)
+rules.LAYOUTS = layouts
+for dtype in rules.DTYPES:
+    for layout in layouts:
+        for tau in (0.0, 0.3, 0.996, 1.0) if layout == "odd sizes" else (0.996,):
+            rules.check(layout, rules.make(layout, dtype) | {"tau": torch.tensor(tau)}, step)
+# Numbers on the device may be of any kind.
+for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    scalars = {"lr": torch.tensor(0.375, dtype=kind), "tau": torch.tensor(0.75, dtype=kind)}
+    rules.check("odd sizes", rules.make("odd sizes", torch.float32) | scalars, step)
+# Every misalignment, the same for all buffers or not.
+for dtype in rules.DTYPES:
+    for shift in range(5):
+        for offsets in ((shift,) * 4, (shift, shift, shift, 1), (shift, 2, shift, shift)):
+            arguments = rules.make("odd sizes", dtype)
+            memory = {name: torch.full((10_200,), 5.0, dtype=dtype) for name in rules.BUFFERS}
+            for name, offset in zip(rules.BUFFERS, offsets):
+                arguments[name] = memory[name][offset : offset + len(arguments[name])].copy_(arguments[name])
+            want = rules.expected("odd sizes", arguments)
+            step(**arguments, **rules.OPTIONS)
+            for name, offset in zip(rules.BUFFERS, offsets):
+                torch.testing.assert_close(arguments[name].double(), want[name], rtol=1e-5, atol=1e-6)
+                assert memory[name][:offset].eq(5).all()
+                assert memory[name][offset + len(arguments[name]) :].eq(5).all()
+# Norms that are 0, tiny, or no numbers.
+for name in ("params", "grads"):
+    for decay in (0.0, 0.03):
+        arguments = rules.make("odd sizes", torch.float32)
+        arguments[name][7 : 7 + 769] = 0
+        rules.check("odd sizes", arguments, step, weight_decay=decay)
+arguments = rules.make("only adapted", torch.float32)
+arguments["grads"] *= 1e-24
+arguments["momenta"].zero_()
+step(**arguments, weight_decay=0.0, momentum=0.0, eta=0.02)
+assert arguments["momenta"].double().norm() > 0.1
+for poison in (float("nan"), float("inf")):
+    arguments = rules.make("odd sizes", torch.float32)
+    clean = rules.copy(arguments)
+    step(**clean, **rules.OPTIONS)
+    arguments["grads"][1000] = poison
+    step(**arguments, **rules.OPTIONS)
+    segment = slice(781, 781 + 5125)
+    for name in ("params", "momenta", "targets"):
+        assert arguments[name][1000].isnan()
+        arguments[name][segment] = clean[name][segment]
+    assert all(torch.equal(arguments[name], clean[name]) for name in rules.BUFFERS)
+# A weight that is no number, where no decay touches it, stays alone; the momentum does not see it.
+arguments = rules.make("none adapted", torch.float32)
+arguments["params"][5] = float("nan")
+step(**arguments, **rules.OPTIONS)
+assert arguments["momenta"].isfinite().all() and arguments["params"].isfinite().sum() == 99
+"""
+
+NORMALIZED_MSE = """
+from dspnet_fast.ops.normalized_mse import EPS
+from tests.ops.test_normalized_mse import DTYPES, SHAPES, check, inputs
+forward, backward = emulated.normalized_mse, emulated.normalized_mse_backward
+for dtype in DTYPES:
+    for shape in (*SHAPES[:4], (17, 256), (8, 64), (1, 32), (9, 8)):
+        check(*inputs(shape, dtype), forward, backward)
+    for shift in (1, 2, 4):  # rows that are not aligned
+        p, z = (torch.randn(9 * 64 + shift).to(dtype)[shift:].view(9, 64) for _ in range(2))
+        check(p, z, forward, backward)
+check(*inputs((8300, 4), torch.float32), forward, backward)  # blocks take several rows, warps different numbers of them
+p, z = inputs((7, 40), torch.float32, requires_grad=False)
+one = torch.tensor(1.0)
+dp, dz = backward(one, p, z, True, True)
+assert torch.equal(backward(one, p, z, True, False)[0], dp) and torch.equal(backward(one, p, z, False, True)[1], dz)
+assert forward(torch.zeros(2, 5), torch.randn(2, 5)) == 2 and forward(torch.empty(3, 0), torch.empty(3, 0)) == 2
+assert backward(one, torch.zeros(2, 5), torch.randn(2, 5), True, True)[0].isfinite().all()
+unit = torch.nn.functional.normalize
+short = EPS / 10 * unit(torch.randn(7, 40))  # below the shortest length the divisor is constant
+torch.testing.assert_close(forward(short, z), (2 - 2 * (short / EPS * unit(z)).sum(1)).mean())
+torch.testing.assert_close(backward(one, short, z, True, False)[0], -2 / 7 / EPS * unit(z))
+torch.testing.assert_close(backward(one, z, short, False, True)[1], -2 / 7 / EPS * unit(z))
+p[2, 7] = float("nan")
+assert forward(p, z).isnan()
+for gradient in backward(one, p, z, True, True):
+    assert gradient[2].isnan().any() and gradient[[0, 1, 3, 4, 5, 6]].isfinite().all()
+"""
+
+
+@pytest.mark.parametrize(
+    "cases", [EMA_UPDATE, LARS_EMA_STEP, NORMALIZED_MSE], ids=["ema_update", "lars_ema_step", "normalized_mse"]
+)
+def test_kernels(kernels, run_python, cases):
+    run_python("-c", BEGIN + cases, str(kernels))
