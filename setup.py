@@ -110,8 +110,16 @@ def compile_into(package: Path) -> str:
 PACKAGES = packages()
 EXTRAS = {
     "timm": ["timm"],
-    "dali": ["nvidia-dali-cuda130"],
-    "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn", "timm"],
+    "dali": ["nvidia-dali-cuda130"],  # with CUDA 12: nvidia-dali-cuda120
+    "test": [
+        "pytest",
+        "pytest-benchmark",
+        "pytest-xdist",
+        "hypothesis",
+        "scikit-learn",
+        "timm",
+        "nvidia-dali-cuda130; sys_platform == 'linux'",
+    ],
     "lint": ["ruff", "mypy"],
 }
 

@@ -69,13 +69,16 @@ class Trainer:
         return target_tau(self.step, self.steps, self.config.tau)
 
     def train_step(self, batch: Tensor) -> dict[str, Tensor]:
-        """One step on two views, uint8 [2B, C, S, S] on any device; returns the losses of the sampled subnets."""
+        """One step on two views; returns the losses of the sampled subnets.
+
+        The views are uint8 [2B, C, S, S] on any device, or normalised already, float32 [2B, 3, S, S] on the trainer's.
+        """
         family = self.model.family
         if self.step < self.full_only_steps:
             subnets = [family.full]
         else:
             subnets = sandwich(family, self.config.subnets_per_step, self.config.seed, self.step)
-        images = normalize(batch.to(self.device, non_blocking=True))
+        images = batch if batch.is_floating_point() else normalize(batch.to(self.device, non_blocking=True))
         losses = self.model.accumulate(images, subnets, momentum_alpha(self.step, self.steps))
         self.arena.step(
             self.learning_rate,
