@@ -52,28 +52,34 @@ def images(tmp_path_factory):
     return open_images(str(folder), "train")
 
 
-def made(images, views, order, threads=2, bad=None):
-    return list(dali.TwoViews(images, views, order, threads, BadImages() if bad is None else bad))
+def made(images, views, order, threads=2, bad=None, colours=None):
+    return list(dali.TwoViews(images, views, order, threads, BadImages() if bad is None else bad, colours=colours))
 
 
-def apart(images, views) -> torch.Tensor:
+# who makes the colours: torch as on a CPU, or DALI as on a GPU
+makers = pytest.mark.parametrize("by_dali", [False, True], ids=["torch", "dali"])
+
+
+def apart(images, views, by_dali=False) -> torch.Tensor:
     order = EpochOrder(len(images), len(images), 0, 1)
-    (found,) = made(images, views, order)
+    (found,) = made(images, views, order, colours=by_dali)
     (expected,) = two_view_batches(images, views, order, 0)
     return found.float() - expected.float()
 
 
+@makers
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_operation_is_torchvisions(images, operation):
+def test_each_operation_is_torchvisions(images, operation, by_dali):
     mean, quantile, shift = BOUNDS[operation]
-    found = apart(images, tuple(only(view, operation) for view in byol(SIZE)))
+    found = apart(images, tuple(only(view, operation) for view in byol(SIZE)), by_dali)
     assert found.abs().mean() <= mean
     assert np.quantile(found.abs().numpy(), 0.99) <= quantile
     assert found.mean().abs() <= shift
 
 
-def test_everything_together_is_torchvisions(images):
-    found = apart(images, byol(SIZE))
+@makers
+def test_everything_together_is_torchvisions(images, by_dali):
+    found = apart(images, byol(SIZE), by_dali)
     assert found.abs().mean() <= 2.5
     assert np.quantile(found.abs().numpy(), 0.98) <= 12  # a pixel at solarisation's threshold may fall to either side
 
@@ -87,17 +93,20 @@ def test_each_operation_does_something(images):
     for operation in OPERATIONS:
         (found,) = made(images, tuple(only(view, operation) for view in views), order)
         changed = (found.float() - still.float()).abs().mean()
-        assert changed > 2 * BOUNDS[operation][0], operation
+        assert changed > (1 if operation == "blur" else 2) * BOUNDS[operation][0], operation
 
 
 @pytest.mark.parametrize("size", [(48, 48), (30, 31), (400, 300)])
 def test_resize_up_and_down(tmp_path, size):
     photograph(0, size).save(tmp_path / "0.png")
     found = apart(open_images(str(tmp_path), "train"), tuple(only(view, "resize") for view in byol(SIZE)))
-    assert found.abs().mean() <= 0.5 and found.abs().max() <= 6  # Pillow rounds between the two passes
+    assert found.abs().mean() <= 0.5
+    inner = found[..., 3:-3, 3:-3]  # at the border of a crop DALI's filter sees what lies beyond it, Pillow's does not
+    assert inner.abs().max() <= 6 and np.quantile(inner.abs().numpy(), 0.99) <= 2
 
 
-def test_hue_of_pure_colours():
+@makers
+def test_hue_of_pure_colours(by_dali):
     """All corners of the colour cube and their mixtures, against HSV in floating point."""
     import colorsys
 
@@ -123,7 +132,7 @@ def test_hue_of_pure_colours():
 
     views = tuple(only(view, "hue") for view in byol(44))
     for seed in range(4):
-        (batch,) = made(One(), views, EpochOrder(1, 1, seed, 1))
+        (batch,) = made(One(), views, EpochOrder(1, 1, seed, 1), colours=by_dali)
         for k, view in enumerate(views):
             turn = dict(dali.draw(view, numbers(seed, 0, 0)[k], 44, 44).jitter)["hue"]
             expected = []

@@ -29,6 +29,7 @@ from dspnet_fast.errors import InputError
 
 from .augment import JITTER, Draw, ViewSpec, draw, numbers
 from .bad import BadImages, Refusal, load_or_next
+from .colours import LUMA, finish, hue_offset
 from .images import ImageSet, as_pnm, decode
 from .loader import MEAN, STD
 from .order import EpochOrder
@@ -38,7 +39,6 @@ ORIENTATION = 0x0112  # EXIF's number for which way up the camera was held
 END_OF_JPEG = b"\xff\xd9"
 STAGES = len(JITTER) - 1  # of jitter but hue, that may come before and after it
 BRIGHTNESS, CONTRAST, SATURATION, NOTHING = 0, 1, 2, 3
-LUMA = (0.299, 0.587, 0.114)
 
 
 # the pipeline
@@ -50,8 +50,11 @@ def _given(name: str, ndim: int = 0, dtype: Any = types.FLOAT) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def _views(views: tuple[ViewSpec, ...], gpu: bool) -> Any:
-    """Each view of the batch in float32: [3, S, S] from 0 to 255, or on a GPU [S, S, 3] and normalised."""
+def _views(views: tuple[ViewSpec, ...], gpu: bool, colours: bool) -> Any:
+    """Each view of the batch: its crop in uint8 [S, S, 3], or with `colours` all of it, in float32.
+
+    That is [3, S, S] from 0 to 255, on a GPU [S, S, 3] and normalised.
+    """
     image = fn.decoders.image_slice(
         _given("encoded", 1, types.UINT8),
         start=_given("region_start", 1, types.INT32),
@@ -63,7 +66,9 @@ def _views(views: tuple[ViewSpec, ...], gpu: bool) -> Any:
     )
     results = []
     for k, view in enumerate(views):
-        result = _view(image, k, view, "gpu" if gpu else "cpu")
+        result = _resized(image, k, view)
+        if colours:
+            result = _finished(result, k, view, "gpu" if gpu else "cpu")
         if gpu:
             result = fn.crop_mirror_normalize(
                 result,
@@ -76,24 +81,23 @@ def _views(views: tuple[ViewSpec, ...], gpu: bool) -> Any:
     return tuple(results)
 
 
-# Between operations pixels are float32 planes: on a CPU, DALI's way back to bytes costs more than the operations, and
-# arithmetic on one channel in three is cheap where channels lie apart.
-
-
-def _view(image: Any, k: int, view: ViewSpec, device: str) -> Any:
-    crop = fn.slice(
-        image, start=_given(f"start{k}", 1, types.INT32), shape=_given(f"shape{k}", 1, types.INT32), axis_names="HW"
-    )
-    pixels = fn.resize(
-        crop,
+def _resized(image: Any, k: int, view: ViewSpec) -> Any:
+    return fn.resize(
+        image,
         size=[view.image_size, view.image_size],
         roi_start=_given(f"from{k}", 1),  # from right to left is a flip
         roi_end=_given(f"to{k}", 1),
         interp_type=types.INTERP_CUBIC,
         antialias=True,
-        dtype=types.FLOAT,
     )
-    pixels = _clamped(fn.transpose(pixels, perm=[2, 0, 1]))
+
+
+# Between operations pixels are float32 planes: on a CPU, DALI's way back to bytes costs more than the operations, and
+# arithmetic on one channel in three is cheap where channels lie apart.
+
+
+def _finished(pixels: Any, k: int, view: ViewSpec, device: str) -> Any:
+    pixels = fn.transpose(fn.cast(pixels, dtype=types.FLOAT), perm=[2, 0, 1])
     for stage in range(STAGES):
         pixels = _adjust(pixels, f"{k}before{stage}", device)
     if _given(f"hued{k}", dtype=types.BOOL):
@@ -112,7 +116,7 @@ def _view(image: Any, k: int, view: ViewSpec, device: str) -> Any:
 
 
 def _clamped(pixels: Any) -> Any:
-    return math.clamp(pixels, 0.0, 255.0)
+    return math.min(math.max(pixels, 0.0), 255.0)  # in less time than clamp
 
 
 def _plane(pixels: Any, channel: int) -> Any:
@@ -130,7 +134,7 @@ def _adjust(pixels: Any, name: str, device: str) -> Any:
     kind = _given(f"kind{name}", dtype=types.INT32)
     factor = _number(f"factor{name}", device)
     if kind == BRIGHTNESS:
-        result = _clamped(pixels * factor)
+        result = math.min(pixels * factor, 255.0)
     elif kind == CONTRAST:
         mean = fn.reductions.mean(_luma(pixels))
         result = _clamped(pixels * factor + mean * (1.0 - factor))
@@ -147,13 +151,7 @@ def _number(name: str, device: str) -> Any:
 
 
 def _turn_hue(pixels: Any, k: int, device: str) -> Any:
-    """Hue in HSV, turned by `turn` of the circle; value V = max(R, G, B) and chroma C = V - min(R, G, B) = V - M stay.
-
-    A channel is V - C clamp(min(h, 4 - h), 0, 1), where h is the hue in sixths of the circle plus 5, 3 or 1 for red,
-    green and blue, modulo 6. Multiplied by C there is nothing to divide by, and without the modulo both tents that can
-    be met are one expression: with H = C hue and q = ((5, 3 or 1) + 6 turn) modulo 6 - 5 it is
-    clamp(M - C + ||H + q C| - 3 C|, M, V).
-    """
+    """As `colours.turn_hue`, whose formula this is."""
     red, green, blue = (_plane(pixels, channel) for channel in range(3))
     value = math.max(math.max(red, green), blue)
     least = math.min(math.min(red, green), blue)
@@ -167,7 +165,7 @@ def _turn_hue(pixels: Any, k: int, device: str) -> Any:
     planes = []
     for channel in range(3):
         offset = math.abs(math.abs(hue + chroma * _number(f"turn{k}{channel}", device)) - thrice)
-        planes.append(math.clamp(base + offset, least, value))
+        planes.append(math.min(math.max(base + offset, least), value))
     return fn.cat(*planes, axis=0)
 
 
@@ -211,7 +209,7 @@ def _union(boxes: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, i
     return top, left, bottom - top, right - left
 
 
-def _inputs(samples: Sequence[Sample], views: Sequence[ViewSpec]) -> dict[str, Any]:
+def _inputs(samples: Sequence[Sample], views: Sequence[ViewSpec], colours: bool) -> dict[str, Any]:
     """What the pipeline is given, by name."""
     regions = np.array([sample.region for sample in samples], np.int32)
     inputs: dict[str, Any] = {
@@ -223,11 +221,12 @@ def _inputs(samples: Sequence[Sample], views: Sequence[ViewSpec]) -> dict[str, A
         drawn = [sample.draws[k] for sample in samples]
         boxes = np.array([one.box for one in drawn], np.int32)
         flip = np.array([one.flip for one in drawn])
-        inputs[f"start{k}"] = boxes[:, :2] - regions[:, :2]
-        inputs[f"shape{k}"] = np.ascontiguousarray(boxes[:, 2:])
-        height, width = boxes[:, 2].astype(np.float32), boxes[:, 3].astype(np.float32)
-        inputs[f"from{k}"] = np.stack([np.zeros_like(height), np.where(flip, width, 0)], 1).astype(np.float32)
-        inputs[f"to{k}"] = np.stack([height, np.where(flip, 0, width)], 1).astype(np.float32)
+        top, left = (boxes[:, :2] - regions[:, :2]).T
+        bottom, right = top + boxes[:, 2], left + boxes[:, 3]
+        inputs[f"from{k}"] = np.stack([top, np.where(flip, right, left)], 1).astype(np.float32)
+        inputs[f"to{k}"] = np.stack([bottom, np.where(flip, left, right)], 1).astype(np.float32)
+        if not colours:
+            continue
         stages = [_stages(one.jitter) for one in drawn]
         for where, side in enumerate(("before", "after")):
             for stage in range(STAGES):
@@ -236,8 +235,8 @@ def _inputs(samples: Sequence[Sample], views: Sequence[ViewSpec]) -> dict[str, A
                 inputs[f"factor{k}{side}{stage}"] = np.array([factor for _, factor in chosen], np.float32)
         turn = np.array([dict(one.jitter).get("hue", 0.0) for one in drawn])
         inputs[f"hued{k}"] = turn != 0
-        for channel, place in enumerate((5, 3, 1)):
-            inputs[f"turn{k}{channel}"] = ((place + 6 * turn) % 6 - 5).astype(np.float32)
+        for channel in range(3):
+            inputs[f"turn{k}{channel}"] = np.array([hue_offset(value, channel) for value in turn], np.float32)
         inputs[f"grey{k}"] = np.array([one.grey for one in drawn])
         if view.blur_kernel >= 3:
             inputs[f"blurred{k}"] = np.array([one.sigma > 0 for one in drawn])
@@ -268,7 +267,8 @@ class TwoViews:
 
     uint8 [2B, 3, S, S] on the CPU, or on the GPU `device` float32, normalised and in channels-last memory; the first
     view of all B images before the second of all. An image that cannot be read is replaced and counted in `bad`; one
-    too many raises InputError.
+    too many raises InputError. DALI decodes, crops and resizes. On a GPU it makes the `colours` as well; on the CPU they
+    are left to `colours.finish` in Python's threads, which is faster.
     """
 
     def __init__(
@@ -279,9 +279,11 @@ class TwoViews:
         threads: int,
         bad: BadImages,
         device: torch.device | None = None,
+        colours: bool | None = None,
     ) -> None:
         self._images, self._views, self._order, self._threads, self._bad = images, views, order, threads, bad
         self._device = device
+        self._colours = device is not None if colours is None else colours
         self._pipeline: Pipeline | None = None
 
     def __len__(self) -> int:
@@ -367,6 +369,7 @@ class TwoViews:
         pipeline = _views(
             views=self._views,
             gpu=self._device is not None,
+            colours=self._colours,
             batch_size=self._order.images_per_step,
             num_threads=self._threads,
             device_id=None if self._device is None else self._device.index or 0,
@@ -377,7 +380,7 @@ class TwoViews:
         return pipeline
 
     def _start(self, pipeline: Pipeline, batch: _Running) -> None:
-        for name, values in _inputs(batch.samples, self._views).items():
+        for name, values in _inputs(batch.samples, self._views, self._colours).items():
             pipeline.feed_input(name, values)
         pipeline.schedule_run()
 
@@ -388,14 +391,35 @@ class TwoViews:
         if batch.error is not None:
             return (batch.error, batch.refusals), pipeline
         try:
-            return (_collect(pipeline), batch.refusals), pipeline
+            return (self._collect(pipeline, batch, readers), batch.refusals), pipeline
         except RuntimeError:  # DALI does not say which image it was, but Pillow does
             batch = self._read(readers, batch.items, careful=True)
             pipeline = self._build()
             if batch.error is not None:
                 return (batch.error, batch.refusals), pipeline
             self._start(pipeline, batch)
-            return (_collect(pipeline), batch.refusals), pipeline
+            return (self._collect(pipeline, batch, readers), batch.refusals), pipeline
+
+    def _collect(self, pipeline: Pipeline, batch: _Running, readers: ThreadPoolExecutor) -> torch.Tensor:
+        """What the pipeline made of the batch, as one tensor; DALI gets its buffers back."""
+        outputs = pipeline.share_outputs()
+        try:
+            made = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+            if self._device is not None:
+                return torch.cat(made).permute(0, 3, 1, 2)
+            if self._colours:
+                return torch.cat(made).add_(0.5).byte()
+            size, count = self._views[0].image_size, len(batch.samples)
+            result = torch.empty(len(made) * count, 3, size, size, dtype=torch.uint8)
+
+            def finish_one(place: int) -> None:
+                k, i = divmod(place, count)
+                finish(self._views[k], batch.samples[i].draws[k], made[k][i], result[place])
+
+            list(readers.map(finish_one, range(len(result))))
+            return result
+        finally:
+            pipeline.release_outputs()
 
 
 @dataclass
@@ -406,16 +430,6 @@ class _Running:
     samples: list[Sample]
     refusals: list[Refusal]
     error: InputError | None
-
-
-def _collect(pipeline: Pipeline) -> torch.Tensor:
-    """The outputs of the oldest scheduled run as one tensor; DALI gets its buffers back."""
-    outputs = pipeline.share_outputs()
-    try:
-        views = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs])
-        return views.permute(0, 3, 1, 2) if views.is_cuda else views.add_(0.5).byte()
-    finally:
-        pipeline.release_outputs()
 
 
 def _put(ready: queue.Queue[Any], made: Any, stop: threading.Event) -> bool:

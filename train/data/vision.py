@@ -70,11 +70,15 @@ def _gaussian_blur(pixels: torch.Tensor, kernel: int, sigma: float) -> torch.Ten
     A Gaussian is separable: with the banded matrix A of its weights the result is A X A^T, faster on a CPU than a
     two-dimensional convolution, by 6 times at 224 pixels.
     """
-    size = pixels.shape[-1]
+    band = blur_matrix(pixels.shape[-1], kernel, sigma)
+    return (band @ pixels.float() @ band.T).round_().to(torch.uint8)
+
+
+def blur_matrix(size: int, kernel: int, sigma: float) -> torch.Tensor:
+    """The banded matrix [size, size] that blurs one axis: see `_gaussian_blur`."""
     weights = torch.exp(-0.5 * ((torch.arange(kernel) - kernel // 2) / sigma) ** 2)
     weights = (weights / weights.sum()).expand(size, kernel)
-    band = torch.zeros(size, size).scatter_add_(1, _mirrored_columns(size, kernel), weights)
-    return (band @ pixels.float() @ band.T).round_().to(torch.uint8)
+    return torch.zeros(size, size).scatter_add_(1, _mirrored_columns(size, kernel), weights)
 
 
 @functools.lru_cache
