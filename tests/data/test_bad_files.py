@@ -135,7 +135,7 @@ BAD = {
 def batches(folder: Path, backend: str, limit: int, batch_size: int, epochs: int = 1) -> tuple[list, BadImages]:
     images, bad = open_images(str(folder), "train"), BadImages(limit)
     order = EpochOrder(len(images), batch_size, 0, epochs)
-    made = open_batches(backend, images, (WHOLE, WHOLE), order, 1, bad, torch.device("cpu"))
+    made = open_batches(backend, images, (WHOLE, WHOLE), order, 0, bad, torch.device("cpu"))
     return list(made), bad
 
 
@@ -175,7 +175,7 @@ def test_one_too_many_is_an_error_after_the_batches_before_it(tmp_path, backend)
     (tmp_path / f"{order[5]}.jpg").write_bytes(b"")
     images = open_images(str(tmp_path), "train")
     bad = BadImages(0)
-    made = open_batches(backend, images, (WHOLE, WHOLE), EpochOrder(8, 2, 0, 1), 1, bad, torch.device("cpu"))
+    made = open_batches(backend, images, (WHOLE, WHOLE), EpochOrder(8, 2, 0, 1), 0, bad, torch.device("cpu"))
     seen = []
     with pytest.raises(InputError, match=rf"{order[5]}\.jpg"):
         for batch in made:
@@ -189,7 +189,7 @@ def test_a_folder_that_loses_files_during_a_run(tmp_path, backend):
         save(tmp_path / f"{k:02}.jpg", "plain")
     images, bad = open_images(str(tmp_path), "train"), BadImages(3)
     order = EpochOrder(40, 4, 0, 3)
-    made = iter(open_batches(backend, images, (WHOLE, WHOLE), order, 1, bad, torch.device("cpu")))
+    made = iter(open_batches(backend, images, (WHOLE, WHOLE), order, 0, bad, torch.device("cpu")))
     next(made)
     for k in (3, 17, 29):
         (tmp_path / f"{k:02}.jpg").unlink()
@@ -198,7 +198,7 @@ def test_a_folder_that_loses_files_during_a_run(tmp_path, backend):
     shutil.rmtree(tmp_path)
     order = EpochOrder(40, 4, 0, 1)
     with pytest.raises(InputError, match="more bad ones than --max-bad-images 3"):
-        list(open_batches(backend, images, (WHOLE, WHOLE), order, 1, BadImages(3), torch.device("cpu")))
+        list(open_batches(backend, images, (WHOLE, WHOLE), order, 0, BadImages(3), torch.device("cpu")))
 
 
 @backends

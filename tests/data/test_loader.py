@@ -21,10 +21,18 @@ from train.data.vision import augment, evaluation_view
 VIEWS = byol(16)
 
 
+def never(i: int) -> bool:
+    return False
+
+
+def third(i: int) -> bool:
+    return i == 2
+
+
 class Drawn:
     """Images of noise, each another; RGB where `colour` says so."""
 
-    def __init__(self, n: int = 10, colour=lambda i: False):
+    def __init__(self, n: int = 10, colour=never):
         self.name = "drawn"
         self.labels: torch.Tensor | None = None
         self.classes: list[str] = []
@@ -191,7 +199,7 @@ def test_first_views_then_second_views():
 def test_mixed_batches_are_rgb(workers):
     mixed, grey = (
         next(iter(two_view_batches(Drawn(4, colour), VIEWS, EpochOrder(4, 4, 3, 1), workers)))
-        for colour in (lambda i: i == 2, lambda i: False)
+        for colour in (third, never)
     )
     assert mixed.shape == (8, 3, 16, 16)
     coloured = [i for _, i in next(iter(EpochOrder(4, 4, 3, 1)))].index(2)

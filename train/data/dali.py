@@ -267,8 +267,8 @@ class TwoViews:
 
     uint8 [2B, 3, S, S] on the CPU, or on the GPU `device` float32, normalised and in channels-last memory; the first
     view of all B images before the second of all. An image that cannot be read is replaced and counted in `bad`; one
-    too many raises InputError. DALI decodes, crops and resizes. On a GPU it makes the `colours` as well; on the CPU they
-    are left to `colours.finish` in Python's threads, which is faster.
+    too many raises InputError. DALI decodes, crops and resizes. On a GPU it makes the `colours` as well; on the CPU
+    `colours.finish` does in Python's threads, which is faster.
     """
 
     def __init__(

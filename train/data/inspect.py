@@ -63,7 +63,7 @@ def views(backend: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], seed
     """Both views of all images in order of epoch 0, uint8 [2, N, 3, S, S]; InputError if an image cannot be used."""
     device = torch.device("cuda" if backend == "dali-gpu" else "cpu")
     order = EpochOrder(len(images), len(images), seed, epochs=1)
-    (batch,) = open_batches(backend, images, specs, order, 1, BadImages(), device)
+    (batch,) = open_batches(backend, images, specs, order, 0, BadImages(), device)
     if batch.is_floating_point():
         centre, spread = (torch.tensor(values, device=batch.device).view(3, 1, 1) for values in (MEAN, STD))
         batch = ((batch * spread + centre) * 255).round().clamp(0, 255).byte()

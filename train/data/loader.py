@@ -7,6 +7,7 @@ of workers, the batch an image falls into and an interruption change no bit of w
 import functools
 import os
 import signal
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -182,11 +183,17 @@ class _Loader(DataLoader):
             yield batch
 
 
+def _context(workers: int) -> str | None:
+    """Fork, but not from a process that DALI has run in: its threads may hold locks that the child would wait for."""
+    return "forkserver" if workers and "nvidia.dali" in sys.modules else None
+
+
 def _loader(dataset: _Batches, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:
     loader = _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        multiprocessing_context=_context(workers),
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
