@@ -123,7 +123,7 @@ def measure(images: ImageSet, options: argparse.Namespace) -> dict[str, dict[str
         choose_backend(name, images, torch.device("cpu"))
     whole = byol(options.image_size)
     results: dict[str, dict[str, dict[str, float]]] = {}
-    operations = (*OPERATIONS, EVERYTHING)
+    operations = [name.strip() for name in options.operations.split(",")]
     with Monitor("distributions", len(operations), console=Console(stderr=True, highlight=False)) as monitor:
         for k, operation in enumerate(operations):
             specs = whole if operation == EVERYTHING else (only(whole[0], operation), only(whole[1], operation))
@@ -148,6 +148,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", help="folder of images [the test photographs of benchmarks.data, 64 of them]")
     parser.add_argument("--backends", default="torchvision,dali-cpu", help="backends to test [%(default)s]")
+    parser.add_argument(
+        "--operations",
+        default=",".join((*OPERATIONS, EVERYTHING)),
+        help="what is compared [all, and everything]",
+    )
     parser.add_argument("--samples", type=int, default=10_000, help="views of each [%(default)s]")
     parser.add_argument("--image-size", type=int, default=64, help="height and width of a view [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=32, help="images of a batch [%(default)s]")

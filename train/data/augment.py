@@ -132,14 +132,20 @@ def only(view: ViewSpec, operation: str) -> ViewSpec:
 
     All but "resize" see the image's largest square in the middle, resized.
     """
-    whole = {} if operation == "resize" else {"min_scale": 1.0, "max_scale": 1.0, "ratio": (1.0, 1.0)}
-    strengths = {name: getattr(view, name) if operation in (name, "order") else 0.0 for name in JITTER}
+    if operation != "resize":
+        view = dataclasses.replace(view, min_scale=1.0, max_scale=1.0, ratio=(1.0, 1.0))
+
+    def strength(name: str) -> float:
+        return getattr(view, name) if operation in (name, "order") else 0.0
+
     return dataclasses.replace(
         view,
-        **whole,
+        brightness=strength("brightness"),
+        contrast=strength("contrast"),
+        saturation=strength("saturation"),
+        hue=strength("hue"),
         flip_probability=float(operation == "flip"),
         jitter_probability=float(operation in (*JITTER, "order")),
-        **strengths,
         grey_probability=float(operation == "grey"),
         blur_probability=float(operation == "blur"),
         solarize_probability=float(operation == "solarize"),

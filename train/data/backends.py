@@ -27,6 +27,8 @@ def choose_backend(name: str, images: ImageSet, device: torch.device) -> str:
 
     "auto" is dali-cpu for JPEG photographs where DALI is installed, and torchvision otherwise.
     """
+    if name not in ("auto", *BACKENDS):
+        raise InputError(f"a data backend is auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, not {name!r}")
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "auto":
         return "dali-cpu" if installed and _photographs(images) else "torchvision"
