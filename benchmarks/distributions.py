@@ -100,13 +100,13 @@ def of_backend(
 
 
 def of_torchvision(images: ImageSet, specs: tuple[ViewSpec, ViewSpec], samples: int, batch_size: int) -> list[Summary]:
-    """The same of torchvision's own transforms, the two halves of the samples apart."""
+    """The same of torchvision's own transforms, in two halves, each of all images."""
     transforms = [transform(view, on_tensors=False) for view in specs]
     loaded = [images.load(i) for i in range(len(images))]
     steps = -(-samples // (4 * batch_size))
     halves = []
-    for half in range(2):
-        chosen = (np.arange(batch_size) + batch_size * (half + 2 * step) for step in range(steps))
+    for _ in range(2):
+        chosen = (np.arange(batch_size) + batch_size * step for step in range(steps))
         halves.append(
             _total(
                 torch.stack([view(loaded[k % len(loaded)]) for k in positions for view in transforms])
