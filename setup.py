@@ -166,8 +166,17 @@ PACKAGES = packages()
 CUDA_12 = [f"nvidia-cuda-{part}-cu12; sys_platform == 'linux'" for part in ("nvrtc", "runtime", "cccl")]
 EXTRAS = {
     "timm": ["timm"],
-    "dali": ["nvidia-dali-cuda130"],
-    "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn", "timm", *CUDA_12],
+    "dali": ["nvidia-dali-cuda130"],  # with CUDA 12: nvidia-dali-cuda120
+    "test": [
+        "pytest",
+        "pytest-benchmark",
+        "pytest-xdist",
+        "hypothesis",
+        "scikit-learn",
+        "timm",
+        "nvidia-dali-cuda130; sys_platform == 'linux'",
+        *CUDA_12,
+    ],
     "lint": ["ruff", "mypy"],
 }
 

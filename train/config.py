@@ -8,6 +8,7 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
+from .data.backends import BACKENDS
 from .data.loader import Workers
 
 
@@ -20,11 +21,13 @@ def option(default: Any, help: str, changeable: bool = False) -> Any:
 class DataOptions:
     """data"""
 
-    data: str = option("fashion-mnist", "fashion-mnist, cifar10, or a folder of images")
+    data: str = option("fashion-mnist", "fashion-mnist, cifar10, a folder of images, or shards: 'DIR/{000..015}.tar'")
+    data_backend: str = option("auto", f"who decodes and augments: auto, {', '.join(BACKENDS)}; see docs/data.md")
     image_size: int = option(96, "height and width of the augmented views, in pixels")
     min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
     train_images: int | None = option(None, "use only this many images, drawn at random")
     workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
+    max_bad_images: int | None = option(None, "unreadable images that a run leaves out [1 in 1,000 of all]", True)
 
 
 @dataclass(kw_only=True)
@@ -84,6 +87,7 @@ class PretrainConfig(ExecutionOptions, OptimizationOptions, FamilyOptions, DataO
     def __post_init__(self) -> None:
         """Raise InputError for values that no run can have."""
         choices = {
+            "data_backend": ("auto", *BACKENDS),
             "network": tuple(NETWORKS),
             "stem": STEMS,
             "momentum_bn": ("on", "off", "momentum2"),
@@ -103,6 +107,8 @@ class PretrainConfig(ExecutionOptions, OptimizationOptions, FamilyOptions, DataO
         for name in ("tau", "momentum", "min_scale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{flag(name)} lies between 0 and 1, not at {getattr(self, name)}")
+        if self.max_bad_images is not None and self.max_bad_images < 0:
+            raise InputError(f"--max-bad-images cannot be negative: {self.max_bad_images}")
         if not self.names():
             raise InputError("--dns names no network: give for example --dns w0.50,w0.75,w1.00")
 

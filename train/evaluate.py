@@ -17,7 +17,7 @@ from torch import Tensor
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.slim import slim
 
-from . import checkpoint, cli
+from . import atomic, cli
 from .config import Workers, option
 from .data.images import ImageSet, Subset, require_labels
 from .data.loader import evaluation_batches
@@ -174,8 +174,8 @@ def _main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv).knn
     report = evaluate_knn(options.out, cli.to_config(KnnOptions, options))
     folder = options.out / "evaluation"
-    checkpoint.write_text(folder / "knn.json", json.dumps(report, indent=2) + "\n")
-    checkpoint.write_text(folder / "knn.md", _markdown(report))
+    atomic.write_text(folder / "knn.json", json.dumps(report, indent=2) + "\n")
+    atomic.write_text(folder / "knn.md", _markdown(report))
     accuracy_over_macs(report, folder / "knn.png")
     _print(report)
     print(f"{folder}/knn.json, knn.md, knn.png")

@@ -18,7 +18,7 @@ from torch import Tensor
 from dspnet_fast.subnets import Subnet
 
 from .arena import Arena
-from .data.loader import normalize
+from .data.loader import prepare
 from .dspnet import DSPNet
 
 WARM_UP = 3  # runs before recording, in which libraries choose algorithms and kernels are compiled
@@ -33,7 +33,7 @@ class StepGraphs:
     Args:
         model: the networks; their parameters lie in `arena`.
         arena: parameters, gradients, momentum and target.
-        batch: a batch as the run has them, uint8 [2B, C, S, S].
+        batch: a batch as the run has them: see `Trainer.train_step`.
         alpha: see `DSPNet.targets`: a scalar on the device, read by every replay.
         update: the update of the arena; reads what changes from step to step from the device.
         record: how to record; by default as CUDA graphs.
@@ -53,7 +53,7 @@ class StepGraphs:
         device = arena.params.device
         self._model, self._alpha = model, alpha
         self._batch = batch.to(device, copy=True)
-        self._images = normalize(self._batch)
+        self._images = prepare(self._batch, device).clone()
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
         with _unharmed(model, arena):
             self._targets = model.targets(self._images, alpha)
@@ -63,7 +63,7 @@ class StepGraphs:
             self._update = record(update)
 
     def _run_target(self) -> None:
-        self._images.copy_(normalize(self._batch))
+        self._images.copy_(prepare(self._batch, self._images.device))
         self._targets.copy_(self._model.targets(self._images, self._alpha))
 
     def _run_subnet(self, subnet: Subnet) -> None:

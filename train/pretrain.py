@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,8 +15,10 @@ from dspnet_fast.ops import registry
 from . import checkpoint, cli
 from .config import PretrainConfig
 from .data import augment
+from .data.backends import choose_backend, open_batches
+from .data.bad import BadImages
 from .data.images import ImageSet, Subset
-from .data.loader import EpochOrder, two_view_batches
+from .data.order import EpochOrder
 from .data.sets import open_images
 from .device import choose_device
 from .interruption import Interruption
@@ -80,12 +83,15 @@ class Pretraining:
         device = choose_device(config.device)
         images = open_train_images(config)
         order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs)
+        # what auto chose is kept with the run: another backend would not resume it bit for bit
+        config = replace(config, data_backend=choose_backend(config.data_backend, images, device))
         self.config = config
+        self.bad = BadImages(len(images) // 1000 if config.max_bad_images is None else config.max_bad_images)
         self.trainer = Trainer(config, order.steps_per_epoch, device)
         self.probe = None
         if config.probe_epochs:
             test = open_images(config.data, "test")
-            self.probe = Probe(images, test, config.probe_images, config.image_size, device)
+            self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
         self.out = open_run(config, resume)
         self.checkpoints = self.out / "checkpoints"
         newest = checkpoint.latest(self.checkpoints)
@@ -95,7 +101,8 @@ class Pretraining:
             self.trainer.load_weights(checkpoint.load(checkpoint.newest_of_run(Path(config.init_from)), device))
         order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step)
         views = augment.byol(config.image_size, config.min_scale)
-        self.meter = Meter(iter(two_view_batches(images, views, order, config.workers)))
+        batches = open_batches(config.data_backend, images, views, order, config.workers, self.bad, device)
+        self.meter = Meter(iter(batches))
         self.images = len(images)
 
     def run(self) -> None:
@@ -132,8 +139,11 @@ class Pretraining:
     def _batches(self) -> Iterator[Tensor]:
         """The batches; an image that cannot be used ends the run, but not before it is saved."""
         try:
-            yield from self.meter.batches()
+            for batch in self.meter.batches():
+                self._say(*self.bad.news())
+                yield batch
         except InputError:
+            self._say(*self.bad.news())
             self._save_and_stop()
             raise
 
@@ -157,7 +167,8 @@ class Pretraining:
         served = ", ".join(f"{op}: {provider}" for op, provider in registry.serving(trainer.device.type).items())
         return [
             f"{config.network} {', '.join(trainer.model.family.names)} on {self.images} images of {config.data}, "
-            f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}",
+            f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
+            f"data by {config.data_backend}",
             f"operators  {served}",
             *([f"resumed at step {trainer.step}"] if trainer.step else []),
         ]
@@ -174,10 +185,12 @@ class Pretraining:
                 "tau": tau,
                 "images_per_second": rate,
                 "data_wait": waiting,
+                "bad_images": len(self.bad),
             },
         )
         shown = "  ".join(f"{name} {values[name]:.3f}" for name in self.trainer.model.family.names if name in values)
-        self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}")
+        bad = f"  bad images {len(self.bad)}" if len(self.bad) else ""
+        self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
 
     def _measure(self) -> None:
         if self.probe is None:

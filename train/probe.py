@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family
 
+from .data.bad import BadImages
 from .data.images import ImageSet, Subset
-from .data.loader import evaluation_batches, normalize
+from .data.loader import normalize, readable_views
 from .features import extract
 from .knn import feature_std, knn
 
@@ -22,13 +23,16 @@ BATCH = 256
 class Probe:
     """Holds evaluation views of `count` training images and, where there are labels, of half as many test images.
 
-    The images are drawn with a fixed seed, so that all measurements of all runs use the same ones.
+    The images are drawn with a fixed seed, so that all measurements of all runs use the same ones. Those that cannot be
+    read are left out and counted in `bad`.
     """
 
-    def __init__(self, train: ImageSet, test: ImageSet, count: int, image_size: int, device: torch.device) -> None:
+    def __init__(
+        self, train: ImageSet, test: ImageSet, count: int, image_size: int, device: torch.device, bad: BadImages
+    ) -> None:
         self._device = device
-        self._reference, self._reference_labels = _draw(train, count, image_size)
-        self._query, self._query_labels = _draw(test, max(1, count // 2), image_size)
+        self._reference, self._reference_labels = _draw(train, count, image_size, bad)
+        self._query, self._query_labels = _draw(test, max(1, count // 2), image_size, bad)
         self._classes = len(train.classes)
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
@@ -61,8 +65,8 @@ class Probe:
         return result
 
 
-def _draw(images: ImageSet, count: int, image_size: int) -> tuple[Tensor, Tensor | None]:
+def _draw(images: ImageSet, count: int, image_size: int, bad: BadImages) -> tuple[Tensor, Tensor | None]:
     """Evaluation views uint8 [n, C, S, S] and labels [n] of up to `count` images."""
     drawn = Subset.random(images, min(count, len(images)), seed=0)
-    pixels = torch.cat(list(evaluation_batches(drawn, range(len(drawn)), image_size, BATCH, workers=0)))
-    return pixels, drawn.labels
+    pixels, kept = readable_views(drawn, image_size, bad)
+    return pixels, None if drawn.labels is None else drawn.labels[kept]

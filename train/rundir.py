@@ -19,7 +19,7 @@ import yaml
 
 from dspnet_fast.errors import InputError
 
-from . import checkpoint
+from . import atomic
 from .config import PretrainConfig, flag
 
 CONFIG = "config.yaml"
@@ -31,7 +31,8 @@ def read_config(out: Path) -> PretrainConfig:
     if not path.is_file():
         raise InputError(f"{out} holds no run: there is no {CONFIG} in it")
     try:
-        return PretrainConfig(**yaml.safe_load(path.read_text()))
+        # runs from before there was a choice have torchvision's views
+        return PretrainConfig(**{"data_backend": "torchvision", **yaml.safe_load(path.read_text())})
     except (TypeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not a configuration of this version: {error}") from error
 
@@ -56,7 +57,7 @@ def open_run(config: PretrainConfig, resume: bool) -> Path:
         raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     if not holds_run:
-        checkpoint.write_text(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+        atomic.write_text(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     return out
 
 
@@ -74,7 +75,7 @@ class RunLog:
 
         metrics = out / "metrics.jsonl"
         if metrics.exists():
-            checkpoint.write_text(metrics, "".join(f"{line}\n" for line in _lines_until(metrics, step)))
+            atomic.write_text(metrics, "".join(f"{line}\n" for line in _lines_until(metrics, step)))
         self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self._log = open(out / "train.log", "a", buffering=1)  # noqa: SIM115
         self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
 
-from . import checkpoint
+from . import atomic, checkpoint
 from .config import PretrainConfig
 from .data.images import ImageSet
 from .data.loader import Workers, evaluation_batches, normalize
@@ -76,7 +76,7 @@ class TrainedFamily:
             name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.encoder, subnets).items()
         }
         metadata = {"sources": json.dumps(sources)}
-        checkpoint.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
+        atomic.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
 
     def recall(self, subnets: Sequence[Subnet]) -> dict[str, Source]:
         """Take over the kept statistics of `subnets`; says what they were measured on, for those that there are."""

@@ -13,7 +13,7 @@ from dspnet_fast.subnets import sandwich
 
 from .arena import Arena
 from .config import PretrainConfig
-from .data.loader import normalize
+from .data.loader import prepare
 from .dspnet import DSPNet
 from .graphs import StepGraphs
 from .schedules import learning_rate, momentum_alpha, target_tau
@@ -72,7 +72,10 @@ class Trainer:
         return target_tau(self.step, self.steps, self.config.tau)
 
     def train_step(self, batch: Tensor) -> dict[str, Tensor]:
-        """One step on two views, uint8 [2B, C, S, S] on any device; returns the losses of the sampled subnets."""
+        """One step on two views; returns the losses of the sampled subnets.
+
+        The views are uint8 [2B, C, S, S] on any device, or normalised already, float32 [2B, 3, S, S] on the trainer's.
+        """
         family = self.model.family
         if self.step < self.full_only_steps:
             subnets = [family.full]
@@ -85,8 +88,7 @@ class Trainer:
             losses = self._graphs.accumulate(batch, subnets)
             self._graphs.update()
         else:
-            images = normalize(batch.to(self.device, non_blocking=True))
-            losses = self.model.accumulate(images, subnets, self._alpha)
+            losses = self.model.accumulate(prepare(batch, self.device), subnets, self._alpha)
             self._update()
         self.step += 1
         return losses

@@ -16,8 +16,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dspnet_fast.errors import InputError
-from train.data import augment
-from train.data.augment import ViewSpec, build, byol, evaluation_view
+from train.data import augment, vision
+from train.data.augment import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers
+from train.data.vision import evaluation_view
 
 NOTHING = ViewSpec(
     image_size=16,
@@ -33,6 +34,11 @@ NOTHING = ViewSpec(
 )
 
 
+def build(view: ViewSpec):
+    """Draws the view of an image with numbers from torch's global generator."""
+    return lambda image: vision.augment(view, draw(view, torch.rand(DRAWS).tolist(), image.height, image.width), image)
+
+
 def only(**fields) -> ViewSpec:
     """The view that leaves a square image of 16 pixels as it is, but for these fields."""
     return dataclasses.replace(NOTHING, **fields)
@@ -45,8 +51,8 @@ def colours(size: int = 16, mode: str = "RGB", seed: int = 0) -> Image.Image:
 
 def share_changed(view: ViewSpec, image: Image.Image, n: int = 600) -> float:
     torch.manual_seed(0)
-    same, draw = F.pil_to_tensor(image), build(view)
-    return sum(not torch.equal(draw(image), same) for _ in range(n)) / n
+    same, drawn = F.pil_to_tensor(image), build(view)
+    return sum(not torch.equal(drawn(image), same) for _ in range(n)) / n
 
 
 def assert_rate(measured: float, expected: float, n: int = 600) -> None:
@@ -85,8 +91,8 @@ def test_senseless_sizes_are_refused(call):
 @pytest.mark.parametrize("size", [28, 32, 96])
 def test_output_is_bytes_with_the_images_channels(mode, source, size):
     image = Image.new(mode, source)
-    for draw in [*(build(view) for view in byol(size)), evaluation_view(size)]:
-        pixels = draw(image)
+    for drawn in [*(build(view) for view in byol(size)), evaluation_view(size)]:
+        pixels = drawn(image)
         assert pixels.dtype == torch.uint8
         assert pixels.shape == (1 if mode == "L" else 3, size, size)
 
@@ -106,8 +112,8 @@ def test_rates(mode, field, probability):
 
 def test_greyscale_rate():
     torch.manual_seed(0)
-    draw = build(only(grey_probability=0.2))
-    views = [draw(colours()) for _ in range(600)]
+    drawn = build(only(grey_probability=0.2))
+    views = [drawn(colours()) for _ in range(600)]
     assert_rate(sum((v[0] == v[1]).all().item() and (v[1] == v[2]).all().item() for v in views) / 600, 0.2)
 
 
@@ -116,8 +122,8 @@ def test_solarise_tells_the_views_apart():
     rates = []
     for view in byol(16):
         torch.manual_seed(0)
-        draw = build(dataclasses.replace(view, jitter_probability=0.0))
-        rates.append(sum(draw(Image.new("RGB", (16, 16), "white")).sum().item() == 0 for _ in range(600)) / 600)
+        drawn = build(dataclasses.replace(view, jitter_probability=0.0))
+        rates.append(sum(drawn(Image.new("RGB", (16, 16), "white")).sum().item() == 0 for _ in range(600)) / 600)
     assert rates[0] == 0
     assert_rate(rates[1], 0.2)
 
@@ -127,24 +133,19 @@ def test_operations_are_independent(monkeypatch):
     happened: set[str] = set()
     for place, name in [
         (F, "horizontal_flip"),
+        (F, "adjust_hue"),
         (F, "rgb_to_grayscale"),
         (F, "solarize"),
-        (augment, "_gaussian_blur"),
+        (vision, "_gaussian_blur"),
     ]:
         monkeypatch.setattr(place, name, lambda image, *a, name=name, **k: happened.add(name) or image)
-
-    def pass_view(view, image, *rest):
-        happened.add("_jitter")
-        return image
-
-    monkeypatch.setattr(augment, "_jitter", pass_view)
     half = ("flip", "jitter", "grey", "blur", "solarize")
-    draw = build(only(**{f"{name}_probability": 0.5 for name in half}))
+    view = build(only(**{f"{name}_probability": 0.5 for name in half}))
     torch.manual_seed(0)
     counts: Counter[tuple[str, ...]] = Counter()
     for _ in range(1000):
         happened.clear()
-        draw(colours())
+        view(colours())
         counts.update(itertools.combinations(sorted(happened), 2))
     assert len(counts) == 10
     for count in counts.values():
@@ -209,7 +210,7 @@ def test_resize_is_pillows_bicubic(source, size):
     image = colours(source)
     box = (2, 3, source - 4, source - 5)
     expected = image.crop((3, 2, source - 2, source - 2)).resize((size, size), Image.Resampling.BICUBIC)
-    found = augment._resized_crop(image, box, (size, size))
+    found = vision._resized_crop(image, box, (size, size))
     difference = np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int))
     assert difference.max() <= (1 if box[2] * box[3] > 128 * 128 else 0)
 
@@ -228,14 +229,10 @@ def test_resize_is_pillows_bicubic(source, size):
 )
 @pytest.mark.parametrize("u", [0.0, 0.25, 1.0])
 def test_jitter_factors(field, value, adjust, centre, u):
-    strengths = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0) | {field: value}
-    image = colours()
-    found = augment._jitter(only(**strengths), image, [u] * 4, [0.1, 0.2, 0.3, 0.4])
-    # the other three at no strength: hue's way through HSV may round by a few grey levels
-    expected = adjust(image, centre - value + 2 * value * u)
-    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int)).max() <= (
-        0 if field == "hue" else 8
-    )
+    strengths = dict.fromkeys(JITTER, 0.0) | {field: value}
+    view, image = only(jitter_probability=1.0, **strengths), colours()
+    found = vision.augment(view, draw(view, [0.5] * (DRAWS - 4) + [u] * 4, 16, 16), image)
+    assert torch.equal(found, F.pil_to_tensor(adjust(image, centre - value + 2 * value * u)))
 
 
 def test_jitter_order_is_drawn(monkeypatch):
@@ -243,9 +240,9 @@ def test_jitter_order_is_drawn(monkeypatch):
     for name in ("brightness", "contrast", "saturation", "hue"):
         monkeypatch.setattr(F, f"adjust_{name}", lambda image, factor, name=name: seen.append(name) or image)
     torch.manual_seed(0)
-    draw = build(only(jitter_probability=1.0))
+    drawn = build(only(jitter_probability=1.0))
     for _ in range(480):
-        draw(colours())
+        drawn(colours())
     orders = [tuple(seen[i : i + 4]) for i in range(0, len(seen), 4)]
     assert {len(set(order)) for order in orders} == {4}
     assert len(set(orders)) == 24
@@ -256,25 +253,57 @@ def test_grey_images_skip_colours_but_draw_alike():
     """Greyscale and the same picture as RGB: the same crop, brightness, contrast and blur, from the same numbers."""
     grey = colours(40, "L")
     for view in byol(32):
-        draw = build(dataclasses.replace(view, hue=0.0, saturation=0.0))
+        drawn = build(dataclasses.replace(view, hue=0.0, saturation=0.0))
         for seed in range(20):
             torch.manual_seed(seed)
-            as_grey = draw(grey)
+            as_grey = drawn(grey)
             after = torch.rand(1)
             torch.manual_seed(seed)
-            as_rgb = draw(grey.convert("RGB"))
+            as_rgb = drawn(grey.convert("RGB"))
             assert torch.equal(after, torch.rand(1))
             assert (as_grey.int() - as_rgb.int()).abs().float().mean() < 2
 
 
-def test_a_view_depends_on_the_global_generator_alone():
-    draw, image = build(byol(32)[1]), colours(40)
-    torch.manual_seed(3)
-    first, second = draw(image), draw(image)
-    torch.manual_seed(3)
-    assert torch.equal(draw(image), first)
-    assert torch.equal(draw(image), second)
-    assert not torch.equal(first, second)
+# draws
+
+
+def test_draws_are_a_function_of_seed_epoch_image_and_size():
+    view, first = byol(32)[0], numbers(1, 2, 3)
+    assert numbers(1, 2, 3) == first and len(first) == 2 and len(first[0]) == DRAWS
+    torch.manual_seed(augment.mix(1, 2, 3))  # one stream, view after view
+    assert first == [torch.rand(DRAWS).tolist(), torch.rand(DRAWS).tolist()]
+    others = [numbers(*key) for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4))]
+    assert all(other[k] != first[k] for other in others for k in (0, 1)) and first[0] != first[1]
+    assert draw(view, first[0], 40, 50) == draw(view, first[0], 40, 50)
+
+
+def test_a_draw_leaves_nothing_open():
+    """Without chance in the view, the draw is the same whatever the numbers; with it, every field takes all it can."""
+    rows = torch.rand(200, DRAWS, generator=torch.Generator().manual_seed(0)).tolist()
+    expected = Draw(box=(0, 0, 16, 16), flip=False, jitter=(), grey=False, sigma=0.0, solarize=False)
+    assert {draw(NOTHING, row, 16, 16) for row in rows} == {expected}
+    found = [draw(byol(112)[1], row, 40, 50) for row in rows]
+    for name in ("flip", "grey", "solarize"):
+        assert {getattr(one, name) for one in found} == {True, False}
+    assert {len(one.jitter) for one in found} == {0, 4}
+    assert {bool(one.sigma) for one in found} == {True, False}
+
+
+@pytest.mark.parametrize("operation", augment.OPERATIONS)
+def test_one_operation_alone(operation):
+    """`only` lets nothing else through: the square in the middle of the image is otherwise kept as it is."""
+    view = augment.only(byol(128)[1], operation)
+    image = colours(128)
+    found = [draw(view, numbers(0, 0, i)[0], 128, 128) for i in range(30)]
+    assert ({one.box for one in found} == {(0, 0, 128, 128)}) == (operation != "resize")
+    names = {name for one in found for name, _ in one.jitter}
+    assert names == (set(JITTER) if operation == "order" else {operation} & set(JITTER))
+    assert {one.flip for one in found} == {operation == "flip"}
+    assert {one.grey for one in found} == {operation == "grey"}
+    assert {one.solarize for one in found} == {operation == "solarize"}
+    assert {bool(one.sigma) for one in found} == {operation == "blur"}
+    changed = [not torch.equal(vision.augment(view, one, image), F.pil_to_tensor(image)) for one in found]
+    assert sum(changed) >= (20 if operation == "blur" else 30)  # the smallest sigmas blur nothing
 
 
 # blur
@@ -287,17 +316,17 @@ def test_blur_is_torchvisions(size, share):
     sigma = view.blur_sigma[0] + share * (view.blur_sigma[1] - view.blur_sigma[0])
     pixels = F.pil_to_tensor(colours(size))
     expected = F.gaussian_blur(pixels, [view.blur_kernel] * 2, [sigma] * 2)
-    found = augment._gaussian_blur(pixels, view.blur_kernel, sigma)
+    found = vision._gaussian_blur(pixels, view.blur_kernel, sigma)
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
 def test_sigma_is_uniform_in_its_range(monkeypatch):
     sigmas: list[float] = []
-    monkeypatch.setattr(augment, "_gaussian_blur", lambda pixels, kernel, sigma: sigmas.append(sigma) or pixels)
+    monkeypatch.setattr(vision, "_gaussian_blur", lambda pixels, kernel, sigma: sigmas.append(sigma) or pixels)
     torch.manual_seed(0)
-    draw = build(byol(112)[0])
+    drawn = build(byol(112)[0])
     for _ in range(500):
-        draw(colours(112))
+        drawn(colours(112))
     assert len(sigmas) == 500
     assert np.quantile(sigmas, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx([0.05, 0.2875, 0.525, 0.7625, 1], abs=0.06)
 
@@ -326,8 +355,7 @@ def test_evaluation_view_keeps_all_of_small_images():
 
 
 def test_views_travel_to_other_processes():
-    for view in [*(build(spec) for spec in byol(32)), evaluation_view(32)]:
-        torch.manual_seed(0)
-        expected = view(colours())
-        torch.manual_seed(0)
-        assert torch.equal(pickle.loads(pickle.dumps(view))(colours()), expected)
+    view = evaluation_view(32)
+    assert torch.equal(pickle.loads(pickle.dumps(view))(colours()), view(colours()))
+    for spec in byol(32):
+        assert pickle.loads(pickle.dumps(spec)) == spec

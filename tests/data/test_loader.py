@@ -12,17 +12,27 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data import loader
-from train.data.augment import build, byol, evaluation_view
-from train.data.loader import EpochOrder, evaluation_batches, normalize, two_view_batches, worker_count
+from train.data.augment import byol, draw, numbers
+from train.data.bad import BadImages
+from train.data.loader import evaluation_batches, normalize, readable_views, two_view_batches, worker_count
+from train.data.order import EpochOrder, mix
+from train.data.vision import augment, evaluation_view
 
 VIEWS = byol(16)
+
+
+def never(i: int) -> bool:
+    return False
+
+
+def third(i: int) -> bool:
+    return i == 2
 
 
 class Drawn:
     """Images of noise, each another; RGB where `colour` says so."""
 
-    def __init__(self, n: int = 10, colour=lambda i: False):
+    def __init__(self, n: int = 10, colour=never):
         self.name = "drawn"
         self.labels: torch.Tensor | None = None
         self.classes: list[str] = []
@@ -93,6 +103,20 @@ def test_batch_must_fit_the_set(n, batch_size):
         EpochOrder(n, batch_size, seed=0, epochs=1)
 
 
+@pytest.mark.parametrize("start", [0, 4])
+def test_ranks_share_the_batches_of_one(start):
+    """Two ranks see together what one would: each image of an epoch exactly once, also after a resume inside it."""
+    one = list(EpochOrder(11, 4, seed=1, epochs=3, start_step=start))
+    ranks = [list(EpochOrder(11, 4, 1, 3, start, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == one
+    assert EpochOrder(11, 4, 1, 3, world_size=2).images_per_step == 2
+
+
+def test_ranks_must_divide_the_batch():
+    with pytest.raises(InputError, match="4 images for 3 ranks: give a multiple of 3"):
+        EpochOrder(10, 4, 0, 1, rank=0, world_size=3)
+
+
 # bits
 
 
@@ -142,7 +166,7 @@ def test_epochs_and_seeds_draw_other_views():
 
 def test_seeds_of_neighbours_differ_in_their_lower_32_bits():
     """All that torch's CPU generator uses of a seed."""
-    seeds = {loader._mix(s, e, i) % 2**32 for s in range(10) for e in range(10) for i in range(10)}
+    seeds = {mix(s, e, i) % 2**32 for s in range(10) for e in range(10) for i in range(10)}
     assert len(seeds) == 1000
 
 
@@ -166,16 +190,16 @@ def test_first_views_then_second_views():
     assert batch.dtype == torch.uint8
     assert batch.shape == (8, 1, 16, 16)
     for k, (epoch, i) in enumerate(items):
-        torch.manual_seed(loader._mix(3, epoch, i))
-        assert torch.equal(batch[k], build(VIEWS[0])(Drawn().load(i)))
-        assert torch.equal(batch[4 + k], build(VIEWS[1])(Drawn().load(i)))
+        image = Drawn().load(i)
+        for view, uniform, found in zip(VIEWS, numbers(3, epoch, i), (batch[k], batch[4 + k]), strict=True):
+            assert torch.equal(found, augment(view, draw(view, uniform, 20, 20), image))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_mixed_batches_are_rgb(workers):
     mixed, grey = (
         next(iter(two_view_batches(Drawn(4, colour), VIEWS, EpochOrder(4, 4, 3, 1), workers)))
-        for colour in (lambda i: i == 2, lambda i: False)
+        for colour in (third, never)
     )
     assert mixed.shape == (8, 3, 16, 16)
     coloured = [i for _, i in next(iter(EpochOrder(4, 4, 3, 1)))].index(2)
@@ -228,6 +252,62 @@ def test_unreadable_images_raise_their_own_message(workers):
         with pytest.raises(InputError) as caught:
             list(found)
         assert str(caught.value) == "cannot read the image six.png"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_replaced_by_the_next_and_counted(workers):
+    """Image 7 comes twice an epoch, once as itself and once in place of 6 with the numbers of 6."""
+    bad, order = BadImages(limit=1), EpochOrder(10, 5, 0, 2)
+    found = list(two_view_batches(Broken(), VIEWS, order, workers, bad))
+    assert len(bad) == 1
+    assert bad.news() == ["left out, bad image 1 of 1 allowed: cannot read the image six.png"]
+    assert bad.news() == []
+    for items, batch in zip(order, found, strict=True):
+        for k, (epoch, i) in enumerate(items):
+            view = VIEWS[0]
+            expected = augment(view, draw(view, numbers(0, epoch, i)[0], 20, 20), Drawn().load(7 if i == 6 else i))
+            assert torch.equal(batch[k], expected)
+
+
+class Worse(Drawn):
+    def load(self, i: int) -> Image.Image:
+        if i in (5, 6, 7):
+            raise InputError(f"cannot read the image {i}")
+        return super().load(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_one_bad_image_too_many_is_an_error(workers, limit):
+    bad = BadImages(limit)
+    loaded = two_view_batches(Worse(), VIEWS, EpochOrder(10, 5, 0, 1), workers, bad)
+    if limit == 3:
+        assert len(list(loaded)) == 2 and len(bad.news()) == 3
+        return
+    with pytest.raises(InputError, match=rf"cannot read the image \d; more bad ones than --max-bad-images {limit}"):
+        list(loaded)
+    assert len(bad.news()) == limit
+
+
+def test_a_set_of_bad_images_ends(tmp_path):
+    class Hopeless(Drawn):
+        def load(self, i: int) -> Image.Image:
+            raise InputError(f"cannot read the image {i}")
+
+    with pytest.raises(InputError, match="cannot read the image"):
+        list(two_view_batches(Hopeless(), VIEWS, EpochOrder(10, 5, 0, 1), 0, BadImages(limit=100)))
+    with pytest.raises(InputError, match="none can be read"):
+        readable_views(Hopeless(), 16, BadImages(limit=100))
+
+
+def test_readable_views_leave_out_the_others():
+    bad = BadImages(limit=3)
+    pixels, kept = readable_views(Worse(), 16, bad)
+    assert kept == [0, 1, 2, 3, 4, 8, 9]
+    assert len(bad) == 3
+    assert torch.equal(pixels[5], evaluation_view(16)(Drawn().load(8)))
+    with pytest.raises(InputError, match="image 7"):
+        readable_views(Worse(), 16, BadImages(limit=2))
 
 
 class Reporting(Drawn):

@@ -34,7 +34,7 @@ def test_interpreted(run_python, operator):
             "no:cacheprovider",
             f"tests/ops/test_{operator}.py",
             "-k",
-            "triton and not on_a_gpu",
+            "triton and not on_a_gpu and not threads",
         ),
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",

@@ -156,7 +156,7 @@ print(registry.get_policy())
         (None, ["native", "auto"]),
         ("", ["native", "auto"]),
         ("native", ["native", "native"]),
-        ("cudo", ["cudo", "no kernel provider is called 'cudo': use auto, native, cpp, triton, cuda", "cudo"]),
+        ("cudo", ["cudo", "no kernel provider is called 'cudo': use auto, any, native, cpp, triton, cuda", "cudo"]),
     ],
 )
 def test_environment_and_fast_kernels(run_python, variable, printed):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dspnet_fast.errors import InputError
-from train import checkpoint
+from train import atomic, checkpoint
 
 
 def test_round_trip_keeps_the_newest_two(tmp_path):
@@ -21,14 +21,14 @@ def test_round_trip_keeps_the_newest_two(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
+    atomic.write_text(path, "old")
 
     def fail(temporary):
         temporary.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        atomic.write_atomically(path, fail)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 

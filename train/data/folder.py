@@ -9,7 +9,7 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from .images import to_grey_or_rgb
+from .images import decode
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("test", "val")
@@ -28,13 +28,15 @@ class FolderImages:
         return len(self._files)
 
     def load(self, i: int) -> Image.Image:
+        return decode(self.encoded(i), self._files[i])
+
+    def encoded(self, i: int) -> bytes:
         path = self._files[i]
         try:
-            with Image.open(path) as image:
-                return to_grey_or_rgb(image)
-        except Exception as error:  # decoders meet broken files with a dozen types of exception
-            reason = " ".join(str(error).split())
-            raise InputError(f"cannot read the image {path}: repair it or take it out ({reason})") from error
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise InputError(f"cannot read the image {path}: {error.strerror}") from error
 
     def file(self, i: int) -> str:
         return self._files[i]

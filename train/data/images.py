@@ -1,11 +1,12 @@
 """What a set of images is to the rest of the code, and how one image in whatever mode becomes greyscale or RGB."""
 
+import io
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dspnet_fast.errors import InputError
 
@@ -21,6 +22,10 @@ class ImageSet(Protocol):
 
     def load(self, i: int) -> Image.Image:
         """Image i, in mode "L" or "RGB"; InputError if it cannot be read."""
+        ...
+
+    def encoded(self, i: int) -> bytes:
+        """The file that image i is, in a format that Pillow reads; InputError if there is none."""
         ...
 
     def file(self, i: int) -> str:
@@ -43,6 +48,9 @@ class ArrayImages:
 
     def load(self, i: int) -> Image.Image:
         return Image.fromarray(self._pixels[i])
+
+    def encoded(self, i: int) -> bytes:
+        return as_pnm(self.load(i))
 
     def file(self, i: int) -> str:
         return f"image {i} of {self._source}"
@@ -72,6 +80,9 @@ class Subset:
     def load(self, i: int) -> Image.Image:
         return self._images.load(self._indices[i])
 
+    def encoded(self, i: int) -> bytes:
+        return self._images.encoded(self._indices[i])
+
     def file(self, i: int) -> str:
         return self._images.file(self._indices[i])
 
@@ -81,6 +92,26 @@ def require_labels(images: ImageSet) -> torch.Tensor:
     if images.labels is None:
         raise InputError(f"{images.name} has no labels: sort its images into one folder per class, DIR/<class>/*")
     return images.labels
+
+
+def decode(content: bytes, file: str) -> Image.Image:
+    """The image in a file's content as "L" or "RGB", turned the way its EXIF data says; of an animation the first one.
+
+    InputError, which names `file`, if there is none, or one of more pixels than Pillow thinks safe.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_grey_or_rgb(image)
+    except Exception as error:  # decoders meet broken files with a dozen types of exception
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot read the image {file}: repair it or take it out ({reason})") from error
+
+
+def as_pnm(image: Image.Image) -> bytes:
+    """An image in mode "L" or "RGB" as a PGM or PPM file: a header before its pixels."""
+    kind = b"P5" if image.mode == "L" else b"P6"
+    return kind + b" %d %d 255\n" % image.size + image.tobytes()
 
 
 def to_grey_or_rgb(image: Image.Image) -> Image.Image:

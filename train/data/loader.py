@@ -5,20 +5,23 @@ of workers, the batch an image falls into and an interruption change no bit of w
 """
 
 import functools
-import hashlib
 import os
 import signal
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from dspnet_fast.errors import InputError
 
-from .augment import View, ViewSpec, build, evaluation_view
+from .augment import ViewSpec, draw, numbers
+from .bad import BadImages, Refusal, load_or_next
 from .images import ImageSet
+from .order import EpochOrder
+from .vision import View, augment, evaluation_view
 
 # ImageNet's, of RGB values from 0 to 1
 MEAN = (0.485, 0.456, 0.406)
@@ -29,45 +32,21 @@ FEW_IMAGES = 256  # up to here starting workers costs more than they save
 Workers = int | Literal["auto"]
 
 
-class EpochOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) from step `start_step` to the end of the last epoch.
-
-    Each epoch is a new permutation of n images, less the last n % batch_size of it. Starting in the middle costs one
-    permutation and gives what an uninterrupted run would have seen from there. InputError if a batch exceeds the set.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int, epochs: int, start_step: int = 0):
-        if not 1 <= batch_size <= n:
-            raise InputError(f"a batch of {batch_size} from a set of {n} images: give a batch size from 1 to {n}")
-        self.steps_per_epoch = n // batch_size
-        self.seed = seed
-        self._n = n
-        self._batch_size = batch_size
-        self._steps = range(start_step, epochs * self.steps_per_epoch)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = None
-        for step in self._steps:
-            epoch, within = divmod(step, self.steps_per_epoch)
-            if order is None or within == 0:
-                order = torch.randperm(self._n, generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
-            batch = order[within * self._batch_size : (within + 1) * self._batch_size]
-            yield [(epoch, i) for i in batch.tolist()]
-
-
 def two_view_batches(
-    images: ImageSet, views: tuple[ViewSpec, ViewSpec], order: EpochOrder, workers: Workers = "auto"
+    images: ImageSet,
+    views: tuple[ViewSpec, ViewSpec],
+    order: EpochOrder,
+    workers: Workers = "auto",
+    bad: BadImages | None = None,
 ) -> DataLoader:
     """A loader over all of `order`: uint8 [2B, C, S, S], first view of all B images, then second view of all.
 
     C is 1 in a batch of greyscale images and 3 otherwise. The memory is pinned if there is a CUDA device. An image
-    that cannot be read raises InputError here, whichever process met it. `workers` as in `worker_count`.
+    that cannot be read is replaced and counted in `bad`, by default none is allowed; one too many raises InputError
+    here, whichever process met it. `workers` as in `worker_count`.
     """
-    dataset = _TwoViews(images, tuple(build(view) for view in views), order.seed)
-    return _loader(dataset, order, worker_count(workers, len(images)))
+    bad = BadImages() if bad is None else bad
+    return _loader(_TwoViews(images, views, order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
 
 
 def evaluation_batches(
@@ -80,7 +59,25 @@ def evaluation_batches(
     if batch_size < 1:
         raise InputError(f"evaluation batches of {batch_size} images: give at least 1")
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    return _loader(_Evaluation(images, evaluation_view(image_size)), batches, worker_count(workers, len(indices)))
+    dataset = _Evaluation(images, evaluation_view(image_size))
+    return _loader(dataset, batches, worker_count(workers, len(indices)), BadImages())
+
+
+def readable_views(images: ImageSet, image_size: int, bad: BadImages) -> tuple[torch.Tensor, list[int]]:
+    """Evaluation views uint8 [n, C, S, S] of those images that can be read, the others counted in `bad`; their indices.
+
+    InputError if there are none, or one bad image too many.
+    """
+    view, pixels, kept = evaluation_view(image_size), [], []
+    for i in range(len(images)):
+        try:
+            pixels.append(view(images.load(i)))
+            kept.append(i)
+        except InputError as error:
+            bad.note([(images.file(i), str(error))])
+    if not kept:
+        raise InputError(f"of {len(images)} images of {images.name} none can be read")
+    return _stack(pixels), kept
 
 
 def worker_count(workers: Workers, n: int) -> int:
@@ -90,6 +87,11 @@ def worker_count(workers: Workers, n: int) -> int:
             raise InputError(f"{workers} workers: give 0, a larger number or auto")
         return workers
     return 0 if n <= FEW_IMAGES else min(os.cpu_count() or 1, 8)
+
+
+def prepare(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Normalised images on the device: bytes are normalised there, what a backend has normalised stays as it is."""
+    return batch if batch.is_floating_point() else normalize(batch.to(device, non_blocking=True))
 
 
 def normalize(
@@ -128,33 +130,35 @@ class _Refused:
 class _Batches(Dataset[Any]):
     """Makes a whole batch from a sampler's list, which DataLoader asks for under the name __getitems__."""
 
-    def __getitems__(self, items: Sequence[Any]) -> torch.Tensor | _Refused:
+    def __getitems__(self, items: Sequence[Any]) -> tuple[torch.Tensor | _Refused, list[Refusal]]:
+        refusals: list[Refusal] = []
         try:
-            return self.batch(items)
+            return self.batch(items, refusals), refusals
         except InputError as error:
-            return _Refused(str(error))
+            return _Refused(str(error)), refusals
 
     @abstractmethod
-    def batch(self, items: Sequence[Any]) -> torch.Tensor: ...
+    def batch(self, items: Sequence[Any], refusals: list[Refusal]) -> torch.Tensor: ...
 
 
 class _TwoViews(_Batches):
-    def __init__(self, images: ImageSet, views: tuple[View, ...], seed: int):
+    def __init__(self, images: ImageSet, views: tuple[ViewSpec, ViewSpec], seed: int, limit: int):
         self._images = images
         self._views = views
         self._seed = seed
+        self._limit = limit
 
-    def batch(self, items: Sequence[tuple[int, int]]) -> torch.Tensor:
-        generator = torch.default_generator  # torch.manual_seed would reseed the GPU's as well
-        state = generator.get_state()
+    def batch(self, items: Sequence[tuple[int, int]], refusals: list[Refusal]) -> torch.Tensor:
         samples = []
-        try:
-            for epoch, i in items:
-                image = self._images.load(i)
-                generator.manual_seed(_mix(self._seed, epoch, i))
-                samples.append([view(image) for view in self._views])
-        finally:
-            generator.set_state(state)
+        for epoch, i in items:
+            image = load_or_next(self._images, i, self._limit, self._images.load, refusals)
+            drawn = numbers(self._seed, epoch, i)
+            samples.append(
+                [
+                    augment(view, draw(view, uniform, image.height, image.width), image)
+                    for view, uniform in zip(self._views, drawn, strict=True)
+                ]
+            )
         return _stack([pixels for view in zip(*samples, strict=True) for pixels in view])
 
 
@@ -163,34 +167,45 @@ class _Evaluation(_Batches):
         self._images = images
         self._view = view
 
-    def batch(self, items: Sequence[int]) -> torch.Tensor:
+    def batch(self, items: Sequence[int], refusals: list[Refusal]) -> torch.Tensor:
         return _stack([self._view(self._images.load(int(i))) for i in items])
 
 
 class _Loader(DataLoader):
-    """Raises what its workers refused.
+    """Counts what its workers left out, and raises what they refused.
 
     Workers live as long as one iteration. Only this generator's stack refers to them, so that they end with it: those
     kept by a loader may be left to the garbage collector, which closes their queues first and then waits 5 s for each.
     """
 
+    bad: BadImages
+
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
-        for batch in super().__iter__():
+        for batch, refusals in super().__iter__():
+            self.bad.note(refusals)
             if isinstance(batch, _Refused):
                 raise InputError(batch.message)
             yield batch
 
 
-def _loader(dataset: _Batches, batches: Iterable[Any], workers: int) -> DataLoader:
-    return _Loader(
+def _context(workers: int) -> str | None:
+    """Fork, but not from a process that DALI has run in: its threads may hold locks that the child would wait for."""
+    return "forkserver" if workers and "nvidia.dali" in sys.modules else None
+
+
+def _loader(dataset: _Batches, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:
+    loader = _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        multiprocessing_context=_context(workers),
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else starting to iterate would draw from the global one
     )
+    loader.bad = bad
+    return loader
 
 
 def _unchanged(batch: Any) -> Any:
@@ -205,9 +220,3 @@ def _ignore_interrupts(worker: int) -> None:
 def _stack(samples: list[torch.Tensor]) -> torch.Tensor:
     channels = max(pixels.shape[0] for pixels in samples)
     return torch.stack([pixels.expand(channels, -1, -1) for pixels in samples])
-
-
-def _mix(*numbers: int) -> int:
-    """64 bits that look random, the same on every machine. torch's CPU generator uses the lower 32 of a seed only, so
-    neighbouring epochs and indices must be spread over them."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")

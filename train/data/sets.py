@@ -6,7 +6,7 @@ from typing import Literal
 
 from dspnet_fast.errors import InputError
 
-from . import cifar10, fashion_mnist, folder
+from . import cifar10, fashion_mnist, folder, shards
 from .images import ImageSet
 
 NAMED = {fashion_mnist.NAME: fashion_mnist.open_set, cifar10.NAME: cifar10.open_set}
@@ -18,7 +18,7 @@ def data_folder() -> Path:
 
 
 def open_images(name: str, split: Literal["train", "test"], download: bool = True) -> ImageSet:
-    """Open one split of a set of images: `fashion-mnist`, `cifar10`, or the path of an image folder.
+    """Open one split of a set of images: `fashion-mnist`, `cifar10`, the path of an image folder, or shards.
 
     A folder is one of three things (hidden files are ignored, everything is in sorted order):
 
@@ -27,14 +27,22 @@ def open_images(name: str, split: Literal["train", "test"], download: bool = Tru
     - `DIR/*`, images without classes: labels are None, train is all of them. Nothing can be held out for an accuracy,
       so test is every 10th of the same images.
 
+    Shards are WebDataset tar files, named by a pattern such as `DIR/{000..015}.tar` or by their folder. The shards in
+    its subfolder `test` are the test split; without one they are split as folders are, by their labels.
+
     With `download`, a named set that is not on this machine is fetched into the data folder. Raises InputError when
     there is no such set, or when it is not laid out in one of these ways.
     """
     if name in NAMED:
         return NAMED[name](split, data_folder(), download)
+    if name.endswith(".tar"):
+        return shards.open_shards(name, split)
     path = Path(name).expanduser()
     if not path.is_dir():
         raise InputError(
-            f"no set of images {name!r}: give {', '.join(NAMED)} or an existing folder (looked for {path.absolute()})"
+            f"no set of images {name!r}: give {', '.join(NAMED)}, shards or an existing folder "
+            f"(looked for {path.absolute()})"
         )
+    if shards.is_folder_of_shards(path):
+        return shards.open_shards(f"{path}/*.tar", split)
     return folder.open_folder(path, split)

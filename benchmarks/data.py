@@ -1,0 +1,293 @@
+"""Images per second and core: two BYOL views of photographs, by every backend, beside decoding alone.
+
+The images are JPEGs of 400 x 400 pixels, crops of scikit-learn's two sample photographs at several scales, or those of
+--data. Everything runs in one process that is bound to one core, PyTorch and DALI with one thread each. A second is one
+of processor time, whichever of the process's threads used it. Variants take turns; times are medians.
+
+`torchvision on PIL` and `torchvision on tensors` are its own transforms (v2), as its users write BYOL's augmentation;
+`torchvision` and `dali-cpu` are this project's backends. Before anything is timed, the views of the two backends are
+compared; if they differ by more than docs/data.md says, nothing is.
+
+The last line is for programs: dali_cpu_vs_best_torchvision=X, against the better of torchvision on PIL and on tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, v2
+
+from dspnet_fast.errors import InputError
+from train import cli
+from train.data.augment import ViewSpec, byol
+from train.data.backends import choose_backend, open_batches
+from train.data.bad import BadImages
+from train.data.images import ImageSet, Subset
+from train.data.inspect import views
+from train.data.order import EpochOrder
+from train.data.sets import open_images
+from train.progress import Monitor
+
+from .machine import processor
+from .quiet import Patience, Samples
+
+EPILOG = """\
+examples:
+  python -m benchmarks.data
+  python -m benchmarks.data --data photos --image-size 224 --rounds 20 --json data.json
+"""
+
+PIL, TENSORS, OURS, DALI = "torchvision on PIL", "torchvision on tensors", "torchvision", "dali-cpu"
+DECODE_PIL, DECODE_DALI = "decode only, Pillow", "decode only, DALI"
+SIZE, SCALES = 400, (0.65, 0.8, 1.0)  # pixels of a photograph; of the sample's shorter side that it shows
+APART = 2.0  # grey levels, the mean over all pixels
+
+
+def photographs(folder: Path, count: int, size: int = SIZE) -> None:
+    """Write `count` JPEGs of size x size pixels, quality 90: random squares of scikit-learn's sample photographs."""
+    from sklearn.datasets import load_sample_images
+
+    samples = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    random = np.random.default_rng(0)
+    for k in range(count):
+        sample = samples[k % len(samples)]
+        side = int(min(sample.size) * SCALES[k % len(SCALES)])
+        left, top = (int(random.integers(0, extent - side + 1)) for extent in sample.size)
+        crop = sample.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+        crop.save(folder / f"{k:04}.jpg", quality=90)
+
+
+def transform(view: ViewSpec, on_tensors: bool) -> v2.Transform:
+    """The view as torchvision's own transforms."""
+    jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                view.image_size,
+                (view.min_scale, view.max_scale),
+                view.ratio,
+                InterpolationMode.BICUBIC,
+                antialias=True,
+            ),
+            v2.RandomHorizontalFlip(view.flip_probability),
+            v2.RandomApply([jitter], view.jitter_probability),
+            v2.RandomGrayscale(view.grey_probability),
+            v2.RandomApply([v2.GaussianBlur(view.blur_kernel, view.blur_sigma)], view.blur_probability),
+            v2.RandomSolarize(view.solarize_threshold, view.solarize_probability),
+            *([] if on_tensors else [v2.PILToTensor()]),
+        ]
+    )
+
+
+def _decode_pillow(images: ImageSet) -> None:
+    for i in range(len(images)):
+        images.load(i)
+
+
+def _plain_torchvision(images: ImageSet, specs: Sequence[ViewSpec], on_tensors: bool) -> Callable[[], object]:
+    transforms = [transform(view, on_tensors) for view in specs]
+
+    def load(i: int) -> Image.Image | Tensor:
+        content = images.encoded(i)
+        if on_tensors:
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        return Image.open(io.BytesIO(content)).convert("RGB")
+
+    def run() -> Tensor:
+        loaded = map(load, range(len(images)))
+        pairs = [[of_view(image) for of_view in transforms] for image in loaded]
+        return torch.stack([pixels for view in zip(*pairs, strict=True) for pixels in view])
+
+    return run
+
+
+def _decode_dali(images: ImageSet, batch_size: int) -> Callable[[], object]:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def decoding():
+        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, jpeg_fancy_upsampling=True)
+
+    pipeline = decoding()
+    pipeline.build()
+
+    def run() -> None:
+        for first in range(0, len(images), batch_size):
+            batch = [np.frombuffer(images.encoded(i), np.uint8) for i in range(first, first + batch_size)]
+            pipeline.feed_input("encoded", batch)
+            pipeline.run()
+
+    return run
+
+
+def _backend(name: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], batch_size: int) -> Callable[[], object]:
+    order = EpochOrder(len(images), batch_size, seed=0, epochs=1)
+    batches = open_batches(name, images, specs, order, 0, BadImages(), torch.device("cpu"))
+
+    def run() -> None:
+        for _ in batches:
+            pass
+
+    return run
+
+
+def variants(images: ImageSet, image_size: int, batch_size: int) -> dict[str, Callable[[], object]]:
+    """Each makes the views of all images once, or decodes them."""
+    specs = byol(image_size)
+    runs: dict[str, Callable[[], object]] = {
+        DECODE_PIL: lambda: _decode_pillow(images),
+        PIL: _plain_torchvision(images, specs, on_tensors=False),
+        TENSORS: _plain_torchvision(images, specs, on_tensors=True),
+        OURS: _backend(OURS, images, specs, batch_size),
+    }
+    try:
+        choose_backend(DALI, images, torch.device("cpu"))
+    except InputError as error:
+        print(f"without DALI: {error}", file=sys.stderr)
+        return runs
+    return runs | {DECODE_DALI: _decode_dali(images, batch_size), DALI: _backend(DALI, images, specs, batch_size)}
+
+
+def check(images: ImageSet, image_size: int) -> float:
+    """Mean difference of the backends' views in grey levels; exits with 1 if it is more than APART."""
+    few = Subset(images, range(min(32, len(images))))
+    made = [views(name, few, byol(image_size), seed=0).float() for name in (OURS, DALI)]
+    apart = (made[0] - made[1]).abs().mean().item()
+    if not apart <= APART:
+        sys.exit(f"error: the backends' views are {apart:.2f} grey levels apart, {APART} allowed: nothing is timed")
+    return apart
+
+
+def in_turns(
+    runs: dict[str, Callable[[], object]], rounds: int, patience: Patience, tick: Callable[[str], None]
+) -> dict[str, Samples]:
+    """Processor seconds of each, from `rounds` rounds that begin with another one each time."""
+    samples = {name: Samples() for name in runs}
+    names = list(runs)
+    for first in range(rounds):
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            tick(name)
+            patience.wait()
+            began = time.process_time()
+            runs[name]()
+            samples[name].seconds.append(time.process_time() - began)
+    return samples
+
+
+def measure(options: argparse.Namespace, images: ImageSet) -> dict:
+    """Time all variants in turns."""
+    runs = variants(images, options.image_size, options.batch_size)
+    apart = check(images, options.image_size) if DALI in runs else None
+    with Monitor("data", len(runs) * (options.rounds + 1), console=Console(stderr=True, highlight=False)) as monitor:
+
+        def tick(status: str) -> None:
+            monitor.status(status)
+            monitor.advance()
+
+        for name, run in runs.items():
+            tick(f"{name}: warm-up")
+            run()
+        samples = in_turns(runs, options.rounds, Patience(options.patience, 5), tick)
+    rates = {name: len(images) / of_variant.median for name, of_variant in samples.items()}
+    best = max(rates[PIL], rates[TENSORS])
+    return {
+        "processor": processor(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "images": len(images),
+        "image_size": options.image_size,
+        "batch_size": options.batch_size,
+        "grey_levels_apart": apart,
+        "variants": {
+            name: {
+                "images/s": rate,
+                "x": rate / best,
+                "share of decoding": rate / rates[DECODE_DALI if name == DALI else DECODE_PIL],
+                "spread": samples[name].spread,
+                "seconds": samples[name].seconds,
+            }
+            for name, rate in rates.items()
+        },
+    }
+
+
+def report(results: dict, console: Console) -> None:
+    """Print the table."""
+    console.print(
+        f"{results['images']} JPEGs, two views of {results['image_size']} px, one core of {results['processor']}, "
+        f"torch {results['torch']}"
+    )
+    table = Table("variant", "images/s per core", "±", "x best torchvision", "of decoding alone")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, line in results["variants"].items():
+        decoding = name in (DECODE_PIL, DECODE_DALI)
+        table.add_row(
+            name,
+            f"{line['images/s']:.0f}",
+            f"{line['spread']:.0%}",
+            "" if decoding else f"{line['x']:.2f}",
+            "" if decoding else f"{line['share of decoding']:.0%}",
+            style="bold" if name == DALI else "",
+        )
+    console.print(table)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", help="folder of JPEGs [400 x 400 pixels of scikit-learn's sample photographs]")
+    parser.add_argument("--images", type=int, default=256, help="images of a sample, whole batches [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=64, help="images, of two views each [%(default)s]")
+    parser.add_argument("--image-size", type=int, default=128, help="height and width of a view [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each variant [%(default)s]")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for quiet, in all [%(default)s]")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    options = make_parser().parse_args(argv)
+    if options.images < options.batch_size or options.images % options.batch_size:
+        raise InputError(f"--images {options.images} is no multiple of --batch-size {options.batch_size}")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data is None:
+            photographs(Path(folder), options.images)
+        images = open_images(options.data or folder, "train")
+        results = measure(options, Subset.random(images, options.images, seed=0))
+    console = Console(highlight=False)
+    report(results, console if console.is_terminal else Console(highlight=False, width=120))
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    if DALI in results["variants"]:
+        print(f"dali_cpu_vs_best_torchvision={results['variants'][DALI]['x']:.2f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,251 @@
+"""dali-cpu against torchvision: the same draws, carried out alike within the bounds of docs/data.md."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dspnet_fast.errors import InputError
+from train.data.augment import OPERATIONS, byol, numbers, only
+from train.data.bad import BadImages
+from train.data.images import Subset
+from train.data.loader import two_view_batches
+from train.data.order import EpochOrder
+from train.data.sets import open_images
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install 'dspnet-fast[dali]')")
+
+from train.data import dali  # noqa: E402
+
+SIZE = 48
+# grey levels: mean absolute difference, 99 % quantile, absolute mean difference; docs/data.md quotes them
+BOUNDS = {
+    "resize": (0.5, 2, 0.2),
+    "flip": (0.5, 2, 0.2),
+    "brightness": (1.0, 2, 0.8),
+    "contrast": (1.2, 3, 0.8),
+    "saturation": (1.2, 3, 0.8),
+    "hue": (1.5, 6, 0.5),
+    "order": (2.5, 8, 2.0),
+    "grey": (1.0, 2, 0.5),
+    "blur": (0.5, 2, 0.3),
+    "solarize": (0.6, 3, 0.3),
+}
+
+
+def photograph(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
+    """Smooth colours with edges and a little noise, as in a photograph."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(coarse).astype(int)
+    pixels[20:50, 30:70] = 255 - pixels[20:50, 30:70]
+    return Image.fromarray((pixels + random.normal(0, 4, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for k in range(26):
+        photograph(k, (120 + k, 90 + 3 * k)).save(folder / f"{k:02}.jpg", quality=92)
+    return open_images(str(folder), "train")
+
+
+def made(images, views, order, threads=2, bad=None, colours=None):
+    return list(dali.TwoViews(images, views, order, threads, BadImages() if bad is None else bad, colours=colours))
+
+
+# who makes the colours: torch as on a CPU, or DALI as on a GPU
+makers = pytest.mark.parametrize("by_dali", [False, True], ids=["torch", "dali"])
+
+
+def apart(images, views, by_dali=False) -> torch.Tensor:
+    order = EpochOrder(len(images), len(images), 0, 1)
+    (found,) = made(images, views, order, colours=by_dali)
+    (expected,) = two_view_batches(images, views, order, 0)
+    return found.float() - expected.float()
+
+
+@makers
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_operation_is_torchvisions(images, operation, by_dali):
+    mean, quantile, shift = BOUNDS[operation]
+    found = apart(images, tuple(only(view, operation) for view in byol(SIZE)), by_dali)
+    assert found.abs().mean() <= mean
+    assert np.quantile(found.abs().numpy(), 0.99) <= quantile
+    assert found.mean().abs() <= shift
+
+
+@makers
+def test_everything_together_is_torchvisions(images, by_dali):
+    found = apart(images, byol(SIZE), by_dali)
+    assert found.abs().mean() <= 2.5
+    assert np.quantile(found.abs().numpy(), 0.98) <= 12  # a pixel at solarisation's threshold may fall to either side
+
+
+def test_each_operation_does_something(images):
+    """A bound that an idle operation would keep proves nothing."""
+    order = EpochOrder(8, 8, 0, 1)
+    images = Subset(images, range(8))
+    views = byol(224)  # at SIZE there is little blur
+    (still,) = made(images, tuple(only(view, "nothing") for view in views), order)
+    for operation in OPERATIONS:
+        (found,) = made(images, tuple(only(view, operation) for view in views), order)
+        changed = (found.float() - still.float()).abs().mean()
+        assert changed > (1 if operation == "blur" else 2) * BOUNDS[operation][0], operation
+
+
+@pytest.mark.parametrize("size", [(48, 48), (30, 31), (400, 300)])
+def test_resize_up_and_down(tmp_path, size):
+    photograph(0, size).save(tmp_path / "0.png")
+    found = apart(open_images(str(tmp_path), "train"), tuple(only(view, "resize") for view in byol(SIZE)))
+    assert found.abs().mean() <= 0.5
+    inner = found[..., 3:-3, 3:-3]  # at the border of a crop DALI's filter sees what lies beyond it, Pillow's does not
+    assert inner.abs().max() <= 6 and np.quantile(inner.abs().numpy(), 0.99) <= 2
+
+
+@makers
+def test_hue_of_pure_colours(by_dali):
+    """All corners of the colour cube and their mixtures, against HSV in floating point."""
+    import colorsys
+
+    random = np.random.default_rng(0)
+    levels = np.array([0, 1, 128, 254, 255])
+    pixels = np.concatenate(
+        [np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3), random.integers(0, 256, (1811, 3))]
+    ).astype(np.uint8)
+
+    class One:
+        name, labels, classes = "one", None, []
+
+        def __len__(self):
+            return 1
+
+        def encoded(self, i):
+            out = io.BytesIO()
+            Image.fromarray(pixels.reshape(44, 44, 3)).save(out, "png")
+            return out.getvalue()
+
+        def file(self, i):
+            return "one"
+
+    views = tuple(only(view, "hue") for view in byol(44))
+    for seed in range(4):
+        (batch,) = made(One(), views, EpochOrder(1, 1, seed, 1), colours=by_dali)
+        for k, view in enumerate(views):
+            turn = dict(dali.draw(view, numbers(seed, 0, 0)[k], 44, 44).jitter)["hue"]
+            expected = []
+            for red, green, blue in pixels / 255:
+                h, s, v = colorsys.rgb_to_hsv(red, green, blue)
+                expected.append(colorsys.hsv_to_rgb((h + turn) % 1, s, v))
+            found = batch[k].permute(1, 2, 0).reshape(-1, 3).numpy()
+            assert np.abs(found - 255 * np.array(expected)).max() <= 0.51
+
+
+# bits
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("start", [0, 5])
+def test_threads_and_resume_change_no_bit(images, threads, start):
+    whole = made(images, byol(SIZE), EpochOrder(26, 6, 3, 2))
+    assert_same(made(images, byol(SIZE), EpochOrder(26, 6, 3, 2, start), threads), whole[start:])
+
+
+def test_two_ranks_see_what_one_sees(images):
+    whole = made(images, byol(SIZE), EpochOrder(26, 6, 3, 1))
+    ranks = [made(images, byol(SIZE), EpochOrder(26, 6, 3, 1, 0, rank, 2)) for rank in (0, 1)]
+    for batch, first, second in zip(whole, *ranks, strict=True):
+        halves = [torch.cat(parts) for parts in zip(first.chunk(2), second.chunk(2))]
+        assert torch.equal(batch, torch.cat(halves))
+
+
+def test_every_image_of_an_epoch_exactly_once_after_a_resume(tmp_path):
+    """Images that are one colour each can be told apart in the views."""
+    for k in range(20):
+        Image.new("RGB", (32, 32), (10 * k, 0, 0)).save(tmp_path / f"{k:02}.png")
+    images = open_images(str(tmp_path), "train")
+    views = tuple(only(view, "nothing") for view in byol(16))
+    seen = [
+        int(batch[k, 0, 0, 0]) // 10
+        for start, count in ((0, 2), (2, 3))  # 5 steps an epoch; stopped after the second
+        for rank in (0, 1)
+        for batch in made(images, views, EpochOrder(20, 4, 1, 1, start, rank, 2))[:count]
+        for k in range(2)
+    ]
+    assert sorted(seen) == list(range(20))
+
+
+def test_layout(images):
+    batch = made(images, byol(SIZE), EpochOrder(26, 6, 3, 1))[0]
+    assert batch.dtype == torch.uint8 and batch.shape == (12, 3, SIZE, SIZE)
+    assert batch.is_contiguous()
+
+
+def test_a_batch_outlives_the_next_ones(images):
+    batches = dali.TwoViews(images, byol(SIZE), EpochOrder(26, 6, 3, 2), 1, BadImages())
+    iterator = iter(batches)
+    first = next(iterator)
+    copy = first.clone()
+    list(iterator)
+    assert torch.equal(first, copy)
+
+
+def test_iterating_again_and_leaving_early(images):
+    batches = dali.TwoViews(images, byol(SIZE), EpochOrder(26, 6, 3, 1), 1, BadImages())
+    whole = list(batches)
+    assert_same([next(iter(batches))], whole[:1])
+    assert_same(list(batches), whole)
+    assert_same(list(batches), whole)
+    assert len(batches) == 4
+
+
+# what DALI cannot decode
+
+
+def test_jpegs_that_dali_refuses_are_decoded_by_pillow(images, monkeypatch):
+    """With the test for ordinary JPEGs switched off, DALI gets CMYK and something worse; nothing is lost."""
+
+    class Odd(Subset):
+        def encoded(self, i):
+            content = super().encoded(i)
+            if i == 7:  # rubbish where the tables are
+                content = content[:30] + b"\x00" * 60 + content[90:]
+            return content
+
+        def load(self, i):
+            from train.data.images import decode
+
+            return decode(self.encoded(i), self.file(i))
+
+    odd = Odd(images, range(26))
+    monkeypatch.setattr(dali, "plain_jpeg", lambda content: Image.open(io.BytesIO(content)).size[::-1])
+    bad, order = BadImages(1), EpochOrder(26, 6, 3, 2)
+    try:
+        odd.load(7)
+    except InputError:
+        expected = ["left out, bad image 1 of 1"]
+    else:
+        expected = []
+    found = made(odd, byol(SIZE), order, bad=bad)
+    assert len(found) == 8
+    assert [line[: len("left out, bad image 1 of 1")] for line in bad.news()] == expected
+    whole = made(images, byol(SIZE), order)
+    clean = [k for k, items in enumerate(order) if 7 not in {i for _, i in items}]
+    for k in clean:
+        assert torch.equal(found[k], whole[k]) or (found[k].float() - whole[k].float()).abs().mean() < 0.5
+
+
+def test_other_errors_arrive(images):
+    class Broken(Subset):
+        def encoded(self, i):
+            raise MemoryError("no more")
+
+    with pytest.raises(MemoryError, match="no more"):
+        made(Broken(images, range(26)), byol(SIZE), EpochOrder(26, 6, 3, 1))

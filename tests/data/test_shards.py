@@ -1,0 +1,267 @@
+"""Shards: what is written is what was read, images come in any order, and nothing half-written is taken for whole."""
+
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dspnet_fast.errors import InputError
+from train.data import shard as command
+from train.data import shards
+from train.data.augment import byol
+from train.data.images import ArrayImages
+from train.data.loader import two_view_batches
+from train.data.order import EpochOrder
+from train.data.sets import open_images
+from train.data.shard import ShardOptions, write_set
+
+
+def draw(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """23 training and 4 test images of two classes."""
+    path = tmp_path_factory.mktemp("images")
+    for k in range(23):
+        draw(path / "train" / ("cat", "dog")[k % 2] / f"{k:02}.jpg", k)
+    for k in range(4):
+        draw(path / "test" / ("cat", "dog")[k % 2] / f"{k:02}.png", 100 + k)
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "out"
+    assert write_set(ShardOptions(data=str(folder), out=str(out), shards=4)) == 27
+    return out
+
+
+def contents(images) -> dict[bytes, int]:
+    return {images.encoded(i): int(images.labels[i]) for i in range(len(images))}
+
+
+def test_shards_hold_the_files_and_labels(folder, written):
+    assert sorted(path.name for path in written.glob("*.tar")) == ["000.tar", "001.tar", "002.tar", "003.tar"]
+    for split in ("train", "test"):
+        for name in (str(written), f"{written}/{{000..003}}.tar", f"{written}/*.tar"):
+            found = open_images(name, split)
+            assert contents(found) == contents(open_images(str(folder), split))
+            assert found.classes == ["cat", "dog"]
+            assert found.load(0).size == (24, 20)
+    assert "000.tar/" in open_images(str(written), "train").file(0)
+
+
+def test_others_can_read_them(written):
+    """Members of a sample are neighbours and share their name, as WebDataset wants."""
+    with tarfile.open(written / "000.tar") as tar:
+        names = tar.getnames()
+    assert len(names) == 12
+    assert all(
+        image.endswith(".jpg") and label == image.replace(".jpg", ".cls")
+        for image, label in zip(names[::2], names[1::2])
+    )
+
+
+def test_index_is_wds2idxs(written):
+    header, *lines = (written / "000.idx").read_text().splitlines()
+    assert header == "v1.2 6" and len(lines) == 6
+    extension, offset, size, name, *label = lines[0].split()
+    assert extension == "jpg" and label[0] == "cls"
+    with tarfile.open(written / "000.tar") as tar:
+        assert (written / "000.tar").read_bytes()[int(offset) :][: int(size)] == tar.extractfile(name).read()
+
+
+def test_every_image_of_an_epoch_once_with_two_ranks_and_a_resume(written):
+    images = open_images(str(written), "train")
+    whole = [EpochOrder(23, 4, 0, 2, 0, rank, 2) for rank in (0, 1)]
+    rest = [EpochOrder(23, 4, 0, 2, 7, rank, 2) for rank in (0, 1)]  # step 7 is in the middle of the second epoch
+    seen = [images.encoded(i) for order in whole for batch in order for epoch, i in batch if epoch == 0]
+    assert len(seen) == len(set(seen)) == 20
+    for order, later in zip(whole, rest):
+        expected = list(two_view_batches(images, byol(16), order, 0))[7:]
+        found = list(two_view_batches(images, byol(16), later, 0))
+        assert len(found) == 3 and all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
+def test_foreign_shards_need_neither_index_nor_labels(tmp_path):
+    for k in range(3):
+        with tarfile.open(tmp_path / f"{k}.tar", "w") as tar:
+            for j in range(5):
+                draw(tmp_path / "x.jpg", 10 * k + j)
+                tar.add(tmp_path / "x.jpg", arcname=f"./part/{k}{j}.JPG")
+                (tmp_path / "note").write_text("{}")
+                tar.add(tmp_path / "note", arcname=f"./part/{k}{j}.json")
+    (tmp_path / "x.jpg").unlink()
+    (tmp_path / "note").unlink()
+    train, test = (open_images(f"{tmp_path}/{{0..2}}.tar", split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (15, 2) and train.labels is None
+    assert train.load(7).size == (24, 20)
+    assert len(open_images(f"{tmp_path}/{{0,2}}.tar", "train")) == 10
+
+
+def test_shards_with_labels_but_no_test_folder_are_split_like_folders(written, tmp_path):
+    for path in written.glob("*.*"):
+        shutil.copy(path, tmp_path)
+    train, test = (open_images(str(tmp_path), split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (19, 4)
+    assert test.labels.bincount().tolist() == [2, 2]
+    assert not set(contents(train)) & set(contents(test))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a/{000..002}.tar", ["a/000.tar", "a/001.tar", "a/002.tar"]),
+        ("{9..11}", ["9", "10", "11"]),
+        ("{a,b}-{1..2}", ["a-1", "a-2", "b-1", "b-2"]),
+        ("plain.tar", ["plain.tar"]),
+    ],
+)
+def test_braces(pattern, names):
+    assert shards._braces(pattern) == names
+
+
+def refusal(name) -> str:
+    with pytest.raises(InputError) as caught:
+        open_images(str(name), "train")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_shards_are_named(written):
+    assert "004.tar" in refusal(f"{written}/{{000..015}}.tar")
+    assert "nowhere" in refusal("/nowhere/*.tar")
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("cut", [700, 10_240, 12_000])
+def test_a_shard_that_was_not_copied_as_a_whole_is_refused(written, tmp_path, index, cut):
+    whole = (written / "001.tar").read_bytes()
+    (tmp_path / "001.tar").write_bytes(whole[: len(whole) - cut])
+    if index:
+        shutil.copy(written / "001.idx", tmp_path)
+    assert "001.tar" in refusal(tmp_path / "001.tar")
+
+
+@pytest.mark.parametrize("damage", ["", "v1.2 9\n", "v1.2 1\njpg 10\n", "v1.2 1\njpg 99999999 5 a.jpg\n", "v1.1 0\n"])
+def test_a_damaged_index_is_refused(written, tmp_path, damage):
+    shutil.copy(written / "000.tar", tmp_path)
+    (tmp_path / "000.idx").write_text(damage)
+    assert "000.idx" in refusal(tmp_path / "000.tar") and "delete it" in refusal(tmp_path / "000.tar")
+
+
+def test_an_older_index_than_its_shard_does_not_count(written, tmp_path):
+    shutil.copy(written / "000.tar", tmp_path)
+    (tmp_path / "000.idx").write_text("v1.2 0\n")
+    os.utime(tmp_path / "000.idx", (0, 0))
+    assert len(open_images(str(tmp_path / "000.tar"), "train")) == 4  # one of each class is the test split
+
+
+def test_a_label_that_is_missing_is_named(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        draw(tmp_path / "x.jpg", 0)
+        tar.add(tmp_path / "x.jpg", arcname="a.jpg")
+        tar.add(tmp_path / "x.jpg", arcname="b.jpg")
+        (tmp_path / "x.cls").write_text("1")
+        tar.add(tmp_path / "x.cls", arcname="b.cls")
+    assert "a.jpg has no label" in refusal(tmp_path / "0.tar")
+
+
+def test_a_tar_beside_classes_changes_nothing(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    with tarfile.open(tmp_path / "images" / "backup.tar", "w"):
+        pass
+    assert len(open_images(str(tmp_path / "images"), "train")) == 23
+
+
+def test_a_shard_that_shrinks_during_a_run_is_named(written, tmp_path):
+    shutil.copy(written / "000.tar", tmp_path)
+    images = open_images(str(tmp_path / "000.tar"), "train")
+    with open(tmp_path / "000.tar", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(InputError, match=r"000\.tar.*shorter"):
+        images.load(0)
+    (tmp_path / "000.tar").unlink()
+    with pytest.raises(InputError, match=r"000\.tar"):
+        images.load(0)
+
+
+# writing
+
+
+def run(*argv) -> int:
+    with pytest.raises(SystemExit) as end:
+        command.main([str(argument) for argument in argv])
+    return end.value.code
+
+
+def test_command(folder, tmp_path, capsys):
+    assert run("--data", folder, "--out", tmp_path / "a" / "b", "--shards", 2) == 0
+    assert f"wrote 27 images to {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
+    assert run("--data", folder, "--out", tmp_path / "a" / "b") == 2
+    assert "there already" in capsys.readouterr().err
+    assert run("--out", tmp_path / "c") == 2
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_bad_images_are_left_out_and_named(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images" / "train" / "cat" / "04.jpg").write_bytes(b"\xff\xd8 no image")
+    assert run("--data", tmp_path / "images", "--out", tmp_path / "out") == 2
+    assert "04.jpg" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    assert run("--data", tmp_path / "images", "--out", tmp_path / "out", "--max-bad-images", 1) == 0
+    printed = capsys.readouterr().out
+    assert "04.jpg" in printed and "wrote 26 images" in printed
+    assert len(open_images(str(tmp_path / "out"), "train")) == 22
+
+
+def test_images_in_memory_become_png(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
+    images = ArrayImages("drawn", "drawn's split", pixels, torch.arange(6) % 2, ["a", "b"])
+    monkeypatch.setattr(command, "open_images", lambda name, split: images)
+    write_set(ShardOptions(data="drawn", out=str(tmp_path / "out"), shards=2))
+    found = open_images(str(tmp_path / "out"), "train")
+    assert found.classes == ["a", "b"] and found.file(0).endswith(".png")
+    expected = {pixels[i].tobytes(): i % 2 for i in range(6)}
+    assert {np.asarray(found.load(i)).tobytes(): int(found.labels[i]) for i in range(6)} == expected
+
+
+def test_interrupted_writing_leaves_nothing(folder, tmp_path, monkeypatch):
+    def interrupt(images, i, load=command._file):
+        if i == 5:
+            raise KeyboardInterrupt
+        return load(images, i)
+
+    monkeypatch.setattr(command, "_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_set(ShardOptions(data=str(folder), out=str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_nothing(folder, small_disk, capsys):
+    assert run("--data", folder, "--out", small_disk / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(small_disk.iterdir()) == []

@@ -1,0 +1,133 @@
+"""Runs and their data: backends, shards, bad images and the share of time spent waiting."""
+
+import importlib.util
+import json
+import signal
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from dspnet_fast.errors import InputError
+from train import checkpoint, pretrain
+from train.data.shard import ShardOptions, write_set
+from train.pretrain import Meter, Pretraining, _main
+from train.rundir import read_config
+from train.trainer import Trainer
+
+has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+backends = pytest.mark.parametrize(
+    "backend",
+    ["torchvision", pytest.param("dali-cpu", marks=pytest.mark.skipif(not has_dali, reason="DALI is not installed"))],
+)
+
+
+def state(out):
+    return checkpoint.load(checkpoint.newest_of_run(out))
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def shards(images, tmp_path):
+    write_set(ShardOptions(data=str(images), out=str(tmp_path / "shards"), shards=3))
+    return f"{tmp_path}/shards/{{000..002}}.tar"
+
+
+@backends
+@pytest.mark.parametrize("sharded", [False, True])
+def test_stopped_inside_an_epoch_and_resumed(small, shards, tmp_path, monkeypatch, backend, sharded):
+    options = {"data_backend": backend, **({"data": shards} if sharded else {})}
+    Pretraining(small(out=str(tmp_path / "whole"), **options), resume=False).run()
+    train_step = Trainer.train_step
+
+    def interrupting_step(self, batch):
+        losses = train_step(self, batch)
+        if self.step == 13:
+            signal.raise_signal(signal.SIGINT)
+        return losses
+
+    monkeypatch.setattr(Trainer, "train_step", interrupting_step)
+    with pytest.raises(KeyboardInterrupt):
+        Pretraining(small(**options), resume=False).run()
+    monkeypatch.undo()
+    _main(["--resume", "--out", str(tmp_path / "run")])
+    found, expected = state(tmp_path / "run"), state(tmp_path / "whole")
+    for part in ("model", "momentum"):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+    assert metrics(tmp_path / "run")[-1]["knn"].keys() == metrics(tmp_path / "whole")[-1]["knn"].keys()
+
+
+def test_the_backend_that_auto_chose_is_the_runs(small, tmp_path):
+    Pretraining(small(), resume=False)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data_backend"] == "torchvision"
+    with pytest.raises(InputError, match="another --data-backend" if has_dali else "needs NVIDIA DALI"):
+        Pretraining(small(data_backend="dali-cpu"), resume=True)
+    Pretraining(small(data_backend="auto"), resume=True)
+
+
+def test_runs_from_before_there_were_backends_are_torchvisions(small, tmp_path):
+    Pretraining(small(), resume=False)
+    path = tmp_path / "run" / "config.yaml"
+    options = yaml.safe_load(path.read_text())
+    del options["data_backend"], options["max_bad_images"]
+    path.write_text(yaml.safe_dump(options))
+    assert read_config(tmp_path / "run").data_backend == "torchvision"
+    Pretraining(small(), resume=True)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """60 images of which two cannot be read."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for k in range(60):
+        Image.new("RGB", (16, 16), (k, 255 - k, 9)).save(folder / f"{k:02}.png")
+    for k in (7, 31):
+        (folder / f"{k:02}.png").write_bytes(b"no image")
+    return str(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_left_out_and_named(small, damaged, tmp_path, workers):
+    Pretraining(small(data=damaged, max_bad_images=2, workers=workers), resume=False).run()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("left out") == 2 and "07.png" in log and "31.png" in log
+    assert metrics(tmp_path / "run")[-2]["bad_images"] == 2
+    assert state(tmp_path / "run")["step"] == 14
+
+
+def test_one_too_many_ends_the_run_after_saving(small, damaged, tmp_path):
+    run = Pretraining(small(data=damaged, max_bad_images=1, probe_epochs=0), resume=False)
+    with pytest.raises(InputError, match="--max-bad-images 1"):
+        run.run()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("left out") == 1 and "stopped and saved after step" in log
+    assert state(tmp_path / "run")["step"] == run.trainer.step < 14
+
+
+def test_by_default_one_image_in_a_thousand_may_be_bad(small):
+    assert Pretraining(small(), resume=False).bad.limit == 0
+    with pytest.raises(InputError, match="--max-bad-images cannot be negative"):
+        small(max_bad_images=-1)
+
+
+def test_share_of_time_spent_waiting(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
+
+    def slow():
+        for _ in range(4):
+            now[0] += 3
+            yield torch.zeros(6, 1, 2, 2)
+
+    meter = Meter(slow())
+    for _ in meter.batches():
+        now[0] += 1
+        began = now[0]
+        now[0] += 5
+        meter.pause(began)
+    assert meter.read() == (4 * 3 / 16, 12 / 16)

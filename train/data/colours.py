@@ -1,0 +1,74 @@
+"""Everything of a Draw that comes after the resize, in float32 planes of torch: the colours, blur and solarisation.
+
+On a CPU this is several times as fast as the same operations of DALI, which rounds one byte at a time and goes through
+memory once for every step of an expression.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .augment import Draw, ViewSpec
+from .vision import blur_matrix
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+def hue_offset(turn: float, channel: int) -> float:
+    """q of `turn_hue`: 5, 3 or 1 for red, green or blue plus 6 turn, modulo 6, less 5."""
+    return ((5, 3, 1)[channel] + 6 * turn) % 6 - 5
+
+
+def finish(view: ViewSpec, drawn: Draw, image: Tensor, out: Tensor) -> None:
+    """Carry out the draw on its crop, uint8 [S, S, 3], into uint8 [3, S, S]."""
+    pixels = image.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    for name, factor in drawn.jitter:
+        if name == "brightness":
+            pixels.mul_(factor).clamp_(max=255)
+        elif name == "contrast":
+            mean = _luma(pixels).mean()
+            pixels.mul_(factor).add_(mean, alpha=1 - factor).clamp_(0, 255)
+        elif name == "saturation":
+            grey = _luma(pixels)
+            pixels.mul_(factor).add_(grey, alpha=1 - factor).clamp_(0, 255)
+        else:
+            turn_hue(pixels, factor)
+    if drawn.grey:
+        pixels.copy_(_luma(pixels).expand_as(pixels))
+    if drawn.sigma:
+        matrix = blur_matrix(view.image_size, view.blur_kernel, drawn.sigma)
+        pixels = matrix @ pixels @ matrix.T
+    pixels.add_(0.5)
+    out.copy_(pixels)
+    if drawn.solarize:
+        torch.where(out >= view.solarize_threshold, 255 - out, out, out=out)
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    red, green, blue = pixels
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def turn_hue(pixels: Tensor, turn: float) -> None:
+    """Turn the hue of [3, ...] by `turn` of HSV's circle, in place.
+
+    Value V = max(R, G, B) and chroma C = V - min(R, G, B) = V - M stay. A channel is V - C clamp(min(h, 4 - h), 0, 1),
+    where h is the hue in sixths of the circle plus 5, 3 or 1 for red, green and blue, modulo 6. Multiplied by C there
+    is nothing to divide by, and without the modulo both tents that can be met are one expression: with H = C hue it is
+    clamp(M - C + ||H + q C| - 3 C|, M, V), q as in `hue_offset`.
+    """
+    red, green, blue = pixels
+    value = torch.maximum(red, green)
+    value = torch.maximum(value, blue, out=value)
+    least = torch.minimum(red, green)
+    least = torch.minimum(least, blue, out=least)
+    chroma = value - least
+    first, second = green - blue, blue - red
+    hue = (chroma * 4).sub_(first).sub_(second)
+    hue = torch.where(value == green, second.add_(chroma, alpha=2), hue)
+    hue = torch.where(value == red, first, hue)
+    base, thrice = least - chroma, chroma * 3
+    for channel in range(3):
+        torch.add(hue, chroma, alpha=hue_offset(turn, channel), out=pixels[channel])
+        pixels[channel].abs_().sub_(thrice).abs_().add_(base).clamp_(least, value)

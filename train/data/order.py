@@ -1,0 +1,57 @@
+"""Which images an epoch shows when: a function of the seed and the step alone."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from dspnet_fast.errors import InputError
+
+
+class EpochOrder(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) from step `start_step` to the end of the last epoch.
+
+    Each epoch is a new permutation of n images, less the last n % batch_size of it. Starting in the middle costs one
+    permutation and gives what an uninterrupted run would have seen from there. A batch is shared out among `world_size`
+    ranks, each of which gets its part of the one batch that a single rank would see. InputError if a batch exceeds the
+    set or is no multiple of the ranks.
+    """
+
+    def __init__(
+        self, n: int, batch_size: int, seed: int, epochs: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+    ):
+        if not 1 <= batch_size <= n:
+            raise InputError(f"a batch of {batch_size} from a set of {n} images: give a batch size from 1 to {n}")
+        if batch_size % world_size:
+            raise InputError(f"a batch of {batch_size} images for {world_size} ranks: give a multiple of {world_size}")
+        self.steps_per_epoch = n // batch_size
+        self.seed = seed
+        self._n = n
+        self._batch_size = batch_size
+        share = batch_size // world_size
+        self._share = slice(rank * share, (rank + 1) * share)
+        self._steps = range(start_step, epochs * self.steps_per_epoch)
+
+    @property
+    def images_per_step(self) -> int:
+        """Of this rank."""
+        return self._share.stop - self._share.start
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = None
+        for step in self._steps:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if order is None or within == 0:
+                order = torch.randperm(self._n, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+            batch = order[within * self._batch_size : (within + 1) * self._batch_size]
+            yield [(epoch, i) for i in batch[self._share].tolist()]
+
+
+def mix(*numbers: int) -> int:
+    """64 bits that look random, the same on every machine. torch's CPU generator uses the lower 32 of a seed only, so
+    neighbouring epochs and indices must be spread over them."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,144 @@
+"""`python -m train.data.shard`: write a set of images as WebDataset shards."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dspnet_fast.errors import InputError
+
+from .. import cli
+from ..atomic import sync
+from ..config import option
+from ..progress import Monitor
+from .bad import BadImages
+from .folder import EXTENSIONS
+from .images import ImageSet
+from .order import mix
+from .sets import open_images
+from .shards import CLASSES, LABEL, TEST, write_index
+
+DESCRIPTION = """\
+Write a set of images as tar files that train.pretrain and others read with few, large reads: OUT/000.tar, ... with an
+index each, and the test split in OUT/test. Every image is decoded once to see that it can be; its file goes in as it
+is. OUT appears when all of it is written, and not at all otherwise."""
+EXAMPLE = """\
+  python -m train.data.shard --data photos --out shards
+  python -m train.pretrain --data 'shards/{000..015}.tar' --out runs/first"""
+
+
+@dataclass(kw_only=True)
+class ShardOptions:
+    """Options of `train.data.shard`."""
+
+    data: str = option("", "the set of images: a folder, or a set's name")
+    out: str = option("", "a new folder for the shards")
+    shards: int = option(16, "tar files of the training split; each holds a random part of it")
+    max_bad_images: int = option(0, "images that may be left out because they cannot be read")
+
+
+def write_set(options: ShardOptions) -> int:
+    """Write both splits; returns how many images were written. InputError if that is not possible, e.g. a full disk."""
+    if not options.data or not options.out or options.shards < 1:
+        raise InputError("give --data DIR, --out DIR and at least one of --shards")
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} is there already: give a new folder")
+    train = open_images(options.data, "train")
+    bad = BadImages(options.max_bad_images)
+    temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        with Monitor("shard", len(train)) as monitor:
+
+            def tick() -> None:
+                monitor.advance()
+                monitor.status("images")
+                for line in bad.news():
+                    monitor.line(line)
+
+            written = _write_split(train, temporary, options.shards, bad, tick)
+            if train.labels is not None:
+                try:
+                    test = open_images(options.data, "test")
+                except InputError as error:
+                    monitor.line(f"no test split: {error}")
+                else:
+                    (temporary / TEST).mkdir()
+                    shards = max(1, round(options.shards * len(test) / len(train)))
+                    written += _write_split(test, temporary / TEST, shards, bad, lambda: None)
+            for line in bad.news():
+                monitor.line(line)
+        os.rename(temporary, out)
+        sync(out.absolute().parent)
+    except OSError as error:
+        raise InputError(f"cannot write {out} ({error.strerror}): nothing of it was kept") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return written
+
+
+def _write_split(images: ImageSet, folder: Path, shards: int, bad: BadImages, tick: Callable[[], None]) -> int:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix(0))).tolist()
+    shards = min(shards, len(images))
+    written = 0
+    for k in range(shards):
+        shard = folder / f"{k:03}.tar"
+        with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in order[k::shards]:
+                try:
+                    name, content = _file(images, i)
+                except InputError as error:
+                    bad.note([(images.file(i), str(error))])
+                else:
+                    _add(tar, name, content)
+                    if images.labels is not None:
+                        _add(tar, f"{i:08}.{LABEL}", str(images.labels[i].item()).encode())
+                tick()
+        written += write_index(shard, shard.with_suffix(".idx"))
+    if images.classes:
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in images.classes))
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+    return written
+
+
+def _file(images: ImageSet, i: int) -> tuple[str, bytes]:
+    """Name and content of the image in a shard; InputError if it cannot be decoded."""
+    image = images.load(i)
+    suffix = Path(images.file(i)).suffix.lower()
+    if suffix in EXTENSIONS:
+        return f"{i:08}{suffix}", images.encoded(i)
+    content = io.BytesIO()
+    image.save(content, "png")
+    return f"{i:08}.png", content.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = cli.parser("data.shard", DESCRIPTION, EXAMPLE)
+    cli.add_options(parser, ShardOptions)
+    options = cli.to_config(ShardOptions, parser.parse_args(argv))
+    written = write_set(options)
+    print(f"wrote {written} images to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
