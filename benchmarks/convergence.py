@@ -21,7 +21,9 @@ from rich.table import Table
 from dspnet_fast.ops import registry
 from train.config import PretrainConfig
 from train.data.augment import byol
-from train.data.loader import EpochOrder, two_view_batches
+from train.data.bad import BadImages
+from train.data.loader import two_view_batches
+from train.data.order import EpochOrder
 from train.data.sets import open_images
 from train.probe import Probe
 from train.trainer import Trainer
@@ -77,7 +79,8 @@ def run(
             for name, loss in trainer.train_step(batch).items():
                 losses[name].append(loss.item())
             report(step, order.steps_per_epoch)
-        probe = Probe(images, open_images(config.data, "test"), config.probe_images, config.image_size, trainer.device)
+        test = open_images(config.data, "test")
+        probe = Probe(images, test, config.probe_images, config.image_size, trainer.device, BadImages())
         knn = probe.measure(trainer.model.online.encoder, trainer.model.family)["knn"]
     finally:
         registry.set_policy(before)

@@ -1,5 +1,6 @@
 """The choice among providers: policy, priority, refusals, what is recorded. On an operator made for the purpose."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -60,6 +61,18 @@ def test_auto_takes_the_first_that_can(made):
     assert registry.serving("cpu")["test_plus_one"] == "cpp"
     assert registry.serving("cuda")["test_plus_one"] == "native"  # cuda cannot, triton is unproven
     assert registry.serving("mps")["test_plus_one"] == "native"
+
+
+def test_any_takes_what_nobody_has_measured_but_not_what_is_only_by_name(made, monkeypatch):
+    monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
+    registry.set_policy("any")
+    assert registry.serving("cuda") == {"test_plus_one": "triton"}
+    only_by_name = dataclasses.replace(made.providers["triton"], only_by_name="it gains nothing")
+    monkeypatch.setitem(made.providers, "triton", only_by_name)
+    registry._candidates.cache_clear()
+    assert registry.serving("cuda") == {"test_plus_one": "native"}
+    registry.set_policy("triton")
+    assert registry.serving("cuda") == {"test_plus_one": "triton"}
 
 
 def test_auto_reports_a_refusal_once(made, caplog):

@@ -34,4 +34,4 @@ def test_fast_kernels_train_as_native_ones_do(recipe, precision, policy, device)
         for name, difference in apart[measure].items():
             assert difference <= allowed[measure][name], (measure, name)
     for losses in seeds[0]["losses"].values():
-        assert losses[-1] < 0.8 * losses[0]  # it did learn, or the comparison would say nothing
+        assert losses[-1] < 0.9 * losses[0]  # it did learn, or the comparison would say nothing
