@@ -4,7 +4,7 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import NARROW, check_every_build, differentiable, double, providers, random_like, run, to_device
+from harness import GRADIENT, NARROW, check_every_build, differentiable, double, providers, random_like, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
@@ -123,8 +123,13 @@ def cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def check(arguments: dict) -> None:
-    """The provider in force, by the error rule."""
-    (y, _, _), _ = harness.check(conv_moments, ("y", "mean", "variance"), arguments, cotangents)
+    """The provider in force, by the error rule.
+
+    Where y is stored in 16 bits, its moments are those of the sums before they were rounded (which are better), and so
+    deviations from the mean that a gradient is made of no longer add up to 0: one more native error is allowed there.
+    """
+    gradient = GRADIENT + (arguments["x"].dtype != torch.float32)
+    (y, _, _), _ = harness.check(conv_moments, ("y", "mean", "variance"), arguments, cotangents, gradient)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
