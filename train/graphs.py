@@ -120,7 +120,9 @@ def _unharmed(model: DSPNet, arena: Arena) -> Iterator[None]:
     """Puts parameters, gradients, momentum, targets and all buffers back to what they were."""
     flats = (arena.params, arena.grads, arena.momenta, arena.targets)
     before = [(tensor, tensor.clone()) for tensor in (*flats, *model.buffers())]
-    yield
-    with torch.no_grad():
-        for tensor, value in before:
-            tensor.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)

@@ -16,11 +16,11 @@ out=${1:-benchmarks/results/$device}
 mkdir -p "$out"
 
 echo "== build"
-DSPNET_BUILD=1 "$python" -m pip install --quiet --no-build-isolation --no-deps -e . || exit 1
+DSPNET_BUILD=1 DSPNET_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps -e . || exit 1
 "$python" -m dspnet_fast.info | tee "$out/info.txt"
 
 echo "== tests"
-timeout 200 "$python" -m pytest -q -x -p no:cacheprovider tests/ops tests/train/test_graphs.py \
+timeout 200 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/csrc tests/ops tests/train/test_graphs.py \
   -k "triton or cuda or gpu" | tee "$out/tests.txt"
 tests=${PIPESTATUS[0]}
 
