@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
-from .launch import channels_last, contiguous, sums, takes
+from .launch import Input, OutputGradient, channels_last, contiguous, sums, takes
 from .moments import moments
 from .norm_act import norm_act, settle_backward
 from .output_gradient import output_gradient
@@ -32,15 +32,12 @@ def conv_moments(
     views: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As dspnet_fast.ops.conv_moments, without main_grad, for arguments that are valid and that `accepts` takes."""
-    x = channels_last(x)
-    scale, shift, gate = contiguous(scale, shift, gate)
+    owed = _input(x, scale, shift, act, gate)
     kernel = weight.shape[2]
     kind = _kind(kernel, stride, padding, groups)
     if kind == "dense":
-        if scale is not None or act != "identity" or gate is not None:
-            x = norm_act(x, scale, shift, act, gate, None, None, None)
-        prefix = weight[:out_channels, : x.shape[1]].to(x.dtype)
-        y = channels_last(torch.conv2d(x, prefix, None, stride, padding))
+        h = _settled(owed)
+        y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
         if views:
             return y, *moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views)
         nothing = x.new_empty(0, out_channels, dtype=torch.float32)
@@ -48,8 +45,8 @@ def conv_moments(
     size = [(length + 2 * padding - kernel) // stride + 1 for length in x.shape[2:]]
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if kind == "pointwise":
-        return y, *pointwise.forward(x, scale, shift, act, gate, weight, y, views)
-    return y, *depthwise.forward(x, scale, shift, act, gate, _taps(weight), y, stride, padding, views)
+        return y, *pointwise.forward(owed, weight, y, views)
+    return y, *depthwise.forward(owed, _taps(weight), y, stride, padding, views)
 
 
 def conv_moments_backward(
@@ -72,21 +69,17 @@ def conv_moments_backward(
     wanted_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As dspnet_fast.ops.conv_moments_backward, for arguments that are valid and that `accepts` takes."""
-    grad_y, y = channels_last(grad_y), channels_last(y)
-    grad_mean, grad_variance, mean = (tensor.contiguous() for tensor in (grad_mean, grad_variance, mean))
-    x = channels_last(x)
-    scale, shift, gate = contiguous(scale, shift, gate)
-    of_output = (grad_y, grad_mean, grad_variance)
-    owed = (x, scale, shift, act, gate)
+    owed = _input(x, scale, shift, act, gate)
+    grads = OutputGradient(
+        channels_last(grad_y), grad_mean.contiguous(), grad_variance.contiguous(), channels_last(y), mean.contiguous()
+    )
     kernel = weight.shape[2]
     kind = _kind(kernel, stride, padding, groups)
     of_x, of_prefix, partial = x.new_empty(0), None, None
     if kind == "dense":
-        owes = scale is not None or act != "identity" or gate is not None
-        h = norm_act(*owed, None, None, None) if owes and wanted_weight else x
         of_h, of_prefix, _ = torch.ops.aten.convolution_backward(
-            output_gradient(*of_output, y, mean),
-            h,
+            output_gradient(grads),
+            _settled(owed) if wanted_weight else owed.x,
             weight[: y.shape[1], : x.shape[1]].to(x.dtype),
             None,
             [stride, stride],
@@ -97,23 +90,23 @@ def conv_moments_backward(
             1,
             [wanted_input, wanted_weight, False],
         )
-        if wanted_input and owes:
-            of_x, _, partial = settle_backward(channels_last(of_h), *owed)
-        elif wanted_input:
+        if wanted_input:
             of_x = channels_last(of_h)
+            if not owed.settled:
+                of_x, _, partial = settle_backward(of_x, owed.x, owed.scale, owed.shift, act, owed.gate)
     else:
         if wanted_input:
-            of_x = torch.empty_like(x)
+            of_x = torch.empty_like(owed.x)
             partial = (
-                pointwise.input_gradient(*of_output, *owed, weight, y, mean, of_x)
+                pointwise.input_gradient(grads, owed, weight, of_x)
                 if kind == "pointwise"
-                else depthwise.input_gradient(*of_output, *owed, _taps(weight), y, mean, of_x, stride, padding)
+                else depthwise.input_gradient(grads, owed, _taps(weight), of_x, stride, padding)
             )
         if wanted_weight:
             of_prefix = (
-                pointwise.weight_gradient(*of_output, *owed, y, mean)
+                pointwise.weight_gradient(grads, owed)
                 if kind == "pointwise"
-                else depthwise.weight_gradient(*of_output, *owed, y, mean, kernel, stride, padding)
+                else depthwise.weight_gradient(grads, owed, kernel, stride, padding)
             )
     of_scale, of_shift, of_gate = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
     if partial is not None and scale is not None:
@@ -134,6 +127,19 @@ def accepts(x: Tensor, weight: Tensor, groups: int) -> tuple[bool, str]:
     if groups > 1 and weight.shape[-1] > depthwise.LARGEST_KERNEL:
         return False, f"it serves depthwise kernels up to {depthwise.LARGEST_KERNEL}, not {weight.shape[-1]}"
     return takes(x)
+
+
+def _input(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> Input:
+    """The arguments as kernels read them."""
+    scale, shift, gate = contiguous(scale, shift, gate)
+    return Input(channels_last(x), scale, shift, act, gate)
+
+
+def _settled(owed: Input) -> Tensor:
+    """What a library's convolution can read: x itself if it is owed nothing."""
+    if owed.settled:
+        return owed.x
+    return norm_act(owed.x, owed.scale, owed.shift, owed.act, owed.gate, None, None, None)
 
 
 def _kind(kernel: int, stride: int, padding: int, groups: int) -> str:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Rows, launch, partial_sums, power_of_two
+from .launch import Input, OutputGradient, Rows, launch, partial_sums, power_of_two
 from .moments import merge_moments, partial_moments
 from .owed import (
     activated,
@@ -123,32 +123,17 @@ def conv_moments_depthwise_kernel(
         tl.store(partial + (programs + program) * channels + column, squares, mask=inside)
 
 
-def forward(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    weight: Tensor,
-    y: Tensor,
-    stride: int,
-    padding: int,
-    views: int,
-) -> tuple[Tensor, Tensor]:
+def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> tuple[Tensor, Tensor]:
     """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
-    images, channels, height, width = x.shape
-    scale_rows = 1 if scale is None else len(scale)
+    channels, height, width = owed.x.shape[1:]
     block_c = power_of_two(channels, 16, 64)
     blocks = triton.cdiv(channels, block_c)
-    rows = Rows.share(y.numel() // channels, max(views, scale_rows), BLOCK_P, blocks, x.device)
-    partial = partial_moments(rows, channels, x) if views else x
+    rows = Rows.share(y.numel() // channels, max(views, owed.rows), BLOCK_P, blocks, owed.x.device)
+    partial = partial_moments(rows, channels, owed.x) if views else owed.x
     launch(
         conv_moments_depthwise_kernel,
         rows.programs * blocks,
-        x,
-        x if scale is None else scale,
-        x if shift is None else shift,
-        x if gate is None else gate,
+        *owed.pointers,
         weight,
         y,
         partial,
@@ -160,14 +145,9 @@ def forward(
         y.shape[3],
         stride,
         padding,
-        rows.size,
-        rows.parts,
-        rows.tiles,
-        rows.segments,
-        scale_rows,
-        ACT=act,
-        OWED=scale is not None,
-        GATED=gate is not None,
+        *rows.arguments,
+        owed.rows,
+        **owed.constants,
         MOMENTS=views > 0,
         KERNEL=weight.shape[2],
         WIDE=channels % 8 == 0,
@@ -176,7 +156,7 @@ def forward(
     )
     if views:
         return merge_moments(partial, rows)
-    nothing = x.new_empty(0, channels, dtype=torch.float32)
+    nothing = owed.x.new_empty(0, channels, dtype=torch.float32)
     return nothing, nothing.clone()
 
 
@@ -271,65 +251,36 @@ def conv_moments_depthwise_input_gradient_kernel(
     store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
 
 
-def input_gradient(
-    grad_y: Tensor,
-    grad_mean: Tensor,
-    grad_variance: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    weight: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    dx: Tensor,
-    stride: int,
-    padding: int,
-) -> Tensor:
+def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tensor, stride: int, padding: int) -> Tensor:
     """Fills dx; returns what programs have summed for scale, shift and gate, [3, programs, C]."""
-    images, channels, height, width = x.shape
-    views, scale_rows = len(mean), 1 if scale is None else len(scale)
+    images, channels, height, width = owed.x.shape
     block_c = power_of_two(channels, 16, 64)
     blocks = triton.cdiv(channels, block_c)
     # A program works within one image where there is a gate, whose gradient is a sum over an image.
-    segments = max(views, scale_rows) if gate is None else images
-    rows = Rows.share(images * height * width, segments, BLOCK_P, blocks, x.device)
-    partial = partial_sums(rows, channels, x)
+    segments = max(grads.views, owed.rows) if owed.gate is None else images
+    rows = Rows.share(images * height * width, segments, BLOCK_P, blocks, owed.x.device)
+    partial = partial_sums(rows, channels, owed.x)
     launch(
         conv_moments_depthwise_input_gradient_kernel,
         rows.programs * blocks,
-        grad_y,
-        grad_mean,
-        grad_variance,
-        y,
-        mean,
+        *grads.pointers,
         weight,
-        x,
-        x if scale is None else scale,
-        x if shift is None else shift,
-        x if gate is None else gate,
+        *owed.pointers,
         dx,
         partial,
-        views * channels / y.numel(),
+        grads.inverse_count,
         channels,
         weight.stride(0),
         height,
         width,
-        y.shape[2],
-        y.shape[3],
+        *grads.y.shape[2:],
         stride,
         padding,
-        rows.size,
-        rows.parts,
-        rows.tiles,
-        rows.segments,
-        scale_rows,
-        views,
-        ACT=act,
-        OWED=scale is not None,
-        GATED=gate is not None,
-        MOMENTS=views > 0,
+        *rows.arguments,
+        owed.rows,
+        grads.views,
+        **owed.constants,
+        MOMENTS=grads.views > 0,
         KERNEL=weight.shape[2],
         WIDE=channels % 8 == 0,
         BLOCK_P=BLOCK_P,
@@ -414,59 +365,31 @@ def conv_moments_depthwise_weight_gradient_kernel(
     tl.store(to, accumulator, mask=(tap < KERNEL * KERNEL)[:, None] & inside[None, :])
 
 
-def weight_gradient(
-    grad_y: Tensor,
-    grad_mean: Tensor,
-    grad_variance: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    kernel: int,
-    stride: int,
-    padding: int,
-) -> Tensor:
+def weight_gradient(grads: OutputGradient, owed: Input, kernel: int, stride: int, padding: int) -> Tensor:
     """The gradient of the weight's prefix, [C, 1, k, k] in fp32."""
-    channels, height, width = x.shape[1:]
-    views, scale_rows = len(mean), 1 if scale is None else len(scale)
+    channels, height, width = owed.x.shape[1:]
     block_c = power_of_two(channels, 16, 32)
     blocks = triton.cdiv(channels, block_c)
-    rows = Rows.share(y.numel() // channels, max(views, scale_rows), BLOCK_P, blocks, x.device)
-    partial = x.new_empty(rows.programs, kernel * kernel, channels, dtype=torch.float32)
+    rows = Rows.share(grads.y.numel() // channels, max(grads.views, owed.rows), BLOCK_P, blocks, owed.x.device)
+    partial = owed.x.new_empty(rows.programs, kernel * kernel, channels, dtype=torch.float32)
     launch(
         conv_moments_depthwise_weight_gradient_kernel,
         rows.programs * blocks,
-        grad_y,
-        grad_mean,
-        grad_variance,
-        y,
-        mean,
-        x,
-        x if scale is None else scale,
-        x if shift is None else shift,
-        x if gate is None else gate,
+        *grads.pointers,
+        *owed.pointers,
         partial,
-        views * channels / y.numel(),
+        grads.inverse_count,
         channels,
         height,
         width,
-        y.shape[2],
-        y.shape[3],
+        *grads.y.shape[2:],
         stride,
         padding,
-        rows.size,
-        rows.parts,
-        rows.tiles,
-        rows.segments,
-        scale_rows,
-        views,
-        ACT=act,
-        OWED=scale is not None,
-        GATED=gate is not None,
-        MOMENTS=views > 0,
+        *rows.arguments,
+        owed.rows,
+        grads.views,
+        **owed.constants,
+        MOMENTS=grads.views > 0,
         KERNEL=kernel,
         TAPS=triton.next_power_of_2(kernel * kernel),
         WIDE=channels % 8 == 0,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Rows, launch, partial_sums, power_of_two
+from .launch import Input, OutputGradient, Rows, launch, partial_sums, power_of_two
 from .moments import merge_moments, partial_moments
 from .owed import (
     activated,
@@ -101,31 +101,18 @@ def conv_moments_pointwise_kernel(
         tl.store(partial + (programs + program) * out_channels + out_column, squares, mask=out_inside)
 
 
-def forward(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    weight: Tensor,
-    y: Tensor,
-    views: int,
-) -> tuple[Tensor, Tensor]:
+def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor, Tensor]:
     """Fills y [N, O, H, W] from x [N, C, H, W], both channels-last; returns mean and variance [views, O]."""
-    images, channels, height, width = x.shape
+    images, channels, height, width = owed.x.shape
     out_channels = y.shape[1]
-    scale_rows = 1 if scale is None else len(scale)
-    block_m, block_o, block_i = _tile(x.dtype, out_channels, channels)
+    block_m, block_o, block_i = _tile(owed.x.dtype, out_channels, channels)
     blocks = triton.cdiv(out_channels, block_o)
-    rows = Rows.share(images * height * width, max(views, scale_rows), block_m, blocks, x.device)
-    partial = partial_moments(rows, out_channels, x) if views else x
+    rows = Rows.share(images * height * width, max(views, owed.rows), block_m, blocks, owed.x.device)
+    partial = partial_moments(rows, out_channels, owed.x) if views else owed.x
     launch(
         conv_moments_pointwise_kernel,
         rows.programs * blocks,
-        x,
-        x if scale is None else scale,
-        x if shift is None else shift,
-        x if gate is None else gate,
+        *owed.pointers,
         weight,
         y,
         partial,
@@ -134,14 +121,9 @@ def forward(
         weight.stride(0),
         weight.stride(1),
         height * width,
-        rows.size,
-        rows.parts,
-        rows.tiles,
-        rows.segments,
-        scale_rows,
-        ACT=act,
-        OWED=scale is not None,
-        GATED=gate is not None,
+        *rows.arguments,
+        owed.rows,
+        **owed.constants,
         MOMENTS=views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,
@@ -153,7 +135,7 @@ def forward(
     )
     if views:
         return merge_moments(partial, rows)
-    nothing = x.new_empty(0, out_channels, dtype=torch.float32)
+    nothing = owed.x.new_empty(0, out_channels, dtype=torch.float32)
     return nothing, nothing.clone()
 
 
@@ -242,62 +224,36 @@ def conv_moments_pointwise_input_gradient_kernel(
     store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
 
 
-def input_gradient(
-    grad_y: Tensor,
-    grad_mean: Tensor,
-    grad_variance: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    weight: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    dx: Tensor,
-) -> Tensor:
+def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tensor) -> Tensor:
     """Fills dx; returns what programs have summed for scale, shift and gate, [3, programs, C]."""
-    images, channels, height, width = x.shape
-    out_channels, views = y.shape[1], len(mean)
-    scale_rows = 1 if scale is None else len(scale)
-    block_m, block_i, block_o = _tile(x.dtype, channels, out_channels)
-    if gate is not None:
+    images, channels, height, width = owed.x.shape
+    out_channels = grads.y.shape[1]
+    block_m, block_i, block_o = _tile(owed.x.dtype, channels, out_channels)
+    if owed.gate is not None:
         block_m = power_of_two(height * width, 16, block_m)
     blocks = triton.cdiv(channels, block_i)
     # A program works within one image where there is a gate, whose gradient is a sum over an image.
-    segments = max(views, scale_rows) if gate is None else images
-    rows = Rows.share(images * height * width, segments, block_m, blocks, x.device)
-    partial = partial_sums(rows, channels, x)
+    segments = max(grads.views, owed.rows) if owed.gate is None else images
+    rows = Rows.share(images * height * width, segments, block_m, blocks, owed.x.device)
+    partial = partial_sums(rows, channels, owed.x)
     launch(
         conv_moments_pointwise_input_gradient_kernel,
         rows.programs * blocks,
-        grad_y,
-        grad_mean,
-        grad_variance,
-        y,
-        mean,
+        *grads.pointers,
         weight,
-        x,
-        x if scale is None else scale,
-        x if shift is None else shift,
-        x if gate is None else gate,
+        *owed.pointers,
         dx,
         partial,
-        views / max(images * height * width, 1),
+        grads.inverse_count,
         channels,
         out_channels,
         weight.stride(0),
         weight.stride(1),
-        rows.size,
-        rows.parts,
-        rows.tiles,
-        rows.segments,
-        scale_rows,
-        views,
-        ACT=act,
-        OWED=scale is not None,
-        GATED=gate is not None,
-        MOMENTS=views > 0,
+        *rows.arguments,
+        owed.rows,
+        grads.views,
+        **owed.constants,
+        MOMENTS=grads.views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,
         BLOCK_M=block_m,
@@ -380,54 +336,30 @@ def conv_moments_pointwise_weight_gradient_kernel(
     tl.store(to, accumulator, mask=out_inside[:, None] & inside[None, :])
 
 
-def weight_gradient(
-    grad_y: Tensor,
-    grad_mean: Tensor,
-    grad_variance: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-) -> Tensor:
+def weight_gradient(grads: OutputGradient, owed: Input) -> Tensor:
     """The gradient of the weight's prefix, [O, C] in fp32."""
-    images, channels, height, width = x.shape
-    out_channels, views = y.shape[1], len(mean)
-    scale_rows = 1 if scale is None else len(scale)
-    block_m, largest = (16, 32) if x.dtype == torch.float32 else (64, 64)
+    images, channels, height, width = owed.x.shape
+    out_channels = grads.y.shape[1]
+    block_m, largest = (16, 32) if owed.x.dtype == torch.float32 else (64, 64)
     block_o, block_i = power_of_two(out_channels, 16, largest), power_of_two(channels, 16, largest)
     blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(channels, block_i)
-    rows = Rows.share(images * height * width, max(views, scale_rows), block_m, blocks, x.device)
-    partial = x.new_empty(rows.programs, out_channels, channels, dtype=torch.float32)
+    rows = Rows.share(images * height * width, max(grads.views, owed.rows), block_m, blocks, owed.x.device)
+    partial = owed.x.new_empty(rows.programs, out_channels, channels, dtype=torch.float32)
     launch(
         conv_moments_pointwise_weight_gradient_kernel,
         rows.programs * blocks,
-        grad_y,
-        grad_mean,
-        grad_variance,
-        y,
-        mean,
-        x,
-        x if scale is None else scale,
-        x if shift is None else shift,
-        x if gate is None else gate,
+        *grads.pointers,
+        *owed.pointers,
         partial,
-        views / max(images * height * width, 1),
+        grads.inverse_count,
         channels,
         out_channels,
         height * width,
-        rows.size,
-        rows.parts,
-        rows.tiles,
-        rows.segments,
-        scale_rows,
-        views,
-        ACT=act,
-        OWED=scale is not None,
-        GATED=gate is not None,
-        MOMENTS=views > 0,
+        *rows.arguments,
+        owed.rows,
+        grads.views,
+        **owed.constants,
+        MOMENTS=grads.views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,
         BLOCK_M=rows.block,

@@ -40,6 +40,67 @@ class Rows:
     def programs(self) -> int:
         return self.segments * self.parts
 
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        """size, parts, tiles, segments, as kernels take them."""
+        return self.size, self.parts, self.tiles, self.segments
+
+
+@dataclass(frozen=True)
+class Input:
+    """An activation x [N, C, H, W], channels-last, and what it is owed, all contiguous."""
+
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    act: str
+    gate: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Of scale and shift; 1 where there are none."""
+        return 1 if self.scale is None else len(self.scale)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is owed."""
+        return self.scale is None and self.act == "identity" and self.gate is None
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        """x, scale, shift, gate, as kernels take them: where one is absent, something that they do not read."""
+        return self.x, *(self.x if tensor is None else tensor for tensor in (self.scale, self.shift, self.gate))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """ACT, OWED, GATED."""
+        return {"ACT": self.act, "OWED": self.scale is not None, "GATED": self.gate is not None}
+
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """What reaches a convolution's output y [N, C, H, W], channels-last, and its moments [views, C]; all contiguous."""
+
+    dy: Tensor
+    dmean: Tensor
+    dvariance: Tensor
+    y: Tensor
+    mean: Tensor
+
+    @property
+    def views(self) -> int:
+        return len(self.mean)
+
+    @property
+    def inverse_count(self) -> float:
+        """One over the elements per channel and view; 0 without moments."""
+        return self.views * self.y.shape[1] / max(self.y.numel(), 1)
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        """dy, dmean, dvariance, y, mean, as kernels take them."""
+        return self.dy, self.dmean, self.dvariance, self.y, self.mean
+
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:

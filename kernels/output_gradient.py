@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, power_of_two
+from .launch import OutputGradient, launch, power_of_two
 from .owed import known, load_moment_gradients, load_output_gradient
 
 BLOCK_M = 64
@@ -44,25 +44,21 @@ def output_gradient_kernel(
     tl.store(e + offsets, values.to(e.dtype.element_ty), mask=valid)
 
 
-def output_gradient(grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor, y: Tensor, mean: Tensor) -> Tensor:
-    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt, like y; dy itself without moments. All channels-last."""
-    views, channels = mean.shape
+def output_gradient(grads: OutputGradient) -> Tensor:
+    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt, like y; dy itself without moments."""
+    views, channels = grads.mean.shape
     if not views:
-        return grad_y
-    e = torch.empty_like(y)
-    size = y.numel() // (channels * views)
+        return grads.dy
+    e = torch.empty_like(grads.y)
+    size = grads.y.numel() // (channels * views)
     block = power_of_two(channels, 16, 128)
     parts = triton.cdiv(size, BLOCK_M)
     launch(
         output_gradient_kernel,
         views * parts * triton.cdiv(channels, block),
-        grad_y,
-        grad_mean,
-        grad_variance,
-        y,
-        mean,
+        *grads.pointers,
         e,
-        1 / size,
+        grads.inverse_count,
         channels,
         size,
         parts,

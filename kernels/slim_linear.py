@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from . import conv_moments_pointwise as pointwise
-from .launch import takes
+from .launch import Input, OutputGradient, takes
 
 
 def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """As dspnet_fast.ops.slim_linear, for arguments that are valid and that `accepts` takes."""
     rows = _images(x)
     y = torch.empty(len(rows), out_features, 1, 1, dtype=x.dtype, device=x.device)
-    pointwise.forward(rows, None, None, "identity", None, weight, y, 0)
+    pointwise.forward(Input(rows, None, None, "identity", None), weight, y, 0)
     y = y.view(*x.shape[:-1], out_features)
     return y if bias is None else y.add_(bias)
 
@@ -28,16 +28,16 @@ def slim_linear_backward(
     """As dspnet_fast.ops.slim_linear_backward, for arguments that are valid and that `accepts` takes."""
     rows, grads = _images(x), _images(grad)
     nothing = x.new_empty(0, grads.shape[1], dtype=torch.float32)
-    of_output, owed = (grads, nothing, nothing), (rows, None, None, "identity", None)
+    of_output, owed = OutputGradient(grads, nothing, nothing, grads, nothing), Input(rows, None, None, "identity", None)
     of_x, of_weight, of_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
     if input_gradient:
         of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        pointwise.input_gradient(*of_output, *owed, weight, grads, nothing, of_x)
+        pointwise.input_gradient(of_output, owed, weight, of_x)
     if weight_gradient:
         if main_grad is None:
             main_grad = of_weight = torch.zeros_like(weight)
         prefix = main_grad[: grads.shape[1], : rows.shape[1]]
-        prefix += pointwise.weight_gradient(*of_output, *owed, grads, nothing).view(prefix.shape)
+        prefix += pointwise.weight_gradient(of_output, owed).view(prefix.shape)
     if bias_gradient:
         of_bias = grads.sum((0, 2, 3))
     return of_x, of_weight, of_bias
