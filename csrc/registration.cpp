@@ -12,6 +12,7 @@ using Tensor = const at::Tensor&;
 using OptionalTensor = const std::optional<at::Tensor>&;
 using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors7 =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -45,6 +46,12 @@ DSPNET_CPU_BUILDS(
 DSPNET_CPU_BUILDS(at::Tensor, normalized_mse, Tensor p, Tensor z)
 DSPNET_CPU_BUILDS(
     Tensors2, normalized_mse_backward, Tensor grad, Tensor p, Tensor z, bool p_gradient, bool z_gradient)
+DSPNET_CPU_BUILDS(
+    Tensors2, scale_shift, Tensor mean, Tensor variance, OptionalTensor weight, OptionalTensor bias, double eps)
+DSPNET_CPU_BUILDS(
+    Tensors4, scale_shift_backward, Tensor grad_scale, Tensor grad_shift, Tensor mean, Tensor variance,
+    OptionalTensor weight, OptionalTensor weight_main_grad, OptionalTensor bias, OptionalTensor bias_main_grad,
+    double eps)
 DSPNET_CPU_BUILDS(
     Tensors3, slim_batch_norm, Tensor x, OptionalTensor weight, OptionalTensor bias, double eps, int64_t views)
 DSPNET_CPU_BUILDS(
@@ -81,6 +88,12 @@ TORCH_LIBRARY(dspnet_cpp, library) {
       "normalized_mse_backward(Tensor grad, Tensor p, Tensor z, bool p_gradient, bool z_gradient) -> "
       "(Tensor, Tensor)");
   library.def(
+      "scale_shift(Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
+  library.def(
+      "scale_shift_backward(Tensor grad_scale, Tensor grad_shift, Tensor mean, Tensor variance, Tensor? weight, "
+      "Tensor(a!)? weight_main_grad, Tensor? bias, Tensor(b!)? bias_main_grad, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  library.def(
       "slim_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, int views) -> (Tensor, Tensor, Tensor)");
   library.def(
       "slim_batch_norm_backward(Tensor grad_y, Tensor grad_mean, Tensor grad_variance, Tensor x, Tensor? weight, "
@@ -98,6 +111,8 @@ TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
   library.impl("norm_act_pool_backward", DSPNET_CPU_BUILD(norm_act_pool_backward));
   library.impl("normalized_mse", DSPNET_CPU_BUILD(normalized_mse));
   library.impl("normalized_mse_backward", DSPNET_CPU_BUILD(normalized_mse_backward));
+  library.impl("scale_shift", DSPNET_CPU_BUILD(scale_shift));
+  library.impl("scale_shift_backward", DSPNET_CPU_BUILD(scale_shift_backward));
   library.impl("slim_batch_norm", DSPNET_CPU_BUILD(slim_batch_norm));
   library.impl("slim_batch_norm_backward", DSPNET_CPU_BUILD(slim_batch_norm_backward));
 }

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import slim_batch_norm
+from ..ops import scale_shift, slim_batch_norm
 from .owed import Owed, Raw
+from .sized import main_grad
 
 # Called with mean and biased variance [V, C] of each view, and the number of values that each was taken from.
 Observer = Callable[[Tensor, Tensor, int], None]
@@ -93,11 +94,11 @@ class SlimBatchNorm(_BatchNorm):
         channels = x.shape[1]
         if channels > self.num_features:
             raise ValueError(f"{type(self).__name__} has {self.num_features} channels, the input has {channels}")
+        if isinstance(x, Raw):
+            return Owed(x.y, *self._scale_shift(x))
+        self._check_input_dim(x)
         weight = None if self.weight is None else self.weight[:channels]
         bias = None if self.bias is None else self.bias[:channels]
-        if isinstance(x, Raw):
-            return Owed(x.y, *self._scale_shift(x, weight, bias))
-        self._check_input_dim(x)
         views = self.batch_views
         if not views:
             mean, variance = self._kept_statistics(channels)
@@ -108,19 +109,19 @@ class SlimBatchNorm(_BatchNorm):
         if not self._own_statistics:
             self._observe(mean, variance, self._count(x.shape, views))
             return y
-        scale, shift = self._scale_shift(Raw(x, mean, variance), weight, bias)
+        scale, shift = self._scale_shift(Raw(x, mean, variance))
         spread = len(scale), 1, channels, *(x.ndim - 2) * [1]
         return (x.unflatten(0, (views, -1)) * scale.view(spread) + shift.view(spread)).flatten(0, 1).to(x.dtype)
 
-    def _scale_shift(self, raw: Raw, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scale_shift(self, raw: Raw) -> tuple[Tensor, Tensor]:
         """scale and shift [V, C] of the owed normalisation; one row with kept statistics."""
         if len(raw.mean):
             mean, variance = self._statistics(raw.mean, raw.variance, self._count(raw.shape, len(raw.mean)))
         else:
             mean, variance = (kept[None] for kept in self._kept_statistics(raw.shape[1]))
-        scale = (variance + self.eps).rsqrt()
-        scale = scale if weight is None else scale * weight
-        return scale, -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
+        return scale_shift(
+            mean, variance, self.weight, main_grad(self.weight), self.bias, main_grad(self.bias), self.eps
+        )
 
     @property
     def _own_statistics(self) -> bool:

@@ -19,7 +19,7 @@ class Sized(nn.Module):
         return self.full_size if self.active_size is None else self.active_size
 
 
-def main_grad(parameter: Tensor) -> Tensor | None:
+def main_grad(parameter: Tensor | None) -> Tensor | None:
     """The full-size buffer that operators add the gradient of a prefix to, if the parameter carries one.
 
     `train.arena` gives every parameter its part of one flat tensor. Without it autograd gets full-size gradients, zero

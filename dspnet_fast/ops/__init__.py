@@ -7,6 +7,7 @@ from .lars_ema_step import lars_ema_step
 from .norm_act import norm_act
 from .norm_act_pool import norm_act_pool
 from .normalized_mse import normalized_mse
+from .scale_shift import scale_shift
 from .slim_batch_norm import slim_batch_norm
 from .slim_conv2d import slim_conv2d
 from .slim_linear import slim_linear
@@ -19,6 +20,7 @@ __all__ = [
     "norm_act_pool",
     "normalized_mse",
     "registry",
+    "scale_shift",
     "slim_batch_norm",
     "slim_conv2d",
     "slim_linear",

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import cpp, triton
 from .owed import wide
 from .registry import operator
+from .scale_shift import scale_shift
 
 
 @operator()
@@ -24,7 +25,7 @@ def slim_batch_norm(
     _check(x, weight, bias, views)
     rows = wide(x).unflatten(0, (views, -1))
     variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
-    scale, shift = _scale_shift(mean, variance, weight, bias, eps)
+    scale, shift = scale_shift.native(mean, variance, weight, None, bias, None, eps)
     y = torch.empty_like(x).copy_((rows * _spread(scale, rows) + _spread(shift, rows)).flatten(0, 1))
     return y, mean, variance
 
@@ -51,14 +52,6 @@ def _reduced(rows: Tensor) -> tuple[int, ...]:
 def _spread(vectors: Tensor, rows: Tensor) -> Tensor:
     """[views, C] -> [views, 1, C, 1, ...]."""
     return vectors.view(len(vectors), 1, -1, *(rows.ndim - 3) * [1])
-
-
-def _scale_shift(
-    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    scale = (variance + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    return scale, -mean * scale if bias is None else bias - mean * scale
 
 
 @operator()

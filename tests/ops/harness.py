@@ -53,7 +53,7 @@ def double(arguments: dict) -> dict:
 
 def differentiable(arguments: dict) -> list[str]:
     """The names of the arguments that have gradients."""
-    return [name for name, value in arguments.items() if isinstance(value, Tensor) and name != "main_grad"]
+    return [name for name, value in arguments.items() if isinstance(value, Tensor) and not name.endswith("main_grad")]
 
 
 def random_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,0 +1,185 @@
+"""scale_shift: batch normalisation as what it does to every channel, made of moments; a dozen small steps in one."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpp, triton
+from .registry import operator
+
+
+@operator()
+def scale_shift(
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    weight_main_grad: Tensor | None,
+    bias: Tensor | None,
+    bias_main_grad: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """scale = weight[:C] rsqrt(variance + eps) and shift = bias[:C] - mean scale: x scale + shift is x normalised.
+
+    mean, variance: [V, C] of V views, floating point of one dtype. weight, bias: vectors of at least C elements, or
+    None for 1 and 0. Their main_grads: buffers like them that the gradients of the prefixes are added to; without, a
+    full-size gradient is returned to autograd. Returns two [V, C] in the dtype of mean. Raises RuntimeError for
+    anything else.
+    """
+    _check(mean, variance, weight, weight_main_grad, bias, bias_main_grad)
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * _prefix(weight, mean)
+    return scale, -mean * scale if bias is None else _prefix(bias, mean) - mean * scale
+
+
+def _check(
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    weight_main_grad: Tensor | None,
+    bias: Tensor | None,
+    bias_main_grad: Tensor | None,
+) -> None:
+    torch._check(
+        mean.ndim == 2 and mean.is_floating_point() and mean.shape == variance.shape and mean.dtype == variance.dtype,
+        lambda: (
+            "scale_shift: mean and variance must be [V, C] of one dtype, "
+            f"got {list(mean.shape)} {mean.dtype} and {list(variance.shape)} {variance.dtype}"
+        ),
+    )
+    for name, vector, main_grad in (("weight", weight, weight_main_grad), ("bias", bias, bias_main_grad)):
+        torch._check(
+            vector is None or (vector.ndim == 1 and vector.is_floating_point() and len(vector) >= mean.shape[1]),
+            lambda name=name: f"scale_shift: {name} must be a vector of {mean.shape[1]} or more",  # type: ignore[misc]
+        )
+        torch._check(
+            main_grad is None
+            or (vector is not None and main_grad.shape == vector.shape and main_grad.dtype == vector.dtype),
+            lambda name=name: f"scale_shift: {name}_main_grad must be like {name}",  # type: ignore[misc]
+        )
+
+
+def _prefix(vector: Tensor, mean: Tensor) -> Tensor:
+    return vector[: mean.shape[1]].to(mean.dtype)
+
+
+@operator(mutates=("weight_main_grad", "bias_main_grad"))
+def scale_shift_backward(
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    weight_main_grad: Tensor | None,
+    bias: Tensor | None,
+    bias_main_grad: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of scale_shift. With r = rsqrt(variance + eps) and g = dscale - mean dshift,
+
+        dmean = -dshift weight r        dvariance = -g weight r^3 / 2
+        dweight = sum over views of g r        dbias = sum over views of dshift
+
+    Returns dmean, dvariance [V, C], and dweight, dbias like the full vectors, zero outside the prefix. Empty: those
+    whose vector is absent, or has a main_grad, to whose prefix it is added instead.
+    """
+    channels = mean.shape[1]
+    rsqrt = (variance + eps).rsqrt()
+    scale = rsqrt if weight is None else rsqrt * _prefix(weight, mean)
+    grad = grad_scale - mean * grad_shift
+    returned = []
+    for vector, main_grad, of_prefix in (
+        (weight, weight_main_grad, grad * rsqrt),
+        (bias, bias_main_grad, grad_shift),
+    ):
+        of_vector = mean.new_empty(0)
+        if vector is not None:
+            if main_grad is None:
+                main_grad = of_vector = torch.zeros_like(vector)
+            main_grad[:channels] += of_prefix.sum(0)
+        returned.append(of_vector)
+    return -grad_shift * scale, -grad * scale * rsqrt.square() / 2, *returned
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    mean, variance, weight, weight_main_grad, bias, bias_main_grad, ctx.eps = inputs
+    ctx.save_for_backward(mean, variance, weight, bias)
+    ctx.main_grads = weight_main_grad, bias_main_grad  # not saved: they change before the backward
+
+
+def _backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Any, ...]:
+    mean, variance, weight, bias = ctx.saved_tensors
+    of_mean, of_variance, of_weight, _, of_bias, _, _ = ctx.needs_input_grad
+    # A vector without a gradient is not added to its main_grad.
+    weight_main_grad, bias_main_grad = (
+        main_grad if wanted else None for main_grad, wanted in zip(ctx.main_grads, (of_weight, of_bias), strict=True)
+    )
+    grad_mean, grad_variance, grad_weight, grad_bias = scale_shift_backward(
+        grad_scale, grad_shift, mean, variance, weight, weight_main_grad, bias, bias_main_grad, ctx.eps
+    )
+    return (
+        grad_mean if of_mean else None,
+        grad_variance if of_variance else None,
+        grad_weight if of_weight and weight_main_grad is None else None,
+        None,
+        grad_bias if of_bias and bias_main_grad is None else None,
+        None,
+        None,
+    )
+
+
+scale_shift.register_autograd(_backward, _setup_context)
+
+
+def _accepts(tensors: tuple[Tensor | None, ...]) -> tuple[bool, str]:
+    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in tensors):
+        return False, "it serves float32 only"
+    return True, ""
+
+
+@scale_shift.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "scale_shift"),
+    accepts=lambda *args: _accepts(args[:6]),
+)
+def _cpp(*args: Any) -> tuple[Tensor, Tensor]:
+    _check(*args[:6])
+    mean, variance, weight, _, bias, _, eps = args  # main_grads are the backward's
+    return torch.ops.dspnet_cpp.scale_shift(mean, variance, weight, bias, eps)
+
+
+@scale_shift_backward.provider(
+    "cpp",
+    devices=("cpu",),
+    supported=functools.partial(cpp.has, "scale_shift_backward"),
+    accepts=lambda *args: _accepts(args[:8]),
+)
+def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.dspnet_cpp.scale_shift_backward(*args)
+
+
+@scale_shift.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda *args: _accepts(args[:6]),
+    unproven=triton.UNPROVEN,
+)
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    _check(*args[:6])
+    mean, variance, weight, _, bias, _, eps = args
+    return triton.kernels("scale_shift").scale_shift(mean, variance, weight, bias, eps)
+
+
+@scale_shift_backward.provider(
+    "triton",
+    devices=triton.DEVICES,
+    supported=triton.supported,
+    accepts=lambda *args: _accepts(args[:8]),
+    unproven=triton.UNPROVEN,
+)
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return triton.kernels("scale_shift").scale_shift_backward(*args)
