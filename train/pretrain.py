@@ -23,6 +23,7 @@ from .data.sets import open_images
 from .device import choose_device
 from .interruption import Interruption
 from .probe import Probe
+from .process import settle_in
 from .progress import Monitor
 from .rundir import CONFIG, RunLog, open_run
 from .trainer import Trainer
@@ -114,6 +115,7 @@ class Pretraining:
                 self._say(*self._description())
                 if trainer.step == 0:
                     self._measure()
+                settle_in(trainer.device)
                 self.meter.restart()
                 self.monitor.restart()
                 for batch in self._batches():
