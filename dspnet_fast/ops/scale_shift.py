@@ -49,16 +49,19 @@ def _check(
             f"got {list(mean.shape)} {mean.dtype} and {list(variance.shape)} {variance.dtype}"
         ),
     )
-    for name, vector, main_grad in (("weight", weight, weight_main_grad), ("bias", bias, bias_main_grad)):
+    for name, vector in (("weight", weight), ("bias", bias)):
         torch._check(
             vector is None or (vector.ndim == 1 and vector.is_floating_point() and len(vector) >= mean.shape[1]),
             lambda name=name: f"scale_shift: {name} must be a vector of {mean.shape[1]} or more",  # type: ignore[misc]
         )
-        torch._check(
-            main_grad is None
-            or (vector is not None and main_grad.shape == vector.shape and main_grad.dtype == vector.dtype),
-            lambda name=name: f"scale_shift: {name}_main_grad must be like {name}",  # type: ignore[misc]
-        )
+    _check_main_grad("weight", weight, weight_main_grad)
+    _check_main_grad("bias", bias, bias_main_grad)
+
+
+def _check_main_grad(name: str, vector: Tensor | None, main_grad: Tensor | None) -> None:
+    if main_grad is not None:
+        alike = vector is not None and main_grad.shape == vector.shape and main_grad.dtype == vector.dtype
+        torch._check(alike, lambda: f"scale_shift: {name}_main_grad must be like {name}")
 
 
 def _prefix(vector: Tensor, mean: Tensor) -> Tensor:
@@ -100,7 +103,8 @@ def scale_shift_backward(
                 main_grad = of_vector = torch.zeros_like(vector)
             main_grad[:channels] += of_prefix.sum(0)
         returned.append(of_vector)
-    return -grad_shift * scale, -grad * scale * rsqrt.square() / 2, *returned
+    of_weight, of_bias = returned
+    return -grad_shift * scale, -grad * scale * rsqrt.square() / 2, of_weight, of_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -146,8 +150,9 @@ def _accepts(tensors: tuple[Tensor | None, ...]) -> tuple[bool, str]:
     accepts=lambda *args: _accepts(args[:6]),
 )
 def _cpp(*args: Any) -> tuple[Tensor, Tensor]:
-    _check(*args[:6])
-    mean, variance, weight, _, bias, _, eps = args  # main_grads are the backward's
+    mean, variance, weight, weight_main_grad, bias, bias_main_grad, eps = args
+    _check_main_grad("weight", weight, weight_main_grad)  # the forward itself has no use for them
+    _check_main_grad("bias", bias, bias_main_grad)
     return torch.ops.dspnet_cpp.scale_shift(mean, variance, weight, bias, eps)
 
 
@@ -165,7 +170,7 @@ def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda *args: _accepts(args[:6]),
+    accepts=lambda *args: triton.kernels("scale_shift").accepts(*args[:6]),
     unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
@@ -178,7 +183,7 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor]:
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda *args: _accepts(args[:8]),
+    accepts=lambda *args: triton.kernels("scale_shift").accepts(*args[:8]),
     unproven=triton.UNPROVEN,
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -77,6 +77,14 @@ def call_norm_act_pool(layer: Conv, dtype: torch.dtype) -> None:
     kernels.norm_act_pool_backward(empty(*x.shape[:2]), x, scale, shift, act)
 
 
+def call_scale_shift(layer: Conv, dtype: torch.dtype) -> None:
+    """Forward and backward, of a slice of a layer's normalisation."""
+    kernels = provider.kernels("scale_shift")
+    moments, affine = empty(VIEWS, layer.out_channels), empty(layer.full[0])
+    kernels.scale_shift(moments, moments, affine, affine, 1e-5)
+    kernels.scale_shift_backward(moments, moments, moments, moments, affine, affine, affine, affine, 1e-5)
+
+
 def call_slim_batch_norm(layer: Conv, dtype: torch.dtype) -> None:
     """Forward and backward."""
     kernels = provider.kernels("slim_batch_norm")

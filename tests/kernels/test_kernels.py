@@ -8,7 +8,15 @@ import json
 
 import pytest
 
-OPERATORS = ("conv_moments", "norm_act", "norm_act_pool", "slim_batch_norm", "slim_conv2d", "slim_linear")
+OPERATORS = (
+    "conv_moments",
+    "norm_act",
+    "norm_act_pool",
+    "scale_shift",
+    "slim_batch_norm",
+    "slim_conv2d",
+    "slim_linear",
+)
 # Bytes of stack that ptxas takes by itself to fit one more block on a multiprocessor; spilling starts at hundreds.
 NO_SPILL = 16
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a block can have

@@ -72,7 +72,8 @@ def test_error_rule(provider, nan_filled, case, weight, bias):
     check(make(case, weight, bias))
 
 
-def test_vectors_that_are_not_contiguous(provider, nan_filled):
+def test_vectors_that_are_not_contiguous(policy, nan_filled):
+    policy("auto")
     arguments = make("slice")
     for name in ("mean", "variance"):
         arguments[name] = arguments[name].t().contiguous().t()

@@ -1,0 +1,159 @@
+"""scale_shift: a few thousand numbers a layer, so what counts is that it is one launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+
+BLOCK_C = 256
+
+
+@triton.jit
+def scale_shift_kernel(
+    mean,  # [views, C]
+    variance,
+    weight,  # at least [C]
+    bias,
+    scale,  # [views, C]
+    shift,
+    channels,
+    views,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    gamma = tl.load(weight + column, mask=inside, other=0.0) if HAS_WEIGHT else 1.0
+    beta = tl.load(bias + column, mask=inside, other=0.0) if HAS_BIAS else 0.0
+    for view in range(views):
+        offsets = view * channels + column
+        of_view = gamma / tl.sqrt_rn(tl.load(variance + offsets, mask=inside, other=1.0) + eps)
+        tl.store(scale + offsets, of_view, mask=inside)
+        tl.store(shift + offsets, beta - tl.load(mean + offsets, mask=inside, other=0.0) * of_view, mask=inside)
+
+
+@triton.jit
+def scale_shift_backward_kernel(
+    dscale,  # [views, C]
+    dshift,
+    mean,
+    variance,
+    weight,  # at least [C]
+    dmean,  # [views, C]
+    dvariance,
+    dweight,  # added to
+    dbias,
+    channels,
+    views,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < channels
+    gamma = tl.load(weight + column, mask=inside, other=0.0) if HAS_WEIGHT else 1.0
+    of_weight = tl.zeros((BLOCK_C,), tl.float32)
+    of_bias = tl.zeros((BLOCK_C,), tl.float32)
+    for view in range(views):
+        offsets = view * channels + column
+        rsqrt = 1 / tl.sqrt_rn(tl.load(variance + offsets, mask=inside, other=1.0) + eps)
+        to_shift = tl.load(dshift + offsets, mask=inside, other=0.0)
+        grad = tl.load(dscale + offsets, mask=inside, other=0.0)
+        grad -= tl.load(mean + offsets, mask=inside, other=0.0) * to_shift
+        tl.store(dmean + offsets, -to_shift * gamma * rsqrt, mask=inside)
+        tl.store(dvariance + offsets, -grad * gamma * rsqrt * rsqrt * rsqrt / 2, mask=inside)
+        of_weight += grad * rsqrt
+        of_bias += to_shift
+    if HAS_WEIGHT:
+        tl.store(dweight + column, tl.load(dweight + column, mask=inside) + of_weight, mask=inside)
+    if HAS_BIAS:
+        tl.store(dbias + column, tl.load(dbias + column, mask=inside) + of_bias, mask=inside)
+
+
+def scale_shift(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As dspnet_fast.ops.scale_shift, without main_grads, which are the gradient's."""
+    mean, variance = mean.contiguous(), variance.contiguous()
+    scale, shift = torch.empty_like(mean), torch.empty_like(mean)
+    views, channels = mean.shape
+    launch(
+        scale_shift_kernel,
+        triton.cdiv(channels, BLOCK_C),
+        mean,
+        variance,
+        mean if weight is None else weight,
+        mean if bias is None else bias,
+        scale,
+        shift,
+        channels,
+        views,
+        eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK_C=BLOCK_C,
+    )
+    return scale, shift
+
+
+def scale_shift_backward(
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    weight_main_grad: Tensor | None,
+    bias: Tensor | None,
+    bias_main_grad: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As dspnet_fast.ops.scale_shift_backward."""
+    views, channels = mean.shape
+    grad_mean, grad_variance = (torch.empty(views, channels, device=mean.device) for _ in range(2))
+    grad_weight, to_weight = _added_to(weight, weight_main_grad, mean)
+    grad_bias, to_bias = _added_to(bias, bias_main_grad, mean)
+    launch(
+        scale_shift_backward_kernel,
+        triton.cdiv(channels, BLOCK_C),
+        grad_scale.contiguous(),
+        grad_shift.contiguous(),
+        mean.contiguous(),
+        variance.contiguous(),
+        mean if weight is None else weight,
+        grad_mean,
+        grad_variance,
+        to_weight,
+        to_bias,
+        channels,
+        views,
+        eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK_C=BLOCK_C,
+    )
+    return grad_mean, grad_variance, grad_weight, grad_bias
+
+
+def _added_to(vector: Tensor | None, main_grad: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient to return, empty if there is none, and the memory that the kernel adds it to."""
+    if vector is None:
+        return other.new_empty(0), other
+    if main_grad is None:
+        returned = torch.zeros(vector.shape, dtype=vector.dtype, device=vector.device)
+        return returned, returned
+    return other.new_empty(0), main_grad
+
+
+def accepts(*vectors: Tensor | None) -> tuple[bool, str]:
+    """Whether the kernels take these tensors, main_grads among them. Returns (True, "") or (False, why not)."""
+    there = [vector for vector in vectors if vector is not None]
+    if any(vector.dtype != torch.float32 for vector in there):
+        return False, "it serves float32 only"
+    if any(not vector.is_contiguous() for vector in there if vector.ndim == 1):
+        return False, "it serves contiguous weights and biases only"
+    return True, ""
