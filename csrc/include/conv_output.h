@@ -25,49 +25,49 @@ struct StoreOutput {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       const int64_t c = column + v * kVec;
+      Vec out[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        out[r] = as_stored<scalar_t>(sums[r][v]);
+      }
       with_lanes(v + 1 < V, channels - c, [&](auto... count) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          store(y + (row + r) * stride + c, sums[r][v], count...);
+          store(y + (row + r) * stride + c, out[r], count...);
         }
       });
-    }
-    if (pivot) {
-      add_up(row, column, sums);
+      if (pivot) {
+        add_up(begins && row == 0, c, out);
+      }
     }
   }
 
   // Sums of a tile first: adding every row to the block's sum would round it as often. Without a pivot yet, it is the
   // mean of the first tile: near the block's mean, whatever that is.
-  template <int R, int V>
-  DSPNET_INLINE void add_up(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = column + v * kVec;
-      const bool first = begins && row == 0;
-      if (first && !has_pivot) {
-        Vec near = sums[0][v];
-#pragma GCC unroll 16
-        for (int r = 1; r < R; ++r) {
-          near = near + sums[r][v];
-        }
-        (near * Vec(1.f / R)).store(pivot + c);
-      }
-      const Vec near = Vec::loadu(pivot + c);
-      Vec total = sums[0][v] - near, squares = total * total;
+  template <int R>
+  DSPNET_INLINE void add_up(bool first, int64_t c, const Vec (&out)[R]) const {
+    if (first && !has_pivot) {
+      Vec near = out[0];
 #pragma GCC unroll 16
       for (int r = 1; r < R; ++r) {
-        const Vec difference = sums[r][v] - near;
-        total = total + difference;
-        squares = at::vec::fmadd(difference, difference, squares);
+        near = near + out[r];
       }
-      if (!first) {
-        total = total + Vec::loadu(sum + c);
-        squares = squares + Vec::loadu(square + c);
-      }
-      total.store(sum + c);
-      squares.store(square + c);
+      (near * Vec(1.f / R)).store(pivot + c);
     }
+    const Vec near = Vec::loadu(pivot + c);
+    Vec total = out[0] - near, squares = total * total;
+#pragma GCC unroll 16
+    for (int r = 1; r < R; ++r) {
+      const Vec difference = out[r] - near;
+      total = total + difference;
+      squares = at::vec::fmadd(difference, difference, squares);
+    }
+    if (!first) {
+      total = total + Vec::loadu(sum + c);
+      squares = squares + Vec::loadu(square + c);
+    }
+    total.store(sum + c);
+    squares.store(square + c);
   }
 };
 

@@ -133,17 +133,21 @@ DSPNET_INLINE void store(float* to, const Vec& value, int64_t count) {
   value.store(to, count);
 #endif
 }
-// Rounds to the nearest even. NaN stays NaN.
-DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
 #if defined(CPU_CAPABILITY_AVX512)
+// bfloat16 of each, in the lower half. Rounds to the nearest even. NaN stays NaN.
+DSPNET_INLINE __m512i to_bfloat16(const Vec& value) {
   // The forms with a mask: GCC 12 warns of its own header in the others.
   constexpr __mmask16 all = 0xffff;
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(all, bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-  const __m512i high = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), ordered, rounded, 16);
-  const __m256i halves = _mm512_maskz_cvtepi32_epi16(all, high);
+  return _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), ordered, rounded, 16);
+}
+#endif
+DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, to_bfloat16(value));
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
 #else
   float wide[kVec];
@@ -152,6 +156,22 @@ DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVe
     to[i] = wide[i];
   }
 #endif
+}
+
+// What load() reads after store().
+template <typename scalar_t>
+DSPNET_INLINE Vec as_stored(const Vec& value) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return value;
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(to_bfloat16(value), 16)));
+#else
+    scalar_t stored[kVec];
+    store(stored, value);
+    return load(stored);
+#endif
+  }
 }
 
 } // namespace CPU_CAPABILITY
