@@ -1,5 +1,6 @@
 """dali-cpu against torchvision: the same draws, carried out alike within the bounds of docs/data.md."""
 
+import gc
 import io
 
 import numpy as np
@@ -166,22 +167,6 @@ def test_two_ranks_see_what_one_sees(images):
         assert torch.equal(batch, torch.cat(halves))
 
 
-def test_every_image_of_an_epoch_exactly_once_after_a_resume(tmp_path):
-    """Images that are one colour each can be told apart in the views."""
-    for k in range(20):
-        Image.new("RGB", (32, 32), (10 * k, 0, 0)).save(tmp_path / f"{k:02}.png")
-    images = open_images(str(tmp_path), "train")
-    views = tuple(only(view, "nothing") for view in byol(16))
-    seen = [
-        int(batch[k, 0, 0, 0]) // 10
-        for start, count in ((0, 2), (2, 3))  # 5 steps an epoch; stopped after the second
-        for rank in (0, 1)
-        for batch in made(images, views, EpochOrder(20, 4, 1, 1, start, rank, 2))[:count]
-        for k in range(2)
-    ]
-    assert sorted(seen) == list(range(20))
-
-
 def test_layout(images):
     batch = made(images, byol(SIZE), EpochOrder(26, 6, 3, 1))[0]
     assert batch.dtype == torch.uint8 and batch.shape == (12, 3, SIZE, SIZE)
@@ -204,6 +189,32 @@ def test_iterating_again_and_leaving_early(images):
     assert_same(list(batches), whole)
     assert_same(list(batches), whole)
     assert len(batches) == 4
+
+
+class Collecting(Subset):
+    """Whoever loads an image clears up first, as Python does every now and then."""
+
+    def load(self, i):
+        gc.collect()
+        return super().load(i)
+
+
+def test_workers_beside_dali(images):
+    """A worker forked from here would collect the pipeline, and wait without end for threads that it does not have."""
+    views, order = byol(SIZE), EpochOrder(4, 2, 3, 1)
+    few = Collecting(images, range(4))
+    expected = list(two_view_batches(few, views, order, workers=0))
+    gc.disable()
+    try:
+        batches = dali.TwoViews(images, views, EpochOrder(26, 26, 0, 1), 1, BadImages())
+        list(batches)
+        batches.itself = batches
+        del batches
+        loader = two_view_batches(few, views, order, workers=1)
+        loader.timeout = 60  # seconds, in place of for ever
+        assert_same(list(loader), expected)
+    finally:
+        gc.enable()
 
 
 # what DALI cannot decode
