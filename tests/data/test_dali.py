@@ -216,6 +216,23 @@ def test_workers_beside_dali(images):
         gc.enable()
 
 
+def test_a_program_may_end_in_the_middle(images, run_python):
+    """Nothing runs any more when DALI is shut down: otherwise the program ends in an abort, now and then."""
+    code = f"""
+import atexit, threading
+from train.data.augment import byol
+from train.data.bad import BadImages
+from train.data.dali import TwoViews
+from train.data.order import EpochOrder
+from train.data.sets import open_images
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
+images = open_images({images.name!r}, "train")
+batches = iter(TwoViews(images, byol(16), EpochOrder(26, 4, 0, 500), 2, BadImages()))
+print(len(next(batches)))
+"""
+    assert run_python("-c", code) == "8\n['MainThread']\n"
+
+
 # what DALI cannot decode
 
 

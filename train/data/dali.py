@@ -318,7 +318,8 @@ class TwoViews:
                 last = error
             _put(ready, (last, []), stop)
 
-        thread = threading.Thread(target=produce, name="dali", daemon=True)
+        # no daemon: the interpreter must not end, and DALI with it, while a pipeline runs
+        thread = threading.Thread(target=produce, name="dali")
         thread.start()
         try:
             while True:
@@ -408,7 +409,7 @@ class TwoViews:
         if batch.error is not None:
             return (batch.error, batch.refusals), pipeline
         try:
-            return (self._collect(pipeline, batch, readers), batch.refusals), pipeline
+            outputs = pipeline.share_outputs()
         except RuntimeError:
             refused = self._refused(batch.samples) or range(len(batch.samples))
             again = self._read(readers, [batch.items[k] for k in refused], careful=True)
@@ -419,7 +420,11 @@ class TwoViews:
             for k, sample in zip(refused, again.samples, strict=True):
                 batch.samples[k] = sample
             self._start(pipeline, batch)
-            return (self._collect(pipeline, batch, readers), batch.refusals), pipeline
+            outputs = pipeline.share_outputs()
+        try:
+            return (self._collect(outputs, batch, readers), batch.refusals), pipeline
+        finally:
+            pipeline.release_outputs()
 
     def _refused(self, samples: Sequence[Sample]) -> list[int]:
         """Which ones DALI cannot decode, each tried by itself: it names none, and the others should stay as they are,
@@ -436,26 +441,22 @@ class TwoViews:
                 pipeline = None  # it is of no use any more
         return refused
 
-    def _collect(self, pipeline: Pipeline, batch: _Running, readers: ThreadPoolExecutor) -> torch.Tensor:
-        """What the pipeline made of the batch, as one tensor; DALI gets its buffers back."""
-        outputs = pipeline.share_outputs()
-        try:
-            made = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-            if self._device is not None:
-                return torch.cat(made).permute(0, 3, 1, 2)
-            if self._colours:
-                return torch.cat(made).add_(0.5).byte()
-            size, count = self._views[0].image_size, len(batch.samples)
-            result = torch.empty(len(made) * count, 3, size, size, dtype=torch.uint8)
+    def _collect(self, outputs: Sequence[Any], batch: _Running, readers: ThreadPoolExecutor) -> torch.Tensor:
+        """What the pipeline made of the batch, copied into one tensor."""
+        made = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        if self._device is not None:
+            return torch.cat(made).permute(0, 3, 1, 2)
+        if self._colours:
+            return torch.cat(made).add_(0.5).byte()
+        size, count = self._views[0].image_size, len(batch.samples)
+        result = torch.empty(len(made) * count, 3, size, size, dtype=torch.uint8)
 
-            def finish_one(place: int) -> None:
-                k, i = divmod(place, count)
-                finish(self._views[k], batch.samples[i].draws[k], made[k][i], result[place])
+        def finish_one(place: int) -> None:
+            k, i = divmod(place, count)
+            finish(self._views[k], batch.samples[i].draws[k], made[k][i], result[place])
 
-            list(readers.map(finish_one, range(len(result))))
-            return result
-        finally:
-            pipeline.release_outputs()
+        list(readers.map(finish_one, range(len(result))))
+        return result
 
 
 @dataclass
@@ -470,7 +471,7 @@ class _Running:
 
 def _put(ready: queue.Queue[Any], made: Any, stop: threading.Event) -> bool:
     """Whether there still was somebody to take it."""
-    while not stop.is_set():
+    while not stop.is_set() and threading.main_thread().is_alive():
         try:
             ready.put(made, timeout=0.1)
             return True
