@@ -208,6 +208,8 @@ setup(
             "dspnet-pretrain = dspnet_fast.train.pretrain:main",
             "dspnet-evaluate = dspnet_fast.train.evaluate:main",
             "dspnet-export = dspnet_fast.train.export:main",
+            "dspnet-shard = dspnet_fast.train.data.shard:main",
+            "dspnet-inspect = dspnet_fast.train.data.inspect:main",
         ]
     },
     # A name only: it makes the wheel a platform wheel and runs build_ext.

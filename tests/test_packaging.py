@@ -68,7 +68,8 @@ def test_wheel(source, tmp_path):
     assert "DSPNET_BUILD=0" in json.loads(wheel.read("dspnet_fast/_C.json"))["reason"]
     assert json.loads(wheel.read("dspnet_fast/_C_cuda.json"))["reason"]
     scripts = wheel.read("dspnet_fast-0.1.0.dist-info/entry_points.txt").decode()
-    assert "dspnet-pretrain = dspnet_fast.train.pretrain:main" in scripts
+    for name in ("pretrain", "evaluate", "export", "data.shard", "data.inspect"):
+        assert f"dspnet-{name.removeprefix('data.')} = dspnet_fast.train.{name}:main" in scripts
 
 
 def test_a_failed_build_costs_only_speed(source, tmp_path):

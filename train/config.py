@@ -27,7 +27,7 @@ class DataOptions:
     min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
     train_images: int | None = option(None, "use only this many images, drawn at random")
     workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
-    max_bad_images: int | None = option(None, "unreadable images that a run leaves out [1 in 1,000 of all]", True)
+    max_bad_images: int | None = option(None, "unreadable images that a run may leave out [1 in 1,000 of all]", True)
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ from .interruption import Interruption
 from .probe import Probe
 from .process import settle_in
 from .progress import Monitor
-from .rundir import CONFIG, RunLog, open_run
+from .rundir import CONFIG, RunLog, open_run, read_bad_images, write_bad_images
 from .trainer import Trainer
 
 DESCRIPTION = """\
@@ -87,7 +87,8 @@ class Pretraining:
         # what auto chose is kept with the run: another backend would not resume it bit for bit
         config = replace(config, data_backend=choose_backend(config.data_backend, images, device))
         self.config = config
-        self.bad = BadImages(len(images) // 1000 if config.max_bad_images is None else config.max_bad_images)
+        limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
+        self.bad = BadImages(limit, read_bad_images(Path(config.out)) if resume else None)
         self.trainer = Trainer(config, order.steps_per_epoch, device)
         self.probe = None
         if config.probe_epochs:
@@ -142,10 +143,10 @@ class Pretraining:
         """The batches; an image that cannot be used ends the run, but not before it is saved."""
         try:
             for batch in self.meter.batches():
-                self._say(*self.bad.news())
+                self._say_bad()
                 yield batch
         except InputError:
-            self._say(*self.bad.news())
+            self._say_bad()
             self._save_and_stop()
             raise
 
@@ -163,6 +164,12 @@ class Pretraining:
         for line in lines:
             self.monitor.line(line)
             self.log.line(line)
+
+    def _say_bad(self) -> None:
+        news = self.bad.news()
+        if news:
+            self._say(*news)
+            write_bad_images(self.out, self.bad.found)
 
     def _description(self) -> list[str]:
         trainer, config = self.trainer, self.config

@@ -4,6 +4,7 @@ OUT/config.yaml       the configuration, re-runnable with --config
 OUT/metrics.jsonl     one JSON object a line
 OUT/tensorboard/      the same for TensorBoard
 OUT/train.log         what was printed
+OUT/bad_images.json   the images that were left out, and what is wrong with each; there only if there are any
 OUT/checkpoints/      step-00001234.pt, the newest two
 """
 
@@ -23,6 +24,7 @@ from . import atomic
 from .config import PretrainConfig, flag
 
 CONFIG = "config.yaml"
+BAD_IMAGES = "bad_images.json"
 
 
 def read_config(out: Path) -> PretrainConfig:
@@ -97,6 +99,20 @@ class RunLog:
         self._tensorboard.close()
         self._metrics.close()
         self._log.close()
+
+
+def read_bad_images(out: Path) -> dict[str, str]:
+    """The images that the run in `out` has left out so far, and why; InputError if the list is damaged."""
+    path = out / BAD_IMAGES
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a list of images ({error}): remove it to count bad images anew") from error
+
+
+def write_bad_images(out: Path, found: dict[str, str]) -> None:
+    """Keep them for who resumes the run, or repairs them."""
+    atomic.write_text(out / BAD_IMAGES, json.dumps(found, indent=1) + "\n")
 
 
 def _lines_until(metrics: Path, step: int) -> list[str]:

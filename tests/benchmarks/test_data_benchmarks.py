@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data, distributions
+from benchmarks import data, distributions, soak
 from train.data.augment import byol, only
 from train.data.sets import open_images
 
@@ -57,6 +57,23 @@ def test_distributions_find_what_is_wrong(folder):
         bounds = {name: 3 * bound for name, bound in distributions.BOUNDS.items()}  # of 400 views, not 10,000
         assert all(right[name] <= bound for name, bound in bounds.items()), (operation, right)
         assert any(bad[name] > bound for name, bound in bounds.items()), (operation, bad)
+
+
+@pytest.mark.parametrize("leaked", [0, 4])
+def test_soak_finds_a_leak(folder, monkeypatch, capsys, leaked):
+    """Batches that each keep some MiB of memory; that of torch, some hundred, was there before."""
+
+    def batches(*_):
+        kept = []
+        while True:
+            kept.append(torch.ones(leaked << 20, dtype=torch.uint8))
+            yield kept[-1]
+
+    monkeypatch.setattr(soak, "open_batches", batches)
+    with pytest.raises(SystemExit) as end:
+        soak.main(["--data", str(folder), "--data-backend", "torchvision", "--batches", "50", "--batch-size", "4"])
+    assert end.value.code == (1 if leaked else 0)
+    assert "torchvision: 50 batches" in capsys.readouterr().out
 
 
 def test_spectrum_and_histogram_of_known_images():

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -60,10 +61,20 @@ def save(path: Path, kind: str) -> None:
         image.quantize(256).save(path, "png")
     elif kind == "animated":
         image.save(path, "webp", save_all=True, append_images=[Image.new("RGB", image.size)], quality=100)
+    elif kind == "animated png":
+        image.save(path, "png", save_all=True, append_images=[Image.new("RGB", image.size)])
+    elif kind == "pages":
+        image.save(path, "tiff", save_all=True, append_images=[Image.new("RGB", image.size)])
+    elif kind == "16 bit tiff":
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path, "tiff")
     elif kind == "turned":
         exif = Image.Exif()
         exif[0x0112] = 6  # turn it a quarter clockwise
         image.transpose(Image.Transpose.ROTATE_90).save(path, "jpeg", quality=95, exif=exif)
+    elif kind == "turned png":
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        image.transpose(Image.Transpose.ROTATE_180).save(path, "png", exif=exif)
     elif kind == "exif, not turned":
         exif = Image.Exif()
         exif[0x0112] = 1
@@ -91,7 +102,11 @@ GOOD = {
     "alpha": ".png",
     "palette": ".png",
     "animated": ".webp",
+    "animated png": ".png",
+    "pages": ".tif",
+    "16 bit tiff": ".tif",
     "turned": ".jpg",
+    "turned png": ".png",
     "exif, not turned": ".jpg",
     "progressive": ".jpg",
     "trailing bytes": ".jpg",
@@ -132,8 +147,16 @@ BAD = {
 }
 
 
-def batches(folder: Path, backend: str, limit: int, batch_size: int, epochs: int = 1) -> tuple[list, BadImages]:
-    images, bad = open_images(str(folder), "train"), BadImages(limit)
+def tar(folder: Path, shard: Path) -> Path:
+    """The files of a folder as a shard of somebody else's: no index, nothing was checked."""
+    with tarfile.open(shard, "w") as out:
+        for path in sorted(folder.iterdir()):
+            out.add(path, path.name)
+    return shard
+
+
+def batches(source: Path, backend: str, limit: int, batch_size: int, epochs: int = 1) -> tuple[list, BadImages]:
+    images, bad = open_images(str(source), "train"), BadImages(limit)
     order = EpochOrder(len(images), batch_size, 0, epochs)
     made = open_batches(backend, images, (WHOLE, WHOLE), order, 0, bad, torch.device("cpu"))
     return list(made), bad
@@ -144,23 +167,26 @@ def batches(folder: Path, backend: str, limit: int, batch_size: int, epochs: int
 def test_used_rightly(tmp_path, backend, kind):
     save(tmp_path / f"0{GOOD[kind]}", kind)
     ((batch,), bad) = batches(tmp_path, backend, 0, 1)
-    expected = quarters().convert("L").convert("RGB") if "grey" in kind or kind == "16 bit" else quarters()
+    expected = quarters().convert("L").convert("RGB") if "grey" in kind or "16 bit" in kind else quarters()
     expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
     apart = (batch[0].expand(3, -1, -1).float() - expected).abs()
-    assert apart.mean() < (12 if kind in ("cmyk", "palette") else 2)
+    assert apart.mean() < (12 if kind in ("cmyk", "palette") else 2), kind
     assert apart.max() < (60 if kind in ("cmyk", "palette", "animated") else 30)
     assert len(bad) == 0
 
 
 @backends
-def test_left_out_and_counted_by_name(tmp_path, backend):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_left_out_and_counted_by_name(tmp_path, backend, sharded):
     """With all of them in one folder, every batch is full and every bad file is named once in two epochs."""
+    files = tmp_path / "files"
+    files.mkdir()
     for k, kind in enumerate(BAD):
-        damage(tmp_path / f"{k}-bad{BAD[kind]}", kind.removesuffix(" png"))
+        damage(files / f"{k}-bad{BAD[kind]}", kind.removesuffix(" png"))
     for k, kind in enumerate(GOOD):
-        save(tmp_path / f"{k}-good{GOOD[kind]}", kind)
-    made, bad = batches(tmp_path, backend, len(BAD), 7, epochs=2)
-    assert len(made) == 6 and all(batch.shape[0] == 14 for batch in made)
+        save(files / f"{k}-good{GOOD[kind]}", kind)
+    made, bad = batches(tar(files, tmp_path / "0.tar") if sharded else files, backend, len(BAD), 5, epochs=2)
+    assert len(made) == 2 * ((len(BAD) + len(GOOD)) // 5) and all(batch.shape[0] == 10 for batch in made)
     news = bad.news()
     assert len(news) == len(bad) == len(BAD)
     for k, kind in enumerate(BAD):
@@ -202,9 +228,38 @@ def test_a_folder_that_loses_files_during_a_run(tmp_path, backend):
 
 
 @backends
+def test_shards_that_go_during_a_run(tmp_path, backend):
+    """One is removed and one cut short: each image of theirs is named, and what the third holds takes their place."""
+    for k in range(3):
+        (tmp_path / f"files{k}").mkdir()
+        for j in range(8):
+            save(tmp_path / f"files{k}" / f"{k}{j}.jpg", "plain")
+        tar(tmp_path / f"files{k}", tmp_path / f"{k}.tar")
+    images, bad = open_images(f"{tmp_path}/{{0..2}}.tar", "train"), BadImages(16)
+    order = EpochOrder(24, 4, 0, 2)
+    made = iter(open_batches(backend, images, (WHOLE, WHOLE), order, 0, bad, torch.device("cpu")))
+    next(made)
+    (tmp_path / "0.tar").unlink()
+    with open(tmp_path / "1.tar", "r+b") as shard:
+        shard.truncate(100)
+    assert sum(1 for _ in made) == 11
+    assert sorted(bad.found) == [f"{tmp_path}/{k}.tar/{k}{j}.jpg" for k in (0, 1) for j in range(8)]
+    (tmp_path / "2.tar").unlink()
+    with pytest.raises(InputError, match="more bad ones than --max-bad-images 16"):
+        list(open_batches(backend, images, (WHOLE, WHOLE), order, 0, BadImages(16), torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory):
+    """A folder with an image of as many pixels as Pillow warns of, but opens."""
+    folder = tmp_path_factory.mktemp("huge")
+    Image.new("RGB", (10_000, 9_500), (10, 200, 30)).save(folder / "0.jpg", quality=20)
+    return folder
+
+
+@backends
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_huge_images_are_used(tmp_path, backend):
-    Image.new("RGB", (10_000, 9_500), (10, 200, 30)).save(tmp_path / "0.jpg", quality=20)
-    ((batch,), bad) = batches(tmp_path, backend, 0, 1)
+def test_huge_images_are_used(huge, backend):
+    ((batch,), bad) = batches(huge, backend, 0, 1)
     assert len(bad) == 0
     assert (batch[0].float() - torch.tensor([10.0, 200, 30]).view(3, 1, 1)).abs().max() < 8

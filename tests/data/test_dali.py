@@ -1,5 +1,6 @@
 """dali-cpu against torchvision: the same draws, carried out alike within the bounds of docs/data.md."""
 
+import gc
 import io
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dspnet_fast.errors import InputError
 from train.data.augment import OPERATIONS, byol, numbers, only
 from train.data.bad import BadImages
 from train.data.images import Subset
@@ -166,22 +166,6 @@ def test_two_ranks_see_what_one_sees(images):
         assert torch.equal(batch, torch.cat(halves))
 
 
-def test_every_image_of_an_epoch_exactly_once_after_a_resume(tmp_path):
-    """Images that are one colour each can be told apart in the views."""
-    for k in range(20):
-        Image.new("RGB", (32, 32), (10 * k, 0, 0)).save(tmp_path / f"{k:02}.png")
-    images = open_images(str(tmp_path), "train")
-    views = tuple(only(view, "nothing") for view in byol(16))
-    seen = [
-        int(batch[k, 0, 0, 0]) // 10
-        for start, count in ((0, 2), (2, 3))  # 5 steps an epoch; stopped after the second
-        for rank in (0, 1)
-        for batch in made(images, views, EpochOrder(20, 4, 1, 1, start, rank, 2))[:count]
-        for k in range(2)
-    ]
-    assert sorted(seen) == list(range(20))
-
-
 def test_layout(images):
     batch = made(images, byol(SIZE), EpochOrder(26, 6, 3, 1))[0]
     assert batch.dtype == torch.uint8 and batch.shape == (12, 3, SIZE, SIZE)
@@ -206,40 +190,98 @@ def test_iterating_again_and_leaving_early(images):
     assert len(batches) == 4
 
 
+class Collecting(Subset):
+    """Whoever loads an image clears up first, as Python does every now and then."""
+
+    def load(self, i):
+        gc.collect()
+        return super().load(i)
+
+
+def test_workers_beside_dali(images):
+    """A worker forked from here would collect the pipeline, and wait without end for threads that it does not have."""
+    views, order = byol(SIZE), EpochOrder(4, 2, 3, 1)
+    few = Collecting(images, range(4))
+    expected = list(two_view_batches(few, views, order, workers=0))
+    gc.disable()
+    try:
+        batches = dali.TwoViews(images, views, EpochOrder(26, 26, 0, 1), 1, BadImages())
+        list(batches)
+        batches.itself = batches
+        del batches
+        loader = two_view_batches(few, views, order, workers=1)
+        loader.timeout = 60  # seconds, in place of for ever
+        assert_same(list(loader), expected)
+    finally:
+        gc.enable()
+
+
+def test_a_program_may_end_in_the_middle(images, run_python):
+    """Nothing runs any more when DALI is shut down: otherwise the program ends in an abort, now and then."""
+    code = f"""
+import atexit, threading
+from train.data.augment import byol
+from train.data.bad import BadImages
+from train.data.dali import TwoViews
+from train.data.order import EpochOrder
+from train.data.sets import open_images
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
+images = open_images({images.name!r}, "train")
+batches = iter(TwoViews(images, byol(16), EpochOrder(26, 4, 0, 500), 2, BadImages()))
+print(len(next(batches)))
+"""
+    assert run_python("-c", code) == "8\n['MainThread']\n"
+
+
 # what DALI cannot decode
 
 
-def test_jpegs_that_dali_refuses_are_decoded_by_pillow(images, monkeypatch):
-    """With the test for ordinary JPEGs switched off, DALI gets CMYK and something worse; nothing is lost."""
+def test_what_dali_refuses_is_decoded_by_pillow(images, monkeypatch):
+    """As if it had been known before, bit for bit; nothing else in its batch changes."""
+    gif = io.BytesIO()
+    photograph(7).save(gif, "gif")
 
     class Odd(Subset):
         def encoded(self, i):
-            content = super().encoded(i)
-            if i == 7:  # rubbish where the tables are
-                content = content[:30] + b"\x00" * 60 + content[90:]
-            return content
+            return gif.getvalue() if i == 7 else super().encoded(i)
 
-        def load(self, i):
-            from train.data.images import decode
-
-            return decode(self.encoded(i), self.file(i))
-
-    odd = Odd(images, range(26))
+    odd, order = Odd(images, range(26)), EpochOrder(26, 6, 3, 2)
+    expected = made(odd, byol(SIZE), order)
     monkeypatch.setattr(dali, "plain_jpeg", lambda content: Image.open(io.BytesIO(content)).size[::-1])
-    bad, order = BadImages(1), EpochOrder(26, 6, 3, 2)
-    try:
-        odd.load(7)
-    except InputError:
-        expected = ["left out, bad image 1 of 1"]
-    else:
-        expected = []
-    found = made(odd, byol(SIZE), order, bad=bad)
-    assert len(found) == 8
-    assert [line[: len("left out, bad image 1 of 1")] for line in bad.news()] == expected
-    whole = made(images, byol(SIZE), order)
-    clean = [k for k, items in enumerate(order) if 7 not in {i for _, i in items}]
-    for k in clean:
-        assert torch.equal(found[k], whole[k]) or (found[k].float() - whole[k].float()).abs().mean() < 0.5
+    refused = []
+    find = dali.TwoViews._refused
+    monkeypatch.setattr(
+        dali.TwoViews, "_refused", lambda self, samples: refused.append(find(self, samples)) or refused[-1]
+    )
+    assert_same(made(odd, byol(SIZE), order), expected)
+    assert refused == [[k] for items in order for k, (_, i) in enumerate(items) if i == 7] != []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_view_depends_on_the_batch_beside_bad_images(tmp_path, threads):
+    """What is used, what is left out and what takes its place is the same in every batch. Of damage in some places
+    DALI takes no notice but Pillow does, and it shall not matter whether an image beside it makes Pillow look."""
+    for k in range(24):
+        out = io.BytesIO()
+        photograph(k, (60, 50)).save(out, "jpeg", quality=90)
+        content = bytearray(out.getvalue())
+        if k in (1, 10, 21, 23):
+            random = np.random.default_rng(k)
+            place = random.integers(2, len(content) - 60)
+            content[place : place + 50] = random.bytes(50)
+        (tmp_path / f"{k:02}.jpg").write_bytes(content)
+    images = open_images(str(tmp_path), "train")
+    views, counts = [], []
+    for size in (1, 6, 24):
+        bad, order = BadImages(24), EpochOrder(24, size, 0, 1)
+        batches = made(images, byol(16), order, threads, bad)
+        views.append(
+            {i: batch[[k, size + k]] for items, batch in zip(order, batches) for k, (_, i) in enumerate(items)}
+        )
+        counts.append(sorted(bad.found))
+    assert counts[0] == counts[1] == counts[2] and 0 < len(counts[0]) <= 4
+    for i in range(24):
+        assert torch.equal(views[0][i], views[1][i]) and torch.equal(views[0][i], views[2][i]), i
 
 
 def test_other_errors_arrive(images):

@@ -1,6 +1,7 @@
 """Shards: what is written is what was read, images come in any order, and nothing half-written is taken for whole."""
 
 import os
+import resource
 import shutil
 import subprocess
 import tarfile
@@ -14,10 +15,7 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 from train.data import shard as command
 from train.data import shards
-from train.data.augment import byol
 from train.data.images import ArrayImages
-from train.data.loader import two_view_batches
-from train.data.order import EpochOrder
 from train.data.sets import open_images
 from train.data.shard import ShardOptions, write_set
 
@@ -79,18 +77,6 @@ def test_index_is_wds2idxs(written):
     assert extension == "jpg" and label[0] == "cls"
     with tarfile.open(written / "000.tar") as tar:
         assert (written / "000.tar").read_bytes()[int(offset) :][: int(size)] == tar.extractfile(name).read()
-
-
-def test_every_image_of_an_epoch_once_with_two_ranks_and_a_resume(written):
-    images = open_images(str(written), "train")
-    whole = [EpochOrder(23, 4, 0, 2, 0, rank, 2) for rank in (0, 1)]
-    rest = [EpochOrder(23, 4, 0, 2, 7, rank, 2) for rank in (0, 1)]  # step 7 is in the middle of the second epoch
-    seen = [images.encoded(i) for order in whole for batch in order for epoch, i in batch if epoch == 0]
-    assert len(seen) == len(set(seen)) == 20
-    for order, later in zip(whole, rest):
-        expected = list(two_view_batches(images, byol(16), order, 0))[7:]
-        found = list(two_view_batches(images, byol(16), later, 0))
-        assert len(found) == 3 and all(torch.equal(one, other) for one, other in zip(found, expected))
 
 
 def test_foreign_shards_need_neither_index_nor_labels(tmp_path):
@@ -250,18 +236,40 @@ def test_interrupted_writing_leaves_nothing(folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+def disk(tmp_path):
+    """Mounts a file system of so many KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("mounting a small file system needs root")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_leaves_nothing(folder, small_disk, capsys):
-    assert run("--data", folder, "--out", small_disk / "out") == 2
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_a_full_disk_leaves_nothing(folder, disk, capsys, size):
+    """In the first shard or in a later one."""
+    small = disk(size)
+    assert run("--data", folder, "--out", small / "out", "--shards", 4) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert list(small_disk.iterdir()) == []
+    assert list(small.iterdir()) == []
+
+
+@pytest.mark.parametrize("allowed", [0, 700, 12_000])
+def test_a_write_that_fails_leaves_nothing(folder, tmp_path, capsys, allowed):
+    """A file may not grow beyond so many bytes, in place of a disk that is full: this needs no root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
+    try:
+        code = run("--data", folder, "--out", tmp_path / "out", "--shards", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert "nothing of it was kept" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

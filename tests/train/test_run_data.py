@@ -13,7 +13,7 @@ from dspnet_fast.errors import InputError
 from train import checkpoint, pretrain
 from train.data.shard import ShardOptions, write_set
 from train.pretrain import Meter, Pretraining, _main
-from train.rundir import read_config
+from train.rundir import BAD_IMAGES, read_bad_images, read_config
 from train.trainer import Trainer
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -107,6 +107,34 @@ def test_one_too_many_ends_the_run_after_saving(small, damaged, tmp_path):
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("left out") == 1 and "stopped and saved after step" in log
     assert state(tmp_path / "run")["step"] == run.trainer.step < 14
+
+
+@backends
+def test_bad_images_are_counted_over_the_whole_run(small, damaged, tmp_path, monkeypatch, backend):
+    """Each is named once, whether it comes again in a later epoch or after the run was resumed."""
+    options = {"data": damaged, "data_backend": backend, "probe_epochs": 0}
+    with pytest.raises(InputError, match="more bad ones than --max-bad-images 1"):
+        Pretraining(small(max_bad_images=1, **options), resume=False).run()
+    first = list(read_bad_images(tmp_path / "run"))
+    assert len(first) == 1 and first[0].endswith(".png")
+    with pytest.raises(InputError, match="more bad ones than --max-bad-images 1"):  # the same one is still too many
+        _main(["--resume", "--out", str(tmp_path / "run")])
+    with pytest.raises(InputError, match="less than the run has left out already: give at least 1"):
+        Pretraining(small(max_bad_images=0, **options), resume=True)
+    _main(["--resume", "--out", str(tmp_path / "run"), "--max-bad-images", "2"])
+    found = read_bad_images(tmp_path / "run")
+    assert list(found)[:1] == first and {name[-6:] for name in found} == {"07.png", "31.png"}
+    assert all(name in reason for name, reason in found.items())
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("bad image 1 of 1") == log.count("bad image 2 of 2") == 1 and log.count("left out") == 2
+    assert metrics(tmp_path / "run")[-1]["bad_images"] == 2
+
+
+def test_a_damaged_list_of_bad_images_is_named(small, tmp_path):
+    Pretraining(small(), resume=False)
+    (tmp_path / "run" / BAD_IMAGES).write_text("{")
+    with pytest.raises(InputError, match=f"{BAD_IMAGES}.*remove it"):
+        Pretraining(small(), resume=True)
 
 
 def test_by_default_one_image_in_a_thousand_may_be_bad(small):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from dspnet_fast.errors import InputError
@@ -14,29 +14,37 @@ Refusal = tuple[str, str]  # the image's name, and what is wrong with it
 
 
 class BadImages:
-    """The images of a run that could not be used.
+    """The images of a run that could not be used, each counted once.
 
     Args:
         limit: how many there may be.
+        known: those that were counted before the run was interrupted. InputError if they are too many already.
+
+    Attributes:
+        found: names of all that were counted, and what is wrong with each.
     """
 
-    def __init__(self, limit: int = 0) -> None:
+    def __init__(self, limit: int = 0, known: Mapping[str, str] | None = None) -> None:
         self.limit = limit
-        self._names: set[str] = set()
+        self.found: dict[str, str] = dict(known or {})
         self._news: list[str] = []
+        if len(self) > limit:
+            raise InputError(
+                f"--max-bad-images {limit} is less than the run has left out already: give at least {len(self)}"
+            )
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.found)
 
     def note(self, refusals: list[Refusal]) -> None:
         """Count images that are not known yet; InputError at the first that is one too many."""
         for name, reason in refusals:
-            if name in self._names:
+            if name in self.found:
                 continue
-            self._names.add(name)
-            if len(self._names) > self.limit:
+            if len(self) == self.limit:
                 raise InputError(reason + (f"; more bad ones than --max-bad-images {self.limit}" if self.limit else ""))
-            self._news.append(f"left out, bad image {len(self._names)} of {self.limit} allowed: {reason}")
+            self.found[name] = reason
+            self._news.append(f"left out, bad image {len(self)} of {self.limit} allowed: {reason}")
 
     def news(self) -> list[str]:
         """A line for each image counted since the last call."""

@@ -49,13 +49,9 @@ def _given(name: str, ndim: int = 0, dtype: Any = types.FLOAT) -> Any:
     return fn.external_source(name=name, ndim=ndim, dtype=dtype)
 
 
-@pipeline_def(enable_conditionals=True)
-def _views(views: tuple[ViewSpec, ...], gpu: bool, colours: bool) -> Any:
-    """Each view of the batch: its crop in uint8 [S, S, 3], or with `colours` all of it, in float32.
-
-    That is [3, S, S] from 0 to 255, on a GPU [S, S, 3] and normalised.
-    """
-    image = fn.decoders.image_slice(
+def _region(gpu: bool) -> Any:
+    """The part of each image that its crops lie in, uint8 [H, W, 3]."""
+    return fn.decoders.image_slice(
         _given("encoded", 1, types.UINT8),
         start=_given("region_start", 1, types.INT32),
         shape=_given("region_shape", 1, types.INT32),
@@ -64,6 +60,20 @@ def _views(views: tuple[ViewSpec, ...], gpu: bool, colours: bool) -> Any:
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,
     )
+
+
+@pipeline_def
+def _decoding(gpu: bool) -> Any:
+    return _region(gpu)
+
+
+@pipeline_def(enable_conditionals=True)
+def _views(views: tuple[ViewSpec, ...], gpu: bool, colours: bool) -> Any:
+    """Each view of the batch: its crop in uint8 [S, S, 3], or with `colours` all of it, in float32.
+
+    That is [3, S, S] from 0 to 255, on a GPU [S, S, 3] and normalised.
+    """
+    image = _region(gpu)
     results = []
     for k, view in enumerate(views):
         result = _resized(image, k, view)
@@ -209,19 +219,24 @@ def _union(boxes: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, i
     return top, left, bottom - top, right - left
 
 
-def _inputs(samples: Sequence[Sample], views: Sequence[ViewSpec], colours: bool) -> dict[str, Any]:
-    """What the pipeline is given, by name."""
+def _encoded(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What `_region` is given, by name."""
     regions = np.array([sample.region for sample in samples], np.int32)
-    inputs: dict[str, Any] = {
+    return {
         "encoded": [sample.encoded for sample in samples],
         "region_start": np.ascontiguousarray(regions[:, :2]),
         "region_shape": np.ascontiguousarray(regions[:, 2:]),
     }
+
+
+def _inputs(samples: Sequence[Sample], views: Sequence[ViewSpec], colours: bool) -> dict[str, Any]:
+    """What `_views` is given, by name."""
+    inputs = _encoded(samples)
     for k, view in enumerate(views):
         drawn = [sample.draws[k] for sample in samples]
         boxes = np.array([one.box for one in drawn], np.int32)
         flip = np.array([one.flip for one in drawn])
-        top, left = (boxes[:, :2] - regions[:, :2]).T
+        top, left = (boxes[:, :2] - inputs["region_start"]).T
         bottom, right = top + boxes[:, 2], left + boxes[:, 3]
         inputs[f"from{k}"] = np.stack([top, np.where(flip, right, left)], 1).astype(np.float32)
         inputs[f"to{k}"] = np.stack([bottom, np.where(flip, left, right)], 1).astype(np.float32)
@@ -303,7 +318,8 @@ class TwoViews:
                 last = error
             _put(ready, (last, []), stop)
 
-        thread = threading.Thread(target=produce, name="dali", daemon=True)
+        # no daemon: the interpreter must not end, and DALI with it, while a pipeline runs
+        thread = threading.Thread(target=produce, name="dali")
         thread.start()
         try:
             while True:
@@ -366,15 +382,17 @@ class TwoViews:
         return Sample(np.frombuffer(content, np.uint8), _union([one.box for one in draws]), draws)
 
     def _build(self) -> Pipeline:
-        pipeline = _views(
-            views=self._views,
+        return self._built(_views, self._order.images_per_step, self._threads, views=self._views, colours=self._colours)
+
+    def _built(self, define: Any, batch_size: int, threads: int, **options: Any) -> Pipeline:
+        pipeline = define(
             gpu=self._device is not None,
-            colours=self._colours,
-            batch_size=self._order.images_per_step,
-            num_threads=self._threads,
+            batch_size=batch_size,
+            num_threads=threads,
             device_id=None if self._device is None else self._device.index or 0,
             prefetch_queue_depth=1,
             seed=0,
+            **options,
         )
         pipeline.build()
         return pipeline
@@ -391,35 +409,54 @@ class TwoViews:
         if batch.error is not None:
             return (batch.error, batch.refusals), pipeline
         try:
-            return (self._collect(pipeline, batch, readers), batch.refusals), pipeline
-        except RuntimeError:  # DALI does not say which image it was, but Pillow does
-            batch = self._read(readers, batch.items, careful=True)
+            outputs = pipeline.share_outputs()
+        except RuntimeError:
+            refused = self._refused(batch.samples) or range(len(batch.samples))
+            again = self._read(readers, [batch.items[k] for k in refused], careful=True)
+            batch.refusals += again.refusals
             pipeline = self._build()
-            if batch.error is not None:
-                return (batch.error, batch.refusals), pipeline
+            if again.error is not None:
+                return (again.error, batch.refusals), pipeline
+            for k, sample in zip(refused, again.samples, strict=True):
+                batch.samples[k] = sample
             self._start(pipeline, batch)
-            return (self._collect(pipeline, batch, readers), batch.refusals), pipeline
-
-    def _collect(self, pipeline: Pipeline, batch: _Running, readers: ThreadPoolExecutor) -> torch.Tensor:
-        """What the pipeline made of the batch, as one tensor; DALI gets its buffers back."""
-        outputs = pipeline.share_outputs()
+            outputs = pipeline.share_outputs()
         try:
-            made = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-            if self._device is not None:
-                return torch.cat(made).permute(0, 3, 1, 2)
-            if self._colours:
-                return torch.cat(made).add_(0.5).byte()
-            size, count = self._views[0].image_size, len(batch.samples)
-            result = torch.empty(len(made) * count, 3, size, size, dtype=torch.uint8)
-
-            def finish_one(place: int) -> None:
-                k, i = divmod(place, count)
-                finish(self._views[k], batch.samples[i].draws[k], made[k][i], result[place])
-
-            list(readers.map(finish_one, range(len(result))))
-            return result
+            return (self._collect(outputs, batch, readers), batch.refusals), pipeline
         finally:
             pipeline.release_outputs()
+
+    def _refused(self, samples: Sequence[Sample]) -> list[int]:
+        """Which ones DALI cannot decode, each tried by itself: it names none, and the others should stay as they are,
+        so that no image's views depend on the batch that it comes in."""
+        refused, pipeline = [], None
+        for k, sample in enumerate(samples):
+            pipeline = pipeline or self._built(_decoding, batch_size=1, threads=1)
+            try:
+                for name, values in _encoded([sample]).items():
+                    pipeline.feed_input(name, values)
+                pipeline.run()
+            except RuntimeError:
+                refused.append(k)
+                pipeline = None  # it is of no use any more
+        return refused
+
+    def _collect(self, outputs: Sequence[Any], batch: _Running, readers: ThreadPoolExecutor) -> torch.Tensor:
+        """What the pipeline made of the batch, copied into one tensor."""
+        made = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        if self._device is not None:
+            return torch.cat(made).permute(0, 3, 1, 2)
+        if self._colours:
+            return torch.cat(made).add_(0.5).byte()
+        size, count = self._views[0].image_size, len(batch.samples)
+        result = torch.empty(len(made) * count, 3, size, size, dtype=torch.uint8)
+
+        def finish_one(place: int) -> None:
+            k, i = divmod(place, count)
+            finish(self._views[k], batch.samples[i].draws[k], made[k][i], result[place])
+
+        list(readers.map(finish_one, range(len(result))))
+        return result
 
 
 @dataclass
@@ -434,7 +471,7 @@ class _Running:
 
 def _put(ready: queue.Queue[Any], made: Any, stop: threading.Event) -> bool:
     """Whether there still was somebody to take it."""
-    while not stop.is_set():
+    while not stop.is_set() and threading.main_thread().is_alive():
         try:
             ready.put(made, timeout=0.1)
             return True

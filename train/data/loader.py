@@ -5,6 +5,7 @@ of workers, the batch an image falls into and an interruption change no bit of w
 """
 
 import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -189,8 +190,12 @@ class _Loader(DataLoader):
 
 
 def _context(workers: int) -> str | None:
-    """Fork, but not from a process that DALI has run in: its threads may hold locks that the child would wait for."""
-    return "forkserver" if workers and "nvidia.dali" in sys.modules else None
+    """Fork, but not where DALI is in use: a worker that collects one of its pipelines as garbage waits for threads that
+    only this process has."""
+    if not workers or "nvidia.dali" not in sys.modules:
+        return None
+    multiprocessing.set_forkserver_preload([__name__])  # else each worker takes seconds to import torch for itself
+    return "forkserver"
 
 
 def _loader(dataset: _Batches, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:

@@ -1,0 +1,83 @@
+"""Each image of an epoch exactly once, by every backend from every kind of set: by one rank or two, also resumed."""
+
+import importlib.util
+import itertools
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.data.augment import byol, only
+from train.data.backends import open_batches
+from train.data.bad import BadImages
+from train.data.order import EpochOrder
+from train.data.sets import open_images
+from train.data.shard import ShardOptions, write_set
+
+IMAGES, BATCH, EPOCHS = 20, 4, 2
+STEPS = IMAGES // BATCH
+STOP = STEPS + 2  # in the middle of the second epoch
+VIEWS = tuple(only(view, "resize") for view in byol(16))  # crops alone: what an image is can still be seen
+
+has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+backends = pytest.mark.parametrize(
+    "backend",
+    ["torchvision", pytest.param("dali-cpu", marks=pytest.mark.skipif(not has_dali, reason="DALI is not installed"))],
+)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """The same images three times. Each has a grey level of its own, 10 from the next, and a little noise."""
+    path = tmp_path_factory.mktemp("sets")
+    noise = np.random.default_rng(0).integers(-3, 4, (IMAGES, 28, 28))
+    pixels = (noise + 10 * np.arange(IMAGES)[:, None, None] + 30).astype(np.uint8)
+    (path / "folder").mkdir()
+    for k in range(IMAGES):
+        Image.fromarray(pixels[k]).convert("RGB").save(path / "folder" / f"{k:02}{('.jpg', '.png')[k % 2]}", quality=95)
+    write_set(ShardOptions(data=str(path / "folder"), out=str(path / "shards"), shards=3))
+    named = path / "data" / "fashion-mnist"
+    named.mkdir(parents=True)
+    for name, values in (("images-idx3", pixels), ("labels-idx1", np.arange(IMAGES, dtype=np.uint8) % 10)):
+        header = struct.pack(f">BBBB{values.ndim}i", 0, 0, 8, values.ndim, *values.shape)
+        (named / f"train-{name}-ubyte").write_bytes(header + values.tobytes())
+    return path
+
+
+def which(batch: torch.Tensor) -> list[int]:
+    """The images that a batch shows, once both of its views agree."""
+    found = ((batch.float().mean((1, 2, 3)) - 30) / 10).round().int()
+    first, second = found.chunk(2)
+    assert torch.equal(first, second)
+    return first.tolist()
+
+
+@backends
+@pytest.mark.parametrize("kind", ["folder", "shards", "fashion-mnist"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stopped_inside_an_epoch_and_resumed(sets, monkeypatch, backend, kind, ranks):
+    """Also bit for bit what an uninterrupted run sees."""
+    monkeypatch.setenv("DSPNET_DATA", str(sets / "data"))
+    names = {"folder": str(sets / "folder"), "shards": f"{sets}/shards/{{000..002}}.tar"}
+    images = open_images(names.get(kind, kind), "train")
+
+    def batches(rank: int, start: int = 0):
+        order = EpochOrder(len(images), BATCH, 1, EPOCHS, start, rank, ranks)
+        return iter(open_batches(backend, images, VIEWS, order, 0, BadImages(), torch.device("cpu")))
+
+    seen: list[list[int]] = [[] for _ in range(EPOCHS)]
+    for rank in range(ranks):
+        interrupted = batches(rank)
+        found = list(itertools.islice(interrupted, STOP))
+        interrupted.close()  # with it goes what was made ahead
+        found += batches(rank, STOP)
+        whole = list(batches(rank))
+        assert len(found) == len(whole) == EPOCHS * STEPS
+        assert all(torch.equal(one, other) for one, other in zip(found, whole))
+        for step, batch in enumerate(found):
+            seen[step // STEPS] += which(batch)
+    for of_epoch in seen:
+        assert sorted(of_epoch) == list(range(IMAGES))
+    assert seen[0] != seen[1]
