@@ -211,6 +211,7 @@ setup(
             "dspnet-pretrain = dspnet_fast.train.pretrain:main",
             "dspnet-evaluate = dspnet_fast.train.evaluate:main",
             "dspnet-export = dspnet_fast.train.export:main",
+            "dspnet-report = dspnet_fast.train.report:main",
         ]
     },
     # A name only: it makes the wheel a platform wheel and runs build_ext.
