@@ -82,7 +82,7 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
 
     body.append(page.heading("Accuracy"))
     if not run.evaluations:
-        body.append(page.paragraph(f"Not evaluated yet: `python -m train.evaluate knn {run.out.name}` does that."))
+        body.append(page.paragraph("Not evaluated yet: `python -m train.evaluate knn OUT` does that."))
     if run.left_out:
         body.append(page.paragraph(f"Not shown, as they hold no accuracies of networks: {', '.join(run.left_out)}."))
     body.append(page.figures([drawn[name] for name in drawn if name.startswith("accuracy-")]))
@@ -93,12 +93,12 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
     else:
         body += [page.paragraph(f"As {COMPARE} has it.", "note"), page.options(flat(run.comparison))]
 
-    for prefix, section, text in (
-        ("training-", "Training", "No step was recorded yet."),
-        ("collapse-", "Collapse indicators", "Nothing was measured yet."),
-    ):
-        shown = [drawn[name] for name in drawn if name.startswith(prefix)]
-        body += [page.heading(section), page.figures(shown) if shown else page.paragraph(text)]
+    for section in ("training", "collapse"):
+        shown = [drawn[name] for name in drawn if name.startswith(section)]
+        body.append(page.heading("Training" if section == "training" else "Collapse indicators"))
+        if shown and section == "collapse":
+            body.append(page.table(*indicators_of(networks)))
+        body.append(page.figures(shown) if shown else page.paragraph("Nothing was recorded yet."))
     body += [page.folded("Configuration", page.options(asdict(config))), "</main>"]
     return page.page(title, body)
 
@@ -118,9 +118,6 @@ def table_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
     """Heading and cells of the first table; columns of which nothing is known are left out."""
     columns = list(dict.fromkeys(column for network in networks for column in network["accuracies"]))
     runtimes = list(dict.fromkeys(name for n in networks if n["latency"] for name in n["latency"]["of"]))
-    measures = {"feature std": ("feature_std", ".3f"), "effective rank": ("effective_rank", ".1f")}
-    measures["cosine"] = ("cosine_to_target", ".3f")
-    measures = {head: of for head, of in measures.items() if any(n[of[0]] is not None for n in networks)}
     rows = []
     for network in networks:
         cells = [network["network"], f"{network['parameters']:,}", f"{network['macs'] / 1e6:,.1f} M"]
@@ -130,11 +127,19 @@ def table_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
         for column in columns:
             score = network["accuracies"].get(column)
             cells.append(f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}" if score else "–")
-        for name, style in measures.values():
-            cells.append("–" if network[name] is None else f"{network[name]:{style}}")
         rows.append(cells)
-    heads = [*(f"{runtime} ms" for runtime in runtimes), *(f"{column} %" for column in columns), *measures]
+    heads = [*(f"{runtime} ms" for runtime in runtimes), *(f"{column} %" for column in columns)]
     return ["network", "parameters", "MACs", *heads], rows
+
+
+def indicators_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heading and cells of the table of what tells whether a network collapsed, at the end of the curves."""
+    styles = {"feature_std": ".3f", "effective_rank": ".1f", "cosine_to_target": ".3f"}
+    rows = [
+        [network["network"], *("–" if network[name] is None else f"{network[name]:{styles[name]}}" for name in styles)]
+        for network in networks
+    ]
+    return ["network", "feature std", "effective rank", "cosine to the target"], rows
 
 
 def _verdict(networks: Sequence[Mapping[str, Any]]) -> str:
@@ -154,7 +159,8 @@ def _notes(run: Run, networks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for evaluation in run.evaluations:
         if evaluation.step is not None and evaluation.step != run.steps:
             word = Path(evaluation.file).stem
-            yield f"{evaluation.file} is of step {evaluation.step:,}, not the last: `python -m train.evaluate {word}`."
+            again = f"`python -m train.evaluate {word} OUT`"
+            yield f"{evaluation.file} is of step {evaluation.step:,}, not of the last: {again}."
     conditions = {
         f"batch of {of['batch_size']}, {of['image_size']} px, threads: {of['threads']}, {of['device']}"
         for of in (network["latency"] for network in networks)

@@ -140,7 +140,6 @@ def test_the_networks_come_first(reported):
     assert heading[:5] == ["network", "parameters", "MACs", "torch ms", "kNN %"]
     assert heading[5:] == [
         *("kNN untrained %", "semi 1 % linear %", "semi 10 % linear %", "semi 1 % finetune %"),
-        *("feature std", "effective rank", "cosine"),
     ]
     knn = json.loads((reported / "evaluation" / "knn.json").read_text())["networks"]
     for index, (row, dn) in enumerate(zip(rows, DNS)):
@@ -152,17 +151,26 @@ def test_the_networks_come_first(reported):
         assert cells["kNN %"] == f"{100 * result['majority']:.1f} ± {100 * result['interval']:.1f}"
         assert cells["semi 10 % linear %"] == f"{30 + 10 * index}.0 ± 1.0"
         assert float(cells["torch ms"]) > 0
-    last = [json.loads(line) for line in (reported / "metrics.jsonl").read_text().splitlines()]
-    probe = next(line for line in reversed(last) if "feature_std" in line)
-    assert rows[1][heading.index("feature std")] == f"{probe['feature_std']['c8-d1121']:.3f}"
-    assert rows[1][heading.index("effective rank")] == f"{probe['effective_rank']['c8-d1121']:.1f}"
-    loss = next(line["loss"]["c8-d1121"] for line in reversed(last) if "c8-d1121" in line.get("loss", ()))
-    assert rows[1][heading.index("cosine")] == f"{1 - loss / 4:.3f}"
     assert "threads: 1" in said(page) and "No network collapsed" in said(page)
 
     table = json.loads((reported / "report" / "report.json").read_text())
     assert [network["network"] for network in table["networks"]] == DNS and table["step"] == 20
     assert table["networks"][2]["accuracies"]["semi 1 % linear"] == {"accuracy": 0.4, "interval": 0.01, "step": 20}
+
+
+def test_indicators_are_those_of_the_last_measurement(reported):
+    lines = [json.loads(line) for line in (reported / "metrics.jsonl").read_text().splitlines()]
+    probe = next(line for line in reversed(lines) if "feature_std" in line)
+    page = made(reported)
+    start = page.rows.index(["network", "feature std", "effective rank", "cosine to the target"])
+    for row, dn in zip(page.rows[start + 1 :], DNS):
+        loss = next(line["loss"][dn] for line in reversed(lines) if dn in line.get("loss", ()))
+        assert row[1:] == [
+            f"{probe['feature_std'][dn]:.3f}",
+            f"{probe['effective_rank'][dn]:.1f}",
+            f"{1 - loss / 4:.3f}",
+        ]
+        assert row[0] == dn
 
 
 def test_every_evaluation_has_its_figures(reported):
@@ -237,15 +245,15 @@ def test_a_collapsed_network_is_named(out):
 def test_what_there_is_not_is_said_and_not_drawn(out, capsys):
     assert run(report, out) == DONE
     text = said(made(out))
-    assert "Not evaluated yet: python -m train.evaluate knn" in text
+    assert "Not evaluated yet: python -m train.evaluate knn OUT" in text
     assert "Not compared yet: python -m train.compare writes compare.json" in text
     assert not list((out / "report").glob("accuracy-*"))
-    assert made(out).rows[0] == ["network", "parameters", "MACs", "feature std", "effective rank", "cosine"]
+    assert made(out).rows[0] == ["network", "parameters", "MACs"]
 
     (out / "metrics.jsonl").unlink()
     assert run(report, out) == DONE
     text = said(made(out))
-    assert "Whether a network collapsed was not measured" in text and "No step was recorded yet" in text
+    assert "Whether a network collapsed was not measured" in text and "Nothing was recorded yet" in text
     assert [path.name for path in (out / "report").iterdir() if path.suffix == ".png"] == [], "earlier figures are gone"
     assert "0 of 2 epochs" in text
 
@@ -265,7 +273,7 @@ def test_files_that_are_no_evaluations(out, capsys):
     assert run(report, out) == DONE
     text = said(made(out))
     assert "Not shown, as they hold no accuracies of networks: notes.json" in text
-    assert "linear.json is of step 10, not the last: python -m train.evaluate linear" in text
+    assert "linear.json is of step 10, not of the last: python -m train.evaluate linear OUT" in text
     (out / "evaluation" / "notes.json").write_text("{")
     assert run(report, out) == WRONG_INPUT
     assert "notes.json is damaged" in capsys.readouterr().err
