@@ -34,11 +34,12 @@ test: lint ## check style and types, then run the tests
 test-kernels: install ## the kernels for GPUs alone, without one: interpreted, and compiled for several
 	$(BIN)/python -m pytest -n 2 tests/kernels tests/csrc
 
-demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it: runs/demo
+demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it, report: runs/demo
 	$(BIN)/python -m train.pretrain --config recipes/dspnet_resnet_fashion-mnist_3e.yaml --fast-kernels \
 		--out runs/demo $(if $(wildcard runs/demo/config.yaml),--resume)
 	$(BIN)/python -m train.evaluate knn runs/demo --references 10000 --baselines
 	$(BIN)/python -m train.export runs/demo
+	$(BIN)/python -m train.report runs/demo
 
 # On Debian the demo's images are a package. Elsewhere the program downloads them, or says where to put them.
 dataset:

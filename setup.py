@@ -164,8 +164,10 @@ PACKAGES = packages()
 # CUDA 13's compiler no longer knows the V100: the tests compile the kernels for it with the first two, and run them on
 # the CPU with headers of the last.
 CUDA_12 = [f"nvidia-cuda-{part}-cu12; sys_platform == 'linux'" for part in ("nvrtc", "runtime", "cccl")]
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
 EXTRAS = {
     "timm": ["timm"],
+    "onnx": ONNX,
     "dali": ["nvidia-dali-cuda130"],  # with CUDA 12: nvidia-dali-cuda120
     "test": [
         "pytest",
@@ -174,6 +176,7 @@ EXTRAS = {
         "hypothesis",
         "scikit-learn",
         "timm",
+        *ONNX,
         "nvidia-dali-cuda130; sys_platform == 'linux'",
         *CUDA_12,
     ],
@@ -208,6 +211,7 @@ setup(
             "dspnet-pretrain = dspnet_fast.train.pretrain:main",
             "dspnet-evaluate = dspnet_fast.train.evaluate:main",
             "dspnet-export = dspnet_fast.train.export:main",
+            "dspnet-report = dspnet_fast.train.report:main",
             "dspnet-shard = dspnet_fast.train.data.shard:main",
             "dspnet-inspect = dspnet_fast.train.data.inspect:main",
         ]

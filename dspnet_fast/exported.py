@@ -1,4 +1,7 @@
-"""Networks on disk: model.safetensors with the weights and manifest.json that says in plain data what they are."""
+"""Networks on disk: model.safetensors with the weights and manifest.json that says in plain data what they are.
+
+Where they were converted (`dspnet_fast.onnx_file`) there is model.onnx as well.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from .errors import InputError
@@ -18,16 +22,19 @@ from .subnets import Subnet
 
 FORMAT = 1
 TORCHVISION: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+WEIGHTS, MANIFEST, ONNX = "model.safetensors", "manifest.json", "model.onnx"
 
 
-def save(directory: Path, network: Network, subnet: Subnet, extra: dict[str, Any]) -> None:
+def save(
+    directory: Path, network: Network, subnet: Subnet, extra: dict[str, Any], converted: bytes | None = None
+) -> None:
     """Write a network that `slim` cut out of one of our models; existing files are replaced whole.
 
     Args:
         directory: created if missing.
         network: a plain MobileNetV3 or ResNet of `subnet`.
         extra: what else the manifest shall say (JSON values).
+        converted: the network as ONNX. Without it an ONNX file that is there, of other weights perhaps, is removed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stem = "small" if network.small_stem else "standard"
@@ -44,12 +51,25 @@ def save(directory: Path, network: Network, subnet: Subnet, extra: dict[str, Any
         "layers": layers(network),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    temporary = directory / f".{WEIGHTS}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt", "dn": subnet.name})
-    os.replace(temporary, directory / WEIGHTS)
-    temporary = directory / f".{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, directory / MANIFEST)
+    (directory / ONNX).unlink(missing_ok=True)
+    metadata = {"format": "pt", "dn": subnet.name}
+    replace_whole(directory / WEIGHTS, serialize(tensors, metadata))
+    if converted is not None:
+        replace_whole(directory / ONNX, converted)
+    replace_whole(directory / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def replace_whole(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old one or the whole new one.
+
+    As bytes, because safetensors' own writer makes files that nobody but their owner may read.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(directory: str | os.PathLike[str]) -> nn.Module:

@@ -33,7 +33,7 @@ def _machine() -> dict[str, str]:
     return {
         "os": f"{_os_name()}, {platform.machine()}",
         "python": platform.python_version(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "dspnet-fast": _version("dspnet-fast") or "not installed: run from its source folder",
@@ -55,7 +55,8 @@ def _os_name() -> str:
         return platform.platform(terse=True)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -48,6 +48,7 @@ def test_links_and_files_exist(page):
 def test_options_exist(page):
     known = {option for action in make_parser()._actions for option in action.option_strings}
     known |= {"--json", "--baselines", "--dn", "--references", "--k", "--backends", "--shards"}  # of the other commands
+    known |= {"--onnx", "--switchable", "--threads", "--dry-run"}  # of train.export
     known |= {"--no-build-isolation", "--inplace", "--benchmark-only", "--quick"}  # of pip, pytest and others
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
         assert option in known, option

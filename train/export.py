@@ -1,67 +1,183 @@
-"""`python -m train.export`: cut the networks out of a pretrained family."""
+"""`python -m train.export`: cut the networks out of a pretrained family, for other libraries and for deployment."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
 import dspnet_fast
-from dspnet_fast import exported
+from dspnet_fast import exported, latency, onnx_file
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, subnet
+from dspnet_fast.models import Network, build, subnet
 from dspnet_fast.slim import slim
+from dspnet_fast.subnets import Family, Subnet
+from dspnet_fast.switchable import Switchable
 
-from . import cli
+from . import checkpoint, cli
+from .config import PretrainConfig, option
 from .data.images import Subset
 from .data.loader import MEAN, STD
 from .data.sets import open_images
+from .progress import Monitor
+from .rundir import read_config
 from .trained import TrainedFamily
 
 DESCRIPTION = """\
 Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network
-whose weights load into timm's and torchvision's classes."""
+whose weights load into timm's and torchvision's classes; its latency on this machine's CPU is in the manifest.
+With --onnx also model.onnx, with --switchable one file of all networks that switches between them while it runs."""
 EXAMPLE = """\
-  python -m train.export runs/first --dn w0.50"""
+  python -m train.export runs/first --dn w0.50
+  python -m train.export runs/first --onnx --switchable"""
 STATISTICS_IMAGES = 10_000
+VERIFICATION_IMAGES = 8
+SWITCHABLE = "switchable.safetensors"
 
 
-def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
-    """Export the named subnets of the run in `out`, those of its family by default; returns their folders.
+@dataclass(kw_only=True)
+class ExportOptions:
+    """Options of `train.export`."""
+
+    onnx: bool = option(False, "also write model.onnx, verified with onnxruntime against PyTorch on images of the run")
+    switchable: bool = option(False, f"also write OUT/exported/{SWITCHABLE}, for dspnet_fast.switchable")
+    batch_size: int = option(1, "images a call when the latency is measured")
+    threads: int | None = option(None, "threads when the latency is measured [as many as PyTorch takes]")
+    dry_run: bool = option(False, "check everything and show what would be written; write nothing")
+
+    def __post_init__(self) -> None:
+        """Raise InputError for values that cannot be."""
+        if self.batch_size < 1 or (self.threads is not None and self.threads < 1):
+            raise InputError("--batch-size and --threads must be at least 1")
+        if self.onnx:
+            onnx_file.require()
+
+
+def wanted_subnets(out: Path, config: PretrainConfig, dns: Sequence[str], together: bool) -> Family | list[Subnet]:
+    """The subnets of these names, those of the run by default; InputError if one is not within the run's largest.
+
+    together: whether they must nest, to be switched between.
+    """
+    trained = Family(subnet(config.network, dn) for dn in config.names())
+    subnets = [subnet(config.network, dn) for dn in dns] or list(trained)
+    for wanted in subnets:
+        if not wanted.within(trained.full):
+            raise InputError(f"{wanted} is no part of {trained.full}, the largest network of {out}")
+    return Family(subnets) if together else subnets
+
+
+def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = None) -> list[Path]:
+    """Export the named subnets of the run in `out`, those of its family by default; returns what was written.
 
     Any subnet within the largest can be exported, also one that the run did not train by name. Statistics that an
     evaluation measured are used; without them they are measured here.
+
+    Raises InputError if the run or a name cannot be used, RuntimeError if ONNX does not compute the same.
     """
+    options = options or ExportOptions()
+    subnets = wanted_subnets(out, read_config(out), dns, options.switchable)
     trained = TrainedFamily(out, torch.device("cpu"))
-    config, encoder = trained.config, trained.encoder
-    subnets = [subnet(config.network, dn) for dn in dns] or list(trained.family)
-    for wanted in subnets:
-        if not wanted.within(trained.family.full):
-            raise InputError(f"{wanted} is no part of {trained.family.full}, the largest network of {out}")
+    config = trained.config
     missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
     if missing:
         images = open_images(config.data, "train")
         trained.measure(missing, Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0), config.data)
     sources = trained.recall(subnets)
-    folders = []
-    for wanted in subnets:
-        network = slim(encoder, wanted)
-        assert isinstance(network, Network)
-        manifest = {
-            "parameters": parameter_count(network),
-            "macs": mac_count(network, config.image_size),
-            "image_size": config.image_size,
-            "normalization": {"mean": MEAN, "std": STD},
-            "batch_norm": {"statistics": "measured after training", **sources[wanted.name]},
-            "pretraining": {"data": config.data, "steps": trained.step, "family": trained.family.names},
-            "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
+    examples = _examples(trained) if options.onnx else None
+    written = []
+    with Monitor("export", len(subnets) + options.switchable) as monitor:
+        for wanted in subnets:
+            monitor.status(wanted.name)
+            network = slim(trained.encoder, wanted)
+            assert isinstance(network, Network)
+            converted, facts = _measured(network, config.image_size, examples, options)
+            manifest = {
+                "parameters": parameter_count(network),
+                "macs": mac_count(network, config.image_size),
+                "image_size": config.image_size,
+                "normalization": {"mean": MEAN, "std": STD},
+                "batch_norm": {"statistics": "measured after training", **sources[wanted.name]},
+                "pretraining": {"data": config.data, "steps": trained.step, "family": trained.family.names},
+                "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
+                **facts,
+            }
+            exported.save(out / "exported" / wanted.name, network, wanted, manifest, converted)
+            written.append(out / "exported" / wanted.name)
+            monitor.advance()
+        if isinstance(subnets, Family):
+            runtime = Switchable.of(trained.encoder, subnets, config.image_size, {"mean": MEAN, "std": STD})
+            runtime.measure(options.batch_size, threads=options.threads)
+            runtime.save(out / "exported" / SWITCHABLE)
+            written.append(out / "exported" / SWITCHABLE)
+            monitor.advance()
+    return written
+
+
+def _examples(trained: TrainedFamily) -> Tensor:
+    """A few images that the family was pretrained on, [8, 3, S, S]."""
+    images = open_images(trained.config.data, "train")
+    few = Subset.random(images, min(VERIFICATION_IMAGES, len(images)), seed=0)
+    return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
+
+
+def _measured(
+    network: Network, image_size: int, examples: Tensor | None, options: ExportOptions
+) -> tuple[bytes | None, dict[str, Any]]:
+    """The network as ONNX if there are images to verify it by, and what the manifest says of that and of latency."""
+    images = torch.randn(options.batch_size, 3, image_size, image_size)
+    runtimes: dict[str, Callable[[], object]] = {"torch": lambda: network(images)}
+    facts: dict[str, Any] = {}
+    converted = None
+    if examples is not None:
+        converted = onnx_file.convert(network, image_size)
+        session = onnx_file.Session(converted, options.threads)
+        runtimes["onnxruntime"] = lambda: session(images)
+        facts["onnx"] = {
+            "bytes": len(converted),
+            "opset": onnx_file.OPSET,
+            "onnxruntime": session.version,
+            "verified_on": len(examples),
+            "largest_difference": onnx_file.verify(session, network, examples),
         }
-        exported.save(out / "exported" / wanted.name, network, wanted, manifest)
-        folders.append(out / "exported" / wanted.name)
-    return folders
+    with torch.no_grad():
+        taken = latency.measure(runtimes, threads=options.threads)
+    facts["latency"] = {
+        **latency.conditions(images.device, options.threads, options.batch_size, image_size),
+        "of": {name: asdict(result) for name, result in taken.items()},
+    }
+    return converted, facts
+
+
+def plan(out: Path, dns: Sequence[str], options: ExportOptions) -> None:
+    """Show what `export` would write, from the configuration alone; InputError where it would fail for want of it."""
+    config = read_config(out)
+    checkpoint.newest_of_run(out)
+    open_images(config.data, "train")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("network", "params", "MACs", "about"):
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for wanted in wanted_subnets(out, config, dns, options.switchable):
+        with torch.device("meta"):
+            network = slim(build(config.network, wanted, config.stem), None)
+        parameters = parameter_count(network)
+        macs = mac_count(network, config.image_size)
+        megabytes = 4e-6 * parameters * (2 if options.onnx else 1)
+        table.add_row(wanted.name, f"{parameters:,}", f"{macs / 1e6:,.1f} M", f"{megabytes:.1f} MB")
+    console = Console()
+    console.print(table)
+    files = [exported.WEIGHTS, exported.MANIFEST, *([exported.ONNX] if options.onnx else [])]
+    console.print(f"would write {', '.join(files)} of each to {out}/exported/<dn>", soft_wrap=True)
+    if options.switchable:
+        console.print(f"and {out}/exported/{SWITCHABLE}", soft_wrap=True)
 
 
 def _commit() -> str | None:
@@ -82,9 +198,14 @@ def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("export", DESCRIPTION, EXAMPLE)
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
     parser.add_argument("--dn", action="append", help="a network to export, may be repeated [all of the run]")
-    options = parser.parse_args(argv)
-    for folder in export(options.out, options.dn or ()):
-        print(folder)
+    cli.add_options(parser, ExportOptions)
+    parsed = parser.parse_args(argv)
+    options, dns = cli.to_config(ExportOptions, parsed), parsed.dn or ()
+    if options.dry_run:
+        plan(parsed.out, dns, options)
+        return
+    for path in export(parsed.out, dns, options):
+        print(path)
 
 
 if __name__ == "__main__":

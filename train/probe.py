@@ -1,4 +1,4 @@
-"""How good a family is while it trains: kNN accuracy and feature spread of every subnet on a few images."""
+"""How good a family is while it trains: kNN accuracy, feature spread and rank of every subnet on a few images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .data.bad import BadImages
 from .data.images import ImageSet, Subset
 from .data.loader import normalize, readable_views
 from .features import extract
-from .knn import feature_std, knn
+from .knn import effective_rank, feature_std, knn
 
 NEIGHBOURS = 20
 BATCH = 256
@@ -40,14 +40,19 @@ class Probe:
             yield normalize(batch.to(self._device))
 
     def measure(self, encoder: nn.Module, family: Family) -> dict[str, dict[str, float]]:
-        """{"knn": {subnet: accuracy}, "feature_std": {subnet: spread}}; no "knn" without labels.
+        """{"knn": {subnet: accuracy}, "feature_std": {subnet: spread}, "effective_rank": {subnet: dimensions}}.
+
+        No "knn" without labels.
 
         The encoder's training state is left as it was, but for its post-statistics.
         """
         training = encoder.training
         post_statistics(encoder, family, self._batches(self._reference))
         references = extract(encoder, family, self._batches(self._reference))
-        result = {"feature_std": {name: feature_std(features) for name, features in references.items()}}
+        result = {
+            "feature_std": {name: feature_std(features) for name, features in references.items()},
+            "effective_rank": {name: effective_rank(features) for name, features in references.items()},
+        }
         if self._reference_labels is not None and self._query_labels is not None:
             queries = extract(encoder, family, self._batches(self._query))
             result["knn"] = {

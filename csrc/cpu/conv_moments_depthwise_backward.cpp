@@ -247,6 +247,7 @@ class BackwardWorker {
         h_(scratch_.take(call.groups.size * call.padded.of_vector())),
         grad_h_(scratch_.take(call.groups.size * call.padded.of_vector())),
         ring_(scratch_.take(call.ring * of_ring_row())),
+        gate_sums_(size_),
         e_(call.ring) {}
 
   void start(int64_t group) {
@@ -277,9 +278,10 @@ class BackwardWorker {
       }
     }
     if (args_.grad_gate) {
-      std::copy_n(grad_gate_, channels_.count, args_.grad_gate + n * shape_.channels + channels_.first);
+      flush_gate();
+      std::copy_n(gate_sums_.data(), channels_.count, args_.grad_gate + n * shape_.channels + channels_.first);
+      std::fill(gate_sums_.begin(), gate_sums_.end(), 0);
     }
-    std::fill_n(grad_gate_, size_, 0.f);
   }
 
   Sums stop() {
@@ -299,6 +301,7 @@ class BackwardWorker {
   float *weight_, *grad_weight_;
   float *h_, *grad_h_;
   float* ring_;
+  std::vector<double> gate_sums_; // over an image
   std::vector<const float*> e_;
   Channels channels_;
   Sums sums_;
@@ -322,7 +325,12 @@ class BackwardWorker {
     flush(grad_scale_, lanes, sums_.scale.data() + row_ * lanes);
     flush(grad_shift_, lanes, sums_.shift.data() + row_ * lanes);
     flush(grad_weight_, lanes * call_.taps(), sums_.weight.data());
+    flush_gate();
     pending_ = 0;
+  }
+
+  void flush_gate() {
+    flush(grad_gate_, channels_.vectors * kVec, gate_sums_.data());
   }
 
   void read_moments(int64_t view) {

@@ -1,0 +1,329 @@
+"""The report: a page that is whole by itself, and says what the run says."""
+
+import base64
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dspnet_fast.cost import mac_count, parameter_count
+from dspnet_fast.models import build, family
+from dspnet_fast.ops import normalized_mse
+from dspnet_fast.slim import slim
+from train import evaluate, export, figures, report
+from train.cli import DONE, WRONG_INPUT
+from train.dspnet import VIEWS
+from train.findings import Point, Run, collapsed, networks_of
+
+DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
+VOID = {"meta", "img", "source"}
+
+
+def run(command, *argv):
+    with pytest.raises(SystemExit) as end:
+        command.main([str(argument) for argument in argv])
+    return end.value.code
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and gathers what a page refers to, its tables and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.images, self.rows, self.text = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+        for name, value in attributes:
+            if name in ("src", "srcset", "href", "data", "action", "poster"):
+                self.links.append(value)
+            if tag == "img" and name == "alt":
+                self.images.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "tr" in self.open and self.open[-1] != "tr" and data.strip():
+            self.rows[-1][-1] += data
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def made(out):
+    """The page of a run."""
+    return Page((out / "report" / "index.html").read_text())
+
+
+def said(page):
+    return " ".join("".join(page.text).split())
+
+
+@pytest.fixture
+def out(finished, tmp_path, monkeypatch):
+    """A finished run of its own, without evaluations, for tests of what the page says: its figures are one dot."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    monkeypatch.setattr(figures, "render", lambda draw: dict.fromkeys(figures.THEMES, file.getvalue()))
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("exported", "evaluation"))
+
+
+def results(protocol, **columns):
+    """An evaluation of the family as train.evaluate writes it."""
+    networks = {
+        name: {"parameters": 10**5 * 4**i, "macs": 10**6 * 2**i, "features": 8}
+        | {column: {"top1": accuracy + 0.1 * i, "top5": 0.9, "interval": 0.01} for column, accuracy in columns.items()}
+        for i, name in enumerate(DNS)
+    }
+    return {"protocol": protocol, "data": "photos", "test_images": 1234, "step": 20, "networks": networks}
+
+
+@pytest.fixture(scope="module")
+def reported(finished, tmp_path_factory):
+    """A run with evaluations of two protocols and an export."""
+    out = tmp_path_factory.mktemp("reported") / "run"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("exported", "evaluation"))
+    assert run(evaluate, "knn", out, "--baselines", "--k", 5, "--workers", 0) == DONE
+    semi = results("semi", **{"1 % linear": 0.2, "10 % linear": 0.3, "1 % finetune": 0.4})
+    (out / "evaluation" / "semi.json").write_text(json.dumps(semi))
+    assert run(export, out, "--threads", 1) == DONE
+    assert run(report, out) == DONE
+    return out
+
+
+def test_the_page_is_whole_by_itself(reported):
+    text = (reported / "report" / "index.html").read_text()
+    page = Page(text)
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    markup = re.sub(r"data:image/png;base64,[\w+/=]+", "", text)
+    assert not re.search(r"https?:|//|url\(|@import|\bon\w+=", markup)
+    assert "prefers-color-scheme: dark" in markup and text.startswith("<!doctype html>")
+    assert all(page.images) and len(page.images) == len(page.links) // 2
+
+
+def test_every_image_decodes_and_lies_beside_the_page(reported):
+    sources = made(reported).links
+    pictures = [base64.b64decode(link.partition(",")[2], validate=True) for link in sources]
+    for dark, light in zip(pictures[::2], pictures[1::2]):
+        images = [Image.open(io.BytesIO(png)) for png in (dark, light)]
+        assert images[0].size == images[1].size and images[0].size[0] >= 800
+        corners = [sum(image.convert("RGB").getpixel((0, 0))) for image in images]
+        assert corners[0] < 150 and corners[1] == 3 * 255
+        assert all(len(image.convert("RGB").getcolors(2**20)) > 20 for image in images), "something is drawn"
+    files = {path.read_bytes() for path in (reported / "report").glob("*.png")}
+    assert files == set(pictures[1::2])
+
+
+def test_the_networks_come_first(reported):
+    page = made(reported)
+    heading, *rows = page.rows[:4]
+    assert page.tags.index("table") < page.tags.index("figure")
+    assert [row[0] for row in rows] == DNS
+    assert heading[:5] == ["network", "parameters", "MACs", "torch ms", "kNN %"]
+    assert heading[5:] == [
+        *("kNN untrained %", "semi 1 % linear %", "semi 10 % linear %", "semi 1 % finetune %"),
+    ]
+    knn = json.loads((reported / "evaluation" / "knn.json").read_text())["networks"]
+    for index, (row, dn) in enumerate(zip(rows, DNS)):
+        cells = dict(zip(heading, row))
+        network = slim(build("resnet", family("resnet", [dn]).full, "small"), None)
+        assert cells["parameters"] == f"{parameter_count(network):,}"
+        assert cells["MACs"] == f"{mac_count(network, 12) / 1e6:,.1f} M"
+        result = knn[dn]["pretrained"]
+        assert cells["kNN %"] == f"{100 * result['majority']:.1f} ± {100 * result['interval']:.1f}"
+        assert cells["semi 10 % linear %"] == f"{30 + 10 * index}.0 ± 1.0"
+        assert float(cells["torch ms"]) > 0
+    assert "threads: 1" in said(page) and "No network collapsed" in said(page)
+
+    table = json.loads((reported / "report" / "report.json").read_text())
+    assert [network["network"] for network in table["networks"]] == DNS and table["step"] == 20
+    assert table["networks"][2]["accuracies"]["semi 1 % linear"] == {"accuracy": 0.4, "interval": 0.01, "step": 20}
+
+
+def test_indicators_are_those_of_the_last_measurement(reported):
+    lines = [json.loads(line) for line in (reported / "metrics.jsonl").read_text().splitlines()]
+    probe = next(line for line in reversed(lines) if "feature_std" in line)
+    page = made(reported)
+    start = page.rows.index(["network", "feature std", "effective rank", "cosine to the target"])
+    for row, dn in zip(page.rows[start + 1 :], DNS):
+        loss = next(line["loss"][dn] for line in reversed(lines) if dn in line.get("loss", ()))
+        assert row[1:] == [
+            f"{probe['feature_std'][dn]:.3f}",
+            f"{probe['effective_rank'][dn]:.1f}",
+            f"{1 - loss / 4:.3f}",
+        ]
+        assert row[0] == dn
+
+
+def test_every_evaluation_has_its_figures(reported):
+    drawn = {path.name for path in (reported / "report").glob("*.png")}
+    assert drawn == {
+        *(f"accuracy-{protocol}-{cost}.png" for protocol in ("knn", "semi") for cost in figures.COSTS),
+        *(f"training-{name}.png" for name in ("loss", "learning_rate", "images_per_second", "data_wait")),
+        *(f"collapse-{name}.png" for name in ("feature_std", "effective_rank", "knn", "cosine")),
+    }
+    assert "semi on photos, 1,234 test images, after 20 steps" in said(made(reported))
+
+
+def test_the_cosine_to_the_target_is_in_the_loss():
+    predictions, targets = torch.randn(2, 6, 8, dtype=torch.float64)
+    loss = VIEWS * normalized_mse(predictions, targets)
+    torch.testing.assert_close(1 - loss / 4, F.cosine_similarity(predictions, targets).mean())
+
+
+@torch.no_grad()
+def test_accuracies_are_drawn_as_they_are():
+    points = [Point("b", 2e6, 9e6, 0.5, 0.01), Point("a", 1e6, 1e6, 0.4, 0.02)]
+    draw = figures.accuracies({"kNN": points, "linear": points[:1]}, {"raw pixels": 0.3}, "accuracy", "parameters")
+    (axes,) = draw(figures.LIGHT).axes
+    first, second = (container.lines[0] for container in axes.containers)
+    assert list(first.get_xdata()) == [1, 9] and list(first.get_ydata()) == [40, 50]
+    assert list(second.get_xdata()) == [9]
+    low, high = axes.containers[0].lines[1]
+    assert list(low.get_ydata()) == [38, 49] and list(high.get_ydata()) == [42, 51]
+    assert {text.get_text() for text in axes.texts} == {"a", "b"}
+    assert axes.get_xscale() == "log", "nine times"
+    (macs,) = figures.accuracies({"kNN": points}, {}, "accuracy", "macs")(figures.DARK).axes
+    assert macs.get_xscale() == "linear"
+
+
+@pytest.mark.parametrize("count", [1, 239, 240, 241, 5000])
+def test_long_curves_are_drawn_by_means(count):
+    values = [float(value) for value in range(count)]
+    thinned = figures.thinned(values)
+    assert len(thinned) == min(count, len(thinned)) <= figures.POINTS
+    assert thinned == sorted(thinned) and (count > figures.POINTS or thinned == values)
+    group = -(-count // figures.POINTS)
+    assert thinned[0] == sum(values[:group]) / group
+
+
+@pytest.mark.parametrize(
+    ("spread", "rank", "expected"),
+    [
+        (0.5, 10.0, False),
+        (0.05, 10.0, True),
+        (0.5, 1.2, True),
+        (math.nan, 10.0, True),
+        (0.5, math.nan, True),
+        (0.5, None, False),
+        (None, None, False),
+    ],
+)
+def test_collapse(spread, rank, expected):
+    assert collapsed(spread, rank) == expected
+
+
+def test_a_collapsed_network_is_named(out):
+    with open(out / "metrics.jsonl", "a") as file:
+        values = {"feature_std": dict.fromkeys(DNS, 0.5), "effective_rank": dict(zip(DNS, (9.0, math.nan, 1.5)))}
+        file.write(json.dumps({"step": 21, **values}) + "\n")
+    assert run(report, out) == DONE
+    assert "Collapsed: c8-d1121, c16-d2121" in said(made(out))
+    networks = json.loads((out / "report" / "report.json").read_text())["networks"]
+    assert [network["collapsed"] for network in networks] == [False, True, True]
+    assert networks[1]["effective_rank"] is None, "JSON has no NaN"
+
+
+def test_what_there_is_not_is_said_and_not_drawn(out, capsys):
+    assert run(report, out) == DONE
+    text = said(made(out))
+    assert "Not evaluated yet: python -m train.evaluate knn OUT" in text
+    assert "Not compared yet: python -m train.compare writes compare.json" in text
+    assert not list((out / "report").glob("accuracy-*"))
+    assert made(out).rows[0] == ["network", "parameters", "MACs"]
+
+    (out / "metrics.jsonl").unlink()
+    assert run(report, out) == DONE
+    text = said(made(out))
+    assert "Whether a network collapsed was not measured" in text and "Nothing was recorded yet" in text
+    assert [path.name for path in (out / "report").iterdir() if path.suffix == ".png"] == [], "earlier figures are gone"
+    assert "0 of 2 epochs" in text
+
+
+def test_a_comparison_is_shown_as_it_is(out):
+    (out / "compare.json").write_text(json.dumps({"ratio": 0.47, "seeds": [{"family <1>": 12.5}]}))
+    assert run(report, out) == DONE
+    rows = made(out).rows
+    assert ["ratio", "0.47"] in rows and ["seeds.0.family <1>", "12.5"] in rows
+    assert "<1>" not in (out / "report" / "index.html").read_text()
+
+
+def test_files_that_are_no_evaluations(out, capsys):
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "linear.json").write_text(json.dumps({**results("linear", linear=0.5), "step": 10}))
+    (out / "evaluation" / "notes.json").write_text('{"a": 1}')
+    assert run(report, out) == DONE
+    text = said(made(out))
+    assert "Not shown, as they hold no accuracies of networks: notes.json" in text
+    assert "linear.json is of step 10, not of the last: python -m train.evaluate linear OUT" in text
+    (out / "evaluation" / "notes.json").write_text("{")
+    assert run(report, out) == WRONG_INPUT
+    assert "notes.json is damaged" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_some_networks_only(out):
+    partial = results("linear", linear=0.5)
+    partial["networks"] = {"c8-d1121": partial["networks"]["c8-d1121"], "alone": partial["networks"]["c8-d1111"]}
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "linear.json").write_text(json.dumps(partial))
+    networks = networks_of(Run(out))
+    assert [bool(network["accuracies"]) for network in networks] == [False, True, False]
+    assert run(report, out) == DONE
+    column = made(out).rows[0].index("linear %")
+    assert [row[column] for row in made(out).rows[1:4]] == ["–", "60.0 ± 1.0", "–"]
+
+
+def test_dry_run_says_what_it_would_show(reported, out, capsys):
+    before = sorted(path for path in out.rglob("*"))
+    assert run(report, out, "--dry-run") == DONE
+    shown = capsys.readouterr().out
+    assert "evaluations  none" in shown and "training-loss" in shown and "report/index.html" in shown
+    assert sorted(path for path in out.rglob("*")) == before
+    assert run(report, reported, "--dry-run") == DONE
+    assert "knn.json, semi.json" in capsys.readouterr().out
+
+
+def test_no_run_is_refused_and_help_teaches(tmp_path, capsys):
+    assert run(report, tmp_path) == WRONG_INPUT
+    assert "holds no run" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert run(report, "--help") == DONE
+    assert "example:" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
+def test_a_browser_shows_it_light_and_dark(reported, tmp_path):
+    """preferredColorScheme: 0 is dark, 1 is light."""
+    for scheme, background in ((1, (0xF4, 0xF5, 0xF7)), (0, (0x12, 0x14, 0x18))):
+        picture = tmp_path / f"{scheme}.png"
+        options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        options += "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1600 "
+        options += f"--blink-settings=preferredColorScheme={scheme}"
+        subprocess.run(
+            ["chromium", *options.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
+            + [(reported / "report" / "index.html").as_uri()],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        image = Image.open(picture).convert("RGB")
+        assert image.size == (1280, 1600) and image.getpixel((3, 3)) == background
+        blue = (0x25, 0x63, 0xA8) if scheme else (0x6A, 0xA9, 0xEE)  # the first series of the accuracies
+        assert any(all(abs(a - b) < 12 for a, b in zip(pixel, blue)) for _, pixel in image.getcolors(2**21))
