@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .ops import cuda, registry
+from .ops import apex, cuda, registry
 
 
 def collect() -> dict[str, Any]:
@@ -44,7 +43,7 @@ def _machine() -> dict[str, str]:
         "gpu": _gpus(),
         "cuda operators": cuda.built(),
         "dali": _dali(),
-        "apex": _apex(),
+        "apex": "NVIDIA's" if apex.installed()[0] else apex.installed()[1],
     }
 
 
@@ -91,15 +90,6 @@ def _dali() -> str:
     if not found and _version("nvidia-dali"):
         return "absent: the package nvidia-dali is a placeholder, install nvidia-dali-cuda130"
     return found or "absent"
-
-
-def _apex() -> str:
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "absent"
-    if any(Path(folder, "multi_tensor_apply").is_dir() for folder in spec.submodule_search_locations or ()):
-        return "NVIDIA's"
-    return "absent: the package apex that is installed is not NVIDIA's but an unrelated web toolkit"
 
 
 def _show(facts: dict[str, Any]) -> None:

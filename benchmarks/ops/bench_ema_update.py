@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dspnet_fast.ops import ema_update
+from dspnet_fast.ops import apex, ema_update
 
 from .layers import ours
 from .networks import CASES, networks
@@ -19,7 +19,11 @@ def one_by_one(targets, onlines, tau):
         target.mul_(tau).add_(online, alpha=1 - tau)
 
 
-VARIANTS: dict[str, Callable[..., None]] = {"loop": one_by_one, **dict.fromkeys(ours(ema_update), ema_update)}
+APEX = ["apex"] if apex.supported()[0] else []
+VARIANTS: dict[str, Callable[..., None]] = {
+    "loop": one_by_one,
+    **dict.fromkeys([*APEX, *ours(ema_update)], ema_update),
+}
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""lars_ema_step: the norms read 8 bytes per fp32 element, the update reads and writes 32."""
+"""lars_ema_step: the norms read 8 bytes per fp32 element, the update reads and writes 32.
+
+Where NVIDIA's apex is installed, its FusedSGD and multi-tensor EMA stand beside it, though they do less: no norms.
+"""
 
 import copy
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.eager import ema, lars
-from dspnet_fast.ops import lars_ema_step
+from dspnet_fast.ops import apex, lars_ema_step
 from train.arena import Arena
 
 from .layers import ours
@@ -24,8 +27,23 @@ def one_by_one(parameters, momenta, targets):
         parameter.grad.zero_()
 
 
+def by_apex(parameters, targets):
+    """SGD with momentum without layer-wise adaptation, the target's update, and gradients set to zero."""
+    from apex.optimizers import FusedSGD
+
+    sgd = FusedSGD(parameters.values(), LR, momentum=LARS["momentum"], weight_decay=LARS["weight_decay"])
+    pairs = [target.data for target in targets.values()], [parameters[name].data for name in targets]
+
+    def run():
+        sgd.step()
+        apex.ema_update(*pairs, TAU)
+        sgd.zero_grad(set_to_none=False)
+
+    return run
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["loop", *ours(lars_ema_step)])
+@pytest.mark.parametrize("variant", ["loop", *(["apex"] if apex.supported()[0] else []), *ours(lars_ema_step)])
 @pytest.mark.parametrize("case", CASES)
 def test_lars_ema_step(moves, case, variant):
     model = copy.deepcopy(networks(case))
@@ -36,10 +54,8 @@ def test_lars_ema_step(moves, case, variant):
     footprint = 4 * (3 * len(arena.params) + len(arena.targets))
     count = 4 * (8 * len(arena.params) + 2 * len(arena.targets))
 
-    def run():
-        if variant == "loop":
-            one_by_one(parameters, momenta, targets)
-        else:
-            arena.step(LR, TAU, **LARS)
-
+    runs = {"loop": lambda: one_by_one(parameters, momenta, targets)}
+    if variant == "apex":
+        runs["apex"] = by_apex(parameters, targets)
+    run = runs.get(variant, lambda: arena.step(LR, TAU, **LARS))
     moves("lars_ema_step", case, variant, footprint, count, run)

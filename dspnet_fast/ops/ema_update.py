@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpp, cuda, triton
+from . import apex, cpp, cuda, triton
 from .registry import operator
 
 
@@ -19,6 +19,12 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
     fp16 and bf16 are computed in fp32 and rounded once. tau: in [0, 1]; 1 leaves the targets, 0 copies the onlines.
     Raises RuntimeError for anything else. Nothing is recorded for gradients.
     """
+    _check(targets, onlines, tau)
+    if targets:
+        torch._foreach_lerp_(list(targets), list(onlines), 1 - tau)
+
+
+def _check(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
     if not 0 <= tau <= 1:
         raise RuntimeError(f"ema_update: tau must lie in [0, 1], got {tau}")
     if len(targets) != len(onlines):
@@ -30,8 +36,6 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
                 f"ema_update: target {i} and its online tensor must be floating point and of one shape, dtype and "
                 "device, got " + " and ".join(f"{list(shape)} {dtype} {device}" for shape, dtype, device in kinds)
             )
-    if targets:
-        torch._foreach_lerp_(list(targets), list(onlines), 1 - tau)
 
 
 @ema_update.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "ema_update"))
@@ -55,3 +59,11 @@ def _triton_accepts(*args: Any) -> tuple[bool, str]:
 )
 def _triton(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
     triton.kernels("ema_update").ema_update(targets, onlines, tau)
+
+
+@ema_update.provider(
+    "apex", devices=("cuda",), supported=apex.supported, accepts=apex.accepts, only_by_name=apex.ONLY_BY_NAME
+)
+def _apex(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    _check(targets, onlines, tau)
+    apex.ema_update(targets, onlines, tau)

@@ -37,7 +37,7 @@ Verdict = tuple[bool, str]  # (yes, "") or (no, why)
 
 PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 CHOOSING = ("auto", "any")  # policies that choose among providers
-PROVIDERS = ("native", "cpp", "triton", "cuda")
+PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
 
 log = logging.getLogger(__name__)
 operators: dict[str, "Operator[Any, Any]"] = {}

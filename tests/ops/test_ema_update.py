@@ -1,12 +1,15 @@
 """ema_update: every provider against a float64 reference, and what it refuses."""
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dspnet_fast.ops import cpp, ema_update
+from dspnet_fast.errors import InputError
+from dspnet_fast.ops import apex, cpp, ema_update, registry
 
 SIZES = (1, 7, 769, 5125, 0, 40_000)  # the last is split between threads
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -296,3 +299,33 @@ def test_on_a_gpu(policy, name, dtype):
     for tau in TAUS:
         targets, onlines = pairs(dtype, SIZES)
         check(ema_update, dtype, tau, [t.cuda() for t in targets], [o.cuda() for o in onlines])
+
+
+def axpby(chunk, overflow, lists, a, b, looked_at):
+    """What amp_C.multi_tensor_axpby computes: out = a x + b y."""
+    for x, y, out in zip(*lists, strict=True):
+        assert x.dtype == y.dtype == out.dtype and x.numel()
+        out.copy_(a * x.float() + b * y.float())
+
+
+@pytest.mark.parametrize("dtype", apex.DTYPES, ids=str)
+@pytest.mark.parametrize("tau", TAUS)
+def test_what_apex_is_asked_for(monkeypatch, dtype, tau):
+    monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace(multi_tensor_axpby=axpby))
+    check(apex.ema_update, dtype, tau, *pairs(dtype, SIZES))
+
+
+def test_apex_takes_one_dtype_and_contiguous_tensors():
+    same = pairs(torch.float32, SIZES)
+    assert apex.accepts(*same, 0.9) == (True, "")
+    assert (
+        "several dtypes" in apex.accepts(same[0] + [torch.zeros(3).half()], same[1] + [torch.zeros(3).half()], 0.9)[1]
+    )
+    assert "not fp32" in apex.accepts(*pairs(torch.float64, SIZES), 0.9)[1]
+    assert "contiguous" in apex.accepts([torch.zeros(4, 3).t()], [torch.zeros(3, 4)], 0.9)[1]
+
+
+@pytest.mark.skipif(apex.supported()[0], reason="NVIDIA's apex can run here")
+def test_apex_by_name_says_why_not():
+    with pytest.raises(InputError, match="apex"):
+        registry.set_policy("apex")
