@@ -13,7 +13,7 @@ def test_json(run_python):
     facts = json.loads(run_python("-m", "dspnet_fast.info", "--json", DSPNET_KERNELS=None))
     assert set(facts["ops"]) == set(registry.operators)
     for providers in facts["ops"].values():
-        assert list(providers) == ["native", "cpp", "triton", "cuda"]
+        assert list(providers) == ["native", "cpp", "triton", "cuda", "apex"]
         for state in providers.values():
             assert state["available"] or state["reason"]
     assert facts["serving"] == dict.fromkeys(facts["ops"], "native")

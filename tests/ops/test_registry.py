@@ -125,6 +125,7 @@ def test_describe_gives_every_reason(made):
         "cpp": {"available": True, "reason": ""},
         "triton": {"available": True, "reason": "not measured"},
         "cuda": {"available": False, "reason": "the moon is not full"},
+        "apex": {"available": False, "reason": "no implementation of this operator"},
     }
     assert registry.describe()["normalized_mse"]["triton"]["reason"] == "no implementation of this operator"
 
@@ -169,7 +170,7 @@ print(registry.get_policy())
         (None, ["native", "auto"]),
         ("", ["native", "auto"]),
         ("native", ["native", "native"]),
-        ("cudo", ["cudo", "no kernel provider is called 'cudo': use auto, any, native, cpp, triton, cuda", "cudo"]),
+        ("cudo", ["cudo", "no kernel provider is called 'cudo': use auto, any, native, cpp, triton, cuda, apex", "cudo"]),
     ],
 )
 def test_environment_and_fast_kernels(run_python, variable, printed):
