@@ -16,7 +16,6 @@ from dspnet_fast.models import Network, subnet
 from dspnet_fast.slim import slim
 
 from . import cli
-from .data.images import Subset
 from .data.loader import MEAN, STD
 from .data.sets import open_images
 from .trained import TrainedFamily
@@ -26,7 +25,6 @@ Write each desired network of a run as OUT/exported/<dn>/model.safetensors and m
 whose weights load into timm's and torchvision's classes."""
 EXAMPLE = """\
   python -m train.export runs/first --dn w0.50"""
-STATISTICS_IMAGES = 10_000
 
 
 def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
@@ -43,8 +41,7 @@ def export(out: Path, dns: Sequence[str] = ()) -> list[Path]:
             raise InputError(f"{wanted} is no part of {trained.family.full}, the largest network of {out}")
     missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
     if missing:
-        images = open_images(config.data, "train")
-        trained.measure(missing, Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0), config.data)
+        trained.measure(missing, open_images(config.data, "train"), config.data)
     sources = trained.recall(subnets)
     folders = []
     for wanted in subnets:
