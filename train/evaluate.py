@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dspnet_fast.errors import InputError
 
 from . import cli
-from .protocols import knn, linear
+from .protocols import knn, linear, semi
 from .protocols.common import EvaluationOptions, Plan
 from .results import Report
 
@@ -48,6 +48,15 @@ PROTOCOLS = {
         linear.plan_linear,
         linear.evaluate_linear,
         linear.publish_linear,
+    ),
+    "semi": Protocol(
+        "the labels of 1 and 10 percent of the images: linear classifiers and fine-tuning",
+        semi.DESCRIPTION,
+        semi.EXAMPLE,
+        semi.SemiOptions,
+        semi.plan_semi,
+        semi.evaluate_semi,
+        semi.publish_semi,
     ),
 }
 
