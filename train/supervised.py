@@ -43,6 +43,7 @@ class Recipe:
         weight_decay: of tensors with more than one dimension.
         subnets_per_step: smallest, full, and random ones between.
         distill: whether the others learn from the full network instead of the labels.
+        label_smoothing: of those that learn from the labels.
     """
 
     epochs: int

@@ -94,7 +94,7 @@ def test_a_method_alone_gives_what_it_gives_beside_the_other(trained, method):
 
 def test_all_labels_are_learned(trained):
     """Two classes that a few steps of fine-tuning tell apart, whatever the network's size."""
-    options = ("--shares", "100", "--methods", "finetune", "--finetune-epochs", "6", "--finetune-lr", "0.5")
+    options = ("--shares", "100", "--methods", "finetune", "--finetune-epochs", "5", "--finetune-lr", "0.5")
     assert run("semi", trained, *options, "--finetune-head-lr", "0.5", "--batch-size", "16", "--workers", "0") == DONE
     for network in report(trained)["networks"].values():
         assert network["100 % finetune"]["top1"] >= 0.9
