@@ -61,6 +61,17 @@ PROTOCOLS = {
 }
 
 
+def make_parsers() -> dict[str, cli.ArgumentParser]:
+    """All options of every protocol."""
+    parsers = {}
+    for name, protocol in PROTOCOLS.items():
+        parsers[name] = cli.parser(f"evaluate {name}", protocol.description, protocol.example)
+        parsers[name].add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
+        cli.add_config_file(parsers[name])
+        cli.add_options(parsers[name], protocol.options)
+    return parsers
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     cli.run(_main, argv)
@@ -70,12 +81,8 @@ def _main(argv: Sequence[str]) -> None:
     examples = "\n".join(protocol.example.splitlines()[0] for protocol in PROTOCOLS.values())
     parser = cli.parser("evaluate", DESCRIPTION, examples)
     commands = parser.add_subcommands(dest="protocol")
-    for name, protocol in PROTOCOLS.items():
-        made = cli.parser(f"evaluate {name}", protocol.description, protocol.example)
-        made.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
-        cli.add_config_file(made)
-        cli.add_options(made, protocol.options)
-        commands.add_subcommand(name, made, help=protocol.help)
+    for name, made in make_parsers().items():
+        commands.add_subcommand(name, made, help=PROTOCOLS[name].help)
     parsed = parser.parse_args(argv)
     protocol = PROTOCOLS[parsed.protocol]
     given = parsed[parsed.protocol]
