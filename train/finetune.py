@@ -16,6 +16,7 @@ from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
 from . import checkpoint, cli, loop
+from .accuracy import Accuracy
 from .config import FamilyOptions, RunConfig, Workers, flag, option
 from .data import augment
 from .data.images import ImageSet
@@ -86,6 +87,7 @@ class SupervisedOptions:
 class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions):
     """Configuration of `train.finetune`."""
 
+    evaluate_epochs: int = option(10, "epochs between accuracies on the test images; 0 for the last one only", True)
     device: str = option("auto", "auto, cpu or cuda", True)
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has", True)
 
@@ -96,7 +98,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} is 0 or more and below 1, not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs"):
+        for name in ("weight_decay", "warmup_epochs", "evaluate_epochs"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         if not self.from_:
@@ -177,7 +179,8 @@ def plan_finetune(config: FinetuneConfig) -> Plan:
     forward = plan.forward(images, {names[0], names[-1]})
     forward += plan.forward(images, between) * drawn / len(between) if between else 0.0
     plan.add("training", 3 * forward, f"{len(order):,} steps, {config.epochs} epochs, forward and backward")
-    plan.add("evaluation", plan.forward(plan.statistics_images + plan.size.test))
+    times = 1 + ((config.epochs - 1) // config.evaluate_epochs if config.evaluate_epochs else 0)
+    plan.add("evaluation", times * plan.forward(plan.statistics_images + plan.size.test), f"{times} times")
     return plan
 
 
@@ -208,6 +211,16 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     out = open_run(config, resume)
     checkpoints = out / "checkpoints"
     log = RunLog(out, checkpoint.latest_step(checkpoints))
+
+    def accuracies() -> dict[str, Accuracy]:
+        assert config.image_size is not None
+        return evaluate({"": (model, switches)}, train, test, config.image_size, config.workers, device)
+
+    def measure() -> str:
+        shares = {name: found.top1 for name, found in accuracies().items()}
+        log.metrics(training.step, {"top1": shares})
+        return "top 1  " + "  ".join(f"{name} {share:.3f}" for name, share in shares.items())
+
     try:
         loop.run(
             "finetune",
@@ -216,10 +229,12 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
             checkpoints,
             device,
             lambda step, loss: log.metrics(step, {"loss": loss}),
+            measure,
+            config.evaluate_epochs * order().steps_per_epoch,
         )
     finally:
         log.close()
-    found = evaluate({"": (model, switches)}, train, test, config.image_size, config.workers, device)
+    found = accuracies()
     networks: dict[str, Any] = {}
     for switch in switches:
         of = cost(options, switch, config.image_size)

@@ -46,6 +46,8 @@ def run(
     folder: Path,
     device: torch.device,
     log: Callable[[int, float], None] | None = None,
+    measure: Callable[[], str] | None = None,
+    measure_steps: int = 0,
 ) -> None:
     """Train to the end, from the newest checkpoint in `folder` if there is one; KeyboardInterrupt after saving.
 
@@ -56,6 +58,7 @@ def run(
         folder: of checkpoints, of this training alone.
         device: where its state belongs.
         log: told the step and its loss, now and then.
+        measure: called every `measure_steps` steps if they are not 0, but not at the end; says what it found.
     """
     newest = checkpoint.latest(folder)
     if newest is not None:
@@ -73,6 +76,10 @@ def run(
                 monitor.status(f"loss {value:.3f}")
                 if log is not None:
                     log(training.step, value)
+            if measure is not None and measure_steps and training.step % measure_steps == 0 and not last:
+                with monitor.paused():
+                    found = measure()
+                monitor.line(f"step {training.step}  {found}")
             if last or interruption.requested or time.monotonic() - saved > SAVE_SECONDS:
                 checkpoint.save(folder, training.step, training.state())
                 saved = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 
 from dspnet_fast.cost import mac_count, parameter_count
@@ -62,7 +63,10 @@ class Table:
             table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
-        Console().print(table)
+        # never narrower than the numbers: a line that wraps can be read, one that is cut off cannot
+        console = Console()
+        width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        Console(width=max(console.width, width)).print(table)
 
 
 def accuracy_table(title: str, networks: Mapping[str, Mapping[str, Any]], columns: Iterable[str]) -> Table:

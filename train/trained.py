@@ -161,7 +161,7 @@ class TrainedFamily:
         for name, subnet in by_name.items():
             statistics = [part for item in sorted(measured_statistics(self.encoder, [subnet]).items()) for part in item]
             key = fingerprint.digest(self.weights, self.config.image_size, files_key, *statistics)
-            files[name] = self.out / FEATURES / f"{name}-{what.replace(' ', '-')}-{key}.npy"
+            files[name] = self.out / FEATURES / f"{name}-{key}.npy"
             shapes[name] = (len(images), subnet.channels[-1])
 
         def compute(names: list[str], start: int) -> Iterable[dict[str, Tensor]]:

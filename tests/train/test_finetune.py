@@ -167,7 +167,10 @@ def test_the_configuration_runs_again(finished, tmp_path):
 
 def test_all_switches_learn(finished, tmp_path):
     """Two classes that a few steps tell apart."""
-    assert run(*command(**{"from": finished, "epochs": 5, "out": tmp_path / "run"})) == DONE
+    assert run(*command(**{"from": finished, "epochs": 5, "evaluate_epochs": 2, "out": tmp_path / "run"})) == DONE
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["top1"] for line in lines if "top1" in line}
+    assert list(measured) == [10, 20] and list(measured[10]) == DNS
     for network in report(tmp_path / "run")["networks"].values():
         assert network["finetuned"]["top1"] >= 0.9
 

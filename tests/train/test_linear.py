@@ -94,7 +94,7 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
     assert "| c16-d2121 |" in (trained / "evaluation" / "linear.md").read_text()
     assert (trained / "evaluation" / "linear.png").stat().st_size > 1000
     assert "c16-d2121" in capsys.readouterr().out
-    kept = np.load(next((trained / "features").glob("c16-d2121-train-*.npy")))
+    kept = max((np.load(path) for path in (trained / "features").glob("c16-d2121-*.npy")), key=len)
     assert kept.shape == (80, 128) and kept.dtype == np.float32
     expected = next(iter(evaluation_batches(open_images(first["data"], "train"), range(80), 12, BATCH, 0)))
     encoder = TrainedFamily(trained, CPU)
@@ -110,6 +110,7 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
     monkeypatch.setattr(ClassifierTraining, "train_step", refuse)
     assert run("linear", trained, "--epochs", "3", "--batch-size", "16", "--workers", "0") == DONE
     assert report(trained) == first
+    assert run("knn", trained, "--workers", "0") == DONE, "it needs the same features"
 
 
 def test_kept_features_are_of_these_weights_statistics_and_images(trained, images):

@@ -45,7 +45,7 @@ def plan_knn(out: Path, options: KnnOptions) -> Plan:
     plan = plan_of("kNN evaluation", out, options.data)
     references = plan.size.train if options.references is None else min(options.references, plan.size.train)
     rounds = 2 if options.baselines else 1
-    plan.add("statistics", rounds * plan.forward(min(plan.statistics_images, references)))
+    plan.add("statistics", rounds * plan.forward(plan.statistics_images))
     plan.add("features", rounds * plan.forward(references + plan.size.test), "none of it where they are kept already")
     features = sum(cost.features for cost in plan.costs.values())
     plan.add("similarities", rounds * references * plan.size.test * features)
@@ -72,9 +72,9 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
 
     def score_family(family: TrainedFamily, what: str) -> dict[str, dict[str, float]]:
         subnets = list(family.family)
-        family.measure(subnets, references, subject.data, options.workers, what)
-        train = family.features(subnets, references, f"{what}references", options.workers)
-        test = family.features(subnets, queries, f"{what}queries", options.workers)
+        family.measure(subnets, subject.train, subject.data, options.workers, what)
+        train = family.features(subnets, references, f"{what}train", options.workers)
+        test = family.features(subnets, queries, f"{what}test", options.workers)
         return {name: score(train[name], test[name]) for name in train}
 
     pretrained = score_family(trained, "")
