@@ -13,7 +13,8 @@ from dspnet_fast.models import build, family
 from dspnet_fast.slim import slim
 from train import checkpoint, finetune
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.finetune import FinetuneConfig, starting_network
+from train.finetune import starting_network
+from train.finetune_config import FinetuneConfig
 from train.schedules import learning_rate
 from train.supervised import Classifier, Recipe, SupervisedTraining
 from train.trained import TrainedFamily
@@ -158,11 +159,17 @@ def test_what_it_writes(finished, images, tmp_path, capsys, start):
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_the_configuration_runs_again(finished, tmp_path):
-    first, again = tmp_path / "first", tmp_path / "again"
-    assert run(*command(**{"from": finished, "epochs": 1, "out": first, "dn": "c8-d1111"})) == DONE
-    assert run("--config", first / "config.yaml", "--out", again) == DONE
-    assert report(again) == report(first)
+@pytest.fixture(scope="module")
+def whole(finished, tmp_path_factory):
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(*command(**{"from": finished, "out": out})) == DONE
+    return out
+
+
+def test_the_configuration_runs_again(whole, tmp_path):
+    assert run("--config", whole / "config.yaml", "--out", tmp_path / "again") == DONE
+    assert report(tmp_path / "again") == report(whole)
 
 
 def test_all_switches_learn(finished, tmp_path):
@@ -175,9 +182,8 @@ def test_all_switches_learn(finished, tmp_path):
         assert network["finetuned"]["top1"] >= 0.9
 
 
-def test_stopped_and_resumed(finished, tmp_path, monkeypatch, capsys):
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert run(*command(**{"from": finished, "out": first})) == DONE
+def test_stopped_and_resumed(finished, whole, tmp_path, monkeypatch, capsys):
+    second = tmp_path / "second"
     train_step = SupervisedTraining.train_step
 
     def interrupting(self, batch):
@@ -193,8 +199,8 @@ def test_stopped_and_resumed(finished, tmp_path, monkeypatch, capsys):
     assert run("--out", second, "--resume", "--lr", "9") == WRONG_INPUT
     assert "another --lr" in capsys.readouterr().err
     assert run("--out", second, "--resume") == DONE
-    assert report(second) == report(first)
-    states = [checkpoint.load(checkpoint.newest_of_run(out)) for out in (first, second)]
+    assert report(second) == report(whole)
+    states = [checkpoint.load(checkpoint.newest_of_run(out)) for out in (whole, second)]
     torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
 
 

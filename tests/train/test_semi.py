@@ -12,9 +12,11 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.nn import activate
 from dspnet_fast.slim import slim
 from train import evaluate
+from train.classifiers import ClassifierTraining
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.balanced import as_text, balanced_subset, checksum
 from train.data.sets import open_images
+from train.protocols.semi import fitting_batch
 from train.supervised import SupervisedTraining
 from train.trained import TrainedFamily
 
@@ -60,9 +62,17 @@ def test_subsets_nest_are_balanced_and_depend_on_the_seed():
             balanced_subset(labels, share)
 
 
-def test_what_it_writes(trained, images, capsys):
-    assert run("semi", trained, *SMALL) == DONE
-    found = report(trained)
+@pytest.fixture(scope="module")
+def complete(finished, tmp_path_factory):
+    """A run that was evaluated with both methods."""
+    out = tmp_path_factory.mktemp("complete") / "run"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("features", "evaluation"))
+    assert run("semi", out, *SMALL) == DONE
+    return out
+
+
+def test_what_it_writes(complete, images):
+    found = report(complete)
     columns = ["5 % linear", "5 % finetune", "25 % linear", "25 % finetune"]
     for network in found["networks"].values():
         assert list(network) == ["parameters", "macs", *columns]
@@ -70,26 +80,39 @@ def test_what_it_writes(trained, images, capsys):
     labels = open_images(str(images), "train").labels
     for percent, per_class in (("5", 2), ("25", 10)):
         subset = found["subsets"][f"{percent} %"]
-        text = (trained / "evaluation" / subset["file"]).read_text()
+        text = (complete / "evaluation" / subset["file"]).read_text()
         assert hashlib.sha256(text.encode()).hexdigest() == subset["sha256"]
         indices = [int(line) for line in text.splitlines()]
         assert labels[indices].bincount().tolist() == [per_class, per_class] and len(indices) == subset["images"]
-    assert "| c16-d2121 |" in (trained / "evaluation" / "semi.md").read_text()
-    assert (trained / "evaluation" / "semi.png").stat().st_size > 1000
-    assert run("semi", trained, *SMALL) == DONE
-    assert report(trained) == found
+    assert "| c16-d2121 |" in (complete / "evaluation" / "semi.md").read_text()
+    assert (complete / "evaluation" / "semi.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("method", ["linear", "finetune"])
-def test_a_method_alone_gives_what_it_gives_beside_the_other(trained, method):
-    assert run("semi", trained, *SMALL) == DONE
-    both = report(trained)["networks"]
-    shutil.rmtree(trained / "evaluation")
-    assert run("semi", trained, *SMALL, "--methods", method) == DONE
+def test_a_second_call_trains_nothing(complete, monkeypatch):
+    before = report(complete)
+
+    def refuse(*_):
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr(SupervisedTraining, "train_step", refuse)
+    monkeypatch.setattr(ClassifierTraining, "train_step", refuse)
+    assert run("semi", complete, *SMALL) == DONE
+    assert report(complete) == before
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(500, 250), (5000, 250), (128_117, 255), (80, 80), (512, 256), (257, 256)]
+)
+def test_batches_leave_out_few_images(images, batch):
+    assert fitting_batch(256, images) == batch
+
+
+def test_a_method_alone_gives_what_it_gives_beside_the_other(trained, complete):
+    assert run("semi", trained, *SMALL, "--methods", "linear") == DONE
     for name, network in report(trained)["networks"].items():
         columns = {column for column in network if "%" in column}
-        assert columns == {f"5 % {method}", f"25 % {method}"}
-        assert all(network[column] == both[name][column] for column in columns)
+        assert columns == {"5 % linear", "25 % linear"}
+        assert all(network[column] == report(complete)["networks"][name][column] for column in columns)
 
 
 def test_all_labels_are_learned(trained):
@@ -121,10 +144,8 @@ def test_a_network_outside_the_run_cannot_be_cut_out(finished):
         family.cut(family.encoder.subnet("c32-d1111"))
 
 
-def test_stopped_while_fine_tuning_and_resumed(trained, tmp_path, monkeypatch, capsys):
-    other = shutil.copytree(trained, tmp_path / "other")
+def test_stopped_while_fine_tuning_and_resumed(trained, complete, monkeypatch, capsys):
     command = (*SMALL, "--methods", "finetune")
-    assert run("semi", other, *command) == DONE
     train_step, steps = SupervisedTraining.train_step, []
 
     def interrupting(self, batch):
@@ -138,8 +159,11 @@ def test_stopped_while_fine_tuning_and_resumed(trained, tmp_path, monkeypatch, c
     assert run("semi", trained, *command) == FAILED
     assert "the same command goes on from there" in capsys.readouterr().out
     assert run("semi", trained, *command) == DONE
-    assert len(steps) == len(set(steps[:9])) + len(set(steps[9:])) == 3 * (3 + 3), "each step of each network once"
-    assert report(trained) == report(other)
+    five, quarter = steps[:9], steps[9:]  # percent: 4 images, 1 step an epoch; 20 images, 2 steps of 10
+    assert (len(five), len(set(five))) == (9, 9) and (len(quarter), len(set(quarter))) == (18, 18)
+    for name, network in report(trained)["networks"].items():
+        for column in ("5 % finetune", "25 % finetune"):
+            assert network[column] == report(complete)["networks"][name][column]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class ClassifierOptions(EvaluationOptions):
     """classifier"""
 
     epochs: int = option(80, "passes over the images")
-    batch_size: int = option(256, "images per step; fewer if there are fewer")
+    batch_size: int = option(256, "images per step, at most")
     lr: float = option(0.2, "learning rate for 256 images; the peak is lr * batch_size / 256, then a cosine to 0")
     momentum: float = option(0.9, "SGD momentum")
     seed: int = option(0, "seed of the classifiers' weights, of order and augmentation")

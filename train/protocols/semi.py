@@ -7,7 +7,7 @@ evaluation), and fine-tuning of each network alone (0.001 for the network, 0.02 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
 from .. import atomic, fingerprint, loop, supervised
-from ..classifiers import Batch, Classifiers, ClassifierTraining, evaluate, kept_batches
+from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
 from ..config import option
 from ..data import augment
 from ..data.balanced import SEED, as_text, balanced_subset, checksum
@@ -82,16 +82,27 @@ class SemiOptions(ClassifierOptions):
             raise InputError(f"--methods are of {', '.join(METHODS)}, not {self.methods!r}")
         return [name for name in METHODS if name in given]
 
+    def recipe(self, images: int) -> Recipe:
+        """Of a linear classifier for this many images."""
+        return replace(super().recipe(images), batch_size=fitting_batch(self.batch_size, images))
+
     def finetuning(self, images: int) -> supervised.Recipe:
         """For this many images."""
         return supervised.Recipe(
             self.finetune_epochs,
-            min(self.batch_size, images),
+            fitting_batch(self.batch_size, images),
             self.finetune_lr,
             self.finetune_head_lr,
             self.momentum,
             seed=self.seed,
         )
+
+
+def fitting_batch(largest: int, images: int) -> int:
+    """A batch size of at most `largest` that leaves out few images of an epoch: of 500 with 256 there would be 244."""
+    whole = min(largest, images)
+    even = images // -(-images // whole)
+    return min((whole, even), key=lambda size: images % size)
 
 
 def plan_semi(out: Path, options: SemiOptions) -> Plan:
@@ -129,7 +140,12 @@ def evaluate_semi(out: Path, options: SemiOptions) -> Report:
     for percent, indices in chosen.items():
         file = f"semi-{percent:g}-percent.txt"
         atomic.write_text(out / FOLDER / file, as_text(indices))
-        subsets[f"{percent:g} %"] = {"images": len(indices), "file": file, "sha256": checksum(indices)}
+        subsets[f"{percent:g} %"] = {
+            "images": len(indices),
+            "batch_size": fitting_batch(options.batch_size, len(indices)),
+            "file": file,
+            "sha256": checksum(indices),
+        }
     networks: dict[str, dict[str, Any]] = {name: dict(costs) for name, costs in subject.networks.items()}
     found: dict[str, dict[str, Any]] = {}
     if "linear" in methods:
