@@ -67,20 +67,30 @@ def kept(
         batch: rows that `compute` gives at once; the last may be fewer.
         compute: given names and the row to begin at, yields their features [<= batch, F], batch by batch.
 
-    Raises InputError if there is not room for them.
+    Raises InputError if there is not room for them, or if a file is damaged.
     """
     missing = [name for name, path in files.items() if not path.exists()]
     if missing:
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         _compute_missing({name: files[name] for name in missing}, shapes, batch, compute)
-    # copy on write: torch wants memory that it may write to, and the files must not change
-    return {name: torch.from_numpy(np.load(path, mmap_mode="c")) for name, path in files.items()}
+    return {name: _open(path, shapes[name]) for name, path in files.items()}
 
 
 def kept_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
     """What `kept` needs on disk."""
     return sum(rows * columns * FLOAT for rows, columns in shapes.values())
+
+
+def _open(path: Path, shape: tuple[int, int]) -> Tensor:
+    try:
+        # copy on write: torch wants memory that it may write to, and the file must not change
+        features = np.load(path, mmap_mode="c")
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it to have it computed anew") from error
+    if features.shape != shape or features.dtype != np.float32:
+        raise InputError(f"{path} is not of float32 {list(shape)}: delete it to have it computed anew")
+    return torch.from_numpy(features)
 
 
 def _compute_missing(

@@ -164,6 +164,18 @@ def test_features_go_on_after_the_last_whole_batch(tmp_path, cut):
     assert starts[2:] == [(["b"], 0)]
 
 
+@pytest.mark.parametrize("damage", [b"", b"no array", None])
+def test_damaged_features_are_named(tmp_path, damage):
+    files, shapes = {"a": tmp_path / "a.npy"}, {"a": (4, 3)}
+    features.kept(files, shapes, 4, lambda *_: [{"a": torch.randn(4, 3)}])
+    files["a"].write_bytes(files["a"].read_bytes()[:-1] if damage is None else damage)
+    with pytest.raises(InputError, match="a.npy is damaged.*delete it"):
+        features.kept(files, shapes, 4, lambda *_: [])
+    with pytest.raises(InputError, match="not of float32"):
+        np.save(files["a"], np.zeros((4, 3)))
+        features.kept(files, shapes, 4, lambda *_: [])
+
+
 def test_no_room_for_features_is_said_before_they_are_computed(tmp_path):
     with pytest.raises(InputError, match="make room"):
         features.kept({"a": tmp_path / "a.npy"}, {"a": (10**12, 10**6)}, 4, lambda *_: [])
