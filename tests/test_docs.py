@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dspnet_fast.models import build, family
+from train import evaluate, finetune
 from train.cli import to_config
 from train.config import PretrainConfig
 from train.pretrain import make_parser
@@ -24,6 +25,36 @@ def test_recipe_describes_a_family_that_can_be_built(recipe):
         build(config.network, made.full, config.stem)
     assert recipe.stem.startswith("byol_" if len(made) == 1 else "dspnet_")
     assert recipe.stem.endswith(f"_{config.epochs}e")
+
+
+PLANS = [
+    ("evaluate", "linear", "dspnet_mobilenet-v3_imagenet_300e", "evaluate/linear_imagenet_80e"),
+    ("evaluate", "semi", "dspnet_resnet_imagenet_300e", "evaluate/semi_imagenet_50e"),
+    ("finetune", "--from", "dspnet_mobilenet-v3_imagenet_300e", "finetune/slimmable_mobilenet-v3_imagenet_300e"),
+    ("finetune", "--from", "none", "finetune/slimmable_mobilenet-v3_imagenet_300e"),
+]
+
+
+@pytest.mark.parametrize(("command", "protocol", "start", "recipe"), PLANS)
+def test_recipe_of_an_evaluation_can_be_counted_without_run_and_images(
+    command, protocol, start, recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)  # where no folder is called imagenet
+    start = start if start == "none" else str(ROOT / "recipes" / f"{start}.yaml")
+    main = {"evaluate": evaluate.main, "finetune": finetune.main}[command]
+    with pytest.raises(SystemExit) as end:
+        main([protocol, start, "--config", str(ROOT / "recipes" / f"{recipe}.yaml"), "--dry-run"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "1,281,167 to train on, 50,000 to test, 1,000 classes of imagenet, as published" in shown
+    assert "together" in shown and not list(tmp_path.iterdir())
+
+
+def test_every_recipe_of_an_evaluation_is_counted():
+    folders = {
+        path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in (ROOT / "recipes").rglob("*/*.yaml")
+    }
+    assert folders == {recipe for *_, recipe in PLANS}
 
 
 def test_the_layers_page_runs(policy):  # which puts back what the page sets
@@ -46,9 +77,9 @@ def test_links_and_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_exist(page):
-    known = {option for action in make_parser()._actions for option in action.option_strings}
-    known |= {"--json", "--baselines", "--dn", "--references", "--k", "--backends", "--shards"}  # of the other commands
-    known |= {"--onnx", "--switchable", "--threads", "--dry-run"}  # of train.export
+    parsers = (make_parser(), finetune.make_parser(), *evaluate.make_parsers().values())
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # of the other commands
     known |= {"--no-build-isolation", "--inplace", "--benchmark-only", "--quick"}  # of pip, pytest and others
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
         assert option in known, option

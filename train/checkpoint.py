@@ -41,6 +41,12 @@ def latest(folder: Path) -> Path | None:
     return files[-1][1] if files else None
 
 
+def latest_step(folder: Path) -> int:
+    """The step of the newest checkpoint of a folder, 0 if it has none."""
+    files = _files(folder)
+    return files[-1][0] if files else 0
+
+
 def newest_of_run(out: Path) -> Path:
     """The newest checkpoint of a run directory; InputError if there is none."""
     path = latest(out / "checkpoints")

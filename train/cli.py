@@ -14,7 +14,7 @@ from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 
 from dspnet_fast.errors import InputError
 
-from .config import flag
+from .config import flag, key
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -60,7 +60,7 @@ def add_options(made: ArgumentParser, config: type) -> None:
 
 def to_config(config: type, namespace: Namespace) -> Any:
     """The dataclass with the parsed values."""
-    return config(**{f.name: namespace[f.name] for f in fields(config)})
+    return config(**{f.name: namespace[key(f.name)] for f in fields(config)})
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:

@@ -79,10 +79,23 @@ class ExecutionOptions:
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
-    """Configuration of `train.pretrain`. Defaults are the paper's recipe where it states one (docs/algorithm.md)."""
+class RunConfig:
+    """run directory"""
 
-    out: str = option("", "run directory: configuration, metrics, checkpoints and exported networks", changeable=True)
+    out: str = option("", "folder for configuration, metrics, checkpoints and results", changeable=True)
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """Names of the options that differ and would make a resumed run another one."""
+        return [
+            f.name
+            for f in fields(self)
+            if not f.metadata["changeable"] and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
+    """Configuration of `train.pretrain`. Defaults are the paper's recipe where it states one (docs/algorithm.md)."""
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run can have."""
@@ -112,15 +125,12 @@ class PretrainConfig(ExecutionOptions, OptimizationOptions, FamilyOptions, DataO
         if not self.names():
             raise InputError("--dns names no network: give for example --dns w0.50,w0.75,w1.00")
 
-    def differences(self, other: PretrainConfig) -> list[str]:
-        """Names of the options that differ and would make a resumed run another one."""
-        return [
-            f.name
-            for f in fields(self)
-            if not f.metadata["changeable"] and getattr(self, f.name) != getattr(other, f.name)
-        ]
+
+def key(name: str) -> str:
+    """The name of an option in YAML files: of a field that is a word of Python's, such as `from_`, without the _."""
+    return name.rstrip("_")
 
 
 def flag(name: str) -> str:
     """The command line's spelling of an option."""
-    return "--" + name.replace("_", "-")
+    return "--" + key(name).replace("_", "-")

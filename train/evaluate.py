@@ -1,162 +1,75 @@
-"""`python -m train.evaluate knn`: how good the representation of every network of a pretrained family is."""
+"""`python -m train.evaluate`: how good the representation of every network of a pretrained family is."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from dspnet_fast.errors import InputError
 
-from dspnet_fast.cost import mac_count, parameter_count
-from dspnet_fast.slim import slim
-
-from . import atomic, cli
-from .config import Workers, option
-from .data.images import ImageSet, Subset, require_labels
-from .data.loader import evaluation_batches
-from .data.sets import open_images
-from .device import choose_device
-from .features import extract
-from .knn import knn
-from .plots import accuracy_over_macs
-from .progress import Monitor
-from .trained import BATCH, TrainedFamily
+from . import cli
+from .protocols import knn, linear, semi
+from .protocols.common import EvaluationOptions, Plan
+from .results import Report
 
 DESCRIPTION = """\
-Evaluate every desired network of a run. Writes OUT/evaluation/knn.json, knn.md and knn.png."""
-EXAMPLE = """\
-  python -m train.evaluate knn runs/first --baselines"""
+Evaluate every desired network of a run of train.pretrain. Each protocol writes its results to OUT/evaluation/, as
+JSON, as Markdown and as a figure, and prints them."""
 
 
-LARGEST_RAW = 64  # pixels; small images are compared as they are, large ones reduced to this or to the run's size
+class Protocol(NamedTuple):
+    """One way of evaluating."""
+
+    help: str
+    description: str
+    example: str
+    options: type[EvaluationOptions]
+    plan: Callable[[Path, Any], Plan]
+    evaluate: Callable[[Path, Any], Report]
+    publish: Callable[[Path, Report], None]
 
 
-@dataclass(kw_only=True)
-class KnnOptions:
-    """Options of `train.evaluate knn`."""
-
-    data: str | None = option(None, "set of images with labels [the one that the run was pretrained on]")
-    references: int | None = option(None, "training images whose labels vote, drawn at random [all]")
-    k: int = option(20, "neighbours that vote")
-    baselines: bool = option(False, "also evaluate the networks before training, and the raw pixels")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none")
-    device: str = option("auto", "auto, cpu or cuda")
-
-
-def evaluate_knn(out: Path, options: KnnOptions) -> dict[str, Any]:
-    """Post-statistics for all subnets in one pass over the references, then kNN for each; returns what knn.json holds.
-
-    Raises InputError if the run or the images cannot be used.
-    """
-    device = choose_device(options.device)
-    trained = TrainedFamily(out, device)
-    data = options.data or trained.config.data
-    references = open_images(data, "train")
-    if options.references is not None:
-        references = Subset.random(references, options.references, seed=0)
-    queries = open_images(data, "test")
-    train_labels, test_labels = require_labels(references), require_labels(queries)
-
-    def score(train: Tensor, test: Tensor) -> dict[str, float]:
-        classes = len(references.classes)
-        return asdict(knn(train, train_labels, test, test_labels, num_classes=classes, k=options.k))
-
-    def score_family(family: TrainedFamily, what: str) -> dict[str, dict[str, float]]:
-        subnets = list(family.family)
-        family.measure(subnets, references, data, options.workers)
-        train = extract(family.encoder, subnets, family.batches(references, f"{what}references", options.workers))
-        test = extract(family.encoder, subnets, family.batches(queries, f"{what}queries", options.workers))
-        return {name: score(train[name], test[name]) for name in train}
-
-    pretrained = score_family(trained, "")
-    untrained = score_family(TrainedFamily(out, device, untrained=True), "untrained ") if options.baselines else {}
-    networks = {}
-    for subnet in trained.family:
-        network = slim(trained.encoder, subnet)
-        networks[subnet.name] = {
-            "parameters": parameter_count(network),
-            "macs": mac_count(network, trained.config.image_size),
-            "pretrained": pretrained[subnet.name],
-            **({"untrained": untrained[subnet.name]} if untrained else {}),
-        }
-    report: dict[str, Any] = {
-        "protocol": "knn",
-        "k": options.k,
-        "data": data,
-        "references": len(references),
-        "queries": len(queries),
-        "step": trained.step,
-        "networks": networks,
-    }
-    if options.baselines:
-        size = max(trained.config.image_size, min(*references.load(0).size, LARGEST_RAW))
-        pixels = [_pixels(images, size, options.workers) for images in (references, queries)]
-        report["raw_pixels"] = {"size": size, **score(*pixels)}
-    return report
+PROTOCOLS = {
+    "knn": Protocol(
+        "nearest neighbours' votes, nothing trained",
+        knn.DESCRIPTION,
+        knn.EXAMPLE,
+        knn.KnnOptions,
+        knn.plan_knn,
+        knn.evaluate_knn,
+        knn.publish_knn,
+    ),
+    "linear": Protocol(
+        "a linear classifier on each network's frozen representation",
+        linear.DESCRIPTION,
+        linear.EXAMPLE,
+        linear.LinearOptions,
+        linear.plan_linear,
+        linear.evaluate_linear,
+        linear.publish_linear,
+    ),
+    "semi": Protocol(
+        "the labels of 1 and 10 percent of the images: linear classifiers and fine-tuning",
+        semi.DESCRIPTION,
+        semi.EXAMPLE,
+        semi.SemiOptions,
+        semi.plan_semi,
+        semi.evaluate_semi,
+        semi.publish_semi,
+    ),
+}
 
 
-def _pixels(images: ImageSet, image_size: int, workers: Workers) -> Tensor:
-    """The evaluation views themselves as features, float32 [N, C * S * S] from 0 to 1."""
-    batches = evaluation_batches(images, range(len(images)), image_size, BATCH, workers)
-    with Monitor("raw pixels", -(-len(images) // BATCH)) as monitor:
-        rows = []
-        for batch in batches:
-            rows.append(batch.flatten(1).float() / 255)
-            monitor.advance()
-    return torch.cat(rows)
-
-
-def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the report's table."""
-    baselines = "raw_pixels" in report
-    heading = ["network", "params", "MACs", *(["untrained"] if baselines else []), "pretrained", "weighted"]
-    cells = []
-    for name, network in report["networks"].items():
-        untrained = [_percent(network["untrained"])] if baselines else []
-        scores = [_percent(network["pretrained"]), f"{network['pretrained']['weighted']:.1%}"]
-        cells.append([name, f"{network['parameters']:,}", f"{network['macs'] / 1e6:,.1f} M", *untrained, *scores])
-    if baselines:
-        pixels = report["raw_pixels"]
-        name = f"raw pixels {pixels['size']}x{pixels['size']}"
-        cells.append([name, "", "", "", _percent(pixels), f"{pixels['weighted']:.1%}"])
-    return heading, cells
-
-
-def _percent(result: dict[str, float]) -> str:
-    return f"{result['majority']:.1%} ± {result['interval']:.1%}"
-
-
-def _title(report: dict[str, Any]) -> str:
-    return (
-        f"kNN accuracy on {report['data']}, K = {report['k']}, cosine, majority or weighted: {report['queries']:,} "
-        f"test images, {report['references']:,} references, after {report['step']:,} steps"
-    )
-
-
-def _markdown(report: dict[str, Any]) -> str:
-    heading, cells = rows(report)
-    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *cells]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{_title(report)}. ± is half the 95 % interval.\n\n{table}\n"
-
-
-def _print(report: dict[str, Any]) -> None:
-    heading, cells = rows(report)
-    table = Table(
-        box=SIMPLE, pad_edge=False, caption=f"{_title(report)}. ± is half the 95 % interval.", caption_justify="left"
-    )
-    for index, name in enumerate(heading):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    Console().print(table)
+def make_parsers() -> dict[str, cli.ArgumentParser]:
+    """All options of every protocol."""
+    parsers = {}
+    for name, protocol in PROTOCOLS.items():
+        parsers[name] = cli.parser(f"evaluate {name}", protocol.description, protocol.example)
+        parsers[name].add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
+        cli.add_config_file(parsers[name])
+        cli.add_options(parsers[name], protocol.options)
+    return parsers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,20 +78,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("evaluate", DESCRIPTION, EXAMPLE)
-    protocols = parser.add_subcommands(dest="protocol")
-    knn_parser = cli.parser("evaluate knn", evaluate_knn.__doc__ or "", EXAMPLE)
-    knn_parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
-    cli.add_options(knn_parser, KnnOptions)
-    protocols.add_subcommand("knn", knn_parser, help="nearest neighbours' votes, nothing trained")
-    options = parser.parse_args(argv).knn
-    report = evaluate_knn(options.out, cli.to_config(KnnOptions, options))
-    folder = options.out / "evaluation"
-    atomic.write_text(folder / "knn.json", json.dumps(report, indent=2) + "\n")
-    atomic.write_text(folder / "knn.md", _markdown(report))
-    accuracy_over_macs(report, folder / "knn.png")
-    _print(report)
-    print(f"{folder}/knn.json, knn.md, knn.png")
+    examples = "\n".join(protocol.example.splitlines()[0] for protocol in PROTOCOLS.values())
+    parser = cli.parser("evaluate", DESCRIPTION, examples)
+    commands = parser.add_subcommands(dest="protocol")
+    for name, made in make_parsers().items():
+        commands.add_subcommand(name, made, help=PROTOCOLS[name].help)
+    parsed = parser.parse_args(argv)
+    protocol = PROTOCOLS[parsed.protocol]
+    given = parsed[parsed.protocol]
+    options = cli.to_config(protocol.options, given)
+    out: Path = given.out
+    if options.dry_run:
+        protocol.plan(out, options).show()
+        return
+    if out.is_file():
+        raise InputError(f"{out} is a file: give the run directory of train.pretrain, or add --dry-run")
+    try:
+        report = protocol.evaluate(out, options)
+    except KeyboardInterrupt:
+        print("what was computed is kept: the same command goes on from there", flush=True)
+        raise
+    protocol.publish(out, report)
 
 
 if __name__ == "__main__":

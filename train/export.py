@@ -39,7 +39,6 @@ With --onnx also model.onnx, with --switchable one file of all networks that swi
 EXAMPLE = """\
   python -m train.export runs/first --dn w0.50
   python -m train.export runs/first --onnx --switchable"""
-STATISTICS_IMAGES = 10_000
 VERIFICATION_IMAGES = 8
 SWITCHABLE = "switchable.safetensors"
 
@@ -84,13 +83,12 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     Raises InputError if the run or a name cannot be used, RuntimeError if ONNX does not compute the same.
     """
     options = options or ExportOptions()
-    subnets = wanted_subnets(out, read_config(out), dns, options.switchable)
+    subnets = wanted_subnets(out, read_config(out, PretrainConfig), dns, options.switchable)
     trained = TrainedFamily(out, torch.device("cpu"))
     config = trained.config
     missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
     if missing:
-        images = open_images(config.data, "train")
-        trained.measure(missing, Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0), config.data)
+        trained.measure(missing, open_images(config.data, "train"), config.data)
     sources = trained.recall(subnets)
     examples = _examples(trained) if options.onnx else None
     written = []
@@ -159,7 +157,7 @@ def _measured(
 
 def plan(out: Path, dns: Sequence[str], options: ExportOptions) -> None:
     """Show what `export` would write, from the configuration alone; InputError where it would fail for want of it."""
-    config = read_config(out)
+    config = read_config(out, PretrainConfig)
     checkpoint.newest_of_run(out)
     open_images(config.data, "train")
     table = Table(box=SIMPLE, pad_edge=False)

@@ -1,32 +1,141 @@
-"""Representations of images by every subnet of an encoder."""
+"""Representations of images by every subnet of an encoder, and the files that they are kept in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dspnet_fast.errors import InputError
 from dspnet_fast.nn import activate
 from dspnet_fast.subnets import Subnet
 
+from . import atomic
+
+FLOAT = 4  # bytes
+
 
 @torch.no_grad()
-def extract(encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Features of every image by every subnet, each image read once.
+def representations(
+    encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Features [B, F] in float32, by subnet, of each batch of images [B, 3, H, W]; all on the encoder's device.
 
-    Args:
-        encoder: a slimmable encoder with post-statistics of all `subnets`; left in evaluation mode.
-        batches: images [B, 3, H, W] on the encoder's device.
-
-    Returns:
-        Features [N, F] on the CPU in float32, by subnet.
+    The encoder must have post-statistics of all `subnets`; it is left in evaluation mode.
     """
     encoder.eval()
     subnets = list(subnets)
-    features: dict[str, list[Tensor]] = {subnet.name: [] for subnet in subnets}
     for images in batches:
+        features = {}
         for subnet in subnets:
             with activate(encoder, subnet):
-                features[subnet.name].append(encoder(images).float().cpu())
-    return {name: torch.cat(parts) for name, parts in features.items()}
+                features[subnet.name] = encoder(images).float()
+        yield features
+
+
+def extract(encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Features of every image by every subnet, each image read once: [N, F] on the CPU in float32, by subnet."""
+    parts: dict[str, list[Tensor]] = {}
+    for features in representations(encoder, subnets, batches):
+        for name, rows in features.items():
+            parts.setdefault(name, []).append(rows.cpu())
+    return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def kept(
+    files: Mapping[str, Path],
+    shapes: Mapping[str, tuple[int, int]],
+    batch: int,
+    compute: Callable[[list[str], int], Iterable[Mapping[str, Tensor]]],
+) -> dict[str, Tensor]:
+    """Features from files, after computing those that are not there.
+
+    Each is an ordinary .npy file of float32, read through the page cache. While it grows it is called `.partial`: what
+    is in it survives an interruption, and the next call goes on after its last whole batch.
+
+    Args:
+        files: of each network; a name must stand for exactly these features.
+        shapes: (images, features) of each network.
+        batch: rows that `compute` gives at once; the last may be fewer.
+        compute: given names and the row to begin at, yields their features [<= batch, F], batch by batch.
+
+    Raises InputError if there is not room for them, or if a file is damaged.
+    """
+    missing = [name for name, path in files.items() if not path.exists()]
+    if missing:
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        _compute_missing({name: files[name] for name in missing}, shapes, batch, compute)
+    return {name: _open(path, shapes[name]) for name, path in files.items()}
+
+
+def kept_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """What `kept` needs on disk."""
+    return sum(rows * columns * FLOAT for rows, columns in shapes.values())
+
+
+def _open(path: Path, shape: tuple[int, int]) -> Tensor:
+    try:
+        # copy on write: torch wants memory that it may write to, and the file must not change
+        features = np.load(path, mmap_mode="c")
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it to have it computed anew") from error
+    if features.shape != shape or features.dtype != np.float32:
+        raise InputError(f"{path} is not of float32 {list(shape)}: delete it to have it computed anew")
+    return torch.from_numpy(features)
+
+
+def _compute_missing(
+    files: Mapping[str, Path],
+    shapes: Mapping[str, tuple[int, int]],
+    batch: int,
+    compute: Callable[[list[str], int], Iterable[Mapping[str, Tensor]]],
+) -> None:
+    partial = {name: path.with_suffix(".partial") for name, path in files.items()}
+    headers = {name: _header(shapes[name]) for name in files}
+    done = min(_whole_rows(partial[name], len(headers[name]), shapes[name]) for name in files) // batch * batch
+    folder = next(iter(files.values())).parent
+    needed, free = kept_bytes({name: shapes[name] for name in files}), shutil.disk_usage(folder).free
+    there = sum(path.stat().st_size for path in partial.values() if path.exists())
+    if needed > free + there:
+        raise InputError(
+            f"the features take {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB left: make room, or let "
+            "it be a link to a larger disk"
+        )
+    with ExitStack() as stack:
+        open_files = {}
+        for name, path in partial.items():
+            # unbuffered: what is written is in the file even if the process is killed
+            file = stack.enter_context(open(path, "r+b" if path.exists() else "w+b", buffering=0))
+            file.truncate(len(headers[name]) + done * shapes[name][1] * FLOAT if done else 0)
+            file.seek(0, os.SEEK_END)
+            if not done:
+                file.write(headers[name])
+            open_files[name] = file
+        for features in compute(list(files), done):
+            for name, file in open_files.items():
+                rows = features[name].cpu().contiguous().numpy()
+                if file.write(rows.data) != rows.nbytes:
+                    raise OSError(errno.ENOSPC, f"the disk is full: cannot write to {partial[name]}")
+    for name, path in partial.items():
+        atomic.sync(path)
+        os.replace(path, files[name])
+    atomic.sync(folder)
+
+
+def _header(shape: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def _whole_rows(path: Path, header: int, shape: tuple[int, int]) -> int:
+    return max(0, path.stat().st_size - header) // (shape[1] * FLOAT) if path.exists() else 0

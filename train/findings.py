@@ -95,7 +95,7 @@ class Run:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.config: PretrainConfig = read_config(out)
+        self.config: PretrainConfig = read_config(out, PretrainConfig)
         self.family: Family = family(self.config.network, self.config.names())
         self.metrics = read_metrics(out)
         files = sorted((out / "evaluation").glob("*.json"))

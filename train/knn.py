@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from dspnet_fast.errors import InputError
 
+from .accuracy import interval95
+
 TEMPERATURE = 0.07  # Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
 
 
@@ -58,15 +60,6 @@ def knn(
         right += (winners == labels).sum(dim=1)
     majority, weighted = (right.double() / m).tolist()
     return KnnResult(majority, weighted, interval95(majority, m))
-
-
-def interval95(accuracy: float, n: int) -> float:
-    """Half the width of Wilson's 95 % interval of an accuracy (0 to 1) measured on n images.
-
-    Unlike the normal approximation it does not shrink to nothing at 0 and 1 (Wilson 1927; Brown, Cai & DasGupta 2001).
-    """
-    z = 1.959964
-    return z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
 
 
 def feature_std(features: torch.Tensor) -> float:

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-BLUE, GREY = "#2563a8", "#8a8f98"
+from .atomic import write_atomically
+
+COLOURS = ("#2563a8", "#8a8f98", "#c8551b", "#3b8a4b", "#7a4fa3", "#b0892b")
 
 
-def accuracy_over_macs(report: dict[str, Any], path: Path) -> None:
-    """Plot kNN accuracy with its 95 % interval over multiply-accumulates, one point for each network, as a PNG."""
+class Point(NamedTuple):
+    """A network: multiply-accumulates per image, accuracy and the half-width of its interval from 0 to 1."""
+
+    name: str
+    macs: float
+    accuracy: float
+    interval: float
+
+
+def accuracy_over_macs(
+    path: Path, label: str, series: Mapping[str, Sequence[Point]], lines: Mapping[str, float]
+) -> None:
+    """Plot accuracies with their 95 % intervals over multiply-accumulates as a PNG.
+
+    Args:
+        path: of the picture.
+        label: of the accuracies.
+        series: points by what they have in common; those of the first are named.
+        lines: accuracies that belong to no network, drawn across the figure.
+    """
     import matplotlib  # here: a second of import that training does not need
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    networks = sorted(report["networks"].items(), key=lambda item: item[1]["macs"])
-    macs = [network["macs"] / 1e6 for _, network in networks]
-    for state, colour in (("pretrained", BLUE), ("untrained", GREY)):
-        if state in networks[0][1]:
-            accuracies = [100 * network[state]["majority"] for _, network in networks]
-            errors = [100 * network[state]["interval"] for _, network in networks]
-            axes.errorbar(macs, accuracies, errors, color=colour, marker="o", capsize=3, label=state)
-    if "raw_pixels" in report:
-        axes.axhline(100 * report["raw_pixels"]["majority"], color=GREY, linestyle="--", label="raw pixels")
-    for (name, network), x in zip(networks, macs, strict=True):
-        point = (x, 100 * network["pretrained"]["majority"])
-        axes.annotate(name, point, textcoords="offset points", xytext=(6, 8), fontsize=9)
+    for index, (name, unsorted) in enumerate(series.items()):
+        points = sorted(unsorted, key=lambda point: point.macs)
+        macs = [point.macs / 1e6 for point in points]
+        accuracies, errors = ([100 * value for value in column] for column in list(zip(*points, strict=True))[2:])
+        colour = COLOURS[index % len(COLOURS)]
+        axes.errorbar(macs, accuracies, errors, color=colour, marker="o", capsize=3, label=name)
+        for point in points if index == 0 else ():
+            place = (point.macs / 1e6, 100 * point.accuracy)
+            axes.annotate(point.name, place, textcoords="offset points", xytext=(6, 8), fontsize=9)
+    for name, accuracy in lines.items():
+        axes.axhline(100 * accuracy, color=COLOURS[1], linestyle="--", label=name)
     axes.margins(x=0.18, y=0.15)
     axes.set_xlabel("multiply-accumulates per image, millions")
-    axes.set_ylabel(f"kNN accuracy on {report['data']}, %")
+    axes.set_ylabel(f"{label}, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     plt.close(figure)
-    os.replace(temporary, path)

@@ -25,7 +25,7 @@ from .interruption import Interruption
 from .probe import Probe
 from .process import settle_in
 from .progress import Monitor
-from .rundir import CONFIG, RunLog, open_run, read_bad_images, write_bad_images
+from .rundir import RunLog, open_run, read_bad_images, with_own_config, write_bad_images
 from .trainer import Trainer
 
 DESCRIPTION = """\
@@ -220,27 +220,13 @@ def make_parser() -> cli.ArgumentParser:
     return parser
 
 
-def _with_own_config(argv: Sequence[str]) -> list[str]:
-    """A resumed run starts from its own configuration; what else the command line says comes after it."""
-    arguments = list(argv)
-    if "--resume" not in arguments:
-        return arguments
-    for index, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--out":
-            out = value or "".join(arguments[index + 1 : index + 2])
-            if (Path(out) / CONFIG).is_file():
-                return ["--config", str(Path(out) / CONFIG), *arguments]
-    return arguments
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     cli.run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> None:
-    options = make_parser().parse_args(_with_own_config(argv))
+    options = make_parser().parse_args(with_own_config(argv))
     config = cli.to_config(PretrainConfig, options)
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")

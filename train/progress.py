@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,6 +50,16 @@ class Monitor:
     def __exit__(self, *exception: object) -> None:
         if self._live:
             self._live.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the screen to another monitor; the time does not count."""
+        if self._live:
+            self._live.stop()
+        yield
+        if self._live:
+            self._live.start()
+        self.restart()
 
     def advance(self) -> None:
         """One more step is done."""

@@ -12,34 +12,59 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from dspnet_fast.errors import InputError
 
 from . import atomic
-from .config import PretrainConfig, flag
+from .config import RunConfig, flag, key
 
 CONFIG = "config.yaml"
 BAD_IMAGES = "bad_images.json"
+Config = TypeVar("Config", bound=RunConfig)
 
 
-def read_config(out: Path) -> PretrainConfig:
-    """The configuration of the run in `out`; InputError if there is none or it does not fit this version."""
-    path = out / CONFIG
-    if not path.is_file():
+def read_config(out: Path, kind: type[Config]) -> Config:
+    """The configuration of the run in `out`; InputError if there is none or it is not of this version or kind."""
+    if not (out / CONFIG).is_file():
         raise InputError(f"{out} holds no run: there is no {CONFIG} in it")
+    return read_recipe(out / CONFIG, kind)
+
+
+def read_recipe(path: Path, kind: type[Config]) -> Config:
+    """The configuration in a YAML file; InputError if there is none or it is not of this version or kind."""
     try:
-        # runs from before there was a choice have torchvision's views
-        return PretrainConfig(**{"data_backend": "torchvision", **yaml.safe_load(path.read_text())})
+        options = yaml.safe_load(path.read_text())
+        names = {key(f.name): f.name for f in fields(kind)}
+        if "data_backend" in names:
+            options = {"data_backend": "torchvision", **options}  # what runs from before there was a choice have
+        return kind(**{names.get(name, name): value for name, value in options.items()})
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (TypeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not a configuration of this version: {error}") from error
 
 
-def open_run(config: PretrainConfig, resume: bool) -> Path:
+def with_own_config(argv: Sequence[str]) -> list[str]:
+    """A resumed run starts from its own configuration; what else the command line says comes after it."""
+    arguments = list(argv)
+    if "--resume" not in arguments:
+        return arguments
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--out":
+            out = value or "".join(arguments[index + 1 : index + 2])
+            if (Path(out) / CONFIG).is_file():
+                return ["--config", str(Path(out) / CONFIG), *arguments]
+    return arguments
+
+
+def open_run(config: RunConfig, resume: bool) -> Path:
     """Create the run directory, or check that the run in it is the one to resume.
 
     Raises InputError if `out` holds another run, or with `resume` none or one of another configuration.
@@ -49,7 +74,7 @@ def open_run(config: PretrainConfig, resume: bool) -> Path:
         raise InputError(f"--out {out} is a file: give a folder")
     holds_run = (out / CONFIG).exists()
     if resume:
-        different = read_config(out).differences(config)
+        different = read_config(out, type(config)).differences(config)
         if different:
             raise InputError(
                 f"the run in {out} has another {', '.join(flag(name) for name in different)}: "
@@ -59,7 +84,8 @@ def open_run(config: PretrainConfig, resume: bool) -> Path:
         raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     if not holds_run:
-        atomic.write_text(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+        options = {key(name): value for name, value in asdict(config).items()}
+        atomic.write_text(out / CONFIG, yaml.safe_dump(options, sort_keys=False))
     return out
 
 
@@ -91,8 +117,8 @@ class RunLog:
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             scalars = value if isinstance(value, dict) else {"": value}
-            for key, scalar in scalars.items():
-                self._tensorboard.add_scalar(f"{name}/{key}" if key else name, scalar, step)
+            for part, scalar in scalars.items():
+                self._tensorboard.add_scalar(f"{name}/{part}" if part else name, scalar, step)
 
     def close(self) -> None:
         """Flush everything to disk."""

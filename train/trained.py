@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import Network, build
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
 
-from . import atomic, checkpoint
+from . import atomic, checkpoint, fingerprint
 from .config import PretrainConfig
-from .data.images import ImageSet
+from .data.images import ImageSet, Subset
 from .data.loader import Workers, evaluation_batches, normalize
+from .features import kept, representations
 from .progress import Monitor
 from .rundir import read_config
 from .trainer import build_model
 
 BATCH = 256
 STATISTICS = "post_statistics.safetensors"
+STATISTICS_IMAGES = 10_000
+FEATURES = "features"
 
-Source = dict[str, Any]  # of statistics: step, data, images, size
+Source = dict[str, Any]  # of statistics: step, weights, data, images, size
+
+
+def evaluation_views(
+    images: ImageSet, image_size: int, device: torch.device, what: str, workers: Workers = "auto", start: int = 0
+) -> Iterator[Tensor]:
+    """Views without chance of all images, normalised, on the device, with progress called `what`.
+
+    They begin at image `start`, a multiple of BATCH.
+    """
+    loader = evaluation_batches(images, range(start, len(images)), image_size, BATCH, workers)
+    with Monitor(what, -(-len(images) // BATCH), start // BATCH) as monitor:
+        for batch in loader:
+            yield normalize(batch.to(device, non_blocking=True))
+            monitor.advance()
+            monitor.status(f"{monitor.done / monitor.steps:.0%}")
+
+
+def statistics_images(images: ImageSet) -> ImageSet:
+    """Those that post-statistics are measured on, drawn with a fixed seed, so that every command has the same."""
+    return Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
 
 
 class TrainedFamily:
@@ -42,7 +68,7 @@ class TrainedFamily:
     def __init__(self, out: Path, device: torch.device, untrained: bool = False) -> None:
         self.out = out
         self.device = device
-        self.config: PretrainConfig = read_config(out)
+        self.config: PretrainConfig = read_config(out, PretrainConfig)
         model = build_model(self.config)
         self.step = 0
         if not untrained:
@@ -52,29 +78,56 @@ class TrainedFamily:
         self.family: Family = model.family
         self.encoder = model.online.encoder.to(device).to(memory_format=torch.channels_last).eval()
 
-    def batches(self, images: ImageSet, what: str, workers: Workers = "auto") -> Iterator[Tensor]:
-        """Evaluation views of all images, normalised, on the device, with progress called `what`."""
-        loader = evaluation_batches(images, range(len(images)), self.config.image_size, BATCH, workers)
-        with Monitor(what, -(-len(images) // BATCH)) as monitor:
-            for batch in loader:
-                yield normalize(batch.to(self.device, non_blocking=True))
-                monitor.advance()
-                monitor.status(f"{monitor.done / monitor.steps:.0%}")
+    @cached_property
+    def weights(self) -> str:
+        """A digest of the encoder's parameters."""
+        return fingerprint.digest(*self.encoder.parameters())
 
-    def measure(self, subnets: Sequence[Subnet], images: ImageSet, data: str, workers: Workers = "auto") -> None:
-        """Measure the post-statistics of `subnets` on `images` of the set called `data`.
+    def cut(self, subnet: Subnet) -> Network:
+        """A slimmable network of its own, on the CPU, that has the weights of `subnet`; InputError if it is no part."""
+        if not subnet.within(self.family.full):
+            raise InputError(f"{subnet} is no part of {self.family.full}, the largest network of {self.out}")
+        with torch.random.fork_rng(devices=[]):
+            network = build(self.config.network, subnet, self.config.stem)
+        weights = dict(self.encoder.named_parameters())
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(weights[name][tuple(slice(size) for size in parameter.shape)])
+        return network
 
-        A trained family keeps them in the run directory.
+    def batches(self, images: ImageSet, what: str, workers: Workers = "auto", start: int = 0) -> Iterator[Tensor]:
+        """Evaluation views of the run's size on its device: see `evaluation_views`."""
+        return evaluation_views(images, self.config.image_size, self.device, what, workers, start)
+
+    def measure(
+        self, subnets: Sequence[Subnet], images: ImageSet, data: str, workers: Workers = "auto", what: str = ""
+    ) -> None:
+        """Give `subnets` post-statistics measured on 10,000 images (all if there are fewer) of the set called `data`.
+
+        A trained family keeps them in the run directory: those measured before on the same images are used again.
         """
-        post_statistics(self.encoder, subnets, self.batches(images, "statistics", workers))
+        drawn = statistics_images(images)
+        source = {
+            "step": self.step,
+            "weights": self.weights,
+            "data": data,
+            "images": len(drawn),
+            "files": fingerprint.of_images(drawn),
+            "size": self.config.image_size,
+        }
+        before = self.recall(subnets) if self.step else {}
+        missing = [subnet for subnet in subnets if before.get(subnet.name) != source]
+        if not missing:
+            return
+        post_statistics(self.encoder, missing, self.batches(drawn, f"{what}statistics", workers))
         if self.step == 0:
             return
         sources, tensors = self._kept()
-        source = {"step": self.step, "data": data, "images": len(images), "size": self.config.image_size}
-        sources |= {subnet.name: source for subnet in subnets}
+        sources |= {subnet.name: source for subnet in missing}
         tensors |= {
-            name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.encoder, subnets).items()
+            name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.encoder, missing).items()
         }
+        load_statistics(self.encoder, subnets, tensors)  # measuring some makes the encoder forget all others
         metadata = {"sources": json.dumps(sources)}
         atomic.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
 
@@ -85,12 +138,34 @@ class TrainedFamily:
         return {subnet.name: sources[subnet.name] for subnet in subnets if subnet.name in sources}
 
     def _kept(self) -> tuple[dict[str, Source], dict[str, Tensor]]:
-        """Statistics of this step in the run directory, and what each subnet's were measured on."""
+        """Statistics of these weights in the run directory, and what each subnet's were measured on."""
         try:
             with safe_open(self.out / STATISTICS, "pt") as file:
                 sources = json.loads(file.metadata()["sources"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return {}, {}  # none or damaged: they can be measured again
-        sources = {dn: source for dn, source in sources.items() if source["step"] == self.step}
+        sources = {dn: source for dn, source in sources.items() if source.get("weights") == self.weights}
         return sources, {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in sources}
+
+    def features(
+        self, subnets: Sequence[Subnet], images: ImageSet, what: str, workers: Workers = "auto"
+    ) -> dict[str, Tensor]:
+        """Features [N, F] in float32 of the evaluation views of all images, by subnet, on the CPU; called `what`.
+
+        They are kept in OUT/features, under what they depend on; computing them goes on where it was interrupted.
+        """
+        by_name = {subnet.name: subnet for subnet in subnets}
+        files_key = fingerprint.of_images(images)
+        files, shapes = {}, {}
+        for name, subnet in by_name.items():
+            statistics = [part for item in sorted(measured_statistics(self.encoder, [subnet]).items()) for part in item]
+            key = fingerprint.digest(self.weights, self.config.image_size, files_key, *statistics)
+            files[name] = self.out / FEATURES / f"{name}-{key}.npy"
+            shapes[name] = (len(images), subnet.channels[-1])
+
+        def compute(names: list[str], start: int) -> Iterable[dict[str, Tensor]]:
+            batches = self.batches(images, what, workers, start)
+            return representations(self.encoder, [by_name[name] for name in names], batches)
+
+        return kept(files, shapes, BATCH, compute)

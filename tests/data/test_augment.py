@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from dspnet_fast.errors import InputError
 from train.data import augment, vision
-from train.data.augment import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers
+from train.data.augment import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers, supervised
 from train.data.vision import evaluation_view
 
 NOTHING = ViewSpec(
@@ -69,6 +69,15 @@ def test_views_are_byols():
         assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
         assert (view.blur_kernel, view.blur_sigma, view.solarize_threshold) == (23, (0.1, 2.0), 128)
     assert byol(224, min_scale=0.3)[0].min_scale == 0.3
+
+
+def test_a_classifiers_view_is_crop_and_flip_alone():
+    view = supervised(224, min_scale=0.2)
+    assert (view.image_size, view.min_scale, view.flip_probability) == (224, 0.2, 0.5)
+    for uniform in numbers(0, 0, 0, views=50):
+        drawn = draw(view, uniform, 300, 400)
+        assert (drawn.jitter, drawn.grey, drawn.sigma, drawn.solarize) == ((), False, 0.0, False)
+        assert drawn.box == draw(byol(224, 0.2)[0], uniform, 300, 400).box
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(448, 45), (224, 23), (128, 13), (96, 9), (32, 3), (28, 1), (8, 1)])

@@ -12,9 +12,16 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data.augment import byol, draw, numbers
+from train.data.augment import byol, draw, numbers, supervised
 from train.data.bad import BadImages
-from train.data.loader import evaluation_batches, normalize, readable_views, two_view_batches, worker_count
+from train.data.loader import (
+    evaluation_batches,
+    normalize,
+    one_view_batches,
+    readable_views,
+    two_view_batches,
+    worker_count,
+)
 from train.data.order import EpochOrder, mix
 from train.data.vision import augment, evaluation_view
 
@@ -196,6 +203,16 @@ def test_first_views_then_second_views():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_one_view_of_each_image_in_the_orders_order(workers):
+    order, view = EpochOrder(10, 4, 3, 1), supervised(16)
+    found = list(one_view_batches(Drawn(), view, order, workers))
+    for items, batch in zip(order, found, strict=True):
+        for (epoch, i), pixels in zip(items, batch, strict=True):
+            (uniform,) = numbers(3, epoch, i, views=1)
+            assert torch.equal(pixels, augment(view, draw(view, uniform, 20, 20), Drawn().load(i)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_mixed_batches_are_rgb(workers):
     mixed, grey = (
         next(iter(two_view_batches(Drawn(4, colour), VIEWS, EpochOrder(4, 4, 3, 1), workers)))
@@ -247,6 +264,7 @@ class Broken(Drawn):
 def test_unreadable_images_raise_their_own_message(workers):
     for found in (
         two_view_batches(Broken(), VIEWS, EpochOrder(10, 5, 0, 1), workers),
+        one_view_batches(Broken(), supervised(16), EpochOrder(10, 5, 0, 1), workers),
         evaluation_batches(Broken(), range(10), 16, 4, workers),
     ):
         with pytest.raises(InputError) as caught:

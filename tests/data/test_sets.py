@@ -16,7 +16,7 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 from train.data import cifar10, fashion_mnist
 from train.data.images import require_labels
-from train.data.sets import data_folder, open_images
+from train.data.sets import SetSize, data_folder, open_images, size_of
 
 
 def draw(path: Path, value: int = 0, mode: str = "RGB", size: tuple[int, int] = (12, 10)) -> None:
@@ -408,6 +408,22 @@ def test_pickles_of_something_else_are_refused(tmp_path, content):
     (tmp_path / "batch").write_bytes(pickle.dumps(content, protocol=4))
     with pytest.raises(InputError, match="no batch of cifar10"):
         cifar10.read_batch(tmp_path / "batch")
+
+
+def test_size_is_counted_here_or_as_published(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert size_of("imagenet") == SetSize(1_281_167, 50_000, 1000)
+    assert size_of("cifar10") == SetSize(50_000, 10_000, 10), "nothing is downloaded to be counted"
+    for k in range(40):
+        draw(tmp_path / "imagenet" / "ab"[k % 2] / f"{k:02}.png")
+    assert size_of("imagenet") == SetSize(36, 4, 2, here=True)
+    draw(tmp_path / "flat" / "0.png")
+    for name in ("flat", "nowhere"):
+        with pytest.raises(InputError):
+            size_of(name)
+    (tmp_path / "broken" / "imagenet").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds no images"):
+        size_of("broken/imagenet")
 
 
 def test_data_folder(monkeypatch):

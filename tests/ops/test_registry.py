@@ -170,7 +170,10 @@ print(registry.get_policy())
         (None, ["native", "auto"]),
         ("", ["native", "auto"]),
         ("native", ["native", "native"]),
-        ("cudo", ["cudo", "no kernel provider is called 'cudo': use auto, any, native, cpp, triton, cuda, apex", "cudo"]),
+        (
+            "cudo",
+            ["cudo", "no kernel provider is called 'cudo': use auto, any, native, cpp, triton, cuda, apex", "cudo"],
+        ),
     ],
 )
 def test_environment_and_fast_kernels(run_python, variable, printed):

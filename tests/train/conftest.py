@@ -1,10 +1,19 @@
 """Small images and small runs."""
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dspnet_fast.models import build, family
+from dspnet_fast.statistics import post_statistics
 from train.config import PretrainConfig
+from train.data.images import Subset
+from train.data.loader import evaluation_batches, normalize
+from train.data.sets import data_folder, open_images
+from train.features import extract
 from train.pretrain import Pretraining
 
 SMALL_RUN = {
@@ -58,6 +67,42 @@ def finished(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     Pretraining(PretrainConfig(**{**SMALL_RUN, "data": str(images), "out": str(out)}), resume=False).run()
     return out
+
+
+@pytest.fixture
+def trained(finished, tmp_path):
+    """A copy of the finished run, to write into."""
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("features", "evaluation"))
+
+
+@pytest.fixture(scope="session")
+def real_features():
+    """Of CIFAR-10 where it is, by a family that was never trained; else Gaussian classes that overlap.
+
+    ({network: [N, F]}, labels [N]) for training and for testing.
+    """
+    dns = ["c8-d1111", "c16-d1111"]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if not (data_folder() / "cifar10").is_dir():
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 10, (5000,), generator=generator)
+        made = {}
+        for name, size in zip(dns, (64, 128)):
+            centres = torch.randn(10, size, generator=generator)
+            made[name] = (centres[labels] + 5 * torch.randn(5000, size, generator=generator)).float()
+        parts = (slice(3000), slice(3000, None))
+        return [({name: of[part] for name, of in made.items()}, labels[part]) for part in parts]
+    networks = family("resnet", dns)
+    encoder = build("resnet", networks.full, "small")
+    result = []
+    for split, count in (("train", 3000), ("test", 2000)):
+        images = Subset.random(open_images("cifar10", split), count, seed=0)
+        batches = [normalize(batch) for batch in evaluation_batches(images, range(count), 16, 256, 0)]
+        if split == "train":
+            post_statistics(encoder, networks, batches)
+        result.append((extract(encoder, networks, batches), images.labels))
+    return result
 
 
 @pytest.fixture

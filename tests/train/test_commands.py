@@ -201,7 +201,7 @@ def test_evaluate_knn(finished, images, capsys):
         }
     neighbours = KNeighborsClassifier(5, metric="cosine").fit(features["train"], sets["train"].labels)
     accuracy = neighbours.score(features["test"], sets["test"].labels)
-    assert report["networks"]["c8-d1121"]["pretrained"]["majority"] == pytest.approx(accuracy)
+    assert report["networks"]["c8-d1121"]["pretrained"]["majority"] == accuracy
 
 
 def test_evaluate_needs_labels(finished, tmp_path, capsys):

@@ -8,7 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from dspnet_fast.errors import InputError
-from train.knn import TEMPERATURE, effective_rank, feature_std, interval95, knn
+from train.accuracy import interval95
+from train.knn import TEMPERATURE, effective_rank, feature_std, knn
 
 
 def blobs(n: int, m: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64):
@@ -35,6 +36,15 @@ def test_equals_scikit_learn(k, classes, seed):
     found = knn(*data, num_classes=classes, k=k)
     assert found.majority == sklearn_accuracy(data, k, "uniform")
     assert found.weighted == sklearn_accuracy(data, k, lambda distances: np.exp((1 - distances) / TEMPERATURE))
+
+
+@pytest.mark.parametrize("network", ["c8-d1111", "c16-d1111"])
+def test_equals_scikit_learn_on_real_features(real_features, network):
+    (train, train_labels), (test, test_labels) = real_features
+    data = train[network].double(), train_labels, test[network].double(), test_labels
+    found = knn(*data, num_classes=10)
+    assert found.majority == sklearn_accuracy(data, 20, "uniform")
+    assert found.weighted == sklearn_accuracy(data, 20, lambda distances: np.exp((1 - distances) / TEMPERATURE))
 
 
 def test_majority_and_weighted_differ_where_they_should():

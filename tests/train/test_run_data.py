@@ -11,6 +11,7 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 from train import checkpoint, pretrain
+from train.config import PretrainConfig
 from train.data.shard import ShardOptions, write_set
 from train.pretrain import Meter, Pretraining, _main
 from train.rundir import BAD_IMAGES, read_bad_images, read_config
@@ -75,7 +76,7 @@ def test_runs_from_before_there_were_backends_are_torchvisions(small, tmp_path):
     options = yaml.safe_load(path.read_text())
     del options["data_backend"], options["max_bad_images"]
     path.write_text(yaml.safe_dump(options))
-    assert read_config(tmp_path / "run").data_backend == "torchvision"
+    assert read_config(tmp_path / "run", PretrainConfig).data_backend == "torchvision"
     Pretraining(small(), resume=True)
 
 

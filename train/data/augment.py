@@ -68,6 +68,14 @@ def byol(image_size: int, min_scale: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
     return view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
 
 
+def supervised(image_size: int, min_scale: float = 0.08) -> ViewSpec:
+    """Random resized crop and flip: the view that classifiers are trained on (BYOL, appendix D.1)."""
+    crops, _ = byol(image_size, min_scale)
+    return dataclasses.replace(
+        crops, jitter_probability=0.0, grey_probability=0.0, blur_probability=0.0, solarize_probability=0.0
+    )
+
+
 def check_size(image_size: int) -> None:
     """Raise InputError for views too small to show anything."""
     if image_size < SMALLEST:

@@ -47,7 +47,17 @@ def two_view_batches(
     here, whichever process met it. `workers` as in `worker_count`.
     """
     bad = BadImages() if bad is None else bad
-    return _loader(_TwoViews(images, views, order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
+    return _loader(_Views(images, views, order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
+
+
+def one_view_batches(images: ImageSet, view: ViewSpec, order: EpochOrder, workers: Workers = "auto") -> DataLoader:
+    """A loader over all of `order`: uint8 [B, C, S, S], one view of each image.
+
+    No image may be unreadable, because labels follow the order. C, memory, errors and `workers` as in
+    `two_view_batches`.
+    """
+    bad = BadImages()
+    return _loader(_Views(images, (view,), order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
 
 
 def evaluation_batches(
@@ -142,8 +152,8 @@ class _Batches(Dataset[Any]):
     def batch(self, items: Sequence[Any], refusals: list[Refusal]) -> torch.Tensor: ...
 
 
-class _TwoViews(_Batches):
-    def __init__(self, images: ImageSet, views: tuple[ViewSpec, ViewSpec], seed: int, limit: int):
+class _Views(_Batches):
+    def __init__(self, images: ImageSet, views: tuple[ViewSpec, ...], seed: int, limit: int):
         self._images = images
         self._views = views
         self._seed = seed
@@ -153,7 +163,7 @@ class _TwoViews(_Batches):
         samples = []
         for epoch, i in items:
             image = load_or_next(self._images, i, self._limit, self._images.load, refusals)
-            drawn = numbers(self._seed, epoch, i)
+            drawn = numbers(self._seed, epoch, i, len(self._views))
             samples.append(
                 [
                     augment(view, draw(view, uniform, image.height, image.width), image)

@@ -1,15 +1,33 @@
 """Find a set of images by name or path."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dspnet_fast.errors import InputError
 
 from . import cifar10, fashion_mnist, folder, shards
-from .images import ImageSet
+from .images import ImageSet, require_labels
+
+
+@dataclass(frozen=True)
+class SetSize:
+    """Images of both splits and classes of a set; `here` if they were counted on this machine."""
+
+    train: int
+    test: int
+    classes: int
+    here: bool = False
+
 
 NAMED = {fashion_mnist.NAME: fashion_mnist.open_set, cifar10.NAME: cifar10.open_set}
+# as published, so that an experiment can be planned without the images; a folder is known by its own name
+PUBLISHED = {
+    fashion_mnist.NAME: SetSize(60_000, 10_000, 10),
+    cifar10.NAME: SetSize(50_000, 10_000, 10),
+    "imagenet": SetSize(1_281_167, 50_000, 1000),
+}
 
 
 def data_folder() -> Path:
@@ -46,3 +64,19 @@ def open_images(name: str, split: Literal["train", "test"], download: bool = Tru
     if shards.is_folder_of_shards(path):
         return shards.open_shards(f"{path}/*.tar", split)
     return folder.open_folder(path, split)
+
+
+def size_of(name: str) -> SetSize:
+    """How large a labelled set is: counted if it is on this machine, as published if it is not but has a known name.
+
+    InputError if neither is possible, or if the set has no labels.
+    """
+    try:
+        train, test = open_images(name, "train", download=False), open_images(name, "test", download=False)
+    except InputError:
+        published = PUBLISHED.get(Path(name).name)
+        if published is None or Path(name).expanduser().exists():
+            raise
+        return published
+    require_labels(train)
+    return SetSize(len(train), len(test), len(train.classes), here=True)

@@ -1,0 +1,189 @@
+"""Semi-supervised evaluation: the published subsets, what is trained on them, what an interruption leaves."""
+
+import hashlib
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.nn import activate
+from dspnet_fast.slim import slim
+from train import evaluate
+from train.classifiers import ClassifierTraining
+from train.cli import DONE, FAILED, WRONG_INPUT
+from train.data.balanced import as_text, balanced_subset, checksum
+from train.data.sets import open_images
+from train.protocols.semi import fitting_batch
+from train.supervised import SupervisedTraining
+from train.trained import TrainedFamily
+
+SMALL = ("--batch-size", "16", "--epochs", "2", "--finetune-epochs", "3", "--workers", "0", "--shares", "5,25")
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(argument) for argument in argv])
+    return end.value.code
+
+
+def report(out):
+    return json.loads((out / "evaluation" / "semi.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("percent", "sha256"),
+    [
+        (1, "f76ec9a1752b1506b3227ab33d8887c15fb624f260d295f4e12da9fca75f7d81"),
+        (10, "35bb2abbf6f67fcd731ad1b3d46f9b462cc18175fb4c155cf8171523263d33b4"),
+    ],
+)
+def test_published_subsets_of_ten_classes_of_5000_images(percent, sha256):
+    """CIFAR-10 as an image folder: the lists must never change."""
+    labels = torch.arange(10).repeat_interleave(5000)
+    chosen = balanced_subset(labels, percent / 100)
+    assert checksum(chosen) == sha256 == hashlib.sha256(as_text(chosen).encode()).hexdigest()
+    assert labels[chosen].bincount().tolist() == [50 * percent] * 10
+    assert chosen == sorted(set(chosen))
+
+
+def test_subsets_nest_are_balanced_and_depend_on_the_seed():
+    labels = torch.tensor([0, 1] * 100 + [1] * 200 + [2] * 3)
+    one, ten = (balanced_subset(labels, share) for share in (0.01, 0.1))
+    assert set(one) < set(ten)
+    assert labels[one].bincount().tolist() == [1, 3, 1], "rounded, but one at least"
+    assert labels[ten].bincount().tolist() == [10, 30, 1]
+    assert ten != balanced_subset(labels, 0.1, seed=1)
+    assert balanced_subset(labels, 1.0) == list(range(len(labels)))
+    for share in (0, 1.01):
+        with pytest.raises(InputError, match="at most 100 percent"):
+            balanced_subset(labels, share)
+
+
+@pytest.fixture(scope="module")
+def complete(finished, tmp_path_factory):
+    """A run that was evaluated with both methods."""
+    out = tmp_path_factory.mktemp("complete") / "run"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("features", "evaluation"))
+    assert run("semi", out, *SMALL) == DONE
+    return out
+
+
+def test_what_it_writes(complete, images):
+    found = report(complete)
+    columns = ["5 % linear", "5 % finetune", "25 % linear", "25 % finetune"]
+    for network in found["networks"].values():
+        assert list(network) == ["parameters", "macs", *columns]
+        assert all(network[column].keys() == {"top1", "top5", "interval"} for column in columns)
+    labels = open_images(str(images), "train").labels
+    for percent, per_class in (("5", 2), ("25", 10)):
+        subset = found["subsets"][f"{percent} %"]
+        text = (complete / "evaluation" / subset["file"]).read_text()
+        assert hashlib.sha256(text.encode()).hexdigest() == subset["sha256"]
+        indices = [int(line) for line in text.splitlines()]
+        assert labels[indices].bincount().tolist() == [per_class, per_class] and len(indices) == subset["images"]
+    assert "| c16-d2121 |" in (complete / "evaluation" / "semi.md").read_text()
+    assert (complete / "evaluation" / "semi.png").stat().st_size > 1000
+
+
+def test_a_second_call_trains_nothing(complete, monkeypatch):
+    before = report(complete)
+
+    def refuse(*_):
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr(SupervisedTraining, "train_step", refuse)
+    monkeypatch.setattr(ClassifierTraining, "train_step", refuse)
+    assert run("semi", complete, *SMALL) == DONE
+    assert report(complete) == before
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(500, 250), (5000, 250), (128_117, 255), (80, 80), (512, 256), (257, 256)]
+)
+def test_batches_leave_out_few_images(images, batch):
+    assert fitting_batch(256, images) == batch
+
+
+def test_a_method_alone_gives_what_it_gives_beside_the_other(trained, complete):
+    assert run("semi", trained, *SMALL, "--methods", "linear") == DONE
+    for name, network in report(trained)["networks"].items():
+        columns = {column for column in network if "%" in column}
+        assert columns == {"5 % linear", "25 % linear"}
+        assert all(network[column] == report(complete)["networks"][name][column] for column in columns)
+
+
+def test_all_labels_are_learned(trained):
+    """Two classes that a few steps of fine-tuning tell apart, whatever the network's size."""
+    options = ("--shares", "100", "--methods", "finetune", "--finetune-epochs", "5", "--finetune-lr", "0.5")
+    assert run("semi", trained, *options, "--finetune-head-lr", "0.5", "--batch-size", "16", "--workers", "0") == DONE
+    for network in report(trained)["networks"].values():
+        assert network["100 % finetune"]["top1"] >= 0.9
+
+
+@pytest.mark.parametrize("dn", ["c8-d1111", "c8-d1121", "c16-d2121"])
+def test_a_network_that_is_cut_out_is_slims(trained, images, dn):
+    """The weights of every kept channel and block, in a slimmable network of its own."""
+    family = TrainedFamily(trained, torch.device("cpu"))
+    subnet = family.family.find(dn)
+    family.measure([subnet], open_images(str(images), "train"), str(images), 0)
+    plain, cut = slim(family.encoder, subnet), family.cut(subnet)
+    assert {n: p.shape for n, p in cut.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(cut.get_parameter(name), parameter, rtol=0, atol=0)
+    batch = torch.randn(4, 3, 12, 12)
+    with activate(family.encoder.train(), subnet):
+        torch.testing.assert_close(cut.train()(batch), family.encoder(batch))
+
+
+def test_a_network_outside_the_run_cannot_be_cut_out(finished):
+    family = TrainedFamily(finished, torch.device("cpu"))
+    with pytest.raises(InputError, match="no part of c16-d2121"):
+        family.cut(family.encoder.subnet("c32-d1111"))
+
+
+def test_stopped_while_fine_tuning_and_resumed(trained, complete, monkeypatch, capsys):
+    command = (*SMALL, "--methods", "finetune")
+    train_step, steps = SupervisedTraining.train_step, []
+
+    def interrupting(self, batch):
+        loss = train_step(self, batch)
+        steps.append((self.family.full.name, self.step))
+        if len(steps) == 4:  # the first network's second step
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(SupervisedTraining, "train_step", interrupting)
+    assert run("semi", trained, *command) == FAILED
+    assert "the same command goes on from there" in capsys.readouterr().out
+    assert run("semi", trained, *command) == DONE
+    five, quarter = steps[:9], steps[9:]  # percent: 4 images, 1 step an epoch; 20 images, 2 steps of 10
+    assert (len(five), len(set(five))) == (9, 9) and (len(quarter), len(set(quarter))) == (18, 18)
+    for name, network in report(trained)["networks"].items():
+        for column in ("5 % finetune", "25 % finetune"):
+            assert network[column] == report(complete)["networks"][name][column]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shares", "1,x"), "--shares are percents"),
+        (("--shares", "0"), "--shares are percents"),
+        (("--shares", "101"), "--shares are percents"),
+        (("--methods", "linear,distil"), "--methods are of linear, finetune"),
+        (("--finetune-lr", "0"), "--finetune-lr must be above 0"),
+        (("--min-scale", "0"), "smallest crop"),
+    ],
+)
+def test_wrong_options(finished, capsys, options, message):
+    assert run("semi", finished, *options, "--dry-run") == WRONG_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_counts_and_leaves_nothing(trained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    assert run("semi", trained, "--dry-run") == DONE
+    assert "10 %: about 8 images" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}

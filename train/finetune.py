@@ -1,0 +1,195 @@
+"""`python -m train.finetune`: train with labels, all switches of a family at once or one network alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import Network, build
+from dspnet_fast.models import family as family_of
+from dspnet_fast.ops import registry
+from dspnet_fast.subnets import Family
+
+from . import checkpoint, cli, loop
+from .accuracy import Accuracy
+from .data import augment
+from .data.images import ImageSet
+from .data.order import EpochOrder
+from .data.sets import open_images
+from .device import choose_device
+from .finetune_config import SCRATCH, FinetuneConfig
+from .protocols.common import FOLDER, Plan, config_of
+from .results import Report, accuracy_table, cost, points, publish
+from .rundir import RunLog, open_run, with_own_config
+from .supervised import Classifier, SupervisedTraining, evaluate, labelled_batches
+from .trained import TrainedFamily
+
+DESCRIPTION = """\
+Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):
+in each step the full network learns from the labels, the smallest and random ones between from what the full one says.
+It starts from the full network of a run of train.pretrain, be it a family's (DSPNet) or one network's alone (BYOL, with
+--dns for the switches), or from scratch (--from none). --dn trains one network of a run alone, cut out of the family.
+Writes the accuracy of all switches to OUT/evaluation/finetune.json, finetune.md and finetune.png."""
+EXAMPLE = """\
+  python -m train.finetune --from runs/first --out runs/finetuned --epochs 30
+  python -m train.finetune --from runs/byol --dns w0.50,w0.75,w1.00 --out runs/from-byol
+  python -m train.finetune --from none --network resnet --stem small --dns c8-d1111,c16-d1111 --data cifar10 \\
+      --image-size 32 --out runs/scratch
+  python -m train.finetune --from runs/first --dn w0.50 --lr 0.01 --out runs/small
+  python -m train.finetune --out runs/finetuned --resume"""
+
+
+def starting_network(config: FinetuneConfig, switches: Family) -> Network:
+    """The full network of the switches, from the run or from random weights; InputError if the run does not hold it."""
+    if config.from_ != SCRATCH:
+        return TrainedFamily(Path(config.from_), torch.device("cpu")).cut(switches.full)
+    options = config.family()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build(options.network, switches.full, options.stem)
+
+
+def plan_finetune(config: FinetuneConfig) -> Plan:
+    """What `finetune` would cost, of a completed configuration."""
+    options = config.family()
+    assert config.image_size is not None and config.data is not None
+    augment.supervised(config.image_size, config.min_scale)
+    plan = Plan("supervised training", options, config.image_size, config.data)
+    if config.from_ != SCRATCH:
+        run = config_of(Path(config.from_))
+        largest = family_of(run.network, run.names()).full
+        if not plan.family.full.within(largest):
+            raise InputError(f"{plan.family.full} is no part of {largest}, the largest network of {config.from_}")
+    order = EpochOrder(plan.size.train, config.batch_size, config.seed, config.epochs)
+    images = config.batch_size * len(order)
+    names = plan.family.names
+    between = names[1:-1]
+    drawn = min(len(between), config.subnets_per_step - 2) if len(names) > 1 else 0
+    if len(names) > 1 and config.subnets_per_step < 2:
+        raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
+    forward = plan.forward(images, {names[0], names[-1]})
+    forward += plan.forward(images, between) * drawn / len(between) if between else 0.0
+    plan.add("training", 3 * forward, f"{len(order):,} steps, {config.epochs} epochs, forward and backward")
+    times = 1 + ((config.epochs - 1) // config.evaluate_epochs if config.evaluate_epochs else 0)
+    plan.add("evaluation", times * plan.forward(plan.statistics_images + plan.size.test), f"{times} times")
+    return plan
+
+
+def finetune(config: FinetuneConfig, resume: bool) -> Report:
+    """Train to the end and evaluate every switch; returns what finetune.json holds.
+
+    Args:
+        config: completed.
+        resume: continue the run in config.out.
+
+    Raises KeyboardInterrupt if it was stopped, after saving, and InputError if run or images cannot be used.
+    """
+    assert config.data is not None and config.image_size is not None
+    device = choose_device(config.device)
+    options, recipe = config.family(), config.recipe()
+    switches = family_of(options.network, options.names())
+    train: ImageSet = open_images(config.data, "train")
+    test: ImageSet = open_images(config.data, "test")
+    view = augment.supervised(config.image_size, config.min_scale)
+
+    def order(start: int = 0) -> EpochOrder:
+        return EpochOrder(len(train), recipe.batch_size, recipe.seed, recipe.epochs, start)
+
+    if len(switches) > 1 and recipe.subnets_per_step < 2:
+        raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
+    model = Classifier(starting_network(config, switches), len(train.classes), recipe.seed).to(device)
+    training = SupervisedTraining(model, switches, recipe, order().steps_per_epoch)
+    out = open_run(config, resume)
+    checkpoints = out / "checkpoints"
+    log = RunLog(out, checkpoint.latest_step(checkpoints))
+
+    def accuracies() -> dict[str, Accuracy]:
+        assert config.image_size is not None
+        return evaluate({"": (model, switches)}, train, test, config.image_size, config.workers, device)
+
+    def measure() -> str:
+        shares = {name: found.top1 for name, found in accuracies().items()}
+        log.metrics(training.step, {"top1": shares})
+        return "top 1  " + "  ".join(f"{name} {share:.3f}" for name, share in shares.items())
+
+    try:
+        loop.run(
+            "finetune",
+            training,
+            lambda start: labelled_batches(train, view, order(start), config.workers, device),
+            checkpoints,
+            device,
+            lambda step, loss: log.metrics(step, {"loss": loss}),
+            measure,
+            config.evaluate_epochs * order().steps_per_epoch,
+        )
+    finally:
+        log.close()
+    found = accuracies()
+    networks: dict[str, Any] = {}
+    for switch in switches:
+        of = cost(options, switch, config.image_size)
+        networks[switch.name] = {"parameters": of.parameters, "macs": of.macs, "finetuned": asdict(found[switch.name])}
+    return {
+        "protocol": "finetune",
+        "from": config.from_,
+        "data": config.data,
+        "train_images": len(train),
+        "test_images": len(test),
+        "recipe": asdict(recipe),
+        "networks": networks,
+    }
+
+
+def publish_finetune(out: Path, report: Report) -> None:
+    """Write and print the report."""
+    start = "from scratch" if report["from"] == SCRATCH else f"from {report['from']}"
+    title = (
+        f"Supervised training {start} on {report['data']}: {report['train_images']:,} images, "
+        f"{report['recipe']['epochs']} epochs, {report['test_images']:,} test images"
+    )
+    table = accuracy_table(title, report["networks"], ["finetuned"])
+    series = {start: points(report["networks"], "finetuned")}
+    publish(out / FOLDER, "finetune", report, table, f"accuracy on {report['data']}", series)
+
+
+def make_parser() -> cli.ArgumentParser:
+    """All options of the command."""
+    parser = cli.parser("finetune", DESCRIPTION, EXAMPLE)
+    cli.add_config_file(parser)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its configuration")
+    parser.add_argument("--dry-run", action="store_true", help="build, check and say what it would cost")
+    cli.add_options(parser, FinetuneConfig)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parsed = make_parser().parse_args(with_own_config(argv))
+    config = cli.to_config(FinetuneConfig, parsed).complete()
+    if parsed.dry_run:
+        plan_finetune(config).show()
+        return
+    if not config.out:
+        raise InputError("--out is missing: name a new folder for this run, such as --out runs/finetuned")
+    if config.fast_kernels:
+        registry.fast_kernels()
+    try:
+        report = finetune(config, parsed.resume)
+    except KeyboardInterrupt:
+        print(f"continue with\n  python -m train.finetune --out {config.out} --resume", flush=True)
+        raise
+    publish_finetune(Path(config.out), report)
+
+
+if __name__ == "__main__":
+    main()

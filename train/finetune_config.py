@@ -1,0 +1,118 @@
+"""Everything a supervised training can be told, and what it leaves to the run that it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import NETWORKS, STEMS
+
+from .config import FamilyOptions, RunConfig, Workers, flag, option
+from .protocols.common import config_of, positive
+from .supervised import Recipe
+
+SCRATCH = "none"
+
+
+@dataclass(kw_only=True)
+class StartOptions:
+    """start"""
+
+    from_: str = option("", "run directory of train.pretrain to start from, or none: random weights")
+    dn: str | None = option(None, "train this network of the run alone")
+    dns: str | None = option(None, "switches [the run's networks]")
+    network: str | None = option(None, f"from none: architecture, {', '.join(NETWORKS)}")
+    stem: str | None = option(None, f"from none: {', '.join(STEMS)} [standard]")
+
+
+@dataclass(kw_only=True)
+class LabelledOptions:
+    """data"""
+
+    data: str | None = option(None, "set of images with labels [the one that the run was pretrained on]")
+    image_size: int | None = option(None, "height and width of the views, in pixels [the run's]")
+    min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
+    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
+
+
+@dataclass(kw_only=True)
+class SupervisedOptions:
+    """optimization"""
+
+    epochs: int = option(300, "passes over the images")
+    batch_size: int = option(256, "images per step")
+    lr: float = option(0.1, "learning rate for 256 images; the peak is lr * batch_size / 256, then a cosine to 0")
+    head_lr: float | None = option(None, "that of the classifier [the same]")
+    momentum: float = option(0.9, "SGD momentum")
+    weight_decay: float = option(4e-5, "weight decay of tensors with more than one dimension")
+    warmup_epochs: float = option(5.0, "epochs of linear learning rate warm-up")
+    label_smoothing: float = option(0.1, "share of the label given to all classes alike")
+    subnets_per_step: int = option(4, "switches per step: smallest, full, and random ones between")
+    no_distillation: bool = option(False, "let every switch learn from the labels instead of from the full network")
+    seed: int = option(0, "seed of weights, order, augmentation and sampling")
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions):
+    """Configuration of `train.finetune`."""
+
+    evaluate_epochs: int = option(10, "epochs between accuracies on the test images; 0 for the last one only", True)
+    device: str = option("auto", "auto, cpu or cuda", True)
+    fast_kernels: bool = option(False, "use the fastest operator provider this machine has", True)
+
+    def __post_init__(self) -> None:
+        """Raise InputError for values that no run can have."""
+        positive(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
+        positive(head_lr=self.lr if self.head_lr is None else self.head_lr)
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} is 0 or more and below 1, not {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_epochs", "evaluate_epochs"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
+        if not self.from_:
+            raise InputError("--from is missing: name a run directory of train.pretrain, or none to start from scratch")
+        if self.dn is not None and (self.dns is not None or self.from_ == SCRATCH):
+            raise InputError("--dn trains one network of a run alone: give --from a run, and no --dns")
+
+    def complete(self) -> FinetuneConfig:
+        """With what it leaves to the run that it starts from, so that the configuration says all."""
+        if self.from_ == SCRATCH:
+            if self.network is None or self.dns is None or self.data is None or self.image_size is None:
+                raise InputError("--from none starts from nothing: add --network, --dns, --data and --image-size")
+            return replace(self, stem=self.stem or "standard")
+        run = config_of(Path(self.from_))
+        for name in ("network", "stem"):
+            if getattr(self, name) not in (None, getattr(run, name)):
+                raise InputError(f"{flag(name)} {getattr(self, name)}, but {self.from_} has {getattr(run, name)}")
+        return replace(
+            self,
+            network=run.network,
+            stem=run.stem,
+            dns=self.dn or self.dns or run.dns,
+            dn=None,
+            data=self.data or run.data,
+            image_size=self.image_size or run.image_size,
+        )
+
+    def family(self) -> FamilyOptions:
+        """The switches, of a completed configuration."""
+        assert self.network is not None and self.dns is not None and self.stem is not None
+        return FamilyOptions(network=self.network, dns=self.dns, stem=self.stem)
+
+    def recipe(self) -> Recipe:
+        """How to train."""
+        return Recipe(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            head_lr=self.lr if self.head_lr is None else self.head_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            warmup_epochs=self.warmup_epochs,
+            label_smoothing=self.label_smoothing,
+            subnets_per_step=self.subnets_per_step,
+            distill=not self.no_distillation,
+            seed=self.seed,
+        )

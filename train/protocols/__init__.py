@@ -1,0 +1,1 @@
+"""How a pretrained family is evaluated: one protocol a file, each giving all its networks in one go."""

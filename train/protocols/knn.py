@@ -1,0 +1,149 @@
+"""Nearest neighbours' votes: how near images of one class lie to each other, with nothing trained.
+
+The paper's appendix A.2: K = 20, cosine similarity, the most frequent label of the neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Workers, option
+from ..data.images import ImageSet, Subset
+from ..data.loader import evaluation_batches
+from ..knn import knn
+from ..progress import Monitor
+from ..results import Report, Table, cost_cells, percent, points, publish
+from ..trained import BATCH, TrainedFamily
+from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive
+
+LARGEST_RAW = 64  # pixels; small images are compared as they are, large ones reduced to this or to the run's size
+DESCRIPTION = """\
+Classify test images by their nearest neighbours among the training images, for every desired network of a run.
+Features are computed once per network and kept in OUT/features. Writes OUT/evaluation/knn.json, knn.md and knn.png."""
+EXAMPLE = """\
+  python -m train.evaluate knn runs/first --baselines
+  python -m train.evaluate knn recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --dry-run"""
+
+
+@dataclass(kw_only=True)
+class KnnOptions(EvaluationOptions):
+    """Options of `train.evaluate knn`."""
+
+    references: int | None = option(None, "training images whose labels vote, drawn at random [all]")
+    k: int = option(20, "neighbours that vote")
+    baselines: bool = option(False, "also evaluate the networks before training, and the raw pixels")
+
+
+def plan_knn(out: Path, options: KnnOptions) -> Plan:
+    """What `evaluate_knn` would cost."""
+    positive(k=options.k)
+    plan = plan_of("kNN evaluation", out, options.data)
+    references = plan.size.train if options.references is None else min(options.references, plan.size.train)
+    rounds = 2 if options.baselines else 1
+    plan.add("statistics", rounds * plan.forward(plan.statistics_images))
+    plan.add("features", rounds * plan.forward(references + plan.size.test), "none of it where they are kept already")
+    features = sum(cost.features for cost in plan.costs.values())
+    plan.add("similarities", rounds * references * plan.size.test * features)
+    return plan
+
+
+def evaluate_knn(out: Path, options: KnnOptions) -> Report:
+    """kNN for each subnet of the run in `out`; returns what knn.json holds.
+
+    Raises InputError if the run or the images cannot be used.
+    """
+    positive(k=options.k)
+    subject = Subject(out, options)
+    trained, queries = subject.trained, subject.test
+    references = subject.train
+    if options.references is not None:
+        references = Subset.random(references, options.references, seed=0)
+    assert references.labels is not None
+    train_labels = references.labels
+
+    def score(train: Tensor, test: Tensor) -> dict[str, float]:
+        found = knn(train, train_labels, test, subject.test_labels, num_classes=subject.classes, k=options.k)
+        return asdict(found)
+
+    def score_family(family: TrainedFamily, what: str) -> dict[str, dict[str, float]]:
+        subnets = list(family.family)
+        family.measure(subnets, subject.train, subject.data, options.workers, what)
+        train = family.features(subnets, references, f"{what}train", options.workers)
+        test = family.features(subnets, queries, f"{what}test", options.workers)
+        return {name: score(train[name], test[name]) for name in train}
+
+    pretrained = score_family(trained, "")
+    untrained = {}
+    if options.baselines:
+        untrained = score_family(TrainedFamily(out, trained.device, untrained=True), "untrained ")
+    networks: dict[str, Any] = {
+        name: {
+            **costs,
+            "pretrained": pretrained[name],
+            **({"untrained": untrained[name]} if untrained else {}),
+        }
+        for name, costs in subject.networks.items()
+    }
+    report: Report = {
+        "protocol": "knn",
+        "k": options.k,
+        "data": subject.data,
+        "references": len(references),
+        "queries": len(queries),
+        "step": trained.step,
+        "networks": networks,
+    }
+    if options.baselines:
+        size = max(trained.config.image_size, min(*references.load(0).size, LARGEST_RAW))
+        pixels = [_pixels(images, size, options.workers) for images in (references, queries)]
+        report["raw_pixels"] = {"size": size, **score(*pixels)}
+    return report
+
+
+def _pixels(images: ImageSet, image_size: int, workers: Workers) -> Tensor:
+    """The evaluation views themselves as features, float32 [N, C * S * S] from 0 to 1."""
+    batches = evaluation_batches(images, range(len(images)), image_size, BATCH, workers)
+    with Monitor("raw pixels", -(-len(images) // BATCH)) as monitor:
+        rows = []
+        for batch in batches:
+            rows.append(batch.flatten(1).float() / 255)
+            monitor.advance()
+    return torch.cat(rows)
+
+
+def _table(report: Report) -> Table:
+    baselines = "raw_pixels" in report
+    heading = ["network", "params", "MACs", *(["untrained"] if baselines else []), "pretrained", "weighted"]
+    rows = []
+    for name, network in report["networks"].items():
+        untrained = [_majority(network["untrained"])] if baselines else []
+        pretrained = network["pretrained"]
+        rows.append([name, *cost_cells(network), *untrained, _majority(pretrained), percent(pretrained["weighted"])])
+    if baselines:
+        pixels = report["raw_pixels"]
+        name = f"raw pixels {pixels['size']}x{pixels['size']}"
+        rows.append([name, "", "", "", _majority(pixels), percent(pixels["weighted"])])
+    title = (
+        f"kNN accuracy on {report['data']}, K = {report['k']}, cosine, majority or weighted: {report['queries']:,} "
+        f"test images, {report['references']:,} references, after {report['step']:,} steps. "
+        "± is half the 95 % interval."
+    )
+    return Table(title, heading, rows)
+
+
+def _majority(result: dict[str, float]) -> str:
+    return percent(result["majority"], result["interval"])
+
+
+def publish_knn(out: Path, report: Report) -> None:
+    """Write and print the report."""
+    states = [state for state in ("pretrained", "untrained") if state in next(iter(report["networks"].values()))]
+    series = {state: points(report["networks"], state, "majority") for state in states}
+    lines = {"raw pixels": report["raw_pixels"]["majority"]} if "raw_pixels" in report else {}
+    label = f"kNN accuracy on {report['data']}"
+    publish(out / FOLDER, "knn", report, _table(report), label, series, lines)

@@ -1,0 +1,202 @@
+"""Training with labels: a family of switches that share their weights, or one network alone, a family of one.
+
+One step on a batch of images with labels (Yu & Huang 2019; the paper's appendix B):
+
+    logits of the full network: cross entropy with the labels
+    of the smallest and of random ones between (sandwich rule): cross entropy with what the full network said
+    backward at once, gradients add up; then SGD with momentum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspnet_fast.models import Network
+from dspnet_fast.nn import SlimLinear, activate
+from dspnet_fast.nn.activate import Sizes
+from dspnet_fast.statistics import post_statistics
+from dspnet_fast.subnets import Family, Subnet, sandwich
+
+from .accuracy import Accuracy, accuracies
+from .data.augment import ViewSpec
+from .data.images import ImageSet, require_labels
+from .data.loader import Workers, normalize, one_view_batches
+from .data.order import EpochOrder
+from .schedules import learning_rate
+from .trained import evaluation_views, statistics_images
+
+Batch = tuple[Tensor, Tensor]  # images [B, 3, S, S], labels [B]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Of a supervised training.
+
+    Attributes:
+        lr, head_lr: of encoder and classifier, for 256 images; the peak is lr * batch_size / 256.
+        weight_decay: of tensors with more than one dimension.
+        subnets_per_step: smallest, full, and random ones between.
+        distill: whether the others learn from the full network instead of the labels.
+        label_smoothing: of those that learn from the labels.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    head_lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    subnets_per_step: int = 4
+    distill: bool = True
+    seed: int = 0
+
+
+class Classifier(nn.Module):
+    """Images [N, 3, H, W] to logits [N, classes], by an encoder and a linear layer on as many features as it has."""
+
+    def __init__(self, encoder: Network, classes: int, seed: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = SlimLinear(encoder.num_features, classes)
+        nn.init.normal_(self.head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.head.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+        """A switch of the classifier is a subnet of its encoder."""
+        name, sizes = self.encoder.plan(dn)
+        return name, {f"encoder.{path}": size for path, size in sizes.items()}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify."""
+        return self.head(self.encoder(images))
+
+
+class SupervisedTraining:
+    """Trains a classifier; a `train.loop.Training`."""
+
+    def __init__(self, model: Classifier, family: Family, recipe: Recipe, epoch_steps: int) -> None:
+        self.model, self.family, self.recipe = model, family, recipe
+        self.step, self.steps = 0, recipe.epochs * epoch_steps
+        self._warmup = round(recipe.warmup_epochs * epoch_steps)
+        groups = []
+        for part, lr in ((model.encoder, recipe.lr), (model.head, recipe.head_lr)):
+            parameters = list(part.parameters())
+            for decay, chosen in (
+                (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
+                (0.0, [p for p in parameters if p.ndim <= 1]),
+            ):
+                groups.append({"params": chosen, "peak": lr * recipe.batch_size / 256, "weight_decay": decay})
+        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.main_grad = parameter.grad  # type: ignore[attr-defined]  # operators add to its prefix
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """One step; returns the full network's loss."""
+        images, labels = batch
+        recipe = self.recipe
+        self.model.train()
+        subnets = sandwich(self.family, recipe.subnets_per_step, recipe.seed, self.step)
+        teacher: Tensor | None = None
+        losses = []
+        for subnet in reversed(subnets):  # the full network first: it teaches the others
+            with activate(self.model, subnet):
+                logits = self.model(images)
+            goal = labels if teacher is None else teacher
+            smoothing = recipe.label_smoothing if teacher is None else 0.0
+            loss = F.cross_entropy(logits, goal, label_smoothing=smoothing)
+            loss.backward()
+            losses.append(loss.detach())
+            if teacher is None and recipe.distill:
+                teacher = logits.detach().softmax(dim=1)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, self._warmup, group["peak"])
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
+        self.step += 1
+        return losses[0]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+class Together:
+    """Trainings of as many steps that share nothing but the batches; a `train.loop.Training`."""
+
+    def __init__(self, trainings: Mapping[str, SupervisedTraining]) -> None:
+        self.trainings = trainings
+        first = next(iter(trainings.values()))
+        self.step, self.steps = first.step, first.steps
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """One step of each; returns the mean of their losses."""
+        loss = torch.stack([training.train_step(batch) for training in self.trainings.values()]).mean()
+        self.step += 1
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"trainings": {name: training.state() for name, training in self.trainings.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        for name, training in self.trainings.items():
+            training.load_state({**state["trainings"][name], "step": state["step"]})
+        self.step = state["step"]
+
+
+def labelled_batches(
+    images: ImageSet, view: ViewSpec, order: EpochOrder, workers: Workers, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of all of `order`: a new view of each image, normalised, and its label, on the device."""
+    labels = require_labels(images)
+    for pixels, items in zip(one_view_batches(images, view, order, workers), order, strict=True):
+        yield normalize(pixels.to(device, non_blocking=True)), labels[[i for _, i in items]].to(device)
+
+
+def evaluate(
+    models: Mapping[str, tuple[Classifier, Iterable[Subnet]]],
+    train: ImageSet,
+    test: ImageSet,
+    image_size: int,
+    workers: Workers,
+    device: torch.device,
+) -> dict[str, Accuracy]:
+    """The accuracy on `test` of every switch of the classifiers, whose names for it must differ.
+
+    Post-statistics come from `train`.
+    """
+
+    for name, (model, switches) in models.items():
+        views = evaluation_views(statistics_images(train), image_size, device, f"statistics {name}", workers)
+        post_statistics(model, switches, views)
+    labels = require_labels(test)
+
+    def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        done = 0
+        for images in evaluation_views(test, image_size, device, "test", workers):
+            logits = {}
+            for model, switches in models.values():
+                for switch in switches:
+                    with activate(model, switch):
+                        logits[switch.name] = model(images)
+            yield logits, labels[done : done + len(images)].to(device)
+            done += len(images)
+
+    return accuracies(batches())
