@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import dspnet_fast
 from dspnet_fast import exported, latency, onnx_file
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, build, subnet
+from dspnet_fast.models import Network, subnet
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
@@ -29,6 +27,7 @@ from .data.images import Subset
 from .data.loader import MEAN, STD
 from .data.sets import open_images
 from .progress import Monitor
+from .results import Table, cost, cost_cells
 from .rundir import read_config
 from .trained import TrainedFamily
 
@@ -160,18 +159,13 @@ def plan(out: Path, dns: Sequence[str], options: ExportOptions) -> None:
     config = read_config(out, PretrainConfig)
     checkpoint.newest_of_run(out)
     open_images(config.data, "train")
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("network", "params", "MACs", "about"):
-        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    rows = []
     for wanted in wanted_subnets(out, config, dns, options.switchable):
-        with torch.device("meta"):
-            network = slim(build(config.network, wanted, config.stem), None)
-        parameters = parameter_count(network)
-        macs = mac_count(network, config.image_size)
-        megabytes = 4e-6 * parameters * (2 if options.onnx else 1)
-        table.add_row(wanted.name, f"{parameters:,}", f"{macs / 1e6:,.1f} M", f"{megabytes:.1f} MB")
+        found = cost(config, wanted, config.image_size)
+        megabytes = 4e-6 * found.parameters * (2 if options.onnx else 1)
+        rows.append([wanted.name, *cost_cells(asdict(found)), f"{megabytes:.1f} MB"])
+    Table(f"What {out} would export", ["network", "params", "MACs", "about"], rows).show()
     console = Console()
-    console.print(table)
     files = [exported.WEIGHTS, exported.MANIFEST, *([exported.ONNX] if options.onnx else [])]
     console.print(f"would write {', '.join(files)} of each to {out}/exported/<dn>", soft_wrap=True)
     if options.switchable:

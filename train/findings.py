@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import build, family
-from dspnet_fast.slim import slim
+from dspnet_fast.models import family
 from dspnet_fast.subnets import Family
 
 from .config import PretrainConfig
+from .results import cost
 from .rundir import read_config, read_metrics
 
 COMPARE = "compare.json"
@@ -160,8 +157,7 @@ def networks_of(run: Run) -> list[dict[str, Any]]:
     cosines = {dn: ys[-1] for dn, (_, ys) in run.cosines().items()}
     found = []
     for dn in run.family:
-        with torch.device("meta"):
-            network = slim(build(run.config.network, dn, run.config.stem), None)
+        of_network = cost(run.config, dn, run.config.image_size)
         scores = {
             column: {"accuracy": point.accuracy, "interval": point.interval, "step": evaluation.step}
             for evaluation in run.evaluations
@@ -172,9 +168,7 @@ def networks_of(run: Run) -> list[dict[str, Any]]:
         found.append(
             {
                 "network": dn.name,
-                "parameters": parameter_count(network),
-                "macs": mac_count(network, run.config.image_size),
-                "features": dn.channels[-1],
+                **asdict(of_network),
                 "latency": (run.manifests[dn.name] or {}).get("latency"),
                 "accuracies": scores,
                 "feature_std": spread.get(dn.name),
