@@ -1,18 +1,22 @@
-"""Checkpoints of a run: written atomically, read without unpickling anything but tensors and plain values."""
+"""Checkpoints of a run: written atomically, with a digest of what is in them, read without unpickling anything but
+tensors and plain values."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
 from .atomic import write_atomically
+from .fingerprint import digest
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
 
 
@@ -26,13 +30,32 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` (tensors, numbers, strings, lists and dictionaries of them) and drop all but the newest two."""
+def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP, keep_every: int = 0) -> Path:
+    """Write `state` (tensors, numbers, strings, lists and dictionaries of them), then drop old ones.
+
+    keep: how many of the newest to keep. keep_every: and those of every so many steps; 0 for none.
+    """
     path = folder / f"step-{step:08d}.pt"
-    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, "step": step, **state}, temporary))
-    for _, old in _files(folder)[:-KEEP]:
-        old.unlink()
+    contents = {"format": FORMAT, "step": step, **state}
+    contents["digest"] = digest(*_parts(contents))
+    write_atomically(path, lambda temporary: torch.save(contents, temporary))
+    for of_step, old in _files(folder)[:-keep]:
+        if not keep_every or of_step % keep_every:
+            old.unlink()
     return path
+
+
+def _parts(value: Any, name: str = "") -> Iterator[Any]:
+    """Names and values of everything in nested dictionaries and lists, in the order in which they hold them."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _parts(item, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _parts(item, f"{name}/{index}")
+    else:
+        yield name
+        yield value if isinstance(value, Tensor) else repr(value)
 
 
 def latest(folder: Path) -> Path | None:
@@ -58,11 +81,48 @@ def newest_of_run(out: Path) -> Path:
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint; InputError if the file is none, is damaged or was written by another version."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and io errors of many types, all of them mean the same to the user
-        raise InputError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}): remove it to continue from the one before"
-        ) from error
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this version of dspnet-fast (format {FORMAT})")
+    if state.pop("digest", None) != digest(*_parts(state)):
+        raise InputError(f"{path} is damaged: what it holds is not what was written")
+    return _moved(state, device)
+
+
+def load_newest(folder: Path, device: torch.device | str, say: Callable[[str], object]) -> dict[str, Any] | None:
+    """The newest checkpoint of a folder that can be read; None if it has none.
+
+    `say` is told of newer ones that cannot. Raises InputError if there are checkpoints but none can be read.
+    """
+    files = _files(folder)
+    problem: InputError | None = None
+    for _, path in reversed(files):
+        try:
+            state = load(path, device)
+        except InputError as error:
+            problem = problem or error
+            say(f"{error}; trying the one before")
+        else:
+            return state
+    if problem is not None:
+        raise InputError(f"none of the {len(files)} checkpoints in {folder} can be read: {problem}")
+    return None
+
+
+def load_of_run(out: Path, device: torch.device | str, say: Callable[[str], object]) -> dict[str, Any]:
+    """As load_newest, of a run directory; InputError if it has none."""
+    newest_of_run(out)
+    state = load_newest(out / "checkpoints", device, say)
+    assert state is not None
     return state
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """Nested dictionaries and lists with their tensors on a device."""
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_moved(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value

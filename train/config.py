@@ -75,6 +75,8 @@ class ExecutionOptions:
     probe_epochs: float = option(1.0, "epochs between measurements of kNN and feature spread; 0 for none", True)
     probe_images: int = option(2000, "reference images of that kNN; half as many are classified", changeable=True)
     checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep; the older are for when the newest is damaged", True)
+    keep_epochs: float = option(0.0, "also keep those of every so many epochs; 0 for none", changeable=True)
     log_steps: int = option(10, "steps between lines of metrics", changeable=True)
 
 
@@ -114,7 +116,15 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
         for name in sizes:
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_epochs", "probe_epochs", "checkpoint_epochs", "base_lr", "weight_decay", "seed"):
+        for name in (
+            "warmup_epochs",
+            "probe_epochs",
+            "checkpoint_epochs",
+            "keep_epochs",
+            "base_lr",
+            "weight_decay",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         for name in ("tau", "momentum", "min_scale"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from .data.images import ImageSet
@@ -15,7 +16,7 @@ def digest(*parts: object) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             hashed.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            hashed.update(part.detach().cpu().contiguous().numpy().tobytes())
+            hashed.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         else:
             hashed.update(f"{part!r}\n".encode())
     return hashed.hexdigest()

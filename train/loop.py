@@ -49,7 +49,7 @@ def run(
     measure: Callable[[], str] | None = None,
     measure_steps: int = 0,
 ) -> None:
-    """Train to the end, from the newest checkpoint in `folder` if there is one; KeyboardInterrupt after saving.
+    """Train to the end, from the newest checkpoint in `folder` if there is one; Interruption.stop() after saving.
 
     Args:
         what: a word for it, on the screen.
@@ -60,9 +60,9 @@ def run(
         log: told the step and its loss, now and then.
         measure: called every `measure_steps` steps if they are not 0, but not at the end; says what it found.
     """
-    newest = checkpoint.latest(folder)
-    if newest is not None:
-        training.load_state(checkpoint.load(newest, device))
+    state = checkpoint.load_newest(folder, device, print)
+    if state is not None:
+        training.load_state(state)
     if training.step == training.steps:
         return
     with Interruption() as interruption, Monitor(what, training.steps, training.step) as monitor:
@@ -85,4 +85,4 @@ def run(
                 saved = time.monotonic()
             if interruption.requested and not last:
                 monitor.line(f"stopped and saved after step {training.step} of {training.steps}")
-                raise KeyboardInterrupt
+                interruption.stop()

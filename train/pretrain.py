@@ -96,11 +96,11 @@ class Pretraining:
             self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
         self.out = open_run(config, resume)
         self.checkpoints = self.out / "checkpoints"
-        newest = checkpoint.latest(self.checkpoints)
-        if newest is not None:
-            self.trainer.load_state(checkpoint.load(newest, device))
+        state = checkpoint.load_newest(self.checkpoints, device, print)
+        if state is not None:
+            self.trainer.load_state(state)
         elif config.init_from is not None:
-            self.trainer.load_weights(checkpoint.load(checkpoint.newest_of_run(Path(config.init_from)), device))
+            self.trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), device, print))
         order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step)
         views = augment.byol(config.image_size, config.min_scale)
         batches = open_batches(config.data_backend, images, views, order, config.workers, self.bad, device)
@@ -130,11 +130,11 @@ class Pretraining:
                     if last or self._due(config.probe_epochs):
                         self._measure()
                     if last or self._due(config.checkpoint_epochs):
-                        checkpoint.save(self.checkpoints, trainer.step, trainer.state())
+                        self._save()
                     self.meter.pause(began)
                     if interruption.requested and not last:
                         self._save_and_stop()
-                        raise KeyboardInterrupt
+                        interruption.stop()
                 self._say(f"pretrained {', '.join(trainer.model.family.names)} in {self.out}")
         finally:
             self.log.close()
@@ -150,8 +150,13 @@ class Pretraining:
             self._save_and_stop()
             raise
 
+    def _save(self) -> None:
+        config, trainer = self.config, self.trainer
+        keep_every = round(config.keep_epochs * trainer.epoch_steps)
+        checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
+
     def _save_and_stop(self) -> None:
-        checkpoint.save(self.checkpoints, self.trainer.step, self.trainer.state())
+        self._save()
         self._say(
             f"stopped and saved after step {self.trainer.step} of {self.trainer.steps}; continue with",
             f"  python -m train.pretrain --out {self.out} --resume",

@@ -72,7 +72,7 @@ class TrainedFamily:
         model = build_model(self.config)
         self.step = 0
         if not untrained:
-            state = checkpoint.load(checkpoint.newest_of_run(out))
+            state = checkpoint.load_of_run(out, "cpu", print)
             model.load_state_dict(state["model"])
             self.step = state["step"]
         self.family: Family = model.family

@@ -19,6 +19,68 @@ def test_round_trip_keeps_the_newest_two(tmp_path):
     assert state["step"] == 300 and state["model"]["w"].tolist() == [300, 300]
 
 
+def test_every_so_many_steps_are_kept_besides_the_newest(tmp_path):
+    for step in range(10, 80, 10):
+        checkpoint.save(tmp_path, step, {}, keep=1, keep_every=30)
+    assert [path.name[5:13] for path in sorted(tmp_path.iterdir())] == ["00000030", "00000060", "00000070"]
+
+
+def test_nested_state_comes_back_as_it_was(tmp_path):
+    state = {"a": {"b": torch.arange(3), "c": torch.tensor(1.5, dtype=torch.bfloat16)}, "d": [1, "two", 3.0, None]}
+    path = checkpoint.save(tmp_path, 7, state)
+    got = checkpoint.load(path)
+    assert got.pop("format") == checkpoint.FORMAT and got.pop("step") == 7
+    assert got["d"] == state["d"] and torch.equal(got["a"]["b"], torch.arange(3))
+    assert got["a"]["c"].dtype == torch.bfloat16 and got["a"]["c"] == 1.5
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_no_flipped_bit_is_taken_for_what_was_written(tmp_path):
+    """Any bit of the file: either it is refused, or what it holds is untouched."""
+    state = {"w": torch.arange(100.0), "n": 5}
+    path = checkpoint.save(tmp_path, 1, state)
+    whole = path.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * len(whole), 97):
+        flip(path, bit)
+        try:
+            got = checkpoint.load(path)
+        except InputError:
+            refused += 1
+        else:
+            assert got["step"] == 1 and got["n"] == 5 and torch.equal(got["w"], state["w"]), bit
+        path.write_bytes(whole)
+    assert refused > 20
+
+
+def test_contents_that_were_exchanged_are_refused(tmp_path):
+    """A valid file, but not of what its digest says."""
+    path = checkpoint.save(tmp_path, 1, {"w": torch.zeros(3)})
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "w": torch.ones(3)}, path)
+    with pytest.raises(InputError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_the_one_before_a_damaged_one_is_used(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"w": torch.full((3,), float(step))})
+    newest = checkpoint.latest(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:500])
+    said = []
+    assert checkpoint.load_newest(tmp_path, "cpu", said.append)["step"] == 1
+    assert len(said) == 1 and "step-00000002.pt" in said[0] and "trying the one before" in said[0]
+    (tmp_path / "step-00000001.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="none of the 2 checkpoints"):
+        checkpoint.load_newest(tmp_path, "cpu", said.append)
+    assert checkpoint.load_newest(tmp_path / "nothing", "cpu", said.append) is None
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "file"
     atomic.write_text(path, "old")

@@ -40,24 +40,59 @@ def uninterrupted(small, tmp_path):
     return tmp_path / "uninterrupted"
 
 
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(config, step, number): a new run that gets a signal in this step; returns how it ended."""
+
+    def run(config, step, number):
+        train_step = Trainer.train_step
+
+        def interrupting_step(self, batch):
+            losses = train_step(self, batch)
+            if self.step == step:
+                signal.raise_signal(number)
+            return losses
+
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
+            patch.setattr(Trainer, "train_step", interrupting_step)
+            Pretraining(config, resume=False).run()
+        return ended.value
+
+    return run
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 13])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_after_a_step_and_resumed(small, tmp_path, uninterrupted, stop_at, workers, monkeypatch):
-    config = small(workers=workers)
-    train_step = Trainer.train_step
-
-    def interrupting_step(self, batch):
-        losses = train_step(self, batch)
-        if self.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        return losses
-
-    monkeypatch.setattr(Trainer, "train_step", interrupting_step)
-    with pytest.raises(KeyboardInterrupt):
-        Pretraining(config, resume=False).run()
+def test_stopped_after_a_step_and_resumed(small, tmp_path, uninterrupted, stop_at, workers, stop_after):
+    assert isinstance(stop_after(small(workers=workers), stop_at, signal.SIGINT), KeyboardInterrupt)
     assert final_state(tmp_path / "run")["step"] == stop_at
-    monkeypatch.undo()
     _main(["--resume", "--out", str(tmp_path / "run")])
+    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted_and_resumed(small, tmp_path, uninterrupted, number, stop_after):
+    ended = stop_after(small(), 5, number)
+    assert isinstance(ended, SystemExit) and ended.code == 0
+    assert final_state(tmp_path / "run")["step"] == 5
+    _main(["--resume", "--out", str(tmp_path / "run")])
+    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_resumed_from_the_one_before_a_damaged_checkpoint(small, tmp_path, uninterrupted, stop_after, damage, capsys):
+    stop_after(small(checkpoint_epochs=2 / EPOCH_STEPS), 5, signal.SIGINT)
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    content = bytearray(newest.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    _main(["--resume", "--out", str(tmp_path / "run")])
+    assert f"{newest.name}" in capsys.readouterr().out
     assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
     assert losses(tmp_path / "run") == losses(uninterrupted)
 
