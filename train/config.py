@@ -52,7 +52,8 @@ class OptimizationOptions:
     """optimization"""
 
     epochs: int = option(300, "passes over the images")
-    batch_size: int = option(256, "images per step")
+    batch_size: int = option(256, "images per step, of all ranks together")
+    bn_groups: int | None = option(None, "parts of a batch that are normalised by themselves [one for each rank]")
     subnets_per_step: int = option(4, "subnets per step: smallest, full, and random ones between")
     base_lr: float = option(0.2, "learning rate for 256 images; the peak is base_lr * batch_size / 256")
     warmup_epochs: float = option(10.0, "epochs of linear learning rate warm-up")
@@ -130,6 +131,8 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
         for name in ("tau", "momentum", "min_scale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{flag(name)} lies between 0 and 1, not at {getattr(self, name)}")
+        if self.bn_groups is not None and (self.bn_groups < 1 or self.batch_size % self.bn_groups):
+            raise InputError(f"--batch-size {self.batch_size} is not {self.bn_groups} equal parts: see --bn-groups")
         if self.max_bad_images is not None and self.max_bad_images < 0:
             raise InputError(f"--max-bad-images cannot be negative: {self.max_bad_images}")
         if not self.names():

@@ -58,6 +58,7 @@ class DSPNet(nn.Module):
         hidden_features, out_features: sizes of projector and predictor.
         momentum_bn: momentum batch normalisation in the target: "off", "on", or "momentum2" for the variance as the
             published code of Momentum^2 Teacher computes it.
+        groups: parts of the batch that batch normalisation treats by themselves, as many ranks do.
         precision: "fp32", or "bf16" to store the encoder's activations in bf16; weights, sums, statistics and heads
             stay fp32.
     """
@@ -71,9 +72,11 @@ class DSPNet(nn.Module):
         out_features: int = 256,
         momentum_bn: str = "on",
         precision: str = "fp32",
+        groups: int = 1,
     ) -> None:
         super().__init__()
         self.family = family
+        self.groups = groups
         self.precision = precision
         encoder = build(network, family.full, stem)
         projector = MLP(encoder.num_features, hidden_features, out_features)
@@ -93,13 +96,13 @@ class DSPNet(nn.Module):
         for module in self.target.modules():
             if isinstance(module, MomentumBatchNorm):
                 module.alpha = alpha
-        with activate(self.target, None, views=VIEWS):
+        with activate(self.target, None, views=VIEWS * self.groups):
             first, second = self.target(self._stored(images)).chunk(VIEWS)
         return torch.cat([second, first])
 
     def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
         """Symmetrised loss of one subnet, a scalar from 0 to 8."""
-        with activate(self.online, subnet, views=VIEWS):
+        with activate(self.online, subnet, views=VIEWS * self.groups):
             predictions = self.online(self._stored(images))
         return VIEWS * normalized_mse(predictions, targets)
 

@@ -16,7 +16,7 @@ def digest(*parts: object) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             hashed.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            hashed.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            hashed.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             hashed.update(f"{part!r}\n".encode())
     return hashed.hexdigest()

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from rich.console import Console
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
@@ -25,6 +27,7 @@ from .interruption import Interruption
 from .probe import Probe
 from .process import settle_in
 from .progress import Monitor
+from .ranks import join, leave
 from .rundir import RunLog, open_run, read_bad_images, with_own_config, write_bad_images
 from .trainer import Trainer
 
@@ -82,26 +85,36 @@ class Pretraining:
 
     def __init__(self, config: PretrainConfig, resume: bool) -> None:
         device = choose_device(config.device)
+        self.ranks = ranks = join(device)
+        if device.type == "cuda" and ranks.size > 1:
+            device = torch.device("cuda", ranks.local)
         images = open_train_images(config)
-        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs)
+        share = {"rank": ranks.rank, "world_size": ranks.size}
+        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, **share)
+        # kept with the run: with other ranks it is still the same run
+        config = replace(config, bn_groups=config.bn_groups or ranks.size)
         # what auto chose is kept with the run: another backend would not resume it bit for bit
         config = replace(config, data_backend=choose_backend(config.data_backend, images, device))
         self.config = config
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
         self.bad = BadImages(limit, read_bad_images(Path(config.out)) if resume else None)
-        self.trainer = Trainer(config, order.steps_per_epoch, device)
+        self.trainer = Trainer(config, order.steps_per_epoch, device, ranks)
         self.probe = None
-        if config.probe_epochs:
+        if config.probe_epochs and ranks.first:
             test = open_images(config.data, "test")
             self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
-        self.out = open_run(config, resume)
+        self.out = Path(config.out)
+        if ranks.first:
+            open_run(config, resume)
+        ranks.wait()
         self.checkpoints = self.out / "checkpoints"
-        state = checkpoint.load_newest(self.checkpoints, device, print)
+        say = print if ranks.first else str
+        state = checkpoint.load_newest(self.checkpoints, device, say)
         if state is not None:
             self.trainer.load_state(state)
         elif config.init_from is not None:
-            self.trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), device, print))
-        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step)
+            self.trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), device, say))
+        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step, **share)
         views = augment.byol(config.image_size, config.min_scale)
         batches = open_batches(config.data_backend, images, views, order, config.workers, self.bad, device)
         self.meter = Meter(iter(batches))
@@ -110,9 +123,13 @@ class Pretraining:
     def run(self) -> None:
         """Train to the end; KeyboardInterrupt if it was stopped, after saving."""
         trainer, config = self.trainer, self.config
-        self.log = RunLog(self.out, trainer.step)
+        self.log = RunLog(self.out, trainer.step) if self.ranks.first else None
+        console = Console(highlight=False, quiet=not self.ranks.first)
         try:
-            with Interruption() as interruption, Monitor("pretrain", trainer.steps, trainer.step) as self.monitor:
+            with (
+                Interruption() as interruption,
+                Monitor("pretrain", trainer.steps, trainer.step, console) as self.monitor,
+            ):
                 self._say(*self._description())
                 if trainer.step == 0:
                     self._measure()
@@ -130,14 +147,23 @@ class Pretraining:
                     if last or self._due(config.probe_epochs):
                         self._measure()
                     if last or self._due(config.checkpoint_epochs):
+                        self._share_bad()
                         self._save()
                     self.meter.pause(began)
-                    if interruption.requested and not last:
+                    if not last and self._stops(interruption.requested):
                         self._save_and_stop()
                         interruption.stop()
                 self._say(f"pretrained {', '.join(trainer.model.family.names)} in {self.out}")
         finally:
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
+
+    def _stops(self, requested: bool) -> bool:
+        """Whether any rank was asked to stop. On a GPU to ask is to wait for it, so only now and then."""
+        now = self.trainer.device.type == "cpu" or self.trainer.step % self.config.log_steps == 0
+        if self.ranks.size == 1:
+            return requested
+        return now and self.ranks.any(requested, self.trainer.device)
 
     def _batches(self) -> Iterator[Tensor]:
         """The batches; an image that cannot be used ends the run, but not before it is saved."""
@@ -153,7 +179,8 @@ class Pretraining:
     def _save(self) -> None:
         config, trainer = self.config, self.trainer
         keep_every = round(config.keep_epochs * trainer.epoch_steps)
-        checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
+        if self.ranks.first:
+            checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
 
     def _save_and_stop(self) -> None:
         self._save()
@@ -166,13 +193,22 @@ class Pretraining:
         return epochs > 0 and self.trainer.step % max(1, round(epochs * self.trainer.epoch_steps)) == 0
 
     def _say(self, *lines: str) -> None:
+        if self.log is None:
+            return
         for line in lines:
             self.monitor.line(line)
             self.log.line(line)
 
+    def _share_bad(self) -> None:
+        """Every rank meets bad images of its own."""
+        if self.ranks.size > 1:
+            for found in self.ranks.gather(self.bad.found):
+                self.bad.note(list(found.items()))
+            self._say_bad()
+
     def _say_bad(self) -> None:
         news = self.bad.news()
-        if news:
+        if news and self.ranks.first:
             self._say(*news)
             write_bad_images(self.out, self.bad.found)
 
@@ -182,14 +218,19 @@ class Pretraining:
         return [
             f"{config.network} {', '.join(trainer.model.family.names)} on {self.images} images of {config.data}, "
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
-            f"data by {config.data_backend}",
+            f"data by {config.data_backend}" + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
             f"operators  {served}",
             *([f"resumed at step {trainer.step}"] if trainer.step else []),
         ]
 
     def _record(self, losses: dict[str, Tensor], lr: float, tau: float) -> None:
         rate, waiting = self.meter.read()
-        values = {name: loss.item() for name, loss in losses.items()}
+        rate *= self.ranks.size
+        stacked = torch.stack(list(losses.values()))
+        self.ranks.average(stacked)
+        if self.log is None:
+            return
+        values = dict(zip(losses, stacked.tolist(), strict=True))
         self.log.metrics(
             self.trainer.step,
             {
@@ -207,7 +248,7 @@ class Pretraining:
         self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
 
     def _measure(self) -> None:
-        if self.probe is None:
+        if self.probe is None or self.log is None:
             return
         values = self.probe.measure(self.trainer.model.online.encoder, self.trainer.model.family)
         self.log.metrics(self.trainer.step, values)
@@ -237,7 +278,10 @@ def _main(argv: Sequence[str]) -> None:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")
     if config.fast_kernels:
         registry.fast_kernels()
-    Pretraining(config, options.resume).run()
+    try:
+        Pretraining(config, options.resume).run()
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

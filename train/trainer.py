@@ -16,11 +16,18 @@ from .config import PretrainConfig
 from .data.loader import prepare
 from .dspnet import DSPNet
 from .graphs import StepGraphs
+from .ranks import ALONE, Ranks
 from .schedules import learning_rate, momentum_alpha, target_tau
 
 
-def build_model(config: PretrainConfig) -> DSPNet:
+def build_model(config: PretrainConfig, ranks: Ranks = ALONE) -> DSPNet:
     """The networks of a run before its first step, a function of the configuration alone."""
+    groups, rest = divmod(config.bn_groups or ranks.size, ranks.size)
+    if rest or not groups:
+        raise InputError(
+            f"the batch is normalised in {config.bn_groups} parts, which {ranks.size} ranks cannot share: "
+            f"start as many ranks as divide it"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return DSPNet(
@@ -31,6 +38,7 @@ def build_model(config: PretrainConfig) -> DSPNet:
             config.out_features,
             config.momentum_bn,
             config.precision,
+            groups,
         )
 
 
@@ -44,13 +52,16 @@ class Trainer:
         config: the run.
         epoch_steps: steps in an epoch.
         device: where to train.
+        ranks: the processes that train together, each on its share of every batch.
     """
 
-    def __init__(self, config: PretrainConfig, epoch_steps: int, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, epoch_steps: int, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.device = device
-        self.model = build_model(config).to(device).to(memory_format=torch.channels_last).train()
+        self.ranks = ranks
+        self.model = build_model(config, ranks).to(device).to(memory_format=torch.channels_last).train()
         self.arena = Arena(self.model.online, self.model.target)
+        self._statistics = [b for b in self.model.buffers() if b.is_floating_point()]
         self._alpha = torch.zeros((), device=device)
         self._graphs: StepGraphs | None = None
         self.step = 0
@@ -74,7 +85,8 @@ class Trainer:
     def train_step(self, batch: Tensor) -> dict[str, Tensor]:
         """One step on two views; returns the losses of the sampled subnets.
 
-        The views are uint8 [2B, C, S, S] on any device, or normalised already, float32 [2B, 3, S, S] on the trainer's.
+        The views are uint8 [2B, C, S, S] on any device, or normalised already, float32 [2B, 3, S, S] on the trainer's;
+        B is this rank's share of the batch, and the losses are of that.
         """
         family = self.model.family
         if self.step < self.full_only_steps:
@@ -86,9 +98,11 @@ class Trainer:
         if self._records:
             self._graphs = self._graphs or StepGraphs(self.model, self.arena, batch, self._alpha, self._update)
             losses = self._graphs.accumulate(batch, subnets)
+            self._exchange()
             self._graphs.update()
         else:
             losses = self.model.accumulate(prepare(batch, self.device), subnets, self._alpha)
+            self._exchange()
             self._update()
         self.step += 1
         return losses
@@ -96,6 +110,11 @@ class Trainer:
     @property
     def _records(self) -> bool:
         return self.device.type == "cuda" and not self.config.no_cuda_graphs
+
+    def _exchange(self) -> None:
+        """Gradients and running statistics become those of the whole batch."""
+        self.ranks.average(self.arena.grads)
+        self.ranks.average_all(self._statistics)
 
     def _update(self) -> None:
         config = self.config
