@@ -80,6 +80,12 @@ def test_options_exist(page):
     parsers = (make_parser(), finetune.make_parser(), *evaluate.make_parsers().values())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # of the other commands
-    known |= {"--no-build-isolation", "--inplace", "--benchmark-only", "--quick"}  # of pip, pytest and others
+    known |= {
+        "--no-build-isolation",
+        "--inplace",
+        "--benchmark-only",
+        "--quick",
+        "--standalone",
+    }  # of pip, pytest and others
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
         assert option in known, option

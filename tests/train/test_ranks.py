@@ -74,7 +74,9 @@ def final(out) -> dict:
 def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, ranks, momentum_bn):
     """The family drops blocks, so some parameters have no gradient in some steps."""
     options = {"bn_groups": 4, "momentum_bn": momentum_bn, "base_lr": 1.0, "subnets_per_step": 2, "epochs": 2}
-    options |= {"batch_size": 40}  # ten images to a group: of two, normalised features are signs, and rounding flips them
+    options |= {
+        "batch_size": 40
+    }  # ten images to a group: of two, normalised features are signs, and rounding flips them
     printed = run(torchrun(ranks, arguments(**options, out=tmp_path / "ranks")))
     assert f", {ranks} ranks" in printed
     _main(arguments(**options, out=tmp_path / "one"))
@@ -93,7 +95,7 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, ranks, momentum
 
 
 def test_preempted_ranks_save_and_go_on_bit_for_bit(torchrun, arguments, tmp_path):
-    options = {"epochs": 15, "checkpoint_epochs": 0, "probe_epochs": 0, "log_steps": 1, "warmup_epochs": 0}
+    options = {"epochs": 4, "checkpoint_epochs": 0, "probe_epochs": 0, "log_steps": 1, "warmup_epochs": 0}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     process = subprocess.Popen(
         torchrun(2, arguments(**options, out=stopped)),
@@ -108,7 +110,7 @@ def test_preempted_ranks_save_and_go_on_bit_for_bit(torchrun, arguments, tmp_pat
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     step = checkpoint.latest_step(stopped / "checkpoints")
-    assert 0 < step < 150
+    assert 0 < step < 40
     run(torchrun(2, ["--resume", "--out", str(stopped)]))
     run(torchrun(2, arguments(**options, out=whole)))
     for name, value in final(whole).items():
