@@ -86,6 +86,7 @@ def test_options_exist(page):
         "--benchmark-only",
         "--quick",
         "--standalone",
+        "--nproc-per-node",
     }  # of pip, pytest and others
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
         assert option in known, option
