@@ -10,6 +10,7 @@ from .findings import Point
 from .protocols.common import quantity
 from .results import Report, Table, cost_cells, percent
 
+SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another, each of them
 MEASURED_PARTS = {
     "target": "target forward",
     "online": "online subnets",
@@ -29,8 +30,8 @@ def tables(report: Report) -> list[Table]:
 
 def _accuracy(report: Report, protocol: str) -> Table:
     columns = report["accuracy"][protocol]
-    alone = columns.get("alone")
-    families = [name for name in columns if name != "alone"]
+    alone = columns.get(ALONE)
+    families = [name for name in columns if name != ALONE]
     heading = ["network", "params", "MACs", *(_label(report, name) for name in columns)]
     heading += [f"{_label(report, name)}: difference" for name in families] if alone else []
     rows = []
@@ -116,13 +117,13 @@ def _ratios(report: Report, reference: str) -> Table:
             if "measured" in row and len(set(row["measured"]["seeds"].values())) > 1:
                 values = row["measured"]["seeds"].values()
                 cells[1] += f" [{min(values):.3f}, {max(values):.3f}]"
-    what = "all separate runs together" if reference == "separate runs" else _named(report, reference)
+    what = "all separate runs together" if reference == SEPARATE else _named(report, reference)
     return Table(f"Ratios to {what}; parts add up to the time, and to the MACs.", heading, rows)
 
 
 def _named(report: Report, row: str) -> str:
     """What a row of the ratios is called."""
-    return "separate runs together" if row == "separate runs" else _label(report, row)
+    return "separate runs together" if row == SEPARATE else _label(report, row)
 
 
 def figures_of(report: Report) -> Iterator[tuple[str, figures.Draw, str, str]]:
@@ -140,26 +141,23 @@ def figures_of(report: Report) -> Iterator[tuple[str, figures.Draw, str, str]]:
             f"{caption}.",
         )
     for kind, unit, of in (("measured", "seconds of training", 1.0), ("counted", "multiply-accumulates, 10^12", 1e12)):
-        rows = {}
-        for run in report["runs"].values():
-            if kind in run:
-                parts = run[kind]["parts"] if kind == "measured" else run[kind]
-                rows[run["label"]] = {
-                    label: parts[part] / of for part, label in MEASURED_PARTS.items() if part in parts
-                }
-        if rows:
-            together = _together([parts for label, parts in rows.items() if label.endswith(" alone")])
-            rows = ({"separate runs": together} if together else {}) | rows
-            yield (
-                f"cost-{kind}",
-                figures.bars(rows, unit),
-                f"{unit} of every run, by parts",
-                f"{unit}, {kind}.".capitalize(),
-            )
+        if rows := _bars(report, kind, of):
+            caption = f"{unit[0].upper()}{unit[1:]}, {kind}."
+            yield f"cost-{kind}", figures.bars(rows, unit), f"{unit} of every run, by parts", caption
 
 
-def _together(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {part: sum(row[part] for row in rows) for part in (rows[0] if rows else ())}
+def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]:
+    """Costs by part of separate runs together, if there are any, and of every run."""
+    rows, together = {}, dict[str, float]()
+    for run in report["runs"].values():
+        if kind not in run:
+            continue
+        parts = run[kind]["parts"] if kind == "measured" else run[kind]
+        row = {label: parts[part] / unit for part, label in MEASURED_PARTS.items() if part in parts}
+        rows[run["label"]] = row
+        if run["subnets_per_step"] is None:
+            together = {part: together.get(part, 0.0) + value for part, value in row.items()}
+    return ({SEPARATE: together} if together else {}) | rows
 
 
 def _points(report: Report, scores: Mapping[str, Any]) -> list[Point]:

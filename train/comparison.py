@@ -18,6 +18,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
 
 from . import atomic, checkpoint, counting, fingerprint
+from .compared import ALONE, SEPARATE
 from .config import PretrainConfig, flag, option
 from .data.backends import choose_backend
 from .data.order import EpochOrder
@@ -31,7 +32,6 @@ from .results import Report
 from .rundir import CONFIG, open_run, read_metrics
 
 RUNS, MEASURED = "runs", "measured"
-SEPARATE, ALONE = "separate runs", "alone"
 DECIDED = ("out", "seed", "subnets_per_step", "init_from")  # options of a run that the comparison decides
 
 

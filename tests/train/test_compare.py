@@ -19,9 +19,11 @@ from dspnet_fast.models import MLP, build, family
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import sandwich
 from train import compare, compared, comparison, figures, measuring, page, report
+from train.arena import Arena
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.config import PretrainConfig
 from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
+from train.dspnet import DSPNet
 from train.findings import read_comparison
 from train.measuring import Measured
 from train.protocols.common import quantity
@@ -197,12 +199,25 @@ def test_ratios_by_hand():
     assert "measured" not in comparison.ratios(runs)["b"]["family"]
 
 
-def test_parts_of_a_step_are_measured_here():
-    config = PretrainConfig(**{**RECIPE, "image_size": 32, "batch_size": 32, "dns": f"{SMALL},c32-d2222"})
-    found = measuring.measure_here(config, steps=3)
-    assert list(found.online) == [SMALL, "c32-d2222"]
-    assert found.optimizer > 0 and 0 < found.target < found.online["c32-d2222"], "forward only, of the same network"
-    assert found.peak_memory is None or found.peak_memory >= 0
+def test_parts_of_a_step_are_told_apart(monkeypatch):
+    """By a clock that only the parts move."""
+    clock = [0.0]
+
+    def moves(kind, name, seconds):
+        work = getattr(kind, name)
+
+        def moving(self, *args, **options):
+            clock[0] += seconds(args)
+            return work(self, *args, **options)
+
+        monkeypatch.setattr(kind, name, moving)
+
+    moves(DSPNet, "targets", lambda args: 1)
+    moves(DSPNet, "loss", lambda args: {SMALL: 10, LARGE: 20}[args[2].name])
+    moves(Arena, "update", lambda args: 100)
+    monkeypatch.setattr(measuring, "_now", lambda device: clock[0])
+    found = measuring.measure_here(PretrainConfig(**RECIPE), steps=3)
+    assert (found.target, found.online, found.optimizer) == (1, {SMALL: 10, LARGE: 20}, 100)
 
 
 def test_a_comparison(finished_comparison):
@@ -310,7 +325,7 @@ def test_families_only(command, tmp_path, quick):
     assert "difference" not in (out / "compare.md").read_text()
 
 
-def test_the_report_of_a_run_shows_its_comparison(finished_comparison, tmp_path):
+def test_the_report_of_a_run_shows_its_comparison(finished_comparison, tmp_path, quick):
     out = shutil.copytree(finished_comparison, tmp_path / "out") / "runs" / "family-n2-seed0"
     assert run(report, out) == DONE
     html = (out / "report" / "index.html").read_text()
