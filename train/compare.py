@@ -87,6 +87,8 @@ def _main(argv: Sequence[str]) -> None:
         print("what was computed is kept: the same train.compare goes on from there", flush=True)
         raise
     publish(comparison.out, report)
+    family = comparison.place(comparison.families[-1], comparison.seeds[0])
+    print(f"as a page, with the curves of the run: python -m train.report {family}")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ def figures_of(report: Report) -> Iterator[tuple[str, figures.Draw, str, str]]:
 
 def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]:
     """Costs by part of separate runs together, if there are any, and of every run."""
-    rows, together = {}, dict[str, float]()
+    rows: dict[str, dict[str, float]] = {}
+    together: dict[str, float] = {}
     for run in report["runs"].values():
         if kind not in run:
             continue

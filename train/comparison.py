@@ -6,6 +6,7 @@ OUT/measured/NAME.json   what a step of that run takes, in parts (train/measurin
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import statistics
@@ -101,6 +102,12 @@ class Comparison:
         self.images = self.size.train if recipe.train_images is None else recipe.train_images
         if self.images > self.size.train:
             raise InputError(f"--train-images {self.images}, but {recipe.data} has {self.size.train}")
+        references = self.size.train if options.references is None else options.references
+        if not options.k <= references <= self.size.train:
+            raise InputError(
+                f"--k {options.k} neighbours among --references {references} of {self.size.train} images of "
+                f"{recipe.data}: neither can be more than there are"
+            )
         self.epoch_steps = EpochOrder(self.images, recipe.batch_size, 0, recipe.epochs).steps_per_epoch
 
     @property
@@ -152,7 +159,11 @@ class Comparison:
     def _evaluate(self, out: Path) -> dict[str, Any]:
         """{"kNN": {network: {"accuracy", "interval"}}}, and "linear" if it is wanted."""
         recipe, options = self.recipe, self.options
-        shared = {"workers": recipe.workers, "device": recipe.device, "fast_kernels": recipe.fast_kernels}
+        shared: dict[str, Any] = {
+            "workers": recipe.workers,
+            "device": recipe.device,
+            "fast_kernels": recipe.fast_kernels,
+        }
         report = evaluate_knn(out, KnnOptions(k=options.k, references=options.references, **shared))
         publish_knn(out, report)
         found = {"kNN": _accuracies(report, "pretrained", "majority")}
@@ -169,7 +180,7 @@ class Comparison:
         of_machine = ("workers", "log_steps", "probe_epochs", "probe_images", "checkpoint_epochs", "max_bad_images")
         relevant = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_machine}
         key = fingerprint.digest(sorted(relevant.items()), steps)
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is measured anew
             kept = json.loads(path.read_text())
             if kept.pop("key") == key:
                 return Measured(**kept)
@@ -273,7 +284,7 @@ def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:
     largest = list(alone)[-1]
     rows = {SEPARATE: list(alone.values()), largest: [alone[largest]]}
     references = dict(rows)
-    rows |= {name: [run] for name, run in runs.items() if run not in alone}
+    rows |= {name: [run] for name, run in runs.items() if name not in alone}
     found: dict[str, Any] = {}
     for reference, base in references.items():
         found[reference] = {}
