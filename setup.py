@@ -211,6 +211,7 @@ setup(
             "dspnet-pretrain = dspnet_fast.train.pretrain:main",
             "dspnet-evaluate = dspnet_fast.train.evaluate:main",
             "dspnet-finetune = dspnet_fast.train.finetune:main",
+            "dspnet-compare = dspnet_fast.train.compare:main",
             "dspnet-export = dspnet_fast.train.export:main",
             "dspnet-report = dspnet_fast.train.report:main",
             "dspnet-shard = dspnet_fast.train.data.shard:main",

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dspnet_fast.models import build, family
-from train import evaluate, finetune
+from train import compare, evaluate, finetune
 from train.cli import to_config
 from train.config import PretrainConfig
 from train.pretrain import make_parser
@@ -27,6 +28,7 @@ def test_recipe_describes_a_family_that_can_be_built(recipe):
     assert recipe.stem.endswith(f"_{config.epochs}e")
 
 
+COMPARISONS = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
 PLANS = [
     ("evaluate", "linear", "dspnet_mobilenet-v3_imagenet_300e", "evaluate/linear_imagenet_80e"),
     ("evaluate", "semi", "dspnet_resnet_imagenet_300e", "evaluate/semi_imagenet_50e"),
@@ -54,7 +56,31 @@ def test_every_recipe_of_an_evaluation_is_counted():
     folders = {
         path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in (ROOT / "recipes").rglob("*/*.yaml")
     }
-    assert folders == {recipe for *_, recipe in PLANS}
+    assert folders == {recipe for *_, recipe in PLANS} | {f"compare/{recipe.stem}" for recipe in COMPARISONS}
+
+
+@pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
+def test_recipe_of_a_comparison_can_be_counted_without_images(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        compare.main(["--config", str(recipe), "--dry-run"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "runs of 93,600 steps on 1,281,167 images of imagenet, as published" in shown
+    assert "separate runs together" in shown and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
+def test_recipe_of_a_comparison_is_that_of_a_family(recipe):
+    """But for what it says it changes."""
+    name = "_".join(recipe.stem.split("_")[1:])
+    mine = yaml.safe_load(recipe.read_text())
+    theirs = yaml.safe_load((ROOT / "recipes" / f"dspnet_{name}.yaml").read_text())
+    assert mine.pop("no_separate_runs", False) is (recipe.stem.split("_")[0] not in ("family-5", "family-6"))
+    changed = {option for option in mine.keys() | theirs.keys() if mine.get(option) != theirs.get(option)}
+    kind, _, count = recipe.stem.split("_")[0].partition("-")
+    assert changed == ({"subnets_per_step"} if kind == "sampled" else {"dns"} if count in ("3", "11") else set())
+    assert kind == "sampled" or len(mine["dns"].split(",")) == int(count)
 
 
 def test_the_layers_page_runs(policy):  # which puts back what the page sets
@@ -77,7 +103,7 @@ def test_links_and_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_exist(page):
-    parsers = (make_parser(), finetune.make_parser(), *evaluate.make_parsers().values())
+    parsers = (make_parser(), finetune.make_parser(), compare.make_parser(), *evaluate.make_parsers().values())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # of the other commands
     known |= {

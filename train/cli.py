@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -40,13 +40,15 @@ def add_config_file(made: ArgumentParser) -> None:
     made.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; may be repeated")
 
 
-def add_options(made: ArgumentParser, config: type) -> None:
-    """One option for each field of a dataclass, grouped by the base class that declares it."""
+def add_options(made: ArgumentParser, config: type, without: Collection[str] = ()) -> None:
+    """One option for each field of a dataclass but those of `without`, grouped by the base class that declares it."""
     assert is_dataclass(config)
     hints = get_type_hints(config)
     declared = {name: base for base in config.__mro__ for name in base.__dict__.get("__annotations__", {})}
     groups: dict[type, Any] = {}
     for f in fields(config):
+        if f.name in without:
+            continue
         base = declared[f.name]
         if base not in groups:
             groups[base] = made if base is config else made.add_argument_group(base.__doc__)

@@ -65,6 +65,10 @@ class OptimizationOptions:
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
     precision: str = option("fp32", "fp32, or bf16 to store activations in bf16")
 
+    def full_only_steps(self, epoch_steps: int) -> int:
+        """Steps at the start that train only the full network, of a run with so many steps in an epoch."""
+        return round((self.warmup_epochs if self.full_only_epochs is None else self.full_only_epochs) * epoch_steps)
+
 
 @dataclass(kw_only=True)
 class ExecutionOptions:

@@ -168,6 +168,36 @@ def curves(lines: Mapping[str, Curve], label: str, share: bool = False, mark: bo
     return draw
 
 
+def bars(rows: Mapping[str, Mapping[str, float]], label: str) -> Draw:
+    """What things cost, one bar for each, of parts that add up.
+
+    Args:
+        rows: parts by thing, the first on top; a part may be missing.
+        label: of the sums, with their unit.
+    """
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(6.0, 1.1 + 0.36 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        names = list(rows)
+        ends = [0.0] * len(rows)
+        for index, part in enumerate(parts):
+            lengths = [rows[name].get(part, 0.0) for name in names]
+            axes.barh(names, lengths, left=ends, height=0.62, color=theme.colours[index], label=part)
+            ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+        for name, end in zip(names, ends, strict=True):
+            axes.annotate(f"{end:,.3g}", (end, name), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+        axes.set_xlabel(label)
+        _legend(figure, parts)
+        return figure
+
+    return draw
+
+
 def _legend(figure: Figure, labels: Sequence[str]) -> None:
     """Above the axes, so that it covers no data; in the order of the labels."""
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))

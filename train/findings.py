@@ -100,8 +100,7 @@ class Run:
         self.evaluations = [evaluation for evaluation in read.values() if evaluation is not None]
         self.left_out = [name for name, evaluation in read.items() if evaluation is None]
         self.manifests = {dn: _json(out / "exported" / dn / "manifest.json") for dn in self.family.names}
-        comparison = out / COMPARE
-        self.comparison = _json(comparison) if comparison.exists() else None
+        self.comparison = read_comparison(out)
 
     @property
     def epochs(self) -> float:
@@ -149,6 +148,17 @@ def _json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): write it again, or remove it") from error
+
+
+def read_comparison(out: Path) -> dict[str, Any] | None:
+    """What train.compare found, if it wrote to `out` or made the run in `out`; InputError if the file is damaged."""
+    for folder in (out, out.resolve().parent.parent):
+        found = _json(folder / COMPARE)
+        if found is not None:
+            if not isinstance(found, dict) or not {"accuracy", "runs", "ratios", "networks"} <= found.keys():
+                raise InputError(f"{folder / COMPARE} is no result of train.compare: write it again, or remove it")
+            return found
+    return None
 
 
 def networks_of(run: Run) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import atomic, cli, figures, page
+from . import atomic, cli, compared, figures, page
 from .findings import COLLAPSED_RANK, COLLAPSED_STD, COMPARE, Run, finite, networks_of
 from .progress import Monitor
 
@@ -41,6 +41,9 @@ def pictures_of(run: Run) -> Iterator[Picture]:
                 f"{evaluation.label} of every network over {what}",
                 f"{evaluation.about}. Bars are 95 % intervals.",
             )
+    if run.comparison is not None:
+        for name, draw, description, caption in compared.figures_of(run.comparison):
+            yield Picture(f"compare-{name}", draw, description, caption)
     longest = max((len(xs) for xs, _ in run.curve("loss").values()), default=0)
     means = " Of long runs, means of neighbouring steps." if longest > figures.POINTS else ""
     training = (
@@ -91,7 +94,9 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
     if run.comparison is None:
         body.append(page.paragraph(f"Not compared yet: `python -m train.compare` writes {COMPARE}."))
     else:
-        body += [page.paragraph(f"As {COMPARE} has it.", "note"), page.options(flat(run.comparison))]
+        body += [page.figures([drawn[name] for name in drawn if name.startswith("compare-")])]
+        for table in compared.tables(run.comparison):
+            body += [page.table(table.heading, table.rows), page.paragraph(table.title, "note")]
 
     for section in ("training", "collapse"):
         shown = [drawn[name] for name in drawn if name.startswith(section)]
@@ -168,17 +173,6 @@ def _notes(run: Run, networks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     }
     if conditions:
         yield f"Milliseconds are medians of a call, as measured at the export: {'; '.join(sorted(conditions))}."
-
-
-def flat(value: Any, name: str = "") -> dict[str, object]:
-    """Numbers and words of nested JSON by dotted names."""
-    if not isinstance(value, dict | list):
-        return {name or "value": value}
-    items = value.items() if isinstance(value, dict) else ((str(index), item) for index, item in enumerate(value))
-    found: dict[str, object] = {}
-    for key, item in items:
-        found |= flat(item, f"{name}.{key}" if name else str(key))
-    return found
 
 
 def write(out: Path) -> Path:

@@ -68,8 +68,7 @@ class Trainer:
         self.steps = config.epochs * epoch_steps
         self.epoch_steps = epoch_steps
         self.warmup_steps = round(config.warmup_epochs * epoch_steps)
-        full_only = config.warmup_epochs if config.full_only_epochs is None else config.full_only_epochs
-        self.full_only_steps = round(full_only * epoch_steps)
+        self.full_only_steps = config.full_only_steps(epoch_steps)
 
     @property
     def learning_rate(self) -> float:

@@ -258,12 +258,11 @@ def test_what_there_is_not_is_said_and_not_drawn(out, capsys):
     assert "0 of 2 epochs" in text
 
 
-def test_a_comparison_is_shown_as_it_is(out):
-    (out / "compare.json").write_text(json.dumps({"ratio": 0.47, "seeds": [{"family <1>": 12.5}]}))
-    assert run(report, out) == DONE
-    rows = made(out).rows
-    assert ["ratio", "0.47"] in rows and ["seeds.0.family <1>", "12.5"] in rows
-    assert "<1>" not in (out / "report" / "index.html").read_text()
+def test_a_comparison_that_is_none_is_refused(out, capsys):
+    for text in ("{", '{"ratio": 0.47}', "[]"):
+        (out / "compare.json").write_text(text)
+        assert run(report, out) == WRONG_INPUT
+        assert "compare.json is" in capsys.readouterr().err
 
 
 def test_files_that_are_no_evaluations(out, capsys):

@@ -1,0 +1,389 @@
+"""train.compare: what is counted, what is run, what is kept and what it says."""
+
+import io
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dspnet_fast.cost import mac_count, parameter_count
+from dspnet_fast.models import MLP, build, family
+from dspnet_fast.slim import slim
+from dspnet_fast.subnets import sandwich
+from train import compare, compared, comparison, figures, measuring, page, report
+from train.arena import Arena
+from train.cli import DONE, FAILED, WRONG_INPUT
+from train.config import PretrainConfig
+from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
+from train.dspnet import DSPNet
+from train.findings import read_comparison
+from train.measuring import Measured
+from train.protocols.common import quantity
+from train.results import Cost
+from train.trainer import Trainer
+
+SMALL, LARGE = "c8-d1111", "c16-d1111"
+RECIPE = {
+    "network": "resnet",
+    "stem": "small",
+    "dns": f"{LARGE},{SMALL}",
+    "image_size": 12,
+    "hidden_features": 16,
+    "out_features": 8,
+    "epochs": 1,
+    "batch_size": 13,
+    "base_lr": 4.0,
+    "warmup_epochs": 0.3,
+    "workers": 0,
+    "probe_epochs": 0,
+    "log_steps": 1,
+}
+
+
+def run(command, *argv):
+    with pytest.raises(SystemExit) as end:
+        command.main([str(argument) for argument in argv])
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def command(images):
+    """Make the command line of a comparison of two networks that train for six steps of 12 px."""
+
+    def make(out, **options):
+        recipe = {**RECIPE, "data": images, "k": 5, "timed_steps": 2, "subnets_per_step": 2, "out": out, **options}
+        return [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished_comparison(command, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared") / "out"
+    assert run(compare, *command(out, linear_epochs=2)) == DONE
+    return out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Steps are not timed, figures are one dot."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    monkeypatch.setattr(figures, "render", lambda draw: dict.fromkeys(figures.THEMES, file.getvalue()))
+
+    def measured(config, steps):
+        return Measured(0.25, {dn: 1.0 if dn == LARGE else 0.5 for dn in config.names()}, 0.125, 3 * 2**20)
+
+    monkeypatch.setattr(comparison, "measure", measured)
+
+
+def checkpoints(out):
+    return {path: path.stat().st_mtime_ns for path in out.rglob("step-*.pt") if "evaluation" not in path.parts}
+
+
+def weights(out):
+    return torch.load(out / "checkpoints" / "step-00000006.pt", weights_only=True)["model"]
+
+
+def test_costs_are_counted_as_by_hand():
+    small, middle, large = "c8-d1111", "c8-d1121", "c16-d1121"
+    config = PretrainConfig(
+        network="resnet",
+        dns=f"{small},{middle},{large}",
+        hidden_features=10,
+        out_features=3,
+        epochs=2,
+        batch_size=8,
+        subnets_per_step=2,
+        warmup_epochs=0.5,
+    )
+    found = count(config, 4, {small: Cost(100, 1000, 4), middle: Cost(150, 1500, 4), large: Cost(300, 3000, 5)})
+    assert found.views == 2 * 8 * 8
+    # projector: 5 x 10 + 10 x 3 = 80, of the small one's features 4 x 10 + 10 x 3 = 70; predictor: 3 x 10 + 10 x 3 = 60
+    assert found.target == 8 * 16 * (3000 + 80)
+    assert found.online[small] == 6 * 16 * 3 * (1000 + 70 + 60), "not in the two steps of the warm-up"
+    assert found.online[large] == 8 * 16 * 3 * (3000 + 80 + 60)
+    assert found.online[middle] == 0, "steps of two hold none between"
+    projector, predictor = 50 + 20 + 30 + 3, 30 + 20 + 30 + 3
+    assert found.optimizer == 8 * (6 * (300 + projector + predictor) + 2 * (300 + projector))
+    assert sum(found.parts().values()) == found.target + sum(found.online.values()) + found.optimizer
+
+
+def test_a_network_alone_is_counted_as_pytorch_counts_it():
+    """The passes of a plain network with plain heads, forward and backward."""
+    config = PretrainConfig(**{**RECIPE, "dns": LARGE})
+    hidden, out, size = config.hidden_features, config.out_features, config.image_size
+    costs = network_costs(config)
+    features = costs[LARGE].features
+    encoder = slim(build("resnet", family("resnet", [LARGE]).full, "small"), None)
+    heads = [nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)]
+    heads += [nn.Linear(out, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)]
+    found = count(config, 1, costs)
+    views = 2 * config.batch_size * config.epochs
+    assert found.target == views * mac_count(nn.Sequential(encoder, *heads[:4]), size)
+    plain = nn.Sequential(encoder, *heads)
+    forward = mac_count(plain, size)
+    assert sum(found.online.values()) == views * PASSES * forward
+    with FlopCounterMode(display=False) as counter:
+        plain(torch.randn(2, 3, size, size)).sum().backward()
+    stem = next(module for module in plain.modules() if isinstance(module, nn.Conv2d))
+    of_images = stem.weight.numel() * (size // stem.stride[0]) ** 2
+    assert counter.get_total_flops() // 2 == 2 * (PASSES * forward - of_images), "but for the gradient of the images"
+    assert head_macs(features, hidden, out) == mac_count_of(nn.Sequential(*heads[:4]), features)
+    assert parameter_count(MLP(features, hidden, out)) == parameter_count(nn.Sequential(*heads[:4])) - hidden
+
+
+def mac_count_of(model, features):
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, features))
+    return counter.get_total_flops() // 2
+
+
+def test_steps_of_each_network_are_those_of_the_sandwich():
+    dns = ["c8-d1111", "c8-d1112", "c16-d1112", "c16-d1122", "c16-d2222"]
+    config = PretrainConfig(network="resnet", dns=",".join(dns), epochs=4, warmup_epochs=1, subnets_per_step=4)
+    networks = family("resnet", dns)
+    drawn = Counter(subnet.name for step in range(200, 800) for subnet in sandwich(networks, 4, seed=0, step=step))
+    drawn[networks.full.name] += 200
+    expected = sampled_steps(config, 200)
+    assert expected.keys() == drawn.keys() and sum(expected.values()) == sum(drawn.values())
+    assert expected[dns[0]] == 600 == drawn[dns[0]] and expected[dns[-1]] == 800 == drawn[dns[-1]]
+    assert all(abs(expected[dn] - drawn[dn]) < 60 for dn in dns), "five standard deviations of 600 draws"
+    small = PretrainConfig(**{**RECIPE, "warmup_epochs": 0.5})
+    assert Trainer(small, 10, torch.device("cpu")).full_only_steps == small.full_only_steps(10) == 5
+
+
+def test_seconds_are_those_that_the_run_recorded(tmp_path):
+    lines = [
+        {"step": 0, "knn": {}},
+        {"step": 10, "images_per_second": 50.0, "data_wait": 0.5},
+        {"step": 10, "knn": {}},
+        {"step": 15, "images_per_second": 10.0, "data_wait": 0.2},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert comparison.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
+
+
+def test_ratios_by_hand():
+    def made_run(n, target, online, optimizer, data, seconds, peak):
+        counted = {"target": 2 * target, "online": 2 * online, "optimizer": 2 * optimizer}
+        parts = {"target": target, "online": online, "optimizer": optimizer, "data": data}
+        measured = {"parts": parts, "seconds": {"seeds": seconds}, "peak_memory": peak}
+        return {"subnets_per_step": n, "counted": counted, "measured": measured}
+
+    runs = {
+        "a": made_run(None, 1, 2, 1, 0, {"0": 3, "1": 5}, 100),
+        "b": made_run(None, 2, 4, 1, 1, {"0": 8, "1": 8}, 200),
+        "family": made_run(3, 2, 6, 1, 0, {"0": 10, "1": 8}, 210),
+    }
+    found = comparison.ratios(runs)
+    together, largest = found["separate runs"], found["b"]
+    assert together["separate runs"]["measured"]["total"] == 1 == largest["b"]["counted"]["total"]
+    assert together["family"]["measured"].pop("seeds") == pytest.approx({"0": 10 / 11, "1": 8 / 13})
+    assert together["family"]["measured"] == pytest.approx(
+        {"total": 9 / 12, "target": 2 / 12, "online": 6 / 12, "optimizer": 1 / 12, "data": 0}
+    )
+    assert largest["family"]["counted"] == pytest.approx(
+        {"total": 9 / 7, "target": 2 / 7, "online": 6 / 7, "optimizer": 1 / 7}
+    )
+    assert largest["family"]["peak_memory"] == together["family"]["peak_memory"] == 1.05
+    del runs["a"]["measured"], runs["b"]["measured"]
+    assert "measured" not in comparison.ratios(runs)["b"]["family"]
+
+
+def test_parts_of_a_step_are_told_apart(monkeypatch):
+    """By a clock that only the parts move."""
+    clock = [0.0]
+
+    def moves(kind, name, seconds):
+        work = getattr(kind, name)
+
+        def moving(self, *args, **options):
+            clock[0] += seconds(args)
+            return work(self, *args, **options)
+
+        monkeypatch.setattr(kind, name, moving)
+
+    moves(DSPNet, "targets", lambda args: 1)
+    moves(DSPNet, "loss", lambda args: {SMALL: 10, LARGE: 20}[args[2].name])
+    moves(Arena, "update", lambda args: 100)
+    monkeypatch.setattr(measuring, "_now", lambda device: clock[0])
+    found = measuring.measure_here(PretrainConfig(**RECIPE), steps=3)
+    assert (found.target, found.online, found.optimizer) == (1, {SMALL: 10, LARGE: 20}, 100)
+
+
+def test_a_comparison(finished_comparison):
+    out = finished_comparison
+    found = json.loads((out / "compare.json").read_text())
+    assert {path.name for path in (out / "runs").iterdir()} == {
+        f"{SMALL}-seed0",
+        f"{LARGE}-seed0",
+        "family-n2-seed0",
+    }
+    assert found["steps"] == 6 and found["train_images"] == 80 and found["test_images"] == 40
+    for protocol, file, column, accuracy in (
+        ("kNN", "knn", "pretrained", "majority"),
+        ("linear", "linear", "linear", "top1"),
+    ):
+        scores = found["accuracy"][protocol]
+        assert list(scores) == ["alone", "family-n2"] and list(scores["alone"]) == [SMALL, LARGE]
+        for place, dn, score in (
+            *((f"{dn}-seed0", dn, scores["alone"][dn]) for dn in (SMALL, LARGE)),
+            *(("family-n2-seed0", dn, scores["family-n2"][dn]) for dn in (SMALL, LARGE)),
+        ):
+            network = json.loads((out / "runs" / place / "evaluation" / f"{file}.json").read_text())["networks"][dn]
+            assert score["mean"] == score["low"] == score["high"] == network[column][accuracy]
+            assert score["interval"] == network[column]["interval"] > 0
+    for run_ in found["runs"].values():
+        measured = run_["measured"]
+        assert sum(measured["parts"].values()) == pytest.approx(measured["seconds"]["mean"])
+        assert all(value > 0 for value in measured["parts"].values()) and measured["peak_memory"] > 0
+    configs = [
+        yaml.safe_load((out / "runs" / f"{name}-seed0" / "config.yaml").read_text())
+        for name in (SMALL, LARGE, "family-n2")
+    ]
+    different = {name for name in configs[0] if len({str(config[name]) for config in configs}) > 1}
+    assert different == {"dns", "out", "subnets_per_step"}, "the same recipe"
+    text = (out / "compare.md").read_text()
+    assert "| network | params | MACs | alone | family, n = 2 | family, n = 2: difference |" in text
+    assert "Ratios to all separate runs together" in text and f"Ratios to {LARGE} alone" in text
+    assert {path.name for path in out.glob("*.png")} == {
+        *("compare-accuracy-knn.png", "compare-accuracy-linear.png"),
+        *("compare-cost-measured.png", "compare-cost-counted.png"),
+    }
+
+
+def test_what_is_finished_is_not_done_again(finished_comparison, command, tmp_path, quick):
+    out = shutil.copytree(finished_comparison, tmp_path / "out")
+    before = checkpoints(out)
+    again = command(out, seeds="0,1", subnets_per_step="2")
+    assert run(compare, *again) == DONE
+    after = checkpoints(out)
+    assert {path: after[path] for path in before} == before and len(after) == 2 * len(before)
+    found = json.loads((out / "compare.json").read_text())
+    score = found["accuracy"]["kNN"]["family-n2"][LARGE]
+    assert list(score["seeds"]) == ["0", "1"]
+    values = [seed["accuracy"] for seed in score["seeds"].values()]
+    assert score["mean"] == pytest.approx(sum(values) / 2) and (score["low"], score["high"]) == (
+        min(values),
+        max(values),
+    )
+    assert "Means of seeds 0, 1" in (out / "compare.md").read_text()
+    measured = json.loads((finished_comparison / "compare.json").read_text())["runs"]["family-n2"]["measured"]
+    assert found["runs"]["family-n2"]["measured"]["timed_step"] == measured["timed_step"], "timed once"
+
+
+def test_ctrl_c_loses_nothing(finished_comparison, command, tmp_path, monkeypatch, quick, capsys):
+    out = tmp_path / "out"
+    step = Trainer.train_step
+
+    def interrupted(self, batch):
+        if len(self.model.family) == 2 and self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert run(compare, *command(out)) == FAILED
+    assert "what was computed is kept" in capsys.readouterr().out
+    assert not (out / "compare.json").exists()
+    assert (out / "runs" / "family-n2-seed0" / "checkpoints" / "step-00000004.pt").exists()
+    assert run(compare, *command(out)) == DONE
+    for name in ("family-n2-seed0", f"{SMALL}-seed0"):
+        straight = weights(finished_comparison / "runs" / name)
+        torch.testing.assert_close(weights(out / "runs" / name), straight, rtol=0, atol=0)
+    found = json.loads((out / "compare.json").read_text())
+    of_family = found["runs"]["family-n2"]["measured"]
+    # 6 steps, of which the warm-up, 2 of them, trains only the full network
+    target, online, optimizer = 6 * 0.25, 4 * 0.5 + 6 * 1.0, 6 * 0.125
+    compute = of_family["seconds"]["mean"] - of_family["parts"]["data"]
+    assert of_family["parts"]["online"] == pytest.approx(compute * online / (target + online + optimizer))
+    assert of_family["explained"] == pytest.approx((target + online + optimizer) / compute)
+    before = checkpoints(out)
+    assert run(compare, *command(out, base_lr=1.0)) == WRONG_INPUT
+    assert "has another --base-lr" in capsys.readouterr().err and checkpoints(out) == before
+
+
+def test_families_only(command, tmp_path, quick):
+    out = tmp_path / "out"
+    dns = f"{SMALL},c16-d1112,c16-d1122"
+    argv = [*command(out, subnets_per_step="3,2", dns=dns), "--no-separate-runs"]
+    assert run(compare, *argv) == DONE
+    assert {path.name for path in (out / "runs").iterdir()} == {"family-n2-seed0", "family-n3-seed0"}
+    found = read_comparison(out)
+    assert list(found["accuracy"]["kNN"]) == ["family-n2", "family-n3"]
+    n2, n3 = (found["ratios"]["separate runs"][name] for name in ("family-n2", "family-n3"))
+    assert "measured" not in n2 and 0 < n2["counted"]["total"] < n3["counted"]["total"]
+    assert "difference" not in (out / "compare.md").read_text()
+
+
+def test_the_report_of_a_run_shows_its_comparison(finished_comparison, tmp_path, quick):
+    out = shutil.copytree(finished_comparison, tmp_path / "out") / "runs" / "family-n2-seed0"
+    assert run(report, out) == DONE
+    html = (out / "report" / "index.html").read_text()
+    found = read_comparison(out)
+    tables = compared.tables(found)
+    assert len(tables) == 6 and all(page.table(table.heading, table.rows) in html for table in tables)
+    drawn = {path.name for path in (out / "report").glob("compare-*.png")}
+    assert drawn == {f"compare-{name}.png" for name, *_ in compared.figures_of(found)} and len(drawn) == 4
+    assert html.count("pretrained alone and in a family") >= 4 and "Not compared yet" not in html
+    alone, family_ = (found["accuracy"]["kNN"][column][LARGE] for column in ("alone", "family-n2"))
+    row = tables[0].rows[1]
+    assert row[0] == LARGE and row[3] == f"{alone['mean']:.1%} ± {alone['interval']:.1%}"
+    assert row[5] == f"{100 * (family_['mean'] - alone['mean']):+.1f} points"
+
+
+def test_bars_add_up():
+    rows = {"a": {"x": 1.0, "y": 2.0}, "b": {"y": 4.0, "z": 0.5}}
+    (axes,) = figures.bars(rows, "seconds")(figures.LIGHT).axes
+    ends = [patch.get_x() + patch.get_width() for patch in axes.patches]
+    assert ends == [1, 0, 3, 4, 3, 4.5] and axes.get_xlabel() == "seconds"
+    assert [text.get_text() for text in axes.texts] == ["3", "4.5"]
+
+
+def test_dry_run_counts_and_makes_nothing(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(compare, *command(out, seeds="0,1,2"), "--dry-run") == DONE
+    shown = capsys.readouterr().out
+    assert "9 runs of 6 steps on 80 images" in shown and "counted here" in shown and not out.exists()
+    config = PretrainConfig(**{**RECIPE, "dns": LARGE})
+    alone = sum(count(config, 6, network_costs(config)).parts().values())
+    assert f"{LARGE} alone" in shown and f"{quantity(alone)}MAC" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dns": SMALL}, "two networks or more"),
+        ({"seeds": "0,0"}, "--seeds 0,0: give different numbers from 0 on"),
+        ({"seeds": "a"}, "--seeds is a number or several"),
+        ({"subnets_per_step": "1,2"}, "--subnets-per-step 1,2: give different numbers from 2 on"),
+        ({"subnets_per_step": "2,3"}, "are the same for 2 networks"),
+        ({"k": 0}, "--k must be at least 1"),
+        ({"k": 81}, "--k 81 neighbours among"),
+        ({"references": 500}, "--references 500 of 80 images"),
+        ({"linear_epochs": -1}, "--linear-epochs cannot be negative"),
+        ({"train_images": 500}, "--train-images 500"),
+        ({"batch_size": 500}, "batch of 500"),
+        ({"data": "/nowhere"}, "no set of images"),
+        ({"out": ""}, "--out is missing"),
+        ({"tau": 1.5}, "--tau lies between 0 and 1"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_made(command, tmp_path, capsys, options, message):
+    assert run(compare, *command(**{"out": tmp_path / "out", **options})) == WRONG_INPUT
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_help_teaches(capsys):
+    assert run(compare, "--help") == DONE
+    shown = capsys.readouterr().out
+    assert "example:" in shown and "--subnets-per-step" in shown and "--seed " not in shown

@@ -1,0 +1,170 @@
+"""What compare.json says, as tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from . import figures
+from .findings import Point
+from .protocols.common import quantity
+from .results import Report, Table, cost_cells, percent
+
+SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another, each of them
+MEASURED_PARTS = {
+    "target": "target forward",
+    "online": "online subnets",
+    "optimizer": "optimizer",
+    "data": "waiting for data",
+}
+MIB = 2**20
+
+
+def tables(report: Report) -> list[Table]:
+    """Accuracy per network both ways, what was measured, what was counted, and the ratios."""
+    found = [_accuracy(report, protocol) for protocol in report["accuracy"]]
+    if any("measured" in run for run in report["runs"].values()):
+        found.append(_measured(report))
+    return [*found, _counted(report), *(_ratios(report, reference) for reference in report["ratios"])]
+
+
+def _accuracy(report: Report, protocol: str) -> Table:
+    columns = report["accuracy"][protocol]
+    alone = columns.get(ALONE)
+    families = [name for name in columns if name != ALONE]
+    heading = ["network", "params", "MACs", *(_label(report, name) for name in columns)]
+    heading += [f"{_label(report, name)}: difference" for name in families] if alone else []
+    rows = []
+    for dn, network in report["networks"].items():
+        row = [dn, *cost_cells(network), *(_score(scores[dn]) for scores in columns.values())]
+        if alone:
+            row += [f"{100 * (columns[name][dn]['mean'] - alone[dn]['mean']):+.1f} points" for name in families]
+        rows.append(row)
+    seeds = report["seeds"]
+    title = (
+        f"{protocol} accuracy on {report['data']}, {report['test_images']:,} test images, of networks pretrained alone "
+        f"and in a family, {report['steps']:,} steps each. "
+    )
+    if len(seeds) == 1:
+        title += f"Seed {seeds[0]}; ± is half the 95 % interval of the test images, not of another seed."
+    else:
+        title += (
+            f"Means of seeds {', '.join(map(str, seeds))}; ± is half the 95 % interval of the test images of one seed, "
+            "in brackets the smallest and the largest of the seeds."
+        )
+    return Table(title, heading, rows)
+
+
+def _score(score: Mapping[str, Any]) -> str:
+    text = percent(score["mean"], score["interval"])
+    return text if len(score["seeds"]) == 1 else f"{text} [{percent(score['low'])}, {percent(score['high'])}]"
+
+
+def _label(report: Report, name: str) -> str:
+    return report["runs"][name]["label"] if name in report["runs"] else name
+
+
+def _measured(report: Report) -> Table:
+    heading = ["run", "seconds", *MEASURED_PARTS.values(), "peak memory"]
+    rows = []
+    for run in report["runs"].values():
+        if "measured" in run:
+            found = run["measured"]
+            seconds = found["seconds"]
+            total = f"{seconds['mean']:,.1f}"
+            if len(report["seeds"]) > 1:
+                total += f" [{seconds['low']:,.1f}, {seconds['high']:,.1f}]"
+            peak = found["peak_memory"]
+            memory = "–" if peak is None else f"{peak / MIB:,.0f} MiB"
+            rows.append([run["label"], total, *(f"{found['parts'][part]:,.1f}" for part in MEASURED_PARTS), memory])
+    title = (
+        "Seconds of training, without measurements and checkpoints, divided by parts of a step that were timed by "
+        "themselves; peak memory of a step."
+    )
+    return Table(title, heading, rows)
+
+
+def _counted(report: Report) -> Table:
+    heading = ["run", "MACs", "target forward", "online subnets", "optimizer"]
+    rows = []
+    for run in report["runs"].values():
+        parts = [run["counted"][part] for part in ("target", "online", "optimizer")]
+        rows.append([run["label"], *(f"{quantity(value)}MAC" for value in (sum(parts), *parts))])
+    views = next(iter(report["runs"].values()))["counted"]["views"]
+    title = (
+        f"Multiply-accumulates of {report['steps']:,} steps, in which {views:,} views of {report['data']} are seen; a "
+        "backward pass counts as two forward passes."
+    )
+    return Table(title, heading, rows)
+
+
+def _ratios(report: Report, reference: str) -> Table:
+    rows_of = report["ratios"][reference]
+    measured = any("measured" in row for row in rows_of.values())
+    heading = ["run", *(["time", *MEASURED_PARTS.values(), "peak memory"] if measured else [])]
+    heading += ["MACs", "target MACs", "online MACs", "optimizer MACs"]
+    rows = []
+    for name, row in rows_of.items():
+        cells = [_named(report, name)]
+        if measured:
+            found = row.get("measured")
+            cells += [f"{found[part]:.3f}" if found else "–" for part in ("total", *MEASURED_PARTS)]
+            cells.append(f"{row['peak_memory']:.3f}" if "peak_memory" in row else "–")
+        cells += [f"{row['counted'][part]:.3f}" for part in ("total", "target", "online", "optimizer")]
+        rows.append(cells)
+    if measured and len(report["seeds"]) > 1:
+        for cells, row in zip(rows, rows_of.values(), strict=True):
+            if "measured" in row and len(set(row["measured"]["seeds"].values())) > 1:
+                values = row["measured"]["seeds"].values()
+                cells[1] += f" [{min(values):.3f}, {max(values):.3f}]"
+    what = "all separate runs together" if reference == SEPARATE else _named(report, reference)
+    return Table(f"Ratios to {what}; parts add up to the time, and to the MACs.", heading, rows)
+
+
+def _named(report: Report, row: str) -> str:
+    """What a row of the ratios is called."""
+    return "separate runs together" if row == SEPARATE else _label(report, row)
+
+
+def figures_of(report: Report) -> Iterator[tuple[str, figures.Draw, str, str]]:
+    """(name, figure, description, caption) of everything that can be drawn."""
+    for protocol, columns in report["accuracy"].items():
+        series = {_label(report, name): _points(report, scores) for name, scores in columns.items()}
+        label = f"{protocol} accuracy on {report['data']}"
+        caption = f"{label}: the same networks pretrained alone and in a family. Bars are 95 % intervals"
+        if len(report["seeds"]) > 1:
+            caption += ", or reach the seed that is farthest from the mean if that is farther"
+        yield (
+            f"accuracy-{protocol.lower()}",
+            figures.accuracies(series, {}, label, "macs"),
+            f"{label} of networks pretrained alone and in a family, over multiply-accumulates",
+            f"{caption}.",
+        )
+    for kind, unit, of in (("measured", "seconds of training", 1.0), ("counted", "multiply-accumulates, 10^12", 1e12)):
+        if rows := _bars(report, kind, of):
+            caption = f"{unit[0].upper()}{unit[1:]}, {kind}."
+            yield f"cost-{kind}", figures.bars(rows, unit), f"{unit} of every run, by parts", caption
+
+
+def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]:
+    """Costs by part of separate runs together, if there are any, and of every run."""
+    rows: dict[str, dict[str, float]] = {}
+    together: dict[str, float] = {}
+    for run in report["runs"].values():
+        if kind not in run:
+            continue
+        parts = run[kind]["parts"] if kind == "measured" else run[kind]
+        row = {label: parts[part] / unit for part, label in MEASURED_PARTS.items() if part in parts}
+        rows[run["label"]] = row
+        if run["subnets_per_step"] is None:
+            together = {part: together.get(part, 0.0) + value for part, value in row.items()}
+    return ({SEPARATE: together} if together else {}) | rows
+
+
+def _points(report: Report, scores: Mapping[str, Any]) -> list[Point]:
+    points = []
+    for dn, network in report["networks"].items():
+        score = scores[dn]
+        half = max(score["interval"], score["high"] - score["mean"], score["mean"] - score["low"])
+        points.append(Point(dn, network["macs"], network["parameters"], score["mean"], half))
+    return points

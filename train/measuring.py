@@ -1,0 +1,135 @@
+"""What the parts of a training step take: seconds and peak memory, measured in a process of their own.
+
+The step that is timed is the run's: the same configuration, threads and operators, on noise for images. It is taken
+apart where `train/graphs.py` takes it apart for recording: the target (with the normalisation of the batch), every
+subnet's forward and backward pass, the update. So nothing is added to the steps of a run, and on CUDA what is timed are
+the graphs that a run replays. Loading data is no part: a run itself records how long it waits.
+
+Peak memory is that of a few whole steps. On the CPU it is the growth of the process's resident memory since before the
+networks were built (the kernel's VmHWM, which unlike getrusage's maximum forgets what the parent process had), on CUDA
+what torch allocated.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from dspnet_fast.ops import registry
+
+from .config import PretrainConfig
+from .device import choose_device
+from .dspnet import VIEWS
+from .graphs import Recorder, StepGraphs, recorder
+from .process import settle_in
+from .trainer import Trainer
+
+WARM_UP = 2
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one step.
+
+    Attributes:
+        target, optimizer: medians, in seconds.
+        online: the same for each subnet.
+        peak_memory: bytes; None where the system does not tell (on the CPU, anywhere but on Linux).
+    """
+
+    target: float
+    online: dict[str, float]
+    optimizer: float
+    peak_memory: int | None
+
+
+def measure(config: PretrainConfig, steps: int) -> Measured:
+    """Measure `steps` steps of a run in a new process; RuntimeError if that ends without a result."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, config, steps, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise RuntimeError("the process that times a training step ended without a result: see above") from error
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+
+
+def _answer(sender: Connection, config: PretrainConfig, steps: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    if config.fast_kernels:
+        registry.fast_kernels()
+    sender.send(measure_here(config, steps))
+
+
+def measure_here(config: PretrainConfig, steps: int) -> Measured:
+    """What `measure` does, in this process: its peak memory is right only if nothing larger ran here before."""
+    device = choose_device(config.device)
+    views = VIEWS * config.batch_size
+    batch = torch.randint(256, (views, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    before = _resident(device)
+    # every network from the first step on
+    trainer = Trainer(replace(config, full_only_epochs=0), epoch_steps=WARM_UP, device=device)
+    settle_in(device)
+    for _ in range(WARM_UP):
+        trainer.train_step(batch)
+    after = _resident(device)
+    peak = None if before is None or after is None else after - before
+    seconds = _time(trainer, batch, steps)
+    names = trainer.model.family.names
+    return Measured(seconds[0], dict(zip(names, seconds[1:-1], strict=True)), seconds[-1], peak)
+
+
+def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
+    """Median seconds of the target, of each subnet and of the update."""
+    device, config = trainer.device, trainer.config
+    pieces: list[Callable[[], object]] = []
+    record: Recorder = recorder() if device.type == "cuda" and not config.no_cuda_graphs else lambda function: function
+
+    def note(function: Callable[[], object]) -> Callable[[], object]:
+        pieces.append(record(function))
+        return pieces[-1]
+
+    update = partial(trainer.arena.update, weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta)
+    alpha = torch.ones((), device=device)
+    trainer.arena.schedule(trainer.learning_rate, trainer.tau)
+    graphs = StepGraphs(trainer.model, trainer.arena, batch, alpha, update, note)
+    taken: list[list[float]] = [[] for _ in pieces]
+    for _ in range(WARM_UP + steps):
+        for piece, times in zip(pieces, taken, strict=True):
+            began = _now(device)
+            piece()
+            times.append(_now(device) - began)
+    del graphs  # it owns the tensors that the pieces work on
+    return [statistics.median(times[WARM_UP:]) for times in taken]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _resident(device: torch.device) -> int | None:
+    """The most memory there was so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not STATUS.exists():
+        return None
+    kibibytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(kibibytes)
