@@ -18,7 +18,7 @@ from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, subnet
 from dspnet_fast.slim import slim
-from train import detect, export
+from train import detect, export, mask_rcnn
 from train.average_precision import KINDS, MEASURES, average_precision
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data import coco
@@ -30,11 +30,11 @@ from train.schedules import stepped_learning_rate
 WIDTH, HEIGHT = 64, 48
 NAMES = {3: "disc", 7: "square"}  # ids with gaps, as COCO's
 TINY = {
-    "sizes": "48",
+    "sizes": "32",
     "max_size": 64,
     "anchor_size": 8,
     "rois": 16,
-    "batch_size": 4,
+    "batch_size": 2,
     "lr": 0.04,
     "lr_drops": "",
     "warmup_steps": 2,
@@ -388,11 +388,12 @@ def losses(monkeypatch):
 
 
 def test_it_learns_and_goes_on_where_it_was_stopped(unexported, shapes, losses, monkeypatch, capsys):
+    monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)  # eight times less to compute
     arguments = [unexported, "--dn", "c8-d1111", "--coco", shapes, *command(steps=12)]
     assert run(*arguments) == DONE
     assert "batch normalisation over the images of one process" in capsys.readouterr().out
     whole = list(losses)
-    assert len(whole) == 12 and sum(whole[-3:]) < 0.7 * sum(whole[:3])
+    assert len(whole) == 12 and sum(whole[-3:]) < 0.85 * sum(whole[:3])
     folder = unexported / "evaluation" / "detect"
     report = json.loads((folder / "c8-d1111.json").read_text())
     assert (report["train"]["images"], report["val"]["images"], report["val"]["instances"]) == (8, 4, 6)
