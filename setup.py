@@ -165,9 +165,11 @@ PACKAGES = packages()
 # the CPU with headers of the last.
 CUDA_12 = [f"nvidia-cuda-{part}-cu12; sys_platform == 'linux'" for part in ("nvrtc", "runtime", "cccl")]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
+DETECT = ["pycocotools"]
 EXTRAS = {
     "timm": ["timm"],
     "onnx": ONNX,
+    "detect": DETECT,
     "dali": ["nvidia-dali-cuda130"],  # with CUDA 12: nvidia-dali-cuda120
     "test": [
         "pytest",
@@ -177,6 +179,7 @@ EXTRAS = {
         "scikit-learn",
         "timm",
         *ONNX,
+        *DETECT,
         "nvidia-dali-cuda130; sys_platform == 'linux'",
         *CUDA_12,
     ],
@@ -211,6 +214,7 @@ setup(
             "dspnet-pretrain = dspnet_fast.train.pretrain:main",
             "dspnet-evaluate = dspnet_fast.train.evaluate:main",
             "dspnet-finetune = dspnet_fast.train.finetune:main",
+            "dspnet-detect = dspnet_fast.train.detect:main",
             "dspnet-compare = dspnet_fast.train.compare:main",
             "dspnet-export = dspnet_fast.train.export:main",
             "dspnet-report = dspnet_fast.train.report:main",

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dspnet_fast.models import build, family
-from train import compare, evaluate, finetune
+from train import compare, detect, evaluate, finetune
 from train.cli import to_config
 from train.config import PretrainConfig
 from train.pretrain import make_parser
@@ -35,6 +35,7 @@ PLANS = [
     ("finetune", "--from", "dspnet_mobilenet-v3_imagenet_300e", "finetune/slimmable_mobilenet-v3_imagenet_300e"),
     ("finetune", "--from", "none", "finetune/slimmable_mobilenet-v3_imagenet_300e"),
 ]
+DETECT = "detect/mask-rcnn_coco_180k"
 
 
 @pytest.mark.parametrize(("command", "protocol", "start", "recipe"), PLANS)
@@ -52,11 +53,26 @@ def test_recipe_of_an_evaluation_can_be_counted_without_run_and_images(
     assert "together" in shown and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("start", "dn"),
+    [("dspnet_mobilenet-v3_imagenet_300e", "w0.50"), ("dspnet_resnet_imagenet_300e", "c64-d2222")],
+)
+def test_recipe_of_detection_can_be_counted_without_run_and_images(start, dn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipes = ROOT / "recipes"
+    with pytest.raises(SystemExit) as end:
+        detect.main([f"{recipes}/{start}.yaml", "--dn", dn, "--config", f"{recipes}/{DETECT}.yaml", "--dry-run"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "117,266 to train on, 5,000 to test, 80 categories, as published" in shown
+    assert "180,000 steps, 24.6 epochs" in shown and not list(tmp_path.iterdir())
+
+
 def test_every_recipe_of_an_evaluation_is_counted():
     folders = {
         path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in (ROOT / "recipes").rglob("*/*.yaml")
     }
-    assert folders == {recipe for *_, recipe in PLANS} | {f"compare/{recipe.stem}" for recipe in COMPARISONS}
+    assert folders == {recipe for *_, recipe in PLANS} | {f"compare/{recipe.stem}" for recipe in COMPARISONS} | {DETECT}
 
 
 @pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
@@ -103,7 +119,8 @@ def test_links_and_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_exist(page):
-    parsers = (make_parser(), finetune.make_parser(), compare.make_parser(), *evaluate.make_parsers().values())
+    commands = (make_parser(), finetune.make_parser(), compare.make_parser(), detect.make_parser())
+    parsers = (*commands, *evaluate.make_parsers().values())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # of the other commands
     known |= {

@@ -1,6 +1,7 @@
 """What changes over a run, each a pure function of the step k of K, so that a resumed run needs no state for it."""
 
 import math
+from collections.abc import Sequence
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, peak: float) -> float:
@@ -8,6 +9,12 @@ def learning_rate(step: int, steps: int, warmup_steps: int, peak: float) -> floa
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def stepped_learning_rate(step: int, warmup_steps: int, peak: float, drops: Sequence[int]) -> float:
+    """Linear warm-up to `peak` at `warmup_steps`; divided by 10 at each of the steps `drops`."""
+    warm = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+    return peak * warm / 10 ** sum(step >= drop for drop in drops)
 
 
 def target_tau(step: int, steps: int, start: float) -> float:

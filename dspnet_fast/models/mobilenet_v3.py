@@ -53,6 +53,7 @@ STAGES = (
     Stage(160, (Block(6, 5, 2, True, HS),) + 2 * (Block(6, 5, 1, True, HS),)),
 )
 FEATURE_CHANNELS = 960
+LAST_OF_RESOLUTION = (1, 2, 4, 6)  # stages, the feature convolution being the one after the last
 
 
 class SqueezeExcite(nn.Module):
@@ -212,3 +213,18 @@ class MobileNetV3(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Represent images [N, 3, H, W] by [N, features]."""
         return pool(self.blocks(conv_norm_act(x, self.conv_stem, self.bn1, self.act1)))
+
+    @property
+    def map_channels(self) -> tuple[int, int, int, int]:
+        first, second, third, fourth = (self.full.channels[stage + 1] for stage in LAST_OF_RESOLUTION)
+        return first, second, third, fourth
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        y: Activation = conv_norm_act(x, self.conv_stem, self.bn1, self.act1)
+        maps = []
+        for index, stage in enumerate(self.blocks):
+            y = stage(y)
+            if index in LAST_OF_RESOLUTION:
+                y = settle(y)
+                maps.append(y)
+        return maps

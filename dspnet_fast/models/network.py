@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.activate import Sizes
 from ..subnets import Subnet
@@ -37,3 +37,15 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
         """Name of the subnet and the size of each of its slimmable modules."""
+
+    @property
+    @abstractmethod
+    def map_channels(self) -> tuple[int, int, int, int]:
+        """Channels of the full network's feature maps."""
+
+    @abstractmethod
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """What a feature pyramid is built on: [N, C, H/r, W/r] for r = 4, 8, 16, 32, smaller r with a small stem.
+
+        Each is the last of its resolution; the representation is the last one's mean over H and W.
+        """

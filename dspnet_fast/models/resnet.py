@@ -98,7 +98,17 @@ class ResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Represent images [N, 3, H, W] by [N, features]."""
+        return pool(self.feature_maps(x)[-1])
+
+    @property
+    def map_channels(self) -> tuple[int, int, int, int]:
+        _, first, second, third, fourth = self.full.channels
+        return first, second, third, fourth
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(settle(conv_norm_act(x, self.conv1, self.bn1, self.act1)))
+        maps = []
         for index in range(1, len(STAGE_MULTIPLIERS) + 1):
             x = self.get_submodule(f"layer{index}")(x)
-        return pool(x)
+            maps.append(x)
+        return maps

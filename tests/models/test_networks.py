@@ -9,6 +9,8 @@ from timm.models.mobilenetv3 import _gen_mobilenet_v3
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, family, subnet
 from dspnet_fast.nn import activate
+from dspnet_fast.slim import slim
+from dspnet_fast.statistics import post_statistics
 
 MOBILENET = "mobilenet_v3_large"
 
@@ -108,3 +110,21 @@ def test_unknown_networks_and_stems():
         subnet("vgg", "w1.00")
     with pytest.raises(InputError, match="there are standard, small"):
         build("resnet", subnet("resnet", "c8-d1111"), "tiny")
+
+
+@pytest.mark.parametrize(("network", "dns"), [(MOBILENET, ("w0.50", "w1.00")), ("resnet", ("c8-d1121", "c16-d2222"))])
+def test_feature_maps(network, dns):
+    """Of every resolution the last; slimmable and cut out the same; the representation is the last one's mean."""
+    model = randomize(build(network, subnet(network, dns[1])))
+    x = torch.randn(2, 3, 64, 96).double()
+    post_statistics(model, dns, [x])
+    model.train()
+    for dn in dns:
+        plain = slim(model, dn).train()
+        with activate(model, dn):
+            maps, features = model.feature_maps(x), model(x)
+        assert [tuple(of.shape[1:]) for of in maps] == [
+            (channels, 64 // r, 96 // r) for channels, r in zip(plain.map_channels, (4, 8, 16, 32))
+        ]
+        torch.testing.assert_close(maps[-1].mean((2, 3)), features)
+        torch.testing.assert_close(plain.feature_maps(x), maps, rtol=1e-8, atol=1e-8)

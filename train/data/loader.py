@@ -47,7 +47,7 @@ def two_view_batches(
     here, whichever process met it. `workers` as in `worker_count`.
     """
     bad = BadImages() if bad is None else bad
-    return _loader(_Views(images, views, order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
+    return make_loader(_Views(images, views, order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
 
 
 def one_view_batches(images: ImageSet, view: ViewSpec, order: EpochOrder, workers: Workers = "auto") -> DataLoader:
@@ -57,7 +57,7 @@ def one_view_batches(images: ImageSet, view: ViewSpec, order: EpochOrder, worker
     `two_view_batches`.
     """
     bad = BadImages()
-    return _loader(_Views(images, (view,), order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
+    return make_loader(_Views(images, (view,), order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
 
 
 def evaluation_batches(
@@ -71,7 +71,7 @@ def evaluation_batches(
         raise InputError(f"evaluation batches of {batch_size} images: give at least 1")
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     dataset = _Evaluation(images, evaluation_view(image_size))
-    return _loader(dataset, batches, worker_count(workers, len(indices)), BadImages())
+    return make_loader(dataset, batches, worker_count(workers, len(indices)), BadImages())
 
 
 def readable_views(images: ImageSet, image_size: int, bad: BadImages) -> tuple[torch.Tensor, list[int]]:
@@ -138,10 +138,10 @@ class _Refused:
         self.message = message
 
 
-class _Batches(Dataset[Any]):
+class Batches(Dataset[Any]):
     """Makes a whole batch from a sampler's list, which DataLoader asks for under the name __getitems__."""
 
-    def __getitems__(self, items: Sequence[Any]) -> tuple[torch.Tensor | _Refused, list[Refusal]]:
+    def __getitems__(self, items: Sequence[Any]) -> tuple[Any, list[Refusal]]:
         refusals: list[Refusal] = []
         try:
             return self.batch(items, refusals), refusals
@@ -149,10 +149,10 @@ class _Batches(Dataset[Any]):
             return _Refused(str(error)), refusals
 
     @abstractmethod
-    def batch(self, items: Sequence[Any], refusals: list[Refusal]) -> torch.Tensor: ...
+    def batch(self, items: Sequence[Any], refusals: list[Refusal]) -> Any: ...
 
 
-class _Views(_Batches):
+class _Views(Batches):
     def __init__(self, images: ImageSet, views: tuple[ViewSpec, ...], seed: int, limit: int):
         self._images = images
         self._views = views
@@ -173,7 +173,7 @@ class _Views(_Batches):
         return _stack([pixels for view in zip(*samples, strict=True) for pixels in view])
 
 
-class _Evaluation(_Batches):
+class _Evaluation(Batches):
     def __init__(self, images: ImageSet, view: View):
         self._images = images
         self._view = view
@@ -208,7 +208,8 @@ def _context(workers: int) -> str | None:
     return "forkserver"
 
 
-def _loader(dataset: _Batches, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:
+def make_loader(dataset: Batches, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:
+    """A loader of what the dataset makes of each list of items; memory and errors as in `two_view_batches`."""
     loader = _Loader(
         dataset,
         batch_sampler=batches,

@@ -1,0 +1,366 @@
+"""Sets of images with boxes and masks in COCO's format: DIR/annotations/NAME.json and a folder of images.
+
+What is wrong with a set is said before anything is trained, annotation by annotation. A damaged set (files that are
+missing, ids that are not unique or that refer to nothing) cannot be used. Annotations whose box or mask is no shape
+inside their image can be left out, up to a limit; COCO's own training annotations hold a few of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspnet_fast.errors import InputError
+
+from ..progress import Monitor
+from .bad import BadImages, Refusal
+from .images import decode
+from .loader import Batches, Workers, make_loader, worker_count
+from .order import EpochOrder, mix
+
+NAMED = 10  # wrong annotations that a message names
+CHECKED_AT_ONCE = 1000
+EDGE = 1.0  # pixels that a box may reach out of its image: published boxes are rounded
+
+Record = dict[str, Any]
+
+
+class Instances(NamedTuple):
+    """One image, uint8 [3, H, W], and what is in it.
+
+    boxes: float32 [n, 4], left, top, right, bottom in pixels. labels: int64 [n], from 1 on, 0 being the background.
+    masks: uint8 [n, H, W].
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class CocoSet:
+    """A set that was read and checked.
+
+    Attributes:
+        file: the annotations' path.
+        folder: of the images.
+        images: records with id, file_name, width, height, in the order of the file.
+        categories: records with id, name, by id; a label is a place among them, from 1 on.
+        annotations: records by the image's id: id, category_id, bbox, segmentation, area, iscrowd.
+        left_out: what is wrong with each annotation that was left out.
+    """
+
+    file: Path
+    folder: Path
+    images: list[Record]
+    categories: list[Record]
+    annotations: dict[int, list[Record]]
+    left_out: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def instances(self) -> int:
+        """Annotations in all."""
+        return sum(len(of) for of in self.annotations.values())
+
+    def annotated(self) -> CocoSet:
+        """Without the images that have no annotation to learn from; crowds are none."""
+        chosen = [image for image in self.images if any(not a["iscrowd"] for a in self.annotations[image["id"]])]
+        if not chosen:
+            raise InputError(f"{self.file} has no annotation to learn from")
+        return CocoSet(self.file, self.folder, chosen, self.categories, self.annotations, self.left_out)
+
+    def load(self, i: int) -> Instances:
+        """Image i with its annotations, without crowds; InputError if it cannot be read or has another size."""
+        record = self.images[i]
+        height, width = record["height"], record["width"]
+        path = self.folder / record["file_name"]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read the image {path}: {error.strerror}") from error
+        image = decode(content, str(path)).convert("RGB")
+        if image.size != (width, height):
+            found = f"{image.width} x {image.height}"
+            raise InputError(f"{path} is {found}, but {self.file} says {width} x {height}: annotations would not fit")
+        things = [annotation for annotation in self.annotations[record["id"]] if not annotation["iscrowd"]]
+        labels = {category["id"]: label for label, category in enumerate(self.categories, 1)}
+        boxes = torch.tensor([clipped(thing["bbox"], width, height) for thing in things], dtype=torch.float32)
+        masks = [decoded(thing["segmentation"], height, width) for thing in things]
+        return Instances(
+            torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),
+            boxes.reshape(-1, 4),
+            torch.tensor([labels[thing["category_id"]] for thing in things], dtype=torch.int64),
+            torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8),
+        )
+
+
+def require() -> None:
+    """InputError if the package that this needs is missing."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise InputError("COCO's masks and AP need pycocotools, not installed here: pip install 'dspnet-fast[detect]'")
+
+
+def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoSet:
+    """Read and check a set.
+
+    Args:
+        file: the annotations, JSON with images, annotations and categories.
+        folder: where the images' file_name begins.
+        max_bad: annotations that may be left out because their box or mask is wrong [1 in 1,000 of all].
+
+    Raises InputError, which names what is wrong by its id, if the set is damaged or more annotations are wrong.
+    """
+    require()
+    content = _parsed(file)
+    wrong: list[str] = []
+    images, categories, annotations = (_records(file, content, key) for key in ("images", "categories", "annotations"))
+    for what, records in (("image", images), ("category", categories), ("annotation", annotations)):
+        wrong += _repeated(what, records)
+    _refuse(file, wrong)
+    wrong += [
+        f"image {image['id']}: width and height are {image.get('width')!r} and {image.get('height')!r}"
+        for image in images
+        if not all(_is_whole(image.get(side)) and image[side] > 0 for side in ("width", "height"))
+    ]
+    names = Counter(category.get("name") for category in categories)
+    wrong += [
+        f"category {category['id']} has the name {category.get('name')!r}, which is none or not its own"
+        for category in categories
+        if not isinstance(category.get("name"), str) or names[category["name"]] > 1
+    ]
+    if not images or not categories:
+        wrong.append("there is no image" if not images else "there is no category")
+    _refuse(file, wrong)
+    _refuse(file, list(_missing(images, folder)), f"not in {folder}: ")
+    by_id = {image["id"]: image for image in images}
+    known = {category["id"] for category in categories}
+    for annotation in annotations:
+        if annotation.get("image_id") not in by_id:
+            wrong.append(f"annotation {annotation['id']}: image {annotation.get('image_id')!r} is none of the images")
+        elif annotation.get("category_id") not in known:
+            wrong.append(
+                f"annotation {annotation['id']}: category {annotation.get('category_id')!r} is none of the categories"
+            )
+    _refuse(file, wrong)
+    kept, left_out = _shaped(annotations, by_id)
+    limit = len(annotations) // 1000 if max_bad is None else max_bad
+    if len(left_out) > limit:
+        _refuse(file, left_out, f"{limit:,} wrong annotations may be left out (--max-bad-annotations): ")
+    return CocoSet(file, folder, images, sorted(categories, key=lambda category: category["id"]), kept, left_out)
+
+
+def clipped(bbox: Sequence[float], width: int, height: int) -> list[float]:
+    """COCO's left, top, width, height as left, top, right, bottom inside the image."""
+    left, top, across, down = bbox
+    return [max(left, 0.0), max(top, 0.0), min(left + across, float(width)), min(top + down, float(height))]
+
+
+def encoded(segmentation: Any, height: int, width: int) -> Record:
+    """A mask as run lengths, from polygons or from run lengths compressed or not."""
+    from pycocotools import mask
+
+    if isinstance(segmentation, list):
+        return mask.merge(mask.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return mask.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A mask as uint8 [H, W]."""
+    from pycocotools import mask
+
+    return np.ascontiguousarray(mask.decode(encoded(segmentation, height, width)))
+
+
+def training_batches(images: CocoSet, order: EpochOrder, workers: Workers) -> Iterator[list[Instances]]:
+    """All of `order`, each image flipped or not as (seed, epoch, image) says."""
+    bad = BadImages()
+    yield from make_loader(_Flipped(images, order.seed), order, worker_count(workers, len(images)), bad)
+
+
+def evaluation_images(images: CocoSet, workers: Workers) -> Iterable[list[Instances]]:
+    """The images in their order, one by one."""
+    each = [[i] for i in range(len(images))]
+    return make_loader(_AsTheyAre(images), each, worker_count(workers, len(images)), BadImages())
+
+
+class _Flipped(Batches):
+    def __init__(self, images: CocoSet, seed: int) -> None:
+        self._images, self._seed = images, seed
+
+    def batch(self, items: Sequence[tuple[int, int]], refusals: list[Refusal]) -> list[Instances]:
+        return [
+            flipped(self._images.load(i)) if mix(self._seed, epoch, i, 1) % 2 else self._images.load(i)
+            for epoch, i in items
+        ]
+
+
+class _AsTheyAre(Batches):
+    def __init__(self, images: CocoSet) -> None:
+        self._images = images
+
+    def batch(self, items: Sequence[int], refusals: list[Refusal]) -> list[Instances]:
+        return [self._images.load(i) for i in items]
+
+
+def flipped(one: Instances) -> Instances:
+    """Left and right exchanged."""
+    left, top, right, bottom = one.boxes.unbind(1)
+    width = one.image.shape[-1]
+    boxes = torch.stack([width - right, top, width - left, bottom], dim=1)
+    return Instances(one.image.flip(-1), boxes, one.labels, one.masks.flip(-1))
+
+
+def _parsed(file: Path) -> Record:
+    print(f"reading {file}", flush=True)  # COCO's own takes a while
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the annotations {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not in COCO's format: it holds no object with images, annotations and categories")
+    return content
+
+
+def _records(file: Path, content: Record, key: str) -> list[Record]:
+    records = content.get(key)
+    if not isinstance(records, list) or not all(isinstance(r, dict) and _is_whole(r.get("id")) for r in records):
+        raise InputError(f"{file} is not in COCO's format: {key} must be a list of objects, each with a whole id")
+    return records
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _repeated(what: str, records: list[Record]) -> Iterator[str]:
+    seen: set[int] = set()
+    for record in records:
+        if record["id"] in seen:
+            yield f"the id of {what} {record['id']} is used more than once"
+        seen.add(record["id"])
+
+
+def _missing(images: list[Record], folder: Path) -> Iterator[str]:
+    for image in images:
+        name = image.get("file_name")
+        if not isinstance(name, str) or not (folder / name).is_file():
+            yield f"{name} of image {image['id']}"
+
+
+def _refuse(file: Path, wrong: list[str], what: str = "") -> None:
+    """Raise InputError if anything is wrong; names the first few."""
+    if wrong:
+        others = f"; and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
+        raise InputError(f"{file}: {len(wrong):,} wrong: {what}{'; '.join(wrong[:NAMED])}{others}")
+
+
+def _shaped(annotations: list[Record], images: dict[int, Record]) -> tuple[dict[int, list[Record]], list[str]]:
+    """Annotations by image, with area and iscrowd filled in, and what is wrong with the others."""
+    kept: dict[int, list[Record]] = {image: [] for image in images}
+    wrong = []
+    with Monitor("annotations", -(-len(annotations) // CHECKED_AT_ONCE)) as monitor:
+        for place, annotation in enumerate(annotations, 1):
+            image = images[annotation["image_id"]]
+            size = image["height"], image["width"]
+            problem = _box_problem(annotation.get("bbox"), *size) or _mask_problem(
+                annotation.get("segmentation"), *size
+            )
+            if problem:
+                wrong.append(f"annotation {annotation['id']}: {problem}")
+            else:
+                kept[image["id"]].append(_completed(annotation, *size))
+            if place % CHECKED_AT_ONCE == 0 or place == len(annotations):
+                monitor.advance()
+                monitor.status(f"{place:,} checked")
+    return kept, wrong
+
+
+def _completed(annotation: Record, height: int, width: int) -> Record:
+    from pycocotools import mask
+
+    made = {"iscrowd": 0, **annotation}
+    if "area" not in made:
+        made["area"] = float(mask.area(encoded(made["segmentation"], height, width)))
+    return made
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
+
+
+def _box_problem(bbox: Any, height: int, width: int) -> str:
+    if not _numbers(bbox) or len(bbox) != 4:
+        return f"its box is {bbox!r}, not four numbers"
+    left, top, across, down = bbox
+    if across <= 0 or down <= 0:
+        return f"its box {bbox} has no area"
+    if min(left, top) < -EDGE or left + across > width + EDGE or top + down > height + EDGE:
+        return f"its box {bbox} lies outside its image of {width} x {height}"
+    left, top, right, bottom = clipped(bbox, width, height)
+    return "" if left < right and top < bottom else f"its box {bbox} has no area in its image of {width} x {height}"
+
+
+def _mask_problem(segmentation: Any, height: int, width: int) -> str:
+    if isinstance(segmentation, list):
+        if not segmentation:
+            return "it has no polygon"
+        for polygon in segmentation:
+            if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
+                return "a polygon of it is not three or more pairs of numbers"
+        return ""
+    if not isinstance(segmentation, dict):
+        return "it has no segmentation: polygons or run lengths"
+    if segmentation.get("size") != [height, width]:
+        return f"its run lengths are of {segmentation.get('size')}, its image of [{height}, {width}]"
+    try:
+        counts = segmentation.get("counts")
+        lengths = _decompressed(counts) if isinstance(counts, str) else counts
+    except (ValueError, IndexError):
+        return "its compressed run lengths are damaged"
+    if not isinstance(lengths, list) or not all(_is_whole(length) and length >= 0 for length in lengths):
+        return "its run lengths are not whole numbers from 0 on"
+    if sum(lengths) != height * width:
+        return f"its run lengths are {sum(lengths)} pixels, its image {height * width}"
+    return ""
+
+
+def _decompressed(counts: str) -> list[int]:
+    """Run lengths out of COCO's text: groups of 5 bits, the sixth says that more follow, from the third on differences.
+
+    pycocotools decodes the same without looking whether the text ends where it should.
+    """
+    lengths: list[int] = []
+    place = 0
+    while place < len(counts):
+        value, shift, more = 0, 0, True
+        while more:
+            bits = ord(counts[place]) - 48
+            if not 0 <= bits < 64:
+                raise ValueError
+            value |= (bits & 0x1F) << shift
+            more = bool(bits & 0x20)
+            place, shift = place + 1, shift + 5
+            if not more and bits & 0x10:
+                value |= -1 << shift
+        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
+    return lengths
