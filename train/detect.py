@@ -198,7 +198,7 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
     train, val = options.sets()
     recipe = options.recipe()
     epochs = _epochs(recipe, len(train))
-    key = fingerprint.digest(*network.parameters(), recipe, options.shape(), _identity(train))
+    key = fingerprint.digest(*network.parameters(), recipe, options.shape(), train.digest, len(train), train.left_out)
     model = build_mask_rcnn(network, len(train.categories), options.shape(), recipe.seed).to(device)
     training = DetectionTraining(model, recipe, device)
     print(f"{dn}: {source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}", flush=True)
@@ -238,13 +238,6 @@ def _epochs(recipe: Recipe, images: int) -> int:
 
 def _counts(of: CocoSet) -> dict[str, int]:
     return {"images": len(of), "instances": of.instances, "left_out": len(of.left_out)}
-
-
-def _identity(train: CocoSet) -> str:
-    """Of the images to train on and their annotations' ids; not of what the images' files hold."""
-    images = [image["file_name"] for image in train.images]
-    things = [[thing["id"] for thing in train.annotations[image["id"]]] for image in train.images]
-    return fingerprint.digest(images, things, [category["id"] for category in train.categories])
 
 
 def _percent(share: float | None) -> str:

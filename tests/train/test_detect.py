@@ -418,8 +418,9 @@ def test_it_learns_and_goes_on_where_it_was_stopped(unexported, shapes, losses, 
     assert run(*arguments) == FAILED
     assert "the same command goes on" in capsys.readouterr().out
     monkeypatch.setattr(DetectionTraining, "train_step", train_step)
-    assert run(*arguments) == DONE
+    assert run(*arguments, "--evaluate-steps", "10") == DONE
     assert losses == whole
+    assert "step 10  box AP" in capsys.readouterr().out
     again = torch.load(checkpoints / "step-00000012.pt", weights_only=True)["model"]
     torch.testing.assert_close(again, last, rtol=0, atol=0)
     assert json.loads((folder / "c8-d1111.json").read_text()) == report
@@ -454,6 +455,25 @@ def test_other_categories_are_refused(finished, shapes, content, tmp_path, capsy
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     assert run(finished, "--dn", "c8-d1111", "--coco", tmp_path) == WRONG_INPUT
     assert "have other categories: (7, 'train'), (7, 'val')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read(finished, shapes, tmp_path, workers, monkeypatch, capsys):
+    monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)
+    root = shutil.copytree(shapes, tmp_path / "set")
+    for path in (root / "train2017").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert run(out, "--dn", "c8-d1111", "--coco", root, *command(steps=2, workers=workers)) == WRONG_INPUT
+    error = capsys.readouterr().err
+    assert "cannot read the image" in error and "train2017/00" in error and "Traceback" not in error
+
+
+def test_a_loss_that_is_no_number_ends_the_training(unexported, shapes, monkeypatch, capsys):
+    monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)
+    arguments = ("--dn", "c8-d1111", "--coco", shapes, *command(steps=9, lr=1e30, warmup_steps=0))
+    assert run(unexported, *arguments) == WRONG_INPUT
+    assert "begin again with a smaller --lr" in capsys.readouterr().err
 
 
 def test_dry_run(finished, shapes, capsys):

@@ -7,12 +7,13 @@ inside their image can be left out, up to a limit; COCO's own training annotatio
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class CocoSet:
         categories: records with id, name, by id; a label is a place among them, from 1 on.
         annotations: records by the image's id: id, category_id, bbox, segmentation, area, iscrowd.
         left_out: what is wrong with each annotation that was left out.
+        digest: of the file's content.
     """
 
     file: Path
@@ -67,6 +69,7 @@ class CocoSet:
     categories: list[Record]
     annotations: dict[int, list[Record]]
     left_out: list[str]
+    digest: str
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,7 +84,7 @@ class CocoSet:
         chosen = [image for image in self.images if any(not a["iscrowd"] for a in self.annotations[image["id"]])]
         if not chosen:
             raise InputError(f"{self.file} has no annotation to learn from")
-        return CocoSet(self.file, self.folder, chosen, self.categories, self.annotations, self.left_out)
+        return replace(self, images=chosen)
 
     def load(self, i: int) -> Instances:
         """Image i with its annotations, without crowds; InputError if it cannot be read or has another size."""
@@ -125,7 +128,7 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoSet:
     Raises InputError, which names what is wrong by its id, if the set is damaged or more annotations are wrong.
     """
     require()
-    content = _parsed(file)
+    content, digest = _parsed(file)
     wrong: list[str] = []
     images, categories, annotations = (_records(file, content, key) for key in ("images", "categories", "annotations"))
     for what, records in (("image", images), ("category", categories), ("annotation", annotations)):
@@ -160,7 +163,9 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoSet:
     limit = len(annotations) // 1000 if max_bad is None else max_bad
     if len(left_out) > limit:
         _refuse(file, left_out, f"{limit:,} wrong annotations may be left out (--max-bad-annotations): ")
-    return CocoSet(file, folder, images, sorted(categories, key=lambda category: category["id"]), kept, left_out)
+    return CocoSet(
+        file, folder, images, sorted(categories, key=lambda category: category["id"]), kept, left_out, digest
+    )
 
 
 def clipped(bbox: Sequence[float], width: int, height: int) -> list[float]:
@@ -226,17 +231,18 @@ def flipped(one: Instances) -> Instances:
     return Instances(one.image.flip(-1), boxes, one.labels, one.masks.flip(-1))
 
 
-def _parsed(file: Path) -> Record:
+def _parsed(file: Path) -> tuple[Record, str]:
     print(f"reading {file}", flush=True)  # COCO's own takes a while
     try:
-        content = json.loads(file.read_bytes())
+        text = file.read_bytes()
+        content = json.loads(text)
     except OSError as error:
         raise InputError(f"cannot read the annotations {file}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} is not in COCO's format: it holds no object with images, annotations and categories")
-    return content
+    return content, hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _records(file: Path, content: Record, key: str) -> list[Record]:
