@@ -82,7 +82,7 @@ def test_recipe_of_a_comparison_can_be_counted_without_images(recipe, tmp_path, 
         compare.main(["--config", str(recipe), "--dry-run"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert "runs of 93,600 steps on 1,281,167 images of imagenet, as published" in shown
+    assert " of 93,600 steps on 1,281,167 images of imagenet, as published" in shown
     assert "separate runs together" in shown and not list(tmp_path.iterdir())
 
 

@@ -72,8 +72,9 @@ def _main(argv: Sequence[str]) -> None:
         for table in compared.tables(report):
             table.show()
         runs = len(comparison.seeds) * len(comparison.trained)
+        what = "1 run" if runs == 1 else f"{runs} runs"
         print(
-            f"{runs} runs of {comparison.steps:,} steps on {comparison.images:,} images of {report['data']}, "
+            f"{what} of {comparison.steps:,} steps on {comparison.images:,} images of {report['data']}, "
             f"{'counted here' if size.here else 'as published: not on this machine'}"
         )
         return

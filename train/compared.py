@@ -17,6 +17,7 @@ MEASURED_PARTS = {
     "optimizer": "optimizer",
     "data": "waiting for data",
 }
+SHORT = {"target": "target", "online": "subnets", "optimizer": "optimizer", "data": "data wait"}  # in figures
 MIB = 2**20
 
 
@@ -140,7 +141,10 @@ def figures_of(report: Report) -> Iterator[tuple[str, figures.Draw, str, str]]:
             f"{label} of networks pretrained alone and in a family, over multiply-accumulates",
             f"{caption}.",
         )
-    for kind, unit, of in (("measured", "seconds of training", 1.0), ("counted", "multiply-accumulates, 10^12", 1e12)):
+    for kind, unit, of in (
+        ("measured", "seconds of training", 1.0),
+        ("counted", "multiply-accumulates, trillions", 1e12),
+    ):
         if rows := _bars(report, kind, of):
             caption = f"{unit[0].upper()}{unit[1:]}, {kind}."
             yield f"cost-{kind}", figures.bars(rows, unit), f"{unit} of every run, by parts", caption
@@ -154,7 +158,7 @@ def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]
         if kind not in run:
             continue
         parts = run[kind]["parts"] if kind == "measured" else run[kind]
-        row = {label: parts[part] / unit for part, label in MEASURED_PARTS.items() if part in parts}
+        row = {label: parts[part] / unit for part, label in SHORT.items() if part in parts}
         rows[run["label"]] = row
         if run["subnets_per_step"] is None:
             together = {part: together.get(part, 0.0) + value for part, value in row.items()}

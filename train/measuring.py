@@ -13,6 +13,7 @@ what torch allocated.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def measure(config: PretrainConfig, steps: int) -> Measured:
 
 
 def _answer(sender: Connection, config: PretrainConfig, steps: int, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     torch.set_num_threads(threads)
     if config.fast_kernels:
         registry.fast_kernels()

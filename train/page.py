@@ -17,7 +17,8 @@ body { margin: 0 auto; max-width: 76rem; padding: 2.5rem clamp(1rem, 4vw, 3rem) 
 h1 { margin: 0 0 .3rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; text-wrap: balance; }
 h2 { margin: 2.8rem 0 .4rem; font-size: 1.25rem; letter-spacing: -.01em; }
 p { margin: .5rem 0; max-width: 60rem; }
-.card + p, .card + .figures { margin-top: .9rem; }
+.card + p, .card + .figures, .figures + .card { margin-top: .9rem; }
+.note + .card { margin-top: 1.6rem; }
 .lead, figcaption, .note { color: var(--faint); }
 .bad { color: var(--bad); font-weight: 600; }
 code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--card);

@@ -27,6 +27,7 @@ from train.dspnet import DSPNet
 from train.findings import read_comparison
 from train.measuring import Measured
 from train.protocols.common import quantity
+from train.ratios import ratios
 from train.results import Cost
 from train.trainer import Trainer
 
@@ -184,7 +185,7 @@ def test_ratios_by_hand():
         "b": made_run(None, 2, 4, 1, 1, {"0": 8, "1": 8}, 200),
         "family": made_run(3, 2, 6, 1, 0, {"0": 10, "1": 8}, 210),
     }
-    found = comparison.ratios(runs)
+    found = ratios(runs)
     together, largest = found["separate runs"], found["b"]
     assert together["separate runs"]["measured"]["total"] == 1 == largest["b"]["counted"]["total"]
     assert together["family"]["measured"].pop("seeds") == pytest.approx({"0": 10 / 11, "1": 8 / 13})
@@ -196,7 +197,7 @@ def test_ratios_by_hand():
     )
     assert largest["family"]["peak_memory"] == together["family"]["peak_memory"] == 1.05
     del runs["a"]["measured"], runs["b"]["measured"]
-    assert "measured" not in comparison.ratios(runs)["b"]["family"]
+    assert "measured" not in ratios(runs)["b"]["family"]
 
 
 def test_parts_of_a_step_are_told_apart(monkeypatch):
