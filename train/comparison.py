@@ -138,8 +138,8 @@ class Comparison:
         for index, (variant, seed) in enumerate(places):
             out = self.place(variant, seed)
             print(f"run {index + 1} of {len(places)}: {variant.label}, seed {seed}, in {out}", flush=True)
-            chosen = {"data_backend": backend, "bn_groups": self.recipe.bn_groups or 1}  # as a run keeps them
-            self._train(replace(variant.config, out=str(out), seed=seed, **chosen))
+            groups = self.recipe.bn_groups or 1  # as a run of one rank keeps it
+            self._train(replace(variant.config, out=str(out), seed=seed, data_backend=backend, bn_groups=groups))
             accuracies[variant.name][seed] = self._evaluate(out)
         measured = {variant.name: self._measure(variant) for variant in self.trained}
         return self._report(accuracies, measured)
