@@ -41,7 +41,7 @@ from train.data.images import ImageSet, Subset
 from train.data.inspect import views
 from train.data.order import EpochOrder
 from train.data.sets import open_images
-from train.progress import Monitor
+from train.run.progress import Monitor
 
 from .machine import processor
 from .quiet import Patience, Samples

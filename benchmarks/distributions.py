@@ -32,7 +32,7 @@ from train.data.images import ImageSet
 from train.data.inspect import EVERYTHING
 from train.data.order import EpochOrder
 from train.data.sets import open_images
-from train.progress import Monitor
+from train.run.progress import Monitor
 
 from .data import photographs, transform
 

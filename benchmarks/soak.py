@@ -24,7 +24,7 @@ from train.data.backends import choose_backend, open_batches
 from train.data.bad import BadImages
 from train.data.order import EpochOrder
 from train.data.sets import open_images
-from train.progress import Monitor
+from train.run.progress import Monitor
 
 from .data import photographs
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
-from . import atomic, cli, compared, figures
-from .comparison import DECIDED, CompareOptions, Comparison
+from . import cli
+from .comparison import compared
+from .comparison.comparing import DECIDED, CompareOptions, Comparison
 from .config import PretrainConfig, key
-from .findings import COMPARE
-from .results import Report
+from .evaluation.results import Report
+from .reporting import figures
+from .reporting.findings import COMPARE
+from .run import atomic
 
 DESCRIPTION = """\
 Pretrain each network of a family alone (BYOL) and all of them at once (DSPNet), by the same recipe, and compare what

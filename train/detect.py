@@ -15,19 +15,20 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import Network, build, family, subnet
 from dspnet_fast.slim import slim
 
-from . import atomic, checkpoint, cli, fingerprint, loop
-from .average_precision import KINDS, MEASURES
+from . import cli
 from .config import PretrainConfig, Workers, flag, option
 from .data import coco
 from .data.coco import CocoSet, Instances
 from .data.order import EpochOrder
-from .detection import DetectionTraining, Recipe, evaluate
-from .device import choose_device
-from .mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
-from .protocols.common import FOLDER, positive, quantity
-from .results import Report, Table
-from .rundir import read_recipe
-from .trained import TrainedFamily
+from .detection.average_precision import KINDS, MEASURES
+from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
+from .detection.training import DetectionTraining, Recipe, evaluate
+from .evaluation.protocols.common import FOLDER, positive, quantity
+from .evaluation.results import Report, Table
+from .evaluation.trained import TrainedFamily
+from .run import atomic, checkpoint, fingerprint, loop
+from .run.device import choose_device
+from .run.rundir import read_recipe
 
 DESCRIPTION = """\
 Train Mask R-CNN with a feature pyramid on one network of a run, on a set in COCO's format, and evaluate its boxes and

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from dspnet_fast.errors import InputError
 
 from . import cli
-from .protocols import knn, linear, semi
-from .protocols.common import EvaluationOptions, Plan
-from .results import Report
+from .evaluation.protocols import knn, linear, semi
+from .evaluation.protocols.common import EvaluationOptions, Plan
+from .evaluation.results import Report
 
 DESCRIPTION = """\
 Evaluate every desired network of a run of train.pretrain. Each protocol writes its results to OUT/evaluation/, as

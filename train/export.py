@@ -21,15 +21,16 @@ from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
 
-from . import checkpoint, cli
+from . import cli
 from .config import PretrainConfig, option
 from .data.images import Subset
 from .data.loader import MEAN, STD
 from .data.sets import open_images
-from .progress import Monitor
-from .results import Table, cost, cost_cells
-from .rundir import read_config
-from .trained import TrainedFamily
+from .evaluation.results import Table, cost, cost_cells
+from .evaluation.trained import TrainedFamily
+from .run import checkpoint
+from .run.progress import Monitor
+from .run.rundir import read_config
 
 DESCRIPTION = """\
 Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network

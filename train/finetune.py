@@ -15,19 +15,20 @@ from dspnet_fast.models import family as family_of
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
-from . import checkpoint, cli, loop
-from .accuracy import Accuracy
+from . import cli
 from .data import augment
 from .data.images import ImageSet
 from .data.order import EpochOrder
 from .data.sets import open_images
-from .device import choose_device
+from .evaluation.accuracy import Accuracy
+from .evaluation.protocols.common import FOLDER, Plan, config_of
+from .evaluation.results import Report, accuracy_table, cost, points, publish
+from .evaluation.supervised import Classifier, SupervisedTraining, evaluate, labelled_batches
+from .evaluation.trained import TrainedFamily
 from .finetune_config import SCRATCH, FinetuneConfig
-from .protocols.common import FOLDER, Plan, config_of
-from .results import Report, accuracy_table, cost, points, publish
-from .rundir import RunLog, open_run, with_own_config
-from .supervised import Classifier, SupervisedTraining, evaluate, labelled_batches
-from .trained import TrainedFamily
+from .run import checkpoint, loop
+from .run.device import choose_device
+from .run.rundir import RunLog, open_run, with_own_config
 
 DESCRIPTION = """\
 Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):

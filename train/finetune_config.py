@@ -9,8 +9,8 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
 from .config import FamilyOptions, RunConfig, Workers, flag, option
-from .protocols.common import config_of, positive
-from .supervised import Recipe
+from .evaluation.protocols.common import config_of, positive
+from .evaluation.supervised import Recipe
 
 SCRATCH = "none"
 

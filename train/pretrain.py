@@ -14,7 +14,7 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
-from . import checkpoint, cli
+from . import cli
 from .config import PretrainConfig
 from .data import augment
 from .data.backends import choose_backend, open_batches
@@ -22,13 +22,14 @@ from .data.bad import BadImages
 from .data.images import ImageSet, Subset
 from .data.order import EpochOrder
 from .data.sets import open_images
-from .device import choose_device
-from .interruption import Interruption
 from .probe import Probe
-from .process import settle_in
-from .progress import Monitor
 from .ranks import join, leave
-from .rundir import RunLog, open_run, read_bad_images, with_own_config, write_bad_images
+from .run import checkpoint
+from .run.device import choose_device
+from .run.interruption import Interruption
+from .run.process import settle_in
+from .run.progress import Monitor
+from .run.rundir import RunLog, open_run, read_bad_images, with_own_config, write_bad_images
 from .trainer import Trainer
 
 DESCRIPTION = """\

@@ -13,8 +13,8 @@ from dspnet_fast.subnets import Family
 from .data.bad import BadImages
 from .data.images import ImageSet, Subset
 from .data.loader import normalize, readable_views
-from .features import extract
-from .knn import effective_rank, feature_std, knn
+from .evaluation.features import extract
+from .evaluation.knn import effective_rank, feature_std, knn
 
 NEIGHBOURS = 20
 BATCH = 256

@@ -9,9 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import atomic, cli, compared, figures, page
-from .findings import COLLAPSED_RANK, COLLAPSED_STD, COMPARE, Run, finite, networks_of
-from .progress import Monitor
+from . import cli
+from .comparison import compared
+from .reporting import figures, page
+from .reporting.findings import COLLAPSED_RANK, COLLAPSED_STD, COMPARE, Run, finite, networks_of
+from .run import atomic
+from .run.progress import Monitor
 
 DESCRIPTION = """\
 Write OUT/report/index.html: one page, with everything in it, that shows the networks of a run, their accuracy in every

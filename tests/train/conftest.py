@@ -13,7 +13,7 @@ from train.config import PretrainConfig
 from train.data.images import Subset
 from train.data.loader import evaluation_batches, normalize
 from train.data.sets import data_folder, open_images
-from train.features import extract
+from train.evaluation.features import extract
 from train.pretrain import Pretraining
 
 SMALL_RUN = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dspnet_fast.errors import InputError
-from train import atomic, checkpoint
+from train.run import atomic, checkpoint
 
 
 def test_round_trip_keeps_the_newest_two(tmp_path):

@@ -15,7 +15,7 @@ from train import evaluate, export, pretrain
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.loader import normalize
 from train.data.sets import open_images
-from train.trained import TrainedFamily
+from train.evaluation.trained import TrainedFamily
 
 
 def run(command, *argv):

@@ -18,17 +18,19 @@ from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.models import MLP, build, family
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import sandwich
-from train import compare, compared, comparison, figures, measuring, page, report
+from train import compare, report
 from train.arena import Arena
 from train.cli import DONE, FAILED, WRONG_INPUT
+from train.comparison import compared, comparing, measuring
+from train.comparison.counting import PASSES, count, head_macs, network_costs, sampled_steps
+from train.comparison.measuring import Measured
+from train.comparison.ratios import ratios
 from train.config import PretrainConfig
-from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
 from train.dspnet import DSPNet
-from train.findings import read_comparison
-from train.measuring import Measured
-from train.protocols.common import quantity
-from train.ratios import ratios
-from train.results import Cost
+from train.evaluation.protocols.common import quantity
+from train.evaluation.results import Cost
+from train.reporting import figures, page
+from train.reporting.findings import read_comparison
 from train.trainer import Trainer
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
@@ -83,7 +85,7 @@ def quick(monkeypatch):
     def measured(config, steps):
         return Measured(0.25, {dn: 1.0 if dn == LARGE else 0.5 for dn in config.names()}, 0.125, 3 * 2**20)
 
-    monkeypatch.setattr(comparison, "measure", measured)
+    monkeypatch.setattr(comparing, "measure", measured)
 
 
 def checkpoints(out):
@@ -170,7 +172,7 @@ def test_seconds_are_those_that_the_run_recorded(tmp_path):
         {"step": 15, "images_per_second": 10.0, "data_wait": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert comparison.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
+    assert comparing.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
 
 
 def test_ratios_by_hand():

@@ -18,13 +18,14 @@ from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, subnet
 from dspnet_fast.slim import slim
-from train import detect, export, mask_rcnn
-from train.average_precision import KINDS, MEASURES, average_precision
+from train import detect, export
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data import coco
 from train.detect import pretrained_network
-from train.detection import DetectionTraining
-from train.mask_rcnn import Shape, build_mask_rcnn
+from train.detection import mask_rcnn
+from train.detection.average_precision import KINDS, MEASURES, average_precision
+from train.detection.mask_rcnn import Shape, build_mask_rcnn
+from train.detection.training import DetectionTraining
 from train.schedules import stepped_learning_rate
 
 WIDTH, HEIGHT = 64, 48

@@ -11,13 +11,14 @@ import yaml
 
 from dspnet_fast.models import build, family
 from dspnet_fast.slim import slim
-from train import checkpoint, finetune
+from train import finetune
 from train.cli import DONE, FAILED, WRONG_INPUT
+from train.evaluation.supervised import Classifier, Recipe, SupervisedTraining
+from train.evaluation.trained import TrainedFamily
 from train.finetune import starting_network
 from train.finetune_config import FinetuneConfig
+from train.run import checkpoint
 from train.schedules import learning_rate
-from train.supervised import Classifier, Recipe, SupervisedTraining
-from train.trained import TrainedFamily
 
 DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 SHORT = {"epochs": 2, "batch_size": 16, "lr": 0.5, "warmup_epochs": 0.5, "subnets_per_step": 3, "workers": 0}

@@ -8,8 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from dspnet_fast.errors import InputError
-from train.accuracy import interval95
-from train.knn import TEMPERATURE, effective_rank, feature_std, knn
+from train.evaluation.accuracy import interval95
+from train.evaluation.knn import TEMPERATURE, effective_rank, feature_std, knn
 
 
 def blobs(n: int, m: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64):

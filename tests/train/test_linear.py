@@ -14,16 +14,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dspnet_fast.errors import InputError
-from train import evaluate, features
-from train.accuracy import accuracies, interval95
-from train.classifiers import Classifiers, ClassifierTraining, Recipe, kept_batches
-from train.classifiers import evaluate as evaluate_classifiers
+from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.images import Subset
 from train.data.loader import evaluation_batches, normalize
 from train.data.order import EpochOrder
 from train.data.sets import open_images
-from train.trained import BATCH, TrainedFamily
+from train.evaluation import features
+from train.evaluation.accuracy import accuracies, interval95
+from train.evaluation.classifiers import Classifiers, ClassifierTraining, Recipe, kept_batches
+from train.evaluation.classifiers import evaluate as evaluate_classifiers
+from train.evaluation.trained import BATCH, TrainedFamily
 
 CPU = torch.device("cpu")
 DNS = ["c8-d1111", "c16-d1111"]  # of real_features
@@ -105,8 +106,8 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
     def refuse(*_):
         raise AssertionError("nothing is left to compute")
 
-    monkeypatch.setattr("train.trained.representations", refuse)
-    monkeypatch.setattr("train.trained.post_statistics", refuse)
+    monkeypatch.setattr("train.evaluation.trained.representations", refuse)
+    monkeypatch.setattr("train.evaluation.trained.post_statistics", refuse)
     monkeypatch.setattr(ClassifierTraining, "train_step", refuse)
     assert run("linear", trained, "--epochs", "3", "--batch-size", "16", "--workers", "0") == DONE
     assert report(trained) == first

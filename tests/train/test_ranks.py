@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from dspnet_fast.errors import InputError
-from train import checkpoint
 from train.config import PretrainConfig
 from train.pretrain import _main
 from train.ranks import Ranks
-from train.rundir import read_config
+from train.run import checkpoint
+from train.run.rundir import read_config
 from train.trainer import build_model
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")

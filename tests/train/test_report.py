@@ -18,10 +18,11 @@ from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.models import build, family
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.slim import slim
-from train import evaluate, export, figures, report
+from train import evaluate, export, report
 from train.cli import DONE, WRONG_INPUT
 from train.dspnet import VIEWS
-from train.findings import Point, Run, collapsed, networks_of
+from train.reporting import figures
+from train.reporting.findings import Point, Run, collapsed, networks_of
 
 DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 VOID = {"meta", "img", "source"}

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dspnet_fast.errors import InputError
-from train import checkpoint
 from train.pretrain import Pretraining, _main
+from train.run import checkpoint
 from train.trainer import Trainer
 
 EPOCH_STEPS = 10  # 80 images in batches of 8

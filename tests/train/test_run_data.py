@@ -10,11 +10,12 @@ import yaml
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train import checkpoint, pretrain
+from train import pretrain
 from train.config import PretrainConfig
 from train.data.shard import ShardOptions, write_set
 from train.pretrain import Meter, Pretraining, _main
-from train.rundir import BAD_IMAGES, read_bad_images, read_config
+from train.run import checkpoint
+from train.run.rundir import BAD_IMAGES, read_bad_images, read_config
 from train.trainer import Trainer
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None

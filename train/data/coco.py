@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
-from ..progress import Monitor
+from ..run.progress import Monitor
 from .bad import BadImages, Refusal
 from .images import decode
 from .loader import Batches, Workers, make_loader, worker_count

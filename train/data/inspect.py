@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 
 from dspnet_fast.errors import InputError
 
-from .. import atomic, cli
+from .. import cli
 from ..config import option
+from ..run import atomic
 from .augment import OPERATIONS, ViewSpec, byol, only
 from .backends import choose_backend, open_batches
 from .bad import BadImages

@@ -15,9 +15,9 @@ import torch
 from dspnet_fast.errors import InputError
 
 from .. import cli
-from ..atomic import sync
 from ..config import option
-from ..progress import Monitor
+from ..run.atomic import sync
+from ..run.progress import Monitor
 from .bad import BadImages
 from .folder import EXTENSIONS
 from .images import ImageSet

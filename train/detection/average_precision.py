@@ -12,9 +12,9 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from .data import coco
-from .data.coco import CocoSet
-from .progress import Monitor
+from ..data import coco
+from ..data.coco import CocoSet
+from ..run.progress import Monitor
 
 # of pycocotools' summary, in its order
 MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

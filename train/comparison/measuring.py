@@ -26,12 +26,12 @@ import torch
 
 from dspnet_fast.ops import registry
 
-from .config import PretrainConfig
-from .device import choose_device
-from .dspnet import VIEWS
-from .graphs import Recorder, StepGraphs, recorder
-from .process import settle_in
-from .trainer import Trainer
+from ..config import PretrainConfig
+from ..dspnet import VIEWS
+from ..graphs import Recorder, StepGraphs, recorder
+from ..run.device import choose_device
+from ..run.process import settle_in
+from ..trainer import Trainer
 
 WARM_UP = 2
 STATUS = Path("/proc/self/status")

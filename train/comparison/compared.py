@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import figures
-from .findings import Point
-from .protocols.common import quantity
-from .results import Report, Table, cost_cells, percent
+from ..evaluation.protocols.common import quantity
+from ..evaluation.results import Report, Table, cost_cells, percent
+from ..reporting import figures
+from ..reporting.findings import Point
 
 SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another, each of them
 MEASURED_PARTS = {

@@ -1,4 +1,4 @@
-"""Training a detector and what it then finds: a `train.loop.Training`, and its detections image by image."""
+"""Training a detector and what it then finds: a `train.run.loop.Training`, and its detections image by image."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torchvision.models.detection import MaskRCNN
 
 from dspnet_fast.errors import InputError
 
+from ..data.coco import CocoSet, Instances, evaluation_images
+from ..data.loader import Workers
+from ..data.order import mix
+from ..run.progress import Monitor
+from ..schedules import stepped_learning_rate
 from .average_precision import average_precision
-from .data.coco import CocoSet, Instances, evaluation_images
-from .data.loader import Workers
-from .data.order import mix
-from .progress import Monitor
-from .schedules import stepped_learning_rate
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Recipe:
 
 
 class DetectionTraining:
-    """Trains all of a detector by the sum of its five losses, in one process; a `train.loop.Training`."""
+    """Trains all of a detector by the sum of its five losses, in one process; a `train.run.loop.Training`."""
 
     def __init__(self, model: MaskRCNN, recipe: Recipe, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device

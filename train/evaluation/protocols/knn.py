@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Workers, option
-from ..data.images import ImageSet, Subset
-from ..data.loader import evaluation_batches
+from ...config import Workers, option
+from ...data.images import ImageSet, Subset
+from ...data.loader import evaluation_batches
+from ...run.progress import Monitor
 from ..knn import knn
-from ..progress import Monitor
 from ..results import Report, Table, cost_cells, percent, points, publish
 from ..trained import BATCH, TrainedFamily
 from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .atomic import write_atomically
+from ..run.atomic import write_atomically
 
 COLOURS = ("#2563a8", "#8a8f98", "#c8551b", "#3b8a4b", "#7a4fa3", "#b0892b")
 

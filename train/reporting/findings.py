@@ -13,9 +13,9 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.subnets import Family
 
-from .config import PretrainConfig
-from .results import cost
-from .rundir import read_config, read_metrics
+from ..config import PretrainConfig
+from ..evaluation.results import cost
+from ..run.rundir import read_config, read_metrics
 
 COMPARE = "compare.json"
 ACCURACIES = ("top1", "majority")  # what evaluations call the accuracy that their interval belongs to

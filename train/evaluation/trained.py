@@ -18,14 +18,14 @@ from dspnet_fast.models import Network, build
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
 
-from . import atomic, checkpoint, fingerprint
-from .config import PretrainConfig
-from .data.images import ImageSet, Subset
-from .data.loader import Workers, evaluation_batches, normalize
+from ..config import PretrainConfig
+from ..data.images import ImageSet, Subset
+from ..data.loader import Workers, evaluation_batches, normalize
+from ..run import atomic, checkpoint, fingerprint
+from ..run.progress import Monitor
+from ..run.rundir import read_config
+from ..trainer import build_model
 from .features import kept, representations
-from .progress import Monitor
-from .rundir import read_config
-from .trainer import build_model
 
 BATCH = 256
 STATISTICS = "post_statistics.safetensors"

@@ -21,8 +21,8 @@ import yaml
 
 from dspnet_fast.errors import InputError
 
+from ..config import RunConfig, flag, key
 from . import atomic
-from .config import RunConfig, flag, key
 
 CONFIG = "config.yaml"
 BAD_IMAGES = "bad_images.json"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from dspnet_fast.errors import InputError
 
-from .. import fingerprint, loop
+from ...config import option
+from ...data import augment
+from ...data.loader import normalize, one_view_batches
+from ...data.order import EpochOrder
+from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
-from ..config import option
-from ..data import augment
-from ..data.loader import normalize, one_view_batches
-from ..data.order import EpochOrder
 from ..features import kept_bytes, representations
 from ..results import Report, accuracy_table, points, publish
 from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive

@@ -19,8 +19,8 @@ from dspnet_fast.models import build
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Subnet
 
-from . import atomic
-from .config import FamilyOptions
+from ..config import FamilyOptions
+from ..run import atomic
 from .plots import Point, accuracy_over_macs
 
 Report = dict[str, Any]

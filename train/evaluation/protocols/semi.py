@@ -14,13 +14,14 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
-from .. import atomic, fingerprint, loop, supervised
+from ...config import option
+from ...data import augment
+from ...data.balanced import SEED, as_text, balanced_subset, checksum
+from ...data.images import Subset
+from ...data.order import EpochOrder
+from ...run import atomic, fingerprint, loop
+from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
-from ..config import option
-from ..data import augment
-from ..data.balanced import SEED, as_text, balanced_subset, checksum
-from ..data.images import Subset
-from ..data.order import EpochOrder
 from ..results import Report, accuracy_table, points, publish
 from ..supervised import Classifier, SupervisedTraining, Together, labelled_batches
 from .common import FOLDER, Plan, Subject, plan_of, positive

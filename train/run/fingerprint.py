@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .data.images import ImageSet
+from ..data.images import ImageSet
 
 
 def digest(*parts: object) -> str:

@@ -18,7 +18,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.nn import activate
 from dspnet_fast.subnets import Subnet
 
-from . import atomic
+from ..run import atomic
 
 FLOAT = 4  # bytes
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.order import EpochOrder
+from ..schedules import learning_rate
 from .accuracy import Accuracy, accuracies
-from .data.order import EpochOrder
-from .schedules import learning_rate
 
 Batch = tuple[Mapping[str, Tensor], Tensor]  # features [B, F] by network, labels [B]
 EVALUATED = 4096  # rows at once
@@ -59,7 +59,7 @@ class Classifiers(nn.Module):
 
 
 class ClassifierTraining:
-    """Trains classifiers; a `train.loop.Training`."""
+    """Trains classifiers; a `train.run.loop.Training`."""
 
     def __init__(self, classifiers: Classifiers, recipe: Recipe, epoch_steps: int) -> None:
         self.classifiers = classifiers

@@ -18,20 +18,21 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
 
-from . import atomic, checkpoint, counting, fingerprint
+from ..config import PretrainConfig, flag, option
+from ..data.backends import choose_backend
+from ..data.order import EpochOrder
+from ..data.sets import size_of
+from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
+from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
+from ..evaluation.results import Report
+from ..pretrain import Pretraining, open_train_images
+from ..run import atomic, checkpoint, fingerprint
+from ..run.device import choose_device
+from ..run.rundir import CONFIG, open_run, read_metrics
+from . import counting
 from .compared import ALONE
-from .config import PretrainConfig, flag, option
-from .data.backends import choose_backend
-from .data.order import EpochOrder
-from .data.sets import size_of
-from .device import choose_device
 from .measuring import Measured, measure
-from .pretrain import Pretraining, open_train_images
-from .protocols.knn import KnnOptions, evaluate_knn, publish_knn
-from .protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from .ratios import ratios
-from .results import Report
-from .rundir import CONFIG, open_run, read_metrics
 
 RUNS, MEASURED = "runs", "measured"
 DECIDED = ("out", "seed", "subnets_per_step", "init_from")  # options of a run that the comparison decides

@@ -23,12 +23,12 @@ from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family, Subnet, sandwich
 
+from ..data.augment import ViewSpec
+from ..data.images import ImageSet, require_labels
+from ..data.loader import Workers, normalize, one_view_batches
+from ..data.order import EpochOrder
+from ..schedules import learning_rate
 from .accuracy import Accuracy, accuracies
-from .data.augment import ViewSpec
-from .data.images import ImageSet, require_labels
-from .data.loader import Workers, normalize, one_view_batches
-from .data.order import EpochOrder
-from .schedules import learning_rate
 from .trained import evaluation_views, statistics_images
 
 Batch = tuple[Tensor, Tensor]  # images [B, 3, S, S], labels [B]
@@ -81,7 +81,7 @@ class Classifier(nn.Module):
 
 
 class SupervisedTraining:
-    """Trains a classifier; a `train.loop.Training`."""
+    """Trains a classifier; a `train.run.loop.Training`."""
 
     def __init__(self, model: Classifier, family: Family, recipe: Recipe, epoch_steps: int) -> None:
         self.model, self.family, self.recipe = model, family, recipe
@@ -137,7 +137,7 @@ class SupervisedTraining:
 
 
 class Together:
-    """Trainings of as many steps that share nothing but the batches; a `train.loop.Training`."""
+    """Trainings of as many steps that share nothing but the batches; a `train.run.loop.Training`."""
 
     def __init__(self, trainings: Mapping[str, SupervisedTraining]) -> None:
         self.trainings = trainings

@@ -1,0 +1,1 @@
+"""The family against each network alone."""

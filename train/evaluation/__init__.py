@@ -1,0 +1,1 @@
+"""What a pretrained family is worth."""

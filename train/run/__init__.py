@@ -1,0 +1,1 @@
+"""What every command that trains shares: its directory, checkpoints, progress, interruption."""
