@@ -1,7 +1,7 @@
 """A family against separate runs: which runs that takes, how they are made, and what comes out.
 
 OUT/runs/NAME-seedK/     ordinary run directories of train.pretrain: w0.50-seed0, ..., family-n4-seed0, ...
-OUT/measured/NAME.json   what a step of that run takes, in parts (train/measuring.py)
+OUT/measured/NAME.json   what a step of that run takes, in parts (train/comparison/measuring.py)
 """
 
 from __future__ import annotations
