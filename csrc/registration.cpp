@@ -30,7 +30,8 @@ DSPNET_CPU_BUILDS(
 DSPNET_CPU_BUILDS(void, ema_update, at::TensorList targets, at::TensorList onlines, double tau)
 DSPNET_CPU_BUILDS(
     void, lars_ema_step, Tensor params, Tensor grads, Tensor momenta, Tensor targets, at::IntArrayRef starts,
-    at::IntArrayRef sizes, Tensor lr, Tensor tau, double weight_decay, double momentum, double eta)
+    at::IntArrayRef sizes, Tensor lr, Tensor tau, double weight_decay, double momentum, double eta,
+    OptionalTensor apply)
 DSPNET_CPU_BUILDS(
     at::Tensor, norm_act, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act,
     OptionalTensor gate, OptionalTensor residual, OptionalTensor residual_scale, OptionalTensor residual_shift)
@@ -71,7 +72,7 @@ TORCH_LIBRARY(dspnet_cpp, library) {
   library.def("ema_update(Tensor(a!)[] targets, Tensor[] onlines, float tau) -> ()");
   library.def(
       "lars_ema_step(Tensor(a!) params, Tensor(b!) grads, Tensor(c!) momenta, Tensor(d!) targets, int[] starts, "
-      "int[] sizes, Tensor lr, Tensor tau, float weight_decay, float momentum, float eta) -> ()");
+      "int[] sizes, Tensor lr, Tensor tau, float weight_decay, float momentum, float eta, Tensor? apply=None) -> ()");
   library.def(
       "norm_act(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor? residual, "
       "Tensor? residual_scale, Tensor? residual_shift) -> Tensor");

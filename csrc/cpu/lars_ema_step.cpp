@@ -3,6 +3,8 @@
 //   adapted segments: g' = g + wd p, q = eta |p| / |g'| (1 if either is 0); every other element: g' = g, q = 1
 //   m = mu m + q g'        p = p - lr m        xi = tau xi + (1 - tau) p        g = 0
 //
+// and with `apply` false only g = 0.
+//
 // Bound by memory, fp32: pass 1 reads p and g, 8 bytes per element, for the norms; pass 2 reads p, g, m, xi and writes
 // them, 32 bytes. q needs the whole segment, so fewer passes are not possible unless a segment fits into the cache.
 //
@@ -18,6 +20,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "lars_ema_step.h"
@@ -196,9 +199,14 @@ void lars_ema_step(
     const at::Tensor& tau,
     double weight_decay,
     double momentum,
-    double eta) {
+    double eta,
+    const std::optional<at::Tensor>& apply) {
   const at::NoGradGuard no_grad;
-  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, at::kCPU);
+  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, apply, at::kCPU);
+  if (apply && !apply->item<bool>()) {
+    grads.zero_();
+    return;
+  }
   const Scalars scalars{lr.item<double>(), tau.item<double>(), weight_decay, momentum, eta};
   const auto run = [&]<typename scalar_t>(scalar_t) {
     const Buffers<scalar_t> buffers{

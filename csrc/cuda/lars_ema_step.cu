@@ -3,6 +3,8 @@
 //   adapted segments: g' = g + wd p, q = eta |p| / |g'| (1 if either is 0); every other element: g' = g, q = 1
 //   m = mu m + q g'        p = p - lr m        xi = tau xi + (1 - tau) p        g = 0
 //
+// and with `apply` false only g = 0.
+//
 // Bound by memory, fp32: pass 1 reads p and g, 8 bytes per element, for the norms; pass 2 reads p, g, m, xi and writes
 // them, 32 bytes.
 //
@@ -120,10 +122,18 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
     int aligned,
     DeviceScalar lr,
     DeviceScalar tau_on_device,
+    const bool* __restrict__ apply, // null is true
     const double* __restrict__ trust,
     scalar_t weight_decay,
     scalar_t momentum) {
   const Tile tile = tile_of(regions, blockIdx.x);
+  if (apply && !*apply) {
+    for_range<width>(tile.begin, tile.end, aligned, [&](auto constant, int64_t i) {
+      constexpr int stored = decltype(constant)::width;
+      store(buffers.g + i, Pack<scalar_t, stored>{});
+    });
+    return;
+  }
   const bool adapted = regions.adapted[tile.region];
   const scalar_t q = adapted ? static_cast<scalar_t>(trust[tile.region]) : scalar_t(1);
   const scalar_t decay = adapted ? weight_decay : scalar_t(0);
@@ -211,7 +221,7 @@ struct Step {
     if (!error) {
       error = launch(
           &update_kernel<scalar_t, width>, blocks, stream, regions, buffers, aligned, options.lr, options.tau,
-          trust, decay, static_cast<scalar_t>(options.momentum));
+          options.apply, trust, decay, static_cast<scalar_t>(options.momentum));
     }
     return error;
   }
@@ -289,8 +299,8 @@ const char* step(
   template __global__ void squares_kernel<scalar_t, width>(                                                  \
       const __grid_constant__ Regions, const scalar_t*, const scalar_t*, int, scalar_t, Squares*);           \
   template __global__ void update_kernel<scalar_t, width>(                                                   \
-      const __grid_constant__ Regions, Buffers<scalar_t>, int, DeviceScalar, DeviceScalar, const double*,    \
-      scalar_t, scalar_t);
+      const __grid_constant__ Regions, Buffers<scalar_t>, int, DeviceScalar, DeviceScalar, const bool*,      \
+      const double*, scalar_t, scalar_t);
 DSPNET_KERNELS_OF(float, 1)
 DSPNET_KERNELS_OF(float, 4)
 DSPNET_KERNELS_OF(double, 1)

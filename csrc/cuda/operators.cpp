@@ -97,16 +97,18 @@ void lars_ema_step(
     const at::Tensor& tau,
     double weight_decay,
     double momentum,
-    double eta) {
+    double eta,
+    const std::optional<at::Tensor>& apply) {
   const char* op = "lars_ema_step";
   const at::NoGradGuard no_grad;
-  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, at::kCUDA);
+  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, apply, at::kCUDA);
   const cuda::LarsOptions options{
       {lr.const_data_ptr(), kind_of(op, lr.scalar_type())},
       {tau.const_data_ptr(), kind_of(op, tau.scalar_type())},
       weight_decay,
       momentum,
-      eta};
+      eta,
+      apply ? apply->const_data_ptr<bool>() : nullptr};
   if (params.numel() == 0) {
     return;
   }

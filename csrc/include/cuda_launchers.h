@@ -48,6 +48,7 @@ struct LarsSegments {
 struct LarsOptions {
   DeviceScalar lr, tau;
   double weight_decay, momentum, eta;
+  const bool* apply; // on the device; null is true
 };
 
 int64_t lars_ema_step_workspace(int64_t size); // bytes, aligned to 16

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <optional>
 #include <utility>
 
 #include "memory.h"
@@ -22,6 +23,7 @@ inline void check_lars(
     at::IntArrayRef sizes,
     const at::Tensor& lr,
     const at::Tensor& tau,
+    const std::optional<at::Tensor>& apply,
     at::DeviceType device) {
   using Named = std::pair<const char*, const at::Tensor*>;
   std::array<Named, 4> flats{{{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"targets", &targets}}};
@@ -70,6 +72,10 @@ inline void check_lars(
             at::isFloatingType(scalar->scalar_type()) && has_memory(*scalar),
         "lars_ema_step: ", name, " must be a floating-point scalar on ", params.device());
   }
+  TORCH_CHECK(
+      !apply || (apply->device() == params.device() && apply->layout() == at::kStrided && apply->dim() == 0 &&
+                 apply->scalar_type() == at::kBool && has_memory(*apply)),
+      "lars_ema_step: apply must be a bool scalar on ", params.device());
 }
 
 } // namespace CPU_CAPABILITY

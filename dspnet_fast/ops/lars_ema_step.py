@@ -24,6 +24,7 @@ def lars_ema_step(
     weight_decay: float,
     momentum: float,
     eta: float,
+    apply: Tensor | None = None,
 ) -> None:
     """One step of LARS for the online network, then of the target towards it, in place. For every adapted segment:
 
@@ -38,9 +39,12 @@ def lars_ema_step(
     from each other: the tensors of more than one dimension. Biases, batch normalisation and padding lie between them.
     lr, tau: scalars on the same device, floating point, so that a recorded graph can be replayed with other values;
     tau in [0, 1] is up to the caller, since to test it would be to wait for the device. A gradient of NaN or infinity
-    shows as NaN in its segment and nowhere else. Raises RuntimeError for anything else. No host synchronisation.
+    shows as NaN in its segment and nowhere else. apply: a bool scalar on the same device; where it is false, nothing
+    happens but g = 0. Raises RuntimeError for anything else. No host synchronisation.
     """
-    _check(params, grads, momenta, targets, starts, sizes, lr, tau)
+    _check(params, grads, momenta, targets, starts, sizes, lr, tau, apply)
+    changing = (params, momenta, targets)
+    before = [] if apply is None else [flat.clone() for flat in changing]
     to_online = (1 - tau).to(params.dtype)
     if starts:
         weights, updates = (
@@ -55,6 +59,9 @@ def lars_ema_step(
     params.addcmul_(momenta, lr.to(params.dtype), value=-1)
     targets.lerp_(params[: len(targets)], to_online)
     grads.zero_()
+    if apply is not None:
+        for flat, kept in zip(changing, before, strict=True):
+            torch.where(apply, flat, kept, out=flat)
 
 
 def _check(
@@ -66,6 +73,7 @@ def _check(
     sizes: Sequence[int],
     lr: Tensor,
     tau: Tensor,
+    apply: Tensor | None,
 ) -> None:
     flats = {"params": params, "grads": grads, "momenta": momenta, "targets": targets}
     for name, flat in flats.items():
@@ -104,6 +112,11 @@ def _check(
                 f"lars_ema_step: {name} must be a floating-point scalar on {params.device}, got {tuple(scalar.shape)} "
                 f"{scalar.dtype} on {scalar.device}"
             )
+    if apply is not None and (apply.ndim != 0 or apply.dtype != torch.bool or apply.device != params.device):
+        raise RuntimeError(
+            f"lars_ema_step: apply must be a bool scalar on {params.device}, got {tuple(apply.shape)} {apply.dtype} on "
+            f"{apply.device}"
+        )
 
 
 @lars_ema_step.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "lars_ema_step"))

@@ -80,7 +80,9 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
     )
 
 
-def lars_ema_step(params, grads, momenta, targets, starts, sizes, lr, tau, weight_decay, momentum, eta) -> None:
+def lars_ema_step(
+    params, grads, momenta, targets, starts, sizes, lr, tau, weight_decay, momentum, eta, apply=None
+) -> None:
     with _Workspace("lars_ema_step", len(params)) as workspace:
         library.emulated_lars_ema_step(
             KINDS[params.dtype],
@@ -95,6 +97,7 @@ def lars_ema_step(params, grads, momenta, targets, starts, sizes, lr, tau, weigh
             _address(tau),
             KINDS[tau.dtype],
             *(ctypes.c_double(value) for value in (weight_decay, momentum, eta)),
+            _address(apply),
             workspace,
         )
 

@@ -68,6 +68,7 @@ for dtype in rules.DTYPES:
     for layout in layouts:
         for tau in (0.0, 0.3, 0.996, 1.0) if layout == "odd sizes" else (0.996,):
             rules.check(layout, rules.make(layout, dtype) | {"tau": torch.tensor(tau)}, step)
+        rules.check_apply(layout, rules.make(layout, dtype), step)
 # Numbers on the device may be of any kind.
 for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
     scalars = {"lr": torch.tensor(0.375, dtype=kind), "tau": torch.tensor(0.75, dtype=kind)}

@@ -76,6 +76,7 @@ def test_ema_update_of_several_dtypes_and_of_shared_memory():
 def test_lars_ema_step(dtype, layout):
     for tau in (0.0, 0.3, 0.996, 1.0):
         lars_rules.check(layout, lars_arguments(layout, dtype) | {"tau": torch.tensor(tau, **ONE)})
+    lars_rules.check_apply(layout, lars_arguments(layout, dtype))
 
 
 @pytest.mark.parametrize("dtype", lars_rules.DTYPES, ids=str)

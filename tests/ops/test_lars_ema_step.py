@@ -166,6 +166,26 @@ def test_a_gradient_that_is_no_number_shows_in_its_segment_and_nowhere_else(prov
     assert not arguments["grads"].count_nonzero()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_that_does_not_apply_zeroes_the_gradient_and_nothing_else(provider, dtype, layout):
+    check_apply(layout, make(layout, dtype))
+
+
+def check_apply(layout: str, arguments: dict, step=lars_ema_step) -> None:
+    """`apply` true is a step like any other, to the bit; false is none, whatever the gradient."""
+    device = arguments["params"].device
+    applied, want = copy(arguments), copy(arguments)
+    step(**want, **OPTIONS)
+    step(**applied, **OPTIONS, apply=torch.tensor(True, device=device))
+    assert all(torch.equal(applied[name], want[name]) for name in BUFFERS)
+    kept = copy(arguments)
+    kept["grads"][::3] = float("nan")
+    step(**kept, **OPTIONS, apply=torch.tensor(False, device=device))
+    assert not kept["grads"].count_nonzero()
+    assert all(torch.equal(kept[name], arguments[name]) for name in BUFFERS if name != "grads")
+
+
 @needs_cpp
 def test_the_result_does_not_depend_on_the_number_of_threads(policy):
     policy("cpp")
@@ -223,6 +243,8 @@ REFUSED = {
     "segments that descend": lambda a: {"starts": [100, 0], "sizes": [7, 7]},
     "a vector for lr": lambda a: {"lr": torch.ones(1)},
     "an integer for tau": lambda a: {"tau": torch.tensor(1)},
+    "a number for apply": lambda a: {"apply": torch.tensor(1.0)},
+    "a vector for apply": lambda a: {"apply": torch.ones(1, dtype=torch.bool)},
     "a complex lr": lambda a: {"lr": torch.tensor(1j)},
 }
 
@@ -244,19 +266,19 @@ def test_the_library_checks_for_itself(case):
         torch.ops.dspnet_cpp.lars_ema_step(**arguments | REFUSED[case](arguments), **OPTIONS)
 
 
-@pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau"])
+@pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau", "apply"])
 @pytest.mark.parametrize("library", [False, pytest.param(True, marks=needs_cpp)])
 def test_another_device_is_refused(library, name):
-    arguments = make("odd sizes", torch.float32)
+    arguments = make("odd sizes", torch.float32) | {"apply": torch.tensor(True)}
     step = torch.ops.dspnet_cpp.lars_ema_step if library else lars_ema_step.native
     with pytest.raises((RuntimeError, NotImplementedError)):
         step(**arguments | {name: arguments[name].to("meta")}, **OPTIONS)
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau"])
+@pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau", "apply"])
 def test_the_library_refuses_tensors_whose_memory_was_taken_away(name):
-    arguments = make("odd sizes", torch.float32)
+    arguments = make("odd sizes", torch.float32) | {"apply": torch.tensor(True)}
     arguments[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError):
         torch.ops.dspnet_cpp.lars_ema_step(**arguments, **OPTIONS)

@@ -23,12 +23,13 @@ int64_t emulated_lars_ema_step_workspace(int64_t size) {
 void emulated_lars_ema_step(
     int kind, void* params, void* grads, void* momenta, void* targets, int64_t size, int64_t with_target,
     const int64_t* starts, const int64_t* sizes, int64_t count, const void* lr, int kind_of_lr, const void* tau,
-    int kind_of_tau, double weight_decay, double momentum, double eta, void* workspace) {
+    int kind_of_tau, double weight_decay, double momentum, double eta, const bool* apply,
+    void* workspace) {
   lars_ema_step(
       static_cast<Kind>(kind),
       {params, grads, momenta, targets, size, with_target},
       {starts, sizes, count},
-      {{lr, static_cast<Kind>(kind_of_lr)}, {tau, static_cast<Kind>(kind_of_tau)}, weight_decay, momentum, eta},
+      {{lr, static_cast<Kind>(kind_of_lr)}, {tau, static_cast<Kind>(kind_of_tau)}, weight_decay, momentum, eta, apply},
       workspace,
       nullptr);
 }
