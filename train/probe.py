@@ -13,8 +13,9 @@ from dspnet_fast.subnets import Family
 from .data.bad import BadImages
 from .data.images import ImageSet, Subset
 from .data.loader import normalize, readable_views
+from .evaluation.collapse import effective_rank, feature_std
 from .evaluation.features import extract
-from .evaluation.knn import effective_rank, feature_std, knn
+from .evaluation.knn import knn
 
 NEIGHBOURS = 20
 BATCH = 256

@@ -11,8 +11,9 @@ from typing import Any
 
 from . import cli
 from .comparison import compared
+from .evaluation.collapse import LEAST_RANK, LEAST_STD
 from .reporting import figures, page
-from .reporting.findings import COLLAPSED_RANK, COLLAPSED_STD, COMPARE, Run, finite, networks_of
+from .reporting.findings import COMPARE, Run, finite, networks_of
 from .run import atomic
 from .run.progress import Monitor
 
@@ -154,7 +155,7 @@ def _verdict(networks: Sequence[Mapping[str, Any]]) -> str:
     if all(network["feature_std"] is None for network in networks):
         return page.paragraph("Whether a network collapsed was not measured: `--probe-epochs` was 0.")
     fallen = [network["network"] for network in networks if network["collapsed"]]
-    rule = f"feature std below {COLLAPSED_STD:g} or effective rank below {COLLAPSED_RANK:g} at the last measurement"
+    rule = f"feature std below {LEAST_STD:g} or effective rank below {LEAST_RANK:g} at the last measurement"
     if fallen:
         return page.paragraph(f"Collapsed: {', '.join(fallen)} ({rule}).", "bad")
     return page.paragraph(f"No network collapsed ({rule}).")

@@ -9,7 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dspnet_fast.errors import InputError
 from train.evaluation.accuracy import interval95
-from train.evaluation.knn import TEMPERATURE, effective_rank, feature_std, knn
+from train.evaluation.collapse import effective_rank, feature_std
+from train.evaluation.knn import TEMPERATURE, knn
 
 
 def blobs(n: int, m: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64):

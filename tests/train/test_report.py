@@ -21,8 +21,9 @@ from dspnet_fast.slim import slim
 from train import evaluate, export, report
 from train.cli import DONE, WRONG_INPUT
 from train.dspnet import VIEWS
+from train.evaluation.collapse import collapsed
 from train.reporting import figures
-from train.reporting.findings import Point, Run, collapsed, networks_of
+from train.reporting.findings import Point, Run, networks_of
 
 DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 VOID = {"meta", "img", "source"}

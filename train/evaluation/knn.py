@@ -1,6 +1,5 @@
-"""How good features are without training anything on them: nearest neighbours' votes, spread and rank."""
+"""How good features are without training anything on them: nearest neighbours' votes."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -60,27 +59,3 @@ def knn(
         right += (winners == labels).sum(dim=1)
     majority, weighted = (right.double() / m).tolist()
     return KnnResult(majority, weighted, interval95(majority, m))
-
-
-def feature_std(features: torch.Tensor) -> float:
-    """sqrt(D) times the mean over D dimensions of the std of features [N, D] scaled to length 1.
-
-    1 if they spread evenly in all directions, 0 if all are one point (Chen & He 2021, "SimSiam", section 4.1).
-    """
-    unit = F.normalize(features.float(), dim=1)
-    return (unit.std(dim=0, correction=0).mean() * math.sqrt(unit.shape[1])).item()
-
-
-def effective_rank(features: torch.Tensor) -> float:
-    """exp of the entropy of the singular values of features [N, D] as shares of their sum; not centred.
-
-    From 1 to min(N, D) (Roy & Vetterli 2007; as a measure of pretraining RankMe, Garrido et al. 2023). NaN if a feature
-    is not finite or if all are 0.
-    """
-    features = features.double()
-    if not features.isfinite().all():
-        return math.nan
-    # in float64 the smaller Gram matrix is exact enough, and far cheaper than singular values of N rows
-    gram = features.T @ features if features.shape[0] > features.shape[1] else features @ features.T
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    return torch.special.entr(singular / singular.sum()).sum().exp().item()

@@ -14,13 +14,13 @@ from dspnet_fast.models import family
 from dspnet_fast.subnets import Family
 
 from ..config import PretrainConfig
+from ..evaluation.collapse import collapsed
 from ..evaluation.results import cost
 from ..run.rundir import read_config, read_metrics
 
 COMPARE = "compare.json"
 ACCURACIES = ("top1", "majority")  # what evaluations call the accuracy that their interval belongs to
 WORDS = {"knn": "kNN"}
-COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
@@ -188,12 +188,6 @@ def networks_of(run: Run) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def collapsed(spread: float | None, rank: float | None) -> bool:
-    """Whether features are all but one point or one direction, or not finite."""
-    low = ((spread, COLLAPSED_STD), (rank, COLLAPSED_RANK))
-    return any(value is not None and not value >= limit for value, limit in low)
 
 
 def finite(value: Any) -> Any:
