@@ -26,7 +26,7 @@ from .evaluation.results import Report, accuracy_table, cost, points, publish
 from .evaluation.supervised import Classifier, SupervisedTraining, evaluate, labelled_batches
 from .evaluation.trained import TrainedFamily
 from .finetune_config import SCRATCH, FinetuneConfig
-from .run import checkpoint, loop
+from .run import loop
 from .run.device import choose_device
 from .run.rundir import RunLog, open_run, with_own_config
 
@@ -107,7 +107,8 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     training = SupervisedTraining(model, switches, recipe, order().steps_per_epoch)
     out = open_run(config, resume)
     checkpoints = out / "checkpoints"
-    log = RunLog(out, checkpoint.latest_step(checkpoints))
+    loop.resume(training, checkpoints, device)
+    log = RunLog(out, training.step)
 
     def accuracies() -> dict[str, Accuracy]:
         assert config.image_size is not None

@@ -203,6 +203,11 @@ def test_stopped_and_resumed(finished, whole, tmp_path, monkeypatch, capsys):
     assert report(second) == report(whole)
     states = [checkpoint.load(checkpoint.newest_of_run(out)) for out in (whole, second)]
     torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
+    newest = checkpoint.newest_of_run(second)
+    lines = (second / "metrics.jsonl").read_text()
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert run("--out", second, "--resume") == DONE  # from the one before, whose later lines are written again
+    assert (second / "metrics.jsonl").read_text() == lines
 
 
 def test_dry_run_counts_and_leaves_nothing(finished, tmp_path, capsys):

@@ -39,6 +39,13 @@ class Training(Protocol[Batch]):
         ...
 
 
+def resume(training: Training[Any], folder: Path, device: torch.device) -> None:
+    """Bring a training to the newest checkpoint in `folder` that can be read, if there is one."""
+    state = checkpoint.load_newest(folder, device, print)
+    if state is not None:
+        training.load_state(state)
+
+
 def run(
     what: str,
     training: Training[Batch],
@@ -49,20 +56,20 @@ def run(
     measure: Callable[[], str] | None = None,
     measure_steps: int = 0,
 ) -> None:
-    """Train to the end, from the newest checkpoint in `folder` if there is one; Interruption.stop() after saving.
+    """Train to the end, from where it is, or from the newest checkpoint if it has not begun; Interruption.stop() after
+    saving.
 
     Args:
         what: a word for it, on the screen.
-        training: as it is before its first step.
+        training: as it is before its first step, or resumed.
         batches: the batches from a step on.
         folder: of checkpoints, of this training alone.
         device: where its state belongs.
         log: told the step and its loss, now and then.
         measure: called every `measure_steps` steps if they are not 0, but not at the end; says what it found.
     """
-    state = checkpoint.load_newest(folder, device, print)
-    if state is not None:
-        training.load_state(state)
+    if training.step == 0:
+        resume(training, folder, device)
     if training.step == training.steps:
         return
     with Interruption() as interruption, Monitor(what, training.steps, training.step) as monitor:
