@@ -1,4 +1,5 @@
-"""The memory of a training run: online parameters, gradients, momentum and target, each one flat tensor.
+"""The memory of a training run: online parameters, gradients, momentum, target and running statistics, each one flat
+tensor.
 
 The update of all parameters is then one operator (`lars_ema_step`), and an all-reduce one call. Parameters stay what
 they were to everybody else: tensors of a module, with names, shapes, strides and a state_dict.
@@ -35,6 +36,7 @@ class Arena:
     Attributes:
         params, grads, momenta: [N], flat.
         targets: [T], flat, of the first T elements of params.
+        statistics: [S], flat: all floating-point buffers, which are batch normalisation's running statistics.
     """
 
     def __init__(self, online: nn.Module, target: nn.Module) -> None:
@@ -64,6 +66,7 @@ class Arena:
             parameter.main_grad = parameter.grad  # type: ignore[attr-defined]  # operators add to its prefix
         for name, parameter in targets.items():
             parameter.data = self._view(self.targets, name).copy_(parameter.data)
+        self.statistics = _flatten_buffers(online, target)
         self._gradients = [(name, p, p.grad) for name, p in self._parameters.items()]
         self._addresses = [
             (name, p, p.data_ptr()) for tensors in (self._parameters, targets) for name, p in tensors.items()
@@ -74,16 +77,21 @@ class Arena:
         strides = torch.empty_like(self._parameters[name], device="meta").stride()
         return flat.as_strided(self._parameters[name].shape, strides, self._starts[name])
 
+    def start(self, name: str) -> int:
+        """Where a parameter of the online network begins in `params`, and its gradient in `grads`."""
+        return self._starts[name]
+
     def schedule(self, lr: float, tau: float) -> None:
         """Set what `update` will use, on the device."""
         self._lr.fill_(lr)
         self._tau.fill_(tau)
 
     @torch.no_grad()
-    def update(self, *, weight_decay: float, momentum: float, eta: float) -> None:
+    def update(self, *, weight_decay: float, momentum: float, eta: float, apply: Tensor | None = None) -> None:
         """LARS with the gradients that have added up, then target <- tau target + (1 - tau) online, then g = 0.
 
-        Without host synchronisation. Raises RuntimeError if a parameter or gradient has left the arena.
+        Where `apply`, a bool scalar on the device, is false, nothing happens but g = 0. Without host synchronisation.
+        Raises RuntimeError if a parameter or gradient has left the arena.
         """
         for name, parameter, gradient in self._gradients:
             if parameter.grad is not gradient:
@@ -103,6 +111,7 @@ class Arena:
             weight_decay,
             momentum,
             eta,
+            apply,
         )
 
     def step(self, lr: float, tau: float, *, weight_decay: float, momentum: float, eta: float) -> None:
@@ -124,6 +133,23 @@ class Arena:
                 raise ValueError(f"the momentum of {name} is {list(momentum[name].shape)}, not {list(value.shape)}")
         for name, value in own.items():
             value.copy_(momentum[name])
+
+
+def _flatten_buffers(*modules: nn.Module) -> Tensor:
+    """Move all floating-point buffers into one flat tensor, of which they become views."""
+    found = [
+        (owner, name, buffer)
+        for module in modules
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    ]
+    if not found:
+        return next(modules[0].parameters()).detach().new_zeros(0)
+    flat = torch.cat([buffer.flatten() for _, _, buffer in found])
+    for (owner, name, buffer), part in zip(found, flat.split([b.numel() for _, _, b in found]), strict=True):
+        setattr(owner, name, part.view_as(buffer))
+    return flat
 
 
 def _check(parameters: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:

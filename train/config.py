@@ -53,7 +53,7 @@ class OptimizationOptions:
 
     epochs: int = option(300, "passes over the images")
     batch_size: int = option(256, "images per step, of all ranks together")
-    bn_groups: int | None = option(None, "parts of a batch that are normalised by themselves [one for each rank]")
+    bn_groups: int | None = option(None, "parts of a batch that are normalised by themselves [each turn of each rank]")
     subnets_per_step: int = option(4, "subnets per step: smallest, full, and random ones between")
     base_lr: float = option(0.2, "learning rate for 256 images; the peak is base_lr * batch_size / 256")
     warmup_epochs: float = option(10.0, "epochs of linear learning rate warm-up")
@@ -76,12 +76,15 @@ class ExecutionOptions:
 
     device: str = option("auto", "auto, cpu or cuda", changeable=True)
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has", changeable=True)
+    accumulate: int = option(1, "turns in which a rank takes its share of a batch that is too large for it", True)
+    overlap: bool = option(False, "exchange the heads' gradients while the encoder's are computed", changeable=True)
     no_cuda_graphs: bool = option(False, "launch every kernel by itself instead of replaying graphs", changeable=True)
     probe_epochs: float = option(1.0, "epochs between measurements of kNN and feature spread; 0 for none", True)
     probe_images: int = option(2000, "reference images of that kNN; half as many are classified", changeable=True)
     checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)
     keep_checkpoints: int = option(2, "newest checkpoints to keep; the older are for when the newest is damaged", True)
     keep_epochs: float = option(0.0, "also keep those of every so many epochs; 0 for none", changeable=True)
+    patience: float = option(300.0, "seconds without a step after which the run says what it waits for; 0: never", True)
     log_steps: int = option(10, "steps between lines of metrics", changeable=True)
 
 
@@ -117,7 +120,16 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        sizes = ("image_size", "hidden_features", "out_features", "epochs", "batch_size", "log_steps", "probe_images")
+        sizes = (
+            "image_size",
+            "hidden_features",
+            "out_features",
+            "epochs",
+            "batch_size",
+            "log_steps",
+            "probe_images",
+            "accumulate",
+        )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
@@ -126,6 +138,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "probe_epochs",
             "checkpoint_epochs",
             "keep_epochs",
+            "patience",
             "base_lr",
             "weight_decay",
             "seed",

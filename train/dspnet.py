@@ -13,7 +13,7 @@ One training step of a batch of B images, two views each, stacked as [2B, 3, H, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,11 @@ class Branch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Predict (online) or project (target)."""
-        projection = self.projector(self.encoder(images).to(self.projector.fc1.weight.dtype))
+        return self.heads(self.encoder(images))
+
+    def heads(self, features: Tensor) -> Tensor:
+        """What follows the encoder."""
+        projection = self.projector(features.to(self.projector.fc1.weight.dtype))
         return projection if self.predictor is None else self.predictor(projection)
 
 
@@ -100,19 +104,35 @@ class DSPNet(nn.Module):
             first, second = self.target(self._stored(images)).chunk(VIEWS)
         return torch.cat([second, first])
 
-    def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
-        """Symmetrised loss of one subnet, a scalar from 0 to 8."""
+    def loss(
+        self, images: Tensor, targets: Tensor, subnet: Subnet, heads_done: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Symmetrised loss of one subnet, a scalar from 0 to 8.
+
+        `heads_done` is called in its backward pass when the gradients of projector and predictor are complete, before
+        those of the encoder are computed.
+        """
         with activate(self.online, subnet, views=VIEWS * self.groups):
-            predictions = self.online(self._stored(images))
+            features = self.online.encoder(self._stored(images))
+            if heads_done is not None:
+                features.register_hook(lambda gradient: heads_done())
+            predictions = self.online.heads(features)
         return VIEWS * normalized_mse(predictions, targets)
 
-    def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor = 1.0) -> dict[str, Tensor]:
+    def accumulate(
+        self,
+        images: Tensor,
+        subnets: Sequence[Subnet],
+        alpha: float | Tensor = 1.0,
+        heads_done: Callable[[], None] | None = None,
+    ) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward at a time.
 
         Args:
             images: the two views, [2B, 3, H, W]: view 1 of every image, then view 2.
             subnets: what `sandwich` sampled, the full network last.
             alpha: see `targets`.
+            heads_done: see `loss`; called in the last of these backwards.
 
         Returns:
             The loss of each subnet, detached scalars on the device.
@@ -120,7 +140,7 @@ class DSPNet(nn.Module):
         targets = self.targets(images, alpha)
         losses = {}
         for subnet in subnets:
-            loss = self.loss(images, targets, subnet)
+            loss = self.loss(images, targets, subnet, heads_done if subnet is subnets[-1] else None)
             loss.backward()
             losses[subnet.name] = loss.detach()
         return losses

@@ -37,6 +37,7 @@ class StepGraphs:
         alpha: see `DSPNet.targets`: a scalar on the device, read by every replay.
         update: the update of the arena; reads what changes from step to step from the device.
         record: how to record; by default as CUDA graphs.
+        counts: what the update writes besides the arena.
 
     Raises RuntimeError if a part of the step cannot be recorded.
     """
@@ -49,13 +50,14 @@ class StepGraphs:
         alpha: Tensor,
         update: Callable[[], None],
         record: Recorder | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         device = arena.params.device
         self._model, self._alpha = model, alpha
         self._batch = batch.to(device, copy=True)
         self._images = prepare(self._batch, device).clone()
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
-        with _unharmed(model, arena):
+        with _unharmed(model, arena, counts):
             self._targets = model.targets(self._images, alpha)
             record = record or recorder()
             self._find_targets = record(self._run_target)
@@ -116,10 +118,10 @@ def recorder() -> Recorder:
 
 
 @contextmanager
-def _unharmed(model: DSPNet, arena: Arena) -> Iterator[None]:
-    """Puts parameters, gradients, momentum, targets and all buffers back to what they were."""
+def _unharmed(model: DSPNet, arena: Arena, counts: Tensor | None) -> Iterator[None]:
+    """Puts parameters, gradients, momentum, targets, all buffers and counts back to what they were."""
     flats = (arena.params, arena.grads, arena.momenta, arena.targets)
-    before = [(tensor, tensor.clone()) for tensor in (*flats, *model.buffers())]
+    before = [(tensor, tensor.clone()) for tensor in (*flats, *model.buffers(), *([] if counts is None else [counts]))]
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,15 +24,19 @@ from .data.bad import BadImages
 from .data.images import ImageSet, Subset
 from .data.order import EpochOrder
 from .data.sets import open_images
+from .evaluation.collapse import ADVICE, LEAST_RANK, LEAST_STD, collapsed
+from .guard import TOO_MANY
 from .probe import Probe
 from .ranks import join, leave
-from .run import checkpoint
+from .run import atomic, checkpoint
 from .run.device import choose_device
 from .run.interruption import Interruption
+from .run.meter import Meter
 from .run.process import settle_in
 from .run.progress import Monitor
 from .run.rundir import RunLog, open_run, read_bad_images, with_own_config, write_bad_images
 from .trainer import Trainer
+from .watchdog import Watchdog
 
 DESCRIPTION = """\
 Pretrain a family of networks that share their weights, on images without labels.
@@ -47,40 +53,6 @@ def open_train_images(config: PretrainConfig) -> ImageSet:
     return images if config.train_images is None else Subset.random(images, config.train_images, config.seed)
 
 
-class Meter:
-    """Images per second and the share of time spent waiting for data, since it was last read."""
-
-    def __init__(self, batches: Iterator[Tensor]) -> None:
-        self._batches = batches
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new account."""
-        self._began, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
-
-    def batches(self) -> Iterator[Tensor]:
-        """The batches, with the time they are waited for counted."""
-        while True:
-            began = time.perf_counter()
-            batch = next(self._batches, None)
-            self._waited += time.perf_counter() - began
-            if batch is None:
-                return
-            self._images += len(batch) // 2
-            yield batch
-
-    def pause(self, began: float) -> None:
-        """Leave the time since `began` out of the account: it did not serve training."""
-        self._paused += time.perf_counter() - began
-
-    def read(self) -> tuple[float, float]:
-        """Images per second and waiting share since the last reading."""
-        elapsed = time.perf_counter() - self._began - self._paused
-        rate, waiting = self._images / elapsed, self._waited / elapsed
-        self.restart()
-        return rate, waiting
-
-
 class Pretraining:
     """A run with its directory and its screen: logs, probes, checkpoints, interruption."""
 
@@ -93,7 +65,7 @@ class Pretraining:
         share = {"rank": ranks.rank, "world_size": ranks.size}
         order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, **share)
         # kept with the run: with other ranks it is still the same run
-        config = replace(config, bn_groups=config.bn_groups or ranks.size)
+        config = replace(config, bn_groups=config.bn_groups or ranks.size * config.accumulate)
         # what auto chose is kept with the run: another backend would not resume it bit for bit
         config = replace(config, data_backend=choose_backend(config.data_backend, images, device))
         self.config = config
@@ -119,17 +91,21 @@ class Pretraining:
         views = augment.byol(config.image_size, config.min_scale)
         batches = open_batches(config.data_backend, images, views, order, config.workers, self.bad, device)
         self.meter = Meter(iter(batches))
-        self.images = len(images)
+        self.images = images
+        self.watchdog = Watchdog(ranks, config.patience, self.out / "stalled.txt", self._say_anywhere)
+        self.skipped = self.trainer.guard.skipped().in_all
 
     def run(self) -> None:
         """Train to the end; KeyboardInterrupt if it was stopped, after saving."""
         trainer, config = self.trainer, self.config
         self.log = RunLog(self.out, trainer.step) if self.ranks.first else None
+        self.ranks.wait()  # from here on they listen to each other's heartbeats
         console = Console(highlight=False, quiet=not self.ranks.first)
         try:
             with (
                 Interruption() as interruption,
                 Monitor("pretrain", trainer.steps, trainer.step, console) as self.monitor,
+                self.watchdog,
             ):
                 self._say(*self._description())
                 if trainer.step == 0:
@@ -142,6 +118,7 @@ class Pretraining:
                     losses = trainer.train_step(batch)
                     last = trainer.step == trainer.steps
                     self.monitor.advance()
+                    self._heed_guard(batch)
                     if trainer.step % config.log_steps == 0 or last:
                         self._record(losses, lr, tau)
                     began = time.perf_counter()
@@ -161,17 +138,56 @@ class Pretraining:
 
     def _stops(self, requested: bool) -> bool:
         """Whether any rank was asked to stop. On a GPU to ask is to wait for it, so only now and then."""
-        now = self.trainer.device.type == "cpu" or self.trainer.step % self.config.log_steps == 0
         if self.ranks.size == 1:
             return requested
-        return now and self.ranks.any(requested, self.trainer.device)
+        return self._may_wait and self.ranks.any(requested, self.trainer.device)
+
+    @property
+    def _may_wait(self) -> bool:
+        """Whether to ask the device something; on a GPU that is to wait for it, so only now and then."""
+        return self.trainer.device.type == "cpu" or self.trainer.step % self.config.log_steps == 0
+
+    def _heed_guard(self, batch: Tensor) -> None:
+        """Tell of skipped steps; too many in a row end the run, which is saved before."""
+        if not self._may_wait:
+            return
+        skipped = self.trainer.guard.skipped()
+        if skipped.in_all > self.skipped:
+            self.skipped = skipped.in_all
+            self._say(f"step {self.trainer.step}  skipped: its gradient was not finite ({skipped.in_all} steps so far)")
+        if skipped.longest_row < TOO_MANY:
+            return
+        self._save()
+        found = self.ranks.gather((self.trainer.diagnose(batch), self._images_of(self.trainer.step - 1)))
+        dump = self.out / "nonfinite.json"
+        if self.ranks.first:
+            of_ranks = [{"finding": place and place._asdict(), "images": images} for place, images in found]
+            atomic.write_text(dump, json.dumps({"step": self.trainer.step, "ranks": of_ranks}, indent=1) + "\n")
+        first = next((f", from {place} of rank {rank} on" for rank, (place, _) in enumerate(found) if place), "")
+        raise InputError(
+            f"{TOO_MANY} steps in a row had gradients that are not finite{first}"
+            + f"; saved after step {self.trainer.step}, the images are named in {dump}. Look at these, {ADVICE}"
+            + (", or store activations with --precision fp32" if self.config.precision != "fp32" else "")
+        )
+
+    def _images_of(self, step: int) -> list[str]:
+        """The files of this rank's share of a step's batch."""
+        config, ranks = self.config, self.ranks
+        shown = EpochOrder(
+            len(self.images), config.batch_size, config.seed, config.epochs, step, ranks.rank, ranks.size
+        )
+        return [self.images.file(index) for _, index in next(iter(shown))]
 
     def _batches(self) -> Iterator[Tensor]:
         """The batches; an image that cannot be used ends the run, but not before it is saved."""
+        at, trainer = self.watchdog.at, self.trainer
         try:
+            at(trainer.step, "waiting for images")
             for batch in self.meter.batches():
                 self._say_bad()
+                at(trainer.step, "training")
                 yield batch
+                at(trainer.step, "waiting for images")
         except InputError:
             self._say_bad()
             self._save_and_stop()
@@ -180,6 +196,7 @@ class Pretraining:
     def _save(self) -> None:
         config, trainer = self.config, self.trainer
         keep_every = round(config.keep_epochs * trainer.epoch_steps)
+        self.watchdog.at(trainer.step, "writing a checkpoint" if self.ranks.first else "waiting for a checkpoint")
         if self.ranks.first:
             checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
 
@@ -200,6 +217,13 @@ class Pretraining:
             self.monitor.line(line)
             self.log.line(line)
 
+    def _say_anywhere(self, line: str) -> None:
+        """From any rank and thread."""
+        if self.log is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._say(line)
+
     def _share_bad(self) -> None:
         """Every rank meets bad images of its own."""
         if self.ranks.size > 1:
@@ -217,7 +241,7 @@ class Pretraining:
         trainer, config = self.trainer, self.config
         served = ", ".join(f"{op}: {provider}" for op, provider in registry.serving(trainer.device.type).items())
         return [
-            f"{config.network} {', '.join(trainer.model.family.names)} on {self.images} images of {config.data}, "
+            f"{config.network} {', '.join(trainer.model.family.names)} on {len(self.images)} images of {config.data}, "
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
             f"data by {config.data_backend}" + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
             f"operators  {served}",
@@ -242,6 +266,7 @@ class Pretraining:
                 "images_per_second": rate,
                 "data_wait": waiting,
                 "bad_images": len(self.bad),
+                "skipped_steps": self.skipped,
             },
         )
         shown = "  ".join(f"{name} {values[name]:.3f}" for name in self.trainer.model.family.names if name in values)
@@ -251,11 +276,19 @@ class Pretraining:
     def _measure(self) -> None:
         if self.probe is None or self.log is None:
             return
+        self.watchdog.at(self.trainer.step, "measuring")
         values = self.probe.measure(self.trainer.model.online.encoder, self.trainer.model.family)
         self.log.metrics(self.trainer.step, values)
         for kind, of_subnets in values.items():
             shown = "  ".join(f"{name} {value:.3f}" for name, value in of_subnets.items())
             self._say(f"step {self.trainer.step}  {kind}  {shown}")
+        spread, rank = values["feature_std"], values["effective_rank"]
+        fallen = [name for name in spread if collapsed(spread[name], rank[name])]
+        if fallen and self.trainer.step:
+            self._say(
+                f"step {self.trainer.step}  COLLAPSE of {', '.join(fallen)}: feature std below {LEAST_STD:g} or "
+                f"effective rank below {LEAST_RANK:g}, so their features no longer tell images apart; {ADVICE}"
+            )
 
 
 def make_parser() -> cli.ArgumentParser:

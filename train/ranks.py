@@ -1,14 +1,15 @@
 """This process among those that train together: torch.distributed as torchrun starts it, or one process by itself.
 
-Every rank holds all weights and computes its share of each batch. A step has one all-reduce of the flat gradient, and
-one of batch normalisation's running statistics, which are vectors of channels; so all ranks go on with the same weights
-and the same statistics, and any of them can write what the run is.
+Every rank holds all weights and computes its share of each batch. A step has one all-reduce of the flat gradient (two,
+of a part each, where the exchange overlaps with the backward pass), and one of batch normalisation's running
+statistics, which are vectors of channels; so all ranks go on with the same weights and the same statistics, and any of
+them can write what the run is.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -35,24 +36,26 @@ class Ranks:
         """Whether this is the one that speaks and writes."""
         return self.rank == 0
 
+    def begin_sum(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to replace a tensor, in place, by its sum over the ranks; what is returned waits until it is done."""
+        if self.size == 1:
+            return lambda: None
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+        return work.wait
+
     def average(self, tensor: Tensor) -> None:
         """Replace a tensor, in place, by its mean over the ranks."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
 
-    def average_all(self, tensors: Sequence[Tensor]) -> None:
-        """As `average`, of many small tensors of one dtype in one collective."""
-        if self.size > 1 and tensors:
-            flat = torch.cat([tensor.flatten() for tensor in tensors])
-            self.average(flat)
-            torch._foreach_copy_(
-                list(tensors),
-                [
-                    part.view_as(tensor)
-                    for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
-                ],
-            )
+    def neighbours(self, count: int) -> dist.ProcessGroup | None:
+        """The group of `count` consecutive ranks that this one is in; all ranks must ask. None for a group of one."""
+        if count == 1:
+            return None
+        mine, _ = dist.new_subgroups(count)
+        return mine
 
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether it is so on any rank; all of them must ask."""

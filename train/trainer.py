@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,25 +10,24 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
-from dspnet_fast.subnets import sandwich
+from dspnet_fast.nn.batch_norm import SlimBatchNorm
+from dspnet_fast.subnets import Subnet, sandwich
 
 from .arena import Arena
 from .config import PretrainConfig
 from .data.loader import prepare
+from .diagnosis import Finding, find
+from .division import divide
 from .dspnet import DSPNet
 from .graphs import StepGraphs
+from .guard import Guard
 from .ranks import ALONE, Ranks
 from .schedules import learning_rate, momentum_alpha, target_tau
 
 
 def build_model(config: PretrainConfig, ranks: Ranks = ALONE) -> DSPNet:
     """The networks of a run before its first step, a function of the configuration alone."""
-    groups, rest = divmod(config.bn_groups or ranks.size, ranks.size)
-    if rest or not groups:
-        raise InputError(
-            f"the batch is normalised in {config.bn_groups} parts, which {ranks.size} ranks cannot share: "
-            f"start as many ranks as divide it"
-        )
+    parts = divide(config, ranks).parts
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return DSPNet(
@@ -38,7 +38,7 @@ def build_model(config: PretrainConfig, ranks: Ranks = ALONE) -> DSPNet:
             config.out_features,
             config.momentum_bn,
             config.precision,
-            groups,
+            parts,
         )
 
 
@@ -61,7 +61,15 @@ class Trainer:
         self.ranks = ranks
         self.model = build_model(config, ranks).to(device).to(memory_format=torch.channels_last).train()
         self.arena = Arena(self.model.online, self.model.target)
-        self._statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+        self.guard = Guard(self.arena)
+        self._division = divide(config, ranks)
+        self._refuse_to_record_collectives()
+        group = ranks.neighbours(self._division.ranks_per_part)
+        for module in self.model.modules():
+            if isinstance(module, SlimBatchNorm):
+                module.process_group = group
+        self._heads = self.arena.start("projector.fc1.weight")  # they follow the encoder, to the end
+        self._arriving: Callable[[], object] | None = None
         self._alpha = torch.zeros((), device=device)
         self._graphs: StepGraphs | None = None
         self.step = 0
@@ -87,41 +95,112 @@ class Trainer:
         The views are uint8 [2B, C, S, S] on any device, or normalised already, float32 [2B, 3, S, S] on the trainer's;
         B is this rank's share of the batch, and the losses are of that.
         """
-        family = self.model.family
-        if self.step < self.full_only_steps:
-            subnets = [family.full]
-        else:
-            subnets = sandwich(family, self.config.subnets_per_step, self.config.seed, self.step)
+        subnets = self._sampled(self.step)
         self._alpha.fill_(momentum_alpha(self.step, self.steps))
         self.arena.schedule(self.learning_rate, self.tau)
-        if self._records:
-            self._graphs = self._graphs or StepGraphs(self.model, self.arena, batch, self._alpha, self._update)
-            losses = self._graphs.accumulate(batch, subnets)
-            self._exchange()
+        self.guard.begin()
+        losses = self._accumulate(batch, subnets)
+        self._exchange()
+        if self._graphs is not None:
             self._graphs.update()
         else:
-            losses = self.model.accumulate(prepare(batch, self.device), subnets, self._alpha)
-            self._exchange()
-            self._update()
+            self.update()
         self.step += 1
         return losses
+
+    def diagnose(self, batch: Tensor) -> Finding | None:
+        """Where the first number in a step on this batch is not finite; the subnets are those of the last step."""
+        norms = [module for module in self.model.modules() if isinstance(module, SlimBatchNorm)]
+        groups = [norm.process_group for norm in norms]
+        try:
+            for norm in norms:
+                norm.process_group = None  # each rank looks for itself
+            for part in self._division.of(batch):
+                images = prepare(part, self.device)
+                found = find(self.model, self.arena, images, self._sampled(self.step - 1), self._alpha)
+                if found is not None:
+                    return found
+            return None
+        finally:
+            for norm, group in zip(norms, groups, strict=True):
+                norm.process_group = group
+
+    def _sampled(self, step: int) -> list[Subnet]:
+        """The subnets of a step."""
+        family = self.model.family
+        if step < self.full_only_steps:
+            return [family.full]
+        return sandwich(family, self.config.subnets_per_step, self.config.seed, step)
 
     @property
     def _records(self) -> bool:
         return self.device.type == "cuda" and not self.config.no_cuda_graphs
 
+    def _refuse_to_record_collectives(self) -> None:
+        if self._records and (self._division.ranks_per_part > 1 or (self.config.overlap and self.ranks.size > 1)):
+            raise InputError(
+                "CUDA graphs do not hold collectives: --overlap, and --bn-groups below the number of ranks, need "
+                "--no-cuda-graphs"
+            )
+
+    def _accumulate(self, batch: Tensor, subnets: list[Subnet]) -> dict[str, Tensor]:
+        """Gradients and running statistics of this rank's share, turn by turn; losses are the turns' mean.
+
+        A turn counts as a rank does: each begins from the same statistics, and their mean is kept.
+        """
+        turns = self._division.turns
+        if turns == 1:
+            return self._one_turn(batch, subnets, last=True)
+        statistics = self.arena.statistics
+        before, total = statistics.clone(), torch.zeros_like(statistics)
+        losses: dict[str, Tensor] = {}
+        for turn, part in enumerate(self._division.of(batch), start=1):
+            statistics.copy_(before)
+            found = self._one_turn(part, subnets, last=turn == turns)
+            losses = {name: losses.get(name, 0) + loss / turns for name, loss in found.items()}
+            total.add_(statistics, alpha=1 / turns)
+        statistics.copy_(total)
+        return losses
+
+    def _one_turn(self, batch: Tensor, subnets: list[Subnet], last: bool) -> dict[str, Tensor]:
+        if self._records:
+            self._graphs = self._graphs or StepGraphs(
+                self.model, self.arena, batch, self._alpha, self.update, counts=self.guard.counts
+            )
+            return self._graphs.accumulate(batch, subnets)
+        overlaps = last and self.config.overlap and self.ranks.size > 1
+        begin = self._begin_exchange if overlaps else None
+        return self.model.accumulate(prepare(batch, self.device), subnets, self._alpha, begin)
+
+    def _begin_exchange(self) -> None:
+        """The last gradients of the heads are there."""
+        self._arriving = self.ranks.begin_sum(self.arena.grads[self._heads :])
+
     def _exchange(self) -> None:
         """Gradients and running statistics become those of the whole batch."""
-        self.ranks.average(self.arena.grads)
-        self.ranks.average_all(self._statistics)
+        grads = self.arena.grads
+        wait = self.ranks.begin_sum(grads if self._arriving is None else grads[: self._heads])
+        if self._arriving is not None:
+            self._arriving()
+            self._arriving = None
+        wait()
+        if (shares := self.ranks.size * self._division.turns) > 1:
+            grads /= shares
+        self.ranks.average(self.arena.statistics)
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """The end of a step, on the gradient of the whole batch."""
         config = self.config
-        self.arena.update(weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta)
+        self.guard.judge()
+        self.arena.update(
+            weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta, apply=self.guard.finite
+        )
+        self.guard.settle()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"model": self.model.state_dict(), "momentum": self.arena.momentum()}
+        skipped = self.guard.skipped().in_all
+        return {"model": self.model.state_dict(), "momentum": self.arena.momentum(), "skipped": skipped}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; InputError if it is of another network or holds no momentum."""
@@ -131,6 +210,7 @@ class Trainer:
         except ValueError as error:
             raise InputError(f"the checkpoint can be evaluated, but not continued: {error}") from error
         self.step = state["step"]
+        self.guard.restart(state.get("skipped", 0))
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Take over the weights of a checkpoint, of this or another run; InputError if the networks differ."""

@@ -34,7 +34,8 @@ class SlimBatchNorm(_BatchNorm):
         active_dn: the subnet that computes; None is the full network.
         views: batches hold this many views, each normalised by itself in training.
         process_group: where set, statistics are those of the whole batch over these ranks (synchronised batch
-            normalisation); every rank must have as many images.
+            normalisation); every rank must have as many images. Not while there is an observer: what one rank measures
+            is its own.
         observer: where set, it gets the moments of every batch instead of the running statistics.
     """
 
@@ -126,13 +127,18 @@ class SlimBatchNorm(_BatchNorm):
     @property
     def _own_statistics(self) -> bool:
         """Whether `_statistics` is more than the moments of this rank's batch."""
-        return self.process_group is not None
+        return self._group is not None
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        """The ranks whose batch this one's is a part of."""
+        return self.process_group if self.observer is None else None
 
     def _statistics(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """What to normalise a batch by, given its moments [V, C] over `count` values each."""
-        if self.process_group is not None:
-            mean, variance = _over_ranks(mean, variance, self.process_group)
-            count *= self.process_group.size()
+        if self._group is not None:
+            mean, variance = _over_ranks(mean, variance, self._group)
+            count *= self._group.size()
         self._observe(mean, variance, count)
         return mean, variance
 
@@ -218,9 +224,9 @@ class MomentumBatchNorm(SlimBatchNorm):
 
     @torch.no_grad()
     def _statistics(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        if self.process_group is not None:
-            mean, variance = _over_ranks(mean, variance, self.process_group)
-            count *= self.process_group.size()
+        if self._group is not None:
+            mean, variance = _over_ranks(mean, variance, self._group)
+            count *= self._group.size()
         variance = variance * (count / (count - 1)) ** (2 if self.double_correction else 1)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         mean, variance = mean.to(self.running_mean.dtype), variance.to(self.running_var.dtype)

@@ -44,6 +44,24 @@ def test_accumulated_backwards_are_the_gradient_of_the_summed_loss(network, name
     torch.testing.assert_close(gradients(model), expected)
 
 
+@pytest.mark.parametrize("arena", [False, True])
+def test_the_heads_gradients_are_complete_when_it_is_said(arena):
+    """Whether they are accumulated by autograd or, in an arena, by the operators."""
+    model, images = make(*RESNET)
+    _ = Arena(model.online, model.target) if arena else None
+    heads = {name: p for name, p in model.online.named_parameters() if not name.startswith("encoder")}
+    seen, encoder = [], model.online.encoder.conv1.weight
+
+    def look():
+        seen.append({name: p.grad.clone() for name, p in heads.items()})
+        seen.append(None if encoder.grad is None else encoder.grad.clone())
+
+    model.accumulate(images, list(model.family), heads_done=look)
+    assert len(seen) == 2  # in the last backward alone
+    torch.testing.assert_close(seen[0], {name: p.grad for name, p in heads.items()}, rtol=0, atol=0)
+    assert not torch.equal(seen[1], encoder.grad)
+
+
 def test_loss_is_the_papers_formula():
     model, images = make(*RESNET, momentum_bn="off")
     dn = model.family[1]

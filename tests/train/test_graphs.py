@@ -36,7 +36,7 @@ def test_replays_are_the_step(small, options):
     config = small(**options)
     plain, recorded = make(config), make(config)
     recorded._graphs = StepGraphs(
-        recorded.model, recorded.arena, batches(config)[3], recorded._alpha, recorded._update, run_and_return
+        recorded.model, recorded.arena, batches(config)[3], recorded._alpha, recorded.update, run_and_return
     )
     type(recorded)._records, kept = property(lambda self: self is recorded), type(recorded)._records
     try:
@@ -54,7 +54,7 @@ def test_recording_leaves_no_trace(small):
     trainer = make(config)
     trainer.train_step(batches(config)[0])
     before = {name: value.clone() for name, value in state(trainer).items()}
-    StepGraphs(trainer.model, trainer.arena, batches(config)[1], trainer._alpha, trainer._update, run_and_return)
+    StepGraphs(trainer.model, trainer.arena, batches(config)[1], trainer._alpha, trainer.update, run_and_return)
     torch.testing.assert_close(state(trainer), before, rtol=0, atol=0)
     assert not trainer.arena.grads.count_nonzero()
 
@@ -63,7 +63,7 @@ def test_losses_of_a_step_stay_when_the_next_has_run(small):
     config = small()
     trainer = make(config)
     first, second = batches(config)[:2]
-    graphs = StepGraphs(trainer.model, trainer.arena, first, trainer._alpha, trainer._update, run_and_return)
+    graphs = StepGraphs(trainer.model, trainer.arena, first, trainer._alpha, trainer.update, run_and_return)
     losses = graphs.accumulate(first, list(trainer.model.family))
     kept = {name: loss.clone() for name, loss in losses.items()}
     graphs.accumulate(second, list(trainer.model.family))
@@ -74,7 +74,7 @@ def test_a_batch_of_another_shape_is_refused(small):
     config = small()
     trainer = make(config)
     batch = batches(config)[0]
-    graphs = StepGraphs(trainer.model, trainer.arena, batch, trainer._alpha, trainer._update, run_and_return)
+    graphs = StepGraphs(trainer.model, trainer.arena, batch, trainer._alpha, trainer.update, run_and_return)
     with pytest.raises(RuntimeError, match="recorded for batches"):
         graphs.accumulate(batch[2:], [trainer.model.family.full])
 

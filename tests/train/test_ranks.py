@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.nn.batch_norm import SlimBatchNorm
+from train.arena import Arena
 from train.config import PretrainConfig
+from train.division import Division, divide
 from train.pretrain import _main
 from train.ranks import Ranks
 from train.run import checkpoint
 from train.run.rundir import read_config
-from train.trainer import build_model
+from train.trainer import Trainer, build_model
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 
@@ -70,28 +73,42 @@ def final(out) -> dict:
     return checkpoint.load(checkpoint.newest_of_run(out))["model"]
 
 
-@pytest.mark.parametrize(("ranks", "momentum_bn"), [(2, "on"), (4, "off")])
-def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, ranks, momentum_bn):
+CASES = {
+    "two ranks of two parts each": (2, {"bn_groups": 4}),
+    "two ranks in two turns each, exchanging early": (2, {"bn_groups": 4, "accumulate": 2, "overlap": ""}),
+    "four ranks that share two parts": (4, {"bn_groups": 2, "momentum_bn": "off"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
     """The family drops blocks, so some parameters have no gradient in some steps."""
-    options = {"bn_groups": 4, "momentum_bn": momentum_bn, "base_lr": 1.0, "subnets_per_step": 2, "epochs": 2}
-    options |= {
-        "batch_size": 40
-    }  # ten images to a group: of two, normalised features are signs, and rounding flips them
-    printed = run(torchrun(ranks, arguments(**options, out=tmp_path / "ranks")))
+    ranks, division = CASES[case]
+    # ten images to a part: of two, normalised features are signs, and rounding flips them
+    options = {"base_lr": 1.0, "subnets_per_step": 2, "epochs": 2, "batch_size": 40}
+    printed = run(torchrun(ranks, arguments(**options, **division, out=tmp_path / "ranks")))
     assert f", {ranks} ranks" in printed
-    _main(arguments(**options, out=tmp_path / "one"))
+    alone = {name: value for name, value in division.items() if name not in ("accumulate", "overlap")}
+    _main(arguments(**options, **alone, out=tmp_path / "one"))
     together, alone = weights(final(tmp_path / "ranks")), weights(final(tmp_path / "one"))
     config = read_config(tmp_path / "one", PretrainConfig)
-    start = weights(build_model(config).state_dict())
+    model = build_model(config)
+    start = weights(model.state_dict())
     assert (together - alone).norm() <= 1e-3 * (alone - start).norm()
     metrics = [(tmp_path / out / "metrics.jsonl").read_text().splitlines() for out in ("ranks", "one")]
     for ours, theirs in zip(*metrics, strict=True):
         for name, loss in json.loads(ours).get("loss", {}).items():
             assert loss == pytest.approx(json.loads(theirs)["loss"][name], rel=1e-3)
     counted = eval(printed.split("all-reduces ")[1].splitlines()[0])  # noqa: S307  (what this test printed)
-    parameters = max(counted)
-    assert parameters >= sum(p.numel() for p in build_model(config).online.parameters())
-    assert counted[parameters] == 4  # steps
+    arena = Arena(model.online, model.target)
+    heads = len(arena.grads) - arena.start("projector.fc1.weight")
+    gradients = [heads, len(arena.grads) - heads] if "overlap" in division else [len(arena.grads)]
+    assert {size: counted[size] for size in gradients} == dict.fromkeys(gradients, 4)  # steps
+    assert counted[len(arena.statistics)] == 4
+    others = {size for size in counted if size not in (*gradients, len(arena.statistics))}
+    layers = {module.num_features for module in model.modules() if isinstance(module, SlimBatchNorm)}
+    shared = {2 * size for size in layers} | {2 * 4 * width for width in (8, 16, 32, 64)}
+    assert others <= {1, 2, 3} | (shared if case == "four ranks that share two parts" else set())
 
 
 def test_preempted_ranks_save_and_go_on_bit_for_bit(torchrun, arguments, tmp_path):
@@ -119,12 +136,52 @@ def test_preempted_ranks_save_and_go_on_bit_for_bit(torchrun, arguments, tmp_pat
 
 def test_parts_that_ranks_cannot_share_are_refused(small):
     with pytest.raises(InputError, match="cannot share"):
-        build_model(small(bn_groups=2), Ranks(0, 4))
+        divide(small(bn_groups=4), Ranks(0, 6))
+    with pytest.raises(InputError, match="in 2 turns"):
+        divide(small(bn_groups=2, accumulate=2), Ranks(0, 2))
     with pytest.raises(InputError, match="equal parts"):
         small(bn_groups=3)
 
 
-def test_one_rank_needs_no_group(small):
-    assert build_model(small()).groups == 1
-    assert build_model(small(bn_groups=4)).groups == 4
-    assert build_model(small(bn_groups=4), Ranks(1, 2)).groups == 2
+@pytest.mark.parametrize(
+    ("bn_groups", "accumulate", "ranks", "expected"),
+    [
+        (None, 1, 1, Division(1, 1, 1)),
+        (None, 2, 4, Division(2, 1, 1)),
+        (4, 1, 1, Division(1, 4, 1)),
+        (4, 1, 2, Division(1, 2, 1)),
+        (4, 2, 2, Division(2, 1, 1)),
+        (1, 1, 8, Division(1, 1, 8)),
+        (2, 1, 8, Division(1, 1, 4)),
+    ],
+)
+def test_division(small, bn_groups, accumulate, ranks, expected):
+    assert divide(small(bn_groups=bn_groups, accumulate=accumulate), Ranks(0, ranks)) == expected
+
+
+def test_turns_hold_both_views_of_their_images(small):
+    batch = torch.arange(12).view(12, 1)  # view 1 of images 0 to 5, then view 2
+    turns = [turn.flatten().tolist() for turn in Division(3, 1, 1).of(batch)]
+    assert turns == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    with pytest.raises(InputError, match="--accumulate 4"):
+        list(Division(4, 1, 1).of(batch))
+
+
+@pytest.mark.parametrize("momentum_bn", ["on", "off"])
+def test_turns_are_parts(small, momentum_bn):
+    """A batch in four turns is a batch in four parts, statistics of the target's momentum included."""
+    views = torch.rand(3, 80, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    results = []
+    for accumulate in (1, 2, 4):
+        config = small(batch_size=40, bn_groups=4, accumulate=accumulate, momentum_bn=momentum_bn, warmup_epochs=0)
+        trainer = Trainer(config, 10, torch.device("cpu"))
+        losses = [trainer.train_step(batch) for batch in views]
+        target = torch.cat([b.flatten() for b in trainer.model.target.buffers() if b.is_floating_point()])
+        results.append((weights(trainer.model.state_dict()), target, losses))
+    start = weights(build_model(config).state_dict())
+    for parameters, statistics, losses in results[1:]:
+        assert (parameters - results[0][0]).norm() <= 1e-4 * (results[0][0] - start).norm()
+        if momentum_bn == "on":
+            torch.testing.assert_close(statistics, results[0][1], rtol=1e-3, atol=1e-5)
+        for ours, theirs in zip(losses, results[0][2], strict=True):
+            assert {n: v.item() for n, v in ours.items()} == pytest.approx({n: v.item() for n, v in theirs.items()})

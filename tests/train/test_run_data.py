@@ -13,8 +13,9 @@ from dspnet_fast.errors import InputError
 from train import pretrain
 from train.config import PretrainConfig
 from train.data.shard import ShardOptions, write_set
-from train.pretrain import Meter, Pretraining, _main
+from train.pretrain import Pretraining, _main
 from train.run import checkpoint
+from train.run.meter import Meter
 from train.run.rundir import BAD_IMAGES, read_bad_images, read_config
 from train.trainer import Trainer
 

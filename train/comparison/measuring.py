@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -107,10 +106,9 @@ def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
         pieces.append(record(function))
         return pieces[-1]
 
-    update = partial(trainer.arena.update, weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta)
     alpha = torch.ones((), device=device)
     trainer.arena.schedule(trainer.learning_rate, trainer.tau)
-    graphs = StepGraphs(trainer.model, trainer.arena, batch, alpha, update, note)
+    graphs = StepGraphs(trainer.model, trainer.arena, batch, alpha, trainer.update, note)
     taken: list[list[float]] = [[] for _ in pieces]
     for _ in range(WARM_UP + steps):
         for piece, times in zip(pieces, taken, strict=True):

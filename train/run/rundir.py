@@ -5,6 +5,8 @@ OUT/metrics.jsonl     one JSON object a line
 OUT/tensorboard/      the same for TensorBoard
 OUT/train.log         what was printed
 OUT/bad_images.json   the images that were left out, and what is wrong with each; there only if there are any
+OUT/nonfinite.json    what was not finite, and on which images; there only if that ended the run
+OUT/stalled.txt       where every thread was when the run stood still; there only if it did
 OUT/checkpoints/      step-00001234.pt, the newest two
 """
 

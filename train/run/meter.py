@@ -1,0 +1,42 @@
+"""How fast images go through a run, and how long it waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+class Meter:
+    """Images per second and the share of time spent waiting for data, since it was last read."""
+
+    def __init__(self, batches: Iterator[Tensor]) -> None:
+        self._batches = batches
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new account."""
+        self._began, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
+
+    def batches(self) -> Iterator[Tensor]:
+        """The batches, with the time they are waited for counted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(self._batches, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            self._images += len(batch) // 2
+            yield batch
+
+    def pause(self, began: float) -> None:
+        """Leave the time since `began` out of the account: it did not serve training."""
+        self._paused += time.perf_counter() - began
+
+    def read(self) -> tuple[float, float]:
+        """Images per second and waiting share since the last reading."""
+        elapsed = time.perf_counter() - self._began - self._paused
+        rate, waiting = self._images / elapsed, self._waited / elapsed
+        self.restart()
+        return rate, waiting
