@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, is_dataclass
@@ -15,6 +16,7 @@ from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 from dspnet_fast.errors import InputError
 
 from .config import flag, key
+from .run.atomic import is_for_lack_of_room
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -68,6 +70,7 @@ def to_config(config: type, namespace: Namespace) -> Any:
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 wrong usage or input, 1 anything else; one-line errors without --debug."""
     argv = sys.argv[1:] if argv is None else argv
+    threading.excepthook = _report_of_thread
     try:
         main(argv)
     except KeyboardInterrupt:
@@ -83,6 +86,12 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         hint = "" if "--debug" in argv else " (--debug shows where)"
         _fail(f"{type(error).__name__}: {reason[0] if reason else 'no message'}{hint}", FAILED)
     sys.exit(DONE)
+
+
+def _report_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """As Python's own, but TensorBoard's writer, when the disk is full, fails in the thread that uses it as well."""
+    if not is_for_lack_of_room(failure.exc_value):
+        threading.__excepthook__(failure)
 
 
 def _fail(message: str, code: int) -> None:
