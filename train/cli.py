@@ -6,7 +6,8 @@ import argparse
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -70,9 +71,9 @@ def to_config(config: type, namespace: Namespace) -> Any:
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 wrong usage or input, 1 anything else; one-line errors without --debug."""
     argv = sys.argv[1:] if argv is None else argv
-    threading.excepthook = _report_of_thread
     try:
-        main(argv)
+        with _full_disks_told_once():
+            main(argv)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)
     except BrokenPipeError:
@@ -88,10 +89,20 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     sys.exit(DONE)
 
 
-def _report_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """As Python's own, but TensorBoard's writer, when the disk is full, fails in the thread that uses it as well."""
-    if not is_for_lack_of_room(failure.exc_value):
-        threading.__excepthook__(failure)
+@contextmanager
+def _full_disks_told_once() -> Iterator[None]:
+    """Leave tracebacks of full disks to who uses the thread: TensorBoard's writer hands its error on as well."""
+    before = threading.excepthook
+
+    def tell(failure: threading.ExceptHookArgs) -> None:
+        if not is_for_lack_of_room(failure.exc_value):
+            before(failure)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _fail(message: str, code: int) -> None:
