@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 BUILT_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-kernels demo dataset wheel clean
+.PHONY: help install lint test test-kernels test-faults demo dataset wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: lint ## check style and types, then run the tests
 
 test-kernels: install ## the kernels for GPUs alone, without one: interpreted, and compiled for several
 	$(BIN)/python -m pytest -n 2 tests/kernels tests/csrc
+
+test-faults: install ## every fault of docs/faults.md, several processes and hosts included (some minutes)
+	$(BIN)/python -m pytest tests/faults -m ""
 
 demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it, report: runs/demo
 	$(BIN)/python -m train.pretrain --config recipes/dspnet_resnet_fashion-mnist_3e.yaml --fast-kernels \

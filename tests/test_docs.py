@@ -130,6 +130,10 @@ def test_options_exist(page):
         "--quick",
         "--standalone",
         "--nproc-per-node",
-    }  # of pip, pytest and others
+        "--nnodes",
+        "--max-restarts",
+        "--nodes",
+        "--gpus-per-node",
+    }  # of pip, pytest, torchrun, sbatch and others
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
         assert option in known, option

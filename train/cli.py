@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -15,6 +17,7 @@ from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 from dspnet_fast.errors import InputError
 
 from .config import flag, key
+from .run.atomic import is_for_lack_of_room
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -69,7 +72,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Run a command and exit: 0 done, 2 wrong usage or input, 1 anything else; one-line errors without --debug."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        main(argv)
+        with _full_disks_told_once():
+            main(argv)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)
     except BrokenPipeError:
@@ -83,6 +87,22 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         hint = "" if "--debug" in argv else " (--debug shows where)"
         _fail(f"{type(error).__name__}: {reason[0] if reason else 'no message'}{hint}", FAILED)
     sys.exit(DONE)
+
+
+@contextmanager
+def _full_disks_told_once() -> Iterator[None]:
+    """Leave tracebacks of full disks to who uses the thread: TensorBoard's writer hands its error on as well."""
+    before = threading.excepthook
+
+    def tell(failure: threading.ExceptHookArgs) -> None:
+        if not is_for_lack_of_room(failure.exc_value):
+            before(failure)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _fail(message: str, code: int) -> None:

@@ -33,16 +33,24 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP, keep_every: int = 0) -> Path:
     """Write `state` (tensors, numbers, strings, lists and dictionaries of them), then drop old ones.
 
-    keep: how many of the newest to keep. keep_every: and those of every so many steps; 0 for none.
+    keep: how many of the newest to keep. keep_every: and those of every so many steps; 0 for none. InputError if the
+    disk is full; no old one has been dropped then.
     """
+    for rest in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        rest.unlink()
     path = folder / f"step-{step:08d}.pt"
     contents = {"format": FORMAT, "step": step, **state}
     contents["digest"] = digest(*_parts(contents))
-    write_atomically(path, lambda temporary: torch.save(contents, temporary))
+    write_atomically(path, lambda temporary: _write(contents, temporary))
     for of_step, old in _files(folder)[:-keep]:
         if not keep_every or of_step % keep_every:
             old.unlink()
     return path
+
+
+def _write(contents: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:  # with a path in its place torch.save would not say why it fails
+        torch.save(contents, file)
 
 
 def _parts(value: Any, name: str = "") -> Iterator[Any]:
@@ -107,7 +115,10 @@ def load_newest(folder: Path, device: torch.device | str, say: Callable[[str], o
         else:
             return state
     if problem is not None:
-        raise InputError(f"none of the {len(files)} checkpoints in {folder} can be read: {problem}")
+        raise InputError(
+            f"none of the {len(files)} checkpoints in {folder} can be read: {problem}; put a copy of one back, "
+            "or remove them all and the run begins anew"
+        )
     return None
 
 

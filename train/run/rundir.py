@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,6 +98,8 @@ class RunLog:
     Args:
         out: the run directory.
         step: where the run continues; metrics of later steps, written before an interruption, are dropped.
+
+    Every method raises InputError if the disk is full.
     """
 
     def __init__(self, out: Path, step: int) -> None:
@@ -106,27 +109,31 @@ class RunLog:
         metrics = out / "metrics.jsonl"
         if metrics.exists():
             atomic.write_text(metrics, "".join(f"{line}\n" for line in _lines_until(metrics, step)))
-        self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed by close)
-        self._log = open(out / "train.log", "a", buffering=1)  # noqa: SIM115
-        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        self._out = out
+        with atomic.needs_room(out):
+            self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed by close)
+            self._log = open(out / "train.log", "a", buffering=1)  # noqa: SIM115
+            self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
     def line(self, text: str) -> None:
         """Append a line with the time to train.log."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with atomic.needs_room(self._out):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Record values (numbers, or dictionaries of numbers by subnet) for a step."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            scalars = value if isinstance(value, dict) else {"": value}
-            for part, scalar in scalars.items():
-                self._tensorboard.add_scalar(f"{name}/{part}" if part else name, scalar, step)
+        with atomic.needs_room(self._out):
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                scalars = value if isinstance(value, dict) else {"": value}
+                for part, scalar in scalars.items():
+                    self._tensorboard.add_scalar(f"{name}/{part}" if part else name, scalar, step)
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self._tensorboard.close()
-        self._metrics.close()
-        self._log.close()
+        with atomic.needs_room(self._out), ExitStack() as each:  # one that fails does not keep the others open
+            for part in (self._tensorboard, self._metrics, self._log):
+                each.callback(part.close)
 
 
 def read_bad_images(out: Path) -> dict[str, str]:

@@ -1,0 +1,41 @@
+#!/bin/bash
+# Pretrains on the GPUs of several machines under Slurm, and goes on by itself after a time limit or a preemption.
+#
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 recipes/launch/slurm.sh OUT [options of train.pretrain]
+#
+# Submit it from the repository's root, in an environment where torchrun is the project's. OUT must be seen by all
+# machines. Where OUT holds a run it is resumed, so the same line starts and continues it. Two minutes before the end
+# the ranks are told to save; they end with code 0, and the job goes back into the queue.
+#SBATCH --job-name=dspnet-pretrain
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+
+out=${1:?"usage: sbatch [options of sbatch] $0 OUT [options of train.pretrain]"}
+shift
+resume=()
+if [ -e "$out/config.yaml" ]; then resume=(--resume); fi
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((29500 + SLURM_JOB_ID % 1000))
+
+# On every machine: torchrun, which would die of USR1, and a shell that hands it to the ranks.
+on_machine='
+    (trap "" USR1; exec torchrun "$@") &
+    launcher=$!
+    trap "pkill -USR1 -P $launcher" USR1
+    while wait $launcher; code=$?; [ $code -gt 128 ] && kill -0 $launcher 2> /dev/null; do :; done
+    exit $code'
+
+noticed=
+srun --kill-on-bad-exit=1 bash -c "$on_machine" machine \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \
+    -m train.pretrain "$@" --out "$out" ${resume[@]+"${resume[@]}"} &
+step=$!
+trap 'noticed=1; kill -USR1 $step' USR1 # srun hands it on
+while wait $step; code=$?; [ $code -gt 128 ] && kill -0 $step 2> /dev/null; do :; done
+
+if [ "$noticed" ] && [ $code = 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code

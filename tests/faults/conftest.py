@@ -1,0 +1,38 @@
+"""One nursery, one undisturbed run, and a lab for each test."""
+
+import shutil
+
+import numpy as np
+import pytest
+from fault_lab import Lab, Nursery
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    made = Nursery()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory):
+    """A folder of 40 images."""
+    folder = tmp_path_factory.mktemp("noise")
+    random = np.random.default_rng(0)
+    for index in range(40):
+        Image.fromarray(random.integers(0, 256, (14, 14, 3), dtype=np.uint8)).save(folder / f"{index:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(nursery, noise, tmp_path_factory):
+    """The directory of a run that nothing happened to."""
+    lab = Lab(nursery, noise, tmp_path_factory.mktemp("none"), tmp_path_factory.mktemp("whole"))
+    lab.run()
+    return lab.out
+
+
+@pytest.fixture
+def lab(nursery, noise, whole, tmp_path):
+    return Lab(nursery, shutil.copytree(noise, tmp_path / "images"), whole, tmp_path)

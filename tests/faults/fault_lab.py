@@ -1,0 +1,208 @@
+"""A place to break tiny pretraining runs in, and to compare what is left with a run that nothing happened to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from train.run import checkpoint
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PATIENCE = 90.0  # seconds until something that must happen is given up
+
+STEPS = 20
+TINY = {
+    "network": "resnet",
+    "dns": "c8-d1111,c8-d1121",
+    "stem": "small",
+    "image_size": 12,
+    "hidden_features": 16,
+    "out_features": 8,
+    "epochs": 2,  # of 40 images
+    "batch_size": 4,
+    "subnets_per_step": 2,
+    "base_lr": 4.0,
+    "warmup_epochs": 0.5,
+    "workers": 0,
+    "probe_epochs": 0,
+    "log_steps": 1,
+    "checkpoint_epochs": 0.3,  # every 3 steps
+}
+
+# Before the command: after this step a rank touches one file, and goes on when there is another.
+PAUSE = """
+import os, time
+from pathlib import Path
+from train.trainer import Trainer
+
+train_step = Trainer.train_step
+
+def pausing(self, *args, **kwargs):
+    result = train_step(self, *args, **kwargs)
+    if self.step == {step}:
+        Path({here!r} + os.environ.get("RANK", "0")).touch()
+        patience = time.monotonic() + {patience}
+        while not Path({go!r}).exists():
+            if time.monotonic() > patience:
+                raise SystemExit("nobody said that it should go on")
+            time.sleep(0.005)
+    return result
+
+Trainer.train_step = pausing
+"""
+
+
+def arguments(**options: object) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items()]
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "this should have happened long ago"
+        time.sleep(0.005)
+
+
+class Process:
+    """A command that a nursery started. printed: the file with what it says."""
+
+    def __init__(self, nursery: Nursery, pid: int, printed: Path) -> None:
+        self.pid = pid
+        self.printed = printed
+        self._nursery = nursery
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def end(self) -> tuple[str, int]:
+        """What it printed and, when it has ended, its exit code as a shell sees it."""
+        alarm = threading.Timer(PATIENCE, self.send, [signal.SIGKILL])
+        alarm.start()
+        code = self._nursery.ask(wait=self.pid)
+        alarm.cancel()
+        return self.printed.read_text(), code if code >= 0 else 128 - code
+
+
+class Nursery:
+    """Forks pretraining processes (nursery.py). prefix: the command line that it is started behind."""
+
+    def __init__(self, *prefix: str) -> None:
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, str(HERE / "nursery.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            cwd=ROOT,
+        )
+        self.pid = self._process.pid
+
+    def ask(self, **order: object) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the nursery has died: what it printed says why"
+        return int(answer)
+
+    def start(self, argv: Sequence[str], before: str, printed: Path) -> Process:
+        return Process(self, self.ask(argv=list(argv), before=before, printed=str(printed)), printed)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=PATIENCE)
+
+
+class Lab:
+    """One run: `out` is where commands find it, and `seen` where the test does; `whole` is the undisturbed one."""
+
+    def __init__(self, nursery: Nursery, images: Path, whole: Path, folder: Path) -> None:
+        self.nursery = nursery
+        self.images = images
+        self.whole = whole
+        self.folder = folder
+        self.out = self.seen = folder / "run"
+        self._started = 0
+
+    def start(self, before: str = "", pause_at: int | None = None, resume: bool = False, **options: object) -> Process:
+        """A new run, or with `resume` the old one; after the step `pause_at` it waits for `go`."""
+        self._started += 1
+        if pause_at is not None:
+            before = self.pausing(pause_at) + before
+        options = {"out": self.out, **options}
+        argv = (
+            ["--resume", *arguments_given(options)]
+            if resume
+            else ["--fast-kernels", *arguments(**{"data": self.images, **options})]
+        )
+        return self.nursery.start(argv, before, self.folder / f"printed{self._started}")
+
+    def pausing(self, step: int) -> str:
+        return PAUSE.format(patience=PATIENCE, step=step, here=str(self.folder / "paused"), go=str(self.folder / "go"))
+
+    def paused(self, ranks: int = 1) -> None:
+        """Wait until all ranks have paused."""
+        until(lambda: all((self.folder / f"paused{rank}").exists() for rank in range(ranks)))
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+    def run(self, **options: object) -> str:
+        """Start as `start` does, and see it through to its good end."""
+        printed, code = self.start(**options).end()  # type: ignore[arg-type]
+        assert code == 0, printed
+        return printed
+
+    def resume(self, **options: object) -> str:
+        return self.run(resume=True, **options)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.seen / "checkpoints"
+
+
+def arguments_given(options: dict[str, object]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def losses(out: Path) -> list[tuple[int, dict[str, float]]]:
+    """Step and losses of every line of metrics that has them; half a line, which a kill can leave, is none."""
+    found = []
+    for line in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in entry:
+            found.append((entry["step"], entry["loss"]))
+    return found
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    """Weights, statistics and momentum to the bit; every step once in the metrics, with the same losses."""
+    actual, expected = (checkpoint.load(checkpoint.newest_of_run(run)) for run in (out, whole))
+    assert actual["step"] == expected["step"]
+    for part in ("model", "momentum"):
+        torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
+    assert losses(out) == losses(whole)
+    assert not list((out / "checkpoints").glob(".*")), "half a file was left"
+
+
+def assert_finished(out: Path, steps: int = STEPS) -> None:
+    """All steps once, and weights that are numbers."""
+    state = checkpoint.load(checkpoint.newest_of_run(out))
+    assert state["step"] == steps
+    assert all(value.isfinite().all() for part in ("model", "momentum") for value in state[part].values())
+    assert [step for step, _ in losses(out)] == list(range(1, steps + 1))

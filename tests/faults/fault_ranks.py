@@ -1,0 +1,89 @@
+"""One rank of two is gone, or does nothing any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
+from fault_table import Outcome, fault
+
+RANKS = 2
+STOPPED_AT = 5
+MINUTES = 120.0  # within which a job of lost ranks has ended, and this machine has started another
+
+SCRIPT = """
+{before}
+from train import pretrain
+
+pretrain.main()
+"""
+
+
+def torchrun(folder: Path, argv: list[str], before: str = "") -> subprocess.Popen[str]:
+    """Pretraining on two Gloo ranks. before: code that each runs before the command."""
+    script = folder / "rank.py"
+    script.write_text(SCRIPT.format(before=before))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    return subprocess.Popen(
+        [*launcher, str(script), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, int]:
+    try:
+        printed, _ = process.communicate(timeout=MINUTES)
+    finally:
+        process.kill()
+    return printed, process.returncode
+
+
+def whole_of_ranks(images: Path, folder: Path) -> Path:
+    """The directory of a run on two ranks that nothing happened to."""
+    folder.mkdir()
+    printed, code = ended(torchrun(folder, arguments(data=images, out=folder / "run")))
+    assert code == 0, printed
+    return folder / "run"
+
+
+def processes_of(launcher: int) -> dict[int, int]:
+    """Process ids of the ranks that a launcher has started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found.update({int(entry[5:]): int(child) for entry in environment if entry.startswith(b"RANK=")})
+    return found
+
+
+def lost(lab: Lab, number: int) -> Outcome:
+    """Rank 1 gets this signal between two steps."""
+    lab.whole = whole_of_ranks(lab.images, lab.folder / "whole")
+    process = torchrun(lab.folder, arguments(data=lab.images, out=lab.out), lab.pausing(STOPPED_AT))
+    lab.paused(RANKS)
+    os.kill(processes_of(process.pid)[1], number)
+    lab.go()
+    printed, code = ended(process)
+
+    def resume() -> None:
+        again, code = ended(torchrun(lab.folder, ["--resume", "--out", str(lab.out)]))
+        assert code == 0, again
+
+    return Outcome(printed, code, resume)
+
+
+@fault("one rank of several is killed", slow=True)
+def killed(lab: Lab) -> Outcome:
+    return lost(lab, signal.SIGKILL)
+
+
+@fault("one rank of several is stopped or hangs", slow=True)
+def stopped(lab: Lab) -> Outcome:
+    return lost(lab, signal.SIGSTOP)

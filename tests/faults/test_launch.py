@@ -1,0 +1,189 @@
+"""The scripts that start jobs: what they ask of srun and torchrun, and elastic.sh with a rank killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from fault_lab import ENVIRONMENT, ROOT, Lab, arguments, assert_same_run, losses, until
+from fault_ranks import RANKS, ended, processes_of, whole_of_ranks
+
+LAUNCH = ROOT / "recipes" / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+def save(number, frame):
+    Path(os.environ["SEEN"], "saved").touch()
+    sys.exit(0)
+
+signal.signal(signal.SIGUSR1, save)
+Path(os.environ["SEEN"], "training").touch()
+while True:
+    time.sleep(0.02)
+"""
+
+FAKES = {
+    "srun": """
+        printf '%s\\n' "$@" > "$SEEN/srun"
+        while [ "${1#-}" != "$1" ]; do shift; done
+        exec "$@"  # what it starts gets the signals, as srun hands them on
+        """,
+    # with one rank, which ends well when it is told to save
+    "torchrun": f"""
+        printf '%s\\n' "$@" > "$SEEN/torchrun"
+        [ ! -e "$SEEN/wait" ] && exit 0
+        {sys.executable} -S -c "$RANK" &
+        wait $!
+        """,
+    "scontrol": """
+        echo "$@" >> "$SEEN/scontrol"
+        [ "$1" = show ] && printf 'first\\nsecond\\n'
+        """,
+}
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    """An environment with what clusters have, and a folder in which each says how it was called."""
+    programs, seen = tmp_path / "programs", tmp_path / "seen"
+    programs.mkdir()
+    seen.mkdir()
+    for name, script in FAKES.items():
+        (programs / name).write_text(f"#!/bin/bash\n{script}")
+        (programs / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "1234",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    return {**os.environ, **slurm, "PATH": f"{programs}:{os.environ['PATH']}", "SEEN": str(seen), "RANK": RANK}, seen
+
+
+def called(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_is_valid_and_says_how_it_is_used(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert done.returncode != 0 and "OUT [options of train.pretrain]" in done.stderr
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("holds_run", [False, True])
+def test_slurm_starts_torchrun_on_every_machine(fakes, tmp_path, holds_run):
+    environment, seen = fakes
+    out = tmp_path / "a run"
+    if holds_run:
+        out.mkdir()
+        (out / "config.yaml").touch()
+    options = ["--data", "a folder/{000..015}.tar", "--epochs", "3"]
+    subprocess.run([LAUNCH / "slurm.sh", out, *options], env=environment, check=True, timeout=30)
+    assert called(seen / "srun")[:3] == ["--kill-on-bad-exit=1", "bash", "-c"]
+    assert called(seen / "torchrun") == [
+        *("--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=first:29734", "--rdzv-id=1234"),
+        *("-m", "train.pretrain", *options, "--out", str(out), *["--resume"] * holds_run),
+    ]
+    assert called(seen / "scontrol") == ["show hostnames n[1-2]"]
+
+
+def test_slurm_asks_for_notice_in_time():
+    directives = [line for line in (LAUNCH / "slurm.sh").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --signal=B:USR1@120" in directives and "#SBATCH --requeue" in directives
+
+
+def test_slurm_tells_the_ranks_to_save_and_comes_back(fakes, tmp_path):
+    environment, seen = fakes
+    (seen / "wait").touch()
+    job = subprocess.Popen([LAUNCH / "slurm.sh", tmp_path / "run"], env=environment)
+    until((seen / "training").exists)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == 0
+    assert (seen / "saved").exists()
+    assert called(seen / "scontrol")[1:] == ["requeue 1234"]
+
+
+def test_slurm_ends_with_the_code_of_a_job_that_failed_and_does_not_come_back(fakes, tmp_path):
+    environment, seen = fakes
+    torchrun = Path(environment["PATH"].split(":")[0]) / "torchrun"
+    torchrun.write_text("#!/bin/bash\nexit 7\n")
+    assert subprocess.run([LAUNCH / "slurm.sh", tmp_path / "run"], env=environment, timeout=30).returncode == 7
+    assert len(called(seen / "scontrol")) == 1
+
+
+def test_elastic_starts_torchrun_with_restarts(fakes, tmp_path):
+    environment, seen = fakes
+    environment |= {"NODES": "2:4", "RANKS": "8", "ENDPOINT": "first:29500"}
+    subprocess.run([LAUNCH / "elastic.sh", tmp_path / "mine", "--epochs", "3"], env=environment, check=True, timeout=30)
+    asked = called(seen / "torchrun")
+    assert asked[:7] == [
+        *("--nnodes=2:4", "--nproc-per-node=8", "--max-restarts=3"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=first:29500", "--rdzv-id=mine", "--no-python"),
+    ]
+    assert asked[7:9] == ["bash", "-c"] and asked[-3:] == ["rank", "--epochs", "3"]
+
+
+@pytest.mark.parametrize("holds_run", [False, True])
+def test_every_start_of_an_elastic_rank_looks_for_a_run(fakes, tmp_path, holds_run):
+    environment, seen = fakes
+    out = tmp_path / "a run"
+    out.mkdir()
+    if holds_run:
+        (out / "config.yaml").touch()
+    programs = Path(environment["PATH"].split(":")[0])
+    # what torchrun does with a program that is not Python's
+    (programs / "torchrun").write_text('#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
+    (programs / "interpreter").write_text('#!/bin/bash\nprintf \'%s\\n\' "$@" > "$SEEN/rank"\n')
+    (programs / "interpreter").chmod(0o755)
+    environment["PYTHON"] = "interpreter"
+    subprocess.run([LAUNCH / "elastic.sh", out, "--data", "two words"], env=environment, check=True, timeout=30)
+    expected = ["-m", "train.pretrain", "--data", "two words", "--out", str(out), *["--resume"] * holds_run]
+    assert called(seen / "rank") == expected
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
+def test_elastic_restarts_after_a_rank_was_killed_and_ends_with_the_same_bits(lab: Lab, tmp_path):
+    lab.whole = whole_of_ranks(lab.images, tmp_path / "whole")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    (programs / "torchrun").chmod(0o755)
+    environment = {
+        **ENVIRONMENT,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "RANKS": str(RANKS),
+        "ENDPOINT": f"localhost:{free_port()}",
+    }
+    job = subprocess.Popen(
+        [str(LAUNCH / "elastic.sh"), str(lab.out), *arguments(data=lab.images)],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until(lambda: job.poll() is not None or len(losses(lab.seen)) >= 4)
+    os.kill(processes_of(job.pid)[1], signal.SIGKILL)
+    printed, code = ended(job)
+    assert code == 0, printed
+    assert "resumed at step" in printed
+    assert_same_run(lab.seen, lab.whole)

@@ -1,0 +1,60 @@
+"""What a step sends is counted from what the run's networks are; tests/faults/test_two_hosts.py measures it."""
+
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dspnet_fast.errors import InputError
+from train.communication import ring, traffic
+from train.trainer import Trainer, build_model
+
+
+def test_a_ring_sends_nearly_twice_what_it_sums():
+    assert ring(1000, 1) == 0 and ring(1000, 2) == 4000 and ring(1000, 4) == 6000
+    assert ring(1000, 1000) == pytest.approx(8000, rel=2e-3)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradient_and_statistics_are_what_the_trainer_exchanges(small, ranks):
+    trainer = Trainer(small(), 10, torch.device("cpu"))
+    counted = traffic(small(), ranks)
+    assert counted.gradient == ring(trainer.arena.grads.numel(), ranks)
+    assert counted.statistics == ring(sum(buffer.numel() for buffer in trainer._statistics), ranks)
+    assert (counted.normalisation, counted.collectives) == (0, 2)
+    assert counted.sent == counted.gradient + counted.statistics
+
+
+def test_one_rank_sends_nothing(small):
+    assert traffic(small(), 1).sent == 0 and traffic(small(bn_groups=4), 1).collectives == 0
+
+
+def test_synchronised_batch_normalisation_is_counted_layer_by_layer(small):
+    """Of a family of one, which is trained in every step: what runs is what its modules are."""
+    config = small(dns="c8-d1121", bn_groups=2)
+    model = build_model(small(dns="c8-d1121"))
+    online, target = (
+        [module.num_features for module in branch.modules() if isinstance(module, _BatchNorm)]
+        for branch in (model.online, model.target)
+    )
+    counted = traffic(config, 4)
+    assert counted.collectives == 2 + 2 * (2 * len(online) + len(target))
+    assert counted.normalisation == ring(2 * 2 * (2 * sum(online) + sum(target)), 2)  # pairs of ranks share a part
+    assert traffic(config, 2).normalisation == 0
+    assert counted.gradient == traffic(small(dns="c8-d1121"), 4).gradient
+
+
+def test_subnets_count_by_how_often_they_are_drawn(small):
+    """Of c8-d1111, c8-d1121 and c16-d2121 two of a step are certain, and the middle one makes the difference."""
+    two, three = (traffic(small(bn_groups=1, subnets_per_step=count), 2) for count in (2, 3))
+    middle = traffic(small(dns="c8-d1121", bn_groups=1), 2)
+    target = [m.num_features for m in build_model(small(dns="c8-d1121")).target.modules() if isinstance(m, _BatchNorm)]
+    assert three.collectives - two.collectives == middle.collectives - 2 - 2 * len(target)
+    four = ("c8-d1111,c8-d1121,c8-d2121,c16-d2121", 3)  # half of the steps have the one, half the other
+    drawn = traffic(small(dns=four[0], subnets_per_step=four[1], bn_groups=1), 2)
+    assert three.collectives < drawn.collectives < three.collectives + 2 * 2 * 2  # one block of two layers more at most
+
+
+def test_ranks_and_parts_that_do_not_fit_are_refused(small):
+    with pytest.raises(InputError, match="must divide"):
+        traffic(small(bn_groups=4), 6)
+    assert traffic(small(bn_groups=4), 2).collectives == 2
