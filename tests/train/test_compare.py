@@ -22,10 +22,10 @@ from train import compare, report
 from train.arena import Arena
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.comparison import compared, comparing, measuring
-from train.comparison.counting import PASSES, count, head_macs, network_costs, sampled_steps
 from train.comparison.measuring import Measured
 from train.comparison.ratios import ratios
 from train.config import PretrainConfig
+from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
 from train.dspnet import DSPNet
 from train.evaluation import drawing
 from train.evaluation.results import Cost, quantity

@@ -18,6 +18,7 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
 
+from .. import counting
 from ..config import PretrainConfig, flag, option
 from ..data.backends import choose_backend
 from ..data.order import EpochOrder
@@ -25,11 +26,11 @@ from ..data.sets import size_of
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from ..evaluation.results import Report
+from ..planning import images_of
 from ..pretrain import Pretraining, open_train_images
 from ..run import atomic, checkpoint, fingerprint
 from ..run.device import choose_device
 from ..run.rundir import CONFIG, open_run, read_metrics
-from . import counting
 from .compared import ALONE
 from .measuring import Measured, measure
 from .ratios import ratios
@@ -101,9 +102,7 @@ class Comparison:
         self.variants = [*self.alone, *self.families]
         self.costs = counting.network_costs(recipe)
         self.size = size_of(recipe.data)
-        self.images = self.size.train if recipe.train_images is None else recipe.train_images
-        if self.images > self.size.train:
-            raise InputError(f"--train-images {self.images}, but {recipe.data} has {self.size.train}")
+        self.images = images_of(recipe, self.size)
         references = self.size.train if options.references is None else options.references
         if not options.k <= references <= self.size.train:
             raise InputError(

@@ -45,6 +45,11 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP, keep_
     return path
 
 
+def size(state: dict[str, Any]) -> int:
+    """Bytes of the tensors in `state`, to which a file of it adds little."""
+    return sum(part.nbytes for part in _parts(state) if isinstance(part, Tensor))
+
+
 def _parts(value: Any, name: str = "") -> Iterator[Any]:
     """Names and values of everything in nested dictionaries and lists, in the order in which they hold them."""
     if isinstance(value, dict):
