@@ -12,7 +12,8 @@ from dspnet_fast.ops import registry
 
 from . import cli
 from .comparison import compared
-from .comparison.comparing import DECIDED, CompareOptions, Comparison
+from .comparison.comparing import compare
+from .comparison.design import DECIDED, CompareOptions, Comparison
 from .config import PretrainConfig, key
 from .evaluation import drawing
 from .evaluation.results import Report
@@ -85,7 +86,7 @@ def _main(argv: Sequence[str]) -> None:
     if parsed.fast_kernels:
         registry.fast_kernels()
     try:
-        report = comparison.run()
+        report = compare(comparison)
     except KeyboardInterrupt:
         print("what was computed is kept: the same train.compare goes on from there", flush=True)
         raise

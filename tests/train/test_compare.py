@@ -21,7 +21,7 @@ from dspnet_fast.subnets import sandwich
 from train import compare, report
 from train.arena import Arena
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.comparison import compared, comparing, measuring
+from train.comparison import compared, measuring, times
 from train.comparison.measuring import Measured
 from train.comparison.ratios import ratios
 from train.config import PretrainConfig
@@ -85,7 +85,7 @@ def quick(monkeypatch):
     def measured(config, steps):
         return Measured(0.25, {dn: 1.0 if dn == LARGE else 0.5 for dn in config.names()}, 0.125, 3 * 2**20)
 
-    monkeypatch.setattr(comparing, "measure", measured)
+    monkeypatch.setattr(times, "measure", measured)
 
 
 def checkpoints(out):
@@ -172,7 +172,7 @@ def test_seconds_are_those_that_the_run_recorded(tmp_path):
         {"step": 15, "images_per_second": 10.0, "data_wait": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert comparing.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
+    assert times.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
 
 
 def test_ratios_by_hand():
