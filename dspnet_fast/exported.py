@@ -1,5 +1,7 @@
 """Networks on disk: model.safetensors with the weights and manifest.json that says in plain data what they are.
 
+Weights have timm's names, those of a classifier's linear layer too.
+
 Where they were converted (`dspnet_fast.onnx_file`) there is model.onnx as well.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from .errors import InputError
-from .models import Network, build
+from .models import Classifier, Network, build, encoder_of
 from .slim import slim
 from .subnets import Subnet
 
@@ -26,31 +29,45 @@ WEIGHTS, MANIFEST, ONNX = "model.safetensors", "manifest.json", "model.onnx"
 
 
 def save(
-    directory: Path, network: Network, subnet: Subnet, extra: dict[str, Any], converted: bytes | None = None
+    directory: Path,
+    network: Network | Classifier,
+    subnet: Subnet,
+    extra: dict[str, Any],
+    converted: bytes | None = None,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write a network that `slim` cut out of one of our models; existing files are replaced whole.
 
     Args:
         directory: created if missing.
-        network: a plain MobileNetV3 or ResNet of `subnet`.
+        network: a plain MobileNetV3 or ResNet of `subnet`, or a classifier on one.
         extra: what else the manifest shall say (JSON values).
         converted: the network as ONNX. Without it an ONNX file that is there, of other weights perhaps, is removed.
+        classes: names of a classifier's classes.
+
+    Raises ValueError if there are not as many names as classes.
     """
+    encoder = encoder_of(network)
+    count = network.head.out_features if isinstance(network, Classifier) else 0
+    if len(classes) != count:
+        raise ValueError(f"{len(classes)} names for {count} classes")
     directory.mkdir(parents=True, exist_ok=True)
-    stem = "small" if network.small_stem else "standard"
+    stem = "small" if encoder.small_stem else "standard"
     manifest = {
         "format": FORMAT,
-        "network": network.name,
+        "network": encoder.name,
         "dn": subnet.name,
         "channels": list(subnet.channels),
         "depths": list(subnet.depths),
         "stem": stem,
         "features": subnet.channels[-1],
+        **({"num_classes": count, "class_names": list(classes)} if count else {}),
         **extra,
-        "loads_into": _loads_into(network.name, subnet, stem),
+        "loads_into": _loads_into(encoder.name, subnet, stem, count),
         "layers": layers(network),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state = network.state_dict()
+    tensors = {_timm_name(network, name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     (directory / ONNX).unlink(missing_ok=True)
     metadata = {"format": "pt", "dn": subnet.name}
     replace_whole(directory / WEIGHTS, serialize(tensors, metadata))
@@ -75,20 +92,38 @@ def replace_whole(path: Path, content: bytes) -> None:
 def load(directory: str | os.PathLike[str]) -> nn.Module:
     """Rebuild an exported network: torch.nn layers, images [N, 3, H, W] to features [N, F], in evaluation mode.
 
+    A classifier gives logits [N, classes], in the order of the manifest's `class_names`.
+
     Raises InputError if the folder holds no exported network, or one whose weights and manifest disagree.
     """
     folder = Path(directory)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         subnet = Subnet(manifest["dn"], tuple(manifest["channels"]), tuple(manifest["depths"]))
-        network = slim(build(manifest["network"], subnet, manifest["stem"]), None)
-        network.load_state_dict(load_file(folder / WEIGHTS))
+        network = plain(manifest["network"], subnet, manifest["stem"], len(manifest.get("class_names", ())))
+        names = {_timm_name(network, name): name for name in network.state_dict()}
+        tensors = load_file(folder / WEIGHTS)
+        network.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()})
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no exported network: {error.filename or error} is missing") from error
     except Exception as error:  # JSON, safetensors and shape errors all mean that the files are not ours or damaged
         reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
         raise InputError(f"{folder} holds no valid exported network: {reason}") from error
     return network
+
+
+def plain(network: str, subnet: Subnet, stem: str, classes: int = 0) -> nn.Module:
+    """A new network of torch.nn layers of these sizes, of images to features or with `classes` to logits."""
+    encoder = build(network, subnet, stem)
+    return slim(Classifier(encoder, classes) if classes else encoder, None)
+
+
+def _timm_name(network: nn.Module, name: str) -> str:
+    """What timm calls a layer or tensor of a network."""
+    if not isinstance(network, Classifier):
+        return name
+    part, dot, rest = name.partition(".")
+    return rest if part == "encoder" else f"{network.encoder.head_name}{dot}{rest}"
 
 
 def layers(network: nn.Module) -> list[dict[str, Any]]:
@@ -101,7 +136,7 @@ def layers(network: nn.Module) -> list[dict[str, Any]]:
         arguments = {key: getattr(module, key) for key in parameters if _is_plain(getattr(module, key, None))}
         if isinstance(module, nn.Conv2d | nn.Linear):
             arguments["bias"] = module.bias is not None
-        described.append({"name": name, "type": type(module).__name__, **arguments})
+        described.append({"name": _timm_name(network, name), "type": type(module).__name__, **arguments})
     return described
 
 
@@ -109,21 +144,29 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, int | float | str | bool | tuple)
 
 
-def _loads_into(network: str, subnet: Subnet, stem: str) -> dict[str, str]:
-    """Constructors of other libraries' networks that take these weights; see docs/export.md."""
-    targets = {}
+def _loads_into(network: str, subnet: Subnet, stem: str, classes: int) -> dict[str, str]:
+    """Constructors of other libraries' networks that take these weights, and what to change in them then.
+
+    See docs/export.md.
+    """
+    targets, changes = {}, []
     if network == "mobilenet_v3_large":
         width = subnet.name.removeprefix("w")
         timm = f"timm.models.mobilenetv3._gen_mobilenet_v3('mobilenetv3_large_100', {width}, num_classes=0)"
         targets["timm"] = timm
-        small = "conv_stem.stride = (1, 1)"
-    else:
-        if subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels
-            depths = list(subnet.depths)
-            targets["timm"] = f"timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, {depths}, num_classes=0)"
-            if subnet.depths in TORCHVISION:
-                targets["torchvision"] = f"torchvision.models.{TORCHVISION[subnet.depths]}()"
-        small = "conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); maxpool = torch.nn.Identity()"
-    if targets and stem == "small":
-        targets["then"] = small
+        if stem == "small":
+            changes.append("conv_stem.stride = (1, 1)")
+        if classes:  # timm has another layer before the classifier
+            changes.append("conv_head = torch.nn.Identity(); act2 = torch.nn.Identity()")
+            changes.append(f"classifier = torch.nn.Linear({subnet.channels[-1]}, {classes})")
+    elif subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels
+        arguments = f"timm.models.resnet.BasicBlock, {list(subnet.depths)}, num_classes={classes}"
+        targets["timm"] = f"timm.models.resnet.ResNet({arguments})"
+        if subnet.depths in TORCHVISION:
+            arguments = f"num_classes={classes}" if classes else ""
+            targets["torchvision"] = f"torchvision.models.{TORCHVISION[subnet.depths]}({arguments})"
+        if stem == "small":
+            changes.append("conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); maxpool = torch.nn.Identity()")
+    if changes:
+        targets["then"] = "; ".join(changes)
     return targets

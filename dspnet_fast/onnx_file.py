@@ -17,7 +17,7 @@ from .errors import InputError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
-INPUT, OUTPUT = "images", "features"
+INPUT = "images"
 TOLERANCE = 1e-4
 CONSTANTS_BYTES, NODE_BYTES = 4096, 1024
 
@@ -29,8 +29,10 @@ def require() -> None:
         raise InputError(f"ONNX needs {', '.join(missing)}, not installed here: pip install 'dspnet-fast[onnx]'")
 
 
-def convert(network: nn.Module, image_size: int) -> bytes:
-    """Convert a network that `slim` cut out: images float32 [batch, 3, S, S], batch free, to features [batch, F].
+def convert(network: nn.Module, image_size: int, output: str = "features") -> bytes:
+    """Convert a network that `slim` cut out: images float32 [batch, 3, S, S], batch free, to [batch, F].
+
+    What comes out is called `output`: features, or the logits of a classifier.
 
     Batch normalisation is folded into the convolutions. What the exporter notes about the source code, its paths among
     it, is left out.
@@ -47,7 +49,7 @@ def convert(network: nn.Module, image_size: int) -> bytes:
         verbose=False,
         opset_version=OPSET,
         input_names=[INPUT],
-        output_names=[OUTPUT],
+        output_names=[output],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None
@@ -95,14 +97,14 @@ class Session:
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of images."""
-        (features,) = self._session.run([OUTPUT], {INPUT: images.numpy()})
-        return torch.from_numpy(features)
+        """Features of images, or logits."""
+        (result,) = self._session.run(None, {INPUT: images.numpy()})
+        return torch.from_numpy(result)
 
 
 @torch.no_grad()
 def verify(session: Session, network: nn.Module, images: Tensor) -> float:
-    """The largest difference between onnxruntime's and PyTorch's features of `images`, as one batch and one by one.
+    """The largest difference between what onnxruntime and PyTorch make of `images`, as one batch and one by one.
 
     Raises:
         RuntimeError: if one is more than 1e-4 apart from PyTorch's, or than 1e-4 of it where it is larger than 1.
@@ -110,11 +112,11 @@ def verify(session: Session, network: nn.Module, images: Tensor) -> float:
     expected = network.eval()(images)
     largest = 0.0
     for batch in (images, *images.split(1)):
-        features, wanted = session(batch), expected if len(batch) == len(images) else network(batch)
-        difference = (features - wanted).abs()
+        result, wanted = session(batch), expected if len(batch) == len(images) else network(batch)
+        difference = (result - wanted).abs()
         if not (difference <= TOLERANCE * wanted.abs().clamp(min=1)).all():  # NaN is not
             raise RuntimeError(
-                f"onnxruntime's features differ from PyTorch's by {difference.max().item():.2g}: not kept"
+                f"onnxruntime's results differ from PyTorch's by {difference.max().item():.2g}: not kept"
             )
         largest = max(largest, difference.max().item())
     return largest

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .models.network import Network
+from .models import Classifier, Network, encoder_of
 from .nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
 from .nn.activate import Sizes
 from .nn.batch_norm import SlimBatchNorm
@@ -32,8 +32,9 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Ten
     with activate(model, dn):
         channels = _input_channels(model, torch.zeros(2, 3, 64, 64) if example is None else example)
         plain = _plain(model, "", channels)
-    if isinstance(plain, Network) and isinstance(dn, Subnet | str):
-        plain.full = plain.subnet(dn) if isinstance(dn, str) else dn
+    if isinstance(plain, Network | Classifier) and isinstance(dn, Subnet | str):
+        encoder = encoder_of(plain)
+        encoder.full = encoder.subnet(dn) if isinstance(dn, str) else dn
     return plain.eval()
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from . import latency
 from .errors import InputError
-from .exported import replace_whole
+from .exported import plain, replace_whole
 from .latency import Latency
-from .models import Network, build
+from .models import Classifier, Network, encoder_of
 from .slim import slim
 from .subnets import Family, Subnet
 
@@ -38,6 +38,8 @@ WEIGHTS = "weights/"
 class Switchable(nn.Module):
     """Images [N, 3, H, W] to features [N, F] by the network in use, at first the largest; for inference.
 
+    A family of classifiers gives logits [N, classes].
+
     `load` reads one, `of` makes one of a family. Weights carry no gradient; `dspnet_fast.exported` has networks to
     train.
 
@@ -45,6 +47,7 @@ class Switchable(nn.Module):
         family: the networks, smallest first.
         image_size: height and width of the images that the family was pretrained on.
         normalization: {"mean": 3 numbers, "std": 3 numbers} of what the networks expect, for values from 0 to 1.
+        class_names: of the logits; empty if there are none.
         latency: by name, as `measure` or the file has it; empty if nothing was measured.
         conditions: for which device, threads, batch and image size `latency` holds.
     """
@@ -57,11 +60,13 @@ class Switchable(nn.Module):
         tensors: Mapping[str, Tensor],
         image_size: int,
         normalization: Mapping[str, Any],
+        class_names: Sequence[str] = (),
     ) -> None:
         """`tensors`: "weights/<parameter>" of the full network, "<dn>/<layer>.running_mean" and "...running_var"."""
         super().__init__()
         self.network, self.stem, self.family = network, stem, family
         self.image_size, self.normalization = image_size, dict(normalization)
+        self.class_names = tuple(class_names)
         self.latency: dict[str, Latency] = {}
         self.conditions: dict[str, Any] = {}
         self._tensors = dict(tensors)
@@ -70,14 +75,22 @@ class Switchable(nn.Module):
         super().train(False)
 
     @classmethod
-    def of(cls, encoder: Network, family: Family, image_size: int, normalization: Mapping[str, Any]) -> Switchable:
-        """The networks of `family`, all within `encoder` and with post-statistics; copies what it needs."""
-        networks = {dn: slim(encoder, dn).cpu() for dn in family}
+    def of(
+        cls,
+        model: Network | Classifier,
+        family: Family,
+        image_size: int,
+        normalization: Mapping[str, Any],
+        class_names: Sequence[str] = (),
+    ) -> Switchable:
+        """The networks of `family`, all within `model` and with post-statistics; copies what it needs."""
+        networks = {dn: slim(model, dn).cpu() for dn in family}
         tensors = {f"{WEIGHTS}{name}": weight.detach() for name, weight in networks[family.full].named_parameters()}
         for dn, network in networks.items():
             tensors |= {f"{dn}/{name}": network.get_buffer(name) for name in _statistics(network)}
+        encoder = encoder_of(model)
         stem = "small" if encoder.small_stem else "standard"
-        return cls(encoder.name, stem, family, tensors, image_size, normalization)
+        return cls(encoder.name, stem, family, tensors, image_size, normalization, class_names)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Switchable:
@@ -95,6 +108,7 @@ class Switchable(nn.Module):
                 tensors,
                 manifest["image_size"],
                 manifest["normalization"],
+                manifest.get("class_names", ()),
             )
             made.latency = {name: Latency(**taken) for name, taken in manifest["latency"].items()}
             made.conditions = dict(manifest["conditions"])
@@ -113,6 +127,7 @@ class Switchable(nn.Module):
             "dns": [{"name": dn.name, "channels": dn.channels, "depths": dn.depths} for dn in self.family],
             "image_size": self.image_size,
             "normalization": self.normalization,
+            "class_names": self.class_names,
             "conditions": self.conditions,
             "latency": {name: asdict(taken) for name, taken in self.latency.items()},
         }
@@ -137,7 +152,7 @@ class Switchable(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Represent images [N, 3, H, W], normalised, by [N, F] of the network in use."""
+        """Represent images [N, 3, H, W], normalised, by [N, F] of the network in use, or classify them."""
         return self._networks[self._active](images)
 
     @torch.no_grad()
@@ -204,7 +219,7 @@ class Switchable(nn.Module):
 
     def _network(self, dn: Subnet) -> nn.Module:
         with torch.device("meta"):
-            network = slim(build(self.network, dn, self.stem), None)
+            network = plain(self.network, dn, self.stem, len(self.class_names))
         state = {}
         for name, wanted in network.state_dict().items():
             if name.endswith("num_batches_tracked"):

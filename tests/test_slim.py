@@ -14,7 +14,7 @@ from torch import nn
 from dspnet_fast import exported
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import build, family
+from dspnet_fast.models import Classifier, build, family
 from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from dspnet_fast.nn.sized import Sized
@@ -136,6 +136,37 @@ def test_round_trip_into_timm_and_torchvision(network, names, dn, foreign, stem,
     assert result.unexpected_keys == [] and {name.split(".")[0] for name in result.missing_keys} == missing
     with activate(model, subnet):
         assert_same_features(features, model, images, other)
+
+
+@pytest.mark.parametrize("stem", ["standard", "small"])
+@pytest.mark.parametrize(("network", "names", "dn"), [(*MOBILENET, "w0.66"), (*RESNET, "c64-d2222")])
+@torch.no_grad()
+def test_classifiers_load_into_timm_and_torchvision_as_the_manifest_says(network, names, dn, stem, tmp_path):
+    made, encoder, images = measured(network, names, stem)
+    model, subnet = Classifier(encoder, 7), made.find(dn)
+    exported.save(tmp_path, slim(model, subnet), subnet, {}, classes=list("abcdefg"))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["num_classes"], manifest["class_names"]) == (7, list("abcdefg"))
+    constructors = manifest["loads_into"]
+    changes = constructors.pop("then", "")
+    assert set(constructors) == {"timm"} | ({"torchvision"} if network == "resnet" else set())
+    with activate(model, subnet):
+        torch.testing.assert_close(exported.load(tmp_path)(images), model(images), rtol=1e-5, atol=1e-5)
+        for constructor in constructors.values():
+            other = eval(constructor, {"timm": timm, "torchvision": torchvision})
+            for change in filter(None, changes.split("; ")):
+                exec(f"other.{change}", {"torch": torch, "other": other})
+            other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+            torch.testing.assert_close(other.eval()(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_classes_must_be_as_many_as_logits(tmp_path):
+    subnet = family("resnet", ["c8-d1111"]).full
+    with pytest.raises(ValueError, match="2 names for 3 classes"):
+        exported.save(tmp_path, exported.plain("resnet", subnet, "small", 3), subnet, {}, classes=["a", "b"])
+    with pytest.raises(ValueError, match="1 names for 0 classes"):
+        exported.save(tmp_path, exported.plain("resnet", subnet, "small"), subnet, {}, classes=["a"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("network", "names"), [MOBILENET, RESNET])

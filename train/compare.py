@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 from dspnet_fast.errors import InputError
@@ -13,10 +12,11 @@ from dspnet_fast.ops import registry
 
 from . import cli
 from .comparison import compared
-from .comparison.comparing import DECIDED, CompareOptions, Comparison
+from .comparison.comparing import compare
+from .comparison.design import DECIDED, CompareOptions, Comparison
 from .config import PretrainConfig, key
+from .evaluation import drawing
 from .evaluation.results import Report
-from .reporting import figures
 from .reporting.findings import COMPARE
 from .run import atomic
 
@@ -53,7 +53,7 @@ def publish(out: Path, report: Report) -> None:
     written = [COMPARE, "compare.md"]
     for name, draw, _, _ in compared.figures_of(report):
         written.append(f"compare-{name}.png")
-        atomic.write_atomically(out / written[-1], partial(Path.write_bytes, data=figures.render(draw)["light"]))
+        atomic.write_bytes(out / written[-1], drawing.png(draw))
     for table in tables:
         table.show()
     print(f"{out}: {', '.join(written)}")
@@ -86,7 +86,7 @@ def _main(argv: Sequence[str]) -> None:
     if parsed.fast_kernels:
         registry.fast_kernels()
     try:
-        report = comparison.run()
+        report = compare(comparison)
     except KeyboardInterrupt:
         print("what was computed is kept: the same train.compare goes on from there", flush=True)
         raise

@@ -23,8 +23,8 @@ from .data.order import EpochOrder
 from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
 from .detection.training import DetectionTraining, Recipe, evaluate
-from .evaluation.protocols.common import FOLDER, positive, quantity
-from .evaluation.results import Report, Table
+from .evaluation.protocols.common import FOLDER, positive
+from .evaluation.results import Report, Table, quantity
 from .evaluation.trained import TrainedFamily
 from .run import atomic, checkpoint, fingerprint, loop
 from .run.device import choose_device

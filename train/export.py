@@ -1,4 +1,4 @@
-"""`python -m train.export`: cut the networks out of a pretrained family, for other libraries and for deployment."""
+"""`python -m train.export`: cut the networks out of a trained family, for other libraries and for deployment."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ import dspnet_fast
 from dspnet_fast import exported, latency, onnx_file
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, subnet
+from dspnet_fast.models import Classifier, Network, subnet
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
 
 from . import cli
-from .config import PretrainConfig, option
+from .config import FamilyOptions, PretrainConfig, option
 from .data.images import Subset
 from .data.loader import MEAN, STD
 from .data.sets import open_images
+from .evaluation.finetuned import FinetunedFamily
 from .evaluation.results import Table, cost, cost_cells
-from .evaluation.trained import TrainedFamily
+from .evaluation.trained import Trained, TrainedFamily
+from .finetune_config import FinetuneConfig
 from .run import checkpoint
 from .run.progress import Monitor
-from .run.rundir import read_config
+from .run.rundir import read_any_config
 
 DESCRIPTION = """\
 Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network
 whose weights load into timm's and torchvision's classes; its latency on this machine's CPU is in the manifest.
+Networks of a run of train.finetune keep their classifier and give logits; the manifest names the classes.
 With --onnx also model.onnx, with --switchable one file of all networks that switches between them while it runs."""
 EXAMPLE = """\
   python -m train.export runs/first --dn w0.50
-  python -m train.export runs/first --onnx --switchable"""
+  python -m train.export runs/first --onnx --switchable
+  python -m train.export runs/finetuned"""
 VERIFICATION_IMAGES = 8
 SWITCHABLE = "switchable.safetensors"
 
@@ -61,13 +65,25 @@ class ExportOptions:
             onnx_file.require()
 
 
-def wanted_subnets(out: Path, config: PretrainConfig, dns: Sequence[str], together: bool) -> Family | list[Subnet]:
+def read_run(out: Path) -> PretrainConfig | FinetuneConfig:
+    """The configuration of a run of train.pretrain or train.finetune; InputError if there is none."""
+    return read_any_config(out, PretrainConfig, FinetuneConfig)
+
+
+def described(config: PretrainConfig | FinetuneConfig) -> tuple[FamilyOptions, str, int]:
+    """The networks of a run, the name of its images, and their size in pixels."""
+    options = config.family() if isinstance(config, FinetuneConfig) else config
+    assert config.data is not None and config.image_size is not None
+    return options, config.data, config.image_size
+
+
+def wanted_subnets(out: Path, options: FamilyOptions, dns: Sequence[str], together: bool) -> Family | list[Subnet]:
     """The subnets of these names, those of the run by default; InputError if one is not within the run's largest.
 
     together: whether they must nest, to be switched between.
     """
-    trained = Family(subnet(config.network, dn) for dn in config.names())
-    subnets = [subnet(config.network, dn) for dn in dns] or list(trained)
+    trained = Family(subnet(options.network, dn) for dn in options.names())
+    subnets = [subnet(options.network, dn) for dn in dns] or list(trained)
     for wanted in subnets:
         if not wanted.within(trained.full):
             raise InputError(f"{wanted} is no part of {trained.full}, the largest network of {out}")
@@ -78,41 +94,44 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     """Export the named subnets of the run in `out`, those of its family by default; returns what was written.
 
     Any subnet within the largest can be exported, also one that the run did not train by name. Statistics that an
-    evaluation measured are used; without them they are measured here.
+    evaluation measured are used; without them they are measured here. Networks that train.finetune trained are
+    exported with their classifier.
 
     Raises InputError if the run or a name cannot be used, RuntimeError if ONNX does not compute the same.
     """
     options = options or ExportOptions()
-    subnets = wanted_subnets(out, read_config(out, PretrainConfig), dns, options.switchable)
-    trained = TrainedFamily(out, torch.device("cpu"))
-    config = trained.config
+    config = read_run(out)
+    described_as, data, image_size = described(config)
+    subnets = wanted_subnets(out, described_as, dns, options.switchable)
+    trained, classes = _load(out, config)
     missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
     if missing:
-        trained.measure(missing, open_images(config.data, "train"), config.data)
+        trained.measure(missing, open_images(data, "train"), data)
     sources = trained.recall(subnets)
-    examples = _examples(trained) if options.onnx else None
+    examples = _examples(trained, data) if options.onnx else None
     written = []
     with Monitor("export", len(subnets) + options.switchable) as monitor:
         for wanted in subnets:
             monitor.status(wanted.name)
-            network = slim(trained.encoder, wanted)
-            assert isinstance(network, Network)
-            converted, facts = _measured(network, config.image_size, examples, options)
+            network = slim(trained.model, wanted)
+            assert isinstance(network, Network | Classifier)
+            converted, facts = _measured(network, image_size, examples, options)
             manifest = {
                 "parameters": parameter_count(network),
-                "macs": mac_count(network, config.image_size),
-                "image_size": config.image_size,
+                "macs": mac_count(network, image_size),
+                "image_size": image_size,
                 "normalization": {"mean": MEAN, "std": STD},
                 "batch_norm": {"statistics": "measured after training", **sources[wanted.name]},
-                "pretraining": {"data": config.data, "steps": trained.step, "family": trained.family.names},
+                **_training(trained, config),
                 "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
                 **facts,
             }
-            exported.save(out / "exported" / wanted.name, network, wanted, manifest, converted)
+            exported.save(out / "exported" / wanted.name, network, wanted, manifest, converted, classes)
             written.append(out / "exported" / wanted.name)
             monitor.advance()
         if isinstance(subnets, Family):
-            runtime = Switchable.of(trained.encoder, subnets, config.image_size, {"mean": MEAN, "std": STD})
+            assert isinstance(trained.model, Network | Classifier)
+            runtime = Switchable.of(trained.model, subnets, image_size, {"mean": MEAN, "std": STD}, classes)
             runtime.measure(options.batch_size, threads=options.threads)
             runtime.save(out / "exported" / SWITCHABLE)
             written.append(out / "exported" / SWITCHABLE)
@@ -120,15 +139,31 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     return written
 
 
-def _examples(trained: TrainedFamily) -> Tensor:
-    """A few images that the family was pretrained on, [8, 3, S, S]."""
-    images = open_images(trained.config.data, "train")
+def _load(out: Path, config: PretrainConfig | FinetuneConfig) -> tuple[Trained, list[str]]:
+    """The trained family of a run, and the names of its classes, none for one that was pretrained."""
+    if isinstance(config, FinetuneConfig):
+        finetuned = FinetunedFamily(out, torch.device("cpu"))
+        return finetuned, finetuned.classes
+    return TrainedFamily(out, torch.device("cpu")), []
+
+
+def _training(trained: Trained, config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """What the manifest says of it."""
+    facts = {"data": config.data, "steps": trained.step, "family": trained.family.names}
+    if isinstance(config, FinetuneConfig):
+        return {"finetuning": {"from": config.from_, **facts}}
+    return {"pretraining": facts}
+
+
+def _examples(trained: Trained, data: str) -> Tensor:
+    """A few images that the family was trained on, [8, 3, S, S]."""
+    images = open_images(data, "train")
     few = Subset.random(images, min(VERIFICATION_IMAGES, len(images)), seed=0)
     return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
 
 
 def _measured(
-    network: Network, image_size: int, examples: Tensor | None, options: ExportOptions
+    network: Network | Classifier, image_size: int, examples: Tensor | None, options: ExportOptions
 ) -> tuple[bytes | None, dict[str, Any]]:
     """The network as ONNX if there are images to verify it by, and what the manifest says of that and of latency."""
     images = torch.randn(options.batch_size, 3, image_size, image_size)
@@ -136,7 +171,8 @@ def _measured(
     facts: dict[str, Any] = {}
     converted = None
     if examples is not None:
-        converted = onnx_file.convert(network, image_size)
+        output = "logits" if isinstance(network, Classifier) else "features"
+        converted = onnx_file.convert(network, image_size, output)
         session = onnx_file.Session(converted, options.threads)
         runtimes["onnxruntime"] = lambda: session(images)
         facts["onnx"] = {
@@ -157,15 +193,20 @@ def _measured(
 
 def plan(out: Path, dns: Sequence[str], options: ExportOptions) -> None:
     """Show what `export` would write, from the configuration alone; InputError where it would fail for want of it."""
-    config = read_config(out, PretrainConfig)
+    config = read_run(out)
+    described_as, data, image_size = described(config)
     checkpoint.newest_of_run(out)
-    open_images(config.data, "train")
+    classes = len(open_images(data, "train").classes) if isinstance(config, FinetuneConfig) else 0
     rows = []
-    for wanted in wanted_subnets(out, config, dns, options.switchable):
-        found = cost(config, wanted, config.image_size)
-        megabytes = 4e-6 * found.parameters * (2 if options.onnx else 1)
-        rows.append([wanted.name, *cost_cells(asdict(found)), f"{megabytes:.1f} MB"])
-    Table(f"What {out} would export", ["network", "params", "MACs", "about"], rows).show()
+    for wanted in wanted_subnets(out, described_as, dns, options.switchable):
+        found = cost(described_as, wanted, image_size)
+        head = found.features * classes
+        parameters = found.parameters + head + classes
+        megabytes = 4e-6 * parameters * (2 if options.onnx else 1)
+        cells = cost_cells({"parameters": parameters, "macs": found.macs + head})
+        rows.append([wanted.name, *cells, f"{megabytes:.1f} MB"])
+    what = f", classifiers of {classes} classes" if classes else ""
+    Table(f"What {out} would export{what}", ["network", "params", "MACs", "about"], rows).show()
     console = Console()
     files = [exported.WEIGHTS, exported.MANIFEST, *([exported.ONNX] if options.onnx else [])]
     console.print(f"would write {', '.join(files)} of each to {out}/exported/<dn>", soft_wrap=True)
@@ -189,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("export", DESCRIPTION, EXAMPLE)
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
+    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain or train.finetune")
     parser.add_argument("--dn", action="append", help="a network to export, may be repeated [all of the run]")
     cli.add_options(parser, ExportOptions)
     parsed = parser.parse_args(argv)

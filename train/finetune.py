@@ -23,7 +23,7 @@ from .data.sets import open_images
 from .evaluation.accuracy import Accuracy
 from .evaluation.protocols.common import FOLDER, Plan, config_of
 from .evaluation.results import Report, accuracy_table, cost, points, publish
-from .evaluation.supervised import Classifier, SupervisedTraining, evaluate, labelled_batches
+from .evaluation.supervised import SupervisedTraining, evaluate, labelled_batches, new_classifier
 from .evaluation.trained import TrainedFamily
 from .finetune_config import SCRATCH, FinetuneConfig
 from .run import loop
@@ -103,7 +103,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
 
     if len(switches) > 1 and recipe.subnets_per_step < 2:
         raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
-    model = Classifier(starting_network(config, switches), len(train.classes), recipe.seed).to(device)
+    model = new_classifier(starting_network(config, switches), len(train.classes), recipe.seed).to(device)
     training = SupervisedTraining(model, switches, recipe, order().steps_per_epoch)
     out = open_run(config, resume)
     checkpoints = out / "checkpoints"

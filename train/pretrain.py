@@ -16,7 +16,7 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
-from . import cli
+from . import cli, planning
 from .config import PretrainConfig
 from .data import augment
 from .data.backends import choose_backend, open_batches
@@ -44,7 +44,8 @@ Then compare them with train.evaluate, and cut them out with train.export."""
 EXAMPLE = """\
   python -m train.pretrain --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 28 \\
       --dns c16-d1111,c16-d2222,c32-d2222 --epochs 5 --warmup-epochs 1 --out runs/first
-  python -m train.pretrain --out runs/first --resume"""
+  python -m train.pretrain --out runs/first --resume
+  python -m train.pretrain --config recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --dry-run"""
 
 
 def open_train_images(config: PretrainConfig) -> ImageSet:
@@ -296,6 +297,9 @@ def make_parser() -> cli.ArgumentParser:
     parser = cli.parser("pretrain", DESCRIPTION, EXAMPLE)
     cli.add_config_file(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its configuration")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build, check and count the costs, without images or run"
+    )
     cli.add_options(parser, PretrainConfig)
     return parser
 
@@ -308,6 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str]) -> None:
     options = make_parser().parse_args(with_own_config(argv))
     config = cli.to_config(PretrainConfig, options)
+    if options.dry_run:
+        planning.show(planning.plan(config, options.resume))
+        return
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")
     if config.fast_kernels:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import cli
 from .comparison import compared
+from .evaluation import drawing
 from .evaluation.collapse import LEAST_RANK, LEAST_STD
 from .reporting import figures, page
 from .reporting.findings import COMPARE, Run, finite, networks_of
@@ -30,7 +30,7 @@ class Picture:
     """A figure, and the name of its file."""
 
     name: str
-    draw: figures.Draw
+    draw: drawing.Draw
     description: str
     caption: str
 
@@ -38,10 +38,10 @@ class Picture:
 def pictures_of(run: Run) -> Iterator[Picture]:
     """All figures that there is something to draw for, in the page's order; the name's first word is the section."""
     for evaluation in run.evaluations:
-        for cost, what in figures.COSTS.items():
+        for cost, what in drawing.COSTS.items():
             yield Picture(
                 f"accuracy-{Path(evaluation.file).stem}-{cost}",
-                figures.accuracies(evaluation.series, evaluation.lines, evaluation.label, cost),
+                drawing.accuracies(evaluation.series, evaluation.lines, evaluation.label, cost),
                 f"{evaluation.label} of every network over {what}",
                 f"{evaluation.about}. Bars are 95 % intervals.",
             )
@@ -188,9 +188,8 @@ def write(out: Path) -> Path:
     drawn = {}
     with Monitor("report", len(pictures)) as monitor:
         for picture in pictures:
-            rendered = figures.render(picture.draw)
-            png = rendered["light"]
-            atomic.write_atomically(folder / f"{picture.name}.png", partial(Path.write_bytes, data=png))
+            rendered = drawing.render(picture.draw)
+            atomic.write_bytes(folder / f"{picture.name}.png", rendered["light"])
             drawn[picture.name] = page.figure(rendered, picture.description, picture.caption)
             monitor.advance()
             monitor.status(picture.name)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 from ..subnets import Family, Subnet
+from .classifier import Classifier, encoder_of
 from .heads import MLP
 from .mobilenet_v3 import MobileNetV3
 from .network import Network
@@ -12,7 +13,19 @@ from .resnet import ResNet
 NETWORKS: dict[str, type[Network]] = {network.name: network for network in (MobileNetV3, ResNet)}
 STEMS = ("standard", "small")
 
-__all__ = ["MLP", "NETWORKS", "STEMS", "MobileNetV3", "Network", "ResNet", "build", "family", "subnet"]
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "STEMS",
+    "Classifier",
+    "MobileNetV3",
+    "Network",
+    "ResNet",
+    "build",
+    "encoder_of",
+    "family",
+    "subnet",
+]
 
 
 def _network(name: str) -> type[Network]:

@@ -164,6 +164,7 @@ class MobileNetV3(Network):
     """
 
     name = "mobilenet_v3_large"
+    head_name = "classifier"
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
         super().__init__(full, small_stem)

@@ -13,11 +13,13 @@ class Network(nn.Module, ABC):
 
     Attributes:
         name: what `dspnet_fast.models.build` knows it by.
+        head_name: what timm calls the linear layer of a classifier.
         full: the largest subnet, for which weights are allocated.
         small_stem: whether the stem keeps the resolution, for images below about 64 px.
     """
 
     name: str
+    head_name: str
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
         super().__init__()

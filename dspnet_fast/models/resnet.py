@@ -53,6 +53,7 @@ class ResNet(Network):
     """
 
     name = "resnet"
+    head_name = "fc"
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
         super().__init__(full, small_stem)

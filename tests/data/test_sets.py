@@ -421,6 +421,7 @@ def test_size_is_counted_here_or_as_published(data, tmp_path, monkeypatch):
     for name in ("flat", "nowhere"):
         with pytest.raises(InputError):
             size_of(name)
+    assert size_of("flat", labelled=False) == SetSize(1, 1, 0, here=True)
     (tmp_path / "broken" / "imagenet").mkdir(parents=True)
     with pytest.raises(InputError, match="holds no images"):
         size_of("broken/imagenet")

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dspnet_fast import exported
 from dspnet_fast.nn import activate
-from train import evaluate, export, pretrain
+from train import compare, detect, evaluate, export, finetune, pretrain, report
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.loader import normalize
 from train.data.sets import open_images
@@ -173,7 +173,7 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(arguments, monkeypatch,
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [pretrain, evaluate, export])
+@pytest.mark.parametrize("command", [pretrain, evaluate, finetune, detect, compare, export, report])
 def test_help_teaches(command, capsys):
     assert run(command, "--help") == DONE
     assert "example:" in capsys.readouterr().out

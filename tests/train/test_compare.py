@@ -21,14 +21,14 @@ from dspnet_fast.subnets import sandwich
 from train import compare, report
 from train.arena import Arena
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.comparison import compared, comparing, measuring
-from train.comparison.counting import PASSES, count, head_macs, network_costs, sampled_steps
+from train.comparison import compared, measuring, times
 from train.comparison.measuring import Measured
 from train.comparison.ratios import ratios
 from train.config import PretrainConfig
+from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
 from train.dspnet import DSPNet
-from train.evaluation.protocols.common import quantity
-from train.evaluation.results import Cost
+from train.evaluation import drawing
+from train.evaluation.results import Cost, quantity
 from train.reporting import figures, page
 from train.reporting.findings import read_comparison
 from train.trainer import Trainer
@@ -80,12 +80,12 @@ def quick(monkeypatch):
     """Steps are not timed, figures are one dot."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
-    monkeypatch.setattr(figures, "render", lambda draw: dict.fromkeys(figures.THEMES, file.getvalue()))
+    monkeypatch.setattr(drawing, "png", lambda draw, theme=None: file.getvalue())
 
     def measured(config, steps):
         return Measured(0.25, {dn: 1.0 if dn == LARGE else 0.5 for dn in config.names()}, 0.125, 3 * 2**20)
 
-    monkeypatch.setattr(comparing, "measure", measured)
+    monkeypatch.setattr(times, "measure", measured)
 
 
 def checkpoints(out):
@@ -172,7 +172,7 @@ def test_seconds_are_those_that_the_run_recorded(tmp_path):
         {"step": 15, "images_per_second": 10.0, "data_wait": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert comparing.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
+    assert times.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
 
 
 def test_ratios_by_hand():
@@ -346,7 +346,7 @@ def test_the_report_of_a_run_shows_its_comparison(finished_comparison, tmp_path,
 
 def test_bars_add_up():
     rows = {"a": {"x": 1.0, "y": 2.0}, "b": {"y": 4.0, "z": 0.5}}
-    (axes,) = figures.bars(rows, "seconds")(figures.LIGHT).axes
+    (axes,) = figures.bars(rows, "seconds")(drawing.LIGHT).axes
     ends = [patch.get_x() + patch.get_width() for patch in axes.patches]
     assert ends == [1, 0, 3, 4, 3, 4.5] and axes.get_xlabel() == "seconds"
     assert [text.get_text() for text in axes.texts] == ["3", "4.5"]

@@ -13,7 +13,7 @@ from dspnet_fast.models import build, family
 from dspnet_fast.slim import slim
 from train import finetune
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.evaluation.supervised import Classifier, Recipe, SupervisedTraining
+from train.evaluation.supervised import Recipe, SupervisedTraining, new_classifier
 from train.evaluation.trained import TrainedFamily
 from train.finetune import starting_network
 from train.finetune_config import FinetuneConfig
@@ -47,7 +47,7 @@ def recipe(**options):
 def models(dns=DNS):
     networks = family("resnet", dns)
     torch.manual_seed(1)
-    return networks, Classifier(build("resnet", networks.full, "small"), 5, seed=0)
+    return networks, new_classifier(build("resnet", networks.full, "small"), 5, seed=0)
 
 
 def batches(count):
@@ -85,7 +85,7 @@ def test_a_step_is_the_sandwich_rule_with_in_place_distillation(distill):
 def _cut(model, subnet):
     """A plain copy of one switch."""
     plain = build("resnet", subnet, "small")
-    classifier = Classifier(plain, 5, seed=0)
+    classifier = new_classifier(plain, 5, seed=0)
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in classifier.named_parameters():

@@ -21,9 +21,11 @@ from dspnet_fast.slim import slim
 from train import evaluate, export, report
 from train.cli import DONE, WRONG_INPUT
 from train.dspnet import VIEWS
+from train.evaluation import drawing
 from train.evaluation.collapse import collapsed
+from train.evaluation.results import Point
 from train.reporting import figures
-from train.reporting.findings import Point, Run, networks_of
+from train.reporting.findings import Run, networks_of
 
 DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 VOID = {"meta", "img", "source"}
@@ -83,7 +85,7 @@ def out(finished, tmp_path, monkeypatch):
     """A finished run of its own, without evaluations, for tests of what the page says: its figures are one dot."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
-    monkeypatch.setattr(figures, "render", lambda draw: dict.fromkeys(figures.THEMES, file.getvalue()))
+    monkeypatch.setattr(drawing, "png", lambda draw, theme=None: file.getvalue())
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("exported", "evaluation"))
 
 
@@ -178,7 +180,7 @@ def test_indicators_are_those_of_the_last_measurement(reported):
 def test_every_evaluation_has_its_figures(reported):
     drawn = {path.name for path in (reported / "report").glob("*.png")}
     assert drawn == {
-        *(f"accuracy-{protocol}-{cost}.png" for protocol in ("knn", "semi") for cost in figures.COSTS),
+        *(f"accuracy-{protocol}-{cost}.png" for protocol in ("knn", "semi") for cost in drawing.COSTS),
         *(f"training-{name}.png" for name in ("loss", "learning_rate", "images_per_second", "data_wait")),
         *(f"collapse-{name}.png" for name in ("feature_std", "effective_rank", "knn", "cosine")),
     }
@@ -194,8 +196,8 @@ def test_the_cosine_to_the_target_is_in_the_loss():
 @torch.no_grad()
 def test_accuracies_are_drawn_as_they_are():
     points = [Point("b", 2e6, 9e6, 0.5, 0.01), Point("a", 1e6, 1e6, 0.4, 0.02)]
-    draw = figures.accuracies({"kNN": points, "linear": points[:1]}, {"raw pixels": 0.3}, "accuracy", "parameters")
-    (axes,) = draw(figures.LIGHT).axes
+    draw = drawing.accuracies({"kNN": points, "linear": points[:1]}, {"raw pixels": 0.3}, "accuracy", "parameters")
+    (axes,) = draw(drawing.LIGHT).axes
     first, second = (container.lines[0] for container in axes.containers)
     assert list(first.get_xdata()) == [1, 9] and list(first.get_ydata()) == [40, 50]
     assert list(second.get_xdata()) == [9]
@@ -203,7 +205,7 @@ def test_accuracies_are_drawn_as_they_are():
     assert list(low.get_ydata()) == [38, 49] and list(high.get_ydata()) == [42, 51]
     assert {text.get_text() for text in axes.texts} == {"a", "b"}
     assert axes.get_xscale() == "log", "nine times"
-    (macs,) = figures.accuracies({"kNN": points}, {}, "accuracy", "macs")(figures.DARK).axes
+    (macs,) = drawing.accuracies({"kNN": points}, {}, "accuracy", "macs")(drawing.DARK).axes
     assert macs.get_xscale() == "linear"
 
 

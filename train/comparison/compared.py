@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..evaluation.protocols.common import quantity
-from ..evaluation.results import Report, Table, cost_cells, percent
+from ..evaluation import drawing
+from ..evaluation.results import Point, Report, Table, cost_cells, percent, quantity
 from ..reporting import figures
-from ..reporting.findings import Point
 
 SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another, each of them
 MEASURED_PARTS = {
@@ -127,7 +126,7 @@ def _named(report: Report, row: str) -> str:
     return "separate runs together" if row == SEPARATE else _label(report, row)
 
 
-def figures_of(report: Report) -> Iterator[tuple[str, figures.Draw, str, str]]:
+def figures_of(report: Report) -> Iterator[tuple[str, drawing.Draw, str, str]]:
     """(name, figure, description, caption) of everything that can be drawn."""
     for protocol, columns in report["accuracy"].items():
         series = {_label(report, name): _points(report, scores) for name, scores in columns.items()}
@@ -137,7 +136,7 @@ def figures_of(report: Report) -> Iterator[tuple[str, figures.Draw, str, str]]:
             caption += ", or reach the seed that is farthest from the mean if that is farther"
         yield (
             f"accuracy-{protocol.lower()}",
-            figures.accuracies(series, {}, label, "macs"),
+            drawing.accuracies(series, {}, label, "macs"),
             f"{label} of networks pretrained alone and in a family, over multiply-accumulates",
             f"{caption}.",
         )

@@ -66,17 +66,24 @@ def open_images(name: str, split: Literal["train", "test"], download: bool = Tru
     return folder.open_folder(path, split)
 
 
-def size_of(name: str) -> SetSize:
-    """How large a labelled set is: counted if it is on this machine, as published if it is not but has a known name.
+def is_here(name: str) -> bool:
+    """Whether the folder of such a path is on this machine: if it is and cannot be opened, it is not laid out right."""
+    path = Path(name).expanduser()
+    return (path.parent if name.endswith(".tar") else path).exists()
 
-    InputError if neither is possible, or if the set has no labels.
+
+def size_of(name: str, labelled: bool = True) -> SetSize:
+    """How large a set is: counted if it is on this machine, as published if it is not but has a known name.
+
+    InputError if neither is possible, or if the set is to be `labelled` and is not; without labels it has 0 classes.
     """
     try:
         train, test = open_images(name, "train", download=False), open_images(name, "test", download=False)
     except InputError:
         published = PUBLISHED.get(Path(name).name)
-        if published is None or Path(name).expanduser().exists():
+        if published is None or is_here(name):
             raise
         return published
-    require_labels(train)
+    if labelled:
+        require_labels(train)
     return SetSize(len(train), len(test), len(train.classes), here=True)

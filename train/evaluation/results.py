@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE
@@ -21,9 +21,18 @@ from dspnet_fast.subnets import Subnet
 
 from ..config import FamilyOptions
 from ..run import atomic
-from .plots import Point, accuracy_over_macs
 
 Report = dict[str, Any]
+
+
+class Point(NamedTuple):
+    """A network: what it costs for an image, its accuracy and half the width of that's interval, from 0 to 1."""
+
+    name: str
+    macs: float
+    parameters: float
+    accuracy: float
+    interval: float
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,18 @@ def percent(accuracy: float, interval: float | None = None) -> str:
     return f"{accuracy:.1%}" + ("" if interval is None else f" ± {interval:.1%}")
 
 
+def quantity(value: float) -> str:
+    """A number with a prefix of a thousand's power: 2.5e12 -> "2.5 T"."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:,.1f} {prefix}"
+    return f"{value:,.0f} "
+
+
 def points(networks: Mapping[str, Mapping[str, Any]], column: str, accuracy: str = "top1") -> list[Point]:
     """One series of the figure: a column of a report's networks."""
     return [
-        Point(name, network["macs"], network[column][accuracy], network[column]["interval"])
+        Point(name, network["macs"], network["parameters"], network[column][accuracy], network[column]["interval"])
         for name, network in networks.items()
     ]
 
@@ -116,8 +133,10 @@ def publish(
         series: points of the figure.
         lines: accuracies from 0 to 1 to draw across it.
     """
+    from . import drawing  # here: matplotlib is a second of import that training does not need
+
     atomic.write_text(folder / f"{name}.json", json.dumps(report, indent=2) + "\n")
     atomic.write_text(folder / f"{name}.md", table.markdown())
-    accuracy_over_macs(folder / f"{name}.png", label, series, lines or {})
+    atomic.write_bytes(folder / f"{name}.png", drawing.png(drawing.accuracies(series, lines or {}, label, "macs")))
     table.show()
     print(f"{folder}/{name}.json, {name}.md, {name}.png")

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspnet_fast.models import Network
-from dspnet_fast.nn import SlimLinear, activate
-from dspnet_fast.nn.activate import Sizes
+from dspnet_fast.models import Classifier, Network
+from dspnet_fast.nn import activate
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family, Subnet, sandwich
 
@@ -59,25 +58,12 @@ class Recipe:
     seed: int = 0
 
 
-class Classifier(nn.Module):
-    """Images [N, 3, H, W] to logits [N, classes], by an encoder and a linear layer on as many features as it has."""
-
-    def __init__(self, encoder: Network, classes: int, seed: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = SlimLinear(encoder.num_features, classes)
-        nn.init.normal_(self.head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
-        nn.init.zeros_(self.head.bias)
-        self.to(memory_format=torch.channels_last)
-
-    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
-        """A switch of the classifier is a subnet of its encoder."""
-        name, sizes = self.encoder.plan(dn)
-        return name, {f"encoder.{path}": size for path, size in sizes.items()}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify."""
-        return self.head(self.encoder(images))
+def new_classifier(encoder: Network, classes: int, seed: int) -> Classifier:
+    """A classifier on an encoder, with small weights that the seed alone decides."""
+    model = Classifier(encoder, classes)
+    nn.init.normal_(model.head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(model.head.bias)
+    return model.to(memory_format=torch.channels_last)
 
 
 class SupervisedTraining:

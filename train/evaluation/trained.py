@@ -1,4 +1,4 @@
-"""A pretrained family, loaded from its run directory and ready to be evaluated."""
+"""A family loaded from its run directory, ready to be evaluated: what runs have in common, and a pretrained one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Network, build
@@ -55,49 +55,36 @@ def statistics_images(images: ImageSet) -> ImageSet:
     return Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
 
 
-class TrainedFamily:
-    """The online encoder of a run at its newest checkpoint, or with `untrained` as it was before its first step.
+class Trained:
+    """A family with the weights that a run directory holds, and the post-statistics that are kept there.
 
     Attributes:
-        config: the run's configuration.
+        out: the run directory.
+        device: where the model is.
         family: its subnets.
-        encoder: the slimmable network.
+        model: the slimmable network, of images to features or to logits, in evaluation mode.
+        image_size: height and width of its images, in pixels.
         step: how many steps it was trained.
     """
 
-    def __init__(self, out: Path, device: torch.device, untrained: bool = False) -> None:
+    def __init__(
+        self, out: Path, device: torch.device, family: Family, model: nn.Module, image_size: int, step: int
+    ) -> None:
         self.out = out
         self.device = device
-        self.config: PretrainConfig = read_config(out, PretrainConfig)
-        model = build_model(self.config)
-        self.step = 0
-        if not untrained:
-            state = checkpoint.load_of_run(out, "cpu", print)
-            model.load_state_dict(state["model"])
-            self.step = state["step"]
-        self.family: Family = model.family
-        self.encoder = model.online.encoder.to(device).to(memory_format=torch.channels_last).eval()
+        self.family = family
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
+        self.image_size = image_size
+        self.step = step
 
     @cached_property
     def weights(self) -> str:
-        """A digest of the encoder's parameters."""
-        return fingerprint.digest(*self.encoder.parameters())
-
-    def cut(self, subnet: Subnet) -> Network:
-        """A slimmable network of its own, on the CPU, that has the weights of `subnet`; InputError if it is no part."""
-        if not subnet.within(self.family.full):
-            raise InputError(f"{subnet} is no part of {self.family.full}, the largest network of {self.out}")
-        with torch.random.fork_rng(devices=[]):
-            network = build(self.config.network, subnet, self.config.stem)
-        weights = dict(self.encoder.named_parameters())
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                parameter.copy_(weights[name][tuple(slice(size) for size in parameter.shape)])
-        return network
+        """A digest of the model's parameters."""
+        return fingerprint.digest(*self.model.parameters())
 
     def batches(self, images: ImageSet, what: str, workers: Workers = "auto", start: int = 0) -> Iterator[Tensor]:
         """Evaluation views of the run's size on its device: see `evaluation_views`."""
-        return evaluation_views(images, self.config.image_size, self.device, what, workers, start)
+        return evaluation_views(images, self.image_size, self.device, what, workers, start)
 
     def measure(
         self, subnets: Sequence[Subnet], images: ImageSet, data: str, workers: Workers = "auto", what: str = ""
@@ -113,28 +100,28 @@ class TrainedFamily:
             "data": data,
             "images": len(drawn),
             "files": fingerprint.of_images(drawn),
-            "size": self.config.image_size,
+            "size": self.image_size,
         }
         before = self.recall(subnets) if self.step else {}
         missing = [subnet for subnet in subnets if before.get(subnet.name) != source]
         if not missing:
             return
-        post_statistics(self.encoder, missing, self.batches(drawn, f"{what}statistics", workers))
+        post_statistics(self.model, missing, self.batches(drawn, f"{what}statistics", workers))
         if self.step == 0:
             return
         sources, tensors = self._kept()
         sources |= {subnet.name: source for subnet in missing}
         tensors |= {
-            name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.encoder, missing).items()
+            name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.model, missing).items()
         }
-        load_statistics(self.encoder, subnets, tensors)  # measuring some makes the encoder forget all others
+        load_statistics(self.model, subnets, tensors)  # measuring some makes the model forget all others
         metadata = {"sources": json.dumps(sources)}
         atomic.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
 
     def recall(self, subnets: Sequence[Subnet]) -> dict[str, Source]:
         """Take over the kept statistics of `subnets`; says what they were measured on, for those that there are."""
         sources, tensors = self._kept()
-        load_statistics(self.encoder, subnets, tensors)
+        load_statistics(self.model, subnets, tensors)
         return {subnet.name: sources[subnet.name] for subnet in subnets if subnet.name in sources}
 
     def _kept(self) -> tuple[dict[str, Source], dict[str, Tensor]]:
@@ -147,6 +134,38 @@ class TrainedFamily:
             return {}, {}  # none or damaged: they can be measured again
         sources = {dn: source for dn, source in sources.items() if source.get("weights") == self.weights}
         return sources, {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in sources}
+
+
+class TrainedFamily(Trained):
+    """The online encoder of a run at its newest checkpoint, or with `untrained` as it was before its first step.
+
+    Attributes:
+        config: the run's configuration.
+        encoder: the slimmable network.
+    """
+
+    def __init__(self, out: Path, device: torch.device, untrained: bool = False) -> None:
+        self.config: PretrainConfig = read_config(out, PretrainConfig)
+        model = build_model(self.config)
+        step = 0
+        if not untrained:
+            state = checkpoint.load_of_run(out, "cpu", print)
+            model.load_state_dict(state["model"])
+            step = state["step"]
+        self.encoder = model.online.encoder
+        super().__init__(out, device, model.family, self.encoder, self.config.image_size, step)
+
+    def cut(self, subnet: Subnet) -> Network:
+        """A slimmable network of its own, on the CPU, that has the weights of `subnet`; InputError if it is no part."""
+        if not subnet.within(self.family.full):
+            raise InputError(f"{subnet} is no part of {self.family.full}, the largest network of {self.out}")
+        with torch.random.fork_rng(devices=[]):
+            network = build(self.config.network, subnet, self.config.stem)
+        weights = dict(self.encoder.named_parameters())
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(weights[name][tuple(slice(size) for size in parameter.shape)])
+        return network
 
     def features(
         self, subnets: Sequence[Subnet], images: ImageSet, what: str, workers: Workers = "auto"

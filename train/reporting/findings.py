@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
@@ -15,7 +15,7 @@ from dspnet_fast.subnets import Family
 
 from ..config import PretrainConfig
 from ..evaluation.collapse import collapsed
-from ..evaluation.results import cost
+from ..evaluation.results import Point, cost
 from ..run.rundir import read_config, read_metrics
 
 COMPARE = "compare.json"
@@ -23,16 +23,6 @@ ACCURACIES = ("top1", "majority")  # what evaluations call the accuracy that the
 WORDS = {"knn": "kNN"}
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
-
-
-class Point(NamedTuple):
-    """A network: what it costs for an image, its accuracy and half the width of that's interval, from 0 to 1."""
-
-    name: str
-    macs: float
-    parameters: float
-    accuracy: float
-    interval: float
 
 
 @dataclass

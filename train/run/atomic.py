@@ -62,6 +62,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         sync(path.parent)  # the rename itself must survive a power cut
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_bytes(path, text.encode())

@@ -53,6 +53,11 @@ def _write(contents: dict[str, Any], path: Path) -> None:
         torch.save(contents, file)
 
 
+def size(state: dict[str, Any]) -> int:
+    """Bytes of the tensors in `state`, to which a file of it adds little."""
+    return sum(part.nbytes for part in _parts(state) if isinstance(part, Tensor))
+
+
 def _parts(value: Any, name: str = "") -> Iterator[Any]:
     """Names and values of everything in nested dictionaries and lists, in the order in which they hold them."""
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ OUT/checkpoints/      step-00001234.pt, the newest two
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -37,6 +38,18 @@ def read_config(out: Path, kind: type[Config]) -> Config:
     if not (out / CONFIG).is_file():
         raise InputError(f"{out} holds no run: there is no {CONFIG} in it")
     return read_recipe(out / CONFIG, kind)
+
+
+def read_any_config(out: Path, *kinds: type[Config]) -> Config:
+    """As `read_config`, of that one of several kinds which has the run's options."""
+    options: Any = None
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        options = yaml.safe_load((out / CONFIG).read_text())
+    if isinstance(options, dict):
+        for kind in kinds:
+            if options.keys() <= {key(f.name) for f in fields(kind)}:
+                return read_config(out, kind)
+    return read_config(out, kinds[0])
 
 
 def read_recipe(path: Path, kind: type[Config]) -> Config:
@@ -67,15 +80,11 @@ def with_own_config(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
-def open_run(config: RunConfig, resume: bool) -> Path:
-    """Create the run directory, or check that the run in it is the one to resume.
-
-    Raises InputError if `out` holds another run, or with `resume` none or one of another configuration.
-    """
+def check_run(config: RunConfig, resume: bool) -> None:
+    """Raise InputError if `out` holds another run, or with `resume` none or one of another configuration."""
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
-    holds_run = (out / CONFIG).exists()
     if resume:
         different = read_config(out, type(config)).differences(config)
         if different:
@@ -83,10 +92,16 @@ def open_run(config: RunConfig, resume: bool) -> Path:
                 f"the run in {out} has another {', '.join(flag(name) for name in different)}: "
                 "resume it with its own configuration (--resume --out is enough) or start another --out"
             )
-    elif holds_run:
+    elif (out / CONFIG).exists():
         raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
+
+
+def open_run(config: RunConfig, resume: bool) -> Path:
+    """Create the run directory, or check that the run in it is the one to resume; InputError as `check_run`."""
+    check_run(config, resume)
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if not holds_run:
+    if not (out / CONFIG).exists():
         options = {key(name): value for name, value in asdict(config).items()}
         atomic.write_text(out / CONFIG, yaml.safe_dump(options, sort_keys=False))
     return out

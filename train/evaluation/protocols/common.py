@@ -21,7 +21,7 @@ from ...data.images import ImageSet, require_labels
 from ...data.sets import SetSize, open_images, size_of
 from ...run.device import choose_device
 from ...run.rundir import read_recipe
-from ..results import Cost, Table, cost
+from ..results import Cost, Table, cost, quantity
 from ..trained import STATISTICS_IMAGES, TrainedFamily
 
 FOLDER = "evaluation"
@@ -135,14 +135,6 @@ class Plan:
         for line in self._lines:
             print(line)
         print(f"{'together':14}{quantity(self._work)}MAC")
-
-
-def quantity(value: float) -> str:
-    """A number with a prefix of a thousand's power: 2.5e12 -> "2.5 T"."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:,.1f} {prefix}"
-    return f"{value:,.0f} "
 
 
 def positive(**values: float) -> None:

@@ -23,7 +23,7 @@ from ...run import atomic, fingerprint, loop
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
 from ..results import Report, accuracy_table, points, publish
-from ..supervised import Classifier, SupervisedTraining, Together, labelled_batches
+from ..supervised import SupervisedTraining, Together, labelled_batches, new_classifier
 from .common import FOLDER, Plan, Subject, plan_of, positive
 from .linear import ClassifierOptions, classifier_work, disk
 
@@ -218,7 +218,7 @@ def _finetune(subject: Subject, options: SemiOptions, percent: float, indices: l
         return EpochOrder(len(images), recipe.batch_size, recipe.seed, recipe.epochs, start)
 
     view = augment.supervised(size, options.min_scale)
-    models = {s.name: Classifier(trained.cut(s), subject.classes, recipe.seed).to(device) for s in trained.family}
+    models = {s.name: new_classifier(trained.cut(s), subject.classes, recipe.seed).to(device) for s in trained.family}
     training = Together(
         {
             s.name: SupervisedTraining(models[s.name], Family([s]), recipe, order().steps_per_epoch)
