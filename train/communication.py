@@ -25,8 +25,8 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, family
 
 from .arena import Arena
-from .comparison.counting import sampled_steps
 from .config import PretrainConfig
+from .counting import sampled_steps
 from .dspnet import VIEWS
 from .trainer import build_model
 

@@ -5,6 +5,7 @@ Nothing is read but the names of images, if they are here, and nothing is writte
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import sandwich
 
 from . import counting
+from .communication import traffic
 from .config import PretrainConfig
 from .counting import Counted
 from .data import augment
@@ -25,6 +27,9 @@ from .evaluation.results import Cost, Table, cost_cells, quantity
 from .run import checkpoint
 from .run.rundir import check_run
 from .trainer import Trainer
+
+
+RANKS = 2, 8, 128  # for which the exchange is counted
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,20 @@ def show(planned: RunPlan) -> None:
     lines["memory"] = f"{quantity(memory.together)}B on each device without activations: " + ", ".join(
         f"{name} {quantity(of)}B" for name, of in (parts | {"target": memory.target}).items()
     )
+    lines["exchange"] = _exchange(config)
     lines["checkpoint"] = f"{quantity(memory.checkpoint)}B, the newest {config.keep_checkpoints} are kept"
     for name, text in lines.items():
         print(f"{name:14}{text}")
+
+
+def _exchange(config: PretrainConfig) -> str:
+    """What more than one rank would send, of those numbers that can share the parts of the batch."""
+    sent = {}
+    for ranks in RANKS:
+        with contextlib.suppress(InputError):
+            sent[ranks] = quantity(traffic(config, ranks).sent)
+    shown = ", ".join(f"{count}B on {ranks} ranks" for ranks, count in sent.items())
+    return f"each rank sends {shown}, a step" if sent else "none: --bn-groups allows one rank"
 
 
 def _images(planned: RunPlan) -> str:

@@ -199,8 +199,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        skipped = self.guard.skipped().in_all
-        return {"model": self.model.state_dict(), "momentum": self.arena.momentum(), "skipped": skipped}
+        return {
+            "model": self.model.state_dict(),
+            "momentum": self.arena.momentum(),
+            "skipped": self.guard.counts[2].clone(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; InputError if it is of another network or holds no momentum."""
@@ -210,7 +213,7 @@ class Trainer:
         except ValueError as error:
             raise InputError(f"the checkpoint can be evaluated, but not continued: {error}") from error
         self.step = state["step"]
-        self.guard.restart(state.get("skipped", 0))
+        self.guard.restart(int(state.get("skipped", 0)))
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Take over the weights of a checkpoint, of this or another run; InputError if the networks differ."""
