@@ -28,7 +28,6 @@ from .run import checkpoint
 from .run.rundir import check_run
 from .trainer import Trainer
 
-
 RANKS = 2, 8, 128  # for which the exchange is counted
 
 
