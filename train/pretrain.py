@@ -162,7 +162,7 @@ class Pretraining:
         found = self.ranks.gather((self.trainer.diagnose(batch), self._images_of(self.trainer.step - 1)))
         dump = self.out / "nonfinite.json"
         if self.ranks.first:
-            of_ranks = [{"finding": place and place._asdict(), "images": images} for place, images in found]
+            of_ranks = [{"found": place and place._asdict(), "batch": images} for place, images in found]
             atomic.write_text(dump, json.dumps({"step": self.trainer.step, "ranks": of_ranks}, indent=1) + "\n")
         first = next((f", from {place} of rank {rank} on" for rank, (place, _) in enumerate(found) if place), "")
         raise InputError(

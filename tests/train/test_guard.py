@@ -84,9 +84,9 @@ def test_three_in_a_row_end_the_run_which_goes_on_later(small, poison):
         Pretraining(config, resume=False).run()
     out = Path(config.out)
     dump = json.loads((out / "nonfinite.json").read_text())
-    assert dump["step"] == 7 and dump["ranks"][0]["finding"]["where"] == "images"
-    assert len(dump["ranks"][0]["images"]) == config.batch_size
-    assert all(name.endswith(".png") for name in dump["ranks"][0]["images"])
+    assert dump["step"] == 7 and dump["ranks"][0]["found"]["where"] == "images"
+    assert len(dump["ranks"][0]["batch"]) == config.batch_size
+    assert all(name.endswith(".png") for name in dump["ranks"][0]["batch"])
     state = checkpoint.load(checkpoint.newest_of_run(out))
     assert state["step"] == 7 and all(value.isfinite().all() for value in state["model"].values())
     poison.clear()
