@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -119,9 +120,11 @@ class Pretraining:
                     losses = trainer.train_step(batch)
                     last = trainer.step == trainer.steps
                     self.monitor.advance()
-                    self._heed_guard(batch)
+                    too_many = self._tell_skipped()
                     if trainer.step % config.log_steps == 0 or last:
                         self._record(losses, lr, tau)
+                    if too_many:
+                        self._give_up(batch)
                     began = time.perf_counter()
                     if last or self._due(config.probe_epochs):
                         self._measure()
@@ -148,16 +151,18 @@ class Pretraining:
         """Whether to ask the device something; on a GPU that is to wait for it, so only now and then."""
         return self.trainer.device.type == "cpu" or self.trainer.step % self.config.log_steps == 0
 
-    def _heed_guard(self, batch: Tensor) -> None:
-        """Tell of skipped steps; too many in a row end the run, which is saved before."""
+    def _tell_skipped(self) -> bool:
+        """Say that steps were skipped; whether too many in a row were."""
         if not self._may_wait:
-            return
+            return False
         skipped = self.trainer.guard.skipped()
         if skipped.in_all > self.skipped:
             self.skipped = skipped.in_all
             self._say(f"step {self.trainer.step}  skipped: its gradient was not finite ({skipped.in_all} steps so far)")
-        if skipped.longest_row < TOO_MANY:
-            return
+        return skipped.longest_row >= TOO_MANY
+
+    def _give_up(self, batch: Tensor) -> NoReturn:
+        """Save, name the first number that is not finite and the images, and end the run."""
         self._save()
         found = self.ranks.gather((self.trainer.diagnose(batch), self._images_of(self.trainer.step - 1)))
         dump = self.out / "nonfinite.json"

@@ -74,22 +74,21 @@ def final(out) -> dict:
 
 
 CASES = {
-    "two ranks of two parts each": (2, {"bn_groups": 4}),
-    "two ranks in two turns each, exchanging early": (2, {"bn_groups": 4, "accumulate": 2, "overlap": ""}),
-    "four ranks that share two parts": (4, {"bn_groups": 2, "momentum_bn": "off"}),
+    "two ranks of two parts each": (2, {"bn_groups": 4}, []),
+    "two ranks in two turns each, exchanging early": (2, {"bn_groups": 4}, ["--accumulate=2", "--overlap"]),
+    "four ranks that share two parts": (4, {"bn_groups": 2, "momentum_bn": "off"}, []),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
     """The family drops blocks, so some parameters have no gradient in some steps."""
-    ranks, division = CASES[case]
+    ranks, options, flags = CASES[case]
     # ten images to a part: of two, normalised features are signs, and rounding flips them
-    options = {"base_lr": 1.0, "subnets_per_step": 2, "epochs": 2, "batch_size": 40}
-    printed = run(torchrun(ranks, arguments(**options, **division, out=tmp_path / "ranks")))
+    options = {"base_lr": 1.0, "subnets_per_step": 2, "epochs": 2, "batch_size": 40, **options}
+    printed = run(torchrun(ranks, [*arguments(**options, out=tmp_path / "ranks"), *flags]))
     assert f", {ranks} ranks" in printed
-    alone = {name: value for name, value in division.items() if name not in ("accumulate", "overlap")}
-    _main(arguments(**options, **alone, out=tmp_path / "one"))
+    _main(arguments(**options, out=tmp_path / "one"))
     together, alone = weights(final(tmp_path / "ranks")), weights(final(tmp_path / "one"))
     config = read_config(tmp_path / "one", PretrainConfig)
     model = build_model(config)
@@ -102,7 +101,7 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
     counted = eval(printed.split("all-reduces ")[1].splitlines()[0])  # noqa: S307  (what this test printed)
     arena = Arena(model.online, model.target)
     heads = len(arena.grads) - arena.start("projector.fc1.weight")
-    gradients = [heads, len(arena.grads) - heads] if "overlap" in division else [len(arena.grads)]
+    gradients = [heads, len(arena.grads) - heads] if "--overlap" in flags else [len(arena.grads)]
     assert {size: counted[size] for size in gradients} == dict.fromkeys(gradients, 4)  # steps
     assert counted[len(arena.statistics)] == 4
     others = {size for size in counted if size not in (*gradients, len(arena.statistics))}
