@@ -14,15 +14,14 @@ and a few numbers more, the losses and whether a rank was asked to stop, which a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, family
+from dspnet_fast.subnets import Subnet
 
 from .arena import Arena
 from .config import PretrainConfig
@@ -88,21 +87,17 @@ def _normalised(config: PretrainConfig) -> tuple[float, float]:
     made = family(config.network, config.names())
     head = [config.hidden_features]  # projector and predictor have one layer each
     trained = sampled_steps(replace(config, epochs=1, warmup_epochs=0.0, full_only_epochs=0.0), 1)
-    target = _widths(config, made.full.name) + head
+    target = _widths(config, made.full) + head
     passes, channels = float(len(target)), float(sum(target))
     for name, share in trained.items():
-        online = _widths(config, name) + 2 * head
+        online = _widths(config, made.find(name)) + 2 * head
         passes += 2 * share * len(online)
         channels += 2 * share * sum(online)
     return passes, channels
 
 
-def _widths(config: PretrainConfig, dn: str) -> list[int]:
+def _widths(config: PretrainConfig, subnet: Subnet) -> list[int]:
     """Channels of every batch normalisation of a subnet's encoder."""
     with torch.device("meta"):
-        subnet = family(config.network, config.names()).find(dn)
-        return _channels(build(config.network, subnet, config.stem).modules())
-
-
-def _channels(modules: Iterable[nn.Module]) -> list[int]:
-    return [module.num_features for module in modules if isinstance(module, _BatchNorm)]
+        encoder = build(config.network, subnet, config.stem)
+    return [module.num_features for module in encoder.modules() if isinstance(module, _BatchNorm)]

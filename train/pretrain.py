@@ -204,6 +204,8 @@ class Pretraining:
         keep_every = round(config.keep_epochs * trainer.epoch_steps)
         self.watchdog.at(trainer.step, "writing a checkpoint" if self.ranks.first else "waiting for a checkpoint")
         if self.ranks.first:
+            assert self.log is not None
+            self.log.sync()
             checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
 
     def _save_and_stop(self) -> None:

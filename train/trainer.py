@@ -219,5 +219,8 @@ class Trainer:
         """Take over the weights of a checkpoint, of this or another run; InputError if the networks differ."""
         try:
             self.model.load_state_dict(state["model"])
-        except (KeyError, RuntimeError) as error:
-            raise InputError(f"the checkpoint is of another network: {str(error).splitlines()[-1].strip()}") from error
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise InputError(
+                f"the checkpoint is of another network: {str(error).splitlines()[-1].strip()}; remove it from "
+                f"OUT/checkpoints, or give the --out of its run"
+            ) from error

@@ -181,11 +181,25 @@ class SlimBatchNorm(_BatchNorm):
 
 def _over_ranks(mean: Tensor, variance: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Moments of the ranks' batches together, all of one size, by two all-reduces of vectors; differentiable."""
-    # torch.distributed.nn needs a build with distributed support: imported only where it is used.
-    from torch.distributed.nn.functional import all_reduce
+    together = _Sum.apply(mean, group) / group.size()
+    return together, _Sum.apply(variance + (mean - together).square(), group) / group.size()
 
-    together = all_reduce(mean, group=group) / group.size()
-    return together, all_reduce(variance + (mean - together).square(), group=group) / group.size()
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. What each of them makes of it depends on every term, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class SlimBatchNorm2d(SlimBatchNorm, nn.BatchNorm2d):

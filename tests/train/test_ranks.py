@@ -85,7 +85,7 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
     """The family drops blocks, so some parameters have no gradient in some steps."""
     ranks, options, flags = CASES[case]
     # ten images to a part: of two, normalised features are signs, and rounding flips them
-    options = {"base_lr": 1.0, "subnets_per_step": 2, "epochs": 2, "batch_size": 40, **options}
+    options = {"base_lr": 0.1, "subnets_per_step": 2, "epochs": 2, "batch_size": 40, **options}
     printed = run(torchrun(ranks, [*arguments(**options, out=tmp_path / "ranks"), *flags]))
     assert f", {ranks} ranks" in printed
     _main(arguments(**options, out=tmp_path / "one"))
@@ -93,7 +93,7 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
     config = read_config(tmp_path / "one", PretrainConfig)
     model = build_model(config)
     start = weights(model.state_dict())
-    assert (together - alone).norm() <= 1e-3 * (alone - start).norm()
+    assert (together - alone).norm() <= 1e-4 * (alone - start).norm()
     metrics = [(tmp_path / out / "metrics.jsonl").read_text().splitlines() for out in ("ranks", "one")]
     for ours, theirs in zip(*metrics, strict=True):
         for name, loss in json.loads(ours).get("loss", {}).items():
@@ -179,7 +179,7 @@ def test_turns_are_parts(small, momentum_bn):
         results.append((weights(trainer.model.state_dict()), target, losses))
     start = weights(build_model(config).state_dict())
     for parameters, statistics, losses in results[1:]:
-        assert (parameters - results[0][0]).norm() <= 1e-4 * (results[0][0] - start).norm()
+        assert (parameters - results[0][0]).norm() <= 1e-3 * (results[0][0] - start).norm()
         if momentum_bn == "on":
             torch.testing.assert_close(statistics, results[0][1], rtol=1e-3, atol=1e-5)
         for ours, theirs in zip(losses, results[0][2], strict=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -143,6 +144,11 @@ class RunLog:
                 scalars = value if isinstance(value, dict) else {"": value}
                 for part, scalar in scalars.items():
                     self._tensorboard.add_scalar(f"{name}/{part}" if part else name, scalar, step)
+
+    def sync(self) -> None:
+        """Wait until the metrics are on the disk: to be called before a checkpoint says that they are behind it."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
         """Flush everything to disk."""
