@@ -67,7 +67,10 @@ class RunPlan:
 
 
 def plan(config: PretrainConfig, resume: bool = False) -> RunPlan:
-    """Build, check and count; InputError for whatever would stop the run before its first step, but for images."""
+    """Build, check and count; InputError for options that no run can have, or that the run in config.out forbids.
+
+    What the machine must have that trains, such as images, a device or DALI, is not asked for.
+    """
     if config.out:
         check_run(config, resume)
     family = family_of(config.network, config.names())
