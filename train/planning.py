@@ -116,7 +116,10 @@ def _memory(config: PretrainConfig) -> Memory:
             trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), "cpu", print))
     arena = trainer.arena
     return Memory(
-        *(4 * flat.numel() for flat in (arena.params, arena.grads, arena.momenta, arena.targets)),
+        weights=arena.params.nbytes,
+        gradients=arena.grads.nbytes,
+        momentum=arena.momenta.nbytes,
+        target=arena.targets.nbytes,
         checkpoint=checkpoint.size(trainer.state()),
     )
 
