@@ -67,7 +67,9 @@ class ExportOptions:
 
 def read_run(out: Path) -> PretrainConfig | FinetuneConfig:
     """The configuration of a run of train.pretrain or train.finetune; InputError if there is none."""
-    return read_any_config(out, PretrainConfig, FinetuneConfig)
+    config = read_any_config(out, PretrainConfig, FinetuneConfig)
+    assert isinstance(config, PretrainConfig | FinetuneConfig)
+    return config
 
 
 def described(config: PretrainConfig | FinetuneConfig) -> tuple[FamilyOptions, str, int]:

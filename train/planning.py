@@ -71,7 +71,10 @@ class RunPlan:
 
 
 def plan(config: PretrainConfig, resume: bool = False) -> RunPlan:
-    """Build, check and count; InputError for whatever would stop the run before its first step, but for images."""
+    """Build, check and count; InputError for options that no run can have, or that the run in config.out forbids.
+
+    What the machine must have that trains, such as images, a device or DALI, is not asked for.
+    """
     if config.out:
         check_run(config, resume)
     family = family_of(config.network, config.names())
@@ -117,7 +120,10 @@ def _memory(config: PretrainConfig) -> Memory:
             trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), "cpu", print))
     arena = trainer.arena
     return Memory(
-        *(4 * flat.numel() for flat in (arena.params, arena.grads, arena.momenta, arena.targets)),
+        weights=arena.params.nbytes,
+        gradients=arena.grads.nbytes,
+        momentum=arena.momenta.nbytes,
+        target=arena.targets.nbytes,
         checkpoint=checkpoint.size(trainer.state()),
     )
 
