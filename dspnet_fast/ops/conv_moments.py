@@ -76,7 +76,7 @@ def _check(
     )
     out_full, in_full, kernel, _ = weight.shape
     torch._check(
-        groups == 1 or groups == channels == out_channels,
+        groups == 1 or 0 < groups == channels == out_channels,
         lambda: (
             f"conv_moments: {groups} groups for {channels} channels in and {out_channels} out: "
             "only 1 and depthwise are served"
