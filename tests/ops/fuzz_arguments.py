@@ -236,7 +236,7 @@ def calls(draw: Callable, name: str, schema: Any) -> dict[str, Any]:
         return {argument: draw(random_value(kind)) for argument, kind in kinds.items()}
     values = draw(right(name, schema))
     tensors = [argument for argument, value in values.items() if isinstance(value, Made)]
-    for _ in range(draw(st.sampled_from((0, 1, 1, 1, 2, 2, 3)))):
+    for _ in range(draw(st.sampled_from((0, 0, 1, 1, 1, 2, 2, 3)))):
         argument = draw(st.sampled_from(sorted(values)))
         values[argument] = draw(changed_value(kinds[argument], values[argument], tensors or [argument]))
     return values

@@ -214,7 +214,7 @@ def main() -> None:
             failed.append(target)
             continue
         print(f"{target.name:26} {target.way:8}", *(f"{outcomes[outcome]:9}" for outcome in OUTCOMES), flush=True)
-        if not outcomes["succeeded"] and count >= 10 and target.name in FORMS and target.way != "cuda":
+        if not outcomes["succeeded"] and count >= 100 and target.name in FORMS and target.way != "cuda":
             idle.append(target)
     faulthandler.cancel_dump_traceback_later()
     if failed or idle:
