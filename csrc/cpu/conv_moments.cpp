@@ -38,7 +38,7 @@ ConvShape check_shape(
       op, ": a weight of ", weight.sizes(), " has no prefix of ", out_channels, " x ", channels / groups);
   constexpr int64_t limit = 1 << 20; // far beyond any use, far below overflow
   TORCH_CHECK(
-      stride > 0 && stride < limit && padding >= 0 && padding < limit && kernel > 0 && x.size(0) > 0 &&
+      stride > 0 && stride < limit && padding >= 0 && padding < limit && kernel > 0 && x.numel() > 0 &&
           x.size(2) + 2 * padding >= kernel && x.size(3) + 2 * padding >= kernel,
       op, ": no output for ", x.sizes(), " by kernel ", kernel, ", stride ", stride, ", padding ", padding);
   return {

@@ -89,7 +89,7 @@ def _check(
         ),
     )
     torch._check(
-        stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and len(x) > 0,
+        stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and x.numel() > 0,
         lambda: f"conv_moments: no output for {list(x.shape)} by kernel {kernel}, stride {stride}, padding {padding}",
     )
     _check_main_grad(weight, main_grad)

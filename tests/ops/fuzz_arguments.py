@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fuzz_tensors import DTYPES, STATES, Made, Same, dense
+from fuzz_tensors import DTYPES, STATES, VAST, Made, Same, dense
 from hypothesis import strategies as st
 
 from dspnet_fast.ops.owed import ACTS
@@ -120,7 +120,6 @@ INTEGERS = (0, 1, -1, 2, 3, 7, 2**20 - 1, 2**20, 2**31 - 1, 2**31, -(2**31), 2**
 inf, nan = math.inf, math.nan
 FLOATS = (0.0, 1e-5, 0.5, 0.99, 1.0, -0.0, -1.0, 1e-310, 3e38, 1e308, inf, -inf, nan)
 STRINGS = (*ACTS, "", "gelu", "ReLU", "relu ", "relu\0", "identity" * 1000, "é", "\N{SNOWMAN}")
-VAST = 1 << 41
 # A sanitizer ends the process where memory cannot be had, instead of raising an exception, and needs much for itself.
 VAST_TENSORS = "libasan" not in os.environ.get("LD_PRELOAD", "")
 

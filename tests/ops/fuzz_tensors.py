@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MOST = 1 << 22  # elements of a tensor
+VAST = 1 << 41  # a size that no memory holds, of elements at one address
 DTYPES = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "uint8", "bool", "complex64")
 # What a tensor can be besides numbers in memory.
 LACKING = ("emptied", "shrunk")  # the storage was resized under it

@@ -287,6 +287,7 @@ REFUSED = {
     "a kernel larger than the image": lambda a: {"weight": a["weight"].expand(-1, -1, 9, 9)},
     "no stride": lambda a: {"stride": 0},
     "negative padding": lambda a: {"padding": -1},
+    "no positions but padding": lambda a: {"x": a["x"][:, :, :, :0], "padding": 3},
     "no images": lambda a: {"x": a["x"][:0], "gate": a["gate"][:0]},
     "a main_grad of another shape": lambda a: {"main_grad": a["weight"][1:]},
 }
