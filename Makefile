@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 BUILT_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-kernels test-faults demo dataset wheel clean
+.PHONY: help install lint test test-kernels test-faults fuzz sanitize demo dataset wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,26 @@ test-kernels: install ## the kernels for GPUs alone, without one: interpreted, a
 
 test-faults: install ## every fault of docs/faults.md, several processes and hosts included (some minutes)
 	$(BIN)/python -m pytest tests/faults -m ""
+
+fuzz: install ## 10,000 calls of the operators with arguments that are wrong, or nearly right: none may crash
+	DSPNET_FUZZ_CALLS=$${DSPNET_FUZZ_CALLS:-10000} $(BIN)/python -m pytest --capture=no tests/ops/test_fuzz.py
+
+# The process is Python's, so the sanitizer comes into it first, and with it the C++ library whose exceptions it watches.
+# A lack of memory is an exception, as without it, and Python's own leaks are none of ours. Not AVX512: a sanitizer sees
+# nothing of masked loads and stores. `make sanitize CAPABILITY=DEFAULT` where there is no AVX2.
+SANITIZED := build/sanitize
+CAPABILITY ?= AVX2
+sanitize: export DSPNET_SANITIZE := address,undefined
+sanitize: install ## the compiled operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=g++ \
+		-DDSPNET_PYTHON=$(abspath $(BIN))/python -DDSPNET_OUTPUT=$(abspath $(SANITIZED))/lib \
+		-DDSPNET_SANITIZE=$(DSPNET_SANITIZE) -DDSPNET_CAPABILITY=$(CAPABILITY) > /dev/null
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+		UBSAN_OPTIONS=print_stacktrace=1 DSPNET_LIBRARY=$(abspath $(SANITIZED))/lib/_C.so \
+		$(BIN)/python -m pytest -n 2 --capture=sys tests/csrc/test_sanitized.py tests/csrc/test_emulated.py tests/ops \
+			-k "(sanitized or emulated or fuzz or cpp) and not build" --deselect tests/ops/test_fuzz.py::test_memory_tells
 
 demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it, report: runs/demo
 	$(BIN)/python -m train.pretrain --config recipes/dspnet_resnet_fashion-mnist_3e.yaml --fast-kernels \

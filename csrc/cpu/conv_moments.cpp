@@ -30,7 +30,7 @@ ConvShape check_shape(
       ": weight must be [O, I, k, k] of float32, got ", weight.sizes(), " ", weight.scalar_type());
   const int64_t channels = x.size(1), kernel = weight.size(2);
   TORCH_CHECK(
-      groups == 1 || (groups == channels && groups == out_channels), op, ": ", groups, " groups for ", channels,
+      groups == 1 || (groups > 0 && groups == channels && groups == out_channels), op, ": ", groups, " groups for ", channels,
       " channels in and ", out_channels, " out: only 1 and depthwise are served");
   TORCH_CHECK(
       out_channels > 0 && out_channels <= weight.size(0) && channels > 0 && channels / groups <= weight.size(1) &&
@@ -38,7 +38,7 @@ ConvShape check_shape(
       op, ": a weight of ", weight.sizes(), " has no prefix of ", out_channels, " x ", channels / groups);
   constexpr int64_t limit = 1 << 20; // far beyond any use, far below overflow
   TORCH_CHECK(
-      stride > 0 && stride < limit && padding >= 0 && padding < limit && kernel > 0 && x.size(0) > 0 &&
+      stride > 0 && stride < limit && padding >= 0 && padding < limit && kernel > 0 && x.numel() > 0 &&
           x.size(2) + 2 * padding >= kernel && x.size(3) + 2 * padding >= kernel,
       op, ": no output for ", x.sizes(), " by kernel ", kernel, ", stride ", stride, ", padding ", padding);
   return {
@@ -138,7 +138,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
   const at::Tensor grad_means = check_matrix(op, "grad_mean", grad_mean, views, y.size(1));
   const at::Tensor grad_variances = check_matrix(op, "grad_variance", grad_variance, views, y.size(1));
   if (main_grad) {
-    check_like(op, "main_grad", *main_grad, weight);
+    check_main_grad(op, "main_grad", *main_grad, weight);
   }
 
   const at::Tensor input = channels_last(x), output = channels_last(y), grad_output = channels_last(grad_y);

@@ -55,7 +55,7 @@ class Gradient {
       const at::Tensor& like) {
     TORCH_CHECK(!main_grad || vector, op, ": ", name, " must come with the vector that it is of");
     if (main_grad) {
-      check_like(op, name, *main_grad, *vector);
+      check_main_grad(op, name, *main_grad, *vector);
     }
     returned = vector && !main_grad ? at::zeros_like(*vector) : at::empty({0}, like.options());
     if (vector) {
@@ -97,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor> scale_shift(
 
   const float *m = means.const_data_ptr<float>(), *v = variances.const_data_ptr<float>();
   float *to_scale = scale.mutable_data_ptr<float>(), *to_shift = shift.mutable_data_ptr<float>();
-  for (int64_t view = 0, i = 0; view < views; ++view) {
+  for (int64_t i = 0; i < views * channels;) { // not by views, which may be any number where there are no channels
     for (int64_t channel = 0; channel < channels; ++channel, ++i) {
       to_scale[i] = weights[channel] / std::sqrt(v[i] + static_cast<float>(eps));
       to_shift[i] = biases[channel] - m[i] * to_scale[i];

@@ -1,6 +1,7 @@
 // Every source in csrc/cpu is compiled once per CPU capability, each build in the namespace that CPU_CAPABILITY names.
 // DSPNET_CPU_BUILDS declares the builds of one kernel, DSPNET_CPU_BUILD picks the one for this process. It is picked
 // once, when the library is loaded, so a call pays nothing for it. ATEN_CPU_CAPABILITY=default|avx2 asks for less.
+// DSPNET_CAPABILITY is defined where there is one build alone.
 #pragma once
 
 #include <ATen/Version.h>
@@ -20,7 +21,11 @@ Kernel* for_this_cpu(Kernel* by_default, [[maybe_unused]] Kernel* avx2, [[maybe_
 
 } // namespace dspnet
 
-#if defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(DSPNET_CAPABILITY)
+#define DSPNET_CAPABILITY DEFAULT
+#endif
+
+#if !defined(DSPNET_CAPABILITY)
 #define DSPNET_CPU_BUILDS(result, kernel, ...)                \
   namespace dspnet {                                          \
   namespace DEFAULT { result kernel(__VA_ARGS__); }           \
@@ -31,6 +36,6 @@ Kernel* for_this_cpu(Kernel* by_default, [[maybe_unused]] Kernel* avx2, [[maybe_
   dspnet::for_this_cpu(&dspnet::DEFAULT::kernel, &dspnet::AVX2::kernel, &dspnet::AVX512::kernel)
 #else
 #define DSPNET_CPU_BUILDS(result, kernel, ...) \
-  namespace dspnet { namespace DEFAULT { result kernel(__VA_ARGS__); } }
-#define DSPNET_CPU_BUILD(kernel) &dspnet::DEFAULT::kernel
+  namespace dspnet { namespace DSPNET_CAPABILITY { result kernel(__VA_ARGS__); } }
+#define DSPNET_CPU_BUILD(kernel) &dspnet::DSPNET_CAPABILITY::kernel
 #endif

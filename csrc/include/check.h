@@ -1,6 +1,7 @@
 // Checks that every operator makes before it touches memory: nothing that a caller passes may crash the process.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
 #include <limits>
@@ -33,6 +34,12 @@ inline void check_like(const char* op, const char* name, const at::Tensor& tenso
   TORCH_CHECK(
       tensor.sizes() == other.sizes() && tensor.scalar_type() == other.scalar_type(), op, ": ", name, " must be ",
       other.sizes(), " ", other.scalar_type(), ", got ", tensor.sizes(), " ", tensor.scalar_type());
+}
+
+// A tensor that is added to, not two of its elements at one address.
+inline void check_main_grad(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& other) {
+  check_like(op, name, tensor, other);
+  at::assert_no_internal_overlap(tensor);
 }
 
 // A float32 matrix of this shape; returns it contiguous.

@@ -76,7 +76,7 @@ def _check(
     )
     out_full, in_full, kernel, _ = weight.shape
     torch._check(
-        groups == 1 or groups == channels == out_channels,
+        groups == 1 or 0 < groups == channels == out_channels,
         lambda: (
             f"conv_moments: {groups} groups for {channels} channels in and {out_channels} out: "
             "only 1 and depthwise are served"
@@ -89,7 +89,7 @@ def _check(
         ),
     )
     torch._check(
-        stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and len(x) > 0,
+        stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and x.numel() > 0,
         lambda: f"conv_moments: no output for {list(x.shape)} by kernel {kernel}, stride {stride}, padding {padding}",
     )
     _check_main_grad(weight, main_grad)

@@ -1,12 +1,17 @@
-"""The compiled library, csrc/, as the provider `cpp`: loads it once, and says why where it cannot."""
+"""The compiled library, csrc/, as the provider `cpp`: loads it once, and says why where it cannot.
+
+DSPNET_LIBRARY is the path of another build of it, such as that of `make sanitize`.
+"""
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent.parent / "_C.so"
+PACKAGE = Path(__file__).parent.parent
+LIBRARY = Path(os.environ.get("DSPNET_LIBRARY") or PACKAGE / "_C.so")
 
 
 @functools.cache

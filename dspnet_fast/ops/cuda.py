@@ -7,7 +7,7 @@ import torch
 
 from . import cpp
 
-LIBRARY = cpp.LIBRARY.with_name("_C_cuda.so")
+LIBRARY = cpp.PACKAGE / "_C_cuda.so"
 UNPROVEN = "not yet measured on a GPU, so only by DSPNET_KERNELS=any or =cuda"
 
 

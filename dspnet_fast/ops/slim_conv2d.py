@@ -145,6 +145,10 @@ def _by_conv_moments(
 ) -> Tensor:
     """A convolution of an input that is owed nothing, without moments."""
     _check(x, weight, main_grad, out_channels, groups)
+    torch._check(
+        bias is None or (bias.shape == (out_channels,) and bias.dtype == x.dtype),
+        lambda: f"slim_conv2d: bias must be [{out_channels}] of {x.dtype}",
+    )
     prefix = _prefix(x, weight, out_channels, groups).float()
     y, _, _ = conv_moments(x, None, None, "identity", None, prefix, out_channels, stride[0], padding[0], groups, 0)
     return y if bias is None else y.add_(bias[:, None, None])

@@ -4,6 +4,7 @@ A wide load that is not aligned ends the process, so tests use this in one of th
 """
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +28,19 @@ library: ctypes.CDLL
 
 
 def build(compiler: str, into: Path) -> None:
-    """Compiles the kernels; `load` takes the folder then."""
+    """Compiles the kernels, with the sanitizers that DSPNET_SANITIZE names; `load` takes the folder then."""
     kernels = [ROOT / f"csrc/cuda/{name}.cu" for name in ("ema_update", "lars_ema_step", "normalized_mse")]
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
-    command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    sanitizers = os.environ.get("DSPNET_SANITIZE")
+    if sanitizers:
+        command += ["-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    else:
+        command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     command += ["-include", EMULATOR / "emulator.h", "-I", EMULATOR, "-I", ROOT / "csrc/include"]
     command += [option for folder in HEADERS for option in ("-isystem", folder)]
     command += ["-o", into / "emulated.so", "-x", "c++", *kernels, EMULATOR / "launchers.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of a sanitizer
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -71,6 +71,9 @@ def some(*names: str) -> list[str]:
     return [name for name in names if name in CASES]
 
 
+needs_cpp = pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
+
+
 @pytest.fixture(params=providers(conv_moments))
 def provider(request, policy):
     policy(request.param)
@@ -277,10 +280,14 @@ REFUSED = {
     "no output channels": lambda a: {"out_channels": 0},
     "more input channels than the weight": lambda a: {"weight": a["weight"][:, :3]},
     "groups that are neither 1 nor depthwise": lambda a: {"groups": 2},
+    "no channels in no groups": lambda a: (
+        {name: a[name][:, :0] for name in ("x", "scale", "shift", "gate")} | {"out_channels": 0, "groups": 0}
+    ),
     "an oblong kernel": lambda a: {"weight": a["weight"].expand(-1, -1, 1, 2)},
     "a kernel larger than the image": lambda a: {"weight": a["weight"].expand(-1, -1, 9, 9)},
     "no stride": lambda a: {"stride": 0},
     "negative padding": lambda a: {"padding": -1},
+    "no positions but padding": lambda a: {"x": a["x"][:, :, :, :0], "padding": 3},
     "no images": lambda a: {"x": a["x"][:0], "gate": a["gate"][:0]},
     "a main_grad of another shape": lambda a: {"main_grad": a["weight"][1:]},
 }
@@ -294,7 +301,18 @@ def test_refused(provider, reason):
         conv_moments(*arguments.values())
 
 
-@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
+@pytest.mark.parametrize("name", ["native", pytest.param("cpp", marks=needs_cpp)])
+def test_main_grad_that_overlaps_itself_is_refused(policy, name):
+    policy(name)
+    arguments = make("pointwise")
+    arguments["weight"].requires_grad_()
+    arguments["main_grad"] = torch.zeros(1).expand_as(arguments["weight"])
+    y, _, _ = conv_moments(*arguments.values())
+    with pytest.raises(RuntimeError, match="single memory location"):
+        y.sum().backward()
+
+
+@needs_cpp
 def test_every_build_of_the_library(run_python):
     """The builds for lesser processors, by this file's error rule."""
     check_every_build(

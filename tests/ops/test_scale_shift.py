@@ -21,6 +21,8 @@ CASES = {
 AFFINE = [(True, True), (True, False), (False, True), (False, False)]
 OUTPUTS = "scale", "shift"
 
+needs_cpp = pytest.mark.skipif(not cpp.has("scale_shift")[0], reason=cpp.has("scale_shift")[1])
+
 
 @pytest.fixture(params=providers(scale_shift))
 def provider(request, policy):
@@ -165,7 +167,7 @@ def test_refused(provider, reason):
 REFUSED_BY_THE_LIBRARY = {reason: change for reason, change in REFUSED.items() if "main_grad" not in reason}
 
 
-@pytest.mark.skipif(not cpp.has("scale_shift")[0], reason=cpp.has("scale_shift")[1])
+@needs_cpp
 @pytest.mark.parametrize("reason", REFUSED)
 def test_the_library_refuses_by_itself(reason):
     arguments = make("slice")
@@ -189,7 +191,23 @@ def test_backward_refuses_gradients_of_other_shapes(policy):
     registry.set_policy("native")
 
 
-@pytest.mark.skipif(not cpp.has("scale_shift")[0], reason=cpp.has("scale_shift")[1])
+@pytest.mark.parametrize("name", ["native", pytest.param("cpp", marks=needs_cpp)])
+def test_no_channels_take_no_time(policy, name):
+    policy(name)
+    nothing = torch.empty(2**60, 0)
+    assert scale_shift(nothing, nothing, None, None, None, None, 1e-5)[0].shape == nothing.shape
+
+
+@pytest.mark.parametrize("name", ["native", pytest.param("cpp", marks=needs_cpp)])
+def test_main_grad_that_overlaps_itself_is_refused(policy, name):
+    policy(name)
+    arguments = make("slice")
+    arguments["weight_main_grad"] = torch.zeros(1).expand_as(arguments["weight"])
+    with pytest.raises(RuntimeError, match="single memory location"):
+        scale_shift_backward(arguments["mean"], arguments["mean"], *arguments.values())
+
+
+@needs_cpp
 def test_every_build_of_the_library(run_python):
     """The builds for lesser processors, by this file's error rule."""
     check_every_build(run_python, "test_scale_shift", "for case in t.CASES:\n    t.check(t.make(case))\n")

@@ -133,6 +133,8 @@ REFUSED = {
     "more input channels than the weight": lambda a: {"weight": a["weight"][:, :3]},
     "no groups": lambda a: {"groups": 0},
     "a bias of other channels": lambda a: {"bias": a["bias"][:3]},
+    "a bias of one": lambda a: {"bias": a["bias"][:1]},
+    "a bias of another dtype": lambda a: {"bias": a["bias"].double()},
     "a kernel larger than the image": lambda a: {"x": a["x"][:, :, :1, :1], "padding": (0, 0)},
     "no stride": lambda a: {"stride": (0, 0)},
     "negative padding": lambda a: {"padding": (-1, -1)},

@@ -147,8 +147,9 @@ class RunLog:
 
     def sync(self) -> None:
         """Wait until the metrics are on the disk: to be called before a checkpoint says that they are behind it."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with atomic.needs_room(self._out):
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
         """Flush everything to disk."""
