@@ -26,9 +26,9 @@ FINISHED = "finished"
 
 
 class Heartbeat(NamedTuple):
-    """What a rank tells about itself: a count that grows, where it runs, and what it does."""
+    """What a rank tells about itself: a number that grows, where it runs, and what it does."""
 
-    count: int
+    beats: int
     host: str
     pid: int
     step: int
