@@ -80,7 +80,7 @@ class Watchdog:
     def _watch(self) -> None:
         pulse = Pulse(self._ranks) if self._ranks.size > 1 else None
         complained, count = 0.0, 0
-        while not self._leave.wait(BEAT if pulse else min(BEAT, self._patience or BEAT)):
+        while True:  # a first heartbeat at once: who is lost before it has no name
             waited = time.monotonic() - self._since
             if not self._patience or waited < self._patience:
                 complained = 0.0
@@ -97,6 +97,8 @@ class Watchdog:
                     print(f"error: {lost}; rank {self._ranks.rank} ends the job", file=sys.stderr, flush=True)
                     self._end(LOST)
                     return
+            if self._leave.wait(BEAT if pulse else min(BEAT, self._patience or BEAT)):
+                break
         if pulse is not None:
             pulse.finish()
 
