@@ -116,5 +116,5 @@ def test_why_there_is_no_library(tmp_path, note, why):
     if note is not None:
         (tmp_path / "_C.json").write_text(note)
     (tmp_path / "_C.so").write_text("not a library")
-    loaded, reason = cpp.load(tmp_path / "_C.so")
+    loaded, reason = cpp.load_into(tmp_path / "_C.so", "the compiled library")
     assert not loaded and why in reason

@@ -10,12 +10,25 @@ from pathlib import Path
 
 import torch
 
+from . import lazy_views
+
 PACKAGE = Path(__file__).parent.parent
 LIBRARY = Path(os.environ.get("DSPNET_LIBRARY") or PACKAGE / "_C.so")
 
 
 @functools.cache
-def load(library: Path = LIBRARY, name: str = "the compiled library") -> tuple[bool, str]:
+def load() -> tuple[bool, str]:
+    """Loads the library, once. Returns (True, "") or (False, why not)."""
+    loaded, reason = load_into(LIBRARY, "the compiled library")
+    if loaded:
+        for full in torch._C._dispatch_get_all_op_names():
+            namespace, name = full.split("::")
+            if namespace == "dspnet_cpp":
+                lazy_views.refuse_where_written(getattr(torch.ops.dspnet_cpp, name).default)
+    return loaded, reason
+
+
+def load_into(library: Path, name: str) -> tuple[bool, str]:
     """Loads a library into torch.ops.dspnet_cpp. Returns (True, "") or (False, why not), calling it by its name."""
     try:
         note = json.loads(library.with_suffix(".json").read_text())

@@ -15,7 +15,7 @@ UNPROVEN = "not yet measured on a GPU, so only by DSPNET_KERNELS=any or =cuda"
 def load() -> tuple[bool, str]:
     """Loads the library, after the one that has its schemas; needs no driver. Returns (True, "") or (False, why)."""
     loaded, reason = cpp.load()
-    return cpp.load(LIBRARY, "the CUDA library") if loaded else (loaded, reason)
+    return cpp.load_into(LIBRARY, "the CUDA library") if loaded else (loaded, reason)
 
 
 def built() -> str:

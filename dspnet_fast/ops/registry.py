@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import lazy_views
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +77,7 @@ class Operator(Generic[P, R]):
         schema = torch.library.infer_schema(native, mutates_args=mutates)
         self._custom = torch.library.custom_op(f"dspnet::{self.name}", self._run, mutates_args=mutates, schema=schema)
         self._call: Callable[P, R] = getattr(torch.ops.dspnet, self.name).default
+        lazy_views.refuse_where_written(self._call)
         self._returns = not schema.endswith("-> ()")
         if self._returns:
             self._custom.register_fake(native)
@@ -240,14 +242,18 @@ def _device_type(args: tuple[Any, ...]) -> str | None:
 
 
 def _is_plain_eager(args: tuple[Any, ...]) -> bool:
-    """Whether nobody but autograd wants to see this call: no compiler, no mode, no transform, no subclass, no fake."""
+    """Whether nobody but autograd wants to see this call: no compiler, mode, transform, subclass, fake or lazy view."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
     ):
         return False
-    return all(type(arg) in (Tensor, torch.nn.Parameter) and not arg.is_meta for arg in args if isinstance(arg, Tensor))
+    return all(
+        type(arg) in (Tensor, torch.nn.Parameter) and not (arg.is_meta or lazy_views.is_lazy(arg))
+        for arg in args
+        if isinstance(arg, Tensor)
+    )
 
 
 _policy_of_environment = os.environ.get("DSPNET_KERNELS", "")
