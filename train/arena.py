@@ -77,9 +77,9 @@ class Arena:
         strides = torch.empty_like(self._parameters[name], device="meta").stride()
         return flat.as_strided(self._parameters[name].shape, strides, self._starts[name])
 
-    def start(self, name: str) -> int:
-        """Where a parameter of the online network begins in `params`, and its gradient in `grads`."""
-        return self._starts[name]
+    def start(self, part: str) -> int:
+        """Where the parameters of a module of the online network begin in `params`, and their gradients in `grads`."""
+        return next(start for name, start in self._starts.items() if name.startswith(f"{part}."))
 
     def schedule(self, lr: float, tau: float) -> None:
         """Set what `update` will use, on the device."""

@@ -13,15 +13,18 @@ One training step of a batch of B images, two views each, stacked as [2B, 3, H, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dspnet_fast.models import MLP, Network, build
 from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm, SlimBatchNorm, SlimBatchNorm2d
+from dspnet_fast.nn.owed import Activation, Owed
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.subnets import Family, Subnet
 
@@ -44,10 +47,7 @@ class Branch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Predict (online) or project (target)."""
-        return self.heads(self.encoder(images))
-
-    def heads(self, features: Tensor) -> Tensor:
-        """What follows the encoder."""
+        features = self.encoder(images)
         projection = self.projector(features.to(self.projector.fc1.weight.dtype))
         return projection if self.predictor is None else self.predictor(projection)
 
@@ -105,26 +105,42 @@ class DSPNet(nn.Module):
         return torch.cat([second, first])
 
     def loss(
-        self, images: Tensor, targets: Tensor, subnet: Subnet, heads_done: Callable[[], None] | None = None
+        self, images: Tensor, targets: Tensor, subnet: Subnet, complete: Callable[[str], None] | None = None
     ) -> Tensor:
         """Symmetrised loss of one subnet, a scalar from 0 to 8.
 
-        `heads_done` is called in its backward pass when the gradients of projector and predictor are complete, before
-        those of the encoder are computed.
+        `complete` is called in its backward pass with the name of a part of the online network, the projector and then
+        the encoder's stages from the last to the first: the gradients of it and of all that follow it are complete.
         """
-        with activate(self.online, subnet, views=VIEWS * self.groups):
-            features = self.online.encoder(self._stored(images))
-            if heads_done is not None:
-                features.register_hook(lambda gradient: heads_done())
-            predictions = self.online.heads(features)
+        with activate(self.online, subnet, views=VIEWS * self.groups), self._telling(complete):
+            predictions = self.online(self._stored(images))
         return VIEWS * normalized_mse(predictions, targets)
+
+    @contextmanager
+    def _telling(self, complete: Callable[[str], None] | None) -> Iterator[None]:
+        """A part is complete when the gradient of what went into it is there."""
+        parts = [] if complete is None else [*(f"encoder.{stage}" for stage in self.online.encoder.stages), "projector"]
+
+        def watched(part: str) -> RemovableHandle:
+            def before(module: nn.Module, inputs: tuple[Activation]) -> None:
+                x = inputs[0].x if isinstance(inputs[0], Owed) else inputs[0]
+                x.register_hook(lambda gradient: complete(part))  # type: ignore[misc]
+
+            return self.online.get_submodule(part).register_forward_pre_hook(before)
+
+        handles = [watched(part) for part in parts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def accumulate(
         self,
         images: Tensor,
         subnets: Sequence[Subnet],
         alpha: float | Tensor = 1.0,
-        heads_done: Callable[[], None] | None = None,
+        complete: Callable[[str], None] | None = None,
     ) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward at a time.
 
@@ -132,7 +148,7 @@ class DSPNet(nn.Module):
             images: the two views, [2B, 3, H, W]: view 1 of every image, then view 2.
             subnets: what `sandwich` sampled, the full network last.
             alpha: see `targets`.
-            heads_done: see `loss`; called in the last of these backwards.
+            complete: see `loss`; called in the last of these backwards.
 
         Returns:
             The loss of each subnet, detached scalars on the device.
@@ -140,7 +156,7 @@ class DSPNet(nn.Module):
         targets = self.targets(images, alpha)
         losses = {}
         for subnet in subnets:
-            loss = self.loss(images, targets, subnet, heads_done if subnet is subnets[-1] else None)
+            loss = self.loss(images, targets, subnet, complete if subnet is subnets[-1] else None)
             loss.backward()
             losses[subnet.name] = loss.detach()
         return losses

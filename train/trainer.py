@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from .data.loader import prepare
 from .diagnosis import Finding, find
 from .division import divide
 from .dspnet import DSPNet
+from .exchange import Exchange
 from .graphs import StepGraphs
 from .guard import Guard
 from .ranks import ALONE, Ranks
@@ -68,8 +68,7 @@ class Trainer:
         for module in self.model.modules():
             if isinstance(module, SlimBatchNorm):
                 module.process_group = group
-        self._heads = self.arena.start("projector.fc1.weight")  # they follow the encoder, to the end
-        self._arriving: Callable[[], object] | None = None
+        self._exchange = Exchange(self.arena, ranks)
         self._alpha = torch.zeros((), device=device)
         self._graphs: StepGraphs | None = None
         self.step = 0
@@ -100,7 +99,7 @@ class Trainer:
         self.arena.schedule(self.learning_rate, self.tau)
         self.guard.begin()
         losses = self._accumulate(batch, subnets)
-        self._exchange()
+        self._share()
         if self._graphs is not None:
             self._graphs.update()
         else:
@@ -169,23 +168,14 @@ class Trainer:
             )
             return self._graphs.accumulate(batch, subnets)
         overlaps = last and self.config.overlap and self.ranks.size > 1
-        begin = self._begin_exchange if overlaps else None
-        return self.model.accumulate(prepare(batch, self.device), subnets, self._alpha, begin)
+        complete = self._exchange.complete if overlaps else None
+        return self.model.accumulate(prepare(batch, self.device), subnets, self._alpha, complete)
 
-    def _begin_exchange(self) -> None:
-        """The last gradients of the heads are there."""
-        self._arriving = self.ranks.begin_sum(self.arena.grads[self._heads :])
-
-    def _exchange(self) -> None:
+    def _share(self) -> None:
         """Gradients and running statistics become those of the whole batch."""
-        grads = self.arena.grads
-        wait = self.ranks.begin_sum(grads if self._arriving is None else grads[: self._heads])
-        if self._arriving is not None:
-            self._arriving()
-            self._arriving = None
-        wait()
+        self._exchange.finish()
         if (shares := self.ranks.size * self._division.turns) > 1:
-            grads /= shares
+            self.arena.grads /= shares
         self.ranks.average(self.arena.statistics)
 
     def update(self) -> None:

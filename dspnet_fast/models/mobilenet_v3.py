@@ -165,6 +165,7 @@ class MobileNetV3(Network):
 
     name = "mobilenet_v3_large"
     head_name = "classifier"
+    stages = tuple(f"blocks.{index}" for index in range(len(STAGES) + 1))
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
         super().__init__(full, small_stem)

@@ -16,10 +16,12 @@ class Network(nn.Module, ABC):
         head_name: what timm calls the linear layer of a classifier.
         full: the largest subnet, for which weights are allocated.
         small_stem: whether the stem keeps the resolution, for images below about 64 px.
+        stages: names of the modules that follow the stem one after another, each given what the one before gives.
     """
 
     name: str
     head_name: str
+    stages: tuple[str, ...]
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
         super().__init__()

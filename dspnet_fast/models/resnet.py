@@ -54,6 +54,7 @@ class ResNet(Network):
 
     name = "resnet"
     head_name = "fc"
+    stages = ("layer1", "layer2", "layer3", "layer4")
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
         super().__init__(full, small_stem)

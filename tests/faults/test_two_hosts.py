@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,54 +14,19 @@ import torch
 import torch.distributed as dist
 from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
 
+from benchmarks.cable import HOSTS, Cable
 from train.communication import traffic
 from train.config import PretrainConfig
 from train.run import checkpoint
 from train.run.rundir import read_config
 from train.trainer import build_model
 
-HOSTS = ("a", "b")
 PORT = 29533  # in namespaces of our own
 SECONDS = 180.0
 # forty images to a step, ten to a part: of two, normalised features are signs, and rounding flips them
 OPTIONS = {"batch_size": 40, "bn_groups": 4, "base_lr": 1.0, "warmup_epochs": 0, "checkpoint_epochs": 0}
 FEW, MANY = 4, 24  # steps; the start and the end cost the same in both
 AGREEMENT = 0.1  # headers and acknowledgements, and the small exchanges that the model leaves out
-
-
-class Cable:
-    """A network namespace for each host, with one end of a cable in it."""
-
-    def __init__(self) -> None:
-        self._names = {host: f"dspnet{os.getpid()}{host}" for host in HOSTS}
-        self._ends = {host: f"end{host}" for host in HOSTS}
-        self.addresses = {"a": "10.77.0.1", "b": "10.77.0.2"}
-
-    def lay(self, cleaning: ExitStack) -> None:
-        for name in self._names.values():
-            _ip("netns", "add", name)
-            cleaning.callback(_ip, "netns", "del", name)  # which takes its end of the cable along
-        (first, second), (a, b) = self._ends.values(), self._names.values()
-        _ip("link", "add", first, "netns", a, "type", "veth", "peer", "name", second, "netns", b)
-        for host, name in self._names.items():
-            _ip("-n", name, "address", "add", f"{self.addresses[host]}/24", "dev", self._ends[host])
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "link", "set", self._ends[host], "up")
-
-    def inside(self, host: str, *command: str) -> list[str]:
-        return ["ip", "netns", "exec", self._names[host], *command]
-
-    def environment(self, host: str) -> dict[str, str]:
-        return {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": self._ends[host]}
-
-    def sent(self, host: str) -> int:
-        """Bytes that have left this host."""
-        counter = f"/sys/class/net/{self._ends[host]}/statistics/tx_bytes"
-        return int(subprocess.check_output(self.inside(host, "cat", counter)))
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -92,7 +56,7 @@ def pretrain_on_both(cable: Cable, per_host: int, argv: list[str], name: str) ->
         jobs.append(
             subprocess.Popen(
                 cable.inside(host, *launcher, "-m", "train.pretrain", *argv),
-                env=cable.environment(host),
+                env={**ENVIRONMENT, **cable.environment(host)},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

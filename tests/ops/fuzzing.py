@@ -79,7 +79,9 @@ def call(way: str, name: str, values: dict[str, Any]) -> str:
     tensors = flattened(values.values(), Made)
     if way in IN_PYTHON and any(tensor.state in LACKING or VAST in tensor.shape for tensor in tensors):
         return "not made"  # torch's own operators would read what is not there, and sum 2^41 numbers if asked to
-    written = {argument.name for argument in target.operator._schema.arguments if argument.is_write}
+    arguments = target.operator._schema.arguments
+    # a main_grad that an operator hands to its gradient is written to by that
+    written = {argument.name for argument in arguments if argument.is_write or argument.name.endswith("main_grad")}
     torch.manual_seed(0)
     try:
         made = realised(values, written)

@@ -45,21 +45,25 @@ def test_accumulated_backwards_are_the_gradient_of_the_summed_loss(network, name
 
 
 @pytest.mark.parametrize("arena", [False, True])
-def test_the_heads_gradients_are_complete_when_it_is_said(arena):
+@pytest.mark.parametrize("networks", [RESNET, MOBILENET], ids=["resnet", "mobilenet"])
+def test_gradients_are_complete_when_it_is_said(networks, arena):
     """Whether they are accumulated by autograd or, in an arena, by the operators."""
-    model, images = make(*RESNET)
+    model, images = make(*networks)
     _ = Arena(model.online, model.target) if arena else None
-    heads = {name: p for name, p in model.online.named_parameters() if not name.startswith("encoder")}
-    seen, encoder = [], model.online.encoder.conv1.weight
+    parameters, seen = dict(model.online.named_parameters()), {}
+    names = list(parameters)
 
-    def look():
-        seen.append({name: p.grad.clone() for name, p in heads.items()})
-        seen.append(None if encoder.grad is None else encoder.grad.clone())
+    def look(part):
+        assert part not in seen  # in the last backward alone
+        seen[part] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
 
-    model.accumulate(images, list(model.family), heads_done=look)
-    assert len(seen) == 2  # in the last backward alone
-    torch.testing.assert_close(seen[0], {name: p.grad for name, p in heads.items()}, rtol=0, atol=0)
-    assert not torch.equal(seen[1], encoder.grad)
+    model.accumulate(images, list(model.family), complete=look)
+    assert list(seen) == ["projector", *(f"encoder.{stage}" for stage in reversed(model.online.encoder.stages))]
+    for part, gradients_then in seen.items():
+        first = next(index for index, name in enumerate(names) if name.startswith(f"{part}."))
+        for name in names[first:]:
+            assert torch.equal(gradients_then[name], parameters[name].grad), (part, name)
+        assert not torch.equal(gradients_then[names[0]], parameters[names[0]].grad)
 
 
 def test_loss_is_the_papers_formula():
