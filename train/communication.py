@@ -3,7 +3,7 @@
 A ring all-reduce of n bytes among S ranks sends 2 (S - 1) / S n from each of them, and it receives as many (Patarasuk
 and Yuan 2009). A step has
 
-    gradient        one all-reduce of the arena's flat gradient                                  4 bytes an element
+    gradient        one all-reduce of the arena's flat gradient (in parts with --overlap)        4 bytes an element
     statistics      one of all running statistics, of the online and the target network          4 bytes an element
     normalisation   where several ranks share a part of the batch (more ranks than --bn-groups): among those, two
                     all-reduces of [views, C] forward and two backward, 4 bytes an element, for every batch

@@ -77,7 +77,7 @@ class ExecutionOptions:
     device: str = option("auto", "auto, cpu or cuda", changeable=True)
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has", changeable=True)
     accumulate: int = option(1, "turns in which a rank takes its share of a batch that is too large for it", True)
-    overlap: bool = option(False, "exchange the heads' gradients while the encoder's are computed", changeable=True)
+    overlap: bool = option(False, "exchange gradients of late layers while those of early ones are computed", True)
     no_cuda_graphs: bool = option(False, "launch every kernel by itself instead of replaying graphs", changeable=True)
     probe_epochs: float = option(1.0, "epochs between measurements of kNN and feature spread; 0 for none", True)
     probe_images: int = option(2000, "reference images of that kNN; half as many are classified", changeable=True)

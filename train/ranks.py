@@ -1,7 +1,7 @@
 """This process among those that train together: torch.distributed as torchrun starts it, or one process by itself.
 
-Every rank holds all weights and computes its share of each batch. A step has one all-reduce of the flat gradient (two,
-of a part each, where the exchange overlaps with the backward pass), and one of batch normalisation's running
+Every rank holds all weights and computes its share of each batch. A step has one all-reduce of the flat gradient
+(several, of a part each, where the exchange overlaps with the backward pass), and one of batch normalisation's running
 statistics, which are vectors of channels; so all ranks go on with the same weights and the same statistics, and any of
 them can write what the run is.
 """
