@@ -16,6 +16,7 @@ namespace depthwise {
 namespace {
 
 constexpr int64_t kAdds = 256; // in fp32, of a tile's sums, before they go to a sum in double
+constexpr int64_t kGateAdds = 64; // for the gate's: terms of one image alone, too few for errors to average out
 
 struct BackwardSums {
   std::vector<double> scale, shift; // [rows][channels of the group]
@@ -272,9 +273,13 @@ class BackwardWorker {
     next_row_ = 0;
     for (int64_t iy = 0; iy < shape_.height; ++iy) {
       input_row(n, iy);
-      pending_ += at::divup(shape_.width, kTile);
+      const int64_t adds = at::divup(shape_.width, kTile);
+      pending_ += adds;
+      gate_pending_ += adds;
       if (pending_ >= kAdds) {
         flush_sums();
+      } else if (args_.grad_gate && gate_pending_ >= kGateAdds) {
+        flush_gate();
       }
     }
     if (args_.grad_gate) {
@@ -306,7 +311,7 @@ class BackwardWorker {
   Channels channels_;
   Sums sums_;
   int64_t row_ = 0; // of scale and shift, whose sums are pending
-  int64_t pending_ = 0; // additions
+  int64_t pending_ = 0, gate_pending_ = 0; // additions
   int64_t next_row_ = 0; // of e, to form
 
   int64_t of_ring_row() const { // floats
@@ -331,6 +336,7 @@ class BackwardWorker {
 
   void flush_gate() {
     flush(grad_gate_, channels_.vectors * kVec, gate_sums_.data());
+    gate_pending_ = 0;
   }
 
   void read_moments(int64_t view) {

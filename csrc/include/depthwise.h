@@ -53,17 +53,6 @@ DSPNET_INLINE void with_size(int64_t size, const Run& run) {
   run(std::integral_constant<int, most>{});
 }
 
-// run(std::integral_constant<int, size>, first pixel, number of tiles) for both sizes.
-template <typename Run>
-void for_tiles(const Tiles& tiles, const Run& run) {
-  if (tiles.larger > 0) {
-    with_size(tiles.size + 1, [&](auto size) { run(size, 0, tiles.larger); });
-  }
-  if (tiles.smaller > 0) {
-    with_size(tiles.size, [&](auto size) { run(size, tiles.larger * (tiles.size + 1), tiles.smaller); });
-  }
-}
-
 // run(std::integral_constant<int, n>, first pixel) over all of `count` pixels, n up to kPixels.
 template <typename Run>
 DSPNET_INLINE void for_pixels(int64_t count, const Run& run) {

@@ -75,6 +75,10 @@ struct Panels {
   int64_t offset(int64_t p, int64_t depth) const {
     return column(p) * depth;
   }
+  // Multiplications per one that is needed; a single vector loads too much for those.
+  double waste() const {
+    return static_cast<double>(padded()) / columns * (vectors == 1 ? 1.2 : 1);
+  }
 };
 
 // Packs `depth` rows of panel p, element (k, column) = from[k * depth_stride + column * column_stride]. With several
@@ -350,6 +354,25 @@ void multiply_outer(
     });
   }
 }
+
+// Epilogue: adds to a matrix in whole vectors, or begins it.
+struct AddToMatrix {
+  float* to;
+  int64_t stride;
+  bool begins;
+
+  template <int R, int V>
+  DSPNET_INLINE void operator()(int64_t i, int64_t column, const Vec (&sums)[R][V]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      float* row = to + (i + r) * stride + column;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        (begins ? sums[r][v] : Vec::loadu(row + v * kVec) + sums[r][v]).store(row + v * kVec);
+      }
+    }
+  }
+};
 
 } // namespace CPU_CAPABILITY
 } // namespace dspnet

@@ -1,168 +1,28 @@
-// conv_moments, pointwise: y = h W^T over the positions of all images as rows, and its gradient.
-//
-// Forward: rows are taken in blocks. A block's h = act(scale x + shift) * gate is formed once, into scratch that stays
-// in cache, and multiplied by the packed weight; the epilogue stores y and sums it for the moments. Per row of K
-// channels in and N out: 2 K N flops, K + N values read or written.
-//
-// Backward, in one pass: a block's e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt and h are formed once; then
-// dW += e^T h, and dh = e W, whose epilogue goes on to dx and the sums for dscale, dshift and dgate. Per row 4 K N
-// flops, 2 N + 2 K values; without dx, or without dW, half the flops.
+// conv_moments, pointwise, backward, in one pass: a block's e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt and h
+// (pointwise.h) are formed once; then dW += e^T h, and dh = e W, whose epilogue goes on to dx and the sums for dscale,
+// dshift and dgate. Per row of K channels in and N out 4 K N flops, 2 N + 2 K values; without dx, or without dW, half
+// the flops.
 //
 // To have threads take columns of dW and dx instead, of e and h formed whole, saves the merge of their weight gradients
 // but was slower on every map from 12x12 down to 3x3: e and h then come from the outer caches once per panel.
-#include <ATen/Parallel.h>
-
-#include <algorithm>
-#include <cstdint>
 #include <functional>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
-#include "conv_moments.h"
-#include "conv_output.h"
-#include "gemm.h"
-#include "moments.h"
+#include "pointwise.h"
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
+namespace pointwise {
 namespace {
 
-// Rows of all images, one after another, in blocks. Those of one view make a segment, and no block straddles two.
-struct Blocks {
-  struct Block {
-    int64_t segment, begin, rows;
-  };
+constexpr int64_t kBackwardBytes = 96 << 10; // of formed rows in a block
+constexpr int64_t kBackwardRows = 480; // whose fp32 sums are exact enough
 
-  int64_t segments, segment_rows, rows, per_segment;
-
-  // At most `limit` rows in a block, or kRowMultiple.
-  Blocks(const ConvShape& shape, const Owed& owed, int64_t limit)
-      : segments(std::max<int64_t>({shape.views, owed.rows, 1})),
-        segment_rows(shape.images / segments * shape.positions()),
-        rows(std::min(segment_rows, std::max<int64_t>(limit / kRowMultiple, 1) * kRowMultiple)),
-        per_segment((segment_rows + rows - 1) / rows) {}
-
-  int64_t count() const {
-    return segments * per_segment;
-  }
-  Block at(int64_t b) const {
-    const int64_t segment = b / per_segment, offset = b % per_segment * rows;
-    return {segment, segment * segment_rows + offset, std::min(rows, segment_rows - offset)};
-  }
-};
-
-// Rows of C floats as rows of whole vectors, filled up with zeros; without rows, one of `absent`.
-std::vector<float> padded_rows(const float* from, int64_t rows, int64_t columns, float absent = 0) {
-  const int64_t stride = round_up(columns, kVec);
-  std::vector<float> padded(std::max<int64_t>(rows, 1) * stride, from ? 0.f : absent);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::copy_n(from + r * columns, columns, padded.begin() + r * stride);
-  }
-  return padded;
-}
-
-// x and what it is owed.
-template <typename scalar_t>
-struct Input {
-  const scalar_t* x;
-  Owed owed;
-  int64_t channels, stride, positions; // stride: of formed rows
-  std::vector<float> scale, shift; // [max(rows, 1), stride]
-
-  Input(const ConvShape& shape, const scalar_t* x, const Owed& owed)
-      : x(x),
-        owed(owed),
-        channels(shape.channels),
-        stride(round_up(channels, kVec)),
-        positions(shape.positions()),
-        scale(padded_rows(owed.scale, owed.rows, channels, 1)),
-        shift(padded_rows(owed.shift, owed.rows, channels)) {}
-
-  bool is_owed() const {
-    return owed.scale || owed.act != Act::identity || owed.gate;
-  }
-  int64_t row(int64_t segment) const { // of scale and shift
-    return owed.rows > 1 ? segment : 0;
-  }
-
-  // h of some rows of one segment.
-  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
-    with_act(owed.act, [&](auto act) {
-      if (!is_owed()) {
-        form<Act::identity, false, false>(segment, begin, rows, to);
-      } else if (owed.gate) {
-        form<act, true, true>(segment, begin, rows, to);
-      } else {
-        form<act, true, false>(segment, begin, rows, to);
-      }
-    });
-  }
-
-  template <Act act, bool normalized, bool gated>
-  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      form_group<act, normalized, gated, 4>(segment, begin + r, to + r * stride);
-    }
-    for (; r < rows; ++r) {
-      form_group<act, normalized, gated, 1>(segment, begin + r, to + r * stride);
-    }
-  }
-
-  template <Act act, bool normalized, bool gated, int R>
-  void form_group(int64_t segment, int64_t begin, float* to) const {
-    const float* scales = scale.data() + row(segment) * stride;
-    const float* shifts = shift.data() + row(segment) * stride;
-    const scalar_t* from = x + begin * channels;
-    const float* gates[R];
-    for (int r = 0; gated && r < R; ++r) {
-      gates[r] = owed.gate + (begin + r) / positions * channels;
-    }
-    const auto vector = [&](int64_t c, auto... count) {
-      const Vec a = Vec::loadu(scales + c), b = Vec::loadu(shifts + c);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        Vec h = load(from + r * channels + c, count...);
-        if constexpr (normalized) {
-          h = activate<act>(at::vec::fmadd(h, a, b));
-        }
-        if constexpr (gated) {
-          h = h * load(gates[r] + c, count...);
-        }
-        h.store(to + r * stride + c);
-      }
-    };
-    int64_t c = 0;
-    for (; c + kVec <= channels; c += kVec) {
-      vector(c);
-    }
-    if (c < channels) {
-      vector(c, channels - c);
-    }
-  }
-};
-
-constexpr int64_t kForwardBytes = 48 << 10; // of formed rows in a block
-constexpr int64_t kForwardRows = 192; // whose fp32 sums are exact enough
-
-struct PackedWeight;
-struct FormedInput;
+struct PartialWeight;
+struct PartialGate;
 struct FormedOutput;
-struct BlockSums;
-
-// The columns of a matrix, element (k, column) = from[k * depth_stride + column * column_stride], packed in panels.
-const float* pack(
-    const Panels& panels, const float* from, int64_t depth_stride, int64_t column_stride, int64_t depth) {
-  float* to = scratch<PackedWeight>(panels.padded() * depth);
-  constexpr int64_t kGrain = 1 << 16; // floats: less is not worth waking a thread
-  at::parallel_for(0, panels.count, kGrain / (depth * kVec * kPanelVectors) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) {
-      pack_panel(to + panels.offset(p, depth), panels, p, from, depth_stride, column_stride, depth);
-    }
-  });
-  return to;
-}
+struct RowImages;
 
 // dy, and what else makes e of it.
 template <typename scalar_t>
@@ -315,37 +175,6 @@ struct StoreInputGradient {
   }
 };
 
-// Adds a tile of the weight gradient to a matrix in whole vectors, or begins it.
-struct AddToMatrix {
-  float* to;
-  int64_t stride;
-  bool begins;
-
-  template <int R, int V>
-  DSPNET_INLINE void operator()(int64_t i, int64_t column, const Vec (&sums)[R][V]) const {
-    float* row = to + i * stride + column;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        float* at = row + r * stride + v * kVec;
-        if (begins) {
-          sums[r][v].store(at);
-        } else {
-          add_to(at, sums[r][v]);
-        }
-      }
-    }
-  }
-};
-
-constexpr int64_t kBackwardBytes = 96 << 10; // of formed rows in a block
-constexpr int64_t kBackwardRows = 480; // whose fp32 sums are exact enough
-
-struct PartialWeight;
-struct PartialGate;
-struct RowImages;
-
 template <typename scalar_t>
 struct BackwardPass {
   const ConvShape& shape;
@@ -369,14 +198,9 @@ struct BackwardPass {
                 kBackwardRows, kBackwardBytes / ((input.stride + output.stride) * sizeof(float)))),
         in(shape.channels),
         out(shape.out_channels),
-        vectors_of_h(waste(in) <= waste(out)),
+        vectors_of_h(in.waste() <= out.waste()),
         weight(
             args.grad_x ? pack(in, args.weight.data, args.weight.out, args.weight.in, shape.out_channels) : nullptr) {}
-
-  // Multiplications for nothing, as a share; a single vector loads too much for them.
-  static double waste(const Panels& panels) {
-    return static_cast<double>(panels.padded()) / panels.columns * (panels.vectors == 1 ? 1.2 : 1);
-  }
 
   const Panels& weight_panels() const {
     return vectors_of_h ? in : out;
@@ -528,58 +352,13 @@ struct BackwardPass {
 };
 
 } // namespace
-
-template <typename scalar_t>
-void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
-  const int64_t channels = shape.channels, out_channels = shape.out_channels, views = shape.views;
-  const int64_t limit = kForwardBytes / static_cast<int64_t>(channels * sizeof(float));
-  const Blocks blocks(shape, args.owed, std::min(kForwardRows, limit));
-  const Input<scalar_t> input(shape, args.x, args.owed);
-  const Panels panels(out_channels);
-  const float* weight = pack(panels, args.weight.data, args.weight.in, args.weight.out, channels);
-  std::vector<ChannelMoments> moments(at::get_num_threads() * views); // [thread, view]
-
-  at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
-    float* formed = scratch<FormedInput>(blocks.rows * input.stride);
-    float* sums = scratch<BlockSums>(3 * panels.padded());
-    std::fill_n(sums, panels.padded(), 0.f);
-    for (int64_t b = first; b < last; ++b) {
-      const auto [segment, begin, rows] = blocks.at(b);
-      Rows h{formed, input.stride, channels};
-      if (std::is_same_v<scalar_t, float> && !input.is_owed()) {
-        h.data = reinterpret_cast<const float*>(args.x + begin * channels);
-        h.stride = channels;
-      } else {
-        input.form(segment, begin, rows, formed);
-      }
-      StoreOutput<scalar_t> epilogue{args.y + begin * out_channels, out_channels, out_channels};
-      if (views == 0) {
-        multiply(h, rows, weight, panels, 0, panels.count, epilogue);
-        continue;
-      }
-      ChannelMoments& view = moments[at::get_thread_num() * views + (views > 1 ? segment : 0)];
-      epilogue.pivot = sums;
-      epilogue.sum = sums + panels.padded();
-      epilogue.square = sums + 2 * panels.padded();
-      for (int64_t done = 0, some; done < rows; done += some) {
-        epilogue.has_pivot = view.to_pivot(sums);
-        some = epilogue.has_pivot ? rows - done : std::min(rows, kRowMultiple); // few for a mean that is a good pivot
-        epilogue.y = args.y + (begin + done) * out_channels;
-        multiply(h.from(done), some, weight, panels, 0, panels.count, epilogue);
-        view.merge(some, out_channels, epilogue.pivot, epilogue.sum, epilogue.square);
-      }
-    }
-  });
-  write_moments(moments, views, out_channels, args.mean, args.variance);
-}
+} // namespace pointwise
 
 template <typename scalar_t>
 void pointwise_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
-  BackwardPass<scalar_t>(shape, args).run();
+  pointwise::BackwardPass<scalar_t>(shape, args).run();
 }
 
-template void pointwise_forward(const ConvShape&, const Forward<float>&);
-template void pointwise_forward(const ConvShape&, const Forward<at::BFloat16>&);
 template void pointwise_backward(const ConvShape&, const Backward<float>&);
 template void pointwise_backward(const ConvShape&, const Backward<at::BFloat16>&);
 

@@ -1,0 +1,147 @@
+// conv_moments, dense, forward: k x k kernels of any stride and padding, as matrix products over formed bands
+// (dense.h).
+//
+// The epilogue stores y and sums it for the moments. Per position: 2 k k C O flops, C stride^2 + O values read or
+// written.
+#include "conv_output.h"
+#include "dense.h"
+#include "moments.h"
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+namespace dense {
+namespace {
+
+constexpr int64_t kMomentRows = 192; // whose fp32 sums are exact enough
+
+// The weight for y: depth [ky, kx, channel], columns are output channels.
+const float* pack_forward(const ConvShape& shape, const Prefix& weight, const Panels& panels) {
+  const int64_t taps = shape.kernel * shape.kernel, depth = taps * shape.channels;
+  float* to = scratch<PackedWeight>(panels.padded() * depth);
+  in_parallel(panels.count * taps, kPanelVectors * kVec * shape.channels, [&](int64_t i) {
+    const int64_t p = i / taps, tap = i % taps;
+    pack_panel(
+        to + panels.offset(p, depth) + tap * shape.channels * panels.width(p), panels, p,
+        &weight.at(0, 0, tap / shape.kernel, tap % shape.kernel), weight.in, weight.out, shape.channels);
+  });
+  return to;
+}
+
+// Multiplies for y, and sums it for the moments of a view.
+template <typename scalar_t>
+class OutputRows {
+ public:
+  // moments: [views].
+  OutputRows(const ConvShape& shape, const float* weight, const Panels& panels, ChannelMoments* moments)
+      : shape_(shape), weight_(weight), panels_(panels), moments_(moments) {
+    float* memory = scratch<BlockSums>(3 * panels.padded());
+    std::fill_n(memory, panels.padded(), 0.f);
+    epilogue_.sum = memory + panels.padded();
+    epilogue_.square = memory + 2 * panels.padded();
+    epilogue_.channels = shape.out_channels;
+    pivot_ = memory;
+  }
+
+  // view: ignored where no moments are wanted.
+  void multiply(const Products<scalar_t>& products, int64_t view) {
+    Products<scalar_t> some = products;
+    auto next = products.all.begin();
+    while (next != products.all.end()) {
+      const bool has_pivot = shape_.views == 0 || moments_[view].to_pivot(pivot_);
+      some.all.clear();
+      int64_t rows = 0;
+      do {
+        rows += next->rows;
+        some.all.push_back(*next++);
+        // Few rows for a mean that is a good pivot.
+      } while (has_pivot && next != products.all.end() && rows + next->rows <= kMomentRows);
+      multiply_some(some, has_pivot);
+      if (shape_.views) {
+        moments_[view].merge(rows, shape_.out_channels, pivot_, epilogue_.sum, epilogue_.square);
+      }
+    }
+  }
+
+ private:
+  void multiply_some(const Products<scalar_t>& products, bool has_pivot) {
+    epilogue_.pivot = shape_.views ? pivot_ : nullptr;
+    epilogue_.has_pivot = has_pivot;
+    epilogue_.stride = products.to_stride;
+    const int64_t depth = shape_.kernel * shape_.kernel * shape_.channels;
+    multiply_all(products, weight_, depth, panels_, [&](const Product<scalar_t>& product) {
+      epilogue_.y = product.to;
+      epilogue_.begins = product.to == products.all.front().to;
+      return epilogue_;
+    });
+  }
+
+  const ConvShape& shape_;
+  const float* weight_;
+  const Panels& panels_;
+  ChannelMoments* moments_;
+  StoreOutput<scalar_t> epilogue_{};
+  float* pivot_;
+};
+
+// The products for y of a band.
+template <typename scalar_t>
+Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const FormedRows& h, scalar_t* y) {
+  const int64_t kernel = shape.kernel, channels = shape.channels, out_channels = shape.out_channels;
+  const int64_t of_image = shape.positions() * out_channels, depth_step = kernel * channels;
+  const bool by_images = by_image(shape, band.images);
+  Products<scalar_t> products{
+      by_images ? h.image_floats() : shape.stride * channels, h.row_floats(), depth_step,
+      by_images ? of_image : out_channels};
+  for (int64_t row = band.begin; row < band.end; ++row) {
+    const int64_t top = row * shape.stride - shape.padding, ky = std::max<int64_t>(-top, 0);
+    const int64_t runs = std::min(kernel, shape.height - top) - ky;
+    scalar_t* to = y + band.image * of_image + row * shape.out_width * out_channels;
+    if (by_images) {
+      for (int64_t x = 0; x < shape.out_width; ++x, to += out_channels) {
+        const int64_t left = x * shape.stride - shape.padding, kx = std::max<int64_t>(-left, 0);
+        const int64_t pixels = std::min(kernel, shape.width - left) - kx;
+        products.add(
+            h.pixel(0, top + ky, left + kx), runs, pixels * channels, ky * depth_step + kx * channels, band.images, to);
+      }
+    } else {
+      for (int64_t i = 0; i < band.images; ++i, to += of_image) {
+        products.add(h.pixel(i, top + ky, -shape.padding), runs, depth_step, ky * depth_step, shape.out_width, to);
+      }
+    }
+  }
+  return products;
+}
+
+template <typename scalar_t>
+void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
+  const Input<scalar_t> input{shape, args.x, args.owed};
+  const Bands bands(shape, args.owed, shape.stride * (shape.width + 2 * shape.padding) * shape.channels);
+  const Panels panels(shape.out_channels);
+  const float* weight = pack_forward(shape, args.weight, panels);
+  std::vector<ChannelMoments> moments(at::get_num_threads() * shape.views); // [thread, view]
+  at::parallel_for(0, bands.count(), 1, [&](int64_t b, int64_t last) {
+    float* formed = scratch<FormedInput>(input.floats(bands));
+    OutputRows<scalar_t> output(shape, weight, panels, moments.data() + at::get_thread_num() * shape.views);
+    for (; b < last; ++b) {
+      const Band band = bands.at(b);
+      const FormedRows h = input.rows(band, formed);
+      input.form(band, h);
+      output.multiply(products_of(shape, band, h, args.y), shape.views > 1 ? band.segment : 0);
+    }
+  });
+  write_moments(moments, shape.views, shape.out_channels, args.mean, args.variance);
+}
+
+} // namespace
+} // namespace dense
+
+template <typename scalar_t>
+void dense_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
+  dense::forward(shape, args);
+}
+
+template void dense_forward(const ConvShape&, const Forward<float>&);
+template void dense_forward(const ConvShape&, const Forward<at::BFloat16>&);
+
+} // namespace CPU_CAPABILITY
+} // namespace dspnet

@@ -1,0 +1,75 @@
+// conv_moments, pointwise, forward: y = h W^T over the positions of all images as rows.
+//
+// A block of formed rows (pointwise.h) is multiplied by the packed weight; the epilogue stores y and sums it for the
+// moments. Per row of K channels in and N out: 2 K N flops, K + N values read or written.
+#include <type_traits>
+
+#include "conv_output.h"
+#include "moments.h"
+#include "pointwise.h"
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+namespace pointwise {
+namespace {
+
+constexpr int64_t kForwardBytes = 48 << 10; // of formed rows in a block
+constexpr int64_t kForwardRows = 192; // whose fp32 sums are exact enough
+
+template <typename scalar_t>
+void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
+  const int64_t channels = shape.channels, out_channels = shape.out_channels, views = shape.views;
+  const int64_t limit = kForwardBytes / static_cast<int64_t>(channels * sizeof(float));
+  const Blocks blocks(shape, args.owed, std::min(kForwardRows, limit));
+  const Input<scalar_t> input(shape, args.x, args.owed);
+  const Panels panels(out_channels);
+  const float* weight = pack(panels, args.weight.data, args.weight.in, args.weight.out, channels);
+  std::vector<ChannelMoments> moments(at::get_num_threads() * views); // [thread, view]
+
+  at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
+    float* formed = scratch<FormedInput>(blocks.rows * input.stride);
+    float* sums = scratch<BlockSums>(3 * panels.padded());
+    std::fill_n(sums, panels.padded(), 0.f);
+    for (int64_t b = first; b < last; ++b) {
+      const auto [segment, begin, rows] = blocks.at(b);
+      Rows h{formed, input.stride, channels};
+      if (std::is_same_v<scalar_t, float> && !input.is_owed()) {
+        h.data = reinterpret_cast<const float*>(args.x + begin * channels);
+        h.stride = channels;
+      } else {
+        input.form(segment, begin, rows, formed);
+      }
+      StoreOutput<scalar_t> epilogue{args.y + begin * out_channels, out_channels, out_channels};
+      if (views == 0) {
+        multiply(h, rows, weight, panels, 0, panels.count, epilogue);
+        continue;
+      }
+      ChannelMoments& view = moments[at::get_thread_num() * views + (views > 1 ? segment : 0)];
+      epilogue.pivot = sums;
+      epilogue.sum = sums + panels.padded();
+      epilogue.square = sums + 2 * panels.padded();
+      for (int64_t done = 0, some; done < rows; done += some) {
+        epilogue.has_pivot = view.to_pivot(sums);
+        some = epilogue.has_pivot ? rows - done : std::min(rows, kRowMultiple); // few for a mean that is a good pivot
+        epilogue.y = args.y + (begin + done) * out_channels;
+        multiply(h.from(done), some, weight, panels, 0, panels.count, epilogue);
+        view.merge(some, out_channels, epilogue.pivot, epilogue.sum, epilogue.square);
+      }
+    }
+  });
+  write_moments(moments, views, out_channels, args.mean, args.variance);
+}
+
+} // namespace
+} // namespace pointwise
+
+template <typename scalar_t>
+void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
+  pointwise::forward(shape, args);
+}
+
+template void pointwise_forward(const ConvShape&, const Forward<float>&);
+template void pointwise_forward(const ConvShape&, const Forward<at::BFloat16>&);
+
+} // namespace CPU_CAPABILITY
+} // namespace dspnet

@@ -1,0 +1,275 @@
+// What the forward and the backward of the dense conv_moments have in common: bands, how x is formed for them, and
+// products over all taps of a kernel row.
+//
+// A band, some images or some rows of one, is formed once into scratch: h = act(scale x + shift) * gate, its rows with
+// zeros on both sides. The k taps of one kernel row are then k C floats in a row, so a product needs no copy of
+// patches: its rows are the positions of one output row, or, where those are few, one position of many images. Taps
+// outside the image are left out.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "conv_moments.h"
+#include "gemm.h"
+#include "panels.h"
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+namespace dense {
+
+constexpr int64_t kBandBytes = 512 << 10; // of formed rows
+constexpr int64_t kNarrow = 8; // output rows shorter than this are too short for tiles
+
+struct PackedWeight;
+struct FormedInput;
+struct BlockSums;
+
+// Some images, whole, or some output rows [begin, end) of one.
+struct Band {
+  int64_t segment, image, images, begin, end;
+};
+
+// Images are in segments, those of one view or of one row of scale and shift. No band straddles two.
+struct Bands {
+  int64_t segments, segment_images, height, images, rows, parts; // parts: of an image, if it is more than one
+
+  // floats: to be formed for an output row.
+  Bands(const ConvShape& shape, const Owed& owed, int64_t floats)
+      : segments(std::max<int64_t>({shape.views, owed.rows, 1})),
+        segment_images(shape.images / segments),
+        height(shape.out_height) {
+    const int64_t image_bytes = height * floats * static_cast<int64_t>(sizeof(float)), threads = at::get_num_threads();
+    const int64_t wanted = std::max((image_bytes + kBandBytes - 1) / kBandBytes, 2 * threads / shape.images);
+    rows = std::clamp<int64_t>((height + wanted - 1) / wanted, 1, height);
+    parts = (height + rows - 1) / rows;
+    const int64_t limit = std::min({kBandBytes / image_bytes, shape.images / (4 * threads), kRowMultiple});
+    images = parts > 1 ? 1 : std::clamp<int64_t>(limit, 1, segment_images);
+  }
+
+  int64_t per_segment() const {
+    return (segment_images + images - 1) / images * parts;
+  }
+  int64_t count() const {
+    return segments * per_segment();
+  }
+  Band at(int64_t b) const {
+    const int64_t segment = b / per_segment(), within = b % per_segment(), part = within % parts;
+    const int64_t first = within / parts * images;
+    return {segment, segment * segment_images + first, std::min(images, segment_images - first), part * rows,
+            std::min((part + 1) * rows, height)};
+  }
+};
+
+// Rows [low, high) of a band's images in scratch, with zero pixels on both sides.
+struct FormedRows {
+  float* data;
+  int64_t channels, width, left, right, low, high;
+
+  int64_t row_floats() const {
+    return (left + width + right) * channels;
+  }
+  // An odd number of cache lines: the same position of many images then falls into different sets of the cache.
+  int64_t image_floats() const {
+    constexpr int64_t line = 16;
+    return (round_up((high - low) * row_floats(), line) / line | 1) * line;
+  }
+  // Of the image itself, x < 0 being the zeros before it.
+  float* pixel(int64_t image, int64_t y, int64_t x) const {
+    return data + image * image_floats() + (y - low) * row_floats() + (left + x) * channels;
+  }
+};
+
+// What `images` of them need; vectors may be read from the last pixel on.
+inline int64_t formed_floats(FormedRows rows, int64_t images, int64_t height) {
+  rows.low = 0;
+  rows.high = height;
+  return images * rows.image_floats() + kPanelVectors * kVec;
+}
+
+// Calls form(to, image, y) for the pixels of all rows, and makes the zeros.
+template <typename Form>
+void form_rows(const FormedRows& formed, int64_t images, const Form& form) {
+  for (int64_t i = 0; i < images; ++i) {
+    for (int64_t y = formed.low; y < formed.high; ++y) {
+      float* row = formed.pixel(i, y, 0);
+      std::fill_n(row - formed.left * formed.channels, formed.left * formed.channels, 0.f);
+      form(row, i, y);
+      std::fill_n(row + formed.width * formed.channels, formed.right * formed.channels, 0.f);
+    }
+  }
+}
+
+// The positions of one row in one image, or one position of several images: rows by the packed weight. Their taps are
+// `runs` runs of `run` floats; in the weight, the first one's rows begin at `depth`.
+template <typename out_t>
+struct Product {
+  const float* from;
+  int64_t runs, run, depth;
+  int64_t rows;
+  out_t* to;
+};
+
+// Products that differ in no more than that.
+template <typename out_t>
+struct Products {
+  int64_t stride, row_step, depth_step; // from row to row of A; from run to run, there and in the weight
+  int64_t to_stride; // from row to row of the result
+  std::vector<Product<out_t>> all{};
+
+  void add(const float* from, int64_t runs, int64_t run, int64_t depth, int64_t rows, out_t* to) {
+    all.push_back({from, std::max<int64_t>(runs, 0), std::max<int64_t>(run, 0), depth, rows, to});
+  }
+};
+
+// As multiply_rows, but where a tile and a small rest would be left, two tiles of about the same size.
+template <int V, typename Epilogue>
+void multiply_evenly(const Rows& a, int64_t rows, const float* panel, int64_t column, const Epilogue& epilogue) {
+  constexpr int R = kTileRows<V>, middle = R == 12 ? 8 : R == 6 ? 4 : R / 2;
+  const int64_t rest = rows % R;
+  const int64_t whole = rest > 0 && R + rest <= 2 * middle && rows > R ? rows - rest - R : rows - rest;
+  float* parked = scratch<ParkedTile>(kRegisters * kVec);
+  multiply_rows<V, R>(a, 0, whole, panel, column, parked, epilogue);
+  if (whole < rows) {
+    multiply_rows<V, middle>(a, whole, rows, panel, column, parked, epilogue);
+  }
+}
+
+// depth: of the whole packed weight, of which a product may use a part. Panel after panel, so that each stays in the
+// cache for all products. epilogue_of(product): one of multiply()'s.
+template <typename out_t, typename EpilogueOf>
+void multiply_all(
+    const Products<out_t>& products, const float* packed, int64_t depth, const Panels& panels, const EpilogueOf& epilogue_of) {
+  std::vector<int64_t> taps, depths;
+  for (int64_t p = 0; p < panels.count; ++p) {
+    with_vectors(panels.width(p), [&](auto v) {
+      for (const Product<out_t>& product : products.all) {
+        taps.resize(product.runs);
+        depths.resize(product.runs);
+        for (int64_t r = 0; r < product.runs; ++r) {
+          taps[r] = r * products.row_step;
+          depths[r] = product.depth + r * products.depth_step;
+        }
+        const Rows rows{product.from, products.stride, product.run, taps.data(), product.runs, depths.data()};
+        multiply_evenly<v>(rows, product.rows, packed + panels.offset(p, depth), panels.column(p), epilogue_of(product));
+      }
+    });
+  }
+}
+
+// x and what it is owed.
+template <typename scalar_t>
+struct Input {
+  const ConvShape& shape;
+  const scalar_t* x;
+  Owed owed;
+
+  bool is_owed() const {
+    return owed.rows || owed.act != Act::identity || owed.gate;
+  }
+  const float* scale(int64_t n) const { // of image n, or null
+    return owed.rows ? owed.scale + owed.row(n, shape.images) * shape.channels : nullptr;
+  }
+  const float* shift(int64_t n) const {
+    return owed.rows ? owed.shift + owed.row(n, shape.images) * shape.channels : nullptr;
+  }
+  const float* gate(int64_t n) const {
+    return owed.gate ? owed.gate + n * shape.channels : nullptr;
+  }
+
+  // The input rows that the band's output rows need.
+  FormedRows rows(const Band& band, float* data) const {
+    const int64_t low = std::clamp<int64_t>(band.begin * shape.stride - shape.padding, 0, shape.height);
+    const int64_t high = (band.end - 1) * shape.stride - shape.padding + shape.kernel;
+    return {data, shape.channels, shape.width, shape.padding, shape.padding, low,
+            std::clamp<int64_t>(high, low, shape.height)};
+  }
+  int64_t floats(const Bands& bands) const { // that rows() needs at most
+    return formed_floats(
+        rows(bands.at(0), nullptr), bands.images,
+        std::min((bands.rows - 1) * shape.stride + shape.kernel, shape.height));
+  }
+
+  void form(const Band& band, const FormedRows& formed) const {
+    with_act(owed.act, [&](auto act) {
+      form_rows(formed, band.images, [&](float* to, int64_t i, int64_t y) {
+        if (y % pixel_step() != first_pixel()) {
+          return;
+        }
+        const int64_t n = band.image + i;
+        const scalar_t* from = x + (n * shape.height + y) * shape.width * shape.channels;
+        if (!is_owed()) {
+          form_as_is(from, to);
+        } else if (owed.gate) {
+          form_row<act, true>(n, from, to);
+        } else {
+          form_row<act, false>(n, from, to);
+        }
+      });
+    });
+  }
+
+  // A kernel of one tap leaves out rows and pixels if it has a stride.
+  int64_t pixel_step() const {
+    return shape.kernel == 1 ? shape.stride : 1;
+  }
+  int64_t first_pixel() const { // and row
+    return (pixel_step() - shape.padding % pixel_step()) % pixel_step();
+  }
+
+  void form_as_is(const scalar_t* from, float* to) const {
+    const int64_t floats = shape.width * shape.channels;
+    for_panels(floats, [&]<typename P>(const P& panel) {
+      for (int v = 0; v < P::vectors; ++v) {
+        panel.put(to, v, panel.get(from, v));
+      }
+    });
+  }
+
+  template <Act act, bool gated>
+  void form_row(int64_t n, const scalar_t* from, float* to) const {
+    for_panels(shape.channels, [&]<typename P>(const P& panel) {
+      Vec a[P::vectors], b[P::vectors], g[P::vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < P::vectors; ++v) {
+        a[v] = panel.get_or(scale(n), v, 1);
+        b[v] = panel.get_or(shift(n), v, 0);
+        g[v] = panel.get_or(gate(n), v, 1);
+      }
+      for (int64_t at = first_pixel() * shape.channels; at < shape.width * shape.channels;
+           at += pixel_step() * shape.channels) {
+#pragma GCC unroll 2
+        for (int v = 0; v < P::vectors; ++v) {
+          Vec h = activate<act>(at::vec::fmadd(panel.get(from + at, v), a[v], b[v]));
+          if constexpr (gated) {
+            h = h * g[v];
+          }
+          panel.put(to + at, v, h);
+        }
+      }
+    });
+  }
+};
+
+// Whether a product's rows are one position of many images.
+inline bool by_image(const ConvShape& shape, int64_t images) {
+  return shape.out_width < kNarrow && images > shape.out_width;
+}
+
+// Calls run(index) for [0, count) in parallel.
+template <typename Run>
+void in_parallel(int64_t count, int64_t floats_each, const Run& run) {
+  constexpr int64_t kGrain = 1 << 15; // floats: less is not worth waking a thread
+  at::parallel_for(0, count, kGrain / std::max<int64_t>(floats_each, 1) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      run(i);
+    }
+  });
+}
+
+} // namespace dense
+} // namespace CPU_CAPABILITY
+} // namespace dspnet

@@ -1,0 +1,155 @@
+// What the forward and the backward of the pointwise conv_moments have in common: blocks of rows, how x is formed for
+// them, and how a weight is packed.
+//
+// Rows are the positions of all images, taken in blocks. A block's h = act(scale x + shift) * gate is formed once, into
+// scratch that stays in cache.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "conv_moments.h"
+#include "gemm.h"
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+namespace pointwise {
+
+struct PackedWeight;
+struct FormedInput;
+struct BlockSums;
+
+// Rows of all images, one after another, in blocks. Those of one view make a segment, and no block straddles two.
+struct Blocks {
+  struct Block {
+    int64_t segment, begin, rows;
+  };
+
+  int64_t segments, segment_rows, rows, per_segment;
+
+  // At most `limit` rows in a block, or kRowMultiple.
+  Blocks(const ConvShape& shape, const Owed& owed, int64_t limit)
+      : segments(std::max<int64_t>({shape.views, owed.rows, 1})),
+        segment_rows(shape.images / segments * shape.positions()),
+        rows(std::min(segment_rows, std::max<int64_t>(limit / kRowMultiple, 1) * kRowMultiple)),
+        per_segment((segment_rows + rows - 1) / rows) {}
+
+  int64_t count() const {
+    return segments * per_segment;
+  }
+  Block at(int64_t b) const {
+    const int64_t segment = b / per_segment, offset = b % per_segment * rows;
+    return {segment, segment * segment_rows + offset, std::min(rows, segment_rows - offset)};
+  }
+};
+
+// Rows of C floats as rows of whole vectors, filled up with zeros; without rows, one of `absent`.
+inline std::vector<float> padded_rows(const float* from, int64_t rows, int64_t columns, float absent = 0) {
+  const int64_t stride = round_up(columns, kVec);
+  std::vector<float> padded(std::max<int64_t>(rows, 1) * stride, from ? 0.f : absent);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy_n(from + r * columns, columns, padded.begin() + r * stride);
+  }
+  return padded;
+}
+
+// x and what it is owed.
+template <typename scalar_t>
+struct Input {
+  const scalar_t* x;
+  Owed owed;
+  int64_t channels, stride, positions; // stride: of formed rows
+  std::vector<float> scale, shift; // [max(rows, 1), stride]
+
+  Input(const ConvShape& shape, const scalar_t* x, const Owed& owed)
+      : x(x),
+        owed(owed),
+        channels(shape.channels),
+        stride(round_up(channels, kVec)),
+        positions(shape.positions()),
+        scale(padded_rows(owed.scale, owed.rows, channels, 1)),
+        shift(padded_rows(owed.shift, owed.rows, channels)) {}
+
+  bool is_owed() const {
+    return owed.scale || owed.act != Act::identity || owed.gate;
+  }
+  int64_t row(int64_t segment) const { // of scale and shift
+    return owed.rows > 1 ? segment : 0;
+  }
+
+  // h of some rows of one segment.
+  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
+    with_act(owed.act, [&](auto act) {
+      if (!is_owed()) {
+        form<Act::identity, false, false>(segment, begin, rows, to);
+      } else if (owed.gate) {
+        form<act, true, true>(segment, begin, rows, to);
+      } else {
+        form<act, true, false>(segment, begin, rows, to);
+      }
+    });
+  }
+
+  template <Act act, bool normalized, bool gated>
+  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      form_group<act, normalized, gated, 4>(segment, begin + r, to + r * stride);
+    }
+    for (; r < rows; ++r) {
+      form_group<act, normalized, gated, 1>(segment, begin + r, to + r * stride);
+    }
+  }
+
+  template <Act act, bool normalized, bool gated, int R>
+  void form_group(int64_t segment, int64_t begin, float* to) const {
+    const float* scales = scale.data() + row(segment) * stride;
+    const float* shifts = shift.data() + row(segment) * stride;
+    const scalar_t* from = x + begin * channels;
+    const float* gates[R];
+    for (int r = 0; gated && r < R; ++r) {
+      gates[r] = owed.gate + (begin + r) / positions * channels;
+    }
+    const auto vector = [&](int64_t c, auto... count) {
+      const Vec a = Vec::loadu(scales + c), b = Vec::loadu(shifts + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        Vec h = load(from + r * channels + c, count...);
+        if constexpr (normalized) {
+          h = activate<act>(at::vec::fmadd(h, a, b));
+        }
+        if constexpr (gated) {
+          h = h * load(gates[r] + c, count...);
+        }
+        h.store(to + r * stride + c);
+      }
+    };
+    int64_t c = 0;
+    for (; c + kVec <= channels; c += kVec) {
+      vector(c);
+    }
+    if (c < channels) {
+      vector(c, channels - c);
+    }
+  }
+};
+
+// The columns of a matrix, element (k, column) = from[k * depth_stride + column * column_stride], packed in panels.
+inline const float* pack(
+    const Panels& panels, const float* from, int64_t depth_stride, int64_t column_stride, int64_t depth) {
+  float* to = scratch<PackedWeight>(panels.padded() * depth);
+  constexpr int64_t kGrain = 1 << 16; // floats: less is not worth waking a thread
+  at::parallel_for(0, panels.count, kGrain / (depth * kVec * kPanelVectors) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      pack_panel(to + panels.offset(p, depth), panels, p, from, depth_stride, column_stride, depth);
+    }
+  });
+  return to;
+}
+
+} // namespace pointwise
+} // namespace CPU_CAPABILITY
+} // namespace dspnet
