@@ -19,13 +19,14 @@ from dspnet_fast.subnets import sandwich
 from . import counting
 from .communication import traffic
 from .config import PretrainConfig
+from .costs import Cost
 from .counting import Counted
 from .data import augment
 from .data.order import EpochOrder
 from .data.sets import SetSize, is_here, size_of
-from .evaluation.results import Cost, Table, cost_cells, quantity
 from .run import checkpoint
 from .run.rundir import check_run
+from .run.tables import Table, cost_cells, quantity
 from .trainer import Trainer
 
 RANKS = 2, 8, 128  # for which the exchange is counted

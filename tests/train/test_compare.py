@@ -25,12 +25,13 @@ from train.comparison import compared, measuring, times
 from train.comparison.measuring import Measured
 from train.comparison.ratios import ratios
 from train.config import PretrainConfig
+from train.costs import Cost
 from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
 from train.dspnet import DSPNet
 from train.evaluation import drawing
-from train.evaluation.results import Cost, quantity
 from train.reporting import figures, page
 from train.reporting.findings import read_comparison
+from train.run.tables import quantity
 from train.trainer import Trainer
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..evaluation import drawing
-from ..evaluation.results import Point, Report, Table, cost_cells, percent, quantity
+from ..evaluation.points import Point
+from ..evaluation.results import Report
 from ..reporting import figures
+from ..run.tables import Table, cost_cells, percent, quantity
 
 SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another, each of them
 MEASURED_PARTS = {
