@@ -20,10 +20,9 @@ from ..pretraining import Pretraining, open_train_images
 from ..run import checkpoint
 from ..run.device import choose_device
 from ..run.rundir import CONFIG, open_run
-from .compared import ALONE
 from .design import Comparison
 from .measuring import Measured
-from .ratios import ratios
+from .ratios import ALONE, ratios
 from .seeds import over_seeds
 from .times import taken, timed_step
 
