@@ -33,6 +33,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.machine import cpu_model
 from train import cli
 from train.data.augment import ViewSpec, byol
 from train.data.backends import choose_backend, open_batches
@@ -43,7 +44,6 @@ from train.data.order import EpochOrder
 from train.data.sets import open_images
 from train.run.progress import Monitor
 
-from .machine import processor
 from .quiet import Patience, Samples
 
 EPILOG = """\
@@ -207,7 +207,7 @@ def measure(options: argparse.Namespace, images: ImageSet) -> dict:
     rates = {name: len(images) / of_variant.median for name, of_variant in samples.items()}
     best = max(rates[PIL], rates[TENSORS])
     return {
-        "processor": processor(),
+        "processor": cpu_model(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "images": len(images),

@@ -36,7 +36,6 @@ from train.run.progress import Monitor
 
 from .data import photographs, transform
 
-REFERENCE = "torchvision's own"
 BINS, RINGS = 32, 8
 FAINT = 1e-5
 BOUNDS = {"mean": 2.0, "std": 2.0, "histogram": 0.03, "spectrum": 0.10}  # at 10,000 samples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -57,12 +56,3 @@ def roofline_seconds(flops: float, count: float, footprint: int) -> float:
     footprint: the bytes that a copy is timed on, as in `copy_bandwidth`.
     """
     return max(flops / (1e9 * peak_gflops()), count / (1e9 * copy_bandwidth(footprint)))
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.machine import cpu_model
 from dspnet_fast.ops import registry
 from train import cli
 from train.communication import traffic
@@ -33,7 +34,6 @@ from train.run.progress import Monitor
 from train.trainer import Trainer
 
 from .cable import HOSTS, Cable
-from .machine import processor
 
 PORT = 29534  # in namespaces of our own
 STEPS_OF_A_RUN = 100_000  # so many that learning rate and tau stay what they are
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     sent = traffic(config, len(HOSTS))
     console = Console()
     console.print(
-        f"{processor()}, one thread a rank; {config.network} {config.dns}, {config.batch_size} images of "
+        f"{cpu_model()}, one thread a rank; {config.network} {config.dns}, {config.batch_size} images of "
         f"{config.image_size} px; {sent.gradient / 1e6:.1f} MB of gradient sent by each rank in a step"
     )
     table = Table("Gbit/s", *(f"{name}, ms" for name in (ALONE, EXCHANGE, AFTER, OVERLAPPED)), "x")

@@ -29,10 +29,10 @@ def _processor_seconds() -> tuple[float, float]:
     return busy, busy + idle + iowait
 
 
-def foreign_load(window: float = WINDOW) -> float:
-    """Share of all processors' time that others use, over the next `window` seconds, in which this process sleeps."""
+def foreign_load() -> float:
+    """Share of all processors' time that others use, over the next WINDOW seconds, in which this process sleeps."""
     before = _processor_seconds()
-    time.sleep(window)
+    time.sleep(WINDOW)
     busy, total = (after - earlier for after, earlier in zip(_processor_seconds(), before, strict=True))
     return busy / total if total else 0.0
 

@@ -38,6 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.machine import cpu_model
 from dspnet_fast.models import family
 from dspnet_fast.ops import registry
 from train import cli
@@ -321,7 +322,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
         "options": {k: v for k, v in vars(options).items() if k in ("network", "subnets", "stem")}
         | {"image_size": options.image_size, "batch_size": options.batch_size},
         "machine": {
-            "processor": machine.processor(),
+            "processor": cpu_model(),
             "system": platform.platform(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

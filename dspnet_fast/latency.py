@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .info import cpu_model
+from .machine import cpu_model
 
 ROUNDS, CALLS = 3, 10
 

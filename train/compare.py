@@ -11,9 +11,9 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
 from . import cli
-from .comparison import compared
-from .comparison.comparing import compare
 from .comparison.design import DECIDED, CompareOptions, Comparison
+from .comparison.runs import compare
+from .comparison.tables import figures_of, tables_of
 from .config import PretrainConfig, key
 from .evaluation import drawing
 from .evaluation.results import Report
@@ -47,11 +47,11 @@ def make_parser() -> cli.ArgumentParser:
 
 def publish(out: Path, report: Report) -> None:
     """Write and print the report."""
-    tables = compared.tables(report)
+    tables = tables_of(report)
     atomic.write_text(out / COMPARE, json.dumps(report, indent=2) + "\n")
     atomic.write_text(out / "compare.md", "\n".join(table.markdown() for table in tables))
     written = [COMPARE, "compare.md"]
-    for name, draw, _, _ in compared.figures_of(report):
+    for name, draw, _, _ in figures_of(report):
         written.append(f"compare-{name}.png")
         atomic.write_bytes(out / written[-1], drawing.png(draw))
     for table in tables:
@@ -72,7 +72,7 @@ def _main(argv: Sequence[str]) -> None:
     if parsed.dry_run:
         report = comparison.plan()
         size = comparison.size
-        for table in compared.tables(report):
+        for table in tables_of(report):
             table.show()
         runs = len(comparison.seeds) * len(comparison.trained)
         what = "1 run" if runs == 1 else f"{runs} runs"

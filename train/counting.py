@@ -23,8 +23,8 @@ from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import Family
 
 from .config import PretrainConfig
+from .costs import Cost, cost
 from .dspnet import VIEWS
-from .evaluation.results import Cost, cost
 
 PASSES = 3  # forward, and a backward of twice as much
 LARS_MACS, AVERAGE_MACS = 6, 2

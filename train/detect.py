@@ -24,11 +24,12 @@ from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
 from .detection.training import DetectionTraining, Recipe, evaluate
 from .evaluation.protocols.common import FOLDER, positive
-from .evaluation.results import Report, Table, quantity
+from .evaluation.results import Report
 from .evaluation.trained import TrainedFamily
 from .run import atomic, checkpoint, fingerprint, loop
 from .run.device import choose_device
 from .run.rundir import read_recipe
+from .run.tables import Table, quantity
 
 DESCRIPTION = """\
 Train Mask R-CNN with a feature pyramid on one network of a run, on a set in COCO's format, and evaluate its boxes and

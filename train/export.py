@@ -23,16 +23,17 @@ from dspnet_fast.switchable import Switchable
 
 from . import cli
 from .config import FamilyOptions, PretrainConfig, option
+from .costs import cost
 from .data.images import Subset
 from .data.loader import MEAN, STD
 from .data.sets import open_images
 from .evaluation.finetuned import FinetunedFamily
-from .evaluation.results import Table, cost, cost_cells
 from .evaluation.trained import Trained, TrainedFamily
 from .finetune_config import FinetuneConfig
 from .run import checkpoint
 from .run.progress import Monitor
 from .run.rundir import read_any_config
+from .run.tables import Table, cost_cells
 
 DESCRIPTION = """\
 Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network

@@ -16,13 +16,15 @@ from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
 from . import cli
+from .costs import cost
 from .data import augment
 from .data.images import ImageSet
 from .data.order import EpochOrder
 from .data.sets import open_images
 from .evaluation.accuracy import Accuracy
+from .evaluation.points import points
 from .evaluation.protocols.common import FOLDER, Plan, config_of
-from .evaluation.results import Report, accuracy_table, cost, points, publish
+from .evaluation.results import Report, accuracy_table, publish
 from .evaluation.supervised import SupervisedTraining, evaluate, labelled_batches, new_classifier
 from .evaluation.trained import TrainedFamily
 from .finetune_config import SCRATCH, FinetuneConfig

@@ -19,13 +19,14 @@ from dspnet_fast.subnets import sandwich
 from . import counting
 from .communication import traffic
 from .config import PretrainConfig
+from .costs import Cost
 from .counting import Counted
 from .data import augment
 from .data.order import EpochOrder
 from .data.sets import SetSize, is_here, size_of
-from .evaluation.results import Cost, Table, cost_cells, quantity
 from .run import checkpoint
 from .run.rundir import check_run
+from .run.tables import Table, cost_cells, quantity
 from .trainer import Trainer
 
 RANKS = 2, 8, 128  # for which the exchange is counted
@@ -82,13 +83,15 @@ def plan(config: PretrainConfig, resume: bool = False) -> RunPlan:
     augment.byol(config.image_size, config.min_scale)
     size = _known_size(config.data)
     images = config.train_images if size is None else images_of(config, size)
-    counted_as, epoch_steps = replace(config, epochs=1, full_only_epochs=0.0), None
-    if images is not None:
+    epoch_steps: int | None
+    if images is None:  # one step is counted, after those of the full network alone
+        epoch_steps, counted_steps, counted_as = None, 1, replace(config, epochs=1, full_only_epochs=0.0)
+    else:
         epoch_steps = EpochOrder(images, config.batch_size, config.seed, config.epochs).steps_per_epoch
-        counted_as = config
+        counted_steps, counted_as = epoch_steps, config
     costs = counting.network_costs(config)
-    trained = counting.sampled_steps(counted_as, epoch_steps or 1)
-    counted = counting.count(counted_as, epoch_steps or 1, costs)
+    trained = counting.sampled_steps(counted_as, counted_steps)
+    counted = counting.count(counted_as, counted_steps, costs)
     return RunPlan(config, size, images, epoch_steps, costs, trained, counted, _memory(config))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cli
-from .comparison import compared
+from .comparison.tables import figures_of, tables_of
 from .evaluation import drawing
 from .evaluation.collapse import LEAST_RANK, LEAST_STD
 from .reporting import figures, page
@@ -46,7 +46,7 @@ def pictures_of(run: Run) -> Iterator[Picture]:
                 f"{evaluation.about}. Bars are 95 % intervals.",
             )
     if run.comparison is not None:
-        for name, draw, description, caption in compared.figures_of(run.comparison):
+        for name, draw, description, caption in figures_of(run.comparison):
             yield Picture(f"compare-{name}", draw, description, caption)
     longest = max((len(xs) for xs, _ in run.curve("loss").values()), default=0)
     means = " Of long runs, means of neighbouring steps." if longest > figures.POINTS else ""
@@ -99,7 +99,7 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
         body.append(page.paragraph(f"Not compared yet: `python -m train.compare` writes {COMPARE}."))
     else:
         body += [page.figures([drawn[name] for name in drawn if name.startswith("compare-")])]
-        for table in compared.tables(run.comparison):
+        for table in tables_of(run.comparison):
             body += [page.table(table.heading, table.rows), page.paragraph(table.title, "note")]
 
     for section in ("training", "collapse"):

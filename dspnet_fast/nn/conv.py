@@ -61,15 +61,9 @@ class SlimConv2d(Sized, nn.Conv2d):
         return groups, groups * (self.out_channels // self.groups)
 
     def _conv_moments(self, owed: Owed, out_channels: int, groups: int, views: int) -> Raw:
-        stride, padding = set(self.stride), {*self.padding}
-        served = (len(stride), len(padding), self.dilation, self.bias, self.padding_mode) == (
-            1,
-            1,
-            (1, 1),
-            None,
-            "zeros",
-        )
-        if not served or isinstance(self.padding, str) or self.groups not in (1, self.in_channels):
+        square = self.stride[0] == self.stride[1] and self.padding[0] == self.padding[1]
+        plain = self.dilation == (1, 1) and self.bias is None and self.padding_mode == "zeros"
+        if isinstance(self.padding, str) or not (square and plain and self.groups in (1, self.in_channels)):
             raise ValueError(f"no conv_moments of {self}: settle its input first")
         return Raw(
             *conv_moments(
@@ -81,8 +75,8 @@ class SlimConv2d(Sized, nn.Conv2d):
                 self.weight,
                 main_grad(self.weight),
                 out_channels,
-                stride.pop(),
-                padding.pop(),
+                self.stride[0],
+                self.padding[0],
                 groups,
                 views,
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
+from .main_grad import check_main_grad, gradient_buffer
 from .owed import activated, check_owed, normalization_gradients, normalized, per_image, settled, slope, wide
 from .registry import operator
 
@@ -92,14 +93,7 @@ def _check(
         stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and x.numel() > 0,
         lambda: f"conv_moments: no output for {list(x.shape)} by kernel {kernel}, stride {stride}, padding {padding}",
     )
-    _check_main_grad(weight, main_grad)
-
-
-def _check_main_grad(weight: Tensor, main_grad: Tensor | None) -> None:
-    torch._check(
-        main_grad is None or (main_grad.shape == weight.shape and main_grad.dtype == weight.dtype),
-        lambda: f"conv_moments: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
-    )
+    check_main_grad("conv_moments", weight, main_grad)
 
 
 @operator(mutates=("main_grad",))
@@ -167,11 +161,11 @@ def conv_moments_backward(
         rows = 0 if scale is None else len(scale)
         grad_x, grad_scale, grad_shift = normalization_gradients(grad_h * slope(z, act), x, scale, rows)
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-    grad_weight = weight.new_empty(0)
     if weight_gradient:
-        if main_grad is None:
-            main_grad = grad_weight = torch.zeros_like(weight)
-        main_grad[: prefix.shape[0], : prefix.shape[1]] += grad_prefix
+        buffer, grad_weight = gradient_buffer(weight, main_grad)
+        buffer[: prefix.shape[0], : prefix.shape[1]] += grad_prefix
+    else:
+        grad_weight = weight.new_empty(0)
     return grad_x, grad_scale, grad_shift, grad_gate, grad_weight
 
 
@@ -242,7 +236,7 @@ def _cpp(
     main_grad: Tensor | None,
     *rest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_main_grad(weight, main_grad)  # the forward itself has no use for it
+    check_main_grad("conv_moments", weight, main_grad)  # the forward itself has no use for it
     return torch.ops.dspnet_cpp.conv_moments(x, scale, shift, act, gate, weight, *rest)
 
 

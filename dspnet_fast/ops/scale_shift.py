@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
+from .main_grad import alike, gradient_buffer
 from .registry import operator
 
 
@@ -59,9 +60,7 @@ def _check(
 
 
 def _check_main_grad(name: str, vector: Tensor | None, main_grad: Tensor | None) -> None:
-    if main_grad is not None:
-        alike = vector is not None and main_grad.shape == vector.shape and main_grad.dtype == vector.dtype
-        torch._check(alike, lambda: f"scale_shift: {name}_main_grad must be like {name}")
+    torch._check(alike(main_grad, vector), lambda: f"scale_shift: {name}_main_grad must be like {name}")
 
 
 def _prefix(vector: Tensor, mean: Tensor) -> Tensor:
@@ -99,9 +98,8 @@ def scale_shift_backward(
     ):
         of_vector = mean.new_empty(0)
         if vector is not None:
-            if main_grad is None:
-                main_grad = of_vector = torch.zeros_like(vector)
-            main_grad[:channels] += of_prefix.sum(0)
+            buffer, of_vector = gradient_buffer(vector, main_grad)
+            buffer[:channels] += of_prefix.sum(0)
         returned.append(of_vector)
     of_weight, of_bias = returned
     return -grad_shift * scale, -grad * scale * rsqrt.square() / 2, of_weight, of_bias

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
+from .main_grad import check_main_grad, gradient_buffer
 from .registry import operator
 
 
@@ -50,10 +51,7 @@ def _check(x: Tensor, weight: Tensor, main_grad: Tensor | None, out_channels: in
             f"{groups} groups"
         ),
     )
-    torch._check(
-        main_grad is None or (main_grad.shape == weight.shape and main_grad.dtype == weight.dtype),
-        lambda: f"slim_conv2d: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
-    )
+    check_main_grad("slim_conv2d", weight, main_grad)
 
 
 @operator(mutates=("main_grad",))
@@ -88,11 +86,11 @@ def slim_conv2d_backward(
         groups,
         [input_gradient, weight_gradient, bias_gradient],
     )
-    of_weight = weight.new_empty(0)
     if weight_gradient:
-        if main_grad is None:
-            main_grad = of_weight = torch.zeros_like(weight)
-        main_grad[: prefix.shape[0], : prefix.shape[1]] += of_prefix
+        buffer, of_weight = gradient_buffer(weight, main_grad)
+        buffer[: prefix.shape[0], : prefix.shape[1]] += of_prefix
+    else:
+        of_weight = weight.new_empty(0)
     return of_x if input_gradient else x.new_empty(0), of_weight, of_bias if bias_gradient else x.new_empty(0)
 
 
@@ -169,13 +167,14 @@ def _by_conv_moments_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     prefix = _prefix(x, weight, grad.shape[1], groups)
-    of_weight, narrow, of_prefix = weight.new_empty(0), None, None
+    narrow, of_prefix = None, None
     if weight_gradient:
-        if main_grad is None:
-            main_grad = of_weight = torch.zeros_like(weight)
-        of_prefix = _prefix(x, main_grad, grad.shape[1], groups)
+        buffer, of_weight = gradient_buffer(weight, main_grad)
+        of_prefix = _prefix(x, buffer, grad.shape[1], groups)
         if of_prefix.dtype != torch.float32:
             narrow, of_prefix = of_prefix, torch.zeros_like(prefix, dtype=torch.float32)
+    else:
+        of_weight = weight.new_empty(0)
     nothing = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
     of_x, *_ = conv_moments_backward(
         *(grad, nothing, nothing, x, None, None, "identity", None, prefix.float(), of_prefix, grad, nothing),

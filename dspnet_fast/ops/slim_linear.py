@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton
+from .main_grad import check_main_grad, gradient_buffer
 from .registry import operator
 
 
@@ -36,10 +37,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | N
         0 < out_features <= weight.shape[0] and 0 < x.shape[-1] <= weight.shape[1],
         lambda: f"slim_linear: a weight of {list(weight.shape)} has no prefix of {out_features} x {x.shape[-1]}",
     )
-    torch._check(
-        main_grad is None or (main_grad.shape == weight.shape and main_grad.dtype == weight.dtype),
-        lambda: f"slim_linear: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
-    )
+    check_main_grad("slim_linear", weight, main_grad)
     torch._check(
         bias is None or bias.shape == (out_features,),
         lambda: f"slim_linear: bias must be [{out_features}], got {None if bias is None else list(bias.shape)}",
@@ -65,13 +63,14 @@ def slim_linear_backward(
     Empty: those not asked for, and weight's with main_grad, to whose prefix it is added instead.
     """
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    of_x, of_weight, of_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
+    of_x, of_bias = x.new_empty(0), x.new_empty(0)
     if input_gradient:
         of_x = (rows @ _prefix(weight, rows.shape[1], inputs.shape[1])).view(x.shape)
     if weight_gradient:
-        if main_grad is None:
-            main_grad = of_weight = torch.zeros_like(weight)
-        _prefix(main_grad, rows.shape[1], inputs.shape[1]).addmm_(rows.t(), inputs)
+        buffer, of_weight = gradient_buffer(weight, main_grad)
+        _prefix(buffer, rows.shape[1], inputs.shape[1]).addmm_(rows.t(), inputs)
+    else:
+        of_weight = weight.new_empty(0)
     if bias_gradient:
         of_bias = rows.sum(0)
     return of_x, of_weight, of_bias

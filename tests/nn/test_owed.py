@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, activate
-from dspnet_fast.nn.owed import Owed, conv_norm_act, gated, pool, settle
+from dspnet_fast.nn.owed import Owed
+from dspnet_fast.nn.steps import conv_norm_act, gated, pool, settle
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
 

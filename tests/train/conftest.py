@@ -14,7 +14,7 @@ from train.data.images import Subset
 from train.data.loader import evaluation_batches, normalize
 from train.data.sets import data_folder, open_images
 from train.evaluation.features import extract
-from train.pretrain import Pretraining
+from train.pretraining import Pretraining
 
 SMALL_RUN = {
     "network": "resnet",

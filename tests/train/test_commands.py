@@ -16,6 +16,7 @@ from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.loader import normalize
 from train.data.sets import open_images
 from train.evaluation.trained import TrainedFamily
+from train.pretraining import Pretraining
 
 
 def run(command, *argv):
@@ -60,7 +61,7 @@ def test_print_config_is_a_config(arguments, capsys, tmp_path):
 
 
 def test_start_from_the_weights_of_another_run(finished, arguments, tmp_path, small):
-    started = pretrain.Pretraining(small(init_from=str(finished)), resume=False).trainer
+    started = Pretraining(small(init_from=str(finished)), resume=False).trainer
     state = torch.load(finished / "checkpoints" / "step-00000020.pt", weights_only=True)
     torch.testing.assert_close(started.model.state_dict(), state["model"], rtol=0, atol=0)
     assert started.step == 0

@@ -21,16 +21,18 @@ from dspnet_fast.subnets import sandwich
 from train import compare, report
 from train.arena import Arena
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.comparison import compared, measuring, times
+from train.comparison import measuring, times
 from train.comparison.measuring import Measured
 from train.comparison.ratios import ratios
+from train.comparison.tables import figures_of, tables_of
 from train.config import PretrainConfig
+from train.costs import Cost
 from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
 from train.dspnet import DSPNet
 from train.evaluation import drawing
-from train.evaluation.results import Cost, quantity
 from train.reporting import figures, page
 from train.reporting.findings import read_comparison
+from train.run.tables import quantity
 from train.trainer import Trainer
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
@@ -333,10 +335,10 @@ def test_the_report_of_a_run_shows_its_comparison(finished_comparison, tmp_path,
     assert run(report, out) == DONE
     html = (out / "report" / "index.html").read_text()
     found = read_comparison(out)
-    tables = compared.tables(found)
+    tables = tables_of(found)
     assert len(tables) == 6 and all(page.table(table.heading, table.rows) in html for table in tables)
     drawn = {path.name for path in (out / "report").glob("compare-*.png")}
-    assert drawn == {f"compare-{name}.png" for name, *_ in compared.figures_of(found)} and len(drawn) == 4
+    assert drawn == {f"compare-{name}.png" for name, *_ in figures_of(found)} and len(drawn) == 4
     assert html.count("pretrained alone and in a family") >= 4 and "Not compared yet" not in html
     alone, family_ = (found["accuracy"]["kNN"][column][LARGE] for column in ("alone", "family-n2"))
     row = tables[0].rows[1]

@@ -8,7 +8,8 @@ import torch
 
 from dspnet_fast.errors import InputError
 from train.guard import TOO_MANY
-from train.pretrain import Pretraining, _main
+from train.pretrain import _main
+from train.pretraining import Pretraining
 from train.run import checkpoint
 from train.run.meter import Meter
 from train.trainer import Trainer

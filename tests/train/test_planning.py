@@ -7,8 +7,8 @@ from dspnet_fast.errors import InputError
 from train import pretrain
 from train.cli import DONE, WRONG_INPUT
 from train.counting import count, network_costs
-from train.evaluation.results import quantity
 from train.planning import plan
+from train.run.tables import quantity
 from train.trainer import Trainer
 
 

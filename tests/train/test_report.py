@@ -23,7 +23,7 @@ from train.cli import DONE, WRONG_INPUT
 from train.dspnet import VIEWS
 from train.evaluation import drawing
 from train.evaluation.collapse import collapsed
-from train.evaluation.results import Point
+from train.evaluation.points import Point
 from train.reporting import figures
 from train.reporting.findings import Run, networks_of
 

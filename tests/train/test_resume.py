@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dspnet_fast.errors import InputError
-from train.pretrain import Pretraining, _main
+from train.pretrain import _main
+from train.pretraining import Pretraining
 from train.run import checkpoint
 from train.trainer import Trainer
 

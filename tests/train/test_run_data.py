@@ -10,10 +10,11 @@ import yaml
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train import pretrain
+from train import pretraining
 from train.config import PretrainConfig
 from train.data.shard import ShardOptions, write_set
-from train.pretrain import Pretraining, _main
+from train.pretrain import _main
+from train.pretraining import Pretraining
 from train.run import checkpoint
 from train.run.meter import Meter
 from train.run.rundir import BAD_IMAGES, read_bad_images, read_config
@@ -148,7 +149,7 @@ def test_by_default_one_image_in_a_thousand_may_be_bad(small):
 
 def test_share_of_time_spent_waiting(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pretraining.time, "perf_counter", lambda: now[0])
 
     def slow():
         for _ in range(4):

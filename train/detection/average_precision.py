@@ -20,8 +20,6 @@ from ..run.progress import Monitor
 MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KINDS = {"box": "bbox", "mask": "segm"}
 
-Scores = dict[str, float | None]
-
 
 def average_precision(truth: CocoSet, detections: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Any]:
     """AP over intersections over union of 0.50 to 0.95, and pycocotools' other eleven measures.

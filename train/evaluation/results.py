@@ -1,81 +1,17 @@
-"""What evaluations give: costs of networks, one report as JSON, Markdown, a table on the screen and a figure."""
+"""What evaluations give: one report as JSON, Markdown, a table on the screen and a figure."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as RichTable
-
-from dspnet_fast.cost import mac_count, parameter_count
-from dspnet_fast.models import build
-from dspnet_fast.slim import slim
-from dspnet_fast.subnets import Subnet
-
-from ..config import FamilyOptions
 from ..run import atomic
+from ..run.tables import Table, cost_cells, percent
+from .points import Point
 
 Report = dict[str, Any]
-
-
-class Point(NamedTuple):
-    """A network: what it costs for an image, its accuracy and half the width of that's interval, from 0 to 1."""
-
-    name: str
-    macs: float
-    parameters: float
-    accuracy: float
-    interval: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one network: parameters, multiply-accumulates for one image, features, all without a classifier."""
-
-    parameters: int
-    macs: int
-    features: int
-
-
-def cost(options: FamilyOptions, subnet: Subnet, image_size: int) -> Cost:
-    """What a network of a family costs, from its description alone."""
-    with torch.device("meta"):
-        network = slim(build(options.network, subnet, options.stem), None)
-    return Cost(parameter_count(network), mac_count(network, image_size), subnet.channels[-1])
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title and rows of text; the first column names what the others are about."""
-
-    title: str
-    heading: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """As a page."""
-        lines = [self.heading, ["---"] + ["---:"] * (len(self.heading) - 1), *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"{self.title}\n\n{table}\n"
-
-    def show(self) -> None:
-        """On the screen."""
-        table = RichTable(box=SIMPLE, pad_edge=False, caption=self.title, caption_justify="left")
-        for index, name in enumerate(self.heading):
-            table.add_column(name, justify="right" if index else "left", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        # never narrower than the numbers: a line that wraps can be read, one that is cut off cannot
-        console = Console()
-        width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-        Console(width=max(console.width, width)).print(table)
 
 
 def accuracy_table(title: str, networks: Mapping[str, Mapping[str, Any]], columns: Iterable[str]) -> Table:
@@ -89,32 +25,6 @@ def accuracy_table(title: str, networks: Mapping[str, Mapping[str, Any]], column
             cells += [percent(network[column]["top1"], network[column]["interval"]), percent(network[column]["top5"])]
         rows.append(cells)
     return Table(f"{title}. ± is half the 95 % interval.", ["network", "params", "MACs", *scores], rows)
-
-
-def cost_cells(network: Mapping[str, Any]) -> list[str]:
-    """Parameters and multiply-accumulates of a network of a report, as text."""
-    return [f"{network['parameters']:,}", f"{network['macs'] / 1e6:,.1f} M"]
-
-
-def percent(accuracy: float, interval: float | None = None) -> str:
-    """A share from 0 to 1 in percent, with half its interval."""
-    return f"{accuracy:.1%}" + ("" if interval is None else f" ± {interval:.1%}")
-
-
-def quantity(value: float) -> str:
-    """A number with a prefix of a thousand's power: 2.5e12 -> "2.5 T"."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:,.1f} {prefix}"
-    return f"{value:,.0f} "
-
-
-def points(networks: Mapping[str, Mapping[str, Any]], column: str, accuracy: str = "top1") -> list[Point]:
-    """One series of the figure: a column of a report's networks."""
-    return [
-        Point(name, network["macs"], network["parameters"], network[column][accuracy], network[column]["interval"])
-        for name, network in networks.items()
-    ]
 
 
 def publish(

@@ -14,8 +14,9 @@ from dspnet_fast.models import family
 from dspnet_fast.subnets import Family
 
 from ..config import PretrainConfig
+from ..costs import cost
 from ..evaluation.collapse import collapsed
-from ..evaluation.results import Point, cost
+from ..evaluation.points import Point
 from ..run.rundir import read_config, read_metrics
 
 COMPARE = "compare.json"

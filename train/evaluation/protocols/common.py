@@ -17,11 +17,12 @@ from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
 from ...config import FamilyOptions, PretrainConfig, Workers, option
+from ...costs import Cost, cost
 from ...data.images import ImageSet, require_labels
 from ...data.sets import SetSize, open_images, size_of
 from ...run.device import choose_device
 from ...run.rundir import read_recipe
-from ..results import Cost, Table, cost, quantity
+from ...run.tables import Table, quantity
 from ..trained import STATISTICS_IMAGES, TrainedFamily
 
 FOLDER = "evaluation"

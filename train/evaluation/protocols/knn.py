@@ -16,8 +16,10 @@ from ...config import Workers, option
 from ...data.images import ImageSet, Subset
 from ...data.loader import evaluation_batches
 from ...run.progress import Monitor
+from ...run.tables import Table, cost_cells, percent
 from ..knn import knn
-from ..results import Report, Table, cost_cells, percent, points, publish
+from ..points import points
+from ..results import Report, publish
 from ..trained import BATCH, TrainedFamily
 from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive
 

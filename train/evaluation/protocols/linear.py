@@ -15,7 +15,8 @@ from ...data.order import EpochOrder
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
 from ..features import kept_bytes, representations
-from ..results import Report, accuracy_table, points, publish
+from ..points import points
+from ..results import Report, accuracy_table, publish
 from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive
 
 DESCRIPTION = """\

@@ -22,7 +22,8 @@ from ...data.order import EpochOrder
 from ...run import atomic, fingerprint, loop
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
-from ..results import Report, accuracy_table, points, publish
+from ..points import points
+from ..results import Report, accuracy_table, publish
 from ..supervised import SupervisedTraining, Together, labelled_batches, new_classifier
 from .common import FOLDER, Plan, Subject, plan_of, positive
 from .linear import ClassifierOptions, classifier_work, disk

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..evaluation import drawing
-from ..evaluation.results import Point, Report, Table, cost_cells, percent, quantity
+from ..evaluation.points import Point
+from ..evaluation.results import Report
 from ..reporting import figures
+from ..run.tables import Table, cost_cells, percent, quantity
+from .ratios import ALONE, SEPARATE
 
-SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another, each of them
 MEASURED_PARTS = {
     "target": "target forward",
     "online": "online subnets",
@@ -20,7 +22,7 @@ SHORT = {"target": "target", "online": "subnets", "optimizer": "optimizer", "dat
 MIB = 2**20
 
 
-def tables(report: Report) -> list[Table]:
+def tables_of(report: Report) -> list[Table]:
     """Accuracy per network both ways, what was measured, what was counted, and the ratios."""
     found = [_accuracy(report, protocol) for protocol in report["accuracy"]]
     if any("measured" in run for run in report["runs"].values()):

@@ -16,14 +16,13 @@ from ..data.backends import choose_backend
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from ..evaluation.results import Report
-from ..pretrain import Pretraining, open_train_images
+from ..pretraining import Pretraining, open_train_images
 from ..run import checkpoint
 from ..run.device import choose_device
 from ..run.rundir import CONFIG, open_run
-from .compared import ALONE
 from .design import Comparison
 from .measuring import Measured
-from .ratios import ratios
+from .ratios import ALONE, ratios
 from .seeds import over_seeds
 from .times import taken, timed_step
 
