@@ -119,6 +119,11 @@ class Arena:
         self.schedule(lr, tau)
         self.update(weight_decay=weight_decay, momentum=momentum, eta=eta)
 
+    def checksum(self) -> list[int]:
+        """Numbers that are the same for arenas whose weights, momentum and statistics are the same to the bit."""
+        flats = (self.params, self.momenta, self.targets, self.statistics)
+        return [int(flat.view({4: torch.int32, 8: torch.int64}[flat.element_size()]).sum()) for flat in flats]
+
     def momentum(self) -> dict[str, Tensor]:
         """The momentum of every parameter by name, as views: what a checkpoint needs."""
         return {name: self._view(self.momenta, name) for name in self._parameters}

@@ -19,14 +19,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, family
 from dspnet_fast.subnets import Subnet
 
 from .arena import Arena
 from .config import PretrainConfig
 from .counting import sampled_steps
+from .division import divide
 from .dspnet import VIEWS
+from .ranks import Ranks
 from .trainer import build_model
 
 BYTES = 4  # of an element: everything that is exchanged is fp32
@@ -63,14 +64,11 @@ def traffic(config: PretrainConfig, ranks: int) -> Traffic:
 
     Raises InputError if ranks and parts of the batch do not divide one another.
     """
-    groups = config.bn_groups or ranks
-    sharing = max(1, ranks // groups)
-    if ranks < 1 or max(ranks, groups) % min(ranks, groups):
-        raise InputError(f"{ranks} ranks cannot share {groups} parts of a batch: one number must divide the other")
+    sharing = divide(config, Ranks(0, ranks)).ranks_per_part
     if ranks == 1:
         return Traffic(0.0, 0.0, 0.0, 0.0)
     with torch.device("meta"):
-        model = build_model(replace(config, bn_groups=1))
+        model = build_model(replace(config, bn_groups=1, accumulate=1))
     elements = Arena(model.online, model.target).grads.numel()
     statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
     passes, channels = _normalised(config) if sharing > 1 else (0.0, 0.0)

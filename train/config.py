@@ -129,6 +129,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "log_steps",
             "probe_images",
             "accumulate",
+            "keep_checkpoints",
         )
         for name in sizes:
             if getattr(self, name) < 1:

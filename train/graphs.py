@@ -54,7 +54,7 @@ class StepGraphs:
     ) -> None:
         device = arena.params.device
         self._model, self._alpha = model, alpha
-        self._batch = batch.to(device, copy=True)
+        self._batch = _coloured(batch).to(device, copy=True)
         self._images = prepare(self._batch, device).clone()
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
         with _unharmed(model, arena, counts):
@@ -78,6 +78,7 @@ class StepGraphs:
 
         Raises RuntimeError for a batch of another shape than that of the recording.
         """
+        batch = _coloured(batch)
         if batch.shape != self._batch.shape:
             raise RuntimeError(
                 f"the step was recorded for batches of {list(self._batch.shape)}, not {list(batch.shape)}"
@@ -93,6 +94,11 @@ class StepGraphs:
         self._update()
 
 
+def _coloured(batch: Tensor) -> Tensor:
+    """[N, 3, H, W], also of a batch in which all images happen to be grey, [N, 1, H, W]."""
+    return batch.expand(-1, 3, -1, -1)
+
+
 def recorder() -> Recorder:
     """Records CUDA graphs, all out of one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
@@ -106,7 +112,8 @@ def recorder() -> Recorder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            # other threads go on: one that pins memory for batches would make a stricter mode fail
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 function()
         except RuntimeError as error:
             raise RuntimeError(

@@ -52,8 +52,10 @@ def _main(argv: Sequence[str]) -> None:
         registry.fast_kernels()
     try:
         Pretraining(config, options.resume).run()
-    finally:
+    except SystemExit:  # to stop was agreed on
         leave()
+        raise
+    leave()  # not after an error: the others may be waiting for this rank, and NCCL to take leave would wait for them
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -37,6 +37,8 @@ from .run.progress import Monitor
 from .run.rundir import RunLog, open_run, read_bad_images, write_bad_images
 from .trainer import Trainer
 from .watchdog import Watchdog
+
+LOOK_SECONDS = 5.0  # a GPU may be ahead of whoever asks whether to stop: clusters wait half a minute at least
 
 
 def open_train_images(config: PretrainConfig) -> ImageSet:
@@ -73,12 +75,7 @@ class Pretraining:
             open_run(config, resume)
         ranks.wait()
         self.checkpoints = self.out / "checkpoints"
-        say = print if ranks.first else str
-        state = checkpoint.load_newest(self.checkpoints, device, say)
-        if state is not None:
-            self.trainer.load_state(state)
-        elif config.init_from is not None:
-            self.trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), device, say))
+        self._load()
         order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step, **share)
         views = augment.byol(config.image_size, config.min_scale)
         batches = open_batches(config.data_backend, images, views, order, config.workers, self.bad, device)
@@ -89,6 +86,36 @@ class Pretraining:
         self.monitor = Monitor("pretrain", self.trainer.steps, self.trainer.step, console)
         self.watchdog = Watchdog(ranks, config.patience, self.out / "stalled.txt", self._say_anywhere)
         self.skipped = self.trainer.guard.skipped().in_all
+        self._look_steps = config.log_steps
+
+    def _load(self) -> None:
+        """Go on where the run was stopped, or begin with the weights that it is given; all ranks alike."""
+        trainer, config, ranks = self.trainer, self.config, self.ranks
+        if ranks.first:
+            checkpoint.clear_rests(self.checkpoints)
+        state = self._newest(self.checkpoints)
+        if state is not None:
+            trainer.load_state(state)
+        elif config.init_from is not None:
+            given = Path(config.init_from)
+            checkpoint.newest_of_run(given)  # there is one
+            trainer.load_weights(self._newest(given / "checkpoints") or {})
+        beginnings = ranks.gather((trainer.step, trainer.arena.checksum()))
+        for rank, beginning in enumerate(beginnings):
+            if beginning != beginnings[0]:
+                raise InputError(
+                    f"rank {rank} begins after step {beginning[0]} and rank 0 after step {beginnings[0][0]}, or with "
+                    "other weights: all machines must see the same OUT and --init-from and have the same PyTorch"
+                )
+
+    def _newest(self, folder: Path) -> dict[str, Any] | None:
+        """The newest checkpoint that rank 0 can read, on every rank: machines may not see a new file at once."""
+        device, ranks = self.trainer.device, self.ranks
+        state = checkpoint.load_newest(folder, device, print) if ranks.first else None
+        step = ranks.gather(state and state["step"])[0]
+        if step is None or ranks.first:
+            return state
+        return checkpoint.load(checkpoint.path_of(folder, step), device)
 
     def run(self) -> None:
         """Train to the end; KeyboardInterrupt if it was stopped, after saving."""
@@ -108,7 +135,7 @@ class Pretraining:
                     losses = trainer.train_step(batch)
                     last = trainer.step == trainer.steps
                     self.monitor.advance()
-                    too_many = self._tell_skipped()
+                    too_many = self._tell_skipped(last)
                     if trainer.step % config.log_steps == 0 or last:
                         self._record(losses, lr, tau)
                     if too_many:
@@ -117,8 +144,8 @@ class Pretraining:
                     if last or self._due(config.probe_epochs):
                         self._measure()
                     if last or self._due(config.checkpoint_epochs):
-                        self._share_bad()
                         self._save()
+                        self._share_bad()
                     self.meter.pause(began)
                     if not last and self._stops(interruption.requested):
                         self._save_and_stop()
@@ -137,29 +164,33 @@ class Pretraining:
     @property
     def _may_wait(self) -> bool:
         """Whether to ask the device something; on a GPU that is to wait for it, so only now and then."""
-        return self.trainer.device.type == "cpu" or self.trainer.step % self.config.log_steps == 0
+        return self.trainer.device.type == "cpu" or self.trainer.step % self._look_steps == 0
 
-    def _tell_skipped(self) -> bool:
+    def _tell_skipped(self, last: bool) -> bool:
         """Say that steps were skipped; whether too many in a row were."""
-        if not self._may_wait:
+        if not (last or self._may_wait):
             return False
         skipped = self.trainer.guard.skipped()
         if skipped.in_all > self.skipped:
             self.skipped = skipped.in_all
-            self._say(f"step {self.trainer.step}  skipped: its gradient was not finite ({skipped.in_all} steps so far)")
+            step = self.trainer.step - skipped.since
+            self._say(f"step {step}  skipped: its numbers were not finite ({skipped.in_all} steps so far)")
         return skipped.longest_row >= TOO_MANY
 
     def _give_up(self, batch: Tensor) -> NoReturn:
         """Save, name the first number that is not finite and the images, and end the run."""
         self._save()
-        found = self.ranks.gather((self.trainer.diagnose(batch), self._images_of(self.trainer.step - 1)))
+        since = self.trainer.guard.skipped().since
+        step = self.trainer.step - since
+        finding = self.trainer.diagnose(batch) if since == 0 else None  # otherwise that batch has gone
+        found = self.ranks.gather((finding, self._images_of(step - 1)))
         dump = self.out / "nonfinite.json"
         if self.ranks.first:
             of_ranks = [{"found": place and place._asdict(), "batch": images} for place, images in found]
-            atomic.write_text(dump, json.dumps({"step": self.trainer.step, "ranks": of_ranks}, indent=1) + "\n")
+            atomic.write_text(dump, json.dumps({"step": step, "ranks": of_ranks}, indent=1) + "\n")
         first = next((f", from {place} of rank {rank} on" for rank, (place, _) in enumerate(found) if place), "")
         raise InputError(
-            f"{TOO_MANY} steps in a row had gradients that are not finite{first}"
+            f"{TOO_MANY} steps in a row had numbers that are not finite{first}"
             + f"; saved after step {self.trainer.step}, the images are named in {dump}. Look at these, {ADVICE}"
             + (", or store activations with --precision fp32" if self.config.precision != "fp32" else "")
         )
@@ -184,20 +215,22 @@ class Pretraining:
                 at(trainer.step, "waiting for images")
         except InputError:
             self._say_bad()
-            self._save_and_stop()
+            self._save_and_stop(here=True)
             raise
 
-    def _save(self) -> None:
+    def _save(self, here: bool = False) -> None:
+        """On rank 0; `here`, on a rank that stops without the others. Between steps all hold the same."""
         config, trainer = self.config, self.trainer
+        here = here or self.ranks.first
         keep_every = round(config.keep_epochs * trainer.epoch_steps)
-        self.watchdog.at(trainer.step, "writing a checkpoint" if self.ranks.first else "waiting for a checkpoint")
-        if self.ranks.first:
-            assert self.log is not None
+        self.watchdog.at(trainer.step, "writing a checkpoint" if here else "waiting for a checkpoint")
+        if self.log is not None:
             self.log.sync()
+        if here:
             checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
 
-    def _save_and_stop(self) -> None:
-        self._save()
+    def _save_and_stop(self, here: bool = False) -> None:
+        self._save(here)
         self._say(
             f"stopped and saved after step {self.trainer.step} of {self.trainer.steps}; continue with",
             f"  python -m train.pretrain --out {self.out} --resume",
@@ -246,12 +279,15 @@ class Pretraining:
 
     def _record(self, losses: dict[str, Tensor], lr: float, tau: float) -> None:
         rate, waiting = self.meter.read()
+        figures = torch.stack([*losses.values(), torch.tensor(rate, device=self.trainer.device)])
+        self.ranks.average(figures)
+        *averaged, rate = figures.tolist()
         rate *= self.ranks.size
-        stacked = torch.stack(list(losses.values()))
-        self.ranks.average(stacked)
+        steps = int(LOOK_SECONDS * rate / self.config.batch_size)
+        self._look_steps = max(1, min(self.config.log_steps, steps))  # the same on all ranks
         if self.log is None:
             return
-        values = dict(zip(losses, stacked.tolist(), strict=True))
+        values = dict(zip(losses, averaged, strict=True))
         self.log.metrics(
             self.trainer.step,
             {

@@ -9,8 +9,9 @@ them can write what the run is.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,11 +26,13 @@ PATIENCE = timedelta(minutes=10)  # for the slowest rank, which may be measuring
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: of this process, from 0 to size - 1. local: its number on this machine, and that of its GPU."""
+    """rank: of this process, from 0 to size - 1. local: its number on this machine, and that of its GPU. start: a name
+    that all ranks have and no earlier start of the same job had."""
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    start: str = ""
 
     @property
     def first(self) -> bool:
@@ -95,7 +98,7 @@ def join(device: torch.device) -> Ranks:
             )
         torch.cuda.set_device(ranks.local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return ranks
+    return replace(ranks, start=ranks.gather(uuid.uuid4().hex)[0])
 
 
 def leave() -> None:

@@ -67,7 +67,7 @@ class Trainer:
         group = ranks.neighbours(self._division.ranks_per_part)
         for module in self.model.modules():
             if isinstance(module, SlimBatchNorm):
-                module.process_group = group
+                module.process_group, module.parts = group, self._division.parts
         self._exchange = Exchange(self.arena, ranks)
         self._alpha = torch.zeros((), device=device)
         self._graphs: StepGraphs | None = None

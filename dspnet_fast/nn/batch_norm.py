@@ -33,6 +33,8 @@ class SlimBatchNorm(_BatchNorm):
     Attributes:
         active_dn: the subnet that computes; None is the full network.
         views: batches hold this many views, each normalised by itself in training.
+        parts: so many neighbouring views are parts of one, as ranks have parts of a batch: running statistics take
+            their mean as one step.
         process_group: where set, statistics are those of the whole batch over these ranks (synchronised batch
             normalisation); every rank must have as many images. Not while there is an observer: what one rank measures
             is its own.
@@ -41,6 +43,7 @@ class SlimBatchNorm(_BatchNorm):
 
     active_dn: str | None = None
     views: int = 1
+    parts: int = 1
     process_group: dist.ProcessGroup | None = None
     observer: Observer | None = None
 
@@ -164,6 +167,7 @@ class SlimBatchNorm(_BatchNorm):
             return
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         unbiased = variance * (count / (count - 1))
+        mean, unbiased = (moments.unflatten(0, (-1, self.parts)).mean(1) for moments in (mean, unbiased))
         for view_mean, view_variance in zip(mean, unbiased, strict=True):
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

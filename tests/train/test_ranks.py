@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
+# Rank 1 finds another file than the one that rank 0 has read.
+OWN_FOLDER = """
+import os, sys
+from train import pretrain
+from train.run import checkpoint
+
+load = checkpoint.load
+
+def other(*args):
+    state = load(*args)
+    next(iter(state["model"].values())).add_(1e-3)
+    return state
+
+if os.environ["RANK"] == "1":
+    checkpoint.load = other
+pretrain.main(sys.argv[1:])
+"""
+
+
 @pytest.fixture
 def torchrun(tmp_path):
     """torchrun(ranks, arguments): the command that pretrains on so many Gloo ranks."""
@@ -73,8 +93,8 @@ def run(command, **environment) -> str:
 
 
 def weights(state: dict) -> torch.Tensor:
-    """All online weights and the target's, not the statistics."""
-    return torch.cat([value.flatten() for name, value in state.items() if name.endswith((".weight", ".bias"))])
+    """All online weights and the target's, and the running statistics of both."""
+    return torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])
 
 
 def final(out) -> dict:
@@ -121,26 +141,44 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
 
 
 def test_preempted_ranks_save_and_go_on_bit_for_bit(torchrun, arguments, tmp_path):
-    options = {"epochs": 4, "checkpoint_epochs": 0, "probe_epochs": 0, "log_steps": 1, "warmup_epochs": 0}
+    """First by torchrun, which hands SIGTERM on to all processes of a rank, also to those that load its images; then by
+    a signal to one rank alone."""
+    options = {"epochs": 9, "checkpoint_epochs": 0, "probe_epochs": 0, "log_steps": 1, "warmup_epochs": 0, "workers": 1}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = subprocess.Popen(
-        torchrun(2, arguments(**options, out=stopped)),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 90
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    step = checkpoint.latest_step(stopped / "checkpoints")
-    assert 0 < step < 40
+    metrics, step = stopped / "metrics.jsonl", 0
+    for asked in ("torchrun", "one rank"):
+        command = torchrun(2, ["--resume", "--out", str(stopped)] if step else arguments(**options, out=stopped))
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > step) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if asked == "torchrun":
+            process.send_signal(signal.SIGTERM)
+        else:
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(ranks[1]), signal.SIGUSR1)
+        said, errors = process.communicate(timeout=60)
+        assert "stopped and saved after step" in said and "error:" not in errors, errors
+        if asked == "one rank":
+            assert process.returncode == 0, errors
+        before, step = step, checkpoint.latest_step(stopped / "checkpoints")
+        assert before < step < 90
     run(torchrun(2, ["--resume", "--out", str(stopped)]))
     run(torchrun(2, arguments(**options, out=whole)))
     for name, value in final(whole).items():
         assert torch.equal(final(stopped)[name], value), name
+
+
+def test_ranks_that_would_begin_differently_are_refused(torchrun, arguments, tmp_path):
+    """As where machines do not see the same folder."""
+    run([sys.executable, *torchrun(1, arguments(epochs=1, probe_epochs=0, out=tmp_path / "run"))[5:]])
+    own = tmp_path / "own.py"
+    own.write_text(OWN_FOLDER)
+    resume = ["--resume", "--out", str(tmp_path / "run"), "--batch-size", "8"]
+    command = [own if part == str(tmp_path / "counting.py") else part for part in torchrun(2, resume)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode
+    assert "rank 1 begins after step 10 and rank 0 after step 10, or with other weights" in done.stderr
 
 
 def test_parts_that_ranks_cannot_share_are_refused(small):

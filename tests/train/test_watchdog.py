@@ -1,5 +1,10 @@
 """The watchdog: what a run says that waits, and which rank it names that is gone."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -7,7 +12,15 @@ import torch.distributed as dist
 
 from train import watchdog
 from train.ranks import ALONE, Ranks
-from train.watchdog import FINISHED, LOST, Heartbeat, Pulse, Watchdog
+from train.watchdog import FINISHED, LOST, Pulse, Watchdog
+
+SERVER = """
+import time
+import torch.distributed as dist
+server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(server.port, flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -60,35 +73,50 @@ def store(monkeypatch):
     return server
 
 
-def beat(pulse: Pulse, count: int) -> str:
-    return pulse.beat(Heartbeat(count, "host", 4321, 12, "training"))
+@pytest.fixture
+def pulse(quick, store):
+    """pulse(rank, size): the heartbeats of one rank, as if it were in step 12."""
+    begun: list[Pulse] = []
+
+    def begin(rank, size, start="first") -> Pulse:
+        begun.append(Pulse(Ranks(rank, size, start=start), lambda: (12, "training")))
+        begun[-1].start()
+        return begun[-1]
+
+    yield begin
+    for each in begun:
+        each.stop(finished=True)
 
 
-def test_a_rank_that_falls_silent_is_named(quick, store):
-    first, second = Pulse(Ranks(0, 3)), Pulse(Ranks(1, 3))
-    third = Pulse(Ranks(2, 3))
-    for count in range(40):  # longer than the silence that is allowed
-        assert not any(beat(pulse, count) for pulse in (first, second, third))
-        time.sleep(0.02)
-    said = ""
-    deadline = time.monotonic() + 30
-    while not said and time.monotonic() < deadline:  # the second says nothing more
-        count += 1
-        assert not beat(third, count) or said
-        said = beat(first, count)
-        time.sleep(0.02)
-    assert "rank 1 (host, pid 4321) has not been heard of" in said and "its last step was 12, then: training" in said
-    assert beat(third, count + 1) == said  # whoever watches another one is told
+def test_a_rank_that_falls_silent_is_named(pulse):
+    first, second, third = (pulse(rank, 3) for rank in range(3))
+    time.sleep(2 * watchdog.SILENCE)
+    assert not (first.lost or second.lost or third.lost)
+    second.stop(finished=False)
+    wait_for(lambda: first.lost)
+    assert f"rank 1 ({socket.gethostname()}, pid {os.getpid()}) has not been heard of" in first.lost
+    assert "its last step was 12, then: training" in first.lost
+    wait_for(lambda: third.lost)  # whoever watches another one is told
+    assert third.lost == first.lost
 
 
-def test_a_rank_that_finished_is_not_missed(quick, store):
-    first, second = Pulse(Ranks(0, 2)), Pulse(Ranks(1, 2))
-    beat(second, 1)
-    second.finish()
-    for count in range(40):
-        assert not beat(first, count)
-        time.sleep(0.02)
-    assert store.get("heartbeats/0/1").decode() == FINISHED
+def test_a_rank_that_finished_is_not_missed(pulse, store):
+    first, second = pulse(0, 2), pulse(1, 2)
+    second.stop(finished=True)
+    time.sleep(2 * watchdog.SILENCE)
+    assert not first.lost
+    assert store.get("heartbeats/first/1").decode() == FINISHED
+
+
+def test_what_was_said_in_an_earlier_start_counts_no_more(pulse):
+    """torchrun starts the ranks again and keeps the store."""
+    gone = pulse(1, 2)
+    gone.stop(finished=False)
+    before = pulse(0, 2)
+    wait_for(lambda: before.lost)
+    first, second = pulse(0, 2, start="second"), pulse(1, 2, start="second")
+    time.sleep(2 * watchdog.SILENCE)
+    assert not (first.lost or second.lost)
 
 
 def test_a_lost_rank_ends_the_process(quick, store, tmp_path, capfd):
@@ -97,3 +125,46 @@ def test_a_lost_rank_ends_the_process(quick, store, tmp_path, capfd):
         wait_for(lambda: ended)
     assert ended == [LOST]
     assert "error: rank 1 has not begun; rank 0 ends the job" in capfd.readouterr().err
+
+
+def test_a_store_that_does_not_answer_ends_the_process(quick, tmp_path, monkeypatch, capfd):
+    """Its machine may be there and say nothing: the connection stands, and no call on it returns."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", server.stdout.readline().strip())
+        other = Pulse(Ranks(1, 2), lambda: (0, "training"))
+        other.start()
+        ended: list[int] = []
+        with Watchdog(Ranks(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
+            time.sleep(2 * watchdog.SILENCE)
+            assert not ended
+            server.send_signal(signal.SIGSTOP)
+            wait_for(lambda: ended)
+        assert ended == [LOST]
+        assert "has not answered for" in capfd.readouterr().err
+    finally:
+        server.kill()  # then the calls return
+        server.wait()
+        other.stop(finished=False)
+
+
+def test_a_complaint_that_fails_is_no_reason_to_stop_watching(quick, store, tmp_path):
+    """As where the disk is full."""
+
+    def fail(line):
+        raise OSError(line)
+
+    ended: list[int] = []
+    with Watchdog(Ranks(0, 2), 0.1, tmp_path / "stalled.txt", fail, ended.append):
+        wait_for(lambda: ended)
+
+
+def test_every_rank_has_its_file(quick, pulse, tmp_path):
+    """All ranks wait if one does, and only one file is of interest."""
+    pulse(0, 2)
+    said: list[str] = []
+    with Watchdog(Ranks(1, 2, start="first"), 0.1, tmp_path / "stalled.txt", said.append):
+        wait_for(lambda: said)
+        wait_for((tmp_path / "stalled-rank1.txt").exists)
+    assert said[0].startswith("rank 1: no step for") and "stalled-rank1.txt" in said[0]

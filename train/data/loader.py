@@ -217,7 +217,7 @@ def make_loader(dataset: Batches, batches: Iterable[Any], workers: int, bad: Bad
         multiprocessing_context=_context(workers),
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator(),  # else starting to iterate would draw from the global one
     )
     loader.bad = bad
@@ -228,9 +228,12 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends its workers, and only it should speak."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and torchrun and Slurm signal whole process groups and jobs. But only
+    the run knows when to stop: a worker that was gone before would keep it from finishing its step and saving."""
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stack(samples: list[torch.Tensor]) -> torch.Tensor:

@@ -33,19 +33,33 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP, keep_every: int = 0) -> Path:
     """Write `state` (tensors, numbers, strings, lists and dictionaries of them), then drop old ones.
 
-    keep: how many of the newest to keep. keep_every: and those of every so many steps; 0 for none. InputError if the
-    disk is full; no old one has been dropped then.
+    keep: how many of the newest to keep, this one included. keep_every: and those of every so many steps; 0 for none.
+    InputError if the disk is full; no old one has been dropped then. Those of later steps, which a run that went back
+    behind them could not read, are set aside under another name.
     """
-    for rest in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
-        rest.unlink()
-    path = folder / f"step-{step:08d}.pt"
+    path = path_of(folder, step)
     contents = {"format": FORMAT, "step": step, **state}
     contents["digest"] = digest(*_parts(contents))
     write_atomically(path, lambda temporary: _write(contents, temporary))
-    for of_step, old in _files(folder)[:-keep]:
+    files = _files(folder)
+    for of_step, later in files:
+        if of_step > step:
+            later.rename(later.with_suffix(".damaged"))
+    for of_step, old in [file for file in files if file[0] < step][: 1 - keep or None]:
         if not keep_every or of_step % keep_every:
-            old.unlink()
+            old.unlink(missing_ok=True)
     return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def clear_rests(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote; for the one that is going to write."""
+    for rest in folder.glob(".step-*.tmp"):
+        rest.unlink(missing_ok=True)
 
 
 def _write(contents: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
-        self._first = signal.SIGINT
+        self._first: signal.Signals | None = None  # none where another rank was asked
         self._handlers: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -41,6 +41,7 @@ class Training(Protocol[Batch]):
 
 def resume(training: Training[Any], folder: Path, device: torch.device) -> None:
     """Bring a training to the newest checkpoint in `folder` that can be read, if there is one."""
+    checkpoint.clear_rests(folder)
     state = checkpoint.load_newest(folder, device, print)
     if state is not None:
         training.load_state(state)
