@@ -23,10 +23,11 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
+from ..choices import Workers
 from ..run.progress import Monitor
 from .bad import BadImages, Refusal
 from .images import decode
-from .loader import Batches, Workers, make_loader, worker_count
+from .loader import Batches, make_loader, worker_count
 from .order import EpochOrder, mix
 
 NAMED = 10  # wrong annotations that a message names

@@ -11,13 +11,14 @@ import signal
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dspnet_fast.errors import InputError
 
+from ..choices import Workers
 from .augment import ViewSpec, draw, numbers
 from .bad import BadImages, Refusal, load_or_next
 from .images import ImageSet
@@ -29,8 +30,6 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 FEW_IMAGES = 256  # up to here starting workers costs more than they save
-
-Workers = int | Literal["auto"]
 
 
 def two_view_batches(

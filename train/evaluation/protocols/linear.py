@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dspnet_fast.errors import InputError
 
-from ...config import option
+from ...config import option, positive
 from ...data import augment
+from ...data.images import digest_of
 from ...data.loader import normalize, one_view_batches
 from ...data.order import EpochOrder
 from ...run import fingerprint, loop
@@ -17,7 +18,7 @@ from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evalua
 from ..features import kept_bytes, representations
 from ..points import points
 from ..results import Report, accuracy_table, publish
-from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive
+from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
 
 DESCRIPTION = """\
 Train a linear classifier on the frozen representation of every desired network of a run, all from the same batches.
@@ -124,7 +125,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
     classifiers = Classifiers({s.name: s.channels[-1] for s in subnets}, subject.classes, recipe.seed)
     training = ClassifierTraining(classifiers.to(trained.device), recipe, order().steps_per_epoch)
     view_key = (options.min_scale,) if options.augment else ()
-    key = fingerprint.digest(trained.weights, fingerprint.of_images(subject.train), asdict(recipe), view_key)
+    key = fingerprint.digest(trained.weights, digest_of(subject.train), asdict(recipe), view_key)
     loop.run("classifiers", training, batches, out / FOLDER / "classifiers" / f"linear-{key}", trained.device)
     found = evaluate(classifiers, test, subject.test_labels, trained.device)
     return {
