@@ -25,7 +25,7 @@ from . import cli
 from .config import FamilyOptions, PretrainConfig, option
 from .costs import cost
 from .data.images import Subset
-from .data.loader import MEAN, STD
+from .data.normalization import MEAN, STD
 from .data.sets import open_images
 from .evaluation.trained import Trained, TrainedFamily
 from .finetune_config import FinetuneConfig

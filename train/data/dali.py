@@ -31,7 +31,7 @@ from .augment import JITTER, Draw, ViewSpec, draw, numbers
 from .bad import BadImages, Refusal, load_or_next
 from .colours import LUMA, finish, hue_offset
 from .images import ImageSet, as_pnm, decode
-from .loader import MEAN, STD
+from .normalization import MEAN, STD
 from .order import EpochOrder
 
 READY = 2  # batches that wait to be used, beside the one in the making

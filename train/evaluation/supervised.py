@@ -25,7 +25,8 @@ from dspnet_fast.subnets import Family, Subnet, sandwich
 from ..choices import Workers
 from ..data.augment import ViewSpec
 from ..data.images import ImageSet, require_labels
-from ..data.loader import normalize, one_view_batches
+from ..data.loader import one_view_batches
+from ..data.normalization import normalize
 from ..data.order import EpochOrder
 from ..run.loop import OfOneModel
 from ..schedules import learning_rate

@@ -21,7 +21,8 @@ from dspnet_fast.subnets import Family, Subnet
 from ..choices import Workers
 from ..config import PretrainConfig
 from ..data.images import ImageSet, Subset, digest_of
-from ..data.loader import evaluation_batches, normalize
+from ..data.loader import evaluation_batches
+from ..data.normalization import normalize
 from ..run import atomic, checkpoint, fingerprint
 from ..run.progress import Monitor
 from ..run.rundir import read_config

@@ -11,7 +11,8 @@ from dspnet_fast.errors import InputError
 from ...config import option, positive
 from ...data import augment
 from ...data.images import digest_of
-from ...data.loader import normalize, one_view_batches
+from ...data.loader import one_view_batches
+from ...data.normalization import normalize
 from ...data.order import EpochOrder
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
