@@ -8,8 +8,7 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
-from .data.backends import BACKENDS
-from .data.loader import Workers
+from .choices import BACKENDS, Workers
 
 
 def option(default: Any, help: str, changeable: bool = False) -> Any:
@@ -165,3 +164,10 @@ def key(name: str) -> str:
 def flag(name: str) -> str:
     """The command line's spelling of an option."""
     return "--" + key(name).replace("_", "-")
+
+
+def positive(**values: float) -> None:
+    """Raise InputError for an option that must be above 0 and is not."""
+    for name, value in values.items():
+        if not value > 0:
+            raise InputError(f"{flag(name)} must be above 0, not {value}")

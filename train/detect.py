@@ -16,14 +16,15 @@ from dspnet_fast.models import Network, build, family, subnet
 from dspnet_fast.slim import slim
 
 from . import cli
-from .config import PretrainConfig, Workers, flag, option
+from .choices import Workers
+from .config import PretrainConfig, flag, option, positive
 from .data import coco
 from .data.coco import CocoSet, Instances
 from .data.order import EpochOrder
 from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
 from .detection.training import DetectionTraining, Recipe, evaluate
-from .evaluation.protocols.common import FOLDER, positive
+from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
 from .evaluation.trained import TrainedFamily
 from .run import atomic, checkpoint, fingerprint, loop

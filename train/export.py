@@ -25,11 +25,11 @@ from . import cli
 from .config import FamilyOptions, PretrainConfig, option
 from .costs import cost
 from .data.images import Subset
-from .data.loader import MEAN, STD
+from .data.normalization import MEAN, STD
 from .data.sets import open_images
-from .evaluation.finetuned import FinetunedFamily
 from .evaluation.trained import Trained, TrainedFamily
 from .finetune_config import FinetuneConfig
+from .finetuned import FinetunedFamily
 from .run import checkpoint
 from .run.progress import Monitor
 from .run.rundir import read_any_config

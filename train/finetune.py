@@ -73,8 +73,6 @@ def plan_finetune(config: FinetuneConfig) -> Plan:
     names = plan.family.names
     between = names[1:-1]
     drawn = min(len(between), config.subnets_per_step - 2) if len(names) > 1 else 0
-    if len(names) > 1 and config.subnets_per_step < 2:
-        raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
     forward = plan.forward(images, {names[0], names[-1]})
     forward += plan.forward(images, between) * drawn / len(between) if between else 0.0
     plan.add("training", 3 * forward, f"{len(order):,} steps, {config.epochs} epochs, forward and backward")
@@ -103,8 +101,6 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     def order(start: int = 0) -> EpochOrder:
         return EpochOrder(len(train), recipe.batch_size, recipe.seed, recipe.epochs, start)
 
-    if len(switches) > 1 and recipe.subnets_per_step < 2:
-        raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
     model = new_classifier(starting_network(config, switches), len(train.classes), recipe.seed).to(device)
     training = SupervisedTraining(model, switches, recipe, order().steps_per_epoch)
     out = open_run(config, resume)

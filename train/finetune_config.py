@@ -8,8 +8,9 @@ from pathlib import Path
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
-from .config import FamilyOptions, RunConfig, Workers, flag, option
-from .evaluation.protocols.common import config_of, positive
+from .choices import Workers
+from .config import FamilyOptions, RunConfig, flag, option, positive
+from .evaluation.protocols.common import config_of
 from .evaluation.supervised import Recipe
 
 SCRATCH = "none"
@@ -77,7 +78,16 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
             raise InputError("--dn trains one network of a run alone: give --from a run, and no --dns")
 
     def complete(self) -> FinetuneConfig:
-        """With what it leaves to the run that it starts from, so that the configuration says all."""
+        """With what it leaves to the run that it starts from, so that the configuration says all.
+
+        InputError for what does not fit that run, or its own switches.
+        """
+        completed = self._completed()
+        if len(completed.family().names()) > 1 and self.subnets_per_step < 2:
+            raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
+        return completed
+
+    def _completed(self) -> FinetuneConfig:
         if self.from_ == SCRATCH:
             if self.network is None or self.dns is None or self.data is None or self.image_size is None:
                 raise InputError("--from none starts from nothing: add --network, --dns, --data and --image-size")

@@ -18,7 +18,7 @@ from torch import Tensor
 from dspnet_fast.subnets import Subnet
 
 from .arena import Arena
-from .data.loader import prepare
+from .data.normalization import prepare
 from .dspnet import DSPNet
 
 WARM_UP = 3  # runs before recording, in which libraries choose algorithms and kernels are compiled

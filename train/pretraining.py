@@ -120,7 +120,8 @@ class Pretraining:
     def run(self) -> None:
         """Train to the end; KeyboardInterrupt if it was stopped, after saving."""
         trainer, config = self.trainer, self.config
-        self.log = RunLog(self.out, trainer.step) if self.ranks.first else None
+        if self.ranks.first:
+            self.log = RunLog(self.out, trainer.step)
         self.ranks.wait()  # from here on they listen to each other's heartbeats
         try:
             with Interruption() as interruption, self.monitor, self.watchdog:

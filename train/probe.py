@@ -12,7 +12,8 @@ from dspnet_fast.subnets import Family
 
 from .data.bad import BadImages
 from .data.images import ImageSet, Subset
-from .data.loader import normalize, readable_views
+from .data.loader import readable_views
+from .data.normalization import normalize
 from .evaluation.collapse import effective_rank, feature_std
 from .evaluation.features import extract
 from .evaluation.knn import knn

@@ -14,7 +14,7 @@ from dspnet_fast.subnets import Subnet, sandwich
 
 from .arena import Arena
 from .config import PretrainConfig
-from .data.loader import prepare
+from .data.normalization import prepare
 from .diagnosis import Finding, find
 from .division import divide
 from .dspnet import DSPNet

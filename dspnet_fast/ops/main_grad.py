@@ -1,5 +1,5 @@
-"""main_grad: a buffer like a weight, to whose prefix gradients are added in place. Without one, autograd gets one of
-full size, zero outside the prefix.
+"""main_grad: a buffer like a weight, to whose prefix gradients are added in place. Where there is none, autograd gets
+a gradient of full size, zero outside the prefix.
 """
 
 import torch

@@ -96,8 +96,9 @@ def scale_shift_backward(
         (weight, weight_main_grad, grad * rsqrt),
         (bias, bias_main_grad, grad_shift),
     ):
-        of_vector = mean.new_empty(0)
-        if vector is not None:
+        if vector is None:
+            of_vector = mean.new_empty(0)
+        else:
             buffer, of_vector = gradient_buffer(vector, main_grad)
             buffer[:channels] += of_prefix.sum(0)
         returned.append(of_vector)

@@ -14,14 +14,8 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 from train.data.augment import byol, draw, numbers, supervised
 from train.data.bad import BadImages
-from train.data.loader import (
-    evaluation_batches,
-    normalize,
-    one_view_batches,
-    readable_views,
-    two_view_batches,
-    worker_count,
-)
+from train.data.loader import evaluation_batches, one_view_batches, readable_views, two_view_batches, worker_count
+from train.data.normalization import normalize
 from train.data.order import EpochOrder, mix
 from train.data.vision import augment, evaluation_view
 
@@ -375,24 +369,15 @@ def test_workers_end_with_an_error_that_is_still_held():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalize(channels, memory_format, dtype):
+def test_normalize(channels):
     batch = torch.randint(0, 256, (4, channels, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
-    found = normalize(batch, mean, std, dtype, memory_format)
-    rgb = batch.expand(-1, 3, -1, -1).double()
-    expected = (rgb / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert found.dtype == dtype
+    found = normalize(batch)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)[..., None, None]
+    expected = (batch.expand(-1, 3, -1, -1).double() / 255 - mean) / std
+    assert found.dtype == torch.float32
     assert found.shape == (4, 3, 5, 6)
-    assert found.is_contiguous(memory_format=memory_format)
-    assert (found.double() - expected).abs().max() <= torch.finfo(dtype).eps * 4
-
-
-def test_normalize_defaults_to_imagenet():
-    grey = torch.full((1, 1, 2, 2), 51, dtype=torch.uint8)
-    expected = [(0.2 - mean) / std for mean, std in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
-    assert normalize(grey)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found.double() - expected).abs().max() <= torch.finfo(torch.float32).eps * 8  # of numbers up to 4
 
 
 def test_normalize_refuses_what_are_not_bytes():

@@ -20,7 +20,7 @@ from dspnet_fast.models import build, subnet
 from dspnet_fast.slim import slim
 from train import detect, export
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.data import coco
+from train.data import coco, coco_shapes
 from train.detect import pretrained_network
 from train.detection import mask_rcnn
 from train.detection.average_precision import KINDS, MEASURES, average_precision
@@ -248,7 +248,7 @@ def test_compressed_run_lengths(density):
     text = mask.encode(np.asfortranarray(pixels))["counts"].decode()
     flat = np.concatenate([[0], pixels.ravel(order="F")])
     changes = np.flatnonzero(np.diff(flat))
-    assert coco._decompressed(text) == np.diff([0, *changes, pixels.size]).tolist()
+    assert coco_shapes._decompressed(text) == np.diff([0, *changes, pixels.size]).tolist()
 
 
 def test_all_forms_of_a_mask_are_one(read, content):

@@ -17,7 +17,8 @@ from dspnet_fast.errors import InputError
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.images import Subset
-from train.data.loader import evaluation_batches, normalize
+from train.data.loader import evaluation_batches
+from train.data.normalization import normalize
 from train.data.order import EpochOrder
 from train.data.sets import open_images
 from train.evaluation import features

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +22,16 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
+from ..choices import Workers
 from ..run.progress import Monitor
 from .bad import BadImages, Refusal
+from .coco_shapes import Record, box_problem, clipped, decoded, encoded, is_whole, mask_problem
 from .images import decode
-from .loader import Batches, Workers, make_loader, worker_count
+from .loader import Batches, make_loader, worker_count
 from .order import EpochOrder, mix
 
 NAMED = 10  # wrong annotations that a message names
 CHECKED_AT_ONCE = 1000
-EDGE = 1.0  # pixels that a box may reach out of its image: published boxes are rounded
-
-Record = dict[str, Any]
 
 
 class Instances(NamedTuple):
@@ -137,7 +135,7 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoSet:
     wrong += [
         f"image {image['id']}: width and height are {image.get('width')!r} and {image.get('height')!r}"
         for image in images
-        if not all(_is_whole(image.get(side)) and image[side] > 0 for side in ("width", "height"))
+        if not all(is_whole(image.get(side)) and image[side] > 0 for side in ("width", "height"))
     ]
     names = Counter(category.get("name") for category in categories)
     wrong += [
@@ -166,30 +164,6 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoSet:
     return CocoSet(
         file, folder, images, sorted(categories, key=lambda category: category["id"]), kept, left_out, digest
     )
-
-
-def clipped(bbox: Sequence[float], width: int, height: int) -> list[float]:
-    """COCO's left, top, width, height as left, top, right, bottom inside the image."""
-    left, top, across, down = bbox
-    return [max(left, 0.0), max(top, 0.0), min(left + across, float(width)), min(top + down, float(height))]
-
-
-def encoded(segmentation: Any, height: int, width: int) -> Record:
-    """A mask as run lengths, from polygons or from run lengths compressed or not."""
-    from pycocotools import mask
-
-    if isinstance(segmentation, list):
-        return mask.merge(mask.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return mask.frPyObjects(segmentation, height, width)
-    return segmentation
-
-
-def decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A mask as uint8 [H, W]."""
-    from pycocotools import mask
-
-    return np.ascontiguousarray(mask.decode(encoded(segmentation, height, width)))
 
 
 def training_batches(images: CocoSet, order: EpochOrder, workers: Workers) -> Iterator[list[Instances]]:
@@ -247,13 +221,9 @@ def _parsed(file: Path) -> tuple[Record, str]:
 
 def _records(file: Path, content: Record, key: str) -> list[Record]:
     records = content.get(key)
-    if not isinstance(records, list) or not all(isinstance(r, dict) and _is_whole(r.get("id")) for r in records):
+    if not isinstance(records, list) or not all(isinstance(r, dict) and is_whole(r.get("id")) for r in records):
         raise InputError(f"{file} is not in COCO's format: {key} must be a list of objects, each with a whole id")
     return records
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _repeated(what: str, records: list[Record]) -> Iterator[str]:
@@ -286,9 +256,7 @@ def _shaped(annotations: list[Record], images: dict[int, Record]) -> tuple[dict[
         for place, annotation in enumerate(annotations, 1):
             image = images[annotation["image_id"]]
             size = image["height"], image["width"]
-            problem = _box_problem(annotation.get("bbox"), *size) or _mask_problem(
-                annotation.get("segmentation"), *size
-            )
+            problem = box_problem(annotation.get("bbox"), *size) or mask_problem(annotation.get("segmentation"), *size)
             if problem:
                 wrong.append(f"annotation {annotation['id']}: {problem}")
             else:
@@ -306,67 +274,3 @@ def _completed(annotation: Record, height: int, width: int) -> Record:
     if "area" not in made:
         made["area"] = float(mask.area(encoded(made["segmentation"], height, width)))
     return made
-
-
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
-
-
-def _box_problem(bbox: Any, height: int, width: int) -> str:
-    if not _numbers(bbox) or len(bbox) != 4:
-        return f"its box is {bbox!r}, not four numbers"
-    left, top, across, down = bbox
-    if across <= 0 or down <= 0:
-        return f"its box {bbox} has no area"
-    if min(left, top) < -EDGE or left + across > width + EDGE or top + down > height + EDGE:
-        return f"its box {bbox} lies outside its image of {width} x {height}"
-    left, top, right, bottom = clipped(bbox, width, height)
-    return "" if left < right and top < bottom else f"its box {bbox} has no area in its image of {width} x {height}"
-
-
-def _mask_problem(segmentation: Any, height: int, width: int) -> str:
-    if isinstance(segmentation, list):
-        if not segmentation:
-            return "it has no polygon"
-        for polygon in segmentation:
-            if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
-                return "a polygon of it is not three or more pairs of numbers"
-        return ""
-    if not isinstance(segmentation, dict):
-        return "it has no segmentation: polygons or run lengths"
-    if segmentation.get("size") != [height, width]:
-        return f"its run lengths are of {segmentation.get('size')}, its image of [{height}, {width}]"
-    try:
-        counts = segmentation.get("counts")
-        lengths = _decompressed(counts) if isinstance(counts, str) else counts
-    except (ValueError, IndexError):
-        return "its compressed run lengths are damaged"
-    if not isinstance(lengths, list) or not all(_is_whole(length) and length >= 0 for length in lengths):
-        return "its run lengths are not whole numbers from 0 on"
-    if sum(lengths) != height * width:
-        return f"its run lengths are {sum(lengths)} pixels, its image {height * width}"
-    return ""
-
-
-def _decompressed(counts: str) -> list[int]:
-    """Run lengths out of COCO's text: groups of 5 bits, the sixth says that more follow, from the third on differences.
-
-    pycocotools decodes the same without looking whether the text ends where it should.
-    """
-    lengths: list[int] = []
-    place = 0
-    while place < len(counts):
-        value, shift, more = 0, 0, True
-        while more:
-            bits = ord(counts[place]) - 48
-            if not 0 <= bits < 64:
-                raise ValueError
-            value |= (bits & 0x1F) << shift
-            more = bool(bits & 0x20)
-            place, shift = place + 1, shift + 5
-            if not more and bits & 0x10:
-                value |= -1 << shift
-        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
-    return lengths

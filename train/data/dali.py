@@ -4,13 +4,11 @@ DALI draws nothing and reads no files. Files are read and Draws are made here, i
 pipeline gets is a batch of JPEGs and the numbers of their views. So a run is resumed without any state of DALI's, and
 an image's views are the ones that every other backend makes, but for the arithmetic: docs/data.md says how far apart.
 
-Each JPEG is decoded once, and only the region that its two crops lie in. What is no ordinary JPEG is decoded by Pillow
-while it is read, as in the other backends, and reaches the pipeline as a PPM file.
+What DALI computes is in dali_pipeline.py, what it is given in dali_inputs.py.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import queue
 import threading
@@ -21,260 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
-from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from .augment import JITTER, Draw, ViewSpec, draw, numbers
+from .augment import ViewSpec, draw, numbers
 from .bad import BadImages, Refusal, load_or_next
-from .colours import LUMA, finish, hue_offset
+from .colours import finish
+from .dali_inputs import Sample, for_decoding, for_viewing, plain_jpeg, union
+from .dali_pipeline import decoding, viewing
 from .images import ImageSet, as_pnm, decode
-from .loader import MEAN, STD
 from .order import EpochOrder
 
 READY = 2  # batches that wait to be used, beside the one in the making
-ORIENTATION = 0x0112  # EXIF's number for which way up the camera was held
-END_OF_JPEG = b"\xff\xd9"
-STAGES = len(JITTER) - 1  # of jitter but hue, that may come before and after it
-BRIGHTNESS, CONTRAST, SATURATION, NOTHING = 0, 1, 2, 3
-
-
-# the pipeline
-
-
-def _given(name: str, ndim: int = 0, dtype: Any = types.FLOAT) -> Any:
-    """What Python feeds under this name, a sample of `ndim` dimensions for each image."""
-    return fn.external_source(name=name, ndim=ndim, dtype=dtype)
-
-
-def _region(gpu: bool) -> Any:
-    """The part of each image that its crops lie in, uint8 [H, W, 3]."""
-    return fn.decoders.image_slice(
-        _given("encoded", 1, types.UINT8),
-        start=_given("region_start", 1, types.INT32),
-        shape=_given("region_shape", 1, types.INT32),
-        axis_names="HW",
-        device="mixed" if gpu else "cpu",
-        output_type=types.RGB,
-        jpeg_fancy_upsampling=True,
-    )
-
-
-@pipeline_def
-def _decoding(gpu: bool) -> Any:
-    return _region(gpu)
-
-
-@pipeline_def(enable_conditionals=True)
-def _views(views: tuple[ViewSpec, ...], gpu: bool, colours: bool) -> Any:
-    """Each view of the batch: its crop in uint8 [S, S, 3], or with `colours` all of it, in float32.
-
-    That is [3, S, S] from 0 to 255, on a GPU [S, S, 3] and normalised.
-    """
-    image = _region(gpu)
-    results = []
-    for k, view in enumerate(views):
-        result = _resized(image, k, view)
-        if colours:
-            result = _finished(result, k, view, "gpu" if gpu else "cpu")
-        if gpu:
-            result = fn.crop_mirror_normalize(
-                result,
-                dtype=types.FLOAT,
-                output_layout="HWC",
-                mean=[255 * value for value in MEAN],
-                std=[255 * value for value in STD],
-            )
-        results.append(result)
-    return tuple(results)
-
-
-def _resized(image: Any, k: int, view: ViewSpec) -> Any:
-    return fn.resize(
-        image,
-        size=[view.image_size, view.image_size],
-        roi_start=_given(f"from{k}", 1),  # from right to left is a flip
-        roi_end=_given(f"to{k}", 1),
-        interp_type=types.INTERP_CUBIC,
-        antialias=True,
-    )
-
-
-# Between operations pixels are float32 planes: on a CPU, DALI's way back to bytes costs more than the operations, and
-# arithmetic on one channel in three is cheap where channels lie apart.
-
-
-def _finished(pixels: Any, k: int, view: ViewSpec, device: str) -> Any:
-    pixels = fn.transpose(fn.cast(pixels, dtype=types.FLOAT), perm=[2, 0, 1])
-    for stage in range(STAGES):
-        pixels = _adjust(pixels, f"{k}before{stage}", device)
-    if _given(f"hued{k}", dtype=types.BOOL):
-        pixels = _turn_hue(pixels, k, device)
-    for stage in range(STAGES):
-        pixels = _adjust(pixels, f"{k}after{stage}", device)
-    if _given(f"grey{k}", dtype=types.BOOL):
-        pixels = fn.cat(*[_luma(pixels)] * 3, axis=0)
-    if view.blur_kernel >= 3:  # noqa: SIM102  (Python's question about the view, DALI's about each sample)
-        if _given(f"blurred{k}", dtype=types.BOOL):
-            pixels = fn.gaussian_blur(pixels, sigma=_given(f"sigma{k}"), window_size=view.blur_kernel)
-    if _given(f"solarize{k}", dtype=types.BOOL):
-        bright = pixels >= view.solarize_threshold - 0.5  # as if it were rounded
-        pixels = pixels + bright * (255.0 - 2.0 * pixels)
-    return pixels
-
-
-def _clamped(pixels: Any) -> Any:
-    return math.min(math.max(pixels, 0.0), 255.0)  # in less time than clamp
-
-
-def _plane(pixels: Any, channel: int) -> Any:
-    return fn.slice(pixels, channel, 1, axes=[0])
-
-
-def _luma(pixels: Any) -> Any:
-    """[1, S, S]"""
-    red, green, blue = LUMA
-    return _plane(pixels, 0) * red + _plane(pixels, 1) * green + _plane(pixels, 2) * blue
-
-
-def _adjust(pixels: Any, name: str, device: str) -> Any:
-    """Brightness, contrast, saturation or nothing, as each sample wants."""
-    kind = _given(f"kind{name}", dtype=types.INT32)
-    factor = _number(f"factor{name}", device)
-    if kind == BRIGHTNESS:
-        result = math.min(pixels * factor, 255.0)
-    elif kind == CONTRAST:
-        mean = fn.reductions.mean(_luma(pixels))
-        result = _clamped(pixels * factor + mean * (1.0 - factor))
-    elif kind == SATURATION:
-        result = _clamped(pixels * factor + _luma(pixels) * (1.0 - factor))
-    else:
-        result = pixels
-    return result
-
-
-def _number(name: str, device: str) -> Any:
-    """A number for each image, where arithmetic needs it."""
-    return _given(name).gpu() if device == "gpu" else _given(name)
-
-
-def _turn_hue(pixels: Any, k: int, device: str) -> Any:
-    """As `colours.turn_hue`, whose formula this is."""
-    red, green, blue = (_plane(pixels, channel) for channel in range(3))
-    value = math.max(math.max(red, green), blue)
-    least = math.min(math.min(red, green), blue)
-    chroma = value - least
-    twice = chroma * 2.0
-    first, second = green - blue, blue - red
-    last = twice * 2.0 - first - second
-    hue = last + (value == green) * (twice + second - last)
-    hue = hue + (value == red) * (first - hue)
-    base, thrice = least - chroma, twice + chroma
-    planes = []
-    for channel in range(3):
-        offset = math.abs(math.abs(hue + chroma * _number(f"turn{k}{channel}", device)) - thrice)
-        planes.append(math.min(math.max(base + offset, least), value))
-    return fn.cat(*planes, axis=0)
-
-
-# what it is fed
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image's file, and its views.
-
-    Attributes:
-        encoded: uint8 [n], a JPEG or PPM file.
-        region: of the image that the views' boxes lie in: top, left, height, width.
-        draws: one for each view.
-    """
-
-    encoded: np.ndarray
-    region: tuple[int, int, int, int]
-    draws: list[Draw]
-
-
-def plain_jpeg(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that DALI decodes as Pillow does; None for everything else.
-
-    That is a whole file of greyscale or YCbCr, the right way up.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as header:
-            plain = header.format == "JPEG" and header.mode in ("L", "RGB")
-            if plain and "exif" in header.info:
-                plain = header.getexif().get(ORIENTATION, 1) == 1
-            size = header.height, header.width
-    except Exception:  # Pillow will say what is wrong with it when it decodes it
-        return None
-    return size if plain and content.rstrip(b"\0").endswith(END_OF_JPEG) else None
-
-
-def _union(boxes: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
-    top, left = (min(box[axis] for box in boxes) for axis in (0, 1))
-    bottom, right = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
-    return top, left, bottom - top, right - left
-
-
-def _encoded(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What `_region` is given, by name."""
-    regions = np.array([sample.region for sample in samples], np.int32)
-    return {
-        "encoded": [sample.encoded for sample in samples],
-        "region_start": np.ascontiguousarray(regions[:, :2]),
-        "region_shape": np.ascontiguousarray(regions[:, 2:]),
-    }
-
-
-def _inputs(samples: Sequence[Sample], views: Sequence[ViewSpec], colours: bool) -> dict[str, Any]:
-    """What `_views` is given, by name."""
-    inputs = _encoded(samples)
-    for k, view in enumerate(views):
-        drawn = [sample.draws[k] for sample in samples]
-        boxes = np.array([one.box for one in drawn], np.int32)
-        flip = np.array([one.flip for one in drawn])
-        top, left = (boxes[:, :2] - inputs["region_start"]).T
-        bottom, right = top + boxes[:, 2], left + boxes[:, 3]
-        inputs[f"from{k}"] = np.stack([top, np.where(flip, right, left)], 1).astype(np.float32)
-        inputs[f"to{k}"] = np.stack([bottom, np.where(flip, left, right)], 1).astype(np.float32)
-        if not colours:
-            continue
-        stages = [_stages(one.jitter) for one in drawn]
-        for where, side in enumerate(("before", "after")):
-            for stage in range(STAGES):
-                chosen = [of_sample[where][stage] for of_sample in stages]
-                inputs[f"kind{k}{side}{stage}"] = np.array([kind for kind, _ in chosen], np.int32)
-                inputs[f"factor{k}{side}{stage}"] = np.array([factor for _, factor in chosen], np.float32)
-        turn = np.array([dict(one.jitter).get("hue", 0.0) for one in drawn])
-        inputs[f"hued{k}"] = turn != 0
-        for channel in range(3):
-            inputs[f"turn{k}{channel}"] = np.array([hue_offset(value, channel) for value in turn], np.float32)
-        inputs[f"grey{k}"] = np.array([one.grey for one in drawn])
-        if view.blur_kernel >= 3:
-            inputs[f"blurred{k}"] = np.array([one.sigma > 0 for one in drawn])
-            inputs[f"sigma{k}"] = np.array([one.sigma or 1.0 for one in drawn], np.float32)
-        inputs[f"solarize{k}"] = np.array([one.solarize for one in drawn])
-    return inputs
-
-
-Stage = tuple[int, float]
-
-
-def _stages(jitter: Sequence[tuple[str, float]]) -> tuple[list[Stage], list[Stage]]:
-    """(kind, factor) of the STAGES before hue and of those after it."""
-    names = [name for name, _ in jitter]
-    middle = names.index("hue") if "hue" in names else len(names)
-    before, after = (
-        [(JITTER.index(name), factor) for name, factor in part] for part in (jitter[:middle], jitter[middle + 1 :])
-    )
-    rest = [(NOTHING, 1.0)] * STAGES
-    return (before + rest)[:STAGES], (after + rest)[:STAGES]
-
-
-# the batches
 
 
 class TwoViews:
@@ -379,10 +136,12 @@ class TwoViews:
             image = decode(content, self._images.file(i))
             content, size = as_pnm(image), (image.height, image.width)
         draws = [draw(view, row, *size) for view, row in zip(self._views, uniform, strict=True)]
-        return Sample(np.frombuffer(content, np.uint8), _union([one.box for one in draws]), draws)
+        return Sample(np.frombuffer(content, np.uint8), union([one.box for one in draws]), draws)
 
     def _build(self) -> Pipeline:
-        return self._built(_views, self._order.images_per_step, self._threads, views=self._views, colours=self._colours)
+        return self._built(
+            viewing, self._order.images_per_step, self._threads, views=self._views, colours=self._colours
+        )
 
     def _built(self, define: Any, batch_size: int, threads: int, **options: Any) -> Pipeline:
         pipeline = define(
@@ -398,7 +157,7 @@ class TwoViews:
         return pipeline
 
     def _start(self, pipeline: Pipeline, batch: _Running) -> None:
-        for name, values in _inputs(batch.samples, self._views, self._colours).items():
+        for name, values in for_viewing(batch.samples, self._views, self._colours).items():
             pipeline.feed_input(name, values)
         pipeline.schedule_run()
 
@@ -431,9 +190,9 @@ class TwoViews:
         so that no image's views depend on the batch that it comes in."""
         refused, pipeline = [], None
         for k, sample in enumerate(samples):
-            pipeline = pipeline or self._built(_decoding, batch_size=1, threads=1)
+            pipeline = pipeline or self._built(decoding, batch_size=1, threads=1)
             try:
-                for name, values in _encoded([sample]).items():
+                for name, values in for_decoding([sample]).items():
                     pipeline.feed_input(name, values)
                 pipeline.run()
             except RuntimeError:

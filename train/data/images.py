@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 
 from dspnet_fast.errors import InputError
 
+from ..run.fingerprint import digest
+
 
 class ImageSet(Protocol):
     """Images in a fixed order. `labels` is an int64 tensor [N] of indices into `classes`, or None (and no classes)."""
@@ -92,6 +94,12 @@ def require_labels(images: ImageSet) -> torch.Tensor:
     if images.labels is None:
         raise InputError(f"{images.name} has no labels: sort its images into one folder per class, DIR/<class>/*")
     return images.labels
+
+
+def digest_of(images: ImageSet) -> str:
+    """Of a set's files, in their order, and labels; not of what the files hold, which only reading them all tells."""
+    labels = [] if images.labels is None else [images.labels]
+    return digest(*(images.file(i) for i in range(len(images))), *labels)
 
 
 def decode(content: bytes, file: str) -> Image.Image:

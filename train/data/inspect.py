@@ -20,7 +20,7 @@ from .augment import OPERATIONS, ViewSpec, byol, only
 from .backends import choose_backend, open_batches
 from .bad import BadImages
 from .images import ImageSet, Subset
-from .loader import MEAN, STD
+from .normalization import MEAN, STD
 from .order import EpochOrder
 from .sets import open_images
 

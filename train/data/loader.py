@@ -4,33 +4,27 @@ Epoch e's order is a function of (seed, e), and the views of image i in it are a
 of workers, the batch an image falls into and an interruption change no bit of what a network sees.
 """
 
-import functools
 import multiprocessing
 import os
 import signal
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dspnet_fast.errors import InputError
 
+from ..choices import Workers
 from .augment import ViewSpec, draw, numbers
 from .bad import BadImages, Refusal, load_or_next
 from .images import ImageSet
 from .order import EpochOrder
 from .vision import View, augment, evaluation_view
 
-# ImageNet's, of RGB values from 0 to 1
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
 FEW_IMAGES = 256  # up to here starting workers costs more than they save
-
-Workers = int | Literal["auto"]
 
 
 def two_view_batches(
@@ -98,37 +92,6 @@ def worker_count(workers: Workers, n: int) -> int:
             raise InputError(f"{workers} workers: give 0, a larger number or auto")
         return workers
     return 0 if n <= FEW_IMAGES else min(os.cpu_count() or 1, 8)
-
-
-def prepare(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Normalised images on the device: bytes are normalised there, what a backend has normalised stays as it is."""
-    return batch if batch.is_floating_point() else normalize(batch.to(device, non_blocking=True))
-
-
-def normalize(
-    batch: torch.Tensor,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.channels_last,
-) -> torch.Tensor:
-    """uint8 [N, 1 or 3, H, W] to `dtype` [N, 3, H, W] on the same device: (value / 255 - mean) / std, in float32."""
-    if batch.dtype != torch.uint8:
-        raise TypeError(f"normalize expects bytes (uint8), not {batch.dtype}")
-    scale, shift = _scale_and_shift(mean, std, batch.device)
-    # bytes are the cheapest form to reorder in; one channel becomes three by broadcasting
-    values = batch.contiguous(memory_format=memory_format).float()
-    return torch.addcmul(shift, values, scale).to(dtype=dtype, memory_format=memory_format)
-
-
-@functools.lru_cache
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept, because bringing them to a GPU makes the host wait for it."""
-    centre = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
-    spread = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
-    return (1 / (255 * spread)).float().to(device), (-centre / spread).float().to(device)
 
 
 class _Refused:

@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from dspnet_fast.models import Network
 
-from ..data.loader import MEAN, STD
+from ..data.normalization import MEAN, STD
 
 CHANNELS = 256
 LEVELS = 5

@@ -12,9 +12,10 @@ from torchvision.models.detection import MaskRCNN
 
 from dspnet_fast.errors import InputError
 
+from ..choices import Workers
 from ..data.coco import CocoSet, Instances, evaluation_images
-from ..data.loader import Workers
 from ..data.order import mix
+from ..run.loop import OfOneModel
 from ..run.progress import Monitor
 from ..schedules import stepped_learning_rate
 from .average_precision import average_precision
@@ -41,8 +42,10 @@ class Recipe:
     seed: int
 
 
-class DetectionTraining:
+class DetectionTraining(OfOneModel):
     """Trains all of a detector by the sum of its five losses, in one process; a `train.run.loop.Training`."""
+
+    model: MaskRCNN
 
     def __init__(self, model: MaskRCNN, recipe: Recipe, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
@@ -78,16 +81,6 @@ class DetectionTraining:
         self._optimizer.step()
         self.step += 1
         return loss.detach()
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
 
 
 @torch.no_grad()

@@ -22,10 +22,13 @@ from dspnet_fast.nn import activate
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family, Subnet, sandwich
 
+from ..choices import Workers
 from ..data.augment import ViewSpec
 from ..data.images import ImageSet, require_labels
-from ..data.loader import Workers, normalize, one_view_batches
+from ..data.loader import one_view_batches
+from ..data.normalization import normalize
 from ..data.order import EpochOrder
+from ..run.loop import OfOneModel
 from ..schedules import learning_rate
 from .accuracy import Accuracy, accuracies
 from .trained import evaluation_views, statistics_images
@@ -66,8 +69,10 @@ def new_classifier(encoder: Network, classes: int, seed: int) -> Classifier:
     return model.to(memory_format=torch.channels_last)
 
 
-class SupervisedTraining:
+class SupervisedTraining(OfOneModel):
     """Trains a classifier; a `train.run.loop.Training`."""
+
+    model: Classifier
 
     def __init__(self, model: Classifier, family: Family, recipe: Recipe, epoch_steps: int) -> None:
         self.model, self.family, self.recipe = model, family, recipe
@@ -110,16 +115,6 @@ class SupervisedTraining:
         self._optimizer.zero_grad(set_to_none=False)
         self.step += 1
         return losses[0]
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
 
 
 class Together:

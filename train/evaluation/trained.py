@@ -18,9 +18,11 @@ from dspnet_fast.models import Network, build
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
 
+from ..choices import Workers
 from ..config import PretrainConfig
-from ..data.images import ImageSet, Subset
-from ..data.loader import Workers, evaluation_batches, normalize
+from ..data.images import ImageSet, Subset, digest_of
+from ..data.loader import evaluation_batches
+from ..data.normalization import normalize
 from ..run import atomic, checkpoint, fingerprint
 from ..run.progress import Monitor
 from ..run.rundir import read_config
@@ -99,7 +101,7 @@ class Trained:
             "weights": self.weights,
             "data": data,
             "images": len(drawn),
-            "files": fingerprint.of_images(drawn),
+            "files": digest_of(drawn),
             "size": self.image_size,
         }
         before = self.recall(subnets) if self.step else {}
@@ -175,7 +177,7 @@ class TrainedFamily(Trained):
         They are kept in OUT/features, under what they depend on; computing them goes on where it was interrupted.
         """
         by_name = {subnet.name: subnet for subnet in subnets}
-        files_key = fingerprint.of_images(images)
+        files_key = digest_of(images)
         files, shapes = {}, {}
         for name, subnet in by_name.items():
             statistics = [part for item in sorted(measured_statistics(self.encoder, [subnet]).items()) for part in item]

@@ -1,4 +1,4 @@
-"""Short names for exactly these numbers, images or options: what results on disk are kept under."""
+"""Short names for exactly these numbers or options: what results on disk are kept under."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 
 import torch
 from torch import Tensor
-
-from ..data.images import ImageSet
 
 
 def digest(*parts: object) -> str:
@@ -20,9 +18,3 @@ def digest(*parts: object) -> str:
         else:
             hashed.update(f"{part!r}\n".encode())
     return hashed.hexdigest()
-
-
-def of_images(images: ImageSet) -> str:
-    """Of a set's files, in their order, and labels; not of what the files hold, which only reading them all tells."""
-    labels = [] if images.labels is None else [images.labels]
-    return digest(*(images.file(i) for i in range(len(images))), *labels)

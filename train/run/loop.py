@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint
 from .interruption import Interruption
@@ -37,6 +37,24 @@ class Training(Protocol[Batch]):
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from there."""
         ...
+
+
+class OfOneModel:
+    """What a `Training` of one model by one optimizer saves."""
+
+    model: nn.Module
+    step: int
+    _optimizer: torch.optim.Optimizer
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
 
 
 def resume(training: Training[Any], folder: Path, device: torch.device) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
-from ...config import FamilyOptions, PretrainConfig, Workers, option
+from ...choices import Workers
+from ...config import FamilyOptions, PretrainConfig, option
 from ...costs import Cost, cost
 from ...data.images import ImageSet, require_labels
 from ...data.sets import SetSize, open_images, size_of
@@ -136,10 +136,3 @@ class Plan:
         for line in self._lines:
             print(line)
         print(f"{'together':14}{quantity(self._work)}MAC")
-
-
-def positive(**values: float) -> None:
-    """Raise InputError for an option that must be above 0 and is not."""
-    for name, value in values.items():
-        if not value > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0, not {value}")

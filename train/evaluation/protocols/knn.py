@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import Workers, option
+from ...choices import Workers
+from ...config import option, positive
 from ...data.images import ImageSet, Subset
 from ...data.loader import evaluation_batches
 from ...run.progress import Monitor
@@ -21,7 +22,7 @@ from ..knn import knn
 from ..points import points
 from ..results import Report, publish
 from ..trained import BATCH, TrainedFamily
-from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive
+from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
 
 LARGEST_RAW = 64  # pixels; small images are compared as they are, large ones reduced to this or to the run's size
 DESCRIPTION = """\

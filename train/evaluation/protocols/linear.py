@@ -8,16 +8,18 @@ from pathlib import Path
 
 from dspnet_fast.errors import InputError
 
-from ...config import option
+from ...config import option, positive
 from ...data import augment
-from ...data.loader import normalize, one_view_batches
+from ...data.images import digest_of
+from ...data.loader import one_view_batches
+from ...data.normalization import normalize
 from ...data.order import EpochOrder
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
 from ..features import kept_bytes, representations
 from ..points import points
 from ..results import Report, accuracy_table, publish
-from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of, positive
+from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
 
 DESCRIPTION = """\
 Train a linear classifier on the frozen representation of every desired network of a run, all from the same batches.
@@ -124,7 +126,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
     classifiers = Classifiers({s.name: s.channels[-1] for s in subnets}, subject.classes, recipe.seed)
     training = ClassifierTraining(classifiers.to(trained.device), recipe, order().steps_per_epoch)
     view_key = (options.min_scale,) if options.augment else ()
-    key = fingerprint.digest(trained.weights, fingerprint.of_images(subject.train), asdict(recipe), view_key)
+    key = fingerprint.digest(trained.weights, digest_of(subject.train), asdict(recipe), view_key)
     loop.run("classifiers", training, batches, out / FOLDER / "classifiers" / f"linear-{key}", trained.device)
     found = evaluate(classifiers, test, subject.test_labels, trained.device)
     return {

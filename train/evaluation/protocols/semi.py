@@ -14,10 +14,10 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
-from ...config import option
+from ...config import option, positive
 from ...data import augment
 from ...data.balanced import SEED, as_text, balanced_subset, checksum
-from ...data.images import Subset
+from ...data.images import Subset, digest_of
 from ...data.order import EpochOrder
 from ...run import atomic, fingerprint, loop
 from .. import supervised
@@ -25,7 +25,7 @@ from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evalua
 from ..points import points
 from ..results import Report, accuracy_table, publish
 from ..supervised import SupervisedTraining, Together, labelled_batches, new_classifier
-from .common import FOLDER, Plan, Subject, plan_of, positive
+from .common import FOLDER, Plan, Subject, plan_of
 from .linear import ClassifierOptions, classifier_work, disk
 
 METHODS = ("linear", "finetune")
@@ -201,7 +201,7 @@ def _linear(subject: Subject, options: SemiOptions, chosen: dict[float, list[int
             order = EpochOrder(len(labels), recipe.batch_size, recipe.seed, recipe.epochs, start)
             return kept_batches(train, labels, order, device)
 
-        key = fingerprint.digest(trained.weights, fingerprint.of_images(images), indices, asdict(recipe))
+        key = fingerprint.digest(trained.weights, digest_of(images), indices, asdict(recipe))
         folder = trained.out / FOLDER / "classifiers" / f"semi-{key}"
         loop.run(f"classifiers {percent:g} %", training, batches, folder, device)
         found[_column(percent, "linear")] = evaluate(classifiers, test, subject.test_labels, device)
@@ -226,7 +226,7 @@ def _finetune(subject: Subject, options: SemiOptions, percent: float, indices: l
             for s in trained.family
         }
     )
-    key = fingerprint.digest(trained.weights, fingerprint.of_images(images), asdict(recipe), options.min_scale)
+    key = fingerprint.digest(trained.weights, digest_of(images), asdict(recipe), options.min_scale)
     loop.run(
         f"fine-tuning {percent:g} %",
         training,

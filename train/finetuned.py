@@ -10,11 +10,11 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, build
 from dspnet_fast.models import family as family_of
 
-from ..data.sets import open_images
-from ..finetune_config import FinetuneConfig
-from ..run import checkpoint
-from ..run.rundir import read_config
-from .trained import Trained
+from .data.sets import open_images
+from .evaluation.trained import Trained
+from .finetune_config import FinetuneConfig
+from .run import checkpoint
+from .run.rundir import read_config
 
 
 class FinetunedFamily(Trained):
