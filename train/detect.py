@@ -16,6 +16,7 @@ from dspnet_fast.models import Network, build, family, subnet
 from dspnet_fast.slim import slim
 
 from . import cli
+from .called import as_called
 from .config import PretrainConfig, Workers, flag, option
 from .data import coco
 from .data.coco import CocoSet, Instances
@@ -338,7 +339,7 @@ def _main(argv: Sequence[str]) -> None:
         plan_detect(out, parsed.dn, options)
         return
     if out.is_file():
-        raise InputError(f"{out} is a file: give the run directory of train.pretrain, or add --dry-run")
+        raise InputError(f"{out} is a file: give the run directory of {as_called('train.pretrain')}, or add --dry-run")
     try:
         report = detect(out, parsed.dn, options)
     except KeyboardInterrupt:

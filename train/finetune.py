@@ -16,6 +16,7 @@ from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
 from . import cli
+from .called import as_called
 from .data import augment
 from .data.images import ImageSet
 from .data.order import EpochOrder
@@ -188,7 +189,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = finetune(config, parsed.resume)
     except KeyboardInterrupt:
-        print(f"continue with\n  python -m train.finetune --out {config.out} --resume", flush=True)
+        print(f"continue with\n  {as_called('python -m train.finetune')} --out {config.out} --resume", flush=True)
         raise
     publish_finetune(Path(config.out), report)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
+from .called import as_called
 from .config import FamilyOptions, RunConfig, Workers, flag, option
 from .evaluation.protocols.common import config_of, positive
 from .evaluation.supervised import Recipe
@@ -57,6 +58,8 @@ class SupervisedOptions:
 class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions):
     """Configuration of `train.finetune`."""
 
+    command = "train.finetune"
+
     evaluate_epochs: int = option(10, "epochs between accuracies on the test images; 0 for the last one only", True)
     device: str = option("auto", "auto, cpu or cuda", True)
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has", True)
@@ -72,7 +75,10 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         if not self.from_:
-            raise InputError("--from is missing: name a run directory of train.pretrain, or none to start from scratch")
+            raise InputError(
+                f"--from is missing: name a run directory of {as_called('train.pretrain')}, "
+                "or none to start from scratch"
+            )
         if self.dn is not None and (self.dns is not None or self.from_ == SCRATCH):
             raise InputError("--dn trains one network of a run alone: give --from a run, and no --dns")
 

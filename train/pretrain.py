@@ -18,6 +18,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
 from . import cli, planning
+from .called import as_called
 from .config import PretrainConfig
 from .data import augment
 from .data.backends import choose_backend, open_batches
@@ -212,7 +213,7 @@ class Pretraining:
         self._save()
         self._say(
             f"stopped and saved after step {self.trainer.step} of {self.trainer.steps}; continue with",
-            f"  python -m train.pretrain --out {self.out} --resume",
+            f"  {as_called('python -m train.pretrain')} --out {self.out} --resume",
         )
 
     def _due(self, epochs: float) -> bool:
