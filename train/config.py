@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
@@ -92,6 +92,8 @@ class ExecutionOptions:
 class RunConfig:
     """run directory"""
 
+    command: ClassVar[str]  # whose runs these are
+
     out: str = option("", "folder for configuration, metrics, checkpoints and results", changeable=True)
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -106,6 +108,8 @@ class RunConfig:
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
     """Configuration of `train.pretrain`. Defaults are the paper's recipe where it states one (docs/algorithm.md)."""
+
+    command = "train.pretrain"
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run can have."""
