@@ -9,7 +9,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
 from .data.backends import BACKENDS
-from .data.loader import Workers
+from .data.loader import WORKERS_HELP, Workers
 
 
 def option(default: Any, help: str, changeable: bool = False) -> Any:
@@ -26,7 +26,7 @@ class DataOptions:
     image_size: int = option(96, "height and width of the augmented views, in pixels")
     min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
     train_images: int | None = option(None, "use only this many images, drawn at random")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
+    workers: Workers = option("auto", WORKERS_HELP, True)
     max_bad_images: int | None = option(None, "unreadable images that a run may leave out [1 in 1,000 of all]", True)
 
 

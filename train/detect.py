@@ -17,9 +17,10 @@ from dspnet_fast.slim import slim
 
 from . import cli
 from .called import as_called
-from .config import PretrainConfig, Workers, flag, option
+from .config import PretrainConfig, flag, option
 from .data import coco
 from .data.coco import CocoSet, Instances
+from .data.loader import WORKERS_HELP, Workers
 from .data.order import EpochOrder
 from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
@@ -56,7 +57,7 @@ class CocoOptions:
     val_images: str = option("val2017", "folder of their images, below --coco")
     keep_empty: bool = option(False, "train on images without annotations too: all in them is background")
     max_bad_annotations: int | None = option(None, "wrong boxes and masks to leave out in a set [1 in 1,000 of all]")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none")
+    workers: Workers = option("auto", WORKERS_HELP)
 
 
 @dataclass(kw_only=True)

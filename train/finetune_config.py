@@ -9,7 +9,8 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
 from .called import as_called
-from .config import FamilyOptions, RunConfig, Workers, flag, option
+from .config import FamilyOptions, RunConfig, flag, option
+from .data.loader import WORKERS_HELP, Workers
 from .evaluation.protocols.common import config_of, positive
 from .evaluation.supervised import Recipe
 
@@ -34,7 +35,7 @@ class LabelledOptions:
     data: str | None = option(None, "set of images with labels [the one that the run was pretrained on]")
     image_size: int | None = option(None, "height and width of the views, in pixels [the run's]")
     min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
+    workers: Workers = option("auto", WORKERS_HELP, True)
 
 
 @dataclass(kw_only=True)

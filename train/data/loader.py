@@ -31,6 +31,11 @@ STD = (0.229, 0.224, 0.225)
 FEW_IMAGES = 256  # up to here starting workers costs more than they save
 
 Workers = int | Literal["auto"]
+MOST_WORKERS = 8  # that "auto" starts
+WORKERS_HELP = (
+    f"data loading processes: a number, 0 being none, or auto: one per core, {MOST_WORKERS} at most, "
+    f"none for up to {FEW_IMAGES} images"
+)
 
 
 def two_view_batches(
@@ -92,12 +97,12 @@ def readable_views(images: ImageSet, image_size: int, bad: BadImages) -> tuple[t
 
 
 def worker_count(workers: Workers, n: int) -> int:
-    """The processes that load n images: as many as given, 0 being this one; "auto" is one per CPU, 8 at most."""
+    """The processes that load n images: as many as given, 0 being this one; "auto" as WORKERS_HELP says."""
     if workers != "auto":
         if workers < 0:
             raise InputError(f"{workers} workers: give 0, a larger number or auto")
         return workers
-    return 0 if n <= FEW_IMAGES else min(os.cpu_count() or 1, 8)
+    return 0 if n <= FEW_IMAGES else min(os.cpu_count() or 1, MOST_WORKERS)
 
 
 def prepare(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
