@@ -92,6 +92,8 @@ def replace_whole(path: Path, content: bytes) -> None:
 def load(directory: str | os.PathLike[str]) -> nn.Module:
     """Rebuild an exported network: torch.nn layers, images [N, 3, H, W] to features [N, F], in evaluation mode.
 
+    Images are RGB, float32 from 0 to 1, less the mean and divided by the std of the manifest's `normalization`:
+    torchvision.transforms.functional.normalize(images, **manifest["normalization"]).
     A classifier gives logits [N, classes], in the order of the manifest's `class_names`.
 
     Raises InputError if the folder holds no exported network, or one whose weights and manifest disagree.

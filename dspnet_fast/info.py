@@ -94,21 +94,46 @@ def _show(facts: dict[str, Any]) -> None:
     console.print(machine)
 
     table = Table(title=f"operators, policy {facts['policy']}", title_justify="left", title_style="bold", box=None)
-    for heading in ("operator", "provider", "state", "why"):
-        table.add_column(heading, header_style="dim")
+    for heading, style in (("operator", ""), ("chosen", "green"), ("available", ""), ("not here", "dim")):
+        table.add_column(heading, header_style="dim", style=style)
     for operator, providers in facts["ops"].items():
-        for i, (provider, state) in enumerate(providers.items()):
-            chosen = facts["serving"].get(operator) == provider
-            word, style = ("chosen", "green") if chosen else ("available", "") if state["available"] else ("no", "dim")
-            table.add_row(
-                Text(operator if i == 0 else ""), *(Text(t, style) for t in (provider, word, state["reason"]))
-            )
+        chosen = facts["serving"].get(operator, "")
+        rest = {
+            here: [name for name, state in _existing(providers) if name != chosen and state["available"] == here]
+            for here in (True, False)
+        }
+        table.add_row(operator, chosen, ", ".join(rest[True]), ", ".join(rest[False]))
     console.print()
     console.print(table)
+
+    reasons = Table(title="why not", title_justify="left", title_style="bold", box=None, show_header=False)
+    for provider, why in _reasons(facts["ops"]):
+        reasons.add_row(provider, Text(why))
+    if reasons.rows:
+        console.print()
+        console.print(reasons)
     if "error" in facts:
         console.print(Text(facts["error"], style="red"))
     if facts["policy"] == "native":
         console.print("\nThe policy is native: --fast-kernels or DSPNET_KERNELS=auto chooses the fastest available.")
+
+
+def _existing(providers: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, state) for name, state in providers.items() if state["reason"] != registry.NO_IMPLEMENTATION]
+
+
+def _reasons(operators: dict[str, Any]) -> list[tuple[str, str]]:
+    """Providers, and why they do not serve; each reason once, with its operators where a provider has several."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for operator, providers in operators.items():
+        for name, state in _existing(providers):
+            if state["reason"]:
+                found.setdefault(name, {}).setdefault(state["reason"], []).append(operator)
+    return [
+        (name, reason if len(reasons) == 1 else f"{', '.join(of)}: {reason}")
+        for name, reasons in found.items()
+        for reason, of in reasons.items()
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

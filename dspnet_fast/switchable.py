@@ -253,7 +253,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
                 raise InputError(
-                    f"{path} holds no switchable family, which python -m train.export OUT --switchable writes; "
+                    f"{path} holds no switchable family, which dspnet-export OUT --switchable writes (in a checkout "
+                    "python -m train.export); "
                     "a single network is read by dspnet_fast.exported.load"
                 )
             if metadata.get("version") != str(FORMAT):

@@ -1,6 +1,10 @@
 """What the documentation and the recipes say, works."""
 
+import ast
+import builtins
 import re
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 PRETRAINING = sorted(RECIPES.glob("*.yaml"))
 COMPARISONS = sorted((RECIPES / "compare").glob("*.yaml"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
@@ -92,6 +96,76 @@ def test_the_layers_page_runs(policy):  # which puts back what the page sets
     names: dict = {}
     exec(code, names)
     assert names["small"](names["images"]).shape == (8, 10)
+
+
+def python_of(text: str) -> Iterator[ast.Module]:
+    """The indented blocks of a page that are Python; others are commands, output or formulas."""
+    for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE):
+        try:
+            yield ast.parse("\n".join(line[4:] for line in block.splitlines()))
+        except SyntaxError:
+            assert not re.search(r"^    (import|from) ", block, re.MULTILINE), block
+
+
+def unresolved(text: str) -> list[str]:
+    """The attributes, in the Python of a page, of modules that it does not import or that do not have them.
+
+    A page that imports nothing shows lines out of modules.
+    """
+    names: dict = {}
+    imported, bound, wrong = set(), set(dir(builtins)), []
+    for tree in python_of(text):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(ast.unparse(node), names)
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                bound.add(node.id)
+            elif isinstance(node, ast.arg):
+                bound.add(node.arg)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not re.fullmatch(r"[\w.]+", ast.unparse(node)):
+                continue
+            root, *parts = ast.unparse(node).split(".")
+            if root in bound:
+                continue
+            found = names.get(root)
+            for part in parts:
+                # a submodule of ours is there after its import only, though another page or test may have imported it
+                found = getattr(found, part, None)
+                if isinstance(found, types.ModuleType) and root == "dspnet_fast" and found.__name__ not in imported:
+                    found = None
+            if found is None:
+                wrong.append(ast.unparse(node))
+    return wrong if imported else []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_python_imports_what_it_uses(page):
+    assert unresolved(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("    import dspnet_fast.exported\n    dspnet_fast.exported.load(x).eval()\n", []),
+        ("    import dspnet_fast.exported\n\nand\n\n    s = dspnet_fast.switchable.Switchable\n    s.load()\n", 2),
+        ("    import dspnet_fast.exported\n    dspnet_fast.exported.lode(x)\n", ["dspnet_fast.exported.lode"]),
+        ("    import torch\n    n = torchvision.models.resnet18()\n", 2),
+        ("    from dspnet_fast import ops\n    ops.registry.set_policy('auto')\n", []),
+        ("    pip install torchvision.models\n", []),
+    ],
+)
+def test_python_that_does_not_is_found(code, wrong):
+    import dspnet_fast.switchable  # noqa: F401  (as another test may have done)
+
+    found = unresolved(code)
+    assert len(found) == wrong if isinstance(wrong, int) else found == wrong
+
+
+def test_python_that_imports_nothing_there_is_found():
+    with pytest.raises(ImportError):
+        unresolved("    from dspnet_fast.switchable import Switchables\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -21,15 +21,30 @@ def test_json(run_python):
     assert set(expected.split(", ")) <= set(facts["machine"])
 
 
-def test_table_shows_every_provider_and_reason(capsys, monkeypatch):
+def test_table_has_a_row_for_each_operator_and_a_line_for_each_reason(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     info.main([])
-    printed = capsys.readouterr().out
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for operator, providers in registry.describe().items():
-        assert operator in printed
-        for provider, state in providers.items():
-            assert any(provider in line and state["reason"] in line for line in printed.splitlines())
-    assert "chosen" in printed
+        (row,) = (line for line in lines if line[:1] == [operator])
+        assert {word.strip(",") for word in row[1:]} == {"native", *registry.operators[operator].providers}
+        for provider in registry.operators[operator].providers:
+            reason = providers[provider]["reason"]
+            assert not reason or any(line[:1] == [provider] and reason in " ".join(line) for line in lines)
+    assert not any("no implementation" in " ".join(line) for line in lines)
+    assert any({"operator", "chosen", "available", "not"} <= set(line) for line in lines)
+
+
+def test_reasons_that_differ_name_their_operators():
+    def states(cpp, triton):
+        return {"cpp": {"available": not cpp, "reason": cpp}, "triton": {"available": False, "reason": triton}}
+
+    operators = {
+        "one": states("", "no device"),
+        "two": states("old", "no device"),
+        "three": states("older", "no device"),
+    }
+    assert info._reasons(operators) == [("triton", "no device"), ("cpp", "two: old"), ("cpp", "three: older")]
 
 
 def test_a_policy_that_cannot_serve_is_shown(run_python):

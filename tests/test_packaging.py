@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dspnet_fast.ops import cpp
+from train.called import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +69,7 @@ def test_wheel(source, tmp_path):
     assert "DSPNET_BUILD=0" in json.loads(wheel.read("dspnet_fast/_C.json"))["reason"]
     assert json.loads(wheel.read("dspnet_fast/_C_cuda.json"))["reason"]
     scripts = wheel.read("dspnet_fast-0.1.0.dist-info/entry_points.txt").decode()
-    for name in ("pretrain", "evaluate", "detect", "export", "data.shard", "data.inspect"):
+    for name in COMMANDS:
         assert f"dspnet-{name.removeprefix('data.')} = dspnet_fast.train.{name}:main" in scripts
 
 

@@ -16,6 +16,7 @@ from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 
 from dspnet_fast.errors import InputError
 
+from .called import as_called
 from .config import flag, key
 from .run.atomic import is_for_lack_of_room
 
@@ -23,13 +24,17 @@ DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, JsonHelpFormatter):
-    """Keep the line breaks of descriptions and examples."""
+    """Keep the line breaks of descriptions and examples, and call commands what they are called here."""
+
+    def format_help(self) -> str:
+        """The whole help."""
+        return as_called(super().format_help())
 
 
 def parser(command: str, description: str, example: str) -> ArgumentParser:
     """A parser whose help ends with an example."""
     made = ArgumentParser(
-        prog=f"python -m train.{command}",
+        prog=as_called(f"python -m train.{command}"),
         description=description,
         epilog=f"example:\n{example}",
         formatter_class=HelpFormatter,

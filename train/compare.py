@@ -11,6 +11,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
 from . import cli
+from .called import as_called
 from .comparison.design import DECIDED, CompareOptions, Comparison
 from .comparison.runs import compare
 from .comparison.tables import figures_of, tables_of
@@ -88,11 +89,11 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = compare(comparison)
     except KeyboardInterrupt:
-        print("what was computed is kept: the same train.compare goes on from there", flush=True)
+        print(as_called("what was computed is kept: the same train.compare goes on from there"), flush=True)
         raise
     publish(comparison.out, report)
     family = comparison.place(comparison.families[-1], comparison.seeds[0])
-    print(f"as a page, with the curves of the run: python -m train.report {family}")
+    print(as_called("as a page, with the curves of the run: python -m train.report"), family)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
-from .choices import BACKENDS, Workers
+from .choices import BACKENDS, WORKERS_HELP, Workers
 
 
 def option(default: Any, help: str, changeable: bool = False) -> Any:
@@ -25,7 +25,7 @@ class DataOptions:
     image_size: int = option(96, "height and width of the augmented views, in pixels")
     min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
     train_images: int | None = option(None, "use only this many images, drawn at random")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
+    workers: Workers = option("auto", WORKERS_HELP, True)
     max_bad_images: int | None = option(None, "unreadable images that a run may leave out [1 in 1,000 of all]", True)
 
 
@@ -91,6 +91,8 @@ class ExecutionOptions:
 class RunConfig:
     """run directory"""
 
+    command: ClassVar[str]  # whose runs these are
+
     out: str = option("", "folder for configuration, metrics, checkpoints and results", changeable=True)
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -105,6 +107,8 @@ class RunConfig:
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
     """Configuration of `train.pretrain`. Defaults are the paper's recipe where it states one (docs/algorithm.md)."""
+
+    command = "train.pretrain"
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run can have."""

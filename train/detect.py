@@ -16,7 +16,8 @@ from dspnet_fast.models import Network, build, family, subnet
 from dspnet_fast.slim import slim
 
 from . import cli
-from .choices import Workers
+from .called import as_called
+from .choices import WORKERS_HELP, Workers
 from .config import PretrainConfig, flag, option, positive
 from .data import coco
 from .data.coco import CocoSet, Instances
@@ -57,7 +58,7 @@ class CocoOptions:
     val_images: str = option("val2017", "folder of their images, below --coco")
     keep_empty: bool = option(False, "train on images without annotations too: all in them is background")
     max_bad_annotations: int | None = option(None, "wrong boxes and masks to leave out in a set [1 in 1,000 of all]")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none")
+    workers: Workers = option("auto", WORKERS_HELP)
 
 
 @dataclass(kw_only=True)
@@ -340,7 +341,7 @@ def _main(argv: Sequence[str]) -> None:
         plan_detect(out, parsed.dn, options)
         return
     if out.is_file():
-        raise InputError(f"{out} is a file: give the run directory of train.pretrain, or add --dry-run")
+        raise InputError(f"{out} is a file: give the run directory of {as_called('train.pretrain')}, or add --dry-run")
     try:
         report = detect(out, parsed.dn, options)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dspnet_fast.errors import InputError
 
 from . import cli
+from .called import as_called
 from .evaluation.protocols import knn, linear, semi
 from .evaluation.protocols.common import EvaluationOptions, Plan
 from .evaluation.results import Report
@@ -92,7 +93,7 @@ def _main(argv: Sequence[str]) -> None:
         protocol.plan(out, options).show()
         return
     if out.is_file():
-        raise InputError(f"{out} is a file: give the run directory of train.pretrain, or add --dry-run")
+        raise InputError(f"{out} is a file: give the run directory of {as_called('train.pretrain')}, or add --dry-run")
     try:
         report = protocol.evaluate(out, options)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
 from . import cli
+from .called import as_called
 from .costs import cost
 from .data import augment
 from .data.images import ImageSet
@@ -186,7 +187,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = finetune(config, parsed.resume)
     except KeyboardInterrupt:
-        print(f"continue with\n  python -m train.finetune --out {config.out} --resume", flush=True)
+        print(f"continue with\n  {as_called('python -m train.finetune')} --out {config.out} --resume", flush=True)
         raise
     publish_finetune(Path(config.out), report)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
-from .choices import Workers
+from .called import as_called
+from .choices import WORKERS_HELP, Workers
 from .config import FamilyOptions, RunConfig, flag, option, positive
 from .evaluation.protocols.common import config_of
 from .evaluation.supervised import Recipe
@@ -34,7 +35,7 @@ class LabelledOptions:
     data: str | None = option(None, "set of images with labels [the one that the run was pretrained on]")
     image_size: int | None = option(None, "height and width of the views, in pixels [the run's]")
     min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none", True)
+    workers: Workers = option("auto", WORKERS_HELP, True)
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,8 @@ class SupervisedOptions:
 class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions):
     """Configuration of `train.finetune`."""
 
+    command = "train.finetune"
+
     evaluate_epochs: int = option(10, "epochs between accuracies on the test images; 0 for the last one only", True)
     device: str = option("auto", "auto, cpu or cuda", True)
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has", True)
@@ -73,7 +76,10 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         if not self.from_:
-            raise InputError("--from is missing: name a run directory of train.pretrain, or none to start from scratch")
+            raise InputError(
+                f"--from is missing: name a run directory of {as_called('train.pretrain')}, "
+                "or none to start from scratch"
+            )
         if self.dn is not None and (self.dns is not None or self.from_ == SCRATCH):
             raise InputError("--dn trains one network of a run alone: give --from a run, and no --dns")
 

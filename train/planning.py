@@ -1,6 +1,7 @@
 """What a pretraining run would be: its networks built without memory, its options checked, its cost counted.
 
-Nothing is read but the names of images, if they are here, and nothing is written.
+Nothing is read but the names of images, if they are here, and the run that --init-from or --resume names; nothing is
+written.
 """
 
 from __future__ import annotations

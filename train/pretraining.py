@@ -17,6 +17,7 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
+from .called import as_called
 from .config import PretrainConfig
 from .data import augment
 from .data.backends import choose_backend, open_batches
@@ -234,7 +235,7 @@ class Pretraining:
         self._save(here)
         self._say(
             f"stopped and saved after step {self.trainer.step} of {self.trainer.steps}; continue with",
-            f"  python -m train.pretrain --out {self.out} --resume",
+            f"  {as_called('python -m train.pretrain')} --out {self.out} --resume",
         )
 
     def _due(self, epochs: float) -> bool:

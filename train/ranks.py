@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
-PATIENCE = timedelta(minutes=10)  # for the slowest rank, which may be measuring or writing a checkpoint
+# for the slowest rank, which may be measuring or writing a checkpoint while the others wait in a collective
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ def join(device: torch.device) -> Ranks:
         if ranks.local >= torch.cuda.device_count():
             raise InputError(
                 f"rank {ranks.rank} is process {ranks.local} of its machine, which has {torch.cuda.device_count()} "
-                "GPUs: give torchrun as many --nproc_per_node as there are GPUs"
+                "GPUs: give torchrun as many --nproc-per-node as there are GPUs"
             )
         torch.cuda.set_device(ranks.local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     return replace(ranks, start=ranks.gather(uuid.uuid4().hex)[0])
 
 

@@ -39,6 +39,7 @@ Verdict = tuple[bool, str]  # (yes, "") or (no, why)
 PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 CHOOSING = ("auto", "any")  # policies that choose among providers
 PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
+NO_IMPLEMENTATION = "no implementation of this operator"
 
 log = logging.getLogger(__name__)
 operators: dict[str, "Operator[Any, Any]"] = {}
@@ -192,7 +193,7 @@ def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
         return {"available": True, "reason": ""}
     provider = op.providers.get(name)
     if provider is None:
-        return {"available": False, "reason": "no implementation of this operator"}
+        return {"available": False, "reason": NO_IMPLEMENTATION}
     available, reason = provider.supported()
     return {"available": available, "reason": provider.only_by_name or provider.unproven if available else reason}
 

@@ -10,7 +10,7 @@ import torch
 from dspnet_fast import exported
 from dspnet_fast.nn import activate
 from dspnet_fast.switchable import Switchable
-from train import export, finetune
+from train import detect, evaluate, export, finetune, report
 from train.cli import DONE, WRONG_INPUT
 from train.data.sets import open_images
 from train.finetuned import FinetunedFamily
@@ -134,6 +134,15 @@ def test_a_run_that_cannot_be_used(out, images, tmp_path, capsys, change, messag
     config.write_text("\n".join([*lines, *(f"{name}: {value}" for name, value in change.items())]))
     assert run(export, out) == WRONG_INPUT
     assert message in capsys.readouterr().err and not (out / "exported").exists()
+
+
+@pytest.mark.parametrize("command", [evaluate, report, detect], ids=["evaluate", "report", "detect"])
+def test_other_commands_say_whose_run_it_is(out, capsys, command):
+    before = sorted(out.rglob("*"))
+    options = {evaluate: ["knn", out], report: [out], detect: [out, "--dn", DNS[0], "--dry-run"]}
+    assert run(command, *options[command]) == WRONG_INPUT
+    assert f"{out} is a run of train.finetune; this command takes one of train.pretrain" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
 
 
 def test_a_network_that_is_no_part_of_it(out, capsys):

@@ -249,4 +249,4 @@ def test_a_family_that_was_fine_tuned_is_none_of_pretraining(finished, tmp_path,
     out = shutil.copytree(finished, tmp_path / "copy")
     (out / "config.yaml").write_text(yaml.safe_dump({"from": "none"}))
     assert run(*command(**{"from": out, "out": tmp_path / "run"})) == WRONG_INPUT
-    assert "not a configuration" in capsys.readouterr().err
+    assert f"{out} is a run of train.finetune" in capsys.readouterr().err

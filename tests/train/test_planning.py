@@ -18,6 +18,23 @@ def run(*argv):
     return end.value.code
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 "),
+        (999, "999 "),
+        (999.6, "1.0 k"),
+        (2.5e12, "2.5 T"),
+        (999_949, "999.9 k"),
+        (999_960, "1.0 M"),
+        (999.98e15, "1.0 E"),
+        (1234e18, "1,234.0 E"),
+    ],
+)
+def test_quantity_is_rounded_before_its_prefix_is_chosen(value, text):
+    assert quantity(value) == text
+
+
 @pytest.mark.parametrize("options", [{}, {"momentum_bn": "off"}, {"dns": "c8-d1111"}])
 def test_memory_is_what_a_trainer_takes(small, options):
     config = small(**options)

@@ -11,13 +11,12 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 from train import pretraining
-from train.config import PretrainConfig
 from train.data.shard import ShardOptions, write_set
 from train.pretrain import _main
 from train.pretraining import Pretraining
 from train.run import checkpoint
 from train.run.meter import Meter
-from train.run.rundir import BAD_IMAGES, read_bad_images, read_config
+from train.run.rundir import BAD_IMAGES, read_bad_images
 from train.trainer import Trainer
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -71,16 +70,6 @@ def test_the_backend_that_auto_chose_is_the_runs(small, tmp_path):
     with pytest.raises(InputError, match="another --data-backend" if has_dali else "needs NVIDIA DALI"):
         Pretraining(small(data_backend="dali-cpu"), resume=True)
     Pretraining(small(data_backend="auto"), resume=True)
-
-
-def test_runs_from_before_there_were_backends_are_torchvisions(small, tmp_path):
-    Pretraining(small(), resume=False)
-    path = tmp_path / "run" / "config.yaml"
-    options = yaml.safe_load(path.read_text())
-    del options["data_backend"], options["max_bad_images"]
-    path.write_text(yaml.safe_dump(options))
-    assert read_config(tmp_path / "run", PretrainConfig).data_backend == "torchvision"
-    Pretraining(small(), resume=True)
 
 
 @pytest.fixture

@@ -17,14 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from dspnet_fast.errors import InputError
 
-from ..choices import Workers
+from ..choices import FEW_IMAGES, MOST_WORKERS, Workers
 from .augment import ViewSpec, draw, numbers
 from .bad import BadImages, Refusal, load_or_next
 from .images import ImageSet
 from .order import EpochOrder
 from .vision import View, augment, evaluation_view
-
-FEW_IMAGES = 256  # up to here starting workers costs more than they save
 
 
 def two_view_batches(
@@ -86,12 +84,12 @@ def readable_views(images: ImageSet, image_size: int, bad: BadImages) -> tuple[t
 
 
 def worker_count(workers: Workers, n: int) -> int:
-    """The processes that load n images: as many as given, 0 being this one; "auto" is one per CPU, 8 at most."""
+    """The processes that load n images: as many as given, 0 being this one; "auto" as WORKERS_HELP says."""
     if workers != "auto":
         if workers < 0:
             raise InputError(f"{workers} workers: give 0, a larger number or auto")
         return workers
-    return 0 if n <= FEW_IMAGES else min(os.cpu_count() or 1, 8)
+    return 0 if n <= FEW_IMAGES else min(os.cpu_count() or 1, MOST_WORKERS)
 
 
 class _Refused:

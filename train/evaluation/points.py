@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Point(NamedTuple):
-    """A network: what it costs for an image, its accuracy and half the width of that's interval, from 0 to 1."""
+    """A network: what it costs for an image, its accuracy and half the width of its 95 % interval, from 0 to 1."""
 
     name: str
     macs: float

@@ -13,6 +13,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.subnets import Family
 
+from ..called import as_called
 from ..config import PretrainConfig
 from ..costs import cost
 from ..evaluation.collapse import collapsed
@@ -147,7 +148,8 @@ def read_comparison(out: Path) -> dict[str, Any] | None:
         found = _json(folder / COMPARE)
         if found is not None:
             if not isinstance(found, dict) or not {"accuracy", "runs", "ratios", "networks"} <= found.keys():
-                raise InputError(f"{folder / COMPARE} is no result of train.compare: write it again, or remove it")
+                command = as_called("train.compare")
+                raise InputError(f"{folder / COMPARE} is no result of {command}: write it again, or remove it")
             return found
     return None
 

@@ -12,7 +12,6 @@ OUT/checkpoints/      step-00001234.pt, the newest two
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -26,7 +25,8 @@ import yaml
 
 from dspnet_fast.errors import InputError
 
-from ..config import RunConfig, flag, key
+from ..called import as_called
+from ..config import PretrainConfig, RunConfig, flag, key
 from . import atomic
 
 CONFIG = "config.yaml"
@@ -36,35 +36,58 @@ Config = TypeVar("Config", bound=RunConfig)
 
 def read_config(out: Path, kind: type[Config]) -> Config:
     """The configuration of the run in `out`; InputError if there is none or it is not of this version or kind."""
-    if not (out / CONFIG).is_file():
-        raise InputError(f"{out} holds no run: there is no {CONFIG} in it")
-    return read_recipe(out / CONFIG, kind)
+    return read_any_config(out, kind)
 
 
 def read_any_config(out: Path, *kinds: type[Config]) -> Config:
-    """As `read_config`, of that one of several kinds which has the run's options."""
-    options: Any = None
-    with contextlib.suppress(OSError, yaml.YAMLError):
-        options = yaml.safe_load((out / CONFIG).read_text())
-    if isinstance(options, dict):
-        for kind in kinds:
-            if options.keys() <= {key(f.name) for f in fields(kind)}:
-                return read_config(out, kind)
-    return read_config(out, kinds[0])
+    """As `read_config`, of a run of any of these kinds."""
+    if not (out / CONFIG).is_file():
+        raise InputError(f"{out} holds no run: there is no {CONFIG} in it")
+    options = _read(out / CONFIG)
+    found = next((kind for kind in kinds if options.keys() <= _names(kind).keys()), None)
+    other = _kind_of(options)
+    if found is None and other is not None:
+        taken = as_called(" or ".join(kind.command for kind in kinds))
+        raise InputError(f"{out} is a run of {as_called(other.command)}; this command takes one of {taken}")
+    return _made(out / CONFIG, options, found or kinds[0])
 
 
 def read_recipe(path: Path, kind: type[Config]) -> Config:
     """The configuration in a YAML file; InputError if there is none or it is not of this version or kind."""
+    return _made(path, _read(path), kind)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text())
-        names = {key(f.name): f.name for f in fields(kind)}
-        if "data_backend" in names:
-            options = {"data_backend": "torchvision", **options}  # what runs from before there was a choice have
-        return kind(**{names.get(name, name): value for name, value in options.items()})
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (TypeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"{path} is not a configuration of this version: {error}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"{path} is not a configuration of this version: it holds no options")
+    return options
+
+
+def _made(path: Path, options: dict[str, Any], kind: type[Config]) -> Config:
+    names = _names(kind)
+    try:
+        return kind(**{names.get(name, name): value for name, value in options.items()})
+    except TypeError as error:
+        raise InputError(f"{path} is not a configuration of this version: {error}") from error
+
+
+def _names(kind: type[RunConfig]) -> dict[str, str]:
+    """Fields by what they are called in YAML."""
+    return {key(f.name): f.name for f in fields(kind)}
+
+
+def _kind_of(options: dict[str, Any]) -> type[RunConfig] | None:
+    """Whose configuration has these options."""
+    from ..finetune_config import FinetuneConfig  # here: it needs what reads runs, which is this module
+
+    kinds: tuple[type[RunConfig], ...] = (PretrainConfig, FinetuneConfig)
+    return next((kind for kind in kinds if options.keys() <= _names(kind).keys()), None)
 
 
 def with_own_config(argv: Sequence[str]) -> list[str]:

@@ -51,7 +51,10 @@ def percent(accuracy: float, interval: float | None = None) -> str:
 
 def quantity(value: float) -> str:
     """A number with a prefix of a thousand's power: 2.5e12 -> "2.5 T"."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:,.1f} {prefix}"
-    return f"{value:,.0f} "
+    if round(value) < 1000:
+        return f"{value:.0f} "
+    for prefix in "kMGTP":
+        value /= 1000
+        if round(value, 1) < 1000:
+            return f"{value:.1f} {prefix}"
+    return f"{value / 1000:,.1f} E"

@@ -15,7 +15,7 @@ from dspnet_fast.models import family
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
-from ...choices import Workers
+from ...choices import WORKERS_HELP, Workers
 from ...config import FamilyOptions, PretrainConfig, option
 from ...costs import Cost, cost
 from ...data.images import ImageSet, require_labels
@@ -33,7 +33,7 @@ class EvaluationOptions:
     """data and execution"""
 
     data: str | None = option(None, "set of images with labels [the one that the run was pretrained on]")
-    workers: Workers = option("auto", "data loading processes: auto (one per core) or a number; 0 is none")
+    workers: Workers = option("auto", WORKERS_HELP)
     device: str = option("auto", "auto, cpu or cuda")
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has")
     dry_run: bool = option(False, "build, check and say what it would cost; OUT may also be a recipe of train.pretrain")
