@@ -25,6 +25,24 @@ def test_every_so_many_steps_are_kept_besides_the_newest(tmp_path):
     assert [path.name[5:13] for path in sorted(tmp_path.iterdir())] == ["00000030", "00000060", "00000070"]
 
 
+def test_the_file_that_was_just_written_stays(tmp_path):
+    """Later ones are there if a run could not read them, went back behind them and came here again."""
+    for step in (10, 40, 50):
+        checkpoint.save(tmp_path, step, {}, keep=3)
+    checkpoint.save(tmp_path, 20, {}, keep=1)
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == ["step-00000020.pt", "step-00000040.damaged", "step-00000050.damaged"]
+    assert checkpoint.latest_step(tmp_path) == 20
+
+
+def test_rests_are_cleared_by_who_will_write(tmp_path):
+    (tmp_path / ".step-00000007.pt.123.tmp").touch()
+    checkpoint.save(tmp_path, 10, {})
+    assert len(list(tmp_path.iterdir())) == 2  # another process may be writing it
+    checkpoint.clear_rests(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010.pt"]
+
+
 def test_nested_state_comes_back_as_it_was(tmp_path):
     state = {"a": {"b": torch.arange(3), "c": torch.tensor(1.5, dtype=torch.bfloat16)}, "d": [1, "two", 3.0, None]}
     path = checkpoint.save(tmp_path, 7, state)

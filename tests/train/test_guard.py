@@ -64,6 +64,36 @@ def test_a_skipped_step_changes_nothing(small, poisoned, momentum_bn):
     assert not torch.equal(before[0], trainer.arena.params)
 
 
+def test_statistics_that_are_not_finite_are_not_kept(small):
+    """The variance of huge activations is infinite; normalised by it they are zero, and loss and gradient are finite."""
+    config = small(warmup_epochs=0)
+    trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
+    trainer.train_step(views(config))
+    trainer.step = trainer.steps - 2  # where momentum batch normalisation gives a batch little weight
+    before = everything(trainer)
+    norm = trainer.model.target.encoder.layer4[0].bn2
+
+    def spoil(module, inputs):
+        inputs[0].variance.fill_(float("inf"))
+
+    handle = norm.register_forward_pre_hook(spoil)
+    losses = trainer.train_step(views(config, 1))
+    handle.remove()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert trainer.guard.skipped().in_all == 1
+    for kept, now in zip(before, everything(trainer), strict=True):
+        assert torch.equal(kept, now)
+
+
+def test_the_steps_since_are_counted(small):
+    config = small(warmup_epochs=0)
+    trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
+    trainer.train_step(torch.full_like(views(config), float("nan")))
+    for since in range(3):
+        assert trainer.guard.skipped().since == since
+        trainer.train_step(views(config, since))
+
+
 def test_a_few_are_counted_and_said(small, poison, capsys):
     poison.update([3, 4, 7])
     config = small(epochs=1)
