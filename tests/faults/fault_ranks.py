@@ -11,6 +11,10 @@ from pathlib import Path
 from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
 from fault_table import Outcome, fault
 
+from train.config import PretrainConfig
+from train.data.order import EpochOrder
+from train.run.rundir import read_config
+
 RANKS = 2
 STOPPED_AT = 5
 MINUTES = 120.0  # within which a job of lost ranks has ended, and this machine has started another
@@ -63,6 +67,11 @@ def processes_of(launcher: int) -> dict[int, int]:
     return found
 
 
+def resume(lab: Lab) -> None:
+    printed, code = ended(torchrun(lab.folder, ["--resume", "--out", str(lab.out)]))
+    assert code == 0, printed
+
+
 def lost(lab: Lab, number: int) -> Outcome:
     """Rank 1 gets this signal between two steps."""
     lab.whole = whole_of_ranks(lab.images, lab.folder / "whole")
@@ -70,13 +79,30 @@ def lost(lab: Lab, number: int) -> Outcome:
     lab.paused(RANKS)
     os.kill(processes_of(process.pid)[1], number)
     lab.go()
+    return Outcome(*ended(process), go_on=lambda: resume(lab))
+
+
+@fault("one rank of several cannot read an image", slow=True)
+def unreadable(lab: Lab) -> Outcome:
+    """The other one waits for it in the next step, and cannot save."""
+    lab.whole = whole_of_ranks(lab.images, lab.folder / "whole")
+    process = torchrun(lab.folder, arguments(data=lab.images, out=lab.out), lab.pausing(STOPPED_AT))
+    lab.paused(RANKS)
+    config = read_config(lab.seen, PretrainConfig)
+    images = sorted(lab.images.iterdir())
+    share = {"rank": 1, "world_size": RANKS}
+    order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, STOPPED_AT + 1, **share)
+    image = images[next(iter(order))[0][1]]
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    lab.go()
     printed, code = ended(process)
 
-    def resume() -> None:
-        again, code = ended(torchrun(lab.folder, ["--resume", "--out", str(lab.out)]))
-        assert code == 0, again
+    def repair() -> None:
+        image.write_bytes(content)
+        resume(lab)
 
-    return Outcome(printed, code, resume)
+    return Outcome(printed, code, repair)
 
 
 @fault("one rank of several is killed", slow=True)

@@ -65,7 +65,7 @@ def test_a_skipped_step_changes_nothing(small, poisoned, momentum_bn):
 
 
 def test_statistics_that_are_not_finite_are_not_kept(small):
-    """The variance of huge activations is infinite; normalised by it they are zero, and loss and gradient are finite."""
+    """Huge activations have an infinite variance; normalised by it they are zero, and loss and gradient are finite."""
     config = small(warmup_epochs=0)
     trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
     trainer.train_step(views(config))

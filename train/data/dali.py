@@ -55,6 +55,7 @@ class TwoViews:
     ) -> None:
         self._images, self._views, self._order, self._threads, self._bad = images, views, order, threads, bad
         self._device = device
+        self._stream = None if device is None else torch.cuda.Stream(device)
         self._colours = device is not None if colours is None else colours
         self._pipeline: Pipeline | None = None
 
@@ -202,9 +203,9 @@ class TwoViews:
 
     def _collect(self, outputs: Sequence[Any], batch: _Running, readers: ThreadPoolExecutor) -> torch.Tensor:
         """What the pipeline made of the batch, copied into one tensor."""
+        if self._stream is not None:
+            return _copied(outputs, self._stream)
         made = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        if self._device is not None:
-            return torch.cat(made).permute(0, 3, 1, 2)
         if self._colours:
             return torch.cat(made).add_(0.5).byte()
         size, count = self._views[0].image_size, len(batch.samples)
@@ -237,3 +238,13 @@ def _put(ready: queue.Queue[Any], made: Any, stop: threading.Event) -> bool:
         except queue.Full:
             continue
     return False
+
+
+def _copied(outputs: Sequence[Any], stream: torch.cuda.Stream) -> torch.Tensor:
+    """On a GPU, complete when this returns, as DALI then takes its memory back. Not in the stream that trains, which is
+    full of work to come."""
+    with torch.cuda.stream(stream):
+        result = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs]).permute(0, 3, 1, 2)
+    stream.synchronize()
+    result.record_stream(torch.cuda.default_stream(stream.device))
+    return result
