@@ -9,7 +9,6 @@ them can write what the run is.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
+
+from .meeting import meet
 
 # for the slowest rank, which may be measuring or writing a checkpoint while the others wait in a collective
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -98,8 +99,10 @@ def join(device: torch.device) -> Ranks:
                 "GPUs: give torchrun as many --nproc-per-node as there are GPUs"
             )
         torch.cuda.set_device(ranks.local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    return replace(ranks, start=ranks.gather(uuid.uuid4().hex)[0])
+    store, start = meet(COLLECTIVE_TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    return replace(ranks, start=start)
 
 
 def leave() -> None:

@@ -160,7 +160,9 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
-def test_elastic_restarts_after_a_rank_was_killed_and_ends_with_the_same_bits(lab: Lab, tmp_path):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_elastic_restarts_after_a_rank_was_killed_and_ends_with_the_same_bits(lab: Lab, tmp_path, machines):
+    """With two launchers only one has lost a rank, and each has its own idea of how often it has restarted."""
     lab.whole = whole_of_ranks(lab.images, tmp_path / "whole")
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -170,20 +172,24 @@ def test_elastic_restarts_after_a_rank_was_killed_and_ends_with_the_same_bits(la
         **ENVIRONMENT,
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHON": sys.executable,
-        "RANKS": str(RANKS),
+        "NODES": f"{machines}:{machines}",
+        "RANKS": str(RANKS // machines),
         "ENDPOINT": f"localhost:{free_port()}",
     }
-    job = subprocess.Popen(
-        [str(LAUNCH / "elastic.sh"), str(lab.out), *arguments(data=lab.images)],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    until(lambda: job.poll() is not None or len(losses(lab.seen)) >= 4)
-    os.kill(processes_of(job.pid)[1], signal.SIGKILL)
-    printed, code = ended(job)
-    assert code == 0, printed
-    assert "resumed at step" in printed
+    jobs = [
+        subprocess.Popen(
+            [str(LAUNCH / "elastic.sh"), str(lab.out), *arguments(data=lab.images)],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(machines)
+    ]
+    until(lambda: jobs[0].poll() is not None or len(losses(lab.seen)) >= 4)
+    os.kill(list(processes_of(jobs[-1].pid).values())[-1], signal.SIGKILL)
+    printed, codes = zip(*(ended(job) for job in jobs), strict=True)
+    assert set(codes) == {0}, "\n".join(printed)
+    assert "resumed at step" in "\n".join(printed)
     assert_same_run(lab.seen, lab.whole)
