@@ -7,6 +7,9 @@ its output in one more pass.
 Everything is deterministic: programs leave partial sums, which are added up in a fixed order.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,8 @@ def conv_moments(
     kind = _kind(kernel, stride, padding, groups)
     if kind == "dense":
         h = _settled(owed)
-        y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
+        with _library():
+            y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
         if views:
             return y, *moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views)
         nothing = x.new_empty(0, out_channels, dtype=torch.float32)
@@ -77,19 +81,20 @@ def conv_moments_backward(
     kind = _kind(kernel, stride, padding, groups)
     of_x, of_prefix, partial = x.new_empty(0), None, None
     if kind == "dense":
-        of_h, of_prefix, _ = torch.ops.aten.convolution_backward(
-            output_gradient(grads),
-            _settled(owed) if wanted_weight else owed.x,
-            weight[: y.shape[1], : x.shape[1]].to(x.dtype),
-            None,
-            [stride, stride],
-            [padding, padding],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [wanted_input, wanted_weight, False],
-        )
+        with _library():
+            of_h, of_prefix, _ = torch.ops.aten.convolution_backward(
+                output_gradient(grads),
+                _settled(owed) if wanted_weight else owed.x,
+                weight[: y.shape[1], : x.shape[1]].to(x.dtype),
+                None,
+                [stride, stride],
+                [padding, padding],
+                [1, 1],
+                False,
+                [0, 0],
+                1,
+                [wanted_input, wanted_weight, False],
+            )
         if wanted_input:
             of_x = channels_last(of_h)
             if not owed.settled:
@@ -140,6 +145,22 @@ def _settled(owed: Input) -> Tensor:
     if owed.settled:
         return owed.x
     return norm_act(owed.x, owed.scale, owed.shift, owed.act, owed.gate, None, None, None)
+
+
+@contextlib.contextmanager
+def _library() -> Iterator[None]:
+    """Convolutions of cuDNN as exact and as deterministic as our own kernels: torch allows tf32 in them unasked, and
+    sums in any order."""
+    cudnn, precision = torch.backends.cudnn, pointwise.precision()
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    if (before[0] == "tf32") == (precision == "tf32") and before[1]:
+        yield
+        return
+    cudnn.conv.fp32_precision, cudnn.deterministic = precision, True
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = before
 
 
 def _kind(kernel: int, stride: int, padding: int, groups: int) -> str:

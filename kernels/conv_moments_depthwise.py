@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Input, OutputGradient, Rows, launch, partial_sums, power_of_two
+from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, power_of_two
 from .moments import merge_moments, partial_moments
 from .owed import (
     activated,
@@ -50,7 +50,7 @@ def _load_tap(weight, tap, column, channels, stride_o, like):
     return taps.to(like.dtype.element_ty).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_moments_depthwise_kernel(
     x,  # [N, H, W, C]
     scale,  # [scale_rows, C]
@@ -160,7 +160,7 @@ def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, v
     return nothing, nothing.clone()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_moments_depthwise_input_gradient_kernel(
     dy,  # [N, H', W', C]
     dmean,  # [views, C]
@@ -289,7 +289,7 @@ def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tenso
     return partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_moments_depthwise_weight_gradient_kernel(
     dy,  # [N, H', W', C]
     dmean,  # [views, C]

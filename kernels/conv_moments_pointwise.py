@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Input, OutputGradient, Rows, launch, partial_sums, power_of_two
+from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, power_of_two
 from .moments import merge_moments, partial_moments
 from .owed import (
     activated,
@@ -25,7 +25,7 @@ from .owed import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_moments_pointwise_kernel(
     x,  # [rows, C]
     scale,  # [scale_rows, C]
@@ -139,7 +139,7 @@ def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor,
     return nothing, nothing.clone()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_moments_pointwise_input_gradient_kernel(
     dy,  # [rows, O]
     dmean,  # [views, O]
@@ -265,7 +265,7 @@ def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tenso
     return partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_moments_pointwise_weight_gradient_kernel(
     dy,  # [rows, O]
     dmean,  # [views, O]
@@ -371,8 +371,8 @@ def weight_gradient(grads: OutputGradient, owed: Input) -> Tensor:
 
 
 def precision() -> str:
-    """Of products of fp32: exact, unless the caller has allowed tf32 by torch.set_float32_matmul_precision."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Of products of fp32: exact, unless the caller has allowed tf32, by whichever of torch's two interfaces."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _tile(dtype: torch.dtype, columns: int, inner: int) -> tuple[int, int, int]:

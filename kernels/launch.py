@@ -12,6 +12,29 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WAVES = 8  # programs per multiprocessor: enough to fill it several times over, few enough to keep partial sums small
 
+# Arguments of kernels that say how much there is of something. Triton would compile a kernel anew where one of them is
+# 1 or a multiple of 16, hundreds of times for a family; what widens loads, kernels say by themselves (owed.known).
+SIZES = (
+    "channels",
+    "out_channels",
+    "images",
+    "positions",
+    "height",
+    "width",
+    "out_height",
+    "out_width",
+    "padding",
+    "size",
+    "parts",
+    "part_rows",
+    "tiles",
+    "segments",
+    "programs",
+    "scale_rows",
+    "residual_rows",
+    "views",
+)
+
 # Called instead of the launch if set, with (kernel, arguments, options): to compile for a GPU that is not there.
 observer: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
 

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Rows, launch, power_of_two
+from .launch import SIZES, Rows, launch, power_of_two
 from .owed import add_tile, known
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_moments_kernel(
     partial,  # [2, views, parts, C]: means, sums of squared deviations
     mean,  # [views, C]
@@ -78,7 +78,7 @@ def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x,  # [segments * size, C]
     partial,  # [2, segments * parts, C]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Rows, channels_last, contiguous, launch, partial_sums, power_of_two, sums, takes
+from .launch import SIZES, Rows, channels_last, contiguous, launch, partial_sums, power_of_two, sums, takes
 from .owed import activated, known, load_row, normalized, settle_gradient, store_sums
 
 BLOCK_M = 64
@@ -31,7 +31,7 @@ def _load_sum(
     return values, added, z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_act_kernel(
     x,  # [rows, C]
     scale,  # [scale_rows, C]
@@ -124,7 +124,7 @@ def norm_act(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_act_backward_kernel(
     grad,  # [rows, C], or [N, C] if it is shared by all positions of an image
     x,  # [rows, C]

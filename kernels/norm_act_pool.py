@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import channels_last, contiguous, launch, power_of_two, sums, takes
+from .launch import SIZES, channels_last, contiguous, launch, power_of_two, sums, takes
 from .norm_act import settle_backward
 from .owed import activated, known, load_row, normalized
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_act_pool_kernel(
     x,  # [N, positions, C]
     scale,  # [scale_rows, C]

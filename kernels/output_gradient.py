@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OutputGradient, launch, power_of_two
+from .launch import SIZES, OutputGradient, launch, power_of_two
 from .owed import known, load_moment_gradients, load_output_gradient
 
 BLOCK_M = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def output_gradient_kernel(
     dy,  # [rows, C]
     dmean,  # [views, C]

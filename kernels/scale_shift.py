@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import SIZES, launch
 
 BLOCK_C = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scale_shift_kernel(
     mean,  # [views, C]
     variance,
@@ -36,7 +36,7 @@ def scale_shift_kernel(
         tl.store(shift + offsets, beta - tl.load(mean + offsets, mask=inside, other=0.0) * of_view, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scale_shift_backward_kernel(
     dscale,  # [views, C]
     dshift,

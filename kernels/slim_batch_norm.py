@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Rows, launch, partial_sums, power_of_two, sums, takes
+from .launch import SIZES, Rows, launch, partial_sums, power_of_two, sums, takes
 from .moments import moments
 from .norm_act import norm_act
 from .owed import known
@@ -13,7 +13,7 @@ from .owed import known
 BLOCK_M = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def slim_batch_norm_sums_kernel(
     grad,  # [rows, C]
     x,
@@ -50,7 +50,7 @@ def slim_batch_norm_sums_kernel(
     tl.store(to + programs * channels, of_bias, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def slim_batch_norm_input_gradient_kernel(
     grad,  # [rows, C]
     x,

@@ -22,6 +22,7 @@ from .exchange import Exchange
 from .graphs import StepGraphs
 from .guard import Guard
 from .ranks import ALONE, Ranks
+from .run.device import settle_convolutions
 from .schedules import learning_rate, momentum_alpha, target_tau
 
 
@@ -56,6 +57,8 @@ class Trainer:
     """
 
     def __init__(self, config: PretrainConfig, epoch_steps: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+        if device.type == "cuda":
+            settle_convolutions()
         self.config = config
         self.device = device
         self.ranks = ranks

@@ -41,6 +41,8 @@ CHOOSING = ("auto", "any")  # policies that choose among providers
 PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
 NO_IMPLEMENTATION = "no implementation of this operator"
 
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 log = logging.getLogger(__name__)
 operators: dict[str, "Operator[Any, Any]"] = {}
 
@@ -120,7 +122,9 @@ class Operator(Generic[P, R]):
         self._custom.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = self._run(*args)
+            # An output that a provider made as a view would be one for autograd, which lets nobody write to it.
+            with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+                output = self._run(*args)
             setup_context(ctx, args, output)
             return output
 

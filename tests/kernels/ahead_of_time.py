@@ -111,16 +111,17 @@ def launches(operator: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any
     def remember(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         signature, constants, attributes = {}, dict(options), {}
-        for position, (name, value) in enumerate(zip(kernel.arg_names, args)):
+        for position, (parameter, value) in enumerate(zip(kernel.params, args)):
+            name, specialized = parameter.name, not parameter.do_not_specialize
             if isinstance(value, Tensor):
                 signature[name] = TYPES[value.dtype]
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif value == 1:
+            elif specialized and value == 1:
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if value < 2**31 else "i64"
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, Tensor) or (specialized and isinstance(value, int) and value % 16 == 0):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(options, "constexpr")
         key = repr((kernel.fn.__name__, signature, constants, attributes, compile_options))

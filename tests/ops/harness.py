@@ -22,9 +22,18 @@ Cotangents = tuple[Tensor, ...] | Callable[[tuple[Tensor, ...]], tuple[Tensor, .
 OUTPUT, GRADIENT = 2, 3
 # Units in the last place. Triton's interpreter adds up the rows of a tile one after another, a GPU in pairs.
 UNITS = 16 if triton.INTERPRETED else 4
-# Triton's interpreter computes nonsense in bf16.
-NARROW = torch.float16 if triton.INTERPRETED else torch.bfloat16
-DTYPES = {"fp32": torch.float32, "narrow": NARROW}
+# What activations are stored in: parameters of tests, without those that a provider does not serve (conftest.py).
+NARROW = [
+    pytest.param(torch.float16, id="fp16", marks=pytest.mark.not_by("cpp")),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
+DTYPES = [pytest.param(torch.float32, id="fp32"), *NARROW]
+
+torch.backends.cudnn.allow_tf32 = False  # the native body's convolutions, which the rule compares with
+if triton.INTERPRETED:
+    from tests.kernels import strict_interpreter
+
+    strict_interpreter.install()
 
 
 def providers(operator: Operator) -> list[Any]:
@@ -70,6 +79,8 @@ def run(
     leaves |= {name: leaves[name].detach().requires_grad_() for name in wanted}
     outputs = op(*leaves.values())
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if isinstance(op, Operator):
+        assert not any(output._is_view() for output in outputs), "autograd does not let a caller write to a view"
     cotangents = cotangents if isinstance(cotangents, tuple) else cotangents(outputs)
     loss = sum((o * c.to(o.device, o.dtype)).sum() for o, c in zip(outputs, cotangents, strict=True))
     grads = torch.autograd.grad(loss, [leaves[name] for name in wanted])

@@ -122,8 +122,9 @@ def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_error_rule_narrow(provider, nan_filled, case, gated, residual):
-    check(make(case, "hardswish", gated=gated, residual=residual, dtype=NARROW))
+@pytest.mark.parametrize("dtype", NARROW)
+def test_error_rule_narrow(provider, nan_filled, case, gated, residual, dtype):
+    check(make(case, "hardswish", gated=gated, residual=residual, dtype=dtype))
 
 
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 1), (1, 1), (4, 2)])

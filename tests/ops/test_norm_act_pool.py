@@ -71,7 +71,7 @@ def test_formulas_by_autograd(case, act, owed):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("owed", [False, True], ids=["settled", ""])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_error_rule(provider, nan_filled, case, act, owed, dtype):
     check(make(case, act, owed, dtype))
 

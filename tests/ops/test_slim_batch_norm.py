@@ -97,7 +97,7 @@ def test_each_view_is_as_batch_norm_has_it(provider, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("weight, bias", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_error_rule(provider, nan_filled, case, weight, bias, dtype):
     check(make(case, weight, bias, dtype))
 

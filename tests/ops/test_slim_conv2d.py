@@ -67,7 +67,7 @@ def test_values_and_gradients(case, biased):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_error_rule(provider, nan_filled, case, biased, dtype):
     check(slim_conv2d, ("y",), make(case, biased, dtype))
 
@@ -87,7 +87,7 @@ def test_what_a_provider_does_not_serve_is_the_native_bodys(policy, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_goes_to_the_prefix_of_main_grad(provider, case, dtype):
     arguments = make(case, dtype=dtype)
     _, (cotangent,), (_, whole, _) = run(slim_conv2d, arguments)

@@ -55,7 +55,7 @@ def test_values_and_gradients(case, biased):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_error_rule(provider, nan_filled, case, biased, dtype):
     check(slim_linear, ("y",), make(case, biased, dtype))
 

@@ -12,3 +12,9 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu")
     return torch.device(name)
+
+
+def settle_convolutions() -> None:
+    """Convolutions as exact as matrix products, and the same bits every time, which torch does not ask of cuDNN."""
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+    torch.backends.cudnn.deterministic = True
