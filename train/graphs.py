@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from .dspnet import DSPNet
 
 WARM_UP = 3  # runs before recording, in which libraries choose algorithms and kernels are compiled
 
-# Runs a function a few times and returns what repeats it, with the same tensors, without calling it.
-Recorder = Callable[[Callable[[], object]], Callable[[], object]]
+# Runs functions a few times and returns what repeats each, with the same tensors, without calling it.
+Recorder = Callable[[Sequence[Callable[[], object]]], Sequence[Callable[[], object]]]
 
 
 class StepGraphs:
@@ -59,10 +60,9 @@ class StepGraphs:
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
         with _unharmed(model, arena, counts):
             self._targets = model.targets(self._images, alpha)
-            record = record or recorder()
-            self._find_targets = record(self._run_target)
-            self._train = {subnet.name: record(partial(self._run_subnet, subnet)) for subnet in model.family}
-            self._update = record(update)
+            passes = [partial(self._run_subnet, subnet) for subnet in model.family]
+            self._find_targets, *replays, self._update = (record or record_graphs)([self._run_target, *passes, update])
+            self._train = dict(zip(model.family.names, replays, strict=True))
 
     def _run_target(self) -> None:
         self._images.copy_(prepare(self._batch, self._images.device))
@@ -78,12 +78,12 @@ class StepGraphs:
 
         Raises RuntimeError for a batch of another shape than that of the recording.
         """
-        batch = _coloured(batch)
-        if batch.shape != self._batch.shape:
+        if _coloured(batch).shape != self._batch.shape:
             raise RuntimeError(
                 f"the step was recorded for batches of {list(self._batch.shape)}, not {list(batch.shape)}"
             )
-        self._batch.copy_(batch, non_blocking=True)
+        # across first, coloured there: a copy of both at once goes through memory that is not pinned, and waits
+        self._batch.copy_(_coloured(batch.to(self._batch.device, non_blocking=True)))
         self._find_targets()
         for subnet in subnets:
             self._train[subnet.name]()
@@ -99,29 +99,35 @@ def _coloured(batch: Tensor) -> Tensor:
     return batch.expand(-1, 3, -1, -1)
 
 
-def recorder() -> Recorder:
-    """Records CUDA graphs, all out of one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
+def record_graphs(functions: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """CUDA graphs of the functions, all out of one pool of memory.
 
-    def record(function: Callable[[], object]) -> Callable[[], object]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    All run before the first is recorded: what one has recorded is kept for the pool, and the next would need as much
+    again to run.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for function in functions:
             for _ in range(WARM_UP):
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # other threads go on: one that pins memory for batches would make a stricter mode fail
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                function()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the training step cannot be recorded as CUDA graphs; --no-cuda-graphs trains without: {error}"
-            ) from error
-        return graph.replay
+    torch.cuda.current_stream().wait_stream(stream)
+    pool = torch.cuda.graph_pool_handle()
+    return [_record(function, pool) for function in functions]
 
-    return record
+
+def _record(function: Callable[[], object], pool: Any) -> Callable[[], object]:
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # other threads go on: one that pins memory for batches would make a stricter mode fail
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # torch leaves the stream of the recording current
+        raise RuntimeError(
+            f"the training step cannot be recorded as CUDA graphs; --no-cuda-graphs trains without: {error}"
+        ) from error
+    return graph.replay
 
 
 @contextmanager

@@ -20,11 +20,12 @@ def make(config, device="cpu"):
     return Trainer(config, STEPS, torch.device(device))
 
 
-def run_and_return(function):
-    """Records as a graph would: runs it first, on whatever is there."""
-    function()
-    function()
-    return function
+def run_and_return(functions):
+    """Records as graphs would: runs all first, on whatever is there."""
+    for function in functions:
+        function()
+        function()
+    return functions
 
 
 def state(trainer):

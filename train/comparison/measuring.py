@@ -16,7 +16,7 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +27,7 @@ from dspnet_fast.ops import registry
 
 from ..config import PretrainConfig
 from ..dspnet import VIEWS
-from ..graphs import Recorder, StepGraphs, recorder
+from ..graphs import Recorder, StepGraphs, record_graphs
 from ..run.device import choose_device
 from ..run.process import settle_in
 from ..trainer import Trainer
@@ -100,11 +100,11 @@ def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
     """Median seconds of the target, of each subnet and of the update."""
     device, config = trainer.device, trainer.config
     pieces: list[Callable[[], object]] = []
-    record: Recorder = recorder() if device.type == "cuda" and not config.no_cuda_graphs else lambda function: function
+    record: Recorder = record_graphs if device.type == "cuda" and not config.no_cuda_graphs else list
 
-    def note(function: Callable[[], object]) -> Callable[[], object]:
-        pieces.append(record(function))
-        return pieces[-1]
+    def note(functions: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+        pieces.extend(record(functions))
+        return pieces
 
     alpha = torch.ones((), device=device)
     trainer.arena.schedule(trainer.learning_rate, trainer.tau)
