@@ -30,6 +30,25 @@ pytestmark = [
 ]
 
 
+def test_the_interpreter_is_strict(run_python):
+    said = json.loads(run_python("tests/kernels/faulty.py", TRITON_INTERPRET="1"))
+    wanted = {
+        "right": "",
+        "reads outside": "copy_kernel: program 2 reads outside the tensors",
+        "writes outside": "copy_kernel: program 2 writes outside the tensors",
+        "two write": "copy_kernel: programs 0 and 1 write to y, byte 60",
+        "reads another's": "copy_kernel: program 1 reads x, byte 64, which program 0 writes",
+        "writes twice": "fold_kernel: program 0 writes twice to y, byte 0",
+        "reads back": "read_back_kernel: program 0 reads back y, byte 0",
+        "overflows": "an offset overflows",
+        "small product": "a product of (16, 4)",
+    }
+    assert said.keys() == wanted.keys()
+    for name, message in wanted.items():
+        assert message in said[name], name
+    assert not said["right"]
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_interpreted(run_python, operator):
     """Triton chooses the interpreter when it is imported, so this is a process of its own."""
