@@ -93,6 +93,7 @@ class Launch:
 
 
 current: Launch | None = None
+in_tables: list[torch.Tensor] = []  # what launches reach by addresses in a table, not by an argument: for tests to set
 
 
 def install() -> None:
@@ -119,6 +120,7 @@ def _launch(original: Callable[..., Any], executor: Any, *args: Any, **kwargs: A
     global current
     named = {**dict(zip(executor.arg_names, args)), **kwargs}
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    tensors |= {f"number {i} of the table": tensor for i, tensor in enumerate(in_tables)}
     current = Launch(executor.fn.__name__, tensors)
     try:
         original(executor, *args, **kwargs)

@@ -220,15 +220,20 @@ def test_every_cpu_capability(run_python, capability):
 INTERPRETED = """
 import torch
 from kernels.ema_update import accepts, ema_update
+from tests.kernels import strict_interpreter
 from tests.ops.test_ema_update import SIZES, check, pairs
+strict_interpreter.install()
 torch.manual_seed(0)
-for dtype in (torch.float32, torch.float16):  # bf16 is wrong in the interpreter
+def update(targets, onlines, tau):
+    strict_interpreter.in_tables[:] = [*targets, *onlines]
+    ema_update(targets, onlines, tau)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for tau in (0.0, 0.3, 0.996, 1.0):
         targets, onlines = pairs(dtype, SIZES[:5])
         assert accepts(targets, onlines, tau) == (True, "")
-        check(ema_update, dtype, tau, targets, onlines)
+        check(update, dtype, tau, targets, onlines)
     arena, online = torch.randn(5126).to(dtype), torch.randn(5126).to(dtype)
-    check(ema_update, dtype, 0.9, [arena[1:4098], arena[4098:]], [online[:4097], online[4098:]])  # not aligned
+    check(update, dtype, 0.9, [arena[1:4098], arena[4098:]], [online[:4097], online[4098:]])  # not aligned
     assert arena.isfinite().all()
 ema_update([], [], 0.5)
 """
