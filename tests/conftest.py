@@ -51,7 +51,7 @@ def run_python() -> Callable[..., str]:
             env={name: value for name, value in env.items() if value is not None},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=3600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -145,8 +145,43 @@ for gradient in backward(one, p, z, True, True):
 """
 
 
+TRAINING = """
+from dspnet_fast.ops import lars_ema_step, normalized_mse, registry
+from dspnet_fast.ops.normalized_mse import normalized_mse_backward
+from tests.train import test_final_weights as training
+calls = []
+def serve(operator, kernel):
+    @operator.provider("cuda", devices=("cpu",))
+    def _(*arguments):
+        calls.append(operator.name)
+        return kernel(*arguments)
+def backward(grad, p, z, *wanted):
+    found = emulated.normalized_mse_backward(grad, p.contiguous(), z.contiguous(), *wanted)
+    return tuple(p.new_empty(0) if gradient is None else gradient for gradient in found)
+serve(lars_ema_step, emulated.lars_ema_step)
+serve(normalized_mse, lambda p, z: emulated.normalized_mse(p.contiguous(), z.contiguous()))
+serve(normalized_mse_backward, backward)
+del registry.operators["ema_update"].providers["cuda"]  # no part of a step
+network = "mobilenet_v3_large"
+native = training.train(network, "native")
+way, loss = training.apart(training.train(network, "native", nudged=True), native)
+got_way, got_loss = training.apart(training.train(network, "cuda"), native)
+assert 0 < way < 0.2 and got_way <= max(2 * way, 1e-4) and got_loss <= max(2 * loss, 1e-4), (got_way, got_loss)
+counts = {name: calls.count(name) for name in set(calls)}
+steps = training.STEPS
+assert counts == {"lars_ema_step": steps, "normalized_mse": 2 * steps, "normalized_mse_backward": 2 * steps}, counts
+"""
+
+
 @pytest.mark.parametrize(
-    "cases", [EMA_UPDATE, LARS_EMA_STEP, NORMALIZED_MSE], ids=["ema_update", "lars_ema_step", "normalized_mse"]
+    "cases",
+    [EMA_UPDATE, LARS_EMA_STEP, NORMALIZED_MSE],
+    ids=["ema_update", "lars_ema_step", "normalized_mse"],
 )
 def test_kernels(kernels, run_python, cases):
     run_python("-c", BEGIN + cases, str(kernels))
+
+
+@pytest.mark.parametrize("steps", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_training(kernels, run_python, steps):
+    run_python("-c", BEGIN + TRAINING, str(kernels), DSPNET_TEST_STEPS=str(steps))

@@ -69,6 +69,20 @@ def test_interpreted(run_python, operator):
     assert " passed" in printed, printed
 
 
+@pytest.mark.parametrize("steps", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("network", ["mobilenet_v3_large", "resnet"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_interpreted(run_python, precision, network, steps):
+    printed = run_python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/train/test_final_weights.py"),
+        *("-k", f"triton and {network} and {precision} and cpu"),
+        TRITON_INTERPRET="1",
+        OMP_NUM_THREADS="1",
+        DSPNET_TEST_STEPS=str(steps),
+    )
+    assert "1 passed" in printed, printed
+
+
 @pytest.mark.parametrize(
     "operator", [name for name in OPERATORS if name != "slim_conv2d"]
 )  # its kernels are conv_moments'
