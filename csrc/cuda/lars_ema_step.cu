@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
     const double* __restrict__ trust,
     scalar_t weight_decay,
     scalar_t momentum) {
-  const Tile tile = tile_of(regions, blockIdx.x);
+  const Tile tile = tile_of(regions, gridDim.x - 1 - blockIdx.x); // what pass 1 read last is still in the L2
   if (apply && !*apply) {
     for_range<width>(tile.begin, tile.end, aligned, [&](auto constant, int64_t i) {
       constexpr int stored = decltype(constant)::width;
