@@ -116,3 +116,14 @@ def given_notice(lab: Lab) -> Outcome:
 @fault("Ctrl-C")
 def interrupted(lab: Lab) -> Outcome:
     return signalled(lab, signal.SIGINT)
+
+
+@fault("a second process takes up a run that is still going")
+def taken_up_twice(lab: Lab) -> Outcome:
+    first = lab.start(pause_at=STOPPED_AT)
+    lab.paused()
+    printed, code = lab.start(resume=True).end()
+    lab.go()
+    said, end = first.end()
+    assert end == 0, said
+    return Outcome(printed, code)

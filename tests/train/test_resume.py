@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dspnet_fast.errors import InputError
 from train.pretrain import _main
 from train.pretraining import Pretraining
 from train.run import checkpoint
+from train.run.rundir import open_run
 from train.trainer import Trainer
 
 EPOCH_STEPS = 10  # 80 images in batches of 8
@@ -156,3 +158,28 @@ def test_a_checkpoint_without_this_networks_momentum_is_not_continued(small, uni
         trainer.load_state({**state, "momentum": {n: m for n, m in state["momentum"].items() if "predictor" not in n}})
     with pytest.raises(InputError, match="is missing"):
         trainer.load_state({name: part for name, part in state.items() if name != "momentum"})
+
+
+def test_a_run_has_one_writer(small, tmp_path):
+    config = small(out=str(tmp_path / "run"))
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, json; from train.config import PretrainConfig; from train.run.rundir import open_run\n"
+            "open_run(PretrainConfig(**json.loads(sys.argv[1])), False); print('open', flush=True); sys.stdin.read()",
+            json.dumps(asdict(config)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(InputError, match=f"process {holder.pid} on .* is writing to the run"):
+            open_run(config, resume=True)
+    finally:
+        holder.kill()
+        holder.communicate()
+    open_run(config, resume=True)
+    open_run(config, resume=True)  # one process may open its run again

@@ -8,18 +8,22 @@ OUT/bad_images.json   the images that were left out, and what is wrong with each
 OUT/nonfinite.json    what was not finite, and on which images; there only if that ended the run
 OUT/stalled.txt       where every thread was when the run stood still; there only if it did
 OUT/checkpoints/      step-00001234.pt, the newest two
+OUT/.lock             held by the process that writes all this, as long as it lives
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import yaml
 
@@ -31,7 +35,9 @@ from . import atomic
 
 CONFIG = "config.yaml"
 BAD_IMAGES = "bad_images.json"
+LOCK = ".lock"
 Config = TypeVar("Config", bound=RunConfig)
+_locks: dict[Path, IO[str]] = {}  # this process's; closing a file would give its lock back
 
 
 def read_config(out: Path, kind: type[Config]) -> Config:
@@ -121,14 +127,40 @@ def check_run(config: RunConfig, resume: bool) -> None:
 
 
 def open_run(config: RunConfig, resume: bool) -> Path:
-    """Create the run directory, or check that the run in it is the one to resume; InputError as `check_run`."""
+    """Create the run directory, or check that the run in it is the one to resume; InputError as `check_run`.
+
+    Until this process ends, no other may open the run: InputError there.
+    """
     check_run(config, resume)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    _lock(out.resolve() / LOCK)
     if not (out / CONFIG).exists():
         options = {key(name): value for name, value in asdict(config).items()}
         atomic.write_text(out / CONFIG, yaml.safe_dump(options, sort_keys=False))
     return out
+
+
+def _lock(path: Path) -> None:
+    if path in _locks:
+        return
+    file = open(path, "a+")  # noqa: SIM115  (open as long as the process)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(
+                f"{holder} is writing to the run in {path.parent}: wait for its end, or choose another --out"
+            ) from error
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        print(f"this file system knows no locks: see to it yourself that no other process writes to {path.parent}")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[path] = file
 
 
 class RunLog:
