@@ -107,10 +107,9 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         settle(ours=variant in OURS)
         try:
             if ON_GPU:
-                with records.alone():
-                    times = gpu_times(run, SECONDS)
-                    copied = max(footprint, count)  # as much: what is short begins and ends for longer
-                    bandwidth, limit = copy_bandwidth(copied), roofline_seconds(flops, count, copied)
+                times = gpu_times(run, SECONDS)
+                copied = max(footprint, count)  # as much: what is short begins and ends for longer
+                bandwidth, limit = copy_bandwidth(copied), roofline_seconds(flops, count, copied)
             else:
                 benchmark.pedantic(run, rounds=_rounds(run), warmup_rounds=2)
                 times = Times(benchmark.stats.stats.data, recorded=False)
@@ -140,7 +139,8 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         records.write("operator", **LINES[-1])
         benchmark.extra_info.update(LINES[-1])
 
-    yield measure
+    with records.alone():
+        yield measure
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:

@@ -5,11 +5,11 @@ bf16 by autocast, with convolution algorithms chosen by trial, as published slim
 compiled by torch.compile, each subnet by itself, and ours are left out. Ours is train/'s own step: launched kernel by
 kernel, and replayed as CUDA graphs. The same step is taken again and again: smallest, full and two more of a family.
 
-A variant's losses in its first step must be the comparison's, or nothing is said of what it gains. Variants take turns; a
-sample is of several steps between two events. `limit` is the share of the time that the GPU, as measured in the same run, would
-need for the convolutions and matrix products alone if each were bound by nothing but its own arithmetic or by reading
-and writing its operands once. Memory is what torch's allocator must have for a step, weights and the private memory of
-graphs included. `syncs` counts how often a step makes the host wait, which ours must not.
+A variant's losses in its first step must be the comparison's, or nothing is said of what it gains. Variants take turns;
+a sample is of several steps between two events. `limit` is the share of the time that the GPU, as measured in the same
+run, would need for the convolutions and matrix products alone if each were bound by nothing but its own arithmetic or
+by reading and writing its operands once. Memory is what torch's allocator must have for a step, weights and the private
+memory of graphs included. `syncs` counts how often a step makes the host wait, which ours must not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("DSPNET_BENCH_DEVICE", "cuda")
+if __name__ == "__main__":
+    os.environ.setdefault("DSPNET_BENCH_DEVICE", "cuda")
 
 import torch
 from rich.console import Console
@@ -240,7 +241,19 @@ class Race:
         self._steps[name] = step
 
     def run(self, seconds: float) -> bool:
-        """Enter all, then time them in turns for about so many seconds; False if the GPU is broken."""
+        """Enter all, then time them in turns for about so many seconds; False if the GPU is broken.
+
+        Others wait for the GPU from the beginning, but not for minutes of torch.compile.
+        """
+        if self._compiled:
+            if not self._enter_all():
+                return False
+            with records.alone():
+                return self._take_turns(seconds)
+        with records.alone():
+            return self._enter_all() and self._take_turns(seconds)
+
+    def _enter_all(self) -> bool:
         names = [name for name, variant in VARIANTS.items() if variant.compiled == self._compiled]
         for name in [page.EAGER, *names] if self._compiled else names:
             self.console.print(f"{page.title(asdict(self.case))}: {name}")
@@ -249,8 +262,7 @@ class Race:
         if page.EAGER in self._steps:
             self._steps[page.AGAIN] = self._steps[page.EAGER]
             self.lines[page.AGAIN] = dict(self.lines[page.EAGER])
-        with records.alone():
-            return self._take_turns(seconds)
+        return True
 
     def _take_turns(self, seconds: float) -> bool:
         firsts = {name: statistics.median(self.lines[name]["ms"]) / 1e3 for name in self._steps}

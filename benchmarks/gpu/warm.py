@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("DSPNET_BENCH_DEVICE", "cuda")
+if __name__ == "__main__":
+    os.environ.setdefault("DSPNET_BENCH_DEVICE", "cuda")
 
 import torch
 from torch import Tensor
