@@ -15,7 +15,8 @@ from typing import Any
 
 from . import records
 
-EAGER, AGAIN, COMPILED = "eager channels_last", "eager channels_last, again", "torch.compile"
+EAGER, AGAIN = "eager channels_last", "eager channels_last, again"
+TRIED, COMPILED = "eager channels_last, convolutions by trial", "torch.compile"
 CUT_OFF = (-1, 124, 137)  # exit codes of timeout, and of what was not begun
 L2 = 50e6  # bytes of an H100's; what fits in it may be found there by the next call
 Line = dict[str, Any]
@@ -43,6 +44,7 @@ def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
         times = variants.get(name, {}).get("ms")
         return statistics.median(times) if times else None
 
+    eager = min(filter(None, map(median, (EAGER, TRIED))), default=None)
     rows = []
     for name, line in variants.items():
         ms, memory = median(name), line.get("peak_MiB")
@@ -61,7 +63,7 @@ def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
                 f"{ms:.2f}",
                 f"{(max(times) - min(times)) / ms:.1%}",
                 f"{1e3 * case['images'] / ms:.0f}",
-                "" if "wrong" in line else _ratio(median(EAGER), ms),
+                "" if "wrong" in line else _ratio(eager, ms),
                 "" if "wrong" in line else _ratio(median(COMPILED), ms),
                 _ratio(1e3 * case.get("TFLOP", 0), ms, 1),
                 f"{case['limit_ms'] / ms:.0%}" if case.get("limit_ms") else "",
@@ -231,8 +233,48 @@ class Results:
 
 
 _ABOUT_STEPS = (
-    "Medians; range: of the samples, as a share. The comparison's convolutions choose their algorithms by trial, ours "
-    "are deterministic. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. limit: the "
+    "Medians; range: of the samples, as a share. x eager: against the faster of the eager rows; ours have "
+    "deterministic convolutions. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. "
+    "limit: the time that convolutions and products alone would need at the measured speeds. memory: what torch's "
+    "allocator takes for a step, private memory of graphs included. syncs: how often a step makes the host wait."
+)
+_ABOUT_SLOWER]
+        header = ["operator", "case", "in", "by", "x eager", "x native"]
+        parts.append(table(header, self.slower()) if self.slower() else "None.")
+        for precision in dict.fromkeys(key[0] for key in self.operators):
+            parts += [f"## Operators, {precision}", _ABOUT_OPERATORS, self._operator_table(precision)]
+        return parts
+
+    def _operator_table(self, precision: str) -> str:
+        rows = []
+        for (of, operator, case), variants in self.operators.items():
+            if of != precision:
+                continue
+            other = (variants.get("eager") or variants.get("loop") or {}).get("ms")
+            for name, line in variants.items():
+                if "error" in line:
+                    rows.append([operator, case, name, line["error"][:80], *[""] * 5])
+                    continue
+                marks = [
+                    *(["launched"] if not line["recorded"] else []),
+                    *(["warm L2"] if line["bytes"] < L2 else []),
+                ]
+                gains = _ratio(other, line["ms"]) if line["tests"] == "passed" else f"tests {line['tests']}"
+                figures = f"{line['ms']:.4f}", f"{line['GB/s']:.0f}", f"{line['GFLOP/s'] / 1e3:.1f}"
+                rows.append([operator, case, name, *figures, f"{line['share']:.0%}", gains, ", ".join(marks)])
+        return table(["operator", "case", "by", "ms", "GB/s", "TFLOP/s", "limit", "x", ""], rows)
+
+    def _test_rows(self) -> list[list[Any]]:
+        files: dict[str, dict[str, int]] = {}
+        for line in self.tests.values():
+            counts = files.setdefault(line["id"].split("::")[0], {"passed": 0, "skipped": 0, "failed": 0})
+            counts[line["outcome"]] += 1
+        return [[file, *counts.values()] for file, counts in files.items()]
+
+
+_ABOUT_STEPS = (
+    "Medians; range: of the samples, as a share. x eager: against the faster of the eager rows; ours have deterministic "
+    "convolutions. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. limit: the "
     "time that convolutions and products alone would need at the measured speeds. memory: what torch's allocator takes "
     "for a step, private memory of graphs included. syncs: how often a step makes the host wait."
 )
