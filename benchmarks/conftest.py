@@ -4,11 +4,18 @@ Before an operator is timed its tests run; where they fail, nothing is timed. Ev
 of the machine's limit was reached, and the limit is measured in the same run. With DSPNET_BENCH_COMPILE=1 the eager
 alternatives are timed under torch.compile as well, which takes minutes longer. benchmarks/device.py says how to time on
 a GPU, or in bf16.
+
+With DSPNET_BENCH_RESULTS (benchmarks/gpu/records.py) every line is kept at once, the verdict on an operator is that of
+the tests whose outcomes are kept there, and what has been begun there is not begun again. What fails, or was not
+tested, is then timed all the same, but shown without what it gains.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,20 +26,49 @@ import pytest
 
 from dspnet_fast.ops import registry
 
-from .device import name, synchronized
+from .device import ON_GPU, PRECISION, Times, gpu_times, is_broken, name, settle
+from .gpu import records, verdicts
 from .machine import copy_bandwidth, peak_gflops, roofline_seconds
 
 ROOT = Path(__file__).parent.parent
 OURS = registry.PROVIDERS
-SECONDS = 0.4  # that one measurement takes, about
+ALTERNATIVES = ("eager", "loop")  # what x is against
+SECONDS = 0.08 if ON_GPU else 0.4  # that one measurement takes, about
 ROUNDS = 5, 30  # at least, at most
 LINES: list[dict] = []
+KEPT = "DSPNET_BENCH_RESULTS" in os.environ
+BROKEN = 3  # the session's exit code when a new process is needed to go on
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What has been measured is shown even when time is up; on a GPU pytest-benchmark's clock is not used."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the native bodies come last: they are written to be read."""
+    if ON_GPU:
+        items.sort(key=lambda item: "native" in item.name)
 
 
 @functools.cache
-def _tests_pass(operator: str) -> bool:
+def _verdict(operator: str) -> str:
+    """passed, failed or untested."""
+    if KEPT:
+        return verdicts.of(operator)
     tests = ROOT / "tests" / "ops" / f"test_{operator}.py"
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", tests], cwd=ROOT, capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", tests], cwd=ROOT, capture_output=True)
+    return "failed" if done.returncode else "passed"
+
+
+def _key(operator: str, case: str, variant: str) -> dict[str, str]:
+    return {"precision": PRECISION, "operator": operator, "case": case, "variant": variant}
+
+
+@functools.cache
+def _begun() -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "kind"} for line in records.read() if line["kind"] == "begun"]
 
 
 def _rounds(run: Callable[[], object]) -> int:
@@ -59,32 +95,58 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         run: Callable[[], object],
         flops: float = 0,
     ) -> None:
-        if not _tests_pass(operator):
+        if _verdict(operator) != "passed" and not KEPT:
             pytest.fail(f"the tests of {operator} fail, or there are none: nothing is timed")
+        key = _key(operator, case, variant)
+        if key in _begun():
+            pytest.skip("begun before, in a process that has ended")
+        records.write("begun", **key)
         before = registry.get_policy()
         if variant in OURS:
             registry.set_policy(variant)
+        settle(ours=variant in OURS, tried=variant not in OURS)
         try:
-            run = synchronized(run)
-            benchmark.pedantic(run, rounds=_rounds(run), warmup_rounds=2)
+            if ON_GPU:
+                times = gpu_times(run, SECONDS)
+                copied = max(footprint, count)  # as much: what is short begins and ends for longer
+                bandwidth, limit = copy_bandwidth(copied), roofline_seconds(flops, count, copied)
+            else:
+                benchmark.pedantic(run, rounds=_rounds(run), warmup_rounds=2)
+                times = Times(benchmark.stats.stats.data, recorded=False)
+                bandwidth, limit = copy_bandwidth(footprint), roofline_seconds(flops, count, footprint)
+        except Exception as error:
+            records.write("operator", **key, error=f"{type(error).__name__}: {error}"[:500])
+            if is_broken():
+                pytest.exit(f"{operator}, {case}, {variant} broke the GPU for this process: {error}", BROKEN)
+            raise
         finally:
             registry.set_policy(before)
-        median = benchmark.stats.stats.median
+            settle(ours=False)
+        median = statistics.median(times.seconds)
         LINES.append(
             {
-                "operator": operator,
-                "case": case,
-                "variant": variant,
+                **key,
                 "ms": 1e3 * median,
                 "GB/s": count / median / 1e9,
                 "GFLOP/s": flops / median / 1e9,
-                "copy GB/s": copy_bandwidth(footprint),
-                "share": roofline_seconds(flops, count, footprint) / median,
+                "copy GB/s": bandwidth,
+                "share": limit / median,
+                "bytes": footprint,
+                "recorded": times.recorded,
+                "tests": _verdict(operator),
             }
         )
+        records.write("operator", **LINES[-1])
         benchmark.extra_info.update(LINES[-1])
 
-    yield measure
+    with records.alone():
+        yield measure
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """That there is no more to come."""
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        records.write("operators done", precision=PRECISION, compiled=os.environ.get("DSPNET_BENCH_COMPILE") == "1")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -93,8 +155,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         return
     terminalreporter.section("share of this machine's limit")
     terminalreporter.write_line(
-        f"{name()}, {peak_gflops():.0f} GFLOP/s. Times are medians, x is against the "
-        "first line of a case.\nThe share is of the longer of two times: of its bytes at the speed of a copy of as "
+        f"{name()}, {peak_gflops():.0f} GFLOP/s. Times are medians, x is against eager, or a loop."
+        "\nThe share is of the longer of two times: of its bytes at the speed of a copy of as "
         "many, and of its arithmetic at that peak."
     )
     cases: dict[tuple, list[dict]] = {}
@@ -102,11 +164,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
         cases.setdefault((line["operator"], line["case"]), []).append(line)
     operators, names = (max(len(line[key]) for line in LINES) + 2 for key in ("operator", "case"))
     for lines in cases.values():
+        other = next((line["ms"] for line in lines if line["variant"] in ALTERNATIVES), None)
         for line in lines:
-            slower = line["variant"] in OURS and line["ms"] > lines[0]["ms"]
+            slower = line["variant"] in OURS and other is not None and line["ms"] > other
+            gains = f"{other / line['ms']:7.2f}x{'  slower' if slower else ''}" if other else ""
             terminalreporter.write_line(
                 f"{line['operator']:<{operators}}{line['case']:<{names}}{line['variant']:<8}{line['ms']:9.3f} ms"
                 f"{line['GFLOP/s']:6.0f} GFLOP/s{line['GB/s']:7.1f} GB/s, copy {line['copy GB/s']:5.1f}: "
-                f"{line['share']:4.0%}{lines[0]['ms'] / line['ms']:7.2f}x{'  slower' if slower else ''}",
+                f"{line['share']:4.0%}{gains if line['tests'] == 'passed' else '  tests ' + line['tests']}"
+                f"{'' if line['recorded'] or not ON_GPU else '  launched'}",
                 **({"red": True, "bold": True} if slower and line["variant"] != "native" else {}),
             )

@@ -10,11 +10,15 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .device import DEVICE, DTYPE, synchronized
+from .device import DEVICE, DTYPE, ON_GPU, gpu_times
+
+BEYOND_CACHES = 2**32  # bytes that a copy reads and writes together to say what memory alone can do
 
 
 def _seconds(run: Callable[[], object], rounds: int) -> list[float]:
-    run, seconds = synchronized(run), []
+    if ON_GPU:
+        return gpu_times(run, 0.03).seconds
+    seconds = []
     for _ in range(rounds + rounds // 3):
         began = time.perf_counter()
         run()
@@ -24,7 +28,7 @@ def _seconds(run: Callable[[], object], rounds: int) -> list[float]:
 
 @functools.cache
 def copy_bandwidth(footprint: int) -> float:
-    """GB/s that a copy reads and writes together, the median of 15, between two halves of `footprint` bytes.
+    """GB/s that a copy reads and writes together, the median of several, between two halves of `footprint` bytes.
 
     As many bytes as the operator works on, so that both find the same share of them in the caches.
     """
@@ -39,7 +43,7 @@ def peak_gflops() -> float:
 
     Both, since they come from libraries (MKL and oneDNN on x86) of which either can be slow on a given processor.
     """
-    side, channels = (2048, 1024) if DEVICE.type == "cpu" else (8192, 1024)
+    side, channels = (8192 if ON_GPU else 2048, 1024)
     left, right = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
     images = torch.randn(8, channels, 16, 16, device=DEVICE, dtype=DTYPE).to(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 1, 1, device=DEVICE, dtype=DTYPE).to(memory_format=torch.channels_last)

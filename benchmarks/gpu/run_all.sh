@@ -1,36 +1,137 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build, GPU tests, operators, the whole step. About eight minutes on one
-# H100, without a network. Results go to benchmarks/results/, or to the folder given as the first argument.
+# Everything that needs a GPU, in one command: build, GPU tests, whole steps, operators, short training runs. Under eight
+# minutes on one H100 with 16 cores, without a network.
 #
 #     bash benchmarks/gpu/run_all.sh [FOLDER]
+#
+# Into the folder, by default benchmarks/results/<GPU>: results.md, the page; results.jsonl, every result as soon as it
+# was known; tests.txt, log.txt, background.txt, info.txt. What hangs is cut off, what fails is named at the end, and
+# the rest goes on. What is worth most comes first. Ends with 0 if nothing failed.
+#
+# PYTHON                which Python, with torch [python3]
+# DSPNET_BENCH_SECONDS  for everything [470]
+# DSPNET_BENCH_ONLY     a regular expression: only the parts of these names, for example '^(build|step)'
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 2
 
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "error: $python has no torch with a CUDA device" >&2
-  exit 2
-fi
-device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+total=${DSPNET_BENCH_SECONDS:-470}
+cores=$(nproc)
+work=$(mktemp -d)
+made_link=
+cleanup() {
+  local jobs
+  jobs=$(jobs -p)
+  [ -z "$jobs" ] || kill $jobs 2> /dev/null
+  [ -z "$made_link" ] || rm -f dspnet_fast/kernels
+  rm -rf "$work"
+}
+trap cleanup EXIT
+export PYTHONUNBUFFERED=1 DSPNET_BENCH_LOCK=$work/gpu DSPNET_BENCH_DEVICE=cuda
+
+found=$(DSPNET_BENCH_RESULTS=$work/environment timeout 120 "$python" -m benchmarks.gpu.probe) || exit 2
+read -r device architecture <<< "$found"
 out=${1:-benchmarks/results/$device}
 mkdir -p "$out"
+results=$out/results.jsonl
+log=$out/log.txt
+mv "$work/environment" "$results"
+rm -f "$out"/{results.md,tests.txt,log.txt,background.txt,info.txt}
+export DSPNET_BENCH_RESULTS=$results
 
-echo "== build"
-DSPNET_BUILD=1 DSPNET_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps -e . || exit 1
-"$python" -m dspnet_fast.info | tee "$out/info.txt"
+# part NAME SECONDS COMMAND...: run it, for so long at most, and keep how it ended; optional=1: it may be cut off.
+part() {
+  local name=$1 limit=$2 began=$SECONDS code=-1
+  shift 2
+  [[ $name =~ ${DSPNET_BENCH_ONLY:-.} ]] || return 0
+  (( limit <= total - SECONDS )) || limit=$(( total - SECONDS ))
+  if (( limit >= 10 )); then
+    echo "== $name" >> "$log"
+    timeout -k 5 "$limit" "$@" >> "$log" 2>&1 < /dev/null
+    code=$?
+  fi
+  printf '{"kind": "part", "name": "%s", "seconds": %d, "code": %d, "optional": %d, "at": %d}\n' \
+    "$name" $(( SECONDS - began )) "$code" "${optional:-0}" "$began" >> "$results"
+  echo "== $name: after $began s, for $(( SECONDS - began )) s, ended with $code"
+  return "$(( code < 0 ? 1 : code ))"
+}
+page() { "$python" -m benchmarks.gpu.page "$results" "$out/results.md"; }
+step() { # PRECISION NETWORK IMAGES PIXELS, with options
+  DSPNET_BENCH_DTYPE=$1 part "step $*" 75 "$python" -m benchmarks.gpu.step "${@:2}"
+  page > /dev/null
+}
+operators() { # PRECISION SECONDS, with options of pytest: what breaks or hangs the GPU is left out by the next attempt
+  local precision=$1 until=$(( SECONDS + $2 )) attempt
+  shift 2
+  for attempt in 1 2 3; do
+    DSPNET_BENCH_DTYPE=$precision part "operators $precision${DSPNET_BENCH_COMPILE:+ compiled}, attempt $attempt" \
+      $(( until - SECONDS )) "$python" -m pytest benchmarks/ops --benchmark-only --benchmark-quiet -q --tb=short \
+      -p no:cacheprovider "${impatient[@]}" "$@" && break
+    (( until - SECONDS > 10 && total - SECONDS > 10 )) || break
+  done
+  page > /dev/null
+}
 
-echo "== tests"
-timeout 200 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/csrc tests/ops tests/train/test_graphs.py \
-  -k "triton or cuda or gpu" | tee "$out/tests.txt"
-tests=${PIPESTATUS[0]}
+impatient=()
+crowd=()
+"$python" -c 'import pytest_timeout' 2> /dev/null && impatient=(--timeout=120 --timeout-method=thread)
+"$python" -c 'import xdist' 2> /dev/null && crowd=(-n "$(( cores > 3 ? cores - 2 : 1 ))" --max-worker-restart=40)
+tests=("$python" -m pytest --continue-on-collection-errors -v -rfE --tb=short -p no:cacheprovider -p benchmarks.gpu.verdicts "${impatient[@]}"
+  "${crowd[@]}")
 
-echo "== operators"
-for dtype in bf16 fp32; do
-  DSPNET_BENCH_DEVICE=cuda DSPNET_BENCH_DTYPE=$dtype timeout 90 "$python" -m pytest benchmarks/ --benchmark-only -q \
-    -p no:cacheprovider --benchmark-json="$out/operators-$dtype.json" | tee "$out/operators-$dtype.txt"
+# Without the compiled libraries, which takes a moment: from then on everything can be imported.
+DSPNET_BUILD=0 part install 90 "$python" -m pip install --quiet --disable-pip-version-check --no-index \
+  --no-build-isolation --no-deps -e .
+# If that failed, as it need not: where the install would have them found.
+"$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("dspnet_fast.kernels"))' \
+  || { ln -s ../kernels dspnet_fast/kernels && made_link=1; }
+
+# What needs the processors: the build, Triton's kernels, torch.compile of the comparison. The tests of Triton's kernels
+# need no build, and the GPU is not measured meanwhile.
+export DSPNET_CUDA_ARCHITECTURES=$architecture
+log=$out/background.txt part build 300 bash -c '
+  DSPNET_BUILD=1 DSPNET_CUDA=1 "$0" setup.py build_ext --inplace && exit
+  echo "== without what cannot be built"
+  DSPNET_BUILD=auto DSPNET_CUDA=auto "$0" setup.py build_ext --inplace
+  exit 1' "$python" &
+build=$!
+shares=$(( cores > 2 ? cores / 2 : 1 ))
+warmers=()
+for (( share = 0; share < shares; share++ )); do
+  log=$out/background.txt optional=1 part "warm $share" 180 nice -n 5 "$python" -m benchmarks.gpu.warm $share $shares &
+  warmers+=($!)
 done
+TORCHINDUCTOR_COMPILE_THREADS=$(( cores > 2 ? cores / 2 : 1 )) DSPNET_BENCH_DTYPE=bf16 log=$out/background.txt \
+  optional=1 part "torch.compile" 600 \
+  "$python" -m benchmarks.gpu.step mobilenet_v3_large 1024 128 --compiled --seconds 4 &
+compiled=$!
 
-echo "== whole step"
-timeout 240 "$python" -m benchmarks.gpu.step --out "$out"
+OMP_NUM_THREADS=1 DSPNET_LIBRARY=$work/none log=$out/tests.txt part "tests of Triton" 150 "${tests[@]}" tests/ops -k triton
+page > /dev/null
+wait "$build"
+"$python" -m dspnet_fast.info > "$out/info.txt" 2>&1
+OMP_NUM_THREADS=1 log=$out/tests.txt part "tests" 75 "${tests[@]}" tests/csrc/test_on_gpu.py tests/ops \
+  tests/train/test_graphs.py tests/train/test_final_weights.py -k "(cuda or gpu or graphs) and not triton"
+page > /dev/null
+wait "${warmers[@]}"
 
-exit "$tests"
+# What needs the GPU to itself.
+step bf16 mobilenet_v3_large 1024 128
+operators bf16 85
+step bf16 mobilenet_v3_large 64 96
+part training 70 "$python" -m benchmarks.gpu.training
+step bf16 resnet 512 128
+optional=1
+step tf32 mobilenet_v3_large 1024 128
+step bf16 mobilenet_v3_large 1024 128 --tried
+step bf16 mobilenet_v3_large 256 224
+operators tf32 60
+step fp32 mobilenet_v3_large 1024 128
+step bf16 resnet 256 224
+step bf16 resnet 64 96
+step tf32 mobilenet_v3_large 256 224
+step tf32 mobilenet_v3_large 64 96
+DSPNET_BENCH_COMPILE=1 operators bf16 60 benchmarks/ops/bench_conv_moments.py -k compile
+wait "$compiled"
+
+page

@@ -1,4 +1,5 @@
-"""slim_conv2d: an ordinary convolution by a prefix; both views are one batch to it, as they are to eager here."""
+"""slim_conv2d: an ordinary convolution by a prefix; both views are one batch to it, as they are to eager here.
+No part of a step: it is for other code, in which weights have the dtype of activations."""
 
 import pytest
 import torch

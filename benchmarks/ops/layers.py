@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.device import DEVICE, DTYPE
+from benchmarks.device import DEVICE, DTYPE, ON_GPU
 from dspnet_fast.ops import registry
 from dspnet_fast.ops.registry import Operator
 
-IMAGES, VIEWS = 64 if DEVICE.type == "cpu" else 2048, 2  # the images of both views
+IMAGES, VIEWS = 2048 if ON_GPU else 64, 2  # the images of both views
 DIRECTIONS = ("forward", "forward + backward")  # without gradient, as in the target; with it
 
 ACTS: dict[str, Callable[..., Tensor]] = {

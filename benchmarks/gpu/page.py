@@ -1,0 +1,317 @@
+"""`python -m benchmarks.gpu.page results.jsonl results.md`: the page of what is known so far.
+
+Ends with 1 if a part, a test or a variant failed, or a step of ours waits for the GPU: for the reader, what failed
+comes last on the screen.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import records
+
+EAGER, AGAIN = "eager channels_last", "eager channels_last, again"
+TRIED, COMPILED = "eager channels_last, convolutions by trial", "torch.compile"
+CUT_OFF = (-1, 124, 137)  # exit codes of timeout, and of what was not begun
+L2 = 50e6  # bytes of an H100's; what fits in it may be found there by the next call
+Line = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """In Markdown."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def title(case: Mapping[str, Any]) -> str:
+    """What a case is."""
+    return f"{case['network']}, {case['images']} images of {case['pixels']} px, {case['precision']}"
+
+
+def _ratio(above: float | None, below: float | None, digits: int = 2) -> str:
+    return f"{above / below:.{digits}f}" if above and below else ""
+
+
+def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
+    """The variants of a case."""
+
+    def median(name: str) -> float | None:
+        times = variants.get(name, {}).get("ms")
+        return statistics.median(times) if times else None
+
+    eager = min(filter(None, map(median, (EAGER, TRIED))), default=None)
+    rows = []
+    for name, line in variants.items():
+        ms, memory = median(name), line.get("peak_MiB")
+        if ms is None:
+            rows.append([name, line.get("error", "cut off"), *[""] * 9])
+            continue
+        times = line["ms"]
+        marks = [
+            *(["few samples, not in turns"] if not line.get("turns") else []),
+            *(["memory was short"] if line.get("retries") else []),
+            *(line[kind] for kind in ("wrong", "error") if kind in line),
+        ]
+        rows.append(
+            [
+                ", ".join([name, *marks]),
+                f"{ms:.2f}",
+                f"{(max(times) - min(times)) / ms:.1%}",
+                f"{1e3 * case['images'] / ms:.0f}",
+                "" if "wrong" in line else _ratio(eager, ms),
+                "" if "wrong" in line else _ratio(median(COMPILED), ms),
+                _ratio(1e3 * case.get("TFLOP", 0), ms, 1),
+                f"{case['limit_ms'] / ms:.0%}" if case.get("limit_ms") else "",
+                "" if memory is None else f"{memory:.0f}",
+                _ratio(memory, variants.get(EAGER, {}).get("peak_MiB")),
+                str(line.get("syncs", "")),
+            ]
+        )
+    header = ["step", "ms", "range", "images/s", "x eager", "x compile", "TFLOP/s", "limit", "memory, MiB"]
+    return table([*header, "of eager", "syncs"], rows)
+
+
+def faults_of(variants: Mapping[str, Line]) -> list[str]:
+    """What is wrong with them."""
+    faults = [f"{name}: {line[kind]}" for name, line in variants.items() for kind in ("wrong", "error") if kind in line]
+    waits = [name for name, line in variants.items() if "waits" in line]
+    return [*faults, *(f"{name} waits for the GPU:\n{variants[name]['waits']}" for name in waits)]
+
+
+class Results:
+    """The lines of a run, sorted: of what was done twice, the last."""
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self.environment: Line = {}
+        self.parts: dict[str, Line] = {}
+        self.tests: dict[str, Line] = {}
+        self.steps: dict[tuple, dict[str, Line]] = {}
+        self.limits: dict[tuple, Line] = {}
+        self.operators: dict[tuple, dict[str, Line]] = {}
+        self.training: list[Line] = []
+        for line in lines:
+            rest = {key: value for key, value in line.items() if key != "kind"}
+            getattr(self, "_" + line["kind"].replace(" ", "_"), lambda rest: None)(rest)
+
+    def _environment(self, line: Line) -> None:
+        self.environment = line
+
+    def _part(self, line: Line) -> None:
+        self.parts[line["name"]] = line
+
+    def _test(self, line: Line) -> None:
+        if self.tests.get(line["id"], {}).get("outcome") != "failed":
+            self.tests[line["id"]] = line
+
+    def _training(self, line: Line) -> None:
+        self.training.append(line)
+
+    @staticmethod
+    def _case(line: Line) -> tuple:
+        return tuple(line[key] for key in ("network", "images", "pixels", "precision"))
+
+    def _limit(self, line: Line) -> None:
+        self.limits[self._case(line)] = line
+
+    def _step(self, line: Line) -> None:
+        variants = self.steps.setdefault(self._case(line), {})
+        if "apart" in line:  # the first that is kept of a variant
+            variants[line["variant"]] = {}
+        known = ("network", "images", "pixels", "precision", "variant")
+        variants.setdefault(line["variant"], {}).update({k: v for k, v in line.items() if k not in known})
+
+    def _operator(self, line: Line) -> None:
+        self.operators.setdefault((line["precision"], line["operator"], line["case"]), {})[line["variant"]] = line
+
+    # --- What went wrong ----------------------------------------------------------------------------------------------
+
+    def slower(self) -> list[list[str]]:
+        """Providers that lose to what stands for the operator elsewhere, or to its native body: what `accepts` must
+        refuse before `auto` may choose them."""
+        rows = []
+        for (precision, operator, case), variants in self.operators.items():
+            times = {name: line["ms"] for name, line in variants.items() if "ms" in line}
+            other = times.get("eager") or times.get("loop")
+            for name in times.keys() & {"triton", "cuda"}:
+                gains = [_ratio(against, times[name]) for against in (other, times.get("native"))]
+                if any(gain and float(gain) < 1 for gain in gains):
+                    rows.append([operator, case, precision, name, *gains])
+        return sorted(rows)
+
+    def faults(self) -> list[str]:
+        """Everything that failed."""
+        found = []
+        for name, part in self.parts.items():
+            if part["code"] and not (part["optional"] and part["code"] in CUT_OFF):
+                found.append(f"{name}: {_ending(part)}")
+        failed = [line for line in self.tests.values() if line["outcome"] == "failed"]
+        found += [f"{line['id']}\n{_last_lines(line.get('text', ''))}" for line in failed[:20]]
+        if failed[20:]:
+            found.append(f"and {len(failed) - 20} more tests: see the file of results")
+        for case, variants in self.steps.items():
+            found += [f"{' '.join(map(str, case))}, {fault}" for fault in faults_of(variants)]
+        for key, lines in self.operators.items():
+            found += [f"{', '.join(key)}, {name}: {v['error']}" for name, v in lines.items() if "error" in v]
+        return found + [f"training: {line['name']}: {line['fault']}" for line in self.training if line.get("fault")]
+
+    # --- The page -----------------------------------------------------------------------------------------------------
+
+    def page(self) -> str:
+        """In Markdown."""
+        parts = ["# On a GPU", ", ".join(f"{name} {value}" for name, value in self.environment.items())]
+        if limits := list(self.limits.values()):
+            seen = {line["precision"]: f"{line['TFLOP/s']:.0f} TFLOP/s in {line['precision']}" for line in limits}
+            copy = limits[0]["copy GB/s"]
+            parts.append(
+                f"Measured: {', '.join(seen.values())}; a copy reads and writes {copy:.0f} GB/s beyond caches."
+            )
+        if self.steps:
+            parts += ["## A training step", _ABOUT_STEPS]
+        for case, variants in self.steps.items():
+            limit = self.limits.get(case, {})
+            known = dict(zip(("network", "images", "pixels", "precision"), case, strict=True)) | limit
+            parts.append(f"### {title(known)}")
+            if limit:
+                parts.append(
+                    f"{' '.join(limit['subnets'])}: {limit['TFLOP']:.2f} TFLOP, {limit['GB']:.1f} GB, at least "
+                    f"{limit['limit_ms']:.1f} ms."
+                )
+            parts.append(step_table(known, variants))
+        parts += self._operator_parts()
+        if self.training:
+            rows = [[line["name"], line["found"], line["allowed"], line.get("fault", "")] for line in self.training]
+            parts += ["## Training", table(["what", "found", "allowed", "fault"], rows)]
+        if self.tests:
+            parts += ["## Tests", table(["file", "passed", "skipped", "failed"], self._test_rows())]
+        if self.parts:
+            rows = [[name, f"{part['seconds']} s", _ending(part)] for name, part in self.parts.items()]
+            parts += ["## Parts of the run", table(["part", "took", "ended"], rows)]
+        faults = self.faults()
+        parts += ["## What failed", "\n\n".join(f"    {line}" for line in _indented(faults)) if faults else "Nothing."]
+        return "\n\n".join(parts) + "\n"
+
+    def _operator_parts(self) -> list[str]:
+        if not self.operators:
+            return []
+        parts = ["## Slower than the alternative", _ABOUT_SLOWER]
+        header = ["operator", "case", "in", "by", "x eager", "x native"]
+        parts.append(table(header, self.slower()) if self.slower() else "None.")
+        for precision in dict.fromkeys(key[0] for key in self.operators):
+            parts += [f"## Operators, {precision}", _ABOUT_OPERATORS, self._operator_table(precision)]
+        return parts
+
+    def _operator_table(self, precision: str) -> str:
+        rows = []
+        for (of, operator, case), variants in self.operators.items():
+            if of != precision:
+                continue
+            other = (variants.get("eager") or variants.get("loop") or {}).get("ms")
+            for name, line in variants.items():
+                if "error" in line:
+                    rows.append([operator, case, name, line["error"][:80], *[""] * 5])
+                    continue
+                marks = [
+                    *(["launched"] if not line["recorded"] else []),
+                    *(["warm L2"] if line["bytes"] < L2 else []),
+                ]
+                gains = _ratio(other, line["ms"]) if line["tests"] == "passed" else f"tests {line['tests']}"
+                figures = f"{line['ms']:.4f}", f"{line['GB/s']:.0f}", f"{line['GFLOP/s'] / 1e3:.1f}"
+                rows.append([operator, case, name, *figures, f"{line['share']:.0%}", gains, ", ".join(marks)])
+        return table(["operator", "case", "by", "ms", "GB/s", "TFLOP/s", "limit", "x", ""], rows)
+
+    def _test_rows(self) -> list[list[Any]]:
+        files: dict[str, dict[str, int]] = {}
+        for line in self.tests.values():
+            counts = files.setdefault(line["id"].split("::")[0], {"passed": 0, "skipped": 0, "failed": 0})
+            counts[line["outcome"]] += 1
+        return [[file, *counts.values()] for file, counts in files.items()]
+
+
+_ABOUT_STEPS = (
+    "Medians; range: of the samples, as a share. x eager: against the faster of the eager rows; ours have "
+    "deterministic convolutions. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. "
+    "limit: the time that convolutions and products alone would need at the measured speeds. memory: what torch's "
+    "allocator takes for a step, private memory of graphs included. syncs: how often a step makes the host wait."
+)
+_ABOUT_SLOWER]
+        header = ["operator", "case", "in", "by", "x eager", "x native"]
+        parts.append(table(header, self.slower()) if self.slower() else "None.")
+        for precision in dict.fromkeys(key[0] for key in self.operators):
+            parts += [f"## Operators, {precision}", _ABOUT_OPERATORS, self._operator_table(precision)]
+        return parts
+
+    def _operator_table(self, precision: str) -> str:
+        rows = []
+        for (of, operator, case), variants in self.operators.items():
+            if of != precision:
+                continue
+            other = (variants.get("eager") or variants.get("loop") or {}).get("ms")
+            for name, line in variants.items():
+                if "error" in line:
+                    rows.append([operator, case, name, line["error"][:80], *[""] * 5])
+                    continue
+                marks = [
+                    *(["launched"] if not line["recorded"] else []),
+                    *(["warm L2"] if line["bytes"] < L2 else []),
+                ]
+                gains = _ratio(other, line["ms"]) if line["tests"] == "passed" else f"tests {line['tests']}"
+                figures = f"{line['ms']:.4f}", f"{line['GB/s']:.0f}", f"{line['GFLOP/s'] / 1e3:.1f}"
+                rows.append([operator, case, name, *figures, f"{line['share']:.0%}", gains, ", ".join(marks)])
+        return table(["operator", "case", "by", "ms", "GB/s", "TFLOP/s", "limit", "x", ""], rows)
+
+    def _test_rows(self) -> list[list[Any]]:
+        files: dict[str, dict[str, int]] = {}
+        for line in self.tests.values():
+            counts = files.setdefault(line["id"].split("::")[0], {"passed": 0, "skipped": 0, "failed": 0})
+            counts[line["outcome"]] += 1
+        return [[file, *counts.values()] for file, counts in files.items()]
+
+
+_ABOUT_STEPS = (
+    "Medians; range: of the samples, as a share. x eager: against the faster of the eager rows; ours have deterministic "
+    "convolutions. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. limit: the "
+    "time that convolutions and products alone would need at the measured speeds. memory: what torch's allocator takes "
+    "for a step, private memory of graphs included. syncs: how often a step makes the host wait."
+)
+_ABOUT_SLOWER = "What `accepts` must refuse, or a kernel do better, before `auto` chooses that provider."
+_ABOUT_OPERATORS = (
+    "Medians of recorded calls; x is against eager, or a loop. limit: the longer of two times, that of its bytes at "
+    "the speed of a copy of as many and that of its arithmetic at the measured peak, as a share of its time. warm L2: "
+    "its data fit in the cache, where one call finds what the last one left."
+)
+
+
+def _ending(part: Line) -> str:
+    code = part["code"]
+    return {0: "well", 124: "cut off", 137: "cut off by force", -1: "not begun: no time"}.get(code, f"with {code}")
+
+
+def _last_lines(text: str, count: int = 3) -> str:
+    said = [line for line in text.splitlines() if line.startswith("E ")] or text.splitlines()
+    return "\n".join(said[:count])
+
+
+def _indented(faults: list[str]) -> list[str]:
+    return [fault.replace("\n", "\n    ") for fault in faults]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page; print its shorter tables."""
+    source, target = map(Path, arguments)
+    results = Results(records.read(source))
+    temporary = target.with_suffix(f".{os.getpid()}")
+    temporary.write_text(results.page())
+    temporary.replace(target)
+    print(results.page().split("\n## Operators, ")[0])
+    faults = results.faults()
+    print("\n".join(["== what failed", *faults]) if faults else "== nothing failed")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

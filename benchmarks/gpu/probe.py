@@ -1,0 +1,48 @@
+"""`python -m benchmarks.gpu.probe`: what the figures will be of. Prints a name for a folder, and what to build for."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+
+import torch
+
+from . import records
+
+
+def environment() -> dict[str, str]:
+    """The GPU and the versions of what stands between it and a benchmark."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        driver = []
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "driver": driver[0] if driver else "unknown",
+        "torch": torch.__version__,
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "triton": "absent" if triton is None else triton.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    """Print, and keep a line."""
+    if not torch.cuda.is_available():
+        sys.exit("error: this Python's torch sees no CUDA device; python -m benchmarks.step times the CPU")
+    found = environment()
+    records.write("environment", **found)
+    major, minor = torch.cuda.get_device_capability()
+    print(found["GPU"].lower().replace(" ", "-"), f"{major}{minor}")
+
+
+if __name__ == "__main__":
+    main()
