@@ -104,7 +104,7 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         before = registry.get_policy()
         if variant in OURS:
             registry.set_policy(variant)
-        settle(ours=variant in OURS)
+        settle(ours=variant in OURS, tried=variant not in OURS)
         try:
             if ON_GPU:
                 times = gpu_times(run, SECONDS)

@@ -18,6 +18,7 @@ PRECISION = os.environ.get("DSPNET_BENCH_DTYPE", "fp32")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}[PRECISION]
 
+TRIALS = 4  # algorithms, in the order that cuDNN thinks best: a step has hundreds of convolutions to try them on
 WARM_UP = 3  # calls in which kernels are compiled and libraries choose algorithms
 CALLS = 20  # in one recording, at most: an event is some microseconds off
 SAMPLE = 5e-3  # seconds between two events, about
@@ -32,12 +33,13 @@ class Times:
     recorded: bool
 
 
-def settle(ours: bool) -> None:
-    """Libraries as ours (train/run/device.py), or the comparison, has them: its convolutions may choose any algorithm,
-    the fastest on trial; ours are deterministic. Products of fp32 are the same for both."""
+def settle(ours: bool, tried: bool = False) -> None:
+    """Libraries as ours (train/run/device.py), or the comparison, has them: its convolutions may have any algorithm,
+    with `tried` the fastest of some on trial; ours are deterministic. Products of fp32 are the same for both."""
     torch.set_float32_matmul_precision("high" if PRECISION == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = PRECISION == "tf32"
-    torch.backends.cudnn.benchmark = not ours
+    torch.backends.cudnn.benchmark = tried
+    torch.backends.cudnn.benchmark_limit = TRIALS
     torch.backends.cudnn.deterministic = ours
 
 

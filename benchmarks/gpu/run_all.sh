@@ -121,8 +121,9 @@ operators bf16 85
 step bf16 mobilenet_v3_large 64 96
 part training 70 "$python" -m benchmarks.gpu.training
 step bf16 resnet 512 128
-step tf32 mobilenet_v3_large 1024 128
 optional=1
+step tf32 mobilenet_v3_large 1024 128
+step bf16 mobilenet_v3_large 1024 128 --tried
 step bf16 mobilenet_v3_large 256 224
 operators tf32 60
 step fp32 mobilenet_v3_large 1024 128

@@ -1,9 +1,10 @@
 """`python -m benchmarks.gpu.step`: a whole DSPNet training step on a GPU, ours against plain PyTorch.
 
 The comparison is benchmarks/eager.py: sliced weights, F.batch_norm, updates parameter by parameter; channels-last, for
-bf16 by autocast, with convolution algorithms chosen by trial, as published slimmable code trains. With --compiled it is
-compiled by torch.compile, each subnet by itself, and ours are left out. Ours is train/'s own step: launched kernel by
-kernel, and replayed as CUDA graphs. The same step is taken again and again: smallest, full and two more of a family.
+bf16 by autocast, as published slimmable code trains. In runs of their own, since they take long to begin, it has its
+convolutions' algorithms chosen by trial (--tried), or is compiled by torch.compile, each subnet by itself (--compiled).
+Ours is train/'s own step: launched kernel by kernel, and replayed as CUDA graphs. The same step is taken again and
+again: smallest, full and two more of a family.
 
 A variant's losses in its first step must be the comparison's, or nothing is said of what it gains. Variants take turns;
 a sample is of several steps between two events. `limit` is the share of the time that the GPU, as measured in the same
@@ -73,16 +74,17 @@ class Variant:
 
     policy: str | None = None
     graphs: bool = False
+    tried: bool = False
     compiled: bool = False
 
 
 VARIANTS = {
     page.EAGER: Variant(),
-    page.COMPILED: Variant(compiled=True),
     "ours native": Variant("native"),
     "ours": Variant("any"),
     "ours, graphs": Variant("any", graphs=True),
 }
+ALONE = {page.TRIED: Variant(tried=True), page.COMPILED: Variant(compiled=True)}  # each beside the comparison
 
 
 def set_up(variant: Variant) -> None:
@@ -90,7 +92,7 @@ def set_up(variant: Variant) -> None:
     policy = variant.policy or "native"
     if registry.get_policy() != policy:
         registry.set_policy(policy)
-    settle(ours=variant.policy is not None)
+    settle(ours=variant.policy is not None, tried=variant.tried)
 
 
 def configuration(case: Case, graphs: bool, precision: str) -> PretrainConfig:
@@ -180,12 +182,12 @@ def peak_of(step: Callable[[], object]) -> int:
 
 
 class Race:
-    """The variants of one case."""
+    """The variants of one case. other: of ALONE, instead of them, beside the comparison."""
 
-    def __init__(self, case: Case, compiled: bool, console: Console) -> None:
+    def __init__(self, case: Case, console: Console, other: str = "") -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (2 * case.images, 3, case.pixels, case.pixels)
-        self.case, self.console, self._compiled = case, console, compiled
+        self.case, self.console, self._other = case, console, other
         self._batch = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(DEVICE)
         self._steps: dict[str, Step] = {}
         self._losses: dict[str, float] = {}
@@ -207,12 +209,12 @@ class Race:
     def enter(self, name: str) -> None:
         """Build a variant, compare its first losses, and measure what needs no turns.
 
-        Under torch.compile the comparison gives its losses and nothing else.
+        Beside another one the comparison gives its losses and nothing else.
         """
         machine.peak_gflops()  # measured once, before memory is
         machine.copy_bandwidth(machine.BEYOND_CACHES)
         before = held()
-        step = build(VARIANTS[name], self.case, self._batch)
+        step = build((VARIANTS | ALONE)[name], self.case, self._batch)
         losses: dict[str, float] = {}
 
         def first() -> None:
@@ -224,7 +226,7 @@ class Race:
             layers = work.record(first)
             self._losses = losses
             self._find_limit(layers)
-            if self._compiled:
+            if self._other:
                 return
         apart = max(abs(losses[subnet] / loss - 1) for subnet, loss in self._losses.items())
         self.keep(name, apart=apart)
@@ -236,7 +238,7 @@ class Race:
         step()
         self.keep(name, ms=[1e3 * between_events(step) for _ in range(FIRST)], turns=False)
         self.keep(name, syncs=syncs_of(step))
-        if self.lines[name]["syncs"] and VARIANTS[name].policy == "any":
+        if self.lines[name]["syncs"] and (VARIANTS | ALONE)[name].policy == "any":
             self.keep(name, waits=where_it_waits(step))
         self._steps[name] = step
 
@@ -245,7 +247,7 @@ class Race:
 
         Others wait for the GPU from the beginning, but not for minutes of torch.compile.
         """
-        if self._compiled:
+        if self._other == page.COMPILED:
             if not self._enter_all():
                 return False
             with records.alone():
@@ -254,8 +256,7 @@ class Race:
             return self._enter_all() and self._take_turns(seconds)
 
     def _enter_all(self) -> bool:
-        names = [name for name, variant in VARIANTS.items() if variant.compiled == self._compiled]
-        for name in [page.EAGER, *names] if self._compiled else names:
+        for name in [page.EAGER, self._other] if self._other else VARIANTS:
             self.console.print(f"{page.title(asdict(self.case))}: {name}")
             if self._safely(name, partial(self.enter, name)):
                 return False
@@ -313,13 +314,14 @@ def main() -> None:
     parser.add_argument("network", nargs="?", choices=FAMILIES, default="mobilenet_v3_large")
     parser.add_argument("images", nargs="?", type=int, default=256, help="of a batch, two views of each [%(default)s]")
     parser.add_argument("pixels", nargs="?", type=int, default=128, help="height and width [%(default)s]")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile of the comparison alone: minutes")
+    parser.add_argument("--compiled", action="store_const", dest="other", const=page.COMPILED, help="minutes")
+    parser.add_argument("--tried", action="store_const", dest="other", const=page.TRIED, help="a minute or two")
     parser.add_argument("--seconds", type=float, default=8, help="for taking turns, about [%(default)s]")
     options = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=160)
     if not torch.cuda.is_available():
         parser.exit(2, "error: there is no CUDA device: python -m benchmarks.step times the CPU\n")
-    race = Race(Case(options.network, options.images, options.pixels), options.compiled, console)
+    race = Race(Case(options.network, options.images, options.pixels), console, options.other)
     sound = race.run(options.seconds)
     console.print(page.step_table({**asdict(race.case), **race.limit}, race.lines), markup=False)
     sys.exit(not sound or bool(page.faults_of(race.lines)))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.device import DEVICE
 from dspnet_fast.ops import registry, triton
-from train.trainer import build_model
+from train.trainer import Trainer
 
 from . import records
 from .step import Case, configuration
@@ -69,7 +69,7 @@ def launches(cases: Sequence[Case]) -> list[Launch]:
     for case in cases:
         torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
         config = configuration(case, graphs=False, precision="bf16" if case.precision == "bf16" else "fp32")
-        model = build_model(config).to(DEVICE).to(memory_format=torch.channels_last).train()
+        model = Trainer(config, 1, DEVICE).model
         images = torch.randn(2 * case.images, 3, case.pixels, case.pixels, device=DEVICE)
         images = images.contiguous(memory_format=torch.channels_last)
         with observed(remember):

@@ -56,14 +56,15 @@ def pretended(monkeypatch, policy):
     monkeypatch.setattr(machine, "copy_bandwidth", lambda footprint: 10.0)
     monkeypatch.setattr(step, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(step, "FAMILIES", TINY)
+    monkeypatch.setattr(step, "SAMPLE", 0)
     configuration = step.configuration
     small = {"hidden_features": 16, "out_features": 8}
     monkeypatch.setattr(step, "configuration", lambda *args: replace(configuration(*args), **small))
     monkeypatch.setattr(step, "VARIANTS", {page.EAGER: step.Variant(), "ours": step.Variant("native", graphs=True)})
 
 
-def race():
-    return step.Race(CASE, compiled=False, console=Console(quiet=True))
+def race(other=""):
+    return step.Race(CASE, Console(quiet=True), other)
 
 
 def test_lines_are_kept_at_once_and_one_that_was_cut_off_is_left_out(results):
@@ -86,6 +87,14 @@ def test_variants_take_turns_and_everything_is_kept(pretended, results):
     assert {name: line["ms"] for name, line in variants.items()} == {n: line["ms"] for n, line in found.lines.items()}
     assert limit["subnets"] == ["c8-d1111", "c12-d1111", "c16-d1111"] and limit["TFLOP"] > 0
     assert not shown.faults() and "| ours | " in shown.page()
+
+
+def test_what_is_timed_alone_is_beside_the_comparison(pretended, results):
+    alone = race(page.TRIED)
+    assert alone.run(seconds=0)
+    assert set(alone.lines) == {page.TRIED} and len(alone.lines[page.TRIED]["ms"]) == step.ROUNDS[0]
+    (variants,) = page.Results(records.read()).steps.values()
+    assert set(variants) == {page.TRIED}
 
 
 @pytest.mark.parametrize("when", ["built", "run"])
