@@ -80,9 +80,9 @@ class Variant:
 
 VARIANTS = {
     page.EAGER: Variant(),
-    "ours native": Variant("native"),
-    "ours": Variant("any"),
     "ours, graphs": Variant("any", graphs=True),
+    "ours": Variant("any"),
+    "ours native": Variant("native"),
 }
 ALONE = {page.TRIED: Variant(tried=True), page.COMPILED: Variant(compiled=True)}  # each beside the comparison
 
