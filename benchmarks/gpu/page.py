@@ -125,6 +125,9 @@ class Results:
         known = ("network", "images", "pixels", "precision", "variant")
         variants.setdefault(line["variant"], {}).update({k: v for k, v in line.items() if k not in known})
 
+    def _begun(self, line: Line) -> None:
+        self._operator({**line, "error": "broke off"})  # unless more is known
+
     def _operator(self, line: Line) -> None:
         self.operators.setdefault((line["precision"], line["operator"], line["case"]), {})[line["variant"]] = line
 
