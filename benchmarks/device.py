@@ -60,17 +60,30 @@ def gpu_times(run: Callable[[], object], budget: float) -> Times:
         for _ in range(calls):
             run()
 
-    graph = torch.cuda.CUDAGraph()
     again: Callable[[], object] = several
-    try:
-        with torch.cuda.graph(graph):
-            several()
-        again = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize()  # if that fails too, more than recording does
+    if not _waits(run):  # a recording that fails leaves torch's generator of random numbers unusable
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                several()
+            again = graph.replay
+        except RuntimeError:
+            torch.cuda.synchronize()  # if that fails too, more than recording does
     once = max(between_events(again) for _ in range(2))
     rounds = min(max(int(budget / max(once, 1e-6)), ROUNDS[0]), ROUNDS[1])
     return Times([between_events(again) / calls for _ in range(rounds)], again is not several)
+
+
+def _waits(run: Callable[[], object]) -> bool:
+    """Whether it makes the host wait for the GPU, which cannot be recorded."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def between_events(run: Callable[[], object]) -> float:
@@ -85,10 +98,12 @@ def between_events(run: Callable[[], object]) -> float:
 
 
 def is_broken() -> bool:
-    """Whether the GPU answers nothing but errors from now on, as after an illegal access: a new process is needed."""
+    """Whether the GPU answers with nothing but errors from now on, as after an illegal access, or random numbers do, as
+    after a recording that failed: a new process is needed."""
     if not torch.cuda.is_initialized():
         return False
     try:
+        torch.rand(1, device="cuda")
         torch.cuda.synchronize()
     except RuntimeError:
         return True

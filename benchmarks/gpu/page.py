@@ -125,6 +125,9 @@ class Results:
         known = ("network", "images", "pixels", "precision", "variant")
         variants.setdefault(line["variant"], {}).update({k: v for k, v in line.items() if k not in known})
 
+    def _begun(self, line: Line) -> None:
+        self._operator({**line, "error": "broke off"})  # unless more is known
+
     def _operator(self, line: Line) -> None:
         self.operators.setdefault((line["precision"], line["operator"], line["case"]), {})[line["variant"]] = line
 
@@ -237,46 +240,6 @@ _ABOUT_STEPS = (
     "deterministic convolutions. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. "
     "limit: the time that convolutions and products alone would need at the measured speeds. memory: what torch's "
     "allocator takes for a step, private memory of graphs included. syncs: how often a step makes the host wait."
-)
-_ABOUT_SLOWER]
-        header = ["operator", "case", "in", "by", "x eager", "x native"]
-        parts.append(table(header, self.slower()) if self.slower() else "None.")
-        for precision in dict.fromkeys(key[0] for key in self.operators):
-            parts += [f"## Operators, {precision}", _ABOUT_OPERATORS, self._operator_table(precision)]
-        return parts
-
-    def _operator_table(self, precision: str) -> str:
-        rows = []
-        for (of, operator, case), variants in self.operators.items():
-            if of != precision:
-                continue
-            other = (variants.get("eager") or variants.get("loop") or {}).get("ms")
-            for name, line in variants.items():
-                if "error" in line:
-                    rows.append([operator, case, name, line["error"][:80], *[""] * 5])
-                    continue
-                marks = [
-                    *(["launched"] if not line["recorded"] else []),
-                    *(["warm L2"] if line["bytes"] < L2 else []),
-                ]
-                gains = _ratio(other, line["ms"]) if line["tests"] == "passed" else f"tests {line['tests']}"
-                figures = f"{line['ms']:.4f}", f"{line['GB/s']:.0f}", f"{line['GFLOP/s'] / 1e3:.1f}"
-                rows.append([operator, case, name, *figures, f"{line['share']:.0%}", gains, ", ".join(marks)])
-        return table(["operator", "case", "by", "ms", "GB/s", "TFLOP/s", "limit", "x", ""], rows)
-
-    def _test_rows(self) -> list[list[Any]]:
-        files: dict[str, dict[str, int]] = {}
-        for line in self.tests.values():
-            counts = files.setdefault(line["id"].split("::")[0], {"passed": 0, "skipped": 0, "failed": 0})
-            counts[line["outcome"]] += 1
-        return [[file, *counts.values()] for file, counts in files.items()]
-
-
-_ABOUT_STEPS = (
-    "Medians; range: of the samples, as a share. x eager: against the faster of the eager rows; ours have deterministic "
-    "convolutions. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. limit: the "
-    "time that convolutions and products alone would need at the measured speeds. memory: what torch's allocator takes "
-    "for a step, private memory of graphs included. syncs: how often a step makes the host wait."
 )
 _ABOUT_SLOWER = "What `accepts` must refuse, or a kernel do better, before `auto` chooses that provider."
 _ABOUT_OPERATORS = (

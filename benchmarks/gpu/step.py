@@ -80,9 +80,9 @@ class Variant:
 
 VARIANTS = {
     page.EAGER: Variant(),
-    "ours native": Variant("native"),
-    "ours": Variant("any"),
     "ours, graphs": Variant("any", graphs=True),
+    "ours": Variant("any"),
+    "ours native": Variant("native"),
 }
 ALONE = {page.TRIED: Variant(tried=True), page.COMPILED: Variant(compiled=True)}  # each beside the comparison
 
@@ -146,7 +146,7 @@ def syncs_of(step: Callable[[], object]) -> int:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def where_it_waits(step: Callable[[], object]) -> str:

@@ -221,7 +221,9 @@ def test_the_page_says_where_a_kernel_loses_and_gains_nothing_if_it_is_wrong():
     assert shown.slower() == [["pool", "small", "bf16", "triton", "0.67", "1.33"]]
     text = shown.page()
     assert "| pool | large | triton | 1.0000 | 1 | 0.0 | 50% | tests failed | launched, warm L2 |" in text
-    assert not page.Results(lines[::2]).slower()
+    assert not page.Results(lines[::2]).slower() and not shown.faults()
+    begun = {**lines[0], "kind": "begun"}
+    assert not page.Results([begun, *lines]).faults() and len(page.Results([*lines, begun]).faults()) == 1
 
 
 STUB = """\
