@@ -93,7 +93,6 @@ class Results:
         self.steps: dict[tuple, dict[str, Line]] = {}
         self.limits: dict[tuple, Line] = {}
         self.operators: dict[tuple, dict[str, Line]] = {}
-        self.training: list[Line] = []
         for line in lines:
             rest = {key: value for key, value in line.items() if key != "kind"}
             getattr(self, "_" + line["kind"].replace(" ", "_"), lambda rest: None)(rest)
@@ -107,9 +106,6 @@ class Results:
     def _test(self, line: Line) -> None:
         if self.tests.get(line["id"], {}).get("outcome") != "failed":
             self.tests[line["id"]] = line
-
-    def _training(self, line: Line) -> None:
-        self.training.append(line)
 
     @staticmethod
     def _case(line: Line) -> tuple:
@@ -160,7 +156,7 @@ class Results:
             found += [f"{' '.join(map(str, case))}, {fault}" for fault in faults_of(variants)]
         for key, lines in self.operators.items():
             found += [f"{', '.join(key)}, {name}: {v['error']}" for name, v in lines.items() if "error" in v]
-        return found + [f"training: {line['name']}: {line['fault']}" for line in self.training if line.get("fault")]
+        return found
 
     # --- The page -----------------------------------------------------------------------------------------------------
 
@@ -186,9 +182,6 @@ class Results:
                 )
             parts.append(step_table(known, variants))
         parts += self._operator_parts()
-        if self.training:
-            rows = [[line["name"], line["found"], line["allowed"], line.get("fault", "")] for line in self.training]
-            parts += ["## Training", table(["what", "found", "allowed", "fault"], rows)]
         if self.tests:
             parts += ["## Tests", table(["file", "passed", "skipped", "failed"], self._test_rows())]
         if self.parts:

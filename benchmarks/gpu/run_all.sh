@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build, GPU tests, whole steps, operators, short training runs. Under
+# Everything that needs a GPU, in one command: build, GPU tests, short training runs, whole steps, operators. Under
 # eight minutes on one H100 with 16 cores, without a network.
 #
 #     bash benchmarks/gpu/run_all.sh [FOLDER]
@@ -117,8 +117,10 @@ OMP_NUM_THREADS=1 DSPNET_LIBRARY=$work/none log=$out/tests.txt part "tests of Tr
 page > /dev/null
 wait "$build"
 "$python" -m dspnet_fast.info > "$out/info.txt" 2>&1
-OMP_NUM_THREADS=1 log=$out/tests.txt part "tests" 75 "${tests[@]}" tests/csrc/test_on_gpu.py tests/ops \
-  tests/train/test_graphs.py tests/train/test_final_weights.py -k "(cuda or gpu or graphs) and not triton"
+OMP_NUM_THREADS=1 log=$out/tests.txt part "tests of CUDA" 60 "${tests[@]}" tests/csrc/test_on_gpu.py tests/ops \
+  -k "(cuda or gpu) and not triton"
+OMP_NUM_THREADS=1 log=$out/tests.txt part "training" 90 "${tests[@]}" tests/train/test_graphs.py \
+  tests/train/test_final_weights.py -k "cuda or gpu or graphs"
 page > /dev/null
 wait "${warmers[@]}"
 
@@ -126,7 +128,6 @@ wait "${warmers[@]}"
 step bf16 mobilenet_v3_large 1024 128
 operators bf16 100
 step bf16 mobilenet_v3_large 64 96
-part training 70 "$python" -m benchmarks.gpu.training
 step bf16 resnet 512 128
 optional=1
 step tf32 mobilenet_v3_large 1024 128

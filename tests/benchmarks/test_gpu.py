@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.gpu import page, records, step, training, verdicts, warm
+from benchmarks.gpu import page, records, step, verdicts, warm
 
 ROOT = Path(__file__).parent.parent.parent
 CASE = step.Case("resnet", 4, 12, "fp32")
@@ -154,25 +154,6 @@ def test_the_kernels_of_a_step_are_seen_without_launching_them(monkeypatch, poli
     monkeypatch.setattr(step, "FAMILIES", TINY)
     monkeypatch.setattr(warm.registry, "set_policy", lambda policy: None)
     assert warm.launches([CASE]) == [] and len(noted) == 1
-
-
-def test_training_compares_ends(results, monkeypatch, policy):
-    monkeypatch.setattr(training, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(training, "STEPS", {"resnet": 3})
-    monkeypatch.setattr(training, "POLICIES", ("auto",))
-    monkeypatch.setattr(training, "NETWORKS", {"resnet": {"dns": "c8-d1111,c12-d1111", "base_lr": 1.0}})
-    monkeypatch.setattr(training, "SHORT", {**training.SHORT, "image_size": 12, "batch_size": 4})
-    native = training.train("resnet", "native", "fp32")
-    assert native.apart(native) == 0 and native.apart(training.Run(native.before, native.before + 1, {})) > 0
-    report = training.Report()
-    training.compare(report, "resnet", "bf16", native)
-    assert report.sound
-    monkeypatch.setitem(training.ALLOWED, "bf16", 0)
-    training.compare(report, "resnet", "bf16", native)
-    assert not report.sound
-    kept = page.Results(records.read())
-    assert [bool(line["fault"]) for line in kept.training] == [False, False, False, True]
-    assert any("too far" in fault for fault in kept.faults())
 
 
 def test_outcomes_of_tests_are_kept(results, run_python, tmp_path):

@@ -1,5 +1,7 @@
 """A recorded step is the step: same bits, whatever was run to record it; on a GPU without waiting for it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,10 +84,11 @@ def test_a_batch_of_another_shape_is_refused(small):
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_graphs_have_the_bits_of_launches(small, policy, precision):
+@pytest.mark.parametrize("network", [{}, {"network": "mobilenet_v3_large", "dns": "w0.25,w0.50"}], ids=str)
+def test_graphs_have_the_bits_of_launches(small, policy, network, precision):
     policy("any")
-    config = small(precision=precision)
-    eager, graphed = make(small(precision=precision, no_cuda_graphs=True), "cuda"), make(config, "cuda")
+    config = small(precision=precision, **network)
+    eager, graphed = make(replace(config, no_cuda_graphs=True), "cuda"), make(config, "cuda")
     for batch in batches(config, "cuda"):
         torch.testing.assert_close(graphed.train_step(batch), eager.train_step(batch), rtol=0, atol=0)
     torch.testing.assert_close(state(graphed), state(eager), rtol=0, atol=0)
