@@ -14,14 +14,18 @@ from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, po
 from .moments import merge_moments, partial_moments
 from .owed import (
     activated,
-    add_tile,
+    deviation,
+    fold,
+    folded,
     known,
     load_moment_gradients,
     load_output_gradient,
     load_row,
+    moments_from,
     normalized,
     settle_gradient,
     store_sums,
+    unfold,
 )
 
 
@@ -62,8 +66,9 @@ def conv_moments_pointwise_kernel(
     out_column = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     out_inside = out_column < out_channels
     in_tile = tl.arange(0, BLOCK_M)
-    mean = tl.zeros((BLOCK_O,), tl.float32)
-    squares = tl.zeros((BLOCK_O,), tl.float32)
+    pivot = tl.zeros((BLOCK_O,), tl.float32)
+    sums = folded(BLOCK_M, BLOCK_O)
+    squares = folded(BLOCK_M, BLOCK_O)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
         tile = segment * size + first
@@ -92,11 +97,13 @@ def conv_moments_pointwise_kernel(
         in_y = in_tile[:, None] * out_channels + out_column[None, :]
         tl.store(y + tile.to(tl.int64) * out_channels + in_y, stored, mask=out_valid)
         if MOMENTS:
-            total = tl.minimum(BLOCK_M, size - first)
-            stored = tl.where(out_valid, stored.to(tl.float32), 0.0)
-            mean, squares = add_tile(stored, out_valid, (first - begin).to(tl.float32), mean, squares, total)
+            pivot, apart = deviation(stored.to(tl.float32), pivot, first, begin, size)
+            sums += fold(apart)
+            squares += fold(apart * apart)
     if MOMENTS:
         programs = segments * parts
+        count = tl.minimum(tiles * BLOCK_M, size - begin)
+        mean, squares = moments_from(pivot, unfold(sums), unfold(squares), count)
         tl.store(partial + program * out_channels + out_column, mean, mask=out_inside)
         tl.store(partial + (programs + program) * out_channels + out_column, squares, mask=out_inside)
 

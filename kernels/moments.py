@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SIZES, Rows, launch, power_of_two
-from .owed import add_tile, known
+from .owed import deviation, known, moments_from
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -97,19 +97,22 @@ def moments_kernel(
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    squares = tl.zeros((BLOCK_C,), tl.float32)
+    pivot = tl.zeros((BLOCK_C,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         valid = (row < size)[:, None] & inside[None, :]
         offsets = (segment.to(tl.int64) * size + row)[:, None] * channels + column[None, :]
         values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-        mean, squares = add_tile(
-            values, valid, (first - begin).to(tl.float32), mean, squares, tl.minimum(BLOCK_M, size - first)
-        )
+        pivot, apart = deviation(values, pivot, first, begin, size)
+        sums += apart
+        squares += apart * apart
+    count = tl.minimum(tiles * BLOCK_M, size - begin)
+    mean, of_squares = moments_from(pivot, tl.sum(sums, 0), tl.sum(squares, 0), count)
     tl.store(partial + program * channels + column, mean, mask=inside)
-    tl.store(partial + (programs + program) * channels + column, squares, mask=inside)
+    tl.store(partial + (programs + program) * channels + column, of_squares, mask=inside)
 
 
 def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
