@@ -54,12 +54,14 @@ def conv_moments_pointwise_kernel(
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    WEIGHT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     channels = known(channels, WIDE)
     out_channels = known(out_channels, WIDE)
+    stride_o = known(stride_o, WEIGHT_WIDE)
     blocks = tl.cdiv(out_channels, BLOCK_O)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -134,6 +136,7 @@ def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor,
         MOMENTS=views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,
+        WEIGHT_WIDE=weight.stride(0) % 8 == 0,
         BLOCK_M=block_m,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
@@ -177,12 +180,14 @@ def conv_moments_pointwise_input_gradient_kernel(
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    WEIGHT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     channels = known(channels, WIDE)
     out_channels = known(out_channels, WIDE)
+    stride_o = known(stride_o, WEIGHT_WIDE)
     blocks = tl.cdiv(channels, BLOCK_I)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -263,6 +268,7 @@ def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tenso
         MOMENTS=grads.views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,
+        WEIGHT_WIDE=weight.stride(0) % 8 == 0,
         BLOCK_M=block_m,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
@@ -344,7 +350,7 @@ def conv_moments_pointwise_weight_gradient_kernel(
 
 
 def weight_gradient(grads: OutputGradient, owed: Input) -> Tensor:
-    """The gradient of the weight's prefix, [O, C] in fp32."""
+    """What programs have summed for the gradient of the weight's prefix, [programs, O, C]."""
     images, channels, height, width = owed.x.shape
     out_channels = grads.y.shape[1]
     block_m, largest = (16, 32) if owed.x.dtype == torch.float32 else (64, 64)
@@ -374,7 +380,7 @@ def weight_gradient(grads: OutputGradient, owed: Input) -> Tensor:
         BLOCK_I=block_i,
         num_stages=2,
     )
-    return partial.sum(0)
+    return partial
 
 
 def precision() -> str:

@@ -24,6 +24,7 @@ SIZES = (
     "out_height",
     "out_width",
     "padding",
+    "stride_o",
     "size",
     "parts",
     "part_rows",
@@ -154,13 +155,6 @@ def power_of_two(size: int, least: int, most: int) -> int:
 def partial_sums(rows: Rows, channels: int, like: Tensor, kinds: int = 3) -> Tensor:
     """Room for what the programs of a backward sum up, by default for scale, shift and gate: [kinds, programs, C]."""
     return like.new_empty(kinds, rows.programs, channels, dtype=torch.float32)
-
-
-def sums(partial: Tensor, rows: int) -> Tensor:
-    """[programs, ...], in the order of their segments, to [rows, ...]: the sum over each row's programs."""
-    if not len(partial):
-        return partial.new_zeros(rows, *partial.shape[1:])
-    return partial.unflatten(0, (rows, -1)).sum(1)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, Rows, channels_last, contiguous, launch, partial_sums, power_of_two, sums, takes
+from .launch import SIZES, Rows, channels_last, contiguous, launch, partial_sums, power_of_two, takes
 from .owed import activated, known, load_row, normalized, settle_gradient, store_sums
+from .sums import sums, sums_per_image
 
 BLOCK_M = 64
 
@@ -284,11 +285,11 @@ def norm_act_backward(
         x.new_empty(0, dtype=torch.float32) for _ in range(5)
     )
     if scale is not None:
-        of_scale, of_shift = (sums(part, len(scale)) for part in partial[:2])
+        of_scale, of_shift = sums(partial[0], partial[1], len(scale))
     if gate is not None:
-        of_gate = sums(partial[2], len(x))
+        of_gate = sums_per_image(partial[2], len(x))
     if residual_scale is not None and residual_gradient:
-        of_residual_scale, of_residual_shift = (sums(partial[kind], len(residual_scale)) for kind in (3, 1))
+        of_residual_scale, of_residual_shift = sums(partial[3], partial[1], len(residual_scale))
     return dx, of_scale, of_shift, of_gate, dresidual, of_residual_scale, of_residual_shift
 
 
