@@ -64,6 +64,7 @@ def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [segments, C] of all rows of each segment."""
     channels = partial.shape[2]
     mean, variance = (partial.new_empty(rows.segments, channels) for _ in range(2))
+    block = power_of_two(rows.parts, 64, 1024)
     launch(
         merge_moments_kernel,
         rows.segments * triton.cdiv(channels, BLOCK_C),
@@ -76,9 +77,9 @@ def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         rows.parts,
         rows.tiles * rows.block,
         WIDE=channels % 8 == 0,
-        BLOCK_P=power_of_two(rows.parts, 64, 1024),
+        BLOCK_P=block,
         BLOCK_C=BLOCK_C,
-        num_warps=8,
+        num_warps=8 if block > 256 else 4,
     )
     return mean, variance
 
