@@ -106,24 +106,25 @@ def conv_moments_backward(
             of_x = channels_last(of_h)
             if not owed.settled:
                 of_x, _, partial = settle_backward(of_x, owed.x, owed.scale, owed.shift, act, owed.gate)
+                to_gate = partial[2]
         if prefix is not None:
             prefix += of_prefix
     else:
         if wanted_input:
             of_x = torch.empty_like(owed.x)
-            partial = (
-                pointwise.input_gradient(grads, owed, weight, of_x)
-                if kind == "pointwise"
-                else depthwise.input_gradient(grads, owed, _taps(weight), of_x, stride, padding)
-            )
+            if kind == "pointwise":
+                partial, to_gate = pointwise.input_gradient(grads, owed, weight, of_x)
+            else:
+                partial = depthwise.input_gradient(grads, owed, _taps(weight), of_x, stride, padding)
+                to_gate = partial[2]
         if prefix is not None and kind == "pointwise":
             add_to_prefix(prefix, pointwise.weight_gradient(grads, owed))
         elif prefix is not None:
             prefix += depthwise.weight_gradient(grads, owed, kernel, stride, padding)
     if partial is not None and scale is not None:
         of_scale, of_shift = sums(partial[0], partial[1], len(scale))
-    if partial is not None and gate is not None:
-        of_gate = sums_per_image(partial[2], len(x))
+    if gate is not None and wanted_input:
+        of_gate = to_gate if len(to_gate) == len(x) else sums_per_image(to_gate, len(x))
     return of_x, of_scale, of_shift, of_gate, of_weight
 
 
