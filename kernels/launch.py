@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from dspnet_fast.errors import InputError
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WAVES = 8  # programs per multiprocessor: enough to fill it several times over, few enough to keep partial sums small
 
@@ -54,7 +56,7 @@ class Rows:
     @staticmethod
     def share(rows: int, segments: int, block: int, others: int, device: torch.device) -> "Rows":
         """others: programs that work on the same rows, such as those on other columns."""
-        size = rows // segments
+        size = few(rows) // segments
         needed = triton.cdiv(size, block)
         parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * max(others, 1))))
         tiles = triton.cdiv(needed, max(parts, 1))
@@ -140,6 +142,13 @@ def launch(kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: i
     elif grid:
         with torch.cuda.device_of(args[0]):
             kernel[(grid,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def few(rows: int) -> int:
+    """The number of rows, which kernels count in 32 bits (of elements, in 64), with room for the last tile."""
+    if rows > 2**31 - 2**16:
+        raise InputError(f"kernels take less than 2^31 rows (images times positions), not {rows}: split the batch")
+    return rows
 
 
 def channels_last(tensor: Tensor) -> Tensor:

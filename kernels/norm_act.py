@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, Rows, channels_last, contiguous, launch, partial_sums, power_of_two, takes
+from .launch import SIZES, Rows, channels_last, contiguous, few, launch, partial_sums, power_of_two, takes
 from .owed import activated, known, load_row, normalized, settle_gradient, store_sums
 from .sums import sums, sums_per_image
 
@@ -77,7 +77,8 @@ def norm_act_kernel(
     )
     value = activated(z, ACT)
     if GATED:
-        value *= tl.load(gate + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+        image = (segment * size + in_segment) // positions  # in 32 bits: 64-bit divisions are calls
+        value *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=valid)
 
 
@@ -98,7 +99,7 @@ def norm_act(
     out = torch.empty_like(x)
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     segments = _segments(scale, residual_scale)
-    size = len(x) * positions // segments
+    size = few(len(x) * positions) // segments
     parts, block = triton.cdiv(size, BLOCK_M), power_of_two(channels, 16, 128)
     launch(
         norm_act_kernel,
@@ -185,7 +186,8 @@ def norm_act_backward_kernel(
             x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, OWED, ADDED, ADDED_OWED
         )
         if POOLED:
-            dh = tl.load(grad + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+            image = (segment * size + in_segment) // positions
+            dh = tl.load(grad + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
         else:
             dh = tl.load(grad + offsets, mask=valid, other=0.0)
         # z is all that the activation is taken of, so nothing more is owed.
