@@ -15,10 +15,12 @@ from torch import Tensor
 
 from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
-from .launch import Input, OutputGradient, channels_last, contiguous, sums, takes
+from .launch import Input, OutputGradient, channels_last, contiguous, takes
 from .moments import moments
 from .norm_act import norm_act, settle_backward
 from .output_gradient import output_gradient
+from .prefix import add_to_prefix, gradient_prefix
+from .sums import sums, sums_per_image
 
 
 def conv_moments(
@@ -79,7 +81,12 @@ def conv_moments_backward(
     )
     kernel = weight.shape[2]
     kind = _kind(kernel, stride, padding, groups)
-    of_x, of_prefix, partial = x.new_empty(0), None, None
+    of_x, of_weight = x.new_empty(0), weight.new_empty(0)
+    of_scale, of_shift, of_gate = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
+    prefix = None
+    if wanted_weight:
+        prefix, of_weight = gradient_prefix(weight, main_grad, y.shape[1], x.shape[1] // groups)
+    partial = None
     if kind == "dense":
         with _library():
             of_h, of_prefix, _ = torch.ops.aten.convolution_backward(
@@ -99,31 +106,25 @@ def conv_moments_backward(
             of_x = channels_last(of_h)
             if not owed.settled:
                 of_x, _, partial = settle_backward(of_x, owed.x, owed.scale, owed.shift, act, owed.gate)
+                to_gate = partial[2]
+        if prefix is not None:
+            prefix += of_prefix
     else:
         if wanted_input:
             of_x = torch.empty_like(owed.x)
-            partial = (
-                pointwise.input_gradient(grads, owed, weight, of_x)
-                if kind == "pointwise"
-                else depthwise.input_gradient(grads, owed, _taps(weight), of_x, stride, padding)
-            )
-        if wanted_weight:
-            of_prefix = (
-                pointwise.weight_gradient(grads, owed)
-                if kind == "pointwise"
-                else depthwise.weight_gradient(grads, owed, kernel, stride, padding)
-            )
-    of_scale, of_shift, of_gate = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
+            if kind == "pointwise":
+                partial, to_gate = pointwise.input_gradient(grads, owed, weight, of_x)
+            else:
+                partial = depthwise.input_gradient(grads, owed, _taps(weight), of_x, stride, padding)
+                to_gate = partial[2]
+        if prefix is not None and kind == "pointwise":
+            add_to_prefix(prefix, pointwise.weight_gradient(grads, owed))
+        elif prefix is not None:
+            prefix += depthwise.weight_gradient(grads, owed, kernel, stride, padding)
     if partial is not None and scale is not None:
-        of_scale, of_shift = (sums(part, len(scale)) for part in partial[:2])
-    if partial is not None and gate is not None:
-        of_gate = sums(partial[2], len(x))
-    of_weight = weight.new_empty(0)
-    if of_prefix is not None:
-        if main_grad is None:
-            main_grad = of_weight = torch.zeros_like(weight)
-        prefix = main_grad[: y.shape[1], : x.shape[1] // groups]
-        prefix += of_prefix.view(prefix.shape)
+        of_scale, of_shift = sums(partial[0], partial[1], len(scale))
+    if gate is not None and wanted_input:
+        of_gate = to_gate if len(to_gate) == len(x) else sums_per_image(to_gate, len(x))
     return of_x, of_scale, of_shift, of_gate, of_weight
 
 

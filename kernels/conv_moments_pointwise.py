@@ -14,15 +14,20 @@ from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, po
 from .moments import merge_moments, partial_moments
 from .owed import (
     activated,
-    add_tile,
+    deviation,
+    fold,
+    folded,
     known,
     load_moment_gradients,
     load_output_gradient,
     load_row,
+    moments_from,
     normalized,
-    settle_gradient,
-    store_sums,
+    slope,
+    unfold,
 )
+
+DEEP = 256  # from where on the depth of a product is what it costs
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -50,22 +55,26 @@ def conv_moments_pointwise_kernel(
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    WEIGHT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     channels = known(channels, WIDE)
     out_channels = known(out_channels, WIDE)
+    stride_o = known(stride_o, WEIGHT_WIDE)
     blocks = tl.cdiv(out_channels, BLOCK_O)
     program = tl.program_id(0) // blocks
     segment = program // parts
     out_column = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     out_inside = out_column < out_channels
     in_tile = tl.arange(0, BLOCK_M)
-    mean = tl.zeros((BLOCK_O,), tl.float32)
-    squares = tl.zeros((BLOCK_O,), tl.float32)
+    pivot = tl.zeros((BLOCK_O,), tl.float32)
+    sums = folded(BLOCK_M, BLOCK_O)
+    squares = folded(BLOCK_M, BLOCK_O)
     begin = program % parts * tiles * BLOCK_M
-    for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
+    # Of large tiles, what is the same for all is formed anew: there are no registers to keep it in.
+    for first in tl.range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M, disable_licm=BLOCK_M > 64):
         tile = segment * size + first
         there = first + in_tile < size
         accumulator = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
@@ -92,11 +101,13 @@ def conv_moments_pointwise_kernel(
         in_y = in_tile[:, None] * out_channels + out_column[None, :]
         tl.store(y + tile.to(tl.int64) * out_channels + in_y, stored, mask=out_valid)
         if MOMENTS:
-            total = tl.minimum(BLOCK_M, size - first)
-            stored = tl.where(out_valid, stored.to(tl.float32), 0.0)
-            mean, squares = add_tile(stored, out_valid, (first - begin).to(tl.float32), mean, squares, total)
+            pivot, apart = deviation(stored.to(tl.float32), pivot, first, begin, size)
+            sums += fold(apart)
+            squares += fold(apart * apart)
     if MOMENTS:
         programs = segments * parts
+        count = tl.minimum(tiles * BLOCK_M, size - begin)
+        mean, squares = moments_from(pivot, unfold(sums), unfold(squares), count)
         tl.store(partial + program * out_channels + out_column, mean, mask=out_inside)
         tl.store(partial + (programs + program) * out_channels + out_column, squares, mask=out_inside)
 
@@ -105,7 +116,7 @@ def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor,
     """Fills y [N, O, H, W] from x [N, C, H, W], both channels-last; returns mean and variance [views, O]."""
     images, channels, height, width = owed.x.shape
     out_channels = y.shape[1]
-    block_m, block_o, block_i = _tile(owed.x.dtype, out_channels, channels)
+    block_m, block_o, block_i, warps = _tile(owed.x.dtype, out_channels, channels)
     blocks = triton.cdiv(out_channels, block_o)
     rows = Rows.share(images * height * width, max(views, owed.rows), block_m, blocks, owed.x.device)
     partial = partial_moments(rows, out_channels, owed.x) if views else owed.x
@@ -127,16 +138,38 @@ def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor,
         MOMENTS=views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,
+        WEIGHT_WIDE=weight.stride(0) % 8 == 0,
         BLOCK_M=block_m,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
-        num_warps=_warps(block_o),
+        num_warps=warps,
         num_stages=2,
     )
     if views:
         return merge_moments(partial, rows)
     nothing = owed.x.new_empty(0, out_channels, dtype=torch.float32)
     return nothing, nothing.clone()
+
+
+@triton.jit
+def _add_rows(x, HELD: tl.constexpr):
+    """Of the rows of a tile, those that one thread holds if HELD rows are loaded at once, added up: [HELD, columns]."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // HELD, HELD, x.shape[1])), 0)
+
+
+@triton.jit
+def _of_images(x, image, there, IMAGES: tl.constexpr, NARROW: tl.constexpr):
+    """Sums [IMAGES, columns] of the rows of x that belong to each image, by way of a product."""
+    # With `there`, which changes from tile to tile, so that these ones are not kept in registers all the time.
+    ones = tl.where((tl.arange(0, IMAGES)[:, None] == image[None, :]) & there[None, :], 1.0, 0.0)
+    if NARROW:  # by tensor cores, in two parts, with 16 bits of each element
+        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        low = (x - high).to(tl.bfloat16)
+        ones = ones.to(tl.bfloat16)
+        sums = tl.dot(ones, low, tl.dot(ones, high.to(tl.bfloat16)))
+    else:
+        sums = tl.dot(ones, x, input_precision="ieee")
+    return sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -152,12 +185,14 @@ def conv_moments_pointwise_input_gradient_kernel(
     shift,
     gate,
     dx,
-    partial,  # [3, programs, C]: sums for scale, shift, gate
+    partial,  # [2, programs, C]: sums for scale and shift
+    dgate,  # [N, C]; without IMAGES [programs, C], sums
     inverse_count,
     channels,
     out_channels,
     stride_o,
     stride_i,
+    positions,
     size,
     parts,
     tiles,
@@ -169,13 +204,17 @@ def conv_moments_pointwise_input_gradient_kernel(
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr,  # a power of two from those of a tile on, if tiles are made of whole images; else 0
+    HELD: tl.constexpr,  # rows that a program's threads load at once
     WIDE: tl.constexpr,
+    WEIGHT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     channels = known(channels, WIDE)
     out_channels = known(out_channels, WIDE)
+    stride_o = known(stride_o, WEIGHT_WIDE)
     blocks = tl.cdiv(channels, BLOCK_I)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -183,17 +222,23 @@ def conv_moments_pointwise_input_gradient_kernel(
     inside = column < channels
     view = segment * views // segments
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
-    gates = tl.full((1, BLOCK_I), 1.0, tl.float32)
-    if GATED:
+    of_scale = tl.zeros((HELD, BLOCK_I), tl.float32)
+    of_shift = tl.zeros((HELD, BLOCK_I), tl.float32)
+    row = tl.arange(0, BLOCK_M)
+    image = row // positions
+    # Segments are counted in images with IMAGES, else in rows.
+    step = BLOCK_M // positions if IMAGES else BLOCK_M
+    if GATED and IMAGES == 0:
+        of_gate = tl.zeros((HELD, BLOCK_I), tl.float32)
         gates = tl.load(gate + segment * channels + column, mask=inside, other=0.0)[None, :]
-    in_tile = tl.arange(0, BLOCK_M)
-    of_scale = tl.zeros((BLOCK_I,), tl.float32)
-    of_shift = tl.zeros((BLOCK_I,), tl.float32)
-    of_gate = tl.zeros((BLOCK_I,), tl.float32)
-    begin = program % parts * tiles * BLOCK_M
-    for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
+    begin = program % parts * tiles * step
+    # What is the same for all tiles is formed anew: there are no registers to keep it in.
+    for first in tl.range(begin, tl.minimum(begin + tiles * step, size), step, disable_licm=True):
         tile = (segment * size + first).to(tl.int64)
-        there = first + in_tile < size
+        there = first + row < size
+        if IMAGES:
+            tile *= positions
+            there = image < tl.minimum(step, size - first)
         dh = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         for first_out in range(0, out_channels, BLOCK_O):
             out_column = first_out + tl.arange(0, BLOCK_O)
@@ -201,7 +246,7 @@ def conv_moments_pointwise_input_gradient_kernel(
             centre, to_mean, to_square = load_moment_gradients(
                 mean, dmean, dvariance, view, out_column, out_channels, inverse_count, MOMENTS
             )
-            in_y = in_tile[:, None] * out_channels + out_column[None, :]
+            in_y = row[:, None] * out_channels + out_column[None, :]
             out_valid = there[:, None] & out_inside[None, :]
             e = load_output_gradient(
                 dy + tile * out_channels, y + tile * out_channels, centre, to_mean, to_square, in_y, out_valid, MOMENTS
@@ -213,29 +258,58 @@ def conv_moments_pointwise_input_gradient_kernel(
             )
             e = e.to(x.dtype.element_ty)
             dh = tl.dot(e, prefix.to(e.dtype), dh, input_precision=PRECISION)
+        # Rows that are not there have e = 0, so dh = 0 as well.
         valid = there[:, None] & inside[None, :]
-        in_x = in_tile[:, None] * channels + column[None, :]
+        in_x = row[:, None] * channels + column[None, :]
         values = tl.load(x + tile * channels + in_x, mask=valid, other=0.0).to(tl.float32)
-        dz, to_gate = settle_gradient(dh, values, factor, offset, gates, valid, ACT, OWED, GATED)
-        of_gate += to_gate
-        of_scale += tl.sum(dz * values, 0)
-        of_shift += tl.sum(dz, 0)
+        z = normalized(values, factor, offset, OWED)
+        if IMAGES:
+            before = (segment * size + first) * channels
+            in_gate = before + image[:, None] * channels + column[None, :]
+            to_gate = _of_images(dh * activated(z, ACT), image, there, IMAGES, x.dtype.element_ty != tl.float32)
+            in_tile = tl.arange(0, IMAGES)
+            tl.store(
+                dgate + before + in_tile[:, None] * channels + column[None, :],
+                to_gate,
+                mask=(in_tile < tl.minimum(step, size - first))[:, None] & inside[None, :],
+            )
+            dh *= tl.load(gate + in_gate, mask=valid, other=0.0)
+        elif GATED:
+            of_gate += _add_rows(dh * activated(z, ACT), HELD)
+            dh *= gates
+        dz = dh * slope(z, ACT)
+        if OWED:
+            of_scale += _add_rows(dz * values, HELD)
+            of_shift += _add_rows(dz, HELD)
         tl.store(dx + tile * channels + in_x, (dz * factor).to(dx.dtype.element_ty), mask=valid)
-    store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
+    to = program * channels + column
+    if OWED:
+        tl.store(partial + to, tl.sum(of_scale, 0), mask=inside)
+        tl.store(partial + segments * parts * channels + to, tl.sum(of_shift, 0), mask=inside)
+    if GATED and IMAGES == 0:
+        tl.store(dgate + to, tl.sum(of_gate, 0), mask=inside)
 
 
-def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tensor) -> Tensor:
-    """Fills dx; returns what programs have summed for scale, shift and gate, [3, programs, C]."""
+def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills dx; returns what programs have summed for scale and shift, [2, programs, C], and the gate's gradient
+    [N, C], or what programs have summed for it, [programs, C], each of them within one image."""
     images, channels, height, width = owed.x.shape
-    out_channels = grads.y.shape[1]
-    block_m, block_i, block_o = _tile(owed.x.dtype, channels, out_channels)
-    if owed.gate is not None:
-        block_m = power_of_two(height * width, 16, block_m)
+    out_channels, positions, dtype = grads.y.shape[1], height * width, owed.x.dtype
+    gated = owed.gate is not None
+    # Deep tiles have no registers left for gates.
+    block_m, block_i, block_o, warps = _tile(dtype, channels, min(out_channels, DEEP) if gated else out_channels)
+    if gated and dtype != torch.float32:  # as many whole images as fill a tile best
+        block_m = max(64, 128, key=lambda rows: rows // positions * positions / rows)
+        warps = block_m // 16
     blocks = triton.cdiv(channels, block_i)
-    # A program works within one image where there is a gate, whose gradient is a sum over an image.
-    segments = max(grads.views, owed.rows) if owed.gate is None else images
-    rows = Rows.share(images * height * width, segments, block_m, blocks, owed.x.device)
-    partial = partial_sums(rows, channels, owed.x)
+    views, device = max(grads.views, owed.rows), owed.x.device
+    in_tile = block_m // positions if gated else 0
+    if in_tile:
+        rows = Rows.share(images, views, in_tile, blocks, device)
+    else:  # with a gate, a program works within one image: the gate's gradient is a sum over it
+        rows = Rows.share(images * positions, images if gated else views, block_m, blocks, device)
+    partial = partial_sums(rows, channels, owed.x, kinds=2)
+    of_gate = owed.x.new_empty(images if in_tile else rows.programs, channels, dtype=torch.float32)
     launch(
         conv_moments_pointwise_input_gradient_kernel,
         rows.programs * blocks,
@@ -244,25 +318,30 @@ def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tenso
         *owed.pointers,
         dx,
         partial,
+        of_gate,
         grads.inverse_count,
         channels,
         out_channels,
         weight.stride(0),
         weight.stride(1),
+        positions,
         *rows.arguments,
         owed.rows,
         grads.views,
         **owed.constants,
         MOMENTS=grads.views > 0,
         PRECISION=precision(),
+        IMAGES=in_tile and power_of_two(in_tile, 16, block_m),
+        HELD=min(block_m, 32 * warps * (16 // dtype.itemsize) // block_i),
         WIDE=channels % 8 == out_channels % 8 == 0,
+        WEIGHT_WIDE=weight.stride(0) % 8 == 0,
         BLOCK_M=block_m,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
-        num_warps=_warps(block_i),
+        num_warps=warps,
         num_stages=2,
     )
-    return partial
+    return partial, of_gate
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -337,7 +416,7 @@ def conv_moments_pointwise_weight_gradient_kernel(
 
 
 def weight_gradient(grads: OutputGradient, owed: Input) -> Tensor:
-    """The gradient of the weight's prefix, [O, C] in fp32."""
+    """What programs have summed for the gradient of the weight's prefix, [programs, O, C]."""
     images, channels, height, width = owed.x.shape
     out_channels = grads.y.shape[1]
     block_m, largest = (16, 32) if owed.x.dtype == torch.float32 else (64, 64)
@@ -367,7 +446,7 @@ def weight_gradient(grads: OutputGradient, owed: Input) -> Tensor:
         BLOCK_I=block_i,
         num_stages=2,
     )
-    return partial.sum(0)
+    return partial
 
 
 def precision() -> str:
@@ -375,12 +454,15 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _tile(dtype: torch.dtype, columns: int, inner: int) -> tuple[int, int, int]:
-    """Rows, columns and depth of a tile of the product. fp32 has no tensor cores, and its products are unrolled."""
+def _tile(dtype: torch.dtype, columns: int, inner: int) -> tuple[int, int, int, int]:
+    """Rows, columns and depth of a tile of the product, and warps that share it.
+
+    fp32 has no tensor cores, and its products are unrolled. Each block of columns forms its rows anew, which costs as
+    much as half as many columns would: so blocks are wide, but have few columns beyond the last.
+    """
     if dtype == torch.float32:
-        return 32, power_of_two(columns, 16, 32), 16
-    return 64, power_of_two(columns, 16, 128), power_of_two(inner, 16, 32)
-
-
-def _warps(columns: int) -> int:
-    return 8 if columns > 64 else 4
+        return 32, power_of_two(columns, 16, 32), 16, 4
+    if inner > DEEP and columns > 64:
+        return 128, 128, 32, 8
+    block = min((64, 32, 16), key=lambda block: triton.cdiv(columns, block) * (block + inner // 2))
+    return 64, block, power_of_two(inner, 16, 32), 4

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from dspnet_fast.errors import InputError
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WAVES = 8  # programs per multiprocessor: enough to fill it several times over, few enough to keep partial sums small
 
@@ -24,6 +26,7 @@ SIZES = (
     "out_height",
     "out_width",
     "padding",
+    "stride_o",
     "size",
     "parts",
     "part_rows",
@@ -53,7 +56,7 @@ class Rows:
     @staticmethod
     def share(rows: int, segments: int, block: int, others: int, device: torch.device) -> "Rows":
         """others: programs that work on the same rows, such as those on other columns."""
-        size = rows // segments
+        size = few(rows) // segments
         needed = triton.cdiv(size, block)
         parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * max(others, 1))))
         tiles = triton.cdiv(needed, max(parts, 1))
@@ -141,6 +144,13 @@ def launch(kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: i
             kernel[(grid,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
+def few(rows: int) -> int:
+    """The number of rows, which kernels count in 32 bits (of elements, in 64), with room for the last tile."""
+    if rows > 2**31 - 2**16:
+        raise InputError(f"kernels take less than 2^31 rows (images times positions), not {rows}: split the batch")
+    return rows
+
+
 def channels_last(tensor: Tensor) -> Tensor:
     """The tensor with its channels adjacent in memory; itself if they are."""
     return tensor.contiguous(memory_format=torch.channels_last)
@@ -154,13 +164,6 @@ def power_of_two(size: int, least: int, most: int) -> int:
 def partial_sums(rows: Rows, channels: int, like: Tensor, kinds: int = 3) -> Tensor:
     """Room for what the programs of a backward sum up, by default for scale, shift and gate: [kinds, programs, C]."""
     return like.new_empty(kinds, rows.programs, channels, dtype=torch.float32)
-
-
-def sums(partial: Tensor, rows: int) -> Tensor:
-    """[programs, ...], in the order of their segments, to [rows, ...]: the sum over each row's programs."""
-    if not len(partial):
-        return partial.new_zeros(rows, *partial.shape[1:])
-    return partial.unflatten(0, (rows, -1)).sum(1)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -6,7 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SIZES, Rows, launch, power_of_two
-from .owed import add_tile, known
+from .owed import deviation, known, moments_from
+
+BLOCK_C = 8  # columns of partial moments, few so that many programs share the work: a sector of memory
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -19,36 +21,38 @@ def merge_moments_kernel(
     size,  # rows of a view
     parts,
     part_rows,  # rows of a part, the last of which may have fewer
+    WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     view = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
     means = partial + view * parts * channels + column
-    squares = means + views * parts * channels
-    # Differences from a mean that is near all of them lose nothing when they are added.
-    pivot = tl.load(means, mask=inside, other=0.0)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, parts, BLOCK_P):
+    before = 0.0  # rows
+    average = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, parts, BLOCK_P):  # once, but for many programs of one view
         part = first + tl.arange(0, BLOCK_P)
         valid = (part < parts)[:, None] & inside[None, :]
-        count = tl.minimum(part_rows, size - part * part_rows).to(tl.float32)
-        m = tl.load(means[None, :] + part[:, None] * channels, mask=valid, other=0.0)
-        total += tl.sum(tl.where(valid, (m - pivot[None, :]) * count[:, None], 0.0), 0)
-    average = pivot + total / size
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
-        valid = (part < parts)[:, None] & inside[None, :]
-        count = tl.minimum(part_rows, size - part * part_rows).to(tl.float32)
-        offsets = part[:, None] * channels
-        apart = tl.load(means[None, :] + offsets, mask=valid, other=0.0) - average[None, :]
-        within = tl.load(squares[None, :] + offsets, mask=valid, other=0.0)
-        total += tl.sum(tl.where(valid, within + apart * apart * count[:, None], 0.0), 0)
+        of_part = means[None, :] + part[:, None] * channels
+        m = tl.load(of_part, mask=valid, other=0.0)
+        within = tl.load(of_part + views * parts * channels, mask=valid, other=0.0)
+        count = tl.where(part < parts, tl.minimum(part_rows, size - part * part_rows), 0).to(tl.float32)[:, None]
+        total = (tl.minimum(tl.minimum(first + BLOCK_P, parts) * part_rows, size) - first * part_rows).to(tl.float32)
+        # Differences from a mean that is near all of them lose nothing when they are added.
+        pivot = tl.load(means + first * channels, mask=inside, other=0.0)
+        block_average = pivot + tl.sum((m - pivot[None, :]) * count, 0) / total
+        apart = m - block_average[None, :]
+        delta = block_average - average
+        share = total / (before + total)
+        average += delta * share
+        squares += tl.sum(within + apart * apart * count, 0) + delta * delta * (before * share)
+        before += total
     tl.store(mean + view * channels + column, average, mask=inside)
-    tl.store(variance + view * channels + column, total / size, mask=inside)
+    tl.store(variance + view * channels + column, squares / size, mask=inside)
 
 
 def partial_moments(rows: Rows, channels: int, like: Tensor) -> Tensor:
@@ -60,10 +64,10 @@ def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [segments, C] of all rows of each segment."""
     channels = partial.shape[2]
     mean, variance = (partial.new_empty(rows.segments, channels) for _ in range(2))
-    block = power_of_two(channels, 16, 32)
+    block = power_of_two(rows.parts, 64, 1024)
     launch(
         merge_moments_kernel,
-        rows.segments * triton.cdiv(channels, block),
+        rows.segments * triton.cdiv(channels, BLOCK_C),
         partial,
         mean,
         variance,
@@ -72,8 +76,10 @@ def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         rows.size,
         rows.parts,
         rows.tiles * rows.block,
-        BLOCK_P=64,
-        BLOCK_C=block,
+        WIDE=channels % 8 == 0,
+        BLOCK_P=block,
+        BLOCK_C=BLOCK_C,
+        num_warps=8 if block > 256 else 4,
     )
     return mean, variance
 
@@ -97,19 +103,22 @@ def moments_kernel(
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    squares = tl.zeros((BLOCK_C,), tl.float32)
+    pivot = tl.zeros((BLOCK_C,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         valid = (row < size)[:, None] & inside[None, :]
         offsets = (segment.to(tl.int64) * size + row)[:, None] * channels + column[None, :]
         values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-        mean, squares = add_tile(
-            values, valid, (first - begin).to(tl.float32), mean, squares, tl.minimum(BLOCK_M, size - first)
-        )
+        pivot, apart = deviation(values, pivot, first, begin, size)
+        sums += apart
+        squares += apart * apart
+    count = tl.minimum(tiles * BLOCK_M, size - begin)
+    mean, of_squares = moments_from(pivot, tl.sum(sums, 0), tl.sum(squares, 0), count)
     tl.store(partial + program * channels + column, mean, mask=inside)
-    tl.store(partial + (programs + program) * channels + column, squares, mask=inside)
+    tl.store(partial + (programs + program) * channels + column, of_squares, mask=inside)
 
 
 def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:

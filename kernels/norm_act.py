@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, Rows, channels_last, contiguous, launch, partial_sums, power_of_two, sums, takes
+from .launch import SIZES, Rows, channels_last, contiguous, few, launch, partial_sums, power_of_two, takes
 from .owed import activated, known, load_row, normalized, settle_gradient, store_sums
+from .sums import sums, sums_per_image
 
 BLOCK_M = 64
 
@@ -76,7 +77,8 @@ def norm_act_kernel(
     )
     value = activated(z, ACT)
     if GATED:
-        value *= tl.load(gate + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+        image = (segment * size + in_segment) // positions  # in 32 bits: 64-bit divisions are calls
+        value *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=valid)
 
 
@@ -97,7 +99,7 @@ def norm_act(
     out = torch.empty_like(x)
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     segments = _segments(scale, residual_scale)
-    size = len(x) * positions // segments
+    size = few(len(x) * positions) // segments
     parts, block = triton.cdiv(size, BLOCK_M), power_of_two(channels, 16, 128)
     launch(
         norm_act_kernel,
@@ -184,7 +186,8 @@ def norm_act_backward_kernel(
             x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, OWED, ADDED, ADDED_OWED
         )
         if POOLED:
-            dh = tl.load(grad + (row // positions)[:, None] * channels + column[None, :], mask=valid, other=0.0)
+            image = (segment * size + in_segment) // positions
+            dh = tl.load(grad + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
         else:
             dh = tl.load(grad + offsets, mask=valid, other=0.0)
         # z is all that the activation is taken of, so nothing more is owed.
@@ -284,11 +287,11 @@ def norm_act_backward(
         x.new_empty(0, dtype=torch.float32) for _ in range(5)
     )
     if scale is not None:
-        of_scale, of_shift = (sums(part, len(scale)) for part in partial[:2])
+        of_scale, of_shift = sums(partial[0], partial[1], len(scale))
     if gate is not None:
-        of_gate = sums(partial[2], len(x))
+        of_gate = sums_per_image(partial[2], len(x))
     if residual_scale is not None and residual_gradient:
-        of_residual_scale, of_residual_shift = (sums(partial[kind], len(residual_scale)) for kind in (3, 1))
+        of_residual_scale, of_residual_shift = sums(partial[3], partial[1], len(residual_scale))
     return dx, of_scale, of_shift, of_gate, dresidual, of_residual_scale, of_residual_shift
 
 

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, channels_last, contiguous, launch, power_of_two, sums, takes
+from .launch import SIZES, channels_last, contiguous, launch, power_of_two, takes
 from .norm_act import settle_backward
 from .owed import activated, known, load_row, normalized
+from .sums import sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -76,7 +77,7 @@ def norm_act_pool_backward(
     dx, _, partial = settle_backward(grad.contiguous(), channels_last(x), *contiguous(scale, shift), act, None)
     if scale is None:
         return dx, grad.new_empty(0), grad.new_empty(0)
-    return dx, sums(partial[0], len(scale)), sums(partial[1], len(scale))
+    return dx, *sums(partial[0], partial[1], len(scale))
 
 
 def accepts(x: Tensor) -> tuple[bool, str]:

@@ -116,3 +116,54 @@ def add_tile(y, valid, count, mean, squares, total):
     delta = tile_mean - mean
     share = total / (count + total)
     return mean + delta * share, squares + tl.sum(deviation * deviation, 0) + delta * delta * (count * share)
+
+
+@triton.jit
+def folded(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Room for the sums of tiles' columns as threads hold them: `unfold` adds them up once, when all tiles are in."""
+    if ROWS < 64:  # products without tensor cores, whose tiles are small
+        sums = tl.zeros((1, ROWS, COLUMNS), tl.float32)
+    else:
+        sums = tl.zeros((ROWS // 16, 8, COLUMNS), tl.float32)
+    return sums
+
+
+@triton.jit
+def fold(x):
+    """What a tile [rows, columns] adds to `folded`: of an accumulator of tensor cores, a thread holds rows 8 apart."""
+    ROWS: tl.constexpr = x.shape[0]
+    if ROWS < 64:
+        x = tl.expand_dims(x, 0)
+    else:
+        x = tl.sum(tl.reshape(x, (ROWS // 16, 2, 8, x.shape[1])), 1)
+    return x
+
+
+@triton.jit
+def unfold(sums):
+    """[columns]."""
+    return tl.sum(tl.sum(sums, 1), 0)
+
+
+@triton.jit
+def deviation(y, pivot, first, begin, size):
+    """The pivot of a program's moments and the deviations from it of a tile, whose rows begin at `first`.
+
+    y: 0 in rows from `size` on. The pivot is the mean of the program's first tile, which begins at `begin`. So it lies
+    among what it is subtracted from, and sums of deviations and of their squares lose nothing by it.
+    """
+    ROWS: tl.constexpr = y.shape[0]
+    if first == begin:
+        pivot = tl.sum(y, 0) / tl.minimum(ROWS, size - first)
+    y -= pivot[None, :]
+    if first + ROWS > size:
+        y = tl.where((first + tl.arange(0, ROWS) < size)[:, None], y, 0.0)
+    return pivot, y
+
+
+@triton.jit
+def moments_from(pivot, sums, squares, count):
+    """Mean and sum of squared deviations, of `count` rows' sums of deviations from a pivot and of their squares."""
+    apart = sums / count
+    squares -= sums * apart
+    return pivot + apart, tl.where(squares < 0, 0.0, squares)

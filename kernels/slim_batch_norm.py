@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, Rows, launch, partial_sums, power_of_two, sums, takes
+from .launch import SIZES, Rows, launch, partial_sums, power_of_two, takes
 from .moments import moments
 from .norm_act import norm_act
 from .owed import known
+from .sums import sums
 
 BLOCK_M = 64
 
@@ -132,7 +133,8 @@ def slim_batch_norm_backward(
     )
     rsqrt = (variance + eps).rsqrt()
     scale = rsqrt if weight is None else rsqrt * weight
-    of_weight, of_bias = rsqrt * sums(partial[0], views), sums(partial[1], views)
+    of_weight, of_bias = sums(partial[0], partial[1], views)
+    of_weight *= rsqrt
     to_mean = (grad_mean - scale * of_bias) / rows.size
     to_variance = (2 * grad_variance - scale * rsqrt * of_weight) / rows.size
     dx = torch.empty_like(x)

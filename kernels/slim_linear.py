@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import conv_moments_pointwise as pointwise
 from .launch import Input, OutputGradient, takes
+from .prefix import add_to_prefix, gradient_prefix
 
 
 def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -34,10 +35,8 @@ def slim_linear_backward(
         of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         pointwise.input_gradient(of_output, owed, weight, of_x)
     if weight_gradient:
-        if main_grad is None:
-            main_grad = of_weight = torch.zeros_like(weight)
-        prefix = main_grad[: grads.shape[1], : rows.shape[1]]
-        prefix += pointwise.weight_gradient(of_output, owed).view(prefix.shape)
+        prefix, of_weight = gradient_prefix(weight, main_grad, grads.shape[1], rows.shape[1])
+        add_to_prefix(prefix, pointwise.weight_gradient(of_output, owed))
     if bias_gradient:
         of_bias = grads.sum((0, 2, 3))
     return of_x, of_weight, of_bias

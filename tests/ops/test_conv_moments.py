@@ -65,6 +65,14 @@ if triton.INTERPRETED:  # which takes seconds for what takes milliseconds
     FEW = ("pointwise odd", "pointwise 1x1 maps", "pointwise many views", "depthwise 3 stride 2", "dense 3", "stem")
     CASES = {name: CASES[name] for name in ("pointwise", "depthwise 3", "depthwise tiny maps", *FEW)}
 
+# For which Triton's tiles of fp16 and bf16 are others, or made otherwise of images.
+TILES = {
+    "many channels in": (2, 520, 3, 2, 72, (80, 528), 1, 1, 0, 1, 2),
+    "many channels out": (2, 72, 3, 2, 264, (264, 72), 1, 1, 0, 1, 2),
+    "large maps": (2, 8, 9, 15, 17, (17, 8), 1, 1, 0, 1, 2),
+    "images that fill no tile": (6, 16, 9, 5, 24, (24, 16), 1, 1, 0, 1, 2),
+}
+
 
 def some(*names: str) -> list[str]:
     """Those of these cases that are there."""
@@ -82,7 +90,7 @@ def provider(request, policy):
 
 def make(case: str, act: str = "relu", owed: bool = True, gated: bool = False, dtype=torch.float32) -> dict:
     """The operator's arguments, with values that `dtype` holds exactly."""
-    images, channels, height, width, out_channels, full, kernel, stride, padding, groups, views = CASES[case]
+    images, channels, height, width, out_channels, full, kernel, stride, padding, groups, views = (CASES | TILES)[case]
     rows = {"scale": 1 + torch.rand(views, channels), "shift": torch.randn(views, channels)}
     return {
         "x": torch.randn(images, channels, height, width).to(memory_format=torch.channels_last).to(dtype),
@@ -169,6 +177,12 @@ def test_error_rule_narrow(provider, nan_filled, case, gated, dtype):
     if case == "pointwise one row":
         pytest.skip("the deviation of a single value is what rounding it has left, or nothing")
     check(make(case, "hardswish", gated=gated, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", TILES)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_tiles_of_tensor_cores(provider, nan_filled, case, gated):
+    check(make(case, "hardswish", gated=gated, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
