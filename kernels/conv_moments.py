@@ -50,7 +50,7 @@ def conv_moments(
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if kind == "pointwise":
         return y, *pointwise.forward(owed, weight, y, views)
-    return y, *depthwise.forward(owed, _taps(weight), y, stride, padding, views)
+    return y, *depthwise.forward(owed, weight, y, stride, padding, views)
 
 
 def conv_moments_backward(
@@ -100,19 +100,15 @@ def conv_moments_backward(
             if not owed.settled:
                 of_x, _, partial = settle_backward(of_x, owed.x, owed.scale, owed.shift, act, owed.gate)
     else:
-        if wanted_input:
-            of_x = torch.empty_like(owed.x)
-            partial = (
-                pointwise.input_gradient(grads, owed, weight, of_x)
-                if kind == "pointwise"
-                else depthwise.input_gradient(grads, owed, _taps(weight), of_x, stride, padding)
-            )
-        if wanted_weight:
-            of_prefix = (
-                pointwise.weight_gradient(grads, owed)
-                if kind == "pointwise"
-                else depthwise.weight_gradient(grads, owed, kernel, stride, padding)
-            )
+        of_x = torch.empty_like(owed.x) if wanted_input else of_x
+        if kind == "depthwise":
+            of_h = of_x if wanted_input else None
+            partial, of_prefix = depthwise.backward(grads, owed, weight, of_h, stride, padding, wanted_weight)
+        else:
+            if wanted_input:
+                partial = pointwise.input_gradient(grads, owed, weight, of_x)
+            if wanted_weight:
+                of_prefix = pointwise.weight_gradient(grads, owed)
     of_scale, of_shift, of_gate = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
     if partial is not None and scale is not None:
         of_scale, of_shift = (sums(part, len(scale)) for part in partial[:2])
@@ -167,8 +163,3 @@ def _kind(kernel: int, stride: int, padding: int, groups: int) -> str:
     if groups > 1:
         return "depthwise"
     return "pointwise" if (kernel, stride, padding) == (1, 1, 0) else "dense"
-
-
-def _taps(weight: Tensor) -> Tensor:
-    """A depthwise weight whose taps are adjacent: itself, unless somebody has stored it oddly."""
-    return weight if weight[0, 0].is_contiguous() else weight.contiguous()
