@@ -17,7 +17,8 @@ from .moments import merge_moments, partial_moments
 from .owed import activated, known, load_moment_gradients, load_output_gradient, load_row, normalized, slope, store_sums
 
 LARGEST_KERNEL = 7  # whose taps and accumulators the registers hold
-TILE = 512  # lanes times channels: four channels for each of a program's threads
+# Of a thread, where as many do: three programs then share a multiprocessor, and work while others wait for memory.
+REGISTERS = 168
 
 
 @triton.jit
@@ -37,23 +38,26 @@ def _added(items, at: tl.constexpr, product):
 
 
 @triton.jit
-def _store_row(
-    accumulators, to_y, row, left, inside, out_width, channels, begins, pivot, total, squares,
+def _complete(
+    accumulators, to_y, row, first, left, inside, out_width, channels, pivot, total, squares,
     MOMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Stores a row of y, the first of these, and adds it to the lanes' moments, whose pivot it sets if it `begins`."""
-    for c in tl.static_range(COLUMNS):
-        valid = (left + c < out_width)[:, None] & inside[None, :]
-        stored = accumulators[c].to(to_y.dtype.element_ty)
-        tl.store(to_y + (row * out_width + c) * channels, stored, mask=valid)
-        if MOMENTS:
-            value = stored.to(tl.float32)
-            if c == 0:
-                pivot = tl.where(begins, value, pivot)
-            apart = tl.where(valid, value - pivot, 0.0)
-            total += apart
-            squares += apart * apart
-    return pivot, total, squares
+    """Stores the row of y that no other row of x reaches, if it is one, and adds it to the lanes' moments, whose pivot
+    is the first value of the program's first tile. The next row's accumulators become the first."""
+    if row >= 0:
+        for c in tl.static_range(COLUMNS):
+            valid = (left + c < out_width)[:, None] & inside[None, :]
+            stored = accumulators[c].to(to_y.dtype.element_ty)
+            tl.store(to_y + (row * out_width + c) * channels, stored, mask=valid)
+            if MOMENTS:
+                value = stored.to(tl.float32)
+                if c == 0:
+                    pivot = tl.where((first == 0) & (row == 0), value, pivot)
+                apart = tl.where(valid, value - pivot, 0.0)
+                total += apart
+                squares += apart * apart
+    fresh = (tl.zeros(pivot.shape, tl.float32),)
+    return accumulators[COLUMNS:] + fresh * COLUMNS, pivot, total, squares
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,19 +143,15 @@ def conv_moments_depthwise_kernel(
                             w = kernel[(d + (ROWS - 1 - a) * STRIDE) * KERNEL + kx]
                             for c in tl.static_range(COLUMNS):
                                 accumulators = _added(accumulators, a * COLUMNS + c, hs[c * STRIDE + kx] * w)
-            if step >= ROWS - 1:
-                pivot, total, squares = _store_row(
-                    accumulators, to_y, step - (ROWS - 1), left, inside, out_width, channels,
-                    (first == 0) & (step == ROWS - 1), pivot, total, squares, MOMENTS, COLUMNS,
-                )  # fmt: skip
-            accumulators = accumulators[COLUMNS:] + (zero,) * COLUMNS
+            accumulators, pivot, total, squares = _complete(
+                accumulators, to_y, step - (ROWS - 1), first, left, inside, out_width, channels, pivot, total, squares,
+                MOMENTS, COLUMNS,
+            )  # fmt: skip
         for step in range(bottom, end):
-            if step >= ROWS - 1:
-                pivot, total, squares = _store_row(
-                    accumulators, to_y, step - (ROWS - 1), left, inside, out_width, channels,
-                    (first == 0) & (step == ROWS - 1), pivot, total, squares, MOMENTS, COLUMNS,
-                )  # fmt: skip
-            accumulators = accumulators[COLUMNS:] + (zero,) * COLUMNS
+            accumulators, pivot, total, squares = _complete(
+                accumulators, to_y, step - (ROWS - 1), first, left, inside, out_width, channels, pivot, total, squares,
+                MOMENTS, COLUMNS,
+            )  # fmt: skip
     if MOMENTS:
         n = count.to(tl.float32)[:, None]
         mean = pivot + total / tl.maximum(n, 1.0)
@@ -168,14 +168,15 @@ def conv_moments_depthwise_kernel(
 def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> tuple[Tensor, Tensor]:
     """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
     images, channels, height, width = owed.x.shape
-    tile = _tile(channels, y.shape[3], TILE)
-    size = images // max(views, owed.rows)
-    block = _images(size, triton.cdiv(y.shape[3], tile["COLUMNS"]), tile["BLOCK_P"])
-    rows = Rows(images // size, size, block, triton.cdiv(size, block), 1)
+    kernel = weight.shape[2]
+    tile = _tile(channels, y.shape[3], 4 if kernel <= 3 else 3, 512 if kernel <= 3 and stride == 1 else 256)
+    blocks = triton.cdiv(channels, tile["BLOCK_C"])
+    block = max(1, tile["BLOCK_P"] // triton.cdiv(y.shape[3], tile["COLUMNS"]))
+    rows = Rows.share(images, max(views, owed.rows), block, blocks, owed.x.device)
     partial = partial_moments(rows, channels, owed.x) if views else owed.x
     launch(
         conv_moments_depthwise_kernel,
-        rows.programs * triton.cdiv(channels, tile["BLOCK_C"]),
+        rows.programs * blocks,
         *owed.pointers,
         _taps(weight, channels),
         y,
@@ -186,28 +187,23 @@ def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, v
         y.shape[2],
         y.shape[3],
         padding,
-        size,
+        rows.size,
         rows.parts,
-        block,
+        rows.tiles * rows.block,
         rows.segments,
         owed.rows,
         **owed.constants,
         MOMENTS=views > 0,
-        KERNEL=weight.shape[2],
+        KERNEL=kernel,
         STRIDE=stride,
         WIDE=channels % 8 == 0,
         **tile,
+        maxnreg=REGISTERS if kernel <= 5 else None,
     )
     if views:
         return merge_moments(partial, rows)
     nothing = owed.x.new_empty(0, channels, dtype=torch.float32)
     return nothing, nothing.clone()
-
-
-@triton.jit
-def _strips(width, padding, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """As _blocks, for strips of so many blocks."""
-    return tl.cdiv((width - 1 + padding) // STRIDE - padding // STRIDE + 1, COLUMNS)
 
 
 @triton.jit
@@ -286,7 +282,7 @@ def conv_moments_depthwise_backward_kernel(
     begin = program % parts * images
     before = (segment * size + begin).to(tl.int64)
     edge = padding // STRIDE
-    strips = _strips(width, padding, STRIDE, COLUMNS)
+    strips = tl.cdiv((width - 1 + padding) // STRIDE - edge + 1, COLUMNS)
     lanes = tl.minimum(images, size - begin) * strips
     kernel = _load_kernel(taps, column, channels, KERNEL, BLOCK_P)
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -301,6 +297,7 @@ def conv_moments_depthwise_backward_kernel(
         left_of_x = left * STRIDE - padding
         in_y = (image * (out_height * out_width) + left_of_e)[:, None] * channels + column[None, :]
         in_x = (image * (height * width) + left_of_x)[:, None] * channels + column[None, :]
+        from_dy, from_y, from_x, to_dx = dy + in_y, y + in_y, x + in_x, dx + in_x
         in_gate = image[:, None] * channels + column[None, :]
         if GATED:
             gates = tl.load(gate + in_gate, mask=(lane < lanes)[:, None] & inside[None, :], other=0.0)
@@ -311,9 +308,8 @@ def conv_moments_depthwise_backward_kernel(
             right = tl.where((step >= 0) & (step < out_height), out_width, 0)
             for at in tl.static_range(WINDOW):
                 valid = ((left_of_e + at >= 0) & (left_of_e + at < right))[:, None] & inside[None, :]
-                e = load_output_gradient(
-                    dy, y, centre, to_mean, to_square, in_y + (step * out_width + at) * channels, valid, MOMENTS
-                )
+                to = (step * out_width + at) * channels
+                e = load_output_gradient(from_dy, from_y, centre, to_mean, to_square, to, valid, MOMENTS)
                 window = window + (e,)
             if step >= edge:
                 for d in tl.static_range(STRIDE):
@@ -321,8 +317,8 @@ def conv_moments_depthwise_backward_kernel(
                     right = tl.where((row >= 0) & (row < height), width, 0)
                     for at in tl.static_range(COLUMNS * STRIDE):
                         valid = ((left_of_x + at >= 0) & (left_of_x + at < right))[:, None] & inside[None, :]
-                        to_x = in_x + (row * width + at) * channels
-                        values = tl.load(x + to_x, mask=valid, other=0.0).to(tl.float32)
+                        to = (row * width + at) * channels
+                        values = tl.load(from_x + to, mask=valid, other=0.0).to(tl.float32)
                         z = normalized(values, factor, offset, OWED)
                         h = activated(z, ACT)
                         dh, to_taps = _meet(
@@ -336,7 +332,7 @@ def conv_moments_depthwise_backward_kernel(
                             dz = tl.where(valid, dh * slope(z, ACT), 0.0)
                             of_scale += dz * values
                             of_shift += dz
-                            tl.store(dx + to_x, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+                            tl.store(to_dx + to, (dz * factor).to(dx.dtype.element_ty), mask=valid)
         if INPUT and GATED:
             to = of_gate + (image * strips + lane % strips)[:, None] * channels + column[None, :]
             tl.store(to, to_gate, mask=(lane < lanes)[:, None] & inside[None, :])
@@ -365,12 +361,14 @@ def backward(
     and the gradient of the weight's prefix, [C, 1, k, k] in fp32, if it is wanted."""
     images, channels, height, width = owed.x.shape
     kernel = weight.shape[2]
-    tile = _tile(channels, _blocks(width, padding, stride), TILE // 2)
-    strips = triton.cdiv(_blocks(width, padding, stride), tile["COLUMNS"])
+    columns = (
+        (width - 1 + padding) // stride - padding // stride + 1
+    )  # so many columns of strides, as the kernel has it
+    tile = _tile(channels, columns, 4 if kernel <= 5 else 3, 256 if kernel <= 5 else 128)
+    strips = triton.cdiv(columns, tile["COLUMNS"])
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     segments = max(grads.views, owed.rows)
-    block = _images(images // segments, strips, tile["BLOCK_P"])
-    rows = Rows.share(images, segments, block, blocks, owed.x.device)
+    rows = Rows.share(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, owed.x.device)
     partial = partial_sums(rows, channels, owed.x, 2)
     of_gate = owed.x.new_empty(images * strips if owed.gate is not None else 0, channels, dtype=torch.float32)
     of_taps = owed.x.new_empty(rows.programs if wanted_weight else 0, kernel * kernel, channels, dtype=torch.float32)
@@ -404,6 +402,7 @@ def backward(
         STRIDE=stride,
         WIDE=channels % 8 == 0,
         **tile,
+        maxnreg=REGISTERS if kernel <= 3 else None,
     )
     of_prefix = of_taps.sum(0).t().reshape(channels, 1, kernel, kernel) if wanted_weight else None
     return (*partial, of_gate), of_prefix
@@ -411,22 +410,15 @@ def backward(
 
 def _taps(weight: Tensor, channels: int) -> Tensor:
     """The weight's prefix [C, 1, k, k] as kernels read it: [k k, C] in fp32."""
-    return weight[:channels].flatten(1).t().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    return weight[:channels].flatten(1).t().float().contiguous()
 
 
-def _tile(channels: int, width: int, size: int) -> dict[str, int]:
-    """The sizes of a tile, lanes by channels, and of a lane, that leave the fewest of them idle."""
-    columns = min((4, 3, 2), key=lambda n: triton.cdiv(width, n) * n)
+def _tile(channels: int, width: int, columns: int, size: int) -> dict[str, int]:
+    """A lane's columns, at most so many, and a tile's lanes and channels, so that the fewest of them are idle.
+
+    size: lanes times channels, of which each of the program's threads has an equal share. What a lane holds in
+    registers grows with its columns, the channels of a thread, and the kernel.
+    """
+    columns = min(range(columns, 1, -1), key=lambda n: triton.cdiv(width, n) * n)
     block = min((64, 32, 16), key=lambda n: triton.cdiv(channels, n) * n)
     return {"COLUMNS": columns, "BLOCK_P": size // block, "BLOCK_C": block}
-
-
-def _blocks(width: int, padding: int, stride: int) -> int:
-    """Of `stride` columns of the padded input, those with some column of the input."""
-    return (width - 1 + padding) // stride - padding // stride + 1
-
-
-def _images(size: int, strips: int, lanes: int) -> int:
-    """How many images of a segment of `size` a tile is for: few, whose strips leave few of its lanes idle."""
-    few = min(size, 4 * max(1, lanes // strips))
-    return min(range(1, few + 1), key=lambda n: triton.cdiv(n * strips, lanes) * lanes / n, default=1)
