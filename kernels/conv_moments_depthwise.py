@@ -169,7 +169,8 @@ def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, v
     """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
     images, channels, height, width = owed.x.shape
     kernel = weight.shape[2]
-    tile = _tile(channels, y.shape[3], 4 if kernel <= 3 else 3, 512 if kernel <= 3 and stride == 1 else 256)
+    most = 4 if kernel <= 3 else 3 if stride == 1 else 2
+    tile = _tile(channels, y.shape[3], most, 512 if kernel <= 3 and stride == 1 else 256)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     block = max(1, tile["BLOCK_P"] // triton.cdiv(y.shape[3], tile["COLUMNS"]))
     rows = Rows.share(images, max(views, owed.rows), block, blocks, owed.x.device)
@@ -364,7 +365,8 @@ def backward(
     columns = (
         (width - 1 + padding) // stride - padding // stride + 1
     )  # so many columns of strides, as the kernel has it
-    tile = _tile(channels, columns, 4 if kernel <= 5 else 3, 256 if kernel <= 5 else 128)
+    most = 4 if kernel <= 3 or (kernel <= 5 and stride == 1) else 3
+    tile = _tile(channels, columns, most, 256 if kernel <= 5 else 128)
     strips = triton.cdiv(columns, tile["COLUMNS"])
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     segments = max(grads.views, owed.rows)
