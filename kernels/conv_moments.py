@@ -52,7 +52,7 @@ def conv_moments(
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if kind == "pointwise":
         return y, *pointwise.forward(owed, weight, y, views)
-    return y, *depthwise.forward(owed, _taps(weight), y, stride, padding, views)
+    return y, *depthwise.forward(owed, weight, y, stride, padding, views)
 
 
 def conv_moments_backward(
@@ -110,18 +110,19 @@ def conv_moments_backward(
         if prefix is not None:
             prefix += of_prefix
     else:
-        if wanted_input:
-            of_x = torch.empty_like(owed.x)
-            if kind == "pointwise":
+        of_x = torch.empty_like(owed.x) if wanted_input else of_x
+        if kind == "depthwise":
+            of_h = of_x if wanted_input else None
+            partial, of_prefix = depthwise.backward(grads, owed, weight, of_h, stride, padding, wanted_weight)
+            to_gate = partial[2]
+            if prefix is not None:
+                prefix += of_prefix
+        else:
+            if wanted_input:
                 partial, to_gate = pointwise.input_gradient(grads, owed, weight, of_x)
-            else:
-                partial = depthwise.input_gradient(grads, owed, _taps(weight), of_x, stride, padding)
-                to_gate = partial[2]
-        if prefix is not None and kind == "pointwise":
-            add_to_prefix(prefix, pointwise.weight_gradient(grads, owed))
-        elif prefix is not None:
-            prefix += depthwise.weight_gradient(grads, owed, kernel, stride, padding)
-    if partial is not None and scale is not None:
+            if prefix is not None:
+                add_to_prefix(prefix, pointwise.weight_gradient(grads, owed))
+    if wanted_input and partial is not None and scale is not None:
         of_scale, of_shift = sums(partial[0], partial[1], len(scale))
     if gate is not None and wanted_input:
         of_gate = to_gate if len(to_gate) == len(x) else sums_per_image(to_gate, len(x))
@@ -168,8 +169,3 @@ def _kind(kernel: int, stride: int, padding: int, groups: int) -> str:
     if groups > 1:
         return "depthwise"
     return "pointwise" if (kernel, stride, padding) == (1, 1, 0) else "dense"
-
-
-def _taps(weight: Tensor) -> Tensor:
-    """A depthwise weight whose taps are adjacent: itself, unless somebody has stored it oddly."""
-    return weight if weight[0, 0].is_contiguous() else weight.contiguous()

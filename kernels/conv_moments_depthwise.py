@@ -1,53 +1,63 @@
-"""conv_moments for depthwise convolutions: bound by memory, and by the arithmetic of forming h anew for every tap.
+"""conv_moments for depthwise convolutions: bound by memory, if h is formed seldom and what is read is kept.
 
-A program works on tiles of positions by channels. The taps of a tile overlap, so all but the first read of an element
-comes out of the L1 cache; h is formed again each time, which costs less than writing it.
+A lane is a strip of an image, some columns wide, of a few channels, and walks down its rows. What it has read of a row
+serves all columns of the strip and, in registers, all rows that the taps reach. Sums over positions stay in the lane
+until the program ends.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, power_of_two
+from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums
 from .moments import merge_moments, partial_moments
-from .owed import (
-    activated,
-    add_tile,
-    known,
-    load_moment_gradients,
-    load_output_gradient,
-    load_row,
-    normalized,
-    settle_gradient,
-    store_sums,
-)
+from .owed import activated, known, load_moment_gradients, load_output_gradient, load_row, normalized, slope, store_sums
 
-LARGEST_KERNEL = 7  # whose taps' gradients are held at once
-BLOCK_P = 32  # positions of a tile
+LARGEST_KERNEL = 7  # whose taps and accumulators the registers hold
+# Of a thread, where as many do: three programs then share a multiprocessor, and work while others wait for memory.
+REGISTERS = 168
 
 
 @triton.jit
-def _load_settled(
-    x, gate, factor, offset, image, i, j, there, column, height, width, channels,
-    ACT: tl.constexpr, OWED: tl.constexpr, GATED: tl.constexpr,
+def _load_kernel(taps, column, channels, KERNEL: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Every tap of these channels, for all lanes."""
+    columns = tl.broadcast_to(column[None, :], (BLOCK_P, column.shape[0]))  # loads as wide as those of activations
+    kernel = ()
+    for tap in tl.static_range(KERNEL * KERNEL):
+        kernel = kernel + (tl.load(taps + tap * channels + columns, mask=columns < channels, other=0.0),)
+    return kernel
+
+
+@triton.jit
+def _added(items, at: tl.constexpr, product):
+    """The items, with this added to one of them."""
+    return items[:at] + (items[at] + product,) + items[at + 1 :]
+
+
+@triton.jit
+def _complete(
+    accumulators, to_y, row, first, left, inside, out_width, channels, pivot, total, squares,
+    MOMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """h at position (i, j) of images that are counted from where x and gate begin; 0 in the padding."""
-    valid = (there & (i >= 0) & (i < height) & (j >= 0) & (j < width))[:, None] & (column < channels)[None, :]
-    position = (image * height + i) * width + j
-    values = tl.load(x + position[:, None] * channels + column[None, :], mask=valid, other=0.0)
-    h = activated(normalized(values, factor, offset, OWED), ACT)
-    if GATED:
-        h *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
-    # Rounded as it would be if it were stored.
-    return tl.where(valid, h, 0.0).to(x.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def _load_tap(weight, tap, column, channels, stride_o, like):
-    """One tap of every channel's kernel, [1, columns], rounded to the dtype of activations."""
-    taps = tl.load(weight + column * stride_o + tap, mask=column < channels, other=0.0)
-    return taps.to(like.dtype.element_ty).to(tl.float32)[None, :]
+    """Stores the row of y that no other row of x reaches, if it is one, and adds it to the lanes' moments, whose pivot
+    is the first value of the program's first tile. The next row's accumulators become the first."""
+    if row >= 0:
+        for c in tl.static_range(COLUMNS):
+            valid = (left + c < out_width)[:, None] & inside[None, :]
+            stored = accumulators[c].to(to_y.dtype.element_ty)
+            tl.store(to_y + (row * out_width + c) * channels, stored, mask=valid)
+            if MOMENTS:
+                value = stored.to(tl.float32)
+                if c == 0:
+                    pivot = tl.where((first == 0) & (row == 0), value, pivot)
+                apart = tl.where(valid, value - pivot, 0.0)
+                total += apart
+                squares += apart * apart
+    fresh = (tl.zeros(pivot.shape, tl.float32),)
+    return accumulators[COLUMNS:] + fresh * COLUMNS, pivot, total, squares
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -56,20 +66,18 @@ def conv_moments_depthwise_kernel(
     scale,  # [scale_rows, C]
     shift,
     gate,  # [N, C]
-    weight,  # [O, 1, k, k], contiguous from the second dimension on
+    taps,  # [k k, C]
     y,  # [N, H', W', C]
     partial,  # [2, programs, C]
     channels,
-    stride_o,
     height,
     width,
     out_height,
     out_width,
-    stride,
     padding,
     size,
     parts,
-    tiles,
+    images,
     segments,
     scale_rows,
     ACT: tl.constexpr,
@@ -77,10 +85,13 @@ def conv_moments_depthwise_kernel(
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
     WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    ROWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE  # of y that a row of x reaches, at most
     channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
@@ -88,71 +99,107 @@ def conv_moments_depthwise_kernel(
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    squares = tl.zeros((BLOCK_C,), tl.float32)
-    in_tile = tl.arange(0, BLOCK_P)
-    begin = program % parts * tiles * BLOCK_P
-    for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
-        tile = segment * size + first
-        there = first + in_tile < size
-        first_image = tile // (out_height * out_width)
-        position = tile - first_image * (out_height * out_width) + in_tile
-        image = position // (out_height * out_width)
-        position -= image * (out_height * out_width)
-        before = first_image.to(tl.int64) * (height * width) * channels
-        top = position // out_width * stride - padding
-        left = position % out_width * stride - padding
-        accumulator = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for k in range(KERNEL * KERNEL):  # not unrolled: all taps' loads at once would not fit the registers
-            h = _load_settled(
-                x + before, gate + first_image * channels, factor, offset, image, top + k // KERNEL, left + k % KERNEL,
-                there, column, height, width, channels, ACT, OWED, GATED,
+    begin = program % parts * images
+    before = (segment * size + begin).to(tl.int64)
+    strips = tl.cdiv(out_width, COLUMNS)
+    lanes = tl.minimum(images, size - begin) * strips
+    # Of rows of y: the first steps only begin some, the last only complete them.
+    end = out_height + ROWS - 1
+    bottom = tl.minimum(tl.cdiv(height + padding, STRIDE), end)
+    zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    # Sums of deviations lose nothing where they are from a value of the lane's own.
+    pivot, total, squares = zero, zero, zero
+    count = tl.zeros((BLOCK_P,), tl.int32)
+    gates = zero
+    kernel = _load_kernel(taps, column, channels, KERNEL, BLOCK_P)
+    for first in range(0, lanes, BLOCK_P):
+        lane = first + tl.arange(0, BLOCK_P)
+        image = lane // strips
+        left = tl.where(lane < lanes, lane % strips * COLUMNS, out_width)  # lanes too many are beyond the edge
+        left_of_x = tl.where(lane < lanes, left * STRIDE - padding, width)
+        count += tl.minimum(out_width - left, COLUMNS) * out_height
+        image = image.to(tl.int64) + before
+        if GATED:
+            valid = (lane < lanes)[:, None] & inside[None, :]
+            gates = tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
+        to_y = y + (image * (out_height * out_width) + left)[:, None] * channels + column[None, :]
+        from_x = x + (image * (height * width) + left_of_x)[:, None] * channels + column[None, :]
+        accumulators = (zero,) * (ROWS * COLUMNS)
+        for step in range(tl.minimum(padding // STRIDE, ROWS - 1), bottom):
+            for d in tl.static_range(STRIDE):
+                row = step * STRIDE - padding + d
+                right = tl.where((row >= 0) & (row < height), width, 0)
+                hs = ()
+                for at in tl.static_range((COLUMNS - 1) * STRIDE + KERNEL):
+                    valid = ((left_of_x + at >= 0) & (left_of_x + at < right))[:, None] & inside[None, :]
+                    values = tl.load(from_x + (row * width + at) * channels, mask=valid, other=0.0)
+                    h = activated(normalized(values, factor, offset, OWED), ACT)
+                    if GATED:
+                        h *= gates
+                    hs = hs + (tl.where(valid, h, 0.0),)
+                for a in tl.static_range(ROWS):
+                    for kx in tl.static_range(KERNEL):
+                        if d + (ROWS - 1 - a) * STRIDE < KERNEL:
+                            w = kernel[(d + (ROWS - 1 - a) * STRIDE) * KERNEL + kx]
+                            for c in tl.static_range(COLUMNS):
+                                accumulators = _added(accumulators, a * COLUMNS + c, hs[c * STRIDE + kx] * w)
+            accumulators, pivot, total, squares = _complete(
+                accumulators, to_y, step - (ROWS - 1), first, left, inside, out_width, channels, pivot, total, squares,
+                MOMENTS, COLUMNS,
             )  # fmt: skip
-            accumulator += h * _load_tap(weight, k, column, channels, stride_o, x)
-        valid = there[:, None] & inside[None, :]
-        stored = accumulator.to(y.dtype.element_ty)
-        in_y = in_tile[:, None] * channels + column[None, :]
-        tl.store(y + tile.to(tl.int64) * channels + in_y, stored, mask=valid)
-        if MOMENTS:
-            total = tl.minimum(BLOCK_P, size - first)
-            stored = tl.where(valid, stored.to(tl.float32), 0.0)
-            mean, squares = add_tile(stored, valid, (first - begin).to(tl.float32), mean, squares, total)
+        for step in range(bottom, end):
+            accumulators, pivot, total, squares = _complete(
+                accumulators, to_y, step - (ROWS - 1), first, left, inside, out_width, channels, pivot, total, squares,
+                MOMENTS, COLUMNS,
+            )  # fmt: skip
     if MOMENTS:
+        n = count.to(tl.float32)[:, None]
+        mean = pivot + total / tl.maximum(n, 1.0)
+        average = tl.sum(mean * n, 0) / tl.sum(count, 0)
+        apart = mean - average[None, :]
+        within = squares - total * total / tl.maximum(n, 1.0) + apart * apart * n
         programs = segments * parts
-        tl.store(partial + program * channels + column, mean, mask=inside)
-        tl.store(partial + (programs + program) * channels + column, squares, mask=inside)
+        to = partial + program * channels + column
+        tl.store(to, average, mask=inside)
+        # merge_moments counts images.
+        tl.store(to + programs * channels, tl.sum(within, 0) / (out_height * out_width), mask=inside)
 
 
 def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> tuple[Tensor, Tensor]:
     """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
-    channels, height, width = owed.x.shape[1:]
-    block_c = power_of_two(channels, 16, 64)
-    blocks = triton.cdiv(channels, block_c)
-    rows = Rows.share(y.numel() // channels, max(views, owed.rows), BLOCK_P, blocks, owed.x.device)
+    images, channels, height, width = owed.x.shape
+    kernel = weight.shape[2]
+    most = 4 if kernel <= 3 else 3 if stride == 1 else 2
+    tile = _tile(channels, y.shape[3], most, 512 if kernel <= 3 and stride == 1 else 256)
+    blocks = triton.cdiv(channels, tile["BLOCK_C"])
+    block = max(1, tile["BLOCK_P"] // triton.cdiv(y.shape[3], tile["COLUMNS"]))
+    rows = Rows.share(images, max(views, owed.rows), block, blocks, owed.x.device)
     partial = partial_moments(rows, channels, owed.x) if views else owed.x
     launch(
         conv_moments_depthwise_kernel,
         rows.programs * blocks,
         *owed.pointers,
-        weight,
+        _taps(weight, channels),
         y,
         partial,
         channels,
-        weight.stride(0),
         height,
         width,
         y.shape[2],
         y.shape[3],
-        stride,
         padding,
-        *rows.arguments,
+        rows.size,
+        rows.parts,
+        rows.tiles * rows.block,
+        rows.segments,
         owed.rows,
         **owed.constants,
         MOMENTS=views > 0,
-        KERNEL=weight.shape[2],
+        KERNEL=kernel,
+        STRIDE=stride,
         WIDE=channels % 8 == 0,
-        BLOCK_P=BLOCK_P,
-        BLOCK_C=block_c,
+        **tile,
+        maxnreg=REGISTERS if kernel <= 5 else None,
     )
     if views:
         return merge_moments(partial, rows)
@@ -160,32 +207,50 @@ def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, v
     return nothing, nothing.clone()
 
 
+@triton.jit
+def _meet(
+    window, kernel, h, to_taps, row: tl.constexpr, column: tl.constexpr, INPUT: tl.constexpr, WEIGHT: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, REACH: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The gradient of an h at (row, column) of its block and strip; what h adds to the taps' gradients, added."""
+    dh = tl.zeros(h.shape, tl.float32)
+    for i in tl.static_range(REACH):
+        for j in tl.static_range(REACH):
+            if row + i * STRIDE < KERNEL and column % STRIDE + j * STRIDE < KERNEL:
+                e = window[(REACH - 1 - i) * WINDOW + column // STRIDE + REACH - 1 - j]
+                if INPUT:
+                    dh += e * kernel[(row + i * STRIDE) * KERNEL + column % STRIDE + j * STRIDE]
+                if WEIGHT:
+                    to_taps = _added(to_taps, (row + i * STRIDE) * KERNEL + column % STRIDE + j * STRIDE, e * h)
+    return dh, to_taps
+
+
 @triton.jit(do_not_specialize=SIZES)
-def conv_moments_depthwise_input_gradient_kernel(
+def conv_moments_depthwise_backward_kernel(
     dy,  # [N, H', W', C]
     dmean,  # [views, C]
     dvariance,
     y,
     mean,
-    weight,
     x,  # [N, H, W, C]
-    scale,
+    scale,  # [scale_rows, C]
     shift,
-    gate,
+    gate,  # [N, C]
+    taps,  # [k k, C]
     dx,
-    partial,  # [3, programs, C]: sums for scale, shift, gate
+    partial,  # [2, programs, C]: sums for scale, shift
+    of_gate,  # [N, strips, C]
+    of_taps,  # [programs, k k, C]
     inverse_count,
     channels,
-    stride_o,
     height,
     width,
     out_height,
     out_width,
-    stride,
     padding,
     size,
     parts,
-    tiles,
+    images,
     segments,
     scale_rows,
     views,
@@ -193,207 +258,167 @@ def conv_moments_depthwise_input_gradient_kernel(
     OWED: tl.constexpr,
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
+    INPUT: tl.constexpr,
+    WEIGHT: tl.constexpr,
     KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
     WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    # x at q STRIDE - padding + d meets e at q - b by the tap d + b STRIDE, in rows and in columns.
+    REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    WINDOW: tl.constexpr = COLUMNS + REACH - 1
     channels = known(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    view = segment * views // segments
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
     centre, to_mean, to_square = load_moment_gradients(
-        mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS
+        mean, dmean, dvariance, segment * views // segments, column, channels, inverse_count, MOMENTS
     )
-    gates = tl.full((1, BLOCK_C), 1.0, tl.float32)
-    if GATED:
-        gates = tl.load(gate + segment * channels + column, mask=inside, other=0.0)[None, :]
-    of_scale = tl.zeros((BLOCK_C,), tl.float32)
-    of_shift = tl.zeros((BLOCK_C,), tl.float32)
-    of_gate = tl.zeros((BLOCK_C,), tl.float32)
-    in_tile = tl.arange(0, BLOCK_P)
-    begin = program % parts * tiles * BLOCK_P
-    for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
-        tile = segment * size + first
-        there = first + in_tile < size
-        first_image = tile // (height * width)
-        position = tile - first_image * (height * width) + in_tile
-        image = position // (height * width)
-        position -= image * (height * width)
-        before = first_image.to(tl.int64) * (out_height * out_width) * channels
-        dh = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for k in range(KERNEL * KERNEL):
-            # The output positions that read this one by this tap: (i, j), if they fall on the stride.
-            below = position // width + padding - k // KERNEL
-            right = position % width + padding - k % KERNEL
-            i = below // stride
-            j = right // stride
-            read = (below >= 0) & (right >= 0) & (below == i * stride) & (right == j * stride)
-            read = there & read & (i < out_height) & (j < out_width)
-            reader = (image * out_height + i) * out_width + j
-            out_valid = read[:, None] & inside[None, :]
-            in_y = reader[:, None] * channels + column[None, :]
-            e = load_output_gradient(dy + before, y + before, centre, to_mean, to_square, in_y, out_valid, MOMENTS)
-            e = e.to(x.dtype.element_ty).to(tl.float32)
-            dh += e * _load_tap(weight, k, column, channels, stride_o, x)
-        valid = there[:, None] & inside[None, :]
-        in_x = in_tile[:, None] * channels + column[None, :]
-        values = tl.load(x + tile.to(tl.int64) * channels + in_x, mask=valid, other=0.0).to(tl.float32)
-        dz, to_gate = settle_gradient(dh, values, factor, offset, gates, valid, ACT, OWED, GATED)
-        of_gate += to_gate
-        of_scale += tl.sum(dz * values, 0)
-        of_shift += tl.sum(dz, 0)
-        tl.store(dx + tile.to(tl.int64) * channels + in_x, (dz * factor).to(dx.dtype.element_ty), mask=valid)
-    store_sums(partial, program, segments * parts, channels, column, of_scale, of_shift, of_gate, OWED, GATED)
+    begin = program % parts * images
+    before = (segment * size + begin).to(tl.int64)
+    edge = padding // STRIDE
+    strips = tl.cdiv((width - 1 + padding) // STRIDE - edge + 1, COLUMNS)
+    lanes = tl.minimum(images, size - begin) * strips
+    kernel = _load_kernel(taps, column, channels, KERNEL, BLOCK_P)
+    zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    to_taps = (zero,) * (KERNEL * KERNEL)
+    of_scale, of_shift, gates = zero, zero, zero
+    for first in range(0, lanes, BLOCK_P):
+        lane = first + tl.arange(0, BLOCK_P)
+        image = (lane // strips).to(tl.int64) + before
+        # Lanes too many are beyond every edge.
+        left = tl.where(lane < lanes, edge + lane % strips * COLUMNS, width + padding + out_width + REACH)
+        left_of_e = left - (REACH - 1)
+        left_of_x = left * STRIDE - padding
+        in_y = (image * (out_height * out_width) + left_of_e)[:, None] * channels + column[None, :]
+        in_x = (image * (height * width) + left_of_x)[:, None] * channels + column[None, :]
+        from_dy, from_y, from_x, to_dx = dy + in_y, y + in_y, x + in_x, dx + in_x
+        in_gate = image[:, None] * channels + column[None, :]
+        if GATED:
+            gates = tl.load(gate + in_gate, mask=(lane < lanes)[:, None] & inside[None, :], other=0.0)
+        to_gate = zero
+        window = (zero,) * (REACH * WINDOW)
+        for step in range(edge - (REACH - 1), (height - 1 + padding) // STRIDE + 1):
+            window = window[WINDOW:]
+            right = tl.where((step >= 0) & (step < out_height), out_width, 0)
+            for at in tl.static_range(WINDOW):
+                valid = ((left_of_e + at >= 0) & (left_of_e + at < right))[:, None] & inside[None, :]
+                to = (step * out_width + at) * channels
+                e = load_output_gradient(from_dy, from_y, centre, to_mean, to_square, to, valid, MOMENTS)
+                window = window + (e,)
+            if step >= edge:
+                for d in tl.static_range(STRIDE):
+                    row = step * STRIDE - padding + d
+                    right = tl.where((row >= 0) & (row < height), width, 0)
+                    for at in tl.static_range(COLUMNS * STRIDE):
+                        valid = ((left_of_x + at >= 0) & (left_of_x + at < right))[:, None] & inside[None, :]
+                        to = (row * width + at) * channels
+                        values = tl.load(from_x + to, mask=valid, other=0.0).to(tl.float32)
+                        z = normalized(values, factor, offset, OWED)
+                        h = activated(z, ACT)
+                        dh, to_taps = _meet(
+                            window, kernel, tl.where(valid, h * gates if GATED else h, 0.0), to_taps, d, at,
+                            INPUT, WEIGHT, KERNEL, STRIDE, REACH, WINDOW,
+                        )  # fmt: skip
+                        if INPUT:
+                            if GATED:
+                                to_gate += tl.where(valid, dh * h, 0.0)
+                                dh *= gates
+                            dz = tl.where(valid, dh * slope(z, ACT), 0.0)
+                            of_scale += dz * values
+                            of_shift += dz
+                            tl.store(to_dx + to, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+        if INPUT and GATED:
+            to = of_gate + (image * strips + lane % strips)[:, None] * channels + column[None, :]
+            tl.store(to, to_gate, mask=(lane < lanes)[:, None] & inside[None, :])
+    if INPUT:
+        nothing = tl.zeros((BLOCK_C,), tl.float32)
+        programs = segments * parts
+        store_sums(
+            partial, program, programs, channels, column, tl.sum(of_scale, 0), tl.sum(of_shift, 0), nothing, OWED, False
+        )
+    if WEIGHT:
+        for tap in tl.static_range(KERNEL * KERNEL):
+            to = of_taps + (program.to(tl.int64) * (KERNEL * KERNEL) + tap) * channels + column
+            tl.store(to, tl.sum(to_taps[tap], 0), mask=inside)
 
 
-def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tensor, stride: int, padding: int) -> Tensor:
-    """Fills dx; returns what programs have summed for scale, shift and gate, [3, programs, C]."""
+def backward(
+    grads: OutputGradient,
+    owed: Input,
+    weight: Tensor,
+    dx: Tensor | None,
+    stride: int,
+    padding: int,
+    wanted_weight: bool,
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Fills dx, if it is wanted. Returns what programs have summed for scale, shift [programs, C] and gate [strips, C],
+    and the gradient of the weight's prefix, [C, 1, k, k] in fp32, if it is wanted."""
     images, channels, height, width = owed.x.shape
-    block_c = power_of_two(channels, 16, 64)
-    blocks = triton.cdiv(channels, block_c)
-    # A program works within one image where there is a gate, whose gradient is a sum over an image.
-    segments = max(grads.views, owed.rows) if owed.gate is None else images
-    rows = Rows.share(images * height * width, segments, BLOCK_P, blocks, owed.x.device)
-    partial = partial_sums(rows, channels, owed.x)
+    kernel = weight.shape[2]
+    columns = (width - 1 + padding) // stride - padding // stride + 1  # of strides, as the kernel has it
+    most = 4 if kernel <= 3 or (kernel <= 5 and stride == 1) else 3
+    tile = _tile(channels, columns, most, 256 if kernel <= 5 else 128)
+    strips = triton.cdiv(columns, tile["COLUMNS"])
+    blocks = triton.cdiv(channels, tile["BLOCK_C"])
+    segments = max(grads.views, owed.rows)
+    rows = Rows.share(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, owed.x.device)
+    partial = partial_sums(rows, channels, owed.x, 2)
+    of_gate = owed.x.new_empty(images * strips if owed.gate is not None else 0, channels, dtype=torch.float32)
+    of_taps = owed.x.new_empty(rows.programs if wanted_weight else 0, kernel * kernel, channels, dtype=torch.float32)
     launch(
-        conv_moments_depthwise_input_gradient_kernel,
-        rows.programs * blocks,
-        *grads.pointers,
-        weight,
-        *owed.pointers,
-        dx,
-        partial,
-        grads.inverse_count,
-        channels,
-        weight.stride(0),
-        height,
-        width,
-        *grads.y.shape[2:],
-        stride,
-        padding,
-        *rows.arguments,
-        owed.rows,
-        grads.views,
-        **owed.constants,
-        MOMENTS=grads.views > 0,
-        KERNEL=weight.shape[2],
-        WIDE=channels % 8 == 0,
-        BLOCK_P=BLOCK_P,
-        BLOCK_C=block_c,
-    )
-    return partial
-
-
-@triton.jit(do_not_specialize=SIZES)
-def conv_moments_depthwise_weight_gradient_kernel(
-    dy,  # [N, H', W', C]
-    dmean,  # [views, C]
-    dvariance,
-    y,
-    mean,
-    x,  # [N, H, W, C]
-    scale,
-    shift,
-    gate,
-    partial,  # [programs, k k, C]
-    inverse_count,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride,
-    padding,
-    size,
-    parts,
-    tiles,
-    segments,
-    scale_rows,
-    views,
-    ACT: tl.constexpr,
-    OWED: tl.constexpr,
-    GATED: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    TAPS: tl.constexpr,  # the power of two from KERNEL^2 on
-    WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    channels = known(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
-    segment = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
-    view = segment * views // segments
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
-    centre, to_mean, to_square = load_moment_gradients(
-        mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS
-    )
-    tap = tl.arange(0, TAPS)
-    accumulator = tl.zeros((TAPS, BLOCK_C), tl.float32)
-    in_tile = tl.arange(0, BLOCK_P)
-    begin = program % parts * tiles * BLOCK_P
-    for first in range(begin, tl.minimum(begin + tiles * BLOCK_P, size), BLOCK_P):
-        tile = segment * size + first
-        there = first + in_tile < size
-        first_image = tile // (out_height * out_width)
-        position = tile - first_image * (out_height * out_width) + in_tile
-        image = position // (out_height * out_width)
-        position -= image * (out_height * out_width)
-        before = first_image.to(tl.int64) * (height * width) * channels
-        top = position // out_width * stride - padding
-        left = position % out_width * stride - padding
-        valid = there[:, None] & inside[None, :]
-        in_y = in_tile[:, None] * channels + column[None, :]
-        written = tile.to(tl.int64) * channels
-        e = load_output_gradient(dy + written, y + written, centre, to_mean, to_square, in_y, valid, MOMENTS)
-        e = e.to(x.dtype.element_ty).to(tl.float32)
-        for k in range(KERNEL * KERNEL):
-            h = _load_settled(
-                x + before, gate + first_image * channels, factor, offset, image, top + k // KERNEL, left + k % KERNEL,
-                there, column, height, width, channels, ACT, OWED, GATED,
-            )  # fmt: skip
-            accumulator += tl.where((tap == k)[:, None], tl.sum(e * h, 0)[None, :], 0.0)
-    to = partial + (program.to(tl.int64) * KERNEL * KERNEL + tap)[:, None] * channels + column[None, :]
-    tl.store(to, accumulator, mask=(tap < KERNEL * KERNEL)[:, None] & inside[None, :])
-
-
-def weight_gradient(grads: OutputGradient, owed: Input, kernel: int, stride: int, padding: int) -> Tensor:
-    """The gradient of the weight's prefix, [C, 1, k, k] in fp32."""
-    channels, height, width = owed.x.shape[1:]
-    block_c = power_of_two(channels, 16, 32)
-    blocks = triton.cdiv(channels, block_c)
-    rows = Rows.share(grads.y.numel() // channels, max(grads.views, owed.rows), BLOCK_P, blocks, owed.x.device)
-    partial = owed.x.new_empty(rows.programs, kernel * kernel, channels, dtype=torch.float32)
-    launch(
-        conv_moments_depthwise_weight_gradient_kernel,
+        conv_moments_depthwise_backward_kernel,
         rows.programs * blocks,
         *grads.pointers,
         *owed.pointers,
+        _taps(weight, channels),
+        owed.x if dx is None else dx,
         partial,
+        of_gate,
+        of_taps,
         grads.inverse_count,
         channels,
         height,
         width,
         *grads.y.shape[2:],
-        stride,
         padding,
-        *rows.arguments,
+        rows.size,
+        rows.parts,
+        rows.tiles * rows.block,
+        rows.segments,
         owed.rows,
         grads.views,
         **owed.constants,
         MOMENTS=grads.views > 0,
+        INPUT=dx is not None,
+        WEIGHT=wanted_weight,
         KERNEL=kernel,
-        TAPS=triton.next_power_of_2(kernel * kernel),
+        STRIDE=stride,
         WIDE=channels % 8 == 0,
-        BLOCK_P=BLOCK_P,
-        BLOCK_C=block_c,
+        **tile,
+        maxnreg=REGISTERS if kernel <= 3 else None,
     )
-    return partial.sum(0).t().reshape(channels, 1, kernel, kernel)
+    of_prefix = of_taps.sum(0).t().reshape(channels, 1, kernel, kernel) if wanted_weight else None
+    return (*partial, of_gate), of_prefix
+
+
+def _taps(weight: Tensor, channels: int) -> Tensor:
+    """The weight's prefix [C, 1, k, k] as kernels read it: [k k, C] in fp32."""
+    return weight[:channels].flatten(1).t().float().contiguous()
+
+
+def _tile(channels: int, width: int, columns: int, size: int) -> dict[str, int]:
+    """A lane's columns, at most so many, and a tile's lanes and channels, so that the fewest of them are idle.
+
+    size: lanes times channels, of which each of the program's threads has an equal share. What a lane holds in
+    registers grows with its columns, the channels of a thread, and the kernel.
+    """
+    columns = min(range(columns, 1, -1), key=lambda n: triton.cdiv(width, n) * n)
+    block = min((64, 32, 16), key=lambda n: triton.cdiv(channels, n) * n)
+    return {"COLUMNS": columns, "BLOCK_P": size // block, "BLOCK_C": block}

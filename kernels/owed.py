@@ -18,7 +18,7 @@ def known(channels, WIDE: tl.constexpr):
 @triton.jit
 def activated(z, ACT: tl.constexpr):
     if ACT == "relu":
-        z = tl.where(z < 0, 0.0, z)  # not a maximum: NaN stays
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "hardswish":
         z = z * tl.minimum(tl.maximum(z + 3, 0.0), 6.0) * (1 / 6)
     return z

@@ -109,7 +109,9 @@ def launches(operator: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any
     seen: dict[str, Any] = {}
 
     def remember(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        compile_options = {
+            name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options
+        }
         signature, constants, attributes = {}, dict(options), {}
         for position, (parameter, value) in enumerate(zip(kernel.params, args)):
             name, specialized = parameter.name, not parameter.do_not_specialize
@@ -144,6 +146,12 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", done.stdout)}
 
 
+def widest(ptx: str) -> int:
+    """Bytes of the widest load from global memory."""
+    loads = re.findall(r"\bld\.global(?:\.[a-z:]\w*)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    return max(int(words or 1) * int(bits) // 8 for words, bits in loads)
+
+
 def main() -> None:
     for kernel, signature, constants, attributes, options in launches(sys.argv[1]):
         for architecture in ARCHITECTURES:
@@ -152,7 +160,7 @@ def main() -> None:
             found = usage(compiled.asm["cubin"])
             line = {"kernel": kernel.fn.__name__, "sm": architecture, **options, "shared": compiled.metadata.shared}
             shown = {name: value for name, value in constants.items() if name.isupper()}
-            print(json.dumps(line | found | {"constants": shown, "wide": "v4" in compiled.asm["ptx"]}), flush=True)
+            print(json.dumps(line | found | {"constants": shown, "widest": widest(compiled.asm["ptx"])}), flush=True)
 
 
 if __name__ == "__main__":
