@@ -147,9 +147,10 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def widest(ptx: str) -> int:
-    """Bytes of the widest load from global memory."""
+    """Bytes of the widest load from global memory, into registers or on the way past them into shared memory."""
     loads = re.findall(r"\bld\.global(?:\.[a-z:]\w*)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
-    return max(int(words or 1) * int(bits) // 8 for words, bits in loads)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    return max([int(words or 1) * int(bits) // 8 for words, bits in loads] + [int(size, 0) for size in copies])
 
 
 def main() -> None:

@@ -49,8 +49,10 @@ def test_the_interpreter_is_strict(run_python):
     assert not said["right"]
 
 
+# Nothing of ours trains in fp16: with it, the interpreter takes half as long again.
+@pytest.mark.parametrize("dtypes", ["not fp16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_interpreted(run_python, operator):
+def test_interpreted(run_python, operator, dtypes):
     """Triton chooses the interpreter when it is imported, so this is a process of its own."""
     printed = run_python(
         *(
@@ -61,7 +63,7 @@ def test_interpreted(run_python, operator):
             "no:cacheprovider",
             f"tests/ops/test_{operator}.py",
             "-k",
-            "triton and not on_a_gpu and not threads",
+            f"triton and not on_a_gpu and not threads and {dtypes}",
         ),
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
@@ -69,10 +71,19 @@ def test_interpreted(run_python, operator):
     assert " passed" in printed, printed
 
 
-@pytest.mark.parametrize("steps", [1, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("network", ["mobilenet_v3_large", "resnet"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_interpreted(run_python, precision, network, steps):
+TRAININGS = [
+    ("resnet", "fp32", 1),
+    ("mobilenet_v3_large", "bf16", 1),
+    *(
+        pytest.param(network, precision, 50, marks=pytest.mark.slow)
+        for network in ("resnet", "mobilenet_v3_large")
+        for precision in ("fp32", "bf16")
+    ),
+]
+
+
+@pytest.mark.parametrize(("network", "precision", "steps"), TRAININGS)
+def test_training_interpreted(run_python, network, precision, steps):
     printed = run_python(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/train/test_final_weights.py"),
         *("-k", f"triton and {network} and {precision} and cpu"),
