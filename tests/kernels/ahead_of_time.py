@@ -1,10 +1,10 @@
 """Compiles what an operator's Triton kernels would be launched with, for GPUs that need not be there.
 
-    python tests/kernels/ahead_of_time.py conv_moments
+    python tests/kernels/ahead_of_time.py conv_moments 90
 
 calls the operator's launchers on the shapes of benchmarks/ops/layers.py, without data, and compiles each different
-launch for two architectures. Prints a line of JSON for each: registers, stack (where registers spill to) and shared
-memory.
+launch for compute capability 9.0. Prints a line of JSON for each: registers, stack (where registers spill to) and
+shared memory.
 """
 
 import json
@@ -26,7 +26,6 @@ from triton.compiler import ASTSource
 from benchmarks.ops.layers import IMAGES, MOBILENET, RESNET, VIEWS, Conv
 from dspnet_fast.ops import triton as provider
 
-ARCHITECTURES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float32)
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -154,14 +153,14 @@ def widest(ptx: str) -> int:
 
 
 def main() -> None:
-    for kernel, signature, constants, attributes, options in launches(sys.argv[1]):
-        for architecture in ARCHITECTURES:
-            source = ASTSource(kernel, signature, constants, attributes)
-            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-            found = usage(compiled.asm["cubin"])
-            line = {"kernel": kernel.fn.__name__, "sm": architecture, **options, "shared": compiled.metadata.shared}
-            shown = {name: value for name, value in constants.items() if name.isupper()}
-            print(json.dumps(line | found | {"constants": shown, "widest": widest(compiled.asm["ptx"])}), flush=True)
+    operator, architecture = sys.argv[1], int(sys.argv[2])
+    for kernel, signature, constants, attributes, options in launches(operator):
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        found = usage(compiled.asm["cubin"])
+        line = {"kernel": kernel.fn.__name__, "sm": architecture, **options, "shared": compiled.metadata.shared}
+        shown = {name: value for name, value in constants.items() if name.isupper()}
+        print(json.dumps(line | found | {"constants": shown, "widest": widest(compiled.asm["ptx"])}), flush=True)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ def test_interpreted(run_python, operator, dtypes):
 
 
 TRAININGS = [
-    ("resnet", "fp32", 1),
     ("mobilenet_v3_large", "bf16", 1),
     *(
         pytest.param(network, precision, 50, marks=pytest.mark.slow)
@@ -94,15 +93,18 @@ def test_training_interpreted(run_python, network, precision, steps):
     assert "1 passed" in printed, printed
 
 
-@pytest.mark.parametrize(
-    "operator", [name for name in OPERATORS if name != "slim_conv2d"]
-)  # its kernels are conv_moments'
-def test_compiles_for_gpus_without_spills(run_python, operator, tmp_path):
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "slim_conv2d"])  # has conv_moments' kernels
+def test_compiles_for_gpus_without_spills(run_python, operator, architecture, tmp_path):
     printed = run_python(
-        "tests/kernels/ahead_of_time.py", operator, TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path)
+        "tests/kernels/ahead_of_time.py",
+        operator,
+        str(architecture),
+        TRITON_INTERPRET=None,
+        TRITON_CACHE_DIR=str(tmp_path),
     )
     lines = [json.loads(line) for line in printed.splitlines()]
-    assert {line["sm"] for line in lines} == {80, 90}
+    assert lines
     for line in lines:
         assert line["STACK"] <= NO_SPILL and line["LOCAL"] == 0, f"registers spill: {line}"
         # A thread has two or four channels of a depthwise convolution; a warp has many, and reads them in one piece.

@@ -24,7 +24,7 @@ OUTPUT, GRADIENT = 2, 3
 UNITS = 16 if triton.INTERPRETED else 4
 # What activations are stored in: parameters of tests, without those that a provider does not serve (conftest.py).
 NARROW = [
-    pytest.param(torch.float16, id="fp16", marks=pytest.mark.not_by("cpp")),
+    pytest.param(torch.float16, id="fp16", marks=pytest.mark.not_by("native", "cpp")),
     pytest.param(torch.bfloat16, id="bf16"),
 ]
 DTYPES = [pytest.param(torch.float32, id="fp32"), *NARROW]
