@@ -29,7 +29,7 @@ lint: install ## check style and types
 	$(BIN)/python -m mypy dspnet_fast train
 
 test: lint ## check style and types, then run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-kernels: install ## the kernels for GPUs alone, without one: interpreted, and compiled for several (an hour)
 	$(BIN)/python -m pytest -n 2 tests/kernels tests/csrc -m ""
