@@ -337,12 +337,8 @@ def conv_moments_depthwise_backward_kernel(
         if INPUT and GATED:
             to = of_gate + (image * strips + lane % strips)[:, None] * channels + column[None, :]
             tl.store(to, to_gate, mask=(lane < lanes)[:, None] & inside[None, :])
-    if INPUT:
-        nothing = tl.zeros((BLOCK_C,), tl.float32)
-        programs = segments * parts
-        store_sums(
-            partial, program, programs, channels, column, tl.sum(of_scale, 0), tl.sum(of_shift, 0), nothing, OWED, False
-        )
+    if INPUT and OWED:
+        store_sums(partial, program, segments * parts, channels, column, tl.sum(of_scale, 0), tl.sum(of_shift, 0))
     if WEIGHT:
         for tap in tl.static_range(KERNEL * KERNEL):
             to = of_taps + (program.to(tl.int64) * (KERNEL * KERNEL) + tap) * channels + column
@@ -369,7 +365,7 @@ def backward(
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     segments = max(grads.views, owed.rows)
     rows = Rows.share(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, owed.x.device)
-    partial = partial_sums(rows, channels, owed.x, 2)
+    partial = partial_sums(2, rows, channels, owed.x)
     of_gate = owed.x.new_empty(images * strips if owed.gate is not None else 0, channels, dtype=torch.float32)
     of_taps = owed.x.new_empty(rows.programs if wanted_weight else 0, kernel * kernel, channels, dtype=torch.float32)
     launch(

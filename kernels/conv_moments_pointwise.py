@@ -24,6 +24,7 @@ from .owed import (
     moments_from,
     normalized,
     slope,
+    store_sums,
     unfold,
 )
 
@@ -282,12 +283,10 @@ def conv_moments_pointwise_input_gradient_kernel(
             of_scale += _add_rows(dz * values, HELD)
             of_shift += _add_rows(dz, HELD)
         tl.store(dx + tile * channels + in_x, (dz * factor).to(dx.dtype.element_ty), mask=valid)
-    to = program * channels + column
     if OWED:
-        tl.store(partial + to, tl.sum(of_scale, 0), mask=inside)
-        tl.store(partial + segments * parts * channels + to, tl.sum(of_shift, 0), mask=inside)
+        store_sums(partial, program, segments * parts, channels, column, tl.sum(of_scale, 0), tl.sum(of_shift, 0))
     if GATED and IMAGES == 0:
-        tl.store(dgate + to, tl.sum(of_gate, 0), mask=inside)
+        tl.store(dgate + program * channels + column, tl.sum(of_gate, 0), mask=inside)
 
 
 def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,7 +307,7 @@ def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tenso
         rows = Rows.share(images, views, in_tile, blocks, device)
     else:  # with a gate, a program works within one image: the gate's gradient is a sum over it
         rows = Rows.share(images * positions, images if gated else views, block_m, blocks, device)
-    partial = partial_sums(rows, channels, owed.x, kinds=2)
+    partial = partial_sums(2, rows, channels, owed.x)
     of_gate = owed.x.new_empty(images if in_tile else rows.programs, channels, dtype=torch.float32)
     launch(
         conv_moments_pointwise_input_gradient_kernel,

@@ -161,8 +161,8 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return max(least, min(most, triton.next_power_of_2(size)))
 
 
-def partial_sums(rows: Rows, channels: int, like: Tensor, kinds: int = 3) -> Tensor:
-    """Room for what the programs of a backward sum up, by default for scale, shift and gate: [kinds, programs, C]."""
+def partial_sums(kinds: int, rows: Rows, channels: int, like: Tensor) -> Tensor:
+    """Room for what the programs of a backward sum up, for scale and shift and more: [kinds, programs, C]."""
     return like.new_empty(kinds, rows.programs, channels, dtype=torch.float32)
 
 

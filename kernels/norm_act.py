@@ -202,7 +202,10 @@ def norm_act_backward_kernel(
             of_residual_scale += tl.sum(dz * added, 0)
             tl.store(dresidual + offsets, (dz * residual_factor).to(dx.dtype.element_ty), mask=valid)
     programs = segments * parts
-    store_sums(partial, program, programs, channels, column, of_scale, of_shift, of_gate, OWED or ADDED_OWED, GATED)
+    if OWED or ADDED_OWED:
+        store_sums(partial, program, programs, channels, column, of_scale, of_shift)
+    if GATED:
+        tl.store(partial + (2 * programs + program) * channels + column, of_gate, mask=inside)
     if OF_RESIDUAL and ADDED_OWED:
         tl.store(partial + (3 * programs + program) * channels + column, of_residual_scale, mask=inside)
 
@@ -228,7 +231,7 @@ def settle_backward(
     block = power_of_two(channels, 16, 64)
     segments = _segments(scale, residual_scale) if gate is None else max(len(x), 1)
     rows = Rows.share(len(x) * positions, segments, BLOCK_M, triton.cdiv(channels, block), x.device)
-    dx, partial = torch.empty_like(x), partial_sums(rows, channels, x, kinds=4)
+    dx, partial = torch.empty_like(x), partial_sums(4, rows, channels, x)
     dresidual = torch.empty_like(x) if residual_gradient else x.new_empty(0)
     launch(
         norm_act_backward_kernel,

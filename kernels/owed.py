@@ -92,30 +92,12 @@ def settle_gradient(dh, x, factor, offset, gates, valid, ACT: tl.constexpr, OWED
 
 
 @triton.jit
-def store_sums(
-    partial, program, programs, channels, column, of_scale, of_shift, of_gate, OWED: tl.constexpr, GATED: tl.constexpr
-):
-    """What a program has summed for scale, shift and gate, into partial [3, programs, C]."""
+def store_sums(partial, program, programs, channels, column, of_scale, of_shift):
+    """What a program has summed for scale and shift, into the first two of partial [kinds, programs, C]."""
     inside = column < channels
     to = partial + program * channels + column
-    if OWED:
-        tl.store(to, of_scale, mask=inside)
-        tl.store(to + programs * channels, of_shift, mask=inside)
-    if GATED:
-        tl.store(to + 2 * programs * channels, of_gate, mask=inside)
-
-
-@triton.jit
-def add_tile(y, valid, count, mean, squares, total):
-    """Merges the moments of a tile into those of `count` rows before it (Chan et al. 1979). y is 0 where not valid.
-
-    mean, squares: [columns], of the rows so far; squares are the sums of squared deviations. total: rows of the tile.
-    """
-    tile_mean = tl.sum(y, 0) / total
-    deviation = tl.where(valid, y - tile_mean[None, :], 0.0)
-    delta = tile_mean - mean
-    share = total / (count + total)
-    return mean + delta * share, squares + tl.sum(deviation * deviation, 0) + delta * delta * (count * share)
+    tl.store(to, of_scale, mask=inside)
+    tl.store(to + programs * channels, of_shift, mask=inside)
 
 
 @triton.jit

@@ -114,7 +114,7 @@ def slim_batch_norm_backward(
     block = power_of_two(channels, 16, 64)
     blocks = triton.cdiv(channels, block)
     rows = Rows.share(len(rows_of_x), views, BLOCK_M, blocks, x.device)
-    partial = partial_sums(rows, channels, x, kinds=2)
+    partial = partial_sums(2, rows, channels, x)
     launch(
         slim_batch_norm_sums_kernel,
         rows.programs * blocks,

@@ -37,11 +37,12 @@ def nan_filled() -> Iterator[None]:
 
 
 @pytest.fixture
-def run_python() -> Callable[..., str]:
+def run_python(request: pytest.FixtureRequest) -> Callable[..., str]:
     """Runs Python in a process of its own, in the repository root, and returns what it printed.
 
     run_python(*arguments, **environment): an environment variable given as None is unset.
     """
+    patience = 3600 if request.node.get_closest_marker("slow") else 600  # seconds
 
     def run(*arguments: str, **environment: str | None) -> str:
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
@@ -51,7 +52,7 @@ def run_python() -> Callable[..., str]:
             env={name: value for name, value in env.items() if value is not None},
             capture_output=True,
             text=True,
-            timeout=3600,
+            timeout=patience,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -6,12 +6,13 @@ comes last on the screen.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from train.run import atomic
 
 from . import records
 
@@ -260,9 +261,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write the page; print its shorter tables."""
     source, target = map(Path, arguments)
     results = Results(records.read(source))
-    temporary = target.with_suffix(f".{os.getpid()}")
-    temporary.write_text(results.page())
-    temporary.replace(target)
+    atomic.write_text(target, results.page())
     print(results.page().split("\n## Operators, ")[0])
     faults = results.faults()
     print("\n".join(["== what failed", *faults]) if faults else "== nothing failed")
