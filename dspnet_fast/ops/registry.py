@@ -22,7 +22,7 @@ providers that nobody has measured yet), or a provider's name. It starts as DSPN
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -173,8 +173,15 @@ def get_policy() -> str:
 
 
 def fast_kernels() -> dict[str, str]:
-    """What a command's --fast-kernels means: `auto`, unless DSPNET_KERNELS says otherwise. Returns serving()."""
+    """What a command's --fast-kernels means: `auto`, unless DSPNET_KERNELS says otherwise. Returns serving().
+
+    Warns of providers that could serve this machine's accelerator and that `auto` leaves out.
+    """
     set_policy(_policy_of_environment or "auto")
+    if _policy == "auto":
+        able = (provider for name in operators for provider in _able(name, _accelerator()))
+        for provider, reason in sorted({(p.name, p.unproven) for p in able if p.unproven}):
+            log.warning("--fast-kernels leaves out %s: %s", provider, reason)
     return serving()
 
 
@@ -183,7 +190,7 @@ def serving(device: str | None = None) -> dict[str, str]:
 
     A call whose arguments that provider does not accept goes to the next one. Raises InputError as set_policy does.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or _accelerator()
     return {name: next((p.name for p in _candidates(name, device)), "native") for name in operators}
 
 
@@ -209,9 +216,7 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     if _policy == "native":
         return ()
     if _policy in CHOOSING:
-        ordered = (providers[p] for p in PRIORITY.get(device, ()) if p in providers)
-        eligible = (p for p in ordered if not p.only_by_name and (_policy == "any" or not p.unproven))
-        return tuple(p for p in eligible if device in p.devices and p.supported()[0])
+        return tuple(p for p in _able(name, device) if _policy == "any" or not p.unproven)
     _check(_policy)
     if _policy not in providers:
         return ()
@@ -220,6 +225,18 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
         serves = " and ".join(provider.devices)
         raise InputError(f"{name}: {_policy} was asked for by name, but it serves {serves}, not {device}")
     return (provider,)
+
+
+def _able(name: str, device: str) -> Iterator[Provider]:
+    """The providers that can be chosen on this device type of this machine, in order."""
+    providers = operators[name].providers
+    ordered = (providers[p] for p in PRIORITY.get(device, ()) if p in providers)
+    return (p for p in ordered if not p.only_by_name and device in p.devices and p.supported()[0])
+
+
+def _accelerator() -> str:
+    """The device type of this machine's accelerator."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check(policy: str) -> None:

@@ -75,6 +75,15 @@ def test_any_takes_what_nobody_has_measured_but_not_what_is_only_by_name(made, m
     assert registry.serving("cuda") == {"test_plus_one": "triton"}
 
 
+@pytest.mark.parametrize("gpu, said", [(True, ["--fast-kernels leaves out triton: not measured"]), (False, [])])
+def test_fast_kernels_says_what_it_leaves_out(made, monkeypatch, caplog, gpu, said):
+    monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
+    monkeypatch.setattr(registry, "_policy_of_environment", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert registry.fast_kernels() == {"test_plus_one": "native" if gpu else "cpp"}
+    assert [record.getMessage() for record in caplog.records] == said
+
+
 def test_auto_reports_a_refusal_once(made, caplog):
     registry.set_policy("auto")
     with caplog.at_level(logging.WARNING):
