@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dspnet_fast.subnets import Family
 
 from . import cli
 from .called import as_called
+from .config import flag
 from .costs import cost
 from .data import augment
 from .data.images import ImageSet
@@ -26,7 +27,7 @@ from .evaluation.accuracy import Accuracy
 from .evaluation.points import points
 from .evaluation.protocols.common import FOLDER, Plan, config_of
 from .evaluation.results import Report, accuracy_table, publish
-from .evaluation.supervised import SupervisedTraining, evaluate, labelled_batches, new_classifier
+from .evaluation.supervised import Recipe, SupervisedTraining, evaluate, labelled_batches, new_classifier
 from .evaluation.trained import TrainedFamily
 from .finetune_config import SCRATCH, FinetuneConfig
 from .run import loop
@@ -46,6 +47,51 @@ EXAMPLE = """\
       --image-size 32 --out runs/scratch
   python -m train.finetune --from runs/first --dn w0.50 --lr 0.01 --out runs/small
   python -m train.finetune --out runs/finetuned --resume"""
+
+
+def completed(config: FinetuneConfig) -> FinetuneConfig:
+    """With what it leaves to the run that it starts from, so that the configuration says all.
+
+    InputError for what does not fit that run, or its own switches.
+    """
+    if config.from_ == SCRATCH:
+        if config.network is None or config.dns is None or config.data is None or config.image_size is None:
+            raise InputError("--from none starts from nothing: add --network, --dns, --data and --image-size")
+        whole = replace(config, stem=config.stem or "standard")
+    else:
+        run = config_of(Path(config.from_))
+        for name in ("network", "stem"):
+            if getattr(config, name) not in (None, getattr(run, name)):
+                raise InputError(f"{flag(name)} {getattr(config, name)}, but {config.from_} has {getattr(run, name)}")
+        whole = replace(
+            config,
+            network=run.network,
+            stem=run.stem,
+            dns=config.dn or config.dns or run.dns,
+            dn=None,
+            data=config.data or run.data,
+            image_size=config.image_size or run.image_size,
+        )
+    if len(whole.family().names()) > 1 and whole.subnets_per_step < 2:
+        raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
+    return whole
+
+
+def recipe_of(config: FinetuneConfig) -> Recipe:
+    """How to train."""
+    return Recipe(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        head_lr=config.lr if config.head_lr is None else config.head_lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        warmup_epochs=config.warmup_epochs,
+        label_smoothing=config.label_smoothing,
+        subnets_per_step=config.subnets_per_step,
+        distill=not config.no_distillation,
+        seed=config.seed,
+    )
 
 
 def starting_network(config: FinetuneConfig, switches: Family) -> Network:
@@ -93,7 +139,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     """
     assert config.data is not None and config.image_size is not None
     device = choose_device(config.device)
-    options, recipe = config.family(), config.recipe()
+    options, recipe = config.family(), recipe_of(config)
     switches = family_of(options.network, options.names())
     train: ImageSet = open_images(config.data, "train")
     test: ImageSet = open_images(config.data, "test")
@@ -176,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(with_own_config(argv))
-    config = cli.to_config(FinetuneConfig, parsed).complete()
+    config = completed(cli.to_config(FinetuneConfig, parsed))
     if parsed.dry_run:
         plan_finetune(config).show()
         return

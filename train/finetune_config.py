@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
@@ -11,8 +10,6 @@ from dspnet_fast.models import NETWORKS, STEMS
 from .called import as_called
 from .choices import WORKERS_HELP, Workers
 from .config import FamilyOptions, RunConfig, flag, option, positive
-from .evaluation.protocols.common import config_of
-from .evaluation.supervised import Recipe
 
 SCRATCH = "none"
 
@@ -83,52 +80,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
         if self.dn is not None and (self.dns is not None or self.from_ == SCRATCH):
             raise InputError("--dn trains one network of a run alone: give --from a run, and no --dns")
 
-    def complete(self) -> FinetuneConfig:
-        """With what it leaves to the run that it starts from, so that the configuration says all.
-
-        InputError for what does not fit that run, or its own switches.
-        """
-        completed = self._completed()
-        if len(completed.family().names()) > 1 and self.subnets_per_step < 2:
-            raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
-        return completed
-
-    def _completed(self) -> FinetuneConfig:
-        if self.from_ == SCRATCH:
-            if self.network is None or self.dns is None or self.data is None or self.image_size is None:
-                raise InputError("--from none starts from nothing: add --network, --dns, --data and --image-size")
-            return replace(self, stem=self.stem or "standard")
-        run = config_of(Path(self.from_))
-        for name in ("network", "stem"):
-            if getattr(self, name) not in (None, getattr(run, name)):
-                raise InputError(f"{flag(name)} {getattr(self, name)}, but {self.from_} has {getattr(run, name)}")
-        return replace(
-            self,
-            network=run.network,
-            stem=run.stem,
-            dns=self.dn or self.dns or run.dns,
-            dn=None,
-            data=self.data or run.data,
-            image_size=self.image_size or run.image_size,
-        )
-
     def family(self) -> FamilyOptions:
         """The switches, of a completed configuration."""
         assert self.network is not None and self.dns is not None and self.stem is not None
         return FamilyOptions(network=self.network, dns=self.dns, stem=self.stem)
-
-    def recipe(self) -> Recipe:
-        """How to train."""
-        return Recipe(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            head_lr=self.lr if self.head_lr is None else self.head_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            warmup_epochs=self.warmup_epochs,
-            label_smoothing=self.label_smoothing,
-            subnets_per_step=self.subnets_per_step,
-            distill=not self.no_distillation,
-            seed=self.seed,
-        )

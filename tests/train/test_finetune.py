@@ -15,7 +15,7 @@ from train import finetune
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.evaluation.supervised import Recipe, SupervisedTraining, new_classifier
 from train.evaluation.trained import TrainedFamily
-from train.finetune import starting_network
+from train.finetune import completed, starting_network
 from train.finetune_config import FinetuneConfig
 from train.run import checkpoint
 from train.schedules import learning_rate
@@ -117,17 +117,17 @@ def test_one_network_alone_is_plain_sgd():
 def test_starts(finished, tmp_path, images):
     """A run's full network, a smaller one of it, or the seed's weights."""
     encoder = TrainedFamily(finished, torch.device("cpu")).encoder
-    config = FinetuneConfig(from_=str(finished)).complete()
+    config = completed(FinetuneConfig(from_=str(finished)))
     assert (config.dns, config.image_size, config.data) == (",".join(DNS), 12, str(images))
     same = starting_network(config, family("resnet", DNS))
     torch.testing.assert_close(dict(same.named_parameters()), dict(encoder.named_parameters()), rtol=0, atol=0)
-    alone = FinetuneConfig(from_=str(finished), dn="c8-d1121").complete()
+    alone = completed(FinetuneConfig(from_=str(finished), dn="c8-d1121"))
     assert alone.dns == "c8-d1121"
     small = starting_network(alone, family("resnet", ["c8-d1121"]))
     torch.testing.assert_close(small.conv1.weight, encoder.conv1.weight[:8], rtol=0, atol=0)
     scratch = {"from_": "none", "network": "resnet", "stem": "small", "dns": "c8-d1111", "image_size": 12, "data": "x"}
     first, again, other = (
-        starting_network(FinetuneConfig(**scratch, seed=seed).complete(), family("resnet", ["c8-d1111"]))
+        starting_network(completed(FinetuneConfig(**scratch, seed=seed)), family("resnet", ["c8-d1111"]))
         for seed in (0, 0, 1)
     )
     assert torch.equal(first.conv1.weight, again.conv1.weight)

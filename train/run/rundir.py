@@ -31,6 +31,7 @@ from dspnet_fast.errors import InputError
 
 from ..called import as_called
 from ..config import PretrainConfig, RunConfig, flag, key
+from ..finetune_config import FinetuneConfig
 from . import atomic
 
 CONFIG = "config.yaml"
@@ -90,8 +91,6 @@ def _names(kind: type[RunConfig]) -> dict[str, str]:
 
 def _kind_of(options: dict[str, Any]) -> type[RunConfig] | None:
     """Whose configuration has these options."""
-    from ..finetune_config import FinetuneConfig  # here: it needs what reads runs, which is this module
-
     kinds: tuple[type[RunConfig], ...] = (PretrainConfig, FinetuneConfig)
     return next((kind for kind in kinds if options.keys() <= _names(kind).keys()), None)
 
