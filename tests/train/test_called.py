@@ -34,6 +34,12 @@ def test_an_installation_has_commands(installed):
     assert as_called(other) == other
 
 
+def test_an_installation_has_the_recipes_somewhere_else(installed):
+    *_, recipe = as_called("dspnet-pretrain --config recipes/dspnet_resnet_cifar-10_10e.yaml").split()
+    assert Path(recipe).is_absolute() and Path(recipe).is_file()
+    assert as_called("my/recipes/x.yaml") == "my/recipes/x.yaml"
+
+
 @pytest.mark.parametrize("command", [pretrain, finetune], ids=["pretrain", "finetune"])
 def test_help(command, installed):
     text = command.make_parser().format_help()
