@@ -17,7 +17,7 @@ from train.run.rundir import read_config
 
 RANKS = 2
 STOPPED_AT = 5
-MINUTES = 120.0  # within which a job of lost ranks has ended, and this machine has started another
+SECONDS = 120.0  # within which a job of lost ranks has ended, and this machine has started another
 
 SCRIPT = """
 {before}
@@ -44,9 +44,11 @@ def torchrun(folder: Path, argv: list[str], before: str = "") -> subprocess.Pope
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, int]:
     try:
-        printed, _ = process.communicate(timeout=MINUTES)
-    finally:
-        process.kill()
+        printed, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not killed: then its ranks would outlive it
+        printed, _ = process.communicate(timeout=SECONDS)
+        raise AssertionError(f"no end within {SECONDS} seconds:\n{printed}") from None
     return printed, process.returncode
 
 
