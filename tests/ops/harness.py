@@ -22,9 +22,11 @@ Cotangents = tuple[Tensor, ...] | Callable[[tuple[Tensor, ...]], tuple[Tensor, .
 OUTPUT, GRADIENT = 2, 3
 # Units in the last place. Triton's interpreter adds up the rows of a tile one after another, a GPU in pairs.
 UNITS = 16 if triton.INTERPRETED else 4
+# Marks of what the interpreter takes long for, though it says little more: only make test-kernels waits for that.
+SLOW_INTERPRETED = [pytest.mark.slow] if triton.INTERPRETED else []
 # What activations are stored in: parameters of tests, without those that a provider does not serve (conftest.py).
-NARROW = [
-    pytest.param(torch.float16, id="fp16", marks=pytest.mark.not_by("native", "cpp")),
+NARROW = [  # nothing of ours trains in fp16
+    pytest.param(torch.float16, id="fp16", marks=[pytest.mark.not_by("native", "cpp"), *SLOW_INTERPRETED]),
     pytest.param(torch.bfloat16, id="bf16"),
 ]
 DTYPES = [pytest.param(torch.float32, id="fp32"), *NARROW]

@@ -3,7 +3,7 @@
 import harness
 import pytest
 import torch
-import torch.nn.functional as F
+from activations import ACTIVATIONS, CASES, NAMES
 from harness import NARROW, check_every_build, device, double, providers, run, to_device
 from torch import Tensor
 from torch.library import opcheck
@@ -13,19 +13,6 @@ from dspnet_fast.ops import conv_moments, cpp, norm_act, norm_act_pool, registry
 from dspnet_fast.ops.norm_act import norm_act_backward
 from dspnet_fast.ops.owed import ACTS
 
-ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
-
-# (images, channels, height, width, views)
-CASES = {
-    "one vector": (4, 16, 6, 5, 2),
-    "odd channels": (6, 13, 7, 5, 3),
-    "wide": (4, 200, 5, 6, 2),
-    "wide, small maps": (64, 250, 3, 3, 2),
-    "1x1 maps": (6, 72, 1, 1, 2),
-    "large": (4, 40, 23, 21, 2),
-    "one channel": (2, 1, 3, 3, 1),
-    "one image": (1, 35, 9, 7, 1),
-}
 # What is added before the activation.
 RESIDUALS = ("no residual", "residual", "normalised residual")
 
@@ -91,7 +78,7 @@ def check(arguments: dict) -> None:
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -103,7 +90,7 @@ def test_formulas_by_autograd(case, act, gated, residual):
     torch.testing.assert_close(grads, want_grads)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -111,7 +98,7 @@ def test_error_rule(provider, nan_filled, case, act, gated, residual):
     check(make(case, act, gated=gated, residual=residual))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ["identity", "relu"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
@@ -119,7 +106,7 @@ def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
     check(make(case, act, owed=False, residual=residual, gated=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("dtype", NARROW)

@@ -3,27 +3,13 @@
 import harness
 import pytest
 import torch
-import torch.nn.functional as F
+from activations import ACTIVATIONS, CASES, NAMES
 from harness import DTYPES, check_every_build, device, differentiable, double, providers, run, to_device
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import cpp, norm_act_pool
 from dspnet_fast.ops.owed import ACTS
-
-ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
-
-# (images, channels, height, width, views)
-CASES = {
-    "one vector": (4, 16, 6, 5, 2),
-    "odd channels": (6, 13, 7, 5, 3),
-    "wide": (4, 200, 5, 6, 2),
-    "wide, small maps": (64, 250, 3, 3, 2),
-    "1x1 maps": (6, 72, 1, 1, 2),
-    "large": (4, 40, 23, 21, 2),
-    "one channel": (2, 1, 3, 3, 1),
-    "one image": (1, 35, 9, 7, 1),
-}
 
 
 @pytest.fixture(params=providers(norm_act_pool))
@@ -57,7 +43,7 @@ def check(arguments: dict) -> None:
     assert of_x.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("owed", [False, True], ids=["settled", ""])
 def test_formulas_by_autograd(case, act, owed):
@@ -68,7 +54,7 @@ def test_formulas_by_autograd(case, act, owed):
     torch.testing.assert_close(grads, want_grads)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("owed", [False, True], ids=["settled", ""])
 @pytest.mark.parametrize("dtype", DTYPES)

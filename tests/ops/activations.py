@@ -1,0 +1,21 @@
+"""What norm_act and norm_act_pool are tested with: activation functions, and sizes of activations."""
+
+import pytest
+import torch.nn.functional as F
+from harness import SLOW_INTERPRETED
+
+ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
+
+# (images, channels, height, width, views)
+CASES = {
+    "one vector": (4, 16, 6, 5, 2),
+    "odd channels": (6, 13, 7, 5, 3),
+    "wide": (4, 200, 5, 6, 2),
+    "wide, small maps": (64, 250, 3, 3, 2),
+    "1x1 maps": (6, 72, 1, 1, 2),
+    "large": (4, 40, 23, 21, 2),
+    "one channel": (2, 1, 3, 3, 1),
+    "one image": (1, 35, 9, 7, 1),
+}
+# The one of many images is for the threads of a CPU.
+NAMES = [pytest.param(name, marks=SLOW_INTERPRETED if name == "wide, small maps" else []) for name in CASES]
