@@ -165,7 +165,9 @@ del registry.operators["ema_update"].providers["cuda"]  # no part of a step
 network = "mobilenet_v3_large"
 native = training.train(network, "native")
 way, loss = training.apart(training.train(network, "native", nudged=True), native)
-got_way, got_loss = training.apart(training.train(network, "cuda"), native)
+got = training.train(network, "cuda")
+got_way, got_loss = training.apart(got, native)
+assert training.apart_at_first(got, native) <= training.CLOSE
 assert 0 < way < 0.2 and got_way <= max(2 * way, training.KINK) and got_loss <= max(2 * loss, training.KINK)
 counts = {name: calls.count(name) for name in set(calls)}
 steps = training.STEPS
