@@ -162,13 +162,7 @@ serve(lars_ema_step, emulated.lars_ema_step)
 serve(normalized_mse, lambda p, z: emulated.normalized_mse(p.contiguous(), z.contiguous()))
 serve(normalized_mse_backward, backward)
 del registry.operators["ema_update"].providers["cuda"]  # no part of a step
-network = "mobilenet_v3_large"
-native = training.train(network, "native")
-way, loss = training.apart(training.train(network, "native", nudged=True), native)
-got = training.train(network, "cuda")
-got_way, got_loss = training.apart(got, native)
-assert training.apart_at_first(got, native) <= training.CLOSE
-assert 0 < way < 0.2 and got_way <= max(2 * way, training.KINK) and got_loss <= max(2 * loss, training.KINK)
+training.check_fp32("mobilenet_v3_large", "cuda")
 counts = {name: calls.count(name) for name in set(calls)}
 steps = training.STEPS
 assert counts == {"lars_ema_step": steps, "normalized_mse": 2 * steps, "normalized_mse_backward": 2 * steps}, counts

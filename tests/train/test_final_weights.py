@@ -3,8 +3,10 @@ two runs be.
 
 Training amplifies rounding, so the measure is another native run: one that starts with weights of which each is off by
 a unit in the last place, or, for bf16, one that stores activations in bf16 as well. The networks are such that fp32
-runs stay some millionths of the way apart, until an input of a ReLU is so near to 0 that rounding decides its sign:
-that can happen to one run and not to the other, and from then on they are up to KINK apart.
+runs stay some millionths of the way apart, until an input of a ReLU is so near to 0 that rounding decides its sign. Of
+24 native runs of the ResNet from weights that were off by a unit, 19 had such a kink, and ended up to 0.02 of the way
+from the one that was not off; of 24 of MobileNetV3's blocks, none had. So the end of a run says little of small faults.
+Each step says more: beside an fp32 run, native kernels take every step again, from the state that the run was in.
 """
 
 import functools
@@ -25,8 +27,9 @@ from train.trainer import Trainer
 STEPS = int(os.environ.get("DSPNET_TEST_STEPS", "50"))
 BATCH, SIZE = 8, 8
 UNIT = torch.finfo(torch.float32).eps
-KINK = 0.02  # of the way, and of a loss; 0.006 was seen, and from step 19 on
-BEFORE_KINKS, CLOSE = 10, 1e-4  # steps without one, and how near the losses are as long as there is none
+KINK = 0.05  # of the way, and of a loss: how far apart runs may be after a kink
+CLOSE = 3e-5  # how near a step is to the native one from the same state: 4e-6 was seen
+KINKS = 0.1  # of all steps may have a kink of their own, and be farther away
 FAST = [
     pytest.param("cpp", "cpu", marks=pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])),
     pytest.param("triton", "cpu", marks=pytest.mark.skipif(not triton.INTERPRETED, reason="no TRITON_INTERPRET=1")),
@@ -53,11 +56,12 @@ if triton.INTERPRETED:
 
 @dataclass(frozen=True)
 class Run:
-    """All online weights before and after, and the losses [steps, subnets]."""
+    """All online weights before and after, the losses [steps, subnets], and `off_by` of each fp32 step."""
 
     before: Tensor
     after: Tensor
     losses: Tensor
+    steps_off_by: Tensor
 
 
 @functools.cache
@@ -80,15 +84,39 @@ def train(network: str, policy: str, precision: str = "fp32", nudged: bool = Fal
     )
     registry.set_policy(policy)
     trainer = Trainer(config, STEPS, torch.device(device))
+    native = Trainer(config, STEPS, torch.device("cpu")) if policy != "native" and precision == "fp32" else None
     weights = trainer.arena.params
     if nudged:
         weights.mul_(1 + UNIT * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).sign())
-    before, losses = weights.cpu().clone(), []
+    before, losses, steps_off_by = weights.cpu().clone(), [], []
     generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         images = torch.randint(256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
-        losses.append(torch.stack(list(trainer.train_step(torch.cat((images, images.flip(3)))).values())).cpu())
-    return Run(before, weights.cpu().clone(), torch.stack(losses))
+        batch = torch.cat((images, images.flip(3)))
+        if native is not None:
+            native.load_state(trainer.state() | {"step": step})
+        losses.append(losses_of_step(trainer, batch))
+        if native is not None:
+            registry.set_policy("native")
+            steps_off_by.append(off_by(trainer, losses[-1], native, batch))
+            registry.set_policy(policy)
+    return Run(before, weights.cpu().clone(), torch.stack(losses), torch.tensor(steps_off_by))
+
+
+def losses_of_step(trainer: Trainer, batch: Tensor) -> Tensor:
+    """[subnets], of one more step."""
+    return torch.stack(list(trainer.train_step(batch).values())).cpu()
+
+
+def off_by(trainer: Trainer, losses: Tensor, native: Trainer, batch: Tensor) -> float:
+    """How far a step went from the native one, which is still to do: the largest of three differences, of a loss, of
+    what has come into the momentum and of running statistics, the last two as shares."""
+    kept = native.arena.momenta * native.config.momentum
+    wanted = losses_of_step(native, batch)
+    arena, momenta, statistics = trainer.arena, native.arena.momenta, native.arena.statistics
+    of_momentum = (arena.momenta.cpu() - momenta).norm() / (momenta - kept).norm()
+    of_statistics = (arena.statistics.cpu() - statistics).norm() / statistics.norm()
+    return max(of_momentum.item(), of_statistics.item(), (losses - wanted).abs().max().item())
 
 
 def apart(run: Run, native: Run) -> tuple[float, float]:
@@ -97,22 +125,23 @@ def apart(run: Run, native: Run) -> tuple[float, float]:
     return way.item(), (run.losses - native.losses).abs().max().item()
 
 
-def apart_at_first(run: Run, native: Run) -> float:
-    """The largest difference of a loss in the first steps."""
-    return (run.losses - native.losses)[:BEFORE_KINKS].abs().max().item()
+def check_fp32(network: str, policy: str, device: str = "cpu") -> None:
+    """A run by a policy's kernels ends as near to the native one as one off by a unit does, and each step is near."""
+    native = train(network, "native")
+    way, loss = apart(train(network, "native", nudged=True), native)
+    assert 0 < way < 0.2  # or the comparison would say nothing
+    got = train(network, policy, device=device)
+    assert (got.steps_off_by > CLOSE).sum() <= KINKS * STEPS, got.steps_off_by
+    assert got.steps_off_by.max() <= KINK, got.steps_off_by
+    got_way, got_loss = apart(got, native)
+    assert got_way <= max(2 * way, KINK)
+    assert got_loss <= max(2 * loss, KINK)
 
 
 @pytest.mark.parametrize(("provider", "device"), FAST)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_fp32_is_as_near_as_a_run_off_by_a_unit(policy, network, provider, device):
-    native = train(network, "native")
-    way, loss = apart(train(network, "native", nudged=True), native)
-    assert 0 < way < 0.2  # or the comparison would say nothing
-    got = train(network, provider, device=device)
-    got_way, got_loss = apart(got, native)
-    assert got_way <= max(2 * way, KINK)
-    assert got_loss <= max(2 * loss, KINK)
-    assert apart_at_first(got, native) <= CLOSE
+    check_fp32(network, provider, device)
 
 
 @pytest.mark.parametrize(("provider", "device"), FAST)
