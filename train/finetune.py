@@ -32,7 +32,7 @@ from .evaluation.trained import TrainedFamily
 from .finetune_config import SCRATCH, FinetuneConfig
 from .run import loop
 from .run.device import choose_device
-from .run.rundir import RunLog, open_run, with_own_config
+from .run.rundir import RunLog, check_run, open_run, with_own_config
 
 DESCRIPTION = """\
 Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):
@@ -139,6 +139,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     """
     assert config.data is not None and config.image_size is not None
     device = choose_device(config.device)
+    check_run(config, resume)
     options, recipe = config.family(), recipe_of(config)
     switches = family_of(options.network, options.names())
     train: ImageSet = open_images(config.data, "train")

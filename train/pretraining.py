@@ -35,7 +35,7 @@ from .run.interruption import Interruption
 from .run.meter import Meter
 from .run.process import settle_in
 from .run.progress import Monitor
-from .run.rundir import RunLog, open_run, read_bad_images, write_bad_images
+from .run.rundir import RunLog, check_out, open_run, read_bad_images, write_bad_images
 from .trainer import Trainer
 from .watchdog import Watchdog
 
@@ -56,6 +56,8 @@ class Pretraining:
         self.ranks = ranks = join(device)
         if device.type == "cuda" and ranks.size > 1:
             device = torch.device("cuda", ranks.local)
+        if ranks.first:
+            check_out(config, resume)  # images may first have to be downloaded
         images = open_train_images(config)
         share = {"rank": ranks.rank, "world_size": ranks.size}
         order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, **share)

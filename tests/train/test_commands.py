@@ -140,7 +140,7 @@ def test_a_folder_without_classes_pretrains(arguments, tmp_path):
 
 def test_another_run_is_never_overwritten(finished, arguments, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    assert run(pretrain, *arguments(out=finished)) == WRONG_INPUT
+    assert run(pretrain, *arguments(out=finished, data="no images")) == WRONG_INPUT
     assert "holds a run already: add --resume" in capsys.readouterr().err
     assert run(pretrain, *arguments(out=finished, base_lr=9, dns="c8-d1111"), "--resume") == WRONG_INPUT
     assert "another --dns, --base-lr" in capsys.readouterr().err
@@ -148,7 +148,8 @@ def test_another_run_is_never_overwritten(finished, arguments, capsys):
 
 
 def test_nothing_to_resume(tmp_path, capsys):
-    assert run(pretrain, "--resume", "--out", tmp_path / "new") == WRONG_INPUT
+    nowhere = ("--data", tmp_path / "no images")  # which nobody looks for before there is a run
+    assert run(pretrain, "--resume", "--out", tmp_path / "new", *nowhere) == WRONG_INPUT
     assert "holds no run" in capsys.readouterr().err
     assert run(evaluate, "knn", tmp_path / "new") == WRONG_INPUT
     assert run(export, tmp_path / "new") == WRONG_INPUT

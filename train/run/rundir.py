@@ -109,20 +109,28 @@ def with_own_config(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
-def check_run(config: RunConfig, resume: bool) -> None:
-    """Raise InputError if `out` holds another run, or with `resume` none or one of another configuration."""
+def check_out(config: RunConfig, resume: bool) -> None:
+    """Raise InputError if `out` holds a run, or with `resume` none: what can be said before there are images."""
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     if resume:
+        read_config(out, type(config))
+    elif (out / CONFIG).exists():
+        raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
+
+
+def check_run(config: RunConfig, resume: bool) -> None:
+    """As `check_out`, and with `resume` InputError if the run in `out` is one of another configuration."""
+    check_out(config, resume)
+    if resume:
+        out = Path(config.out)
         different = read_config(out, type(config)).differences(config)
         if different:
             raise InputError(
                 f"the run in {out} has another {', '.join(flag(name) for name in different)}: "
                 "resume it with its own configuration (--resume --out is enough) or start another --out"
             )
-    elif (out / CONFIG).exists():
-        raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
 
 
 def open_run(config: RunConfig, resume: bool) -> Path:
