@@ -116,7 +116,8 @@ def off_by(trainer: Trainer, losses: Tensor, native: Trainer, batch: Tensor) -> 
     arena, momenta, statistics = trainer.arena, native.arena.momenta, native.arena.statistics
     of_momentum = (arena.momenta.cpu() - momenta).norm() / (momenta - kept).norm()
     of_statistics = (arena.statistics.cpu() - statistics).norm() / statistics.norm()
-    return max(of_momentum.item(), of_statistics.item(), (losses - wanted).abs().max().item())
+    # NaN in one of them is NaN in all, which Python's max would lose
+    return torch.stack((of_momentum, of_statistics, (losses - wanted).abs().max())).max().item()
 
 
 def apart(run: Run, native: Run) -> tuple[float, float]:
