@@ -20,13 +20,13 @@ from rich.table import Table
 
 from dspnet_fast.ops import registry
 from train.config import PretrainConfig
-from train.data.augment import byol
-from train.data.bad import BadImages
+from train.data.augmentation import byol
+from train.data.bad_images import BadImages
+from train.data.datasets import open_images
 from train.data.loader import two_view_batches
-from train.data.order import EpochOrder
-from train.data.sets import open_images
-from train.probe import Probe
-from train.trainer import Trainer
+from train.data.sampler import EpochOrder
+from train.pretraining.probe import Probe
+from train.pretraining.trainer import Trainer
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "train" / "golden_losses.json"
 SEEDS = (0, 1, 2)

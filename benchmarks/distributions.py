@@ -25,13 +25,13 @@ from rich.table import Table
 from torch import Tensor
 
 from train import cli
-from train.data.augment import OPERATIONS, ViewSpec, byol, only
+from train.data.augmentation import OPERATIONS, ViewSpec, byol, only
 from train.data.backends import choose_backend, open_batches
-from train.data.bad import BadImages
+from train.data.bad_images import BadImages
+from train.data.datasets import open_images
 from train.data.images import ImageSet
 from train.data.inspect import EVERYTHING
-from train.data.order import EpochOrder
-from train.data.sets import open_images
+from train.data.sampler import EpochOrder
 from train.run.progress import Monitor
 
 from .data import photographs, transform

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspnet_fast.subnets import Subnet
-from train.dspnet import DSPNet
+from train.pretraining.dspnet import DSPNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from train.config import PretrainConfig
-from train.trainer import Trainer
+from train.pretraining.trainer import Trainer
 
 MIB = 2**20
 WARMUP_STEPS = 2

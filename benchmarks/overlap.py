@@ -26,12 +26,12 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.machine import cpu_model
 from dspnet_fast.ops import registry
 from train import cli
-from train.communication import traffic
 from train.config import PretrainConfig
-from train.ranks import ALONE as NO_OTHERS
-from train.ranks import join, leave
+from train.costs.communication import traffic
+from train.distributed.process_group import ALONE as NO_OTHERS
+from train.distributed.process_group import join, leave
+from train.pretraining.trainer import Trainer
 from train.run.progress import Monitor
-from train.trainer import Trainer
 
 from .cable import HOSTS, Cable
 

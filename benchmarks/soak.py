@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 
 from train import cli
-from train.data.augment import byol
+from train.data.augmentation import byol
 from train.data.backends import choose_backend, open_batches
-from train.data.bad import BadImages
-from train.data.order import EpochOrder
-from train.data.sets import open_images
+from train.data.bad_images import BadImages
+from train.data.datasets import open_images
+from train.data.sampler import EpochOrder
 from train.run.progress import Monitor
 
 from .data import photographs

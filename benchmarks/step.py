@@ -43,9 +43,9 @@ from dspnet_fast.models import family
 from dspnet_fast.ops import registry
 from train import cli
 from train.config import PretrainConfig
+from train.pretraining.trainer import Trainer
 from train.run.process import settle_in
 from train.run.progress import Monitor
-from train.trainer import Trainer
 
 from . import machine, work
 from .eager import EagerStep

@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import (
+    activated,
+    known,
+    load_moment_gradients,
+    load_output_gradient,
+    load_row,
+    normalized,
+    slope,
+    store_sums,
+)
 from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums
 from .moments import merge_moments, partial_moments
-from .owed import activated, known, load_moment_gradients, load_output_gradient, load_row, normalized, slope, store_sums
 
 LARGEST_KERNEL = 7  # whose taps and accumulators the registers hold
 # Of a thread, where as many do: three programs then share a multiprocessor, and work while others wait for memory.

@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, power_of_two
-from .moments import merge_moments, partial_moments
-from .owed import (
+from .deferred import (
     activated,
     deviation,
     fold,
@@ -27,6 +25,8 @@ from .owed import (
     store_sums,
     unfold,
 )
+from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, power_of_two
+from .moments import merge_moments, partial_moments
 
 DEEP = 256  # from where on the depth of a product is what it costs
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import deviation, known, moments_from
 from .launch import SIZES, Rows, launch, power_of_two
-from .owed import deviation, known, moments_from
 
 BLOCK_C = 8  # columns of partial moments, few so that many programs share the work: a sector of memory
 

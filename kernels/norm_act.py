@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import activated, known, load_row, normalized, settle_gradient, store_sums
 from .launch import SIZES, Rows, channels_last, contiguous, few, launch, partial_sums, power_of_two, takes
-from .owed import activated, known, load_row, normalized, settle_gradient, store_sums
 from .sums import sums, sums_per_image
 
 BLOCK_M = 64

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import activated, known, load_row, normalized
 from .launch import SIZES, channels_last, contiguous, launch, power_of_two, takes
 from .norm_act import settle_backward
-from .owed import activated, known, load_row, normalized
 from .sums import sums
 
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import known, load_moment_gradients, load_output_gradient
 from .launch import SIZES, OutputGradient, launch, power_of_two
-from .owed import known, load_moment_gradients, load_output_gradient
 
 BLOCK_M = 64
 

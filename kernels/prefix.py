@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import known
 from .launch import SIZES, launch
-from .owed import known
 from .sums import add_up, blocks
 
 

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import known
 from .launch import SIZES, Rows, launch, partial_sums, power_of_two, takes
 from .moments import moments
 from .norm_act import norm_act
-from .owed import known
 from .sums import sums
 
 BLOCK_M = 64

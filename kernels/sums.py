@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .deferred import known
 from .launch import SIZES, launch, power_of_two
-from .owed import known
 
 BLOCK = 4096  # partial sums that a program reads at a time
 

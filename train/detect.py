@@ -17,20 +17,19 @@ from dspnet_fast.slim import slim
 
 from . import cli
 from .called import as_called
-from .choices import WORKERS_HELP, Workers
-from .config import PretrainConfig, flag, option, positive
+from .config import WORKERS_HELP, PretrainConfig, Workers, flag, option, positive
 from .data import coco
 from .data.coco import CocoSet, Instances
-from .data.order import EpochOrder
+from .data.sampler import EpochOrder
 from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
 from .detection.training import DetectionTraining, Recipe, evaluate
+from .evaluation.pretrained import TrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
-from .evaluation.trained import TrainedFamily
 from .run import atomic, checkpoint, fingerprint, loop
 from .run.device import choose_device
-from .run.rundir import read_recipe
+from .run.run_directory import read_recipe
 from .run.tables import Table, quantity
 
 DESCRIPTION = """\

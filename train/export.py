@@ -22,17 +22,16 @@ from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
 
 from . import cli
-from .config import FamilyOptions, PretrainConfig, option
-from .costs import cost
+from .config import FamilyOptions, FinetuneConfig, PretrainConfig, option
+from .costs.flops import cost
+from .data.datasets import open_images
 from .data.images import Subset
 from .data.normalization import MEAN, STD
-from .data.sets import open_images
-from .evaluation.trained import Trained, TrainedFamily
-from .finetune_config import FinetuneConfig
-from .finetuned import FinetunedFamily
+from .evaluation.finetuned import FinetunedFamily
+from .evaluation.pretrained import Trained, TrainedFamily
 from .run import checkpoint
 from .run.progress import Monitor
-from .run.rundir import read_any_config
+from .run.run_directory import read_any_config
 from .run.tables import Table, cost_cells
 
 DESCRIPTION = """\

@@ -17,22 +17,21 @@ from dspnet_fast.subnets import Family
 
 from . import cli
 from .called import as_called
-from .config import flag
-from .costs import cost
-from .data import augment
+from .config import SCRATCH, FinetuneConfig, flag
+from .costs.flops import cost
+from .data import augmentation
+from .data.datasets import open_images
 from .data.images import ImageSet
-from .data.order import EpochOrder
-from .data.sets import open_images
+from .data.sampler import EpochOrder
 from .evaluation.accuracy import Accuracy
-from .evaluation.points import points
+from .evaluation.plot_data import points
+from .evaluation.pretrained import TrainedFamily
 from .evaluation.protocols.common import FOLDER, Plan, config_of
 from .evaluation.results import Report, accuracy_table, publish
 from .evaluation.supervised import Recipe, SupervisedTraining, evaluate, labelled_batches, new_classifier
-from .evaluation.trained import TrainedFamily
-from .finetune_config import SCRATCH, FinetuneConfig
 from .run import loop
 from .run.device import choose_device
-from .run.rundir import RunLog, check_run, open_run, with_own_config
+from .run.run_directory import RunLog, check_run, open_run, with_own_config
 
 DESCRIPTION = """\
 Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):
@@ -108,7 +107,7 @@ def plan_finetune(config: FinetuneConfig) -> Plan:
     """What `finetune` would cost, of a completed configuration."""
     options = config.family()
     assert config.image_size is not None and config.data is not None
-    augment.supervised(config.image_size, config.min_scale)
+    augmentation.supervised(config.image_size, config.min_scale)
     plan = Plan("supervised training", options, config.image_size, config.data)
     if config.from_ != SCRATCH:
         run = config_of(Path(config.from_))
@@ -144,7 +143,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     switches = family_of(options.network, options.names())
     train: ImageSet = open_images(config.data, "train")
     test: ImageSet = open_images(config.data, "test")
-    view = augment.supervised(config.image_size, config.min_scale)
+    view = augmentation.supervised(config.image_size, config.min_scale)
 
     def order(start: int = 0) -> EpochOrder:
         return EpochOrder(len(train), recipe.batch_size, recipe.seed, recipe.epochs, start)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
-from . import cli, planning
+from . import cli
 from .config import PretrainConfig
-from .pretraining import Pretraining
-from .ranks import leave
-from .run.rundir import with_own_config
+from .costs import dry_run
+from .distributed.process_group import leave
+from .pretraining.run import Pretraining
+from .run.run_directory import with_own_config
 
 DESCRIPTION = """\
 Pretrain a family of networks that share their weights, on images without labels.
@@ -44,7 +45,7 @@ def _main(argv: Sequence[str]) -> None:
     options = make_parser().parse_args(with_own_config(argv))
     config = cli.to_config(PretrainConfig, options)
     if options.dry_run:
-        planning.show(planning.plan(config, options.resume))
+        dry_run.show(dry_run.plan(config, options.resume))
         return
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")

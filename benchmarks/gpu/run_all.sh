@@ -119,7 +119,7 @@ wait "$build"
 "$python" -m dspnet_fast.info > "$out/info.txt" 2>&1
 OMP_NUM_THREADS=1 log=$out/tests.txt part "tests of CUDA" 60 "${tests[@]}" tests/csrc/test_on_gpu.py tests/ops \
   -k "(cuda or gpu) and not triton"
-OMP_NUM_THREADS=1 log=$out/tests.txt part "training" 90 "${tests[@]}" tests/train/test_graphs.py \
+OMP_NUM_THREADS=1 log=$out/tests.txt part "training" 90 "${tests[@]}" tests/train/test_cuda_graphs.py \
   tests/train/test_final_weights.py -k "cuda or gpu or graphs"
 page > /dev/null
 wait "${warmers[@]}"

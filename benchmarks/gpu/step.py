@@ -40,7 +40,7 @@ from benchmarks.eager import EagerStep
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import sandwich
 from train.config import PretrainConfig
-from train.trainer import Trainer
+from train.pretraining.trainer import Trainer
 
 from . import page, records
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.device import DEVICE
 from dspnet_fast.ops import registry, triton
-from train.trainer import Trainer
+from train.pretraining.trainer import Trainer
 
 from . import records
 from .step import Case, configuration

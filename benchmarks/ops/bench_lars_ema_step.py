@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.eager import ema, lars
 from dspnet_fast.ops import apex, lars_ema_step
-from train.arena import Arena
+from train.pretraining.flat_buffers import Arena
 
 from .layers import ours
 from .networks import CASES, networks

@@ -6,7 +6,7 @@ import functools
 
 from benchmarks.device import DEVICE
 from dspnet_fast.models import family
-from train.dspnet import DSPNet
+from train.pretraining.dspnet import DSPNet
 
 CASES = {"MobileNetV3-Large": ("mobilenet_v3_large", "w1.00"), "ResNet-18": ("resnet", "c64-d2222")}
 

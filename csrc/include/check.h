@@ -9,7 +9,7 @@
 #include <string_view>
 
 #include "memory.h"
-#include "owed.h"
+#include "deferred.h"
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {

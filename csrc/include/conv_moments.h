@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "owed.h"
+#include "deferred.h"
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {

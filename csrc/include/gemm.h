@@ -23,7 +23,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "owed.h"
+#include "deferred.h"
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "owed.h"
+#include "deferred.h"
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn import SlimBatchNorm2d, SlimConv2d
 from ..nn.activate import Sizes
-from ..nn.owed import Activation
-from ..nn.steps import conv_norm_act, gated, pool, settle
+from ..nn.deferred import Activation
+from ..nn.functional import conv_norm_act, gated, pool, settle
 from ..subnets import Subnet, make_divisible, width_name
 from .initialize import initialize
 from .network import Network

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn import SlimBatchNorm2d, SlimConv2d, SlimSequential
 from ..nn.activate import Sizes
-from ..nn.steps import conv_norm_act, pool, settle
+from ..nn.functional import conv_norm_act, pool, settle
 from ..subnets import Subnet
 from .initialize import initialize
 from .network import Network

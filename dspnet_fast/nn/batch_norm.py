@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import scale_shift, slim_batch_norm
-from .owed import Owed, Raw
+from .deferred import Owed, Raw
 from .sized import main_grad
 
 # Called with mean and biased variance [V, C] of each view, and the number of values that each was taken from.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_moments, slim_conv2d, slim_linear
-from .owed import Owed, Raw
+from .deferred import Owed, Raw
 from .sized import Sized, main_grad
 
 

@@ -22,7 +22,7 @@ class Sized(nn.Module):
 def main_grad(parameter: Tensor | None) -> Tensor | None:
     """The full-size buffer that operators add the gradient of a prefix to, if the parameter carries one.
 
-    `train.arena` gives every parameter its part of one flat tensor. Without it autograd gets full-size gradients, zero
-    outside the prefix, so that the layers work in any training code.
+    `train/pretraining/flat_buffers.py` sets it to a view of one flat tensor. Without it, autograd receives full-size
+    gradients that are zero outside the prefix, so the layers work in any training code.
     """
     return getattr(parameter, "main_grad", None)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
+from .deferred import activated, check_owed, normalization_gradients, normalized, per_image, settled, slope, wide
 from .main_grad import check_main_grad, gradient_buffer
-from .owed import activated, check_owed, normalization_gradients, normalized, per_image, settled, slope, wide
 from .registry import operator
 
 

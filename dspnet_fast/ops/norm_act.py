@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
-from .owed import activated, check_owed, normalization_gradients, normalized, slope
+from .deferred import activated, check_owed, normalization_gradients, normalized, slope
 from .registry import operator
 
 

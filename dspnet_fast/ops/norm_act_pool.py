@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
-from .owed import check_owed, normalization_gradients, normalized, settled, slope
+from .deferred import check_owed, normalization_gradients, normalized, settled, slope
 from .registry import operator
 
 

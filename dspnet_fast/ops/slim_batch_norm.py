@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
-from .owed import wide
+from .deferred import wide
 from .registry import operator
 from .scale_shift import scale_shift
 

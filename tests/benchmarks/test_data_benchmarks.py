@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from benchmarks import data, distributions, soak
-from train.data.augment import byol, only
-from train.data.sets import open_images
+from train.data.augmentation import byol, only
+from train.data.datasets import open_images
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 

@@ -5,10 +5,10 @@ import torch
 
 from benchmarks.eager import EagerStep
 from dspnet_fast.models import family
-from train.arena import Arena
 from train.config import PretrainConfig
-from train.dspnet import DSPNet
-from train.trainer import Trainer
+from train.pretraining.dspnet import DSPNet
+from train.pretraining.flat_buffers import Arena
+from train.pretraining.trainer import Trainer
 
 MOBILENET = ("mobilenet_v3_large", ["w0.25", "w0.375", "w0.50"])
 RESNET = ("resnet", ["c8-d1111", "c8-d2121", "c16-d2121"])

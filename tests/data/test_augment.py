@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dspnet_fast.errors import InputError
-from train.data import augment, vision
-from train.data.augment import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers, supervised
+from train.data import augmentation, vision
+from train.data.augmentation import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers, supervised
 from train.data.vision import evaluation_view
 
 NOTHING = ViewSpec(
@@ -166,7 +166,7 @@ def test_operations_are_independent(monkeypatch):
 
 def boxes(view: ViewSpec, height: int, width: int, n: int = 3000) -> np.ndarray:
     draws = torch.rand(n, 22, generator=torch.Generator().manual_seed(0)).tolist()
-    return np.array([augment._crop_box(view, height, width, row) for row in draws])
+    return np.array([augmentation._crop_box(view, height, width, row) for row in draws])
 
 
 def test_crops_have_the_areas_and_ratios():
@@ -279,7 +279,7 @@ def test_grey_images_skip_colours_but_draw_alike():
 def test_draws_are_a_function_of_seed_epoch_image_and_size():
     view, first = byol(32)[0], numbers(1, 2, 3)
     assert numbers(1, 2, 3) == first and len(first) == 2 and len(first[0]) == DRAWS
-    torch.manual_seed(augment.mix(1, 2, 3))  # one stream, view after view
+    torch.manual_seed(augmentation.mix(1, 2, 3))  # one stream, view after view
     assert first == [torch.rand(DRAWS).tolist(), torch.rand(DRAWS).tolist()]
     others = [numbers(*key) for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4))]
     assert all(other[k] != first[k] for other in others for k in (0, 1)) and first[0] != first[1]
@@ -298,10 +298,10 @@ def test_a_draw_leaves_nothing_open():
     assert {bool(one.sigma) for one in found} == {True, False}
 
 
-@pytest.mark.parametrize("operation", augment.OPERATIONS)
+@pytest.mark.parametrize("operation", augmentation.OPERATIONS)
 def test_one_operation_alone(operation):
     """`only` lets nothing else through: the square in the middle of the image is otherwise kept as it is."""
-    view = augment.only(byol(128)[1], operation)
+    view = augmentation.only(byol(128)[1], operation)
     image = colours(128)
     found = [draw(view, numbers(0, 0, i)[0], 128, 128) for i in range(30)]
     assert ({one.box for one in found} == {(0, 0, 128, 128)}) == (operation != "resize")

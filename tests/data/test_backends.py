@@ -8,7 +8,7 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 from train.data import backends
 from train.data.backends import choose_backend
-from train.data.sets import open_images
+from train.data.datasets import open_images
 
 CPU = torch.device("cpu")
 

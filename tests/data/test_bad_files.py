@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data.augment import ViewSpec
+from train.data.augmentation import ViewSpec
 from train.data.backends import open_batches
-from train.data.bad import BadImages
-from train.data.order import EpochOrder
-from train.data.sets import open_images
+from train.data.bad_images import BadImages
+from train.data.datasets import open_images
+from train.data.sampler import EpochOrder
 
 SIZE = 64
 WHOLE = ViewSpec(

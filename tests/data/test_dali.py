@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data.augment import OPERATIONS, byol, numbers, only
-from train.data.bad import BadImages
+from train.data.augmentation import OPERATIONS, byol, numbers, only
+from train.data.bad_images import BadImages
+from train.data.datasets import open_images
 from train.data.images import Subset
 from train.data.loader import two_view_batches
-from train.data.order import EpochOrder
-from train.data.sets import open_images
+from train.data.sampler import EpochOrder
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install 'dspnet-fast[dali]')")
 
@@ -220,11 +220,11 @@ def test_a_program_may_end_in_the_middle(images, run_python):
     """Nothing runs any more when DALI is shut down: otherwise the program ends in an abort, now and then."""
     code = f"""
 import atexit, threading
-from train.data.augment import byol
-from train.data.bad import BadImages
+from train.data.augmentation import byol
+from train.data.bad_images import BadImages
 from train.data.dali import TwoViews
-from train.data.order import EpochOrder
-from train.data.sets import open_images
+from train.data.sampler import EpochOrder
+from train.data.datasets import open_images
 atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
 images = open_images({images.name!r}, "train")
 batches = iter(TwoViews(images, byol(16), EpochOrder(26, 4, 0, 500), 2, BadImages()))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data.augment import byol, only
+from train.data.augmentation import byol, only
 from train.data.backends import open_batches
-from train.data.bad import BadImages
-from train.data.order import EpochOrder
-from train.data.sets import open_images
+from train.data.bad_images import BadImages
+from train.data.datasets import open_images
+from train.data.sampler import EpochOrder
 from train.data.shard import ShardOptions, write_set
 
 IMAGES, BATCH, EPOCHS = 20, 4, 2

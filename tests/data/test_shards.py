@@ -14,9 +14,9 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 from train.data import shard as command
-from train.data import shards
+from train.data import webdataset
+from train.data.datasets import open_images
 from train.data.images import ArrayImages
-from train.data.sets import open_images
 from train.data.shard import ShardOptions, write_set
 
 
@@ -114,7 +114,7 @@ def test_shards_with_labels_but_no_test_folder_are_split_like_folders(written, t
     ],
 )
 def test_braces(pattern, names):
-    assert shards._braces(pattern) == names
+    assert webdataset._braces(pattern) == names
 
 
 def refusal(name) -> str:

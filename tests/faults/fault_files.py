@@ -11,9 +11,9 @@ from fault_lab import Lab
 from fault_table import Outcome, fault
 
 from train.config import PretrainConfig
+from train.pretraining.trainer import build_model
 from train.run import checkpoint
-from train.run.rundir import read_config
-from train.trainer import build_model
+from train.run.run_directory import read_config
 
 STOPPED_AT = 8
 

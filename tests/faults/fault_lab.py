@@ -44,7 +44,7 @@ TINY = {
 PAUSE = """
 import os, time
 from pathlib import Path
-from train.trainer import Trainer
+from train.pretraining.trainer import Trainer
 
 train_step = Trainer.train_step
 

@@ -12,8 +12,8 @@ from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
 from fault_table import Outcome, fault
 
 from train.config import PretrainConfig
-from train.data.order import EpochOrder
-from train.run.rundir import read_config
+from train.data.sampler import EpochOrder
+from train.run.run_directory import read_config
 
 RANKS = 2
 STOPPED_AT = 5

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
 
 from benchmarks.cable import HOSTS, Cable
-from train.communication import traffic
 from train.config import PretrainConfig
+from train.costs.communication import traffic
+from train.pretraining.trainer import build_model
 from train.run import checkpoint
-from train.run.rundir import read_config
-from train.trainer import build_model
+from train.run.run_directory import read_config
 
 PORT = 29533  # in namespaces of our own
 SECONDS = 180.0

@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 
 from dspnet_fast.nn import MomentumBatchNorm2d, SlimBatchNorm2d, SlimConv2d
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
-from dspnet_fast.nn.steps import conv_norm_act, settle
+from dspnet_fast.nn.functional import conv_norm_act, settle
 
 RANKS, VIEWS = 2, 2
 

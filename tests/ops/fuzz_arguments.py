@@ -12,7 +12,7 @@ from typing import Any
 from fuzz_tensors import DTYPES, STATES, VAST, Made, Same, dense
 from hypothesis import strategies as st
 
-from dspnet_fast.ops.owed import ACTS
+from dspnet_fast.ops.deferred import ACTS
 
 # Sizes of tensors and numbers, by name: "V" views of "M" images each, "N" in all; "O+" is a weight's full size. A star
 # stands for the dtype of activations, a plus for that or fp32, whichever is wider.

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import conv_moments, cpp, registry, triton
-from dspnet_fast.ops.owed import ACTS
+from dspnet_fast.ops.deferred import ACTS
 
 ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
 

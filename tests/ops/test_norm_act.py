@@ -10,8 +10,8 @@ from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import conv_moments, cpp, norm_act, norm_act_pool, registry
+from dspnet_fast.ops.deferred import ACTS
 from dspnet_fast.ops.norm_act import norm_act_backward
-from dspnet_fast.ops.owed import ACTS
 
 # What is added before the activation.
 RESIDUALS = ("no residual", "residual", "normalised residual")

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import cpp, norm_act_pool
-from dspnet_fast.ops.owed import ACTS
+from dspnet_fast.ops.deferred import ACTS
 
 
 @pytest.fixture(params=providers(norm_act_pool))

@@ -13,10 +13,10 @@ from dspnet_fast import exported
 from dspnet_fast.nn import activate
 from train import compare, detect, evaluate, export, finetune, pretrain, report
 from train.cli import DONE, FAILED, WRONG_INPUT
+from train.data.datasets import open_images
 from train.data.normalization import normalize
-from train.data.sets import open_images
-from train.evaluation.trained import TrainedFamily
-from train.pretraining import Pretraining
+from train.evaluation.pretrained import TrainedFamily
+from train.pretraining.run import Pretraining
 
 
 def run(command, *argv):

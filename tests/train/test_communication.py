@@ -5,8 +5,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dspnet_fast.errors import InputError
-from train.communication import ring, traffic
-from train.trainer import Trainer, build_model
+from train.costs.communication import ring, traffic
+from train.pretraining.trainer import Trainer, build_model
 
 
 def test_a_ring_sends_nearly_twice_what_it_sums():

@@ -19,21 +19,21 @@ from dspnet_fast.models import MLP, build, family
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import sandwich
 from train import compare, report
-from train.arena import Arena
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.comparison import measuring, times
 from train.comparison.measuring import Measured
 from train.comparison.ratios import ratios
 from train.comparison.tables import figures_of, tables_of
 from train.config import PretrainConfig
-from train.costs import Cost
-from train.counting import PASSES, count, head_macs, network_costs, sampled_steps
-from train.dspnet import DSPNet
+from train.costs.counting import PASSES, count, head_macs, network_costs, sampled_steps
+from train.costs.flops import Cost
 from train.evaluation import drawing
+from train.pretraining.dspnet import DSPNet
+from train.pretraining.flat_buffers import Arena
+from train.pretraining.trainer import Trainer
 from train.reporting import figures, page
 from train.reporting.findings import read_comparison
 from train.run.tables import quantity
-from train.trainer import Trainer
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
 RECIPE = {

@@ -26,7 +26,7 @@ from train.detection import mask_rcnn
 from train.detection.average_precision import KINDS, MEASURES, average_precision
 from train.detection.mask_rcnn import Shape, build_mask_rcnn
 from train.detection.training import DetectionTraining
-from train.schedules import stepped_learning_rate
+from train.run.schedules import stepped_learning_rate
 
 WIDTH, HEIGHT = 64, 48
 NAMES = {3: "disc", 7: "square"}  # ids with gaps, as COCO's

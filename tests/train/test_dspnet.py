@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from dspnet_fast.models import family
 from dspnet_fast.nn import activate
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm
-from train.arena import Arena
-from train.dspnet import DSPNet
+from train.pretraining.dspnet import DSPNet
+from train.pretraining.flat_buffers import Arena
 
 RESNET = ("resnet", ["c8-d1111", "c8-d2111", "c16-d2111"])
 MOBILENET = ("mobilenet_v3_large", ["w0.25", "w0.375", "w0.50"])

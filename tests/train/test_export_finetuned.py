@@ -12,8 +12,8 @@ from dspnet_fast.nn import activate
 from dspnet_fast.switchable import Switchable
 from train import detect, evaluate, export, finetune, report
 from train.cli import DONE, WRONG_INPUT
-from train.data.sets import open_images
-from train.finetuned import FinetunedFamily
+from train.data.datasets import open_images
+from train.evaluation.finetuned import FinetunedFamily
 
 DNS = ("c8-d1111", "c8-d1121", "c16-d2121")
 SHORT = ("--epochs=1", "--batch-size=16", "--lr=0.5", "--warmup-epochs=0", "--workers=0")

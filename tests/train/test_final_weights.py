@@ -22,7 +22,7 @@ from dspnet_fast.models import mobilenet_v3
 from dspnet_fast.models.mobilenet_v3 import Block, Stage
 from dspnet_fast.ops import cpp, registry, triton
 from train.config import PretrainConfig
-from train.trainer import Trainer
+from train.pretraining.trainer import Trainer
 
 STEPS = int(os.environ.get("DSPNET_TEST_STEPS", "50"))
 BATCH, SIZE = 8, 8

@@ -13,12 +13,12 @@ from dspnet_fast.models import build, family
 from dspnet_fast.slim import slim
 from train import finetune
 from train.cli import DONE, FAILED, WRONG_INPUT
+from train.config import FinetuneConfig
+from train.evaluation.pretrained import TrainedFamily
 from train.evaluation.supervised import Recipe, SupervisedTraining, new_classifier
-from train.evaluation.trained import TrainedFamily
 from train.finetune import completed, starting_network
-from train.finetune_config import FinetuneConfig
 from train.run import checkpoint
-from train.schedules import learning_rate
+from train.run.schedules import learning_rate
 
 DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 SHORT = {"epochs": 2, "batch_size": 16, "lr": 0.5, "warmup_epochs": 0.5, "subnets_per_step": 3, "workers": 0}

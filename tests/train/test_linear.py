@@ -16,16 +16,16 @@ from sklearn.preprocessing import StandardScaler
 from dspnet_fast.errors import InputError
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
+from train.data.datasets import open_images
 from train.data.images import Subset
 from train.data.loader import evaluation_batches
 from train.data.normalization import normalize
-from train.data.order import EpochOrder
-from train.data.sets import open_images
+from train.data.sampler import EpochOrder
 from train.evaluation import features
 from train.evaluation.accuracy import accuracies, interval95
 from train.evaluation.classifiers import Classifiers, ClassifierTraining, Recipe, kept_batches
 from train.evaluation.classifiers import evaluate as evaluate_classifiers
-from train.evaluation.trained import BATCH, TrainedFamily
+from train.evaluation.pretrained import BATCH, TrainedFamily
 
 CPU = torch.device("cpu")
 DNS = ["c8-d1111", "c16-d1111"]  # of real_features
@@ -107,8 +107,8 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
     def refuse(*_):
         raise AssertionError("nothing is left to compute")
 
-    monkeypatch.setattr("train.evaluation.trained.representations", refuse)
-    monkeypatch.setattr("train.evaluation.trained.post_statistics", refuse)
+    monkeypatch.setattr("train.evaluation.pretrained.representations", refuse)
+    monkeypatch.setattr("train.evaluation.pretrained.post_statistics", refuse)
     monkeypatch.setattr(ClassifierTraining, "train_step", refuse)
     assert run("linear", trained, "--epochs", "3", "--batch-size", "16", "--workers", "0") == DONE
     assert report(trained) == first

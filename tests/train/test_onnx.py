@@ -18,8 +18,8 @@ from dspnet_fast.statistics import post_statistics
 from dspnet_fast.switchable import Switchable
 from train import export
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.data.sets import open_images
-from train.evaluation.trained import TrainedFamily
+from train.data.datasets import open_images
+from train.evaluation.pretrained import TrainedFamily
 
 ROOT = Path(__file__).parents[2]
 DNS = ("c8-d1111", "c8-d1121", "c16-d2121")

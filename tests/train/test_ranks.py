@@ -15,14 +15,14 @@ import torch.distributed as dist
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
-from train.arena import Arena
 from train.config import PretrainConfig
-from train.division import Division, divide
-from train.dspnet import VIEWS
-from train.ranks import Ranks
+from train.distributed.batch_split import Division, divide
+from train.distributed.process_group import Ranks
+from train.pretraining.dspnet import VIEWS
+from train.pretraining.flat_buffers import Arena
+from train.pretraining.trainer import Trainer, build_model
 from train.run import checkpoint
-from train.run.rundir import read_config
-from train.trainer import Trainer, build_model
+from train.run.run_directory import read_config
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 

@@ -20,10 +20,10 @@ from dspnet_fast.ops import normalized_mse
 from dspnet_fast.slim import slim
 from train import evaluate, export, report
 from train.cli import DONE, WRONG_INPUT
-from train.dspnet import VIEWS
 from train.evaluation import drawing
 from train.evaluation.collapse import collapsed
-from train.evaluation.points import Point
+from train.evaluation.plot_data import Point
+from train.pretraining.dspnet import VIEWS
 from train.reporting import figures
 from train.reporting.findings import Run, networks_of
 

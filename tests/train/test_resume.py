@@ -13,10 +13,10 @@ import torch
 
 from dspnet_fast.errors import InputError
 from train.pretrain import _main
-from train.pretraining import Pretraining
+from train.pretraining.run import Pretraining
+from train.pretraining.trainer import Trainer
 from train.run import checkpoint
-from train.run.rundir import open_run
-from train.trainer import Trainer
+from train.run.run_directory import open_run
 
 EPOCH_STEPS = 10  # 80 images in batches of 8
 
@@ -166,7 +166,7 @@ def test_a_run_has_one_writer(small, tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys, json; from train.config import PretrainConfig; from train.run.rundir import open_run\n"
+            "import sys, json; from train.config import PretrainConfig; from train.run.run_directory import open_run\n"
             "open_run(PretrainConfig(**json.loads(sys.argv[1])), False); print('open', flush=True); sys.stdin.read()",
             json.dumps(asdict(config)),
         ],

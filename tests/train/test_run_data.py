@@ -10,14 +10,14 @@ import yaml
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train import pretraining
 from train.data.shard import ShardOptions, write_set
 from train.pretrain import _main
-from train.pretraining import Pretraining
+from train.pretraining import run
+from train.pretraining.run import Pretraining
+from train.pretraining.trainer import Trainer
 from train.run import checkpoint
 from train.run.meter import Meter
-from train.run.rundir import BAD_IMAGES, read_bad_images
-from train.trainer import Trainer
+from train.run.run_directory import BAD_IMAGES, read_bad_images
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 backends = pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_by_default_one_image_in_a_thousand_may_be_bad(small):
 
 def test_share_of_time_spent_waiting(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(pretraining.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
 
     def slow():
         for _ in range(4):

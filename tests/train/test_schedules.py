@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from train.schedules import learning_rate, momentum_alpha, target_tau
+from train.run.schedules import learning_rate, momentum_alpha, target_tau
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():

@@ -14,11 +14,11 @@ from dspnet_fast.slim import slim
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.balanced import as_text, balanced_subset, checksum
-from train.data.sets import open_images
+from train.data.datasets import open_images
 from train.evaluation.classifiers import ClassifierTraining
+from train.evaluation.pretrained import TrainedFamily
 from train.evaluation.protocols.semi import fitting_batch
 from train.evaluation.supervised import SupervisedTraining
-from train.evaluation.trained import TrainedFamily
 
 SMALL = ("--batch-size", "16", "--epochs", "2", "--finetune-epochs", "3", "--workers", "0", "--shares", "5,25")
 

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch.distributed as dist
 
-from train import watchdog
-from train.ranks import ALONE, Ranks
-from train.watchdog import FINISHED, LOST, Pulse, Watchdog
+from train.distributed import watchdog
+from train.distributed.process_group import ALONE, Ranks
+from train.distributed.watchdog import FINISHED, LOST, Pulse, Watchdog
 
 SERVER = """
 import time

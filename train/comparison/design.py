@@ -9,12 +9,12 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
 
-from .. import counting
 from ..config import PretrainConfig, flag, option
-from ..data.order import EpochOrder
-from ..data.sets import size_of
+from ..costs import counting
+from ..costs.dry_run import images_of
+from ..data.datasets import size_of
+from ..data.sampler import EpochOrder
 from ..evaluation.results import Report
-from ..planning import images_of
 from .ratios import ratios
 
 RUNS = "runs"

@@ -1,7 +1,7 @@
 """What the parts of a training step take: seconds and peak memory, measured in a process of their own.
 
 The step that is timed is the run's: the same configuration, threads and operators, on noise for images. It is taken
-apart where `train/graphs.py` takes it apart for recording: the target (with the normalisation of the batch), every
+apart where `pretraining/cuda_graphs.py` takes it apart for recording: the target (which normalises the batch), every
 subnet's forward and backward pass, the update. So nothing is added to the steps of a run, and on CUDA what is timed are
 the graphs that a run replays. Loading data is no part: a run itself records how long it waits.
 
@@ -26,11 +26,11 @@ import torch
 from dspnet_fast.ops import registry
 
 from ..config import PretrainConfig
-from ..dspnet import VIEWS
-from ..graphs import Recorder, StepGraphs, record_graphs
+from ..pretraining.cuda_graphs import Recorder, StepGraphs, record_graphs
+from ..pretraining.dspnet import VIEWS
+from ..pretraining.trainer import Trainer
 from ..run.device import choose_device
 from ..run.process import settle_in
-from ..trainer import Trainer
 
 WARM_UP = 2
 STATUS = Path("/proc/self/status")

@@ -16,10 +16,10 @@ from ..data.backends import choose_backend
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from ..evaluation.results import Report
-from ..pretraining import Pretraining, open_train_images
+from ..pretraining.run import Pretraining, open_train_images
 from ..run import checkpoint
 from ..run.device import choose_device
-from ..run.rundir import CONFIG, open_run
+from ..run.run_directory import CONFIG, open_run
 from .design import Comparison
 from .measuring import Measured
 from .ratios import ALONE, ratios

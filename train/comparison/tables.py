@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..evaluation import drawing
-from ..evaluation.points import Point
+from ..evaluation.plot_data import Point
 from ..evaluation.results import Report
 from ..reporting import figures
 from ..run.tables import Table, cost_cells, percent, quantity

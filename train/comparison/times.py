@@ -12,9 +12,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .. import counting
+from ..costs import counting
 from ..run import atomic, fingerprint
-from ..run.rundir import read_metrics
+from ..run.run_directory import read_metrics
 from .design import Comparison, Variant
 from .measuring import Measured, measure
 from .seeds import summary

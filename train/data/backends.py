@@ -11,12 +11,12 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from ..choices import BACKENDS, Workers
-from .augment import ViewSpec
-from .bad import BadImages
+from ..config import BACKENDS, Workers
+from .augmentation import ViewSpec
+from .bad_images import BadImages
 from .images import ImageSet
 from .loader import two_view_batches, worker_count
-from .order import EpochOrder
+from .sampler import EpochOrder
 
 SAMPLED = 16  # images that `auto` looks at
 PHOTOGRAPH = 128  # pixels; JPEGs whose smaller side has as many are what DALI is for

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
-from ..choices import Workers
+from ..config import Workers
 from ..run.progress import Monitor
-from .bad import BadImages, Refusal
+from .bad_images import BadImages, Refusal
 from .coco_shapes import Record, box_problem, clipped, decoded, encoded, is_whole, mask_problem
 from .images import decode
 from .loader import Batches, make_loader, worker_count
-from .order import EpochOrder, mix
+from .sampler import EpochOrder, mix
 
 NAMED = 10  # wrong annotations that a message names
 CHECKED_AT_ONCE = 1000

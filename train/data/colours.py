@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .augment import Draw, ViewSpec
+from .augmentation import Draw, ViewSpec
 from .vision import blur_matrix
 
 LUMA = (0.299, 0.587, 0.114)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .augment import JITTER, Draw, ViewSpec
+from .augmentation import JITTER, Draw, ViewSpec
 from .colours import hue_offset
 
 ORIENTATION = 0x0112  # EXIF's number for which way up the camera was held

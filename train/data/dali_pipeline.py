@@ -9,7 +9,7 @@ from typing import Any
 
 from nvidia.dali import fn, math, pipeline_def, types
 
-from .augment import ViewSpec
+from .augmentation import ViewSpec
 from .colours import LUMA
 from .dali_inputs import BRIGHTNESS, CONTRAST, SATURATION, STAGES
 from .normalization import MEAN, STD

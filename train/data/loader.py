@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dspnet_fast.errors import InputError
 
-from ..choices import FEW_IMAGES, MOST_WORKERS, Workers
-from .augment import ViewSpec, draw, numbers
-from .bad import BadImages, Refusal, load_or_next
+from ..config import MAX_WORKERS, SMALL_SET, Workers
+from .augmentation import ViewSpec, draw, numbers
+from .bad_images import BadImages, Refusal, load_or_next
 from .images import ImageSet
-from .order import EpochOrder
+from .sampler import EpochOrder
 from .vision import View, augment, evaluation_view
 
 
@@ -89,7 +89,7 @@ def worker_count(workers: Workers, n: int) -> int:
         if workers < 0:
             raise InputError(f"{workers} workers: give 0, a larger number or auto")
         return workers
-    return 0 if n <= FEW_IMAGES else min(os.cpu_count() or 1, MOST_WORKERS)
+    return 0 if n <= SMALL_SET else min(os.cpu_count() or 1, MAX_WORKERS)
 
 
 class _Refused:

@@ -18,12 +18,12 @@ from .. import cli
 from ..config import option
 from ..run.atomic import sync
 from ..run.progress import Monitor
-from .bad import BadImages
+from .bad_images import BadImages
+from .datasets import open_images
 from .folder import EXTENSIONS
 from .images import ImageSet
-from .order import mix
-from .sets import open_images
-from .shards import CLASSES, LABEL, TEST, write_index
+from .sampler import mix
+from .webdataset import CLASSES, LABEL, TEST, write_index
 
 DESCRIPTION = """\
 Write a set of images as tar files that train.pretrain and others read with few, large reads: OUT/000.tar, ... with an

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .augment import Draw, ViewSpec, check_size
+from .augmentation import Draw, ViewSpec, check_size
 
 View = Callable[[Image.Image], torch.Tensor]
 

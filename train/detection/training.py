@@ -12,12 +12,12 @@ from torchvision.models.detection import MaskRCNN
 
 from dspnet_fast.errors import InputError
 
-from ..choices import Workers
+from ..config import Workers
 from ..data.coco import CocoSet, Instances, evaluation_images
-from ..data.order import mix
+from ..data.sampler import mix
 from ..run.loop import OfOneModel
 from ..run.progress import Monitor
-from ..schedules import stepped_learning_rate
+from ..run.schedules import stepped_learning_rate
 from .average_precision import average_precision
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.order import EpochOrder
-from ..schedules import learning_rate
+from ..data.sampler import EpochOrder
+from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
 
 Batch = tuple[Mapping[str, Tensor], Tensor]  # features [B, F] by network, labels [B]

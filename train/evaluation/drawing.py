@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from .points import Point
+from .plot_data import Point
 
 DPI = 150
 LOGARITHMIC = 8  # a wider range of costs than this factor is drawn on a logarithmic axis

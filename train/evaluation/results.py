@@ -9,7 +9,7 @@ from typing import Any
 
 from ..run import atomic
 from ..run.tables import Table, cost_cells, percent
-from .points import Point
+from .plot_data import Point
 
 Report = dict[str, Any]
 

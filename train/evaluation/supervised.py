@@ -22,16 +22,16 @@ from dspnet_fast.nn import activate
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family, Subnet, sandwich
 
-from ..choices import Workers
-from ..data.augment import ViewSpec
+from ..config import Workers
+from ..data.augmentation import ViewSpec
 from ..data.images import ImageSet, require_labels
 from ..data.loader import one_view_batches
 from ..data.normalization import normalize
-from ..data.order import EpochOrder
+from ..data.sampler import EpochOrder
 from ..run.loop import OfOneModel
-from ..schedules import learning_rate
+from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
-from .trained import evaluation_views, statistics_images
+from .pretrained import evaluation_views, statistics_images
 
 Batch = tuple[Tensor, Tensor]  # images [B, 3, S, S], labels [B]
 

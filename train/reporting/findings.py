@@ -15,10 +15,10 @@ from dspnet_fast.subnets import Family
 
 from ..called import as_called
 from ..config import PretrainConfig
-from ..costs import cost
+from ..costs.flops import cost
 from ..evaluation.collapse import collapsed
-from ..evaluation.points import Point
-from ..run.rundir import read_config, read_metrics
+from ..evaluation.plot_data import Point
+from ..run.run_directory import read_config, read_metrics
 
 COMPARE = "compare.json"
 ACCURACIES = ("top1", "majority")  # what evaluations call the accuracy that their interval belongs to

@@ -15,15 +15,14 @@ from dspnet_fast.models import family
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
-from ...choices import WORKERS_HELP, Workers
-from ...config import FamilyOptions, PretrainConfig, option
-from ...costs import Cost, cost
+from ...config import WORKERS_HELP, FamilyOptions, PretrainConfig, Workers, option
+from ...costs.flops import Cost, cost
+from ...data.datasets import SetSize, open_images, size_of
 from ...data.images import ImageSet, require_labels
-from ...data.sets import SetSize, open_images, size_of
 from ...run.device import choose_device
-from ...run.rundir import read_recipe
+from ...run.run_directory import read_recipe
 from ...run.tables import Table, quantity
-from ..trained import STATISTICS_IMAGES, TrainedFamily
+from ..pretrained import STATISTICS_IMAGES, TrainedFamily
 
 FOLDER = "evaluation"
 

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...choices import Workers
-from ...config import option, positive
+from ...config import Workers, option, positive
 from ...data.images import ImageSet, Subset
 from ...data.loader import evaluation_batches
 from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
 from ..knn import knn
-from ..points import points
+from ..plot_data import points
+from ..pretrained import BATCH, TrainedFamily
 from ..results import Report, publish
-from ..trained import BATCH, TrainedFamily
 from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
 
 LARGEST_RAW = 64  # pixels; small images are compared as they are, large ones reduced to this or to the run's size

@@ -9,15 +9,15 @@ from pathlib import Path
 from dspnet_fast.errors import InputError
 
 from ...config import option, positive
-from ...data import augment
+from ...data import augmentation
 from ...data.images import digest_of
 from ...data.loader import one_view_batches
 from ...data.normalization import normalize
-from ...data.order import EpochOrder
+from ...data.sampler import EpochOrder
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
 from ..features import kept_bytes, representations
-from ..points import points
+from ..plot_data import points
 from ..results import Report, accuracy_table, publish
 from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
 
@@ -67,7 +67,7 @@ class LinearOptions(ClassifierOptions):
     def check(self) -> None:
         """Raise InputError for values that no training can have."""
         super().check()
-        augment.supervised(augment.SMALLEST, self.min_scale)
+        augmentation.supervised(augmentation.SMALLEST, self.min_scale)
 
 
 def plan_linear(out: Path, options: LinearOptions) -> Plan:
@@ -113,7 +113,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         return EpochOrder(len(subject.train), recipe.batch_size, recipe.seed, recipe.epochs, start)
 
     if options.augment:
-        view = augment.supervised(trained.config.image_size, options.min_scale)
+        view = augmentation.supervised(trained.config.image_size, options.min_scale)
 
         def batches(start: int) -> Iterable[Batch]:
             return _augmented(subject, view, order(start), options)
@@ -140,7 +140,9 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
     }
 
 
-def _augmented(subject: Subject, view: augment.ViewSpec, order: EpochOrder, options: LinearOptions) -> Iterator[Batch]:
+def _augmented(
+    subject: Subject, view: augmentation.ViewSpec, order: EpochOrder, options: LinearOptions
+) -> Iterator[Batch]:
     """Features of new random crops, computed batch by batch."""
     trained, device = subject.trained, subject.trained.device
     loader = one_view_batches(subject.train, view, order, options.workers)

@@ -15,14 +15,14 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
 from ...config import option, positive
-from ...data import augment
+from ...data import augmentation
 from ...data.balanced import SEED, as_text, balanced_subset, checksum
 from ...data.images import Subset, digest_of
-from ...data.order import EpochOrder
+from ...data.sampler import EpochOrder
 from ...run import atomic, fingerprint, loop
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
-from ..points import points
+from ..plot_data import points
 from ..results import Report, accuracy_table, publish
 from ..supervised import SupervisedTraining, Together, labelled_batches, new_classifier
 from .common import FOLDER, Plan, Subject, plan_of
@@ -63,7 +63,7 @@ class SemiOptions(ClassifierOptions):
         super().check()
         positive(finetune_epochs=self.finetune_epochs, finetune_lr=self.finetune_lr)
         positive(finetune_head_lr=self.finetune_head_lr)
-        augment.supervised(augment.SMALLEST, self.min_scale)
+        augmentation.supervised(augmentation.SMALLEST, self.min_scale)
         self.percents()
         self.chosen_methods()
 
@@ -218,7 +218,7 @@ def _finetune(subject: Subject, options: SemiOptions, percent: float, indices: l
     def order(start: int = 0) -> EpochOrder:
         return EpochOrder(len(images), recipe.batch_size, recipe.seed, recipe.epochs, start)
 
-    view = augment.supervised(size, options.min_scale)
+    view = augmentation.supervised(size, options.min_scale)
     models = {s.name: new_classifier(trained.cut(s), subject.classes, recipe.seed).to(device) for s in trained.family}
     training = Together(
         {

@@ -1,0 +1,178 @@
+// Owed normalisation, as dspnet_fast/ops/deferred.py specifies it: h = act(scale x + shift) * gate, formed while x is read.
+// Everything here computes in fp32; activations are stored as scalar_t, float or at::BFloat16.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <optional>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+// Only what is inlined takes vectors in registers.
+#define DSPNET_INLINE inline __attribute__((always_inline))
+
+namespace dspnet {
+inline namespace CPU_CAPABILITY {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kVec = Vec::size(); // floats: 16 with AVX-512, 8 otherwise
+
+enum class Act { identity, relu, hardswish };
+
+// scale, shift: [rows, C] with rows 1 or the number of views, or null with rows = 0. gate: [N, C] or null.
+struct Owed {
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+  int64_t rows = 0;
+  Act act = Act::identity;
+  const float* gate = nullptr;
+
+  // The row that serves image n of `images`.
+  int64_t row(int64_t n, int64_t images) const {
+    return rows > 1 ? n / (images / rows) : 0;
+  }
+};
+
+template <Act act>
+DSPNET_INLINE Vec activate(const Vec& z) {
+  if constexpr (act == Act::relu) {
+    return at::vec::maximum(z, Vec(0));
+  } else if constexpr (act == Act::hardswish) {
+    return z * at::vec::clamp(z + Vec(3), Vec(0), Vec(6)) * Vec(1.f / 6);
+  } else {
+    return z;
+  }
+}
+
+// act'(z)
+template <Act act>
+DSPNET_INLINE Vec slope(const Vec& z) {
+  if constexpr (act == Act::relu) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return Vec(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, Vec(0), _CMP_GT_OQ), Vec(1)));
+#else
+    return Vec::blendv(Vec(0), Vec(1), z > Vec(0));
+#endif
+  } else if constexpr (act == Act::hardswish) {
+    const Vec middle = at::vec::fmadd(z, Vec(1.f / 3), Vec(0.5f));
+#if defined(CPU_CAPABILITY_AVX512)
+    const Vec low = Vec(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, Vec(-3), _CMP_NLT_UQ), middle));
+    return Vec(_mm512_mask_mov_ps(low, _mm512_cmp_ps_mask(z, Vec(3), _CMP_GT_OQ), Vec(1)));
+#else
+    return Vec::blendv(Vec::blendv(middle, Vec(0), z < Vec(-3)), Vec(1), z > Vec(3));
+#endif
+  } else {
+    return Vec(1);
+  }
+}
+
+// Calls run(std::integral_constant<Act, act>) for the act known only at run time.
+template <typename Run>
+auto with_act(Act act, const Run& run) {
+  switch (act) {
+    case Act::relu:
+      return run(std::integral_constant<Act, Act::relu>{});
+    case Act::hardswish:
+      return run(std::integral_constant<Act, Act::hardswish>{});
+    default:
+      return run(std::integral_constant<Act, Act::identity>{});
+  }
+}
+
+// kVec stored values as fp32.
+DSPNET_INLINE Vec load(const float* from) {
+  return Vec::loadu(from);
+}
+DSPNET_INLINE Vec load(const at::BFloat16* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16)));
+#else
+  float wide[kVec];
+  for (int64_t i = 0; i < kVec; ++i) {
+    wide[i] = from[i];
+  }
+  return Vec::loadu(wide);
+#endif
+}
+
+// The first `count` <= kVec of them; the rest are zero.
+DSPNET_INLINE Vec load(const float* from, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return Vec(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+#else
+  return Vec::loadu(from, count);
+#endif
+}
+DSPNET_INLINE Vec load(const at::BFloat16* from, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+#else
+  at::BFloat16 padded[kVec] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    padded[i] = from[i];
+  }
+  return load(padded);
+#endif
+}
+
+DSPNET_INLINE void store(float* to, const Vec& value) {
+  value.store(to);
+}
+DSPNET_INLINE void store(float* to, const Vec& value, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
+#else
+  value.store(to, count);
+#endif
+}
+#if defined(CPU_CAPABILITY_AVX512)
+// bfloat16 of each, in the lower half. Rounds to the nearest even. NaN stays NaN.
+DSPNET_INLINE __m512i to_bfloat16(const Vec& value) {
+  // The forms with a mask: GCC 12 warns of its own header in the others.
+  constexpr __mmask16 all = 0xffff;
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(all, bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  return _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), ordered, rounded, 16);
+}
+#endif
+DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, to_bfloat16(value));
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
+#else
+  float wide[kVec];
+  value.store(wide);
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = wide[i];
+  }
+#endif
+}
+
+// What load() reads after store().
+template <typename scalar_t>
+DSPNET_INLINE Vec as_stored(const Vec& value) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return value;
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(to_bfloat16(value), 16)));
+#else
+    scalar_t stored[kVec];
+    store(stored, value);
+    return load(stored);
+#endif
+  }
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace dspnet

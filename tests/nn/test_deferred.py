@@ -1,0 +1,108 @@
+"""The steps that networks are written in mean the same for owed activations as for tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, activate
+from dspnet_fast.nn.deferred import Owed
+from dspnet_fast.nn.functional import conv_norm_act, gated, pool, settle
+from dspnet_fast.slim import slim
+from dspnet_fast.statistics import post_statistics
+
+ACTS = [None, nn.ReLU(), nn.Hardswish()]
+
+
+class Block(nn.Module):
+    """Every step once: expansion, depthwise, gate, projection, shortcuts of three kinds."""
+
+    def __init__(self, act: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = SlimConv2d(6, 16, 1, bias=False), SlimBatchNorm2d(16)
+        self.conv2, self.bn2 = SlimConv2d(16, 16, 3, padding=1, groups=16, bias=False), SlimBatchNorm2d(16)
+        self.conv3, self.bn3 = SlimConv2d(16, 6, 1, bias=False), SlimBatchNorm2d(6)
+        self.conv4, self.bn4 = SlimConv2d(6, 6, 3, padding=1, bias=False), SlimBatchNorm2d(6)
+        self.act = act
+
+    def forward(self, x):
+        y = conv_norm_act(x, self.conv1, self.bn1, self.act)
+        y = conv_norm_act(y, self.conv2, self.bn2, self.act)
+        y = gated(gated(y, pool(y).sigmoid()), pool(y).tanh())
+        y = conv_norm_act(y, self.conv3, self.bn3)
+        to_tensor = settle(y, x, self.act)
+        to_owed = settle(conv_norm_act(to_tensor, self.conv4, self.bn4), y)
+        to_active = settle(
+            conv_norm_act(to_owed, self.conv4, self.bn4), conv_norm_act(x, self.conv4, self.bn4, self.act)
+        )
+        return settle(conv_norm_act(to_active, self.conv4, self.bn4, self.act)) + pool(to_active)[:, :, None, None]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The same weights in torch.nn's layers."""
+    twin = Block(model.act)
+    for name, module in model.named_children():
+        if isinstance(module, SlimConv2d):
+            arguments = (
+                module.in_channels,
+                module.out_channels,
+                module.kernel_size,
+                1,
+                module.padding,
+                1,
+                module.groups,
+            )
+            setattr(twin, name, nn.Conv2d(*arguments, bias=False))
+        elif isinstance(module, SlimBatchNorm2d):
+            setattr(twin, name, nn.BatchNorm2d(module.num_features))
+    twin.load_state_dict(model.state_dict())
+    return twin.double()
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+def test_owed_is_what_tensors_are(act):
+    model = Block(act).double()
+    twin = plain(model)
+    x = torch.randn(4, 6, 5, 4).double()
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [network(leaf) for network, leaf in zip((model, twin), leaves)]
+    torch.testing.assert_close(*outputs)
+    cotangent = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(cotangent)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())  # running statistics too
+    torch.testing.assert_close(model.eval()(x), twin.eval()(x))
+
+
+def test_subnets_and_what_is_cut_out_of_them():
+    model = Block(nn.ReLU()).double()
+    x = torch.randn(4, 6, 5, 4).double()
+    sizes = {"conv1": 11}
+    post_statistics(model, [sizes], [x])
+    small = slim(model, sizes, x)
+    assert small.conv2.weight.shape == (11, 1, 3, 3) and type(small.conv1) is nn.Conv2d
+    with activate(model, sizes):
+        torch.testing.assert_close(model(x), small(x))
+
+
+def test_nothing_is_normalised_before_it_is_read():
+    conv, norm = SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8)
+    x = torch.randn(4, 3, 5, 5)
+    owed = conv_norm_act(x, conv, norm, nn.ReLU())
+    assert isinstance(owed, Owed) and owed.act == "relu" and owed.scale.shape == (1, 8)
+    torch.testing.assert_close(owed.x, torch.conv2d(x, conv.weight))
+    torch.testing.assert_close(settle(owed), norm(conv(x)).relu())
+
+
+def test_an_activation_without_operator_is_refused():
+    with pytest.raises(ValueError, match="no fused GELU"):
+        conv_norm_act(torch.randn(2, 3, 4, 4), SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8), nn.GELU())
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"dilation": 2}, {"stride": (1, 2)}, {"padding": "same"}])
+def test_a_convolution_without_operator_is_refused(options):
+    conv = SlimConv2d(3, 8, 3, **{"bias": False, **options})
+    with pytest.raises(ValueError, match="no conv_moments"):
+        conv_norm_act(torch.randn(2, 3, 8, 8), conv, SlimBatchNorm2d(8))

@@ -1,0 +1,110 @@
+"""A recorded step is the step: same bits, whatever was run to record it; on a GPU without waiting for it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from train.pretraining.cuda_graphs import StepGraphs
+from train.pretraining.trainer import Trainer
+
+STEPS = 6
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def batches(config, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    shape = (2 * config.batch_size, 3, config.image_size, config.image_size)
+    return [torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(STEPS)]
+
+
+def make(config, device="cpu"):
+    return Trainer(config, STEPS, torch.device(device))
+
+
+def run_and_return(functions):
+    """Records as graphs would: runs all first, on whatever is there."""
+    for function in functions:
+        function()
+        function()
+    return functions
+
+
+def state(trainer):
+    return {**trainer.model.state_dict(), **{f"momentum {name}": m for name, m in trainer.arena.momentum().items()}}
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_bn": "off"}, {"precision": "bf16"}], ids=str)
+def test_replays_are_the_step(small, options):
+    config = small(**options)
+    plain, recorded = make(config), make(config)
+    recorded._graphs = StepGraphs(
+        recorded.model, recorded.arena, batches(config)[3], recorded._alpha, recorded.update, run_and_return
+    )
+    type(recorded)._records, kept = property(lambda self: self is recorded), type(recorded)._records
+    try:
+        for batch in batches(config):
+            want, got = plain.train_step(batch), recorded.train_step(batch)
+            assert want.keys() == got.keys()
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+    finally:
+        type(recorded)._records = kept
+    torch.testing.assert_close(state(recorded), state(plain), rtol=0, atol=0)
+
+
+def test_recording_leaves_no_trace(small):
+    config = small()
+    trainer = make(config)
+    trainer.train_step(batches(config)[0])
+    before = {name: value.clone() for name, value in state(trainer).items()}
+    StepGraphs(trainer.model, trainer.arena, batches(config)[1], trainer._alpha, trainer.update, run_and_return)
+    torch.testing.assert_close(state(trainer), before, rtol=0, atol=0)
+    assert not trainer.arena.grads.count_nonzero()
+
+
+def test_losses_of_a_step_stay_when_the_next_has_run(small):
+    config = small()
+    trainer = make(config)
+    first, second = batches(config)[:2]
+    graphs = StepGraphs(trainer.model, trainer.arena, first, trainer._alpha, trainer.update, run_and_return)
+    losses = graphs.accumulate(first, list(trainer.model.family))
+    kept = {name: loss.clone() for name, loss in losses.items()}
+    graphs.accumulate(second, list(trainer.model.family))
+    assert losses == kept
+
+
+def test_a_batch_of_another_shape_is_refused(small):
+    config = small()
+    trainer = make(config)
+    batch = batches(config)[0]
+    graphs = StepGraphs(trainer.model, trainer.arena, batch, trainer._alpha, trainer.update, run_and_return)
+    with pytest.raises(RuntimeError, match="recorded for batches"):
+        graphs.accumulate(batch[2:], [trainer.model.family.full])
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("network", [{}, {"network": "mobilenet_v3_large", "dns": "w0.25,w0.50"}], ids=str)
+def test_graphs_have_the_bits_of_launches(small, policy, network, precision):
+    policy("any")
+    config = small(precision=precision, **network)
+    eager, graphed = make(replace(config, no_cuda_graphs=True), "cuda"), make(config, "cuda")
+    for batch in batches(config, "cuda"):
+        torch.testing.assert_close(graphed.train_step(batch), eager.train_step(batch), rtol=0, atol=0)
+    torch.testing.assert_close(state(graphed), state(eager), rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("no_cuda_graphs", [False, True])
+def test_a_step_never_waits_for_the_gpu(small, policy, no_cuda_graphs):
+    policy("any")
+    config = small(no_cuda_graphs=no_cuda_graphs)
+    trainer = make(config, "cuda")
+    everything = batches(config, "cuda")
+    trainer.train_step(everything[0])  # compiles and records
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in everything[1:]:
+            trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

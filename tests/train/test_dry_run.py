@@ -1,0 +1,135 @@
+"""`train.pretrain --dry-run`: what it counts is what a run takes, also without images; it writes nothing."""
+
+import pytest
+import torch
+
+from dspnet_fast.errors import InputError
+from train import pretrain
+from train.cli import DONE, WRONG_INPUT
+from train.costs.counting import count, network_costs
+from train.costs.dry_run import plan
+from train.pretraining.trainer import Trainer
+from train.run.tables import quantity
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as end:
+        pretrain.main([str(argument) for argument in argv])
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 "),
+        (999, "999 "),
+        (999.6, "1.0 k"),
+        (2.5e12, "2.5 T"),
+        (999_949, "999.9 k"),
+        (999_960, "1.0 M"),
+        (999.98e15, "1.0 E"),
+        (1234e18, "1,234.0 E"),
+    ],
+)
+def test_quantity_is_rounded_before_its_prefix_is_chosen(value, text):
+    assert quantity(value) == text
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_bn": "off"}, {"dns": "c8-d1111"}])
+def test_memory_is_what_a_trainer_takes(small, options):
+    config = small(**options)
+    memory, trainer = plan(config).memory, Trainer(config, 10, torch.device("cpu"))
+    arena = trainer.arena
+    for name, flat in (
+        ("weights", arena.params),
+        ("gradients", arena.grads),
+        ("momentum", arena.momenta),
+        ("target", arena.targets),
+    ):
+        assert getattr(memory, name) == flat.nbytes
+    assert memory.together == sum(flat.nbytes for flat in (arena.params, arena.grads, arena.momenta, arena.targets))
+
+
+def test_a_checkpoint_is_as_large_as_it_says(finished, small):
+    path = finished / "checkpoints" / "step-00000020.pt"
+    state = torch.load(path, weights_only=True)
+    tensors = [*state["model"].values(), *state["momentum"].values(), state["skipped"]]
+    planned = plan(small()).memory.checkpoint
+    assert planned == sum(tensor.nbytes for tensor in tensors) <= path.stat().st_size
+    assert path.stat().st_size < planned + 1000 * len(tensors)
+
+
+def test_a_run_is_counted_and_nothing_is_left(arguments, small, images, tmp_path, capsys):
+    assert run(*arguments(), "--dry-run") == DONE
+    shown = capsys.readouterr().out
+    assert f"80 of {images}, counted here" in shown
+    assert "20: 2 epochs of 10, 8 images each; the first 5 train c16-d2121 alone" in shown
+    planned = plan(small())
+    assert planned.trained == {"c8-d1111": 15, "c8-d1121": 15, "c16-d2121": 20}
+    counted = count(small(), 10, network_costs(small()))
+    assert planned.counted == counted
+    for part, macs in counted.parts().items():
+        assert f"{part:14}{quantity(macs)}MAC" in shown
+    for name, of in planned.costs.items():
+        row = next(line for line in shown.splitlines() if line.strip().startswith(name))
+        assert f"{of.parameters:,}" in row and f"{quantity(counted.online[name])}MAC" in row
+    assert f"{'checkpoint':14}{quantity(planned.memory.checkpoint)}B" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_images_are_counted_by_the_step(arguments, small, tmp_path, capsys):
+    assert run(*arguments(data="/nowhere"), "--dry-run") == DONE
+    assert "unknown: /nowhere is not on this machine" in capsys.readouterr().out
+    one = plan(small(data="/nowhere"))
+    assert (one.images, one.epoch_steps, one.size) == (None, None, None)
+    assert one.trained == {"c8-d1111": 1, "c8-d1121": 1, "c16-d2121": 1}
+    later, first = (plan(small(full_only_epochs=epochs)).counted.parts()["online"] for epochs in (0, 1))
+    assert later - first == pytest.approx(10 * (one.counted.parts()["online"] - one.counted.online["c16-d2121"]))
+    assert run(*arguments(data="/nowhere", train_images=64), "--dry-run") == DONE
+    shown = capsys.readouterr().out
+    assert "64 of /nowhere, as --train-images says" in shown and "16: 2 epochs of 8" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_without_labels_are_counted(images, small):
+    planned = plan(small(data=str(images / "train" / "blobs")))
+    assert planned.images == 40 and planned.size.here
+
+
+def test_a_run_that_goes_on(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert run("--resume", "--out", finished, "--dry-run") == DONE
+    assert "20: 2 epochs of 10" in capsys.readouterr().out
+    assert run("--resume", "--out", finished, "--dry-run", "--base-lr", "9") == WRONG_INPUT
+    assert "another --base-lr" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_starting_from_another_run_is_checked(finished, small):
+    assert plan(small(init_from=str(finished))).images == 80
+    with pytest.raises(InputError, match="of another network"):
+        plan(small(init_from=str(finished), dns="c8-d1111"))
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        plan(small(init_from="/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dns": "c8-d1122,c16-d2111"}, "does not nest"),
+        ({"batch_size": 500}, "batch of 500"),
+        ({"train_images": 500}, "--train-images 500"),
+        ({"subnets_per_step": 1}, "at least"),
+        ({"min_scale": 0}, "smallest crop"),
+        ({"stem": "tall"}, "--stem is one of"),
+        ({"data": "empty"}, "empty"),
+        ({"out": "finished"}, "holds a run already"),
+    ],
+)
+def test_what_would_stop_a_run_stops_it_here(finished, arguments, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    if "out" in options:
+        options = {"out": finished}
+    assert run(*arguments(**options), "--dry-run") == WRONG_INPUT
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

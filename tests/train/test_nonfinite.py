@@ -1,0 +1,176 @@
+"""A step whose gradient is not finite is skipped and counted; three in a row end the run and say where it began."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspnet_fast.errors import InputError
+from train.pretrain import _main
+from train.pretraining.nonfinite import TOO_MANY
+from train.pretraining.run import Pretraining
+from train.pretraining.trainer import Trainer
+from train.run import checkpoint
+from train.run.meter import Meter
+
+EPOCH_STEPS = 10
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """A set: the batches of these steps, counted from where the run begins, hold a NaN."""
+    steps: set[int] = set()
+    batches = Meter.batches
+
+    def poisoned(self):
+        for step, batch in enumerate(batches(self), start=1):
+            if step in steps:
+                batch = batch.float() / 255
+                batch[0, 0, 0, 0] = float("nan")
+            yield batch
+
+    monkeypatch.setattr(Meter, "batches", poisoned)
+    return steps
+
+
+def views(config, seed=0):
+    shape = (2 * config.batch_size, 3, config.image_size, config.image_size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def everything(trainer) -> list[torch.Tensor]:
+    arena = trainer.arena
+    return [t.clone() for t in (arena.params, arena.momenta, arena.targets, arena.statistics)]
+
+
+@pytest.mark.parametrize("poisoned", [float("nan"), float("inf")])
+@pytest.mark.parametrize("momentum_bn", ["on", "off"])
+def test_a_skipped_step_changes_nothing(small, poisoned, momentum_bn):
+    config = small(momentum_bn=momentum_bn, warmup_epochs=0)
+    trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
+    trainer.train_step(views(config))
+    before = everything(trainer)
+    bad = views(config, 1)
+    bad[3, 1, 4, 4] = poisoned
+    trainer.train_step(bad)
+    assert trainer.guard.skipped() == (1, 1, 1, 0)
+    for kept, now in zip(before, everything(trainer), strict=True):
+        assert torch.equal(kept, now)
+    assert not trainer.arena.grads.count_nonzero()
+    trainer.train_step(views(config, 2))
+    assert trainer.guard.skipped() == (0, 1, 1, 1)
+    assert all(now.isfinite().all() for now in everything(trainer))
+    assert not torch.equal(before[0], trainer.arena.params)
+
+
+def test_statistics_that_are_not_finite_are_not_kept(small):
+    """Huge activations have an infinite variance; normalised by it they are zero, and loss and gradient are finite."""
+    config = small(warmup_epochs=0)
+    trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
+    trainer.train_step(views(config))
+    trainer.step = trainer.steps - 2  # where momentum batch normalisation gives a batch little weight
+    before = everything(trainer)
+    norm = trainer.model.target.encoder.layer4[0].bn2
+
+    def spoil(module, inputs):
+        inputs[0].variance.fill_(float("inf"))
+
+    handle = norm.register_forward_pre_hook(spoil)
+    losses = trainer.train_step(views(config, 1))
+    handle.remove()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert trainer.guard.skipped().in_all == 1
+    for kept, now in zip(before, everything(trainer), strict=True):
+        assert torch.equal(kept, now)
+
+
+def test_the_steps_since_are_counted(small):
+    config = small(warmup_epochs=0)
+    trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
+    trainer.train_step(torch.full_like(views(config), float("nan")))
+    for since in range(3):
+        assert trainer.guard.skipped().since == since
+        trainer.train_step(views(config, since))
+
+
+def test_a_few_are_counted_and_said(small, poison, capsys):
+    poison.update([3, 4, 7])
+    config = small(epochs=1)
+    Pretraining(config, resume=False).run()
+    said = capsys.readouterr().out
+    assert "step 3  skipped: its numbers were not finite (1 steps so far)" in said
+    assert "step 7  skipped: its numbers were not finite (3 steps so far)" in said
+    state = checkpoint.load(checkpoint.newest_of_run(Path(config.out)))
+    assert state["skipped"] == 3 and state["step"] == EPOCH_STEPS
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    counts = [json.loads(line).get("skipped_steps") for line in lines]
+    assert [count for count in counts if count is not None] == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
+
+
+def test_three_in_a_row_end_the_run_which_goes_on_later(small, poison):
+    config = small()
+    poison.update(range(5, 5 + TOO_MANY))
+    with pytest.raises(InputError, match=r"3 steps in a row .* from the images of all \(images\) of rank 0 on; saved"):
+        Pretraining(config, resume=False).run()
+    out = Path(config.out)
+    dump = json.loads((out / "nonfinite.json").read_text())
+    assert dump["step"] == 7 and dump["ranks"][0]["found"]["where"] == "images"
+    assert len(dump["ranks"][0]["batch"]) == config.batch_size
+    assert all(name.endswith(".png") for name in dump["ranks"][0]["batch"])
+    state = checkpoint.load(checkpoint.newest_of_run(out))
+    assert state["step"] == 7 and all(value.isfinite().all() for value in state["model"].values())
+    poison.clear()
+    _main(["--resume", "--out", str(out)])
+    assert checkpoint.load(checkpoint.newest_of_run(out))["skipped"] == 3
+
+
+@pytest.mark.parametrize("layer", ["encoder.conv1", "predictor.fc1"])
+def test_the_layer_is_named(small, layer):
+    config = small(warmup_epochs=0)
+    trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
+    trainer.train_step(views(config))
+    before = everything(trainer)
+    assert trainer.diagnose(views(config)) is None
+    module = dict(trainer.model.online.named_modules())[layer]
+
+    def spoil(module, inputs, output):
+        (output if isinstance(output, torch.Tensor) else output.y).mul_(float("inf"))
+
+    with torch.no_grad():
+        handle = module.register_forward_hook(spoil, prepend=True)
+        found = trainer.diagnose(views(config))
+    handle.remove()
+    assert found == ("c8-d1111", layer, "forward")
+    for kept, now in zip(before, everything(trainer), strict=True):
+        assert torch.equal(kept, now)
+
+
+def test_a_gradient_is_named_that_a_finite_loss_has(small):
+    config = small(warmup_epochs=0)
+    trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
+    trainer.train_step(views(config))
+    layer = trainer.model.online.predictor.fc2
+
+    def spoil(module, inputs, output):
+        output.register_hook(lambda gradient: gradient * float("nan"))
+
+    handle = layer.register_forward_hook(spoil)
+    found = trainer.diagnose(views(config))
+    handle.remove()
+    assert found is not None and found.where == "backward" and found.layer.startswith("predictor.fc2")
+
+
+def test_a_weight_is_named(small):
+    trainer = Trainer(small(), EPOCH_STEPS, torch.device("cpu"))
+    with torch.no_grad():
+        trainer.model.online.projector.fc1.weight[0, 0] = float("nan")
+    assert trainer.diagnose(views(small())) == ("all", "online.projector.fc1.weight", "weights")
+
+
+def test_a_collapse_is_told_with_advice(small, monkeypatch, capsys):
+    monkeypatch.setattr("train.pretraining.probe.feature_std", lambda features: 0.01 if len(features[0]) < 100 else 0.5)
+    Pretraining(small(epochs=1), resume=False).run()
+    said = capsys.readouterr().out
+    assert "step 10  COLLAPSE of c8-d1111, c8-d1121:" in said and "lower --base-lr" in said
+    assert "step 0  COLLAPSE" not in said

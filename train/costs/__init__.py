@@ -1,0 +1,1 @@
+"""Costs by count: multiply-accumulates, memory, communication, and the dry run that shows them."""

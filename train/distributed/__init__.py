@@ -1,0 +1,1 @@
+"""Several processes: process group, rendezvous, gradient all-reduce, batch split, watchdog."""

@@ -1,0 +1,44 @@
+"""A family that was trained with labels, loaded from the run directory of train.finetune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import Classifier, build
+from dspnet_fast.models import family as family_of
+
+from ..config import FinetuneConfig
+from ..data.datasets import open_images
+from ..run import checkpoint
+from ..run.run_directory import read_config
+from .pretrained import Trained
+
+
+class FinetunedFamily(Trained):
+    """The classifier of a run at its newest checkpoint.
+
+    Attributes:
+        config: the run's configuration.
+        classes: their names, in the order of the logits.
+    """
+
+    def __init__(self, out: Path, device: torch.device) -> None:
+        self.config: FinetuneConfig = read_config(out, FinetuneConfig)
+        assert self.config.data is not None and self.config.image_size is not None
+        options = self.config.family()
+        family = family_of(options.network, options.names())
+        self.classes = open_images(self.config.data, "train").classes
+        state = checkpoint.load_of_run(out, "cpu", print)
+        with torch.random.fork_rng(devices=[]):
+            model = Classifier(build(options.network, family.full, options.stem), len(self.classes))
+        try:
+            model.load_state_dict(state["model"])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint in {out} is of another network, or of other classes than the {len(self.classes)} of "
+                f"{self.config.data}: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        super().__init__(out, device, family, model, self.config.image_size, state["step"])
