@@ -26,7 +26,7 @@ import pytest
 
 from dspnet_fast.ops import registry
 
-from .device import ON_GPU, PRECISION, Times, gpu_times, is_broken, name, settle
+from .device import ON_GPU, PRECISION, Times, configure, gpu_times, is_broken, name
 from .gpu import records, verdicts
 from .machine import copy_bandwidth, peak_gflops, roofline_seconds
 
@@ -104,7 +104,7 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         before = registry.get_policy()
         if variant in OURS:
             registry.set_policy(variant)
-        settle(ours=variant in OURS, tried=variant not in OURS)
+        configure(ours=variant in OURS, tried=variant not in OURS)
         try:
             if ON_GPU:
                 times = gpu_times(run, SECONDS)
@@ -121,7 +121,7 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
             raise
         finally:
             registry.set_policy(before)
-            settle(ours=False)
+            configure(ours=False)
         median = statistics.median(times.seconds)
         LINES.append(
             {

@@ -24,7 +24,7 @@ from train.data.augmentation import byol
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.loader import two_view_batches
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.pretraining.probe import Probe
 from train.pretraining.trainer import Trainer
 
@@ -71,7 +71,7 @@ def run(
     registry.set_policy(policy)
     try:
         images = open_images(config.data, "train")
-        order = EpochOrder(config.train_images or len(images), config.batch_size, seed, config.epochs)
+        order = EpochSampler(config.train_images or len(images), config.batch_size, seed, config.epochs)
         trainer = Trainer(config, order.steps_per_epoch, torch.device(device))
         losses: dict[str, list[float]] = {dn.name: [] for dn in trainer.model.family}
         views = byol(config.image_size, config.min_scale)

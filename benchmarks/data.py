@@ -41,7 +41,7 @@ from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.images import ImageSet, Subset
 from train.data.inspect import views
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.run.progress import Monitor
 
 from .quiet import Patience, Samples
@@ -137,7 +137,7 @@ def _decode_dali(images: ImageSet, batch_size: int) -> Callable[[], object]:
 
 
 def _backend(name: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], batch_size: int) -> Callable[[], object]:
-    order = EpochOrder(len(images), batch_size, seed=0, epochs=1)
+    order = EpochSampler(len(images), batch_size, seed=0, epochs=1)
     batches = open_batches(name, images, specs, order, 0, BadImages(), torch.device("cpu"))
 
     def run() -> None:

@@ -33,7 +33,7 @@ class Times:
     recorded: bool
 
 
-def settle(ours: bool, tried: bool = False) -> None:
+def configure(ours: bool, tried: bool = False) -> None:
     """Libraries as ours (train/run/device.py), or the comparison, has them: its convolutions may have any algorithm,
     with `tried` the fastest of some on trial; ours are deterministic. Products of fp32 are the same for both."""
     torch.set_float32_matmul_precision("high" if PRECISION == "tf32" else "highest")

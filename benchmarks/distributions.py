@@ -31,7 +31,7 @@ from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.images import ImageSet
 from train.data.inspect import EVERYTHING
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.run.progress import Monitor
 
 from .data import photographs, transform
@@ -94,7 +94,7 @@ def of_backend(
     name: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], samples: int, batch_size: int, seed: int
 ) -> Summary:
     """Of `samples` views, half of them by each specification."""
-    order = EpochOrder(len(images), batch_size, seed, epochs=-(-samples // (2 * len(images))))
+    order = EpochSampler(len(images), batch_size, seed, epochs=-(-samples // (2 * len(images))))
     return _total(open_batches(name, images, specs, order, 0, BadImages(), torch.device("cpu")))
 
 

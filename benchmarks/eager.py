@@ -2,7 +2,7 @@
 
 Functional networks whose layers slice a full weight, `weight[:o, :i]`, F.batch_norm by the statistics of each view's
 own forward pass, a backward for every subnet, LARS and the target's update as loops over parameters. It shares with
-train/ what a subnet is (`plan`) and what the parameters are called, and computes the same step
+train/ what a subnet is (`layer_sizes`) and what the parameters are called, and computes the same step
 (tests/benchmarks/test_eager.py), but for one thing it is spared: no running statistics are kept.
 """
 
@@ -189,7 +189,7 @@ class EagerStep:
         self.targets = {name: self._copy(value) for name, value in model.target.named_parameters()}
         self.momenta = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         self._encoder, self._small_stem = ENCODERS[model.online.encoder.name], model.online.encoder.small_stem
-        self._sizes = {subnet.name: model.online.plan(subnet)[1] for subnet in model.family}
+        self._sizes = {subnet.name: model.online.layer_sizes(subnet)[1] for subnet in model.family}
         self._full = model.family.full
         self._precision = precision
         self._device = next(model.parameters()).device

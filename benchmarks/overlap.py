@@ -1,4 +1,5 @@
-"""What `--overlap` saves: steps of two ranks on two hosts, with cables of given speeds. Takes root, for the hosts.
+"""What `--overlap-all-reduce` saves: steps of two ranks on two hosts, with cables of given speeds. Takes root, for the
+hosts.
 
 Steps with and without it take turns; between them the same step without any exchange, and the exchange alone. Where the
 heads' gradients take longer to send than those of the full network's encoder to compute, it can hide the latter's time
@@ -28,7 +29,7 @@ from dspnet_fast.ops import registry
 from train import cli
 from train.config import PretrainConfig
 from train.costs.communication import traffic
-from train.distributed.process_group import ALONE as NO_OTHERS
+from train.distributed.process_group import SINGLE_PROCESS as NO_OTHERS
 from train.distributed.process_group import join, leave
 from train.pretraining.trainer import Trainer
 from train.run.progress import Monitor
@@ -37,7 +38,12 @@ from .cable import HOSTS, Cable
 
 PORT = 29534  # in namespaces of our own
 STEPS_OF_A_RUN = 100_000  # so many that learning rate and tau stay what they are
-ALONE, EXCHANGE, AFTER, OVERLAPPED = "step without exchange", "exchange alone", "step", "step with --overlap"
+SINGLE_PROCESS, EXCHANGE, AFTER, OVERLAPPED = (
+    "step without exchange",
+    "exchange alone",
+    "step",
+    "step with --overlap-all-reduce",
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         f"{cpu_model()}, one thread a rank; {config.network} {config.dns}, {config.batch_size} images of "
         f"{config.image_size} px; {sent.gradient / 1e6:.1f} MB of gradient sent by each rank in a step"
     )
-    table = Table("Gbit/s", *(f"{name}, ms" for name in (ALONE, EXCHANGE, AFTER, OVERLAPPED)), "x")
+    table = Table("Gbit/s", *(f"{name}, ms" for name in (SINGLE_PROCESS, EXCHANGE, AFTER, OVERLAPPED)), "x")
     speeds = [float(speed) for speed in options.gbit.split(",")]
     with Monitor("cables", len(speeds)) as monitor:
         for speed in speeds:
@@ -124,15 +130,15 @@ def seconds(options: argparse.Namespace) -> dict[str, float]:
         Trainer(of, STEPS_OF_A_RUN, device, among)
         for of, among in [
             (config, ranks),
-            (replace(config, overlap=True), ranks),
+            (replace(config, overlap_all_reduce=True), ranks),
             (replace(config, batch_size=config.batch_size // ranks.size), NO_OTHERS),
         ]
     )
     shape = (2 * config.batch_size // ranks.size, 3, config.image_size, config.image_size)
     batch = torch.randint(256, shape, dtype=torch.uint8)
-    gradient = torch.zeros_like(after.arena.grads)
+    gradient = torch.zeros_like(after.flat_buffers.grads)
     ways: dict[str, Callable[[], object]] = {
-        ALONE: lambda: alone.train_step(batch),
+        SINGLE_PROCESS: lambda: alone.train_step(batch),
         EXCHANGE: lambda: ranks.average(gradient),
         AFTER: lambda: after.train_step(batch),
         OVERLAPPED: lambda: overlapped.train_step(batch),

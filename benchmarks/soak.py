@@ -23,7 +23,7 @@ from train.data.augmentation import byol
 from train.data.backends import choose_backend, open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.run.progress import Monitor
 
 from .data import photographs
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         images = open_images(options.data or folder, "train")
         name = choose_backend(options.data_backend, images, torch.device("cpu"))
         steps = len(images) // options.batch_size
-        order = EpochOrder(len(images), options.batch_size, 0, epochs=-(-options.batches // steps))
+        order = EpochSampler(len(images), options.batch_size, 0, epochs=-(-options.batches // steps))
         specs = byol(options.image_size)
         batches = iter(open_batches(name, images, specs, order, options.workers, BadImages(), torch.device("cpu")))
         began = time.monotonic()

@@ -44,7 +44,7 @@ from dspnet_fast.ops import registry
 from train import cli
 from train.config import PretrainConfig
 from train.pretraining.trainer import Trainer
-from train.run.process import settle_in
+from train.run.process import prepare_process
 from train.run.progress import Monitor
 
 from . import machine, work
@@ -307,7 +307,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
                 runs[name] = build(variant, options, batch)
                 runs[name].step()
             runs[name].step()
-        settle_in(torch.device("cpu"))  # as train.pretrain does; the comparison has the use of it as well
+        prepare_process(torch.device("cpu"))  # as train.pretrain does; the comparison has the use of it as well
         patience = Patience(20, 3) if options.quick else Patience(200, 15)
         samples = interleave({name: runs[name].step for name in chosen}, rounds, patience, tick)
         tick("where the time goes")

@@ -17,7 +17,7 @@ from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
 from .launch import Input, OutputGradient, channels_last, contiguous, takes
 from .moments import moments
-from .norm_act import norm_act, settle_backward
+from .norm_act import materialize_backward, norm_act
 from .output_gradient import output_gradient
 from .prefix import add_to_prefix, gradient_prefix
 from .sums import sums, sums_per_image
@@ -37,11 +37,11 @@ def conv_moments(
     views: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As dspnet_fast.ops.conv_moments, without main_grad, for arguments that are valid and that `accepts` takes."""
-    owed = _input(x, scale, shift, act, gate)
+    deferred = _input(x, scale, shift, act, gate)
     kernel = weight.shape[2]
     kind = _kind(kernel, stride, padding, groups)
     if kind == "dense":
-        h = _settled(owed)
+        h = _settled(deferred)
         with _library():
             y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
         if views:
@@ -51,8 +51,8 @@ def conv_moments(
     size = [(length + 2 * padding - kernel) // stride + 1 for length in x.shape[2:]]
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if kind == "pointwise":
-        return y, *pointwise.forward(owed, weight, y, views)
-    return y, *depthwise.forward(owed, weight, y, stride, padding, views)
+        return y, *pointwise.forward(deferred, weight, y, views)
+    return y, *depthwise.forward(deferred, weight, y, stride, padding, views)
 
 
 def conv_moments_backward(
@@ -75,7 +75,7 @@ def conv_moments_backward(
     wanted_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As dspnet_fast.ops.conv_moments_backward, for arguments that are valid and that `accepts` takes."""
-    owed = _input(x, scale, shift, act, gate)
+    deferred = _input(x, scale, shift, act, gate)
     grads = OutputGradient(
         channels_last(grad_y), grad_mean.contiguous(), grad_variance.contiguous(), channels_last(y), mean.contiguous()
     )
@@ -91,7 +91,7 @@ def conv_moments_backward(
         with _library():
             of_h, of_prefix, _ = torch.ops.aten.convolution_backward(
                 output_gradient(grads),
-                _settled(owed) if wanted_weight else owed.x,
+                _settled(deferred) if wanted_weight else deferred.x,
                 weight[: y.shape[1], : x.shape[1]].to(x.dtype),
                 None,
                 [stride, stride],
@@ -104,24 +104,26 @@ def conv_moments_backward(
             )
         if wanted_input:
             of_x = channels_last(of_h)
-            if not owed.settled:
-                of_x, _, partial = settle_backward(of_x, owed.x, owed.scale, owed.shift, act, owed.gate)
+            if not deferred.materialized:
+                of_x, _, partial = materialize_backward(
+                    of_x, deferred.x, deferred.scale, deferred.shift, act, deferred.gate
+                )
                 to_gate = partial[2]
         if prefix is not None:
             prefix += of_prefix
     else:
-        of_x = torch.empty_like(owed.x) if wanted_input else of_x
+        of_x = torch.empty_like(deferred.x) if wanted_input else of_x
         if kind == "depthwise":
             of_h = of_x if wanted_input else None
-            partial, of_prefix = depthwise.backward(grads, owed, weight, of_h, stride, padding, wanted_weight)
+            partial, of_prefix = depthwise.backward(grads, deferred, weight, of_h, stride, padding, wanted_weight)
             to_gate = partial[2]
             if prefix is not None:
                 prefix += of_prefix
         else:
             if wanted_input:
-                partial, to_gate = pointwise.input_gradient(grads, owed, weight, of_x)
+                partial, to_gate = pointwise.input_gradient(grads, deferred, weight, of_x)
             if prefix is not None:
-                add_to_prefix(prefix, pointwise.weight_gradient(grads, owed))
+                add_to_prefix(prefix, pointwise.weight_gradient(grads, deferred))
     if wanted_input and partial is not None and scale is not None:
         of_scale, of_shift = sums(partial[0], partial[1], len(scale))
     if gate is not None and wanted_input:
@@ -142,11 +144,11 @@ def _input(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate
     return Input(channels_last(x), scale, shift, act, gate)
 
 
-def _settled(owed: Input) -> Tensor:
-    """What a library's convolution can read: x itself if it is owed nothing."""
-    if owed.settled:
-        return owed.x
-    return norm_act(owed.x, owed.scale, owed.shift, owed.act, owed.gate, None, None, None)
+def _settled(deferred: Input) -> Tensor:
+    """What a library's convolution can read: x itself if it is deferred nothing."""
+    if deferred.materialized:
+        return deferred.x
+    return norm_act(deferred.x, deferred.scale, deferred.shift, deferred.act, deferred.gate, None, None, None)
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .deferred import (
-    activated,
-    known,
+    activation_gradient,
+    apply_activation,
+    assume_multiple_of,
     load_moment_gradients,
     load_output_gradient,
     load_row,
     normalized,
-    slope,
     store_sums,
 )
 from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums
@@ -90,7 +90,7 @@ def conv_moments_depthwise_kernel(
     segments,
     scale_rows,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -101,13 +101,13 @@ def conv_moments_depthwise_kernel(
     BLOCK_C: tl.constexpr,
 ):
     ROWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE  # of y that a row of x reaches, at most
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     begin = program % parts * images
     before = (segment * size + begin).to(tl.int64)
     strips = tl.cdiv(out_width, COLUMNS)
@@ -142,7 +142,7 @@ def conv_moments_depthwise_kernel(
                 for at in tl.static_range((COLUMNS - 1) * STRIDE + KERNEL):
                     valid = ((left_of_x + at >= 0) & (left_of_x + at < right))[:, None] & inside[None, :]
                     values = tl.load(from_x + (row * width + at) * channels, mask=valid, other=0.0)
-                    h = activated(normalized(values, factor, offset, OWED), ACT)
+                    h = apply_activation(normalized(values, factor, offset, DEFERRED), ACT)
                     if GATED:
                         h *= gates
                     hs = hs + (tl.where(valid, h, 0.0),)
@@ -174,20 +174,20 @@ def conv_moments_depthwise_kernel(
         tl.store(to + programs * channels, tl.sum(within, 0) / (out_height * out_width), mask=inside)
 
 
-def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> tuple[Tensor, Tensor]:
+def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> tuple[Tensor, Tensor]:
     """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
-    images, channels, height, width = owed.x.shape
+    images, channels, height, width = deferred.x.shape
     kernel = weight.shape[2]
     most = 4 if kernel <= 3 else 3 if stride == 1 else 2
     tile = _tile(channels, y.shape[3], most, 512 if kernel <= 3 and stride == 1 else 256)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     block = max(1, tile["BLOCK_P"] // triton.cdiv(y.shape[3], tile["COLUMNS"]))
-    rows = Rows.share(images, max(views, owed.rows), block, blocks, owed.x.device)
-    partial = partial_moments(rows, channels, owed.x) if views else owed.x
+    rows = Rows.share(images, max(views, deferred.rows), block, blocks, deferred.x.device)
+    partial = partial_moments(rows, channels, deferred.x) if views else deferred.x
     launch(
         conv_moments_depthwise_kernel,
         rows.programs * blocks,
-        *owed.pointers,
+        *deferred.pointers,
         _taps(weight, channels),
         y,
         partial,
@@ -201,8 +201,8 @@ def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, v
         rows.parts,
         rows.tiles * rows.block,
         rows.segments,
-        owed.rows,
-        **owed.constants,
+        deferred.rows,
+        **deferred.constants,
         MOMENTS=views > 0,
         KERNEL=kernel,
         STRIDE=stride,
@@ -212,7 +212,7 @@ def forward(owed: Input, weight: Tensor, y: Tensor, stride: int, padding: int, v
     )
     if views:
         return merge_moments(partial, rows)
-    nothing = owed.x.new_empty(0, channels, dtype=torch.float32)
+    nothing = deferred.x.new_empty(0, channels, dtype=torch.float32)
     return nothing, nothing.clone()
 
 
@@ -264,7 +264,7 @@ def conv_moments_depthwise_backward_kernel(
     scale_rows,
     views,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     INPUT: tl.constexpr,
@@ -279,13 +279,13 @@ def conv_moments_depthwise_backward_kernel(
     # x at q STRIDE - padding + d meets e at q - b by the tap d + b STRIDE, in rows and in columns.
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     WINDOW: tl.constexpr = COLUMNS + REACH - 1
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     centre, to_mean, to_square = load_moment_gradients(
         mean, dmean, dvariance, segment * views // segments, column, channels, inverse_count, MOMENTS
     )
@@ -329,8 +329,8 @@ def conv_moments_depthwise_backward_kernel(
                         valid = ((left_of_x + at >= 0) & (left_of_x + at < right))[:, None] & inside[None, :]
                         to = (row * width + at) * channels
                         values = tl.load(from_x + to, mask=valid, other=0.0).to(tl.float32)
-                        z = normalized(values, factor, offset, OWED)
-                        h = activated(z, ACT)
+                        z = normalized(values, factor, offset, DEFERRED)
+                        h = apply_activation(z, ACT)
                         dh, to_taps = _meet(
                             window, kernel, tl.where(valid, h * gates if GATED else h, 0.0), to_taps, d, at,
                             INPUT, WEIGHT, KERNEL, STRIDE, REACH, WINDOW,
@@ -339,14 +339,14 @@ def conv_moments_depthwise_backward_kernel(
                             if GATED:
                                 to_gate += tl.where(valid, dh * h, 0.0)
                                 dh *= gates
-                            dz = tl.where(valid, dh * slope(z, ACT), 0.0)
+                            dz = tl.where(valid, dh * activation_gradient(z, ACT), 0.0)
                             of_scale += dz * values
                             of_shift += dz
                             tl.store(to_dx + to, (dz * factor).to(dx.dtype.element_ty), mask=valid)
         if INPUT and GATED:
             to = of_gate + (image * strips + lane % strips)[:, None] * channels + column[None, :]
             tl.store(to, to_gate, mask=(lane < lanes)[:, None] & inside[None, :])
-    if INPUT and OWED:
+    if INPUT and DEFERRED:
         store_sums(partial, program, segments * parts, channels, column, tl.sum(of_scale, 0), tl.sum(of_shift, 0))
     if WEIGHT:
         for tap in tl.static_range(KERNEL * KERNEL):
@@ -356,7 +356,7 @@ def conv_moments_depthwise_backward_kernel(
 
 def backward(
     grads: OutputGradient,
-    owed: Input,
+    deferred: Input,
     weight: Tensor,
     dx: Tensor | None,
     stride: int,
@@ -365,25 +365,27 @@ def backward(
 ) -> tuple[Sequence[Tensor], Tensor | None]:
     """Fills dx, if it is wanted. Returns what programs have summed for scale, shift [programs, C] and gate [strips, C],
     and the gradient of the weight's prefix, [C, 1, k, k] in fp32, if it is wanted."""
-    images, channels, height, width = owed.x.shape
+    images, channels, height, width = deferred.x.shape
     kernel = weight.shape[2]
     columns = (width - 1 + padding) // stride - padding // stride + 1  # of strides, as the kernel has it
     most = 4 if kernel <= 3 or (kernel <= 5 and stride == 1) else 3
     tile = _tile(channels, columns, most, 256 if kernel <= 5 else 128)
     strips = triton.cdiv(columns, tile["COLUMNS"])
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
-    segments = max(grads.views, owed.rows)
-    rows = Rows.share(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, owed.x.device)
-    partial = partial_sums(2, rows, channels, owed.x)
-    of_gate = owed.x.new_empty(images * strips if owed.gate is not None else 0, channels, dtype=torch.float32)
-    of_taps = owed.x.new_empty(rows.programs if wanted_weight else 0, kernel * kernel, channels, dtype=torch.float32)
+    segments = max(grads.views, deferred.rows)
+    rows = Rows.share(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, deferred.x.device)
+    partial = partial_sums(2, rows, channels, deferred.x)
+    of_gate = deferred.x.new_empty(images * strips if deferred.gate is not None else 0, channels, dtype=torch.float32)
+    of_taps = deferred.x.new_empty(
+        rows.programs if wanted_weight else 0, kernel * kernel, channels, dtype=torch.float32
+    )
     launch(
         conv_moments_depthwise_backward_kernel,
         rows.programs * blocks,
         *grads.pointers,
-        *owed.pointers,
+        *deferred.pointers,
         _taps(weight, channels),
-        owed.x if dx is None else dx,
+        deferred.x if dx is None else dx,
         partial,
         of_gate,
         of_taps,
@@ -397,9 +399,9 @@ def backward(
         rows.parts,
         rows.tiles * rows.block,
         rows.segments,
-        owed.rows,
+        deferred.rows,
         grads.views,
-        **owed.constants,
+        **deferred.constants,
         MOMENTS=grads.views > 0,
         INPUT=dx is not None,
         WEIGHT=wanted_weight,

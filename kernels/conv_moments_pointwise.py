@@ -1,6 +1,7 @@
 """conv_moments for 1 x 1 kernels: tall matrix products, bound by memory at the sizes of MobileNets.
 
-Rows are pixels, columns channels. The owed normalisation is formed on tiles of x between the load and the product, and
+Rows are pixels, columns channels. The deferred normalisation is formed on tiles of x between the load and the product,
+and
 moments are taken of the accumulators: x is read once per block of output channels, which lie next to each other in time
 and so mostly come out of the L2 cache, and y is written once. The weight's prefix is read by its strides.
 """
@@ -11,17 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .deferred import (
-    activated,
+    activation_gradient,
+    apply_activation,
+    assume_multiple_of,
     deviation,
     fold,
     folded,
-    known,
     load_moment_gradients,
     load_output_gradient,
     load_row,
     moments_from,
     normalized,
-    slope,
     store_sums,
     unfold,
 )
@@ -51,7 +52,7 @@ def conv_moments_pointwise_kernel(
     segments,
     scale_rows,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,9 +62,9 @@ def conv_moments_pointwise_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
-    out_channels = known(out_channels, WIDE)
-    stride_o = known(stride_o, WEIGHT_WIDE)
+    channels = assume_multiple_of(channels, WIDE)
+    out_channels = assume_multiple_of(out_channels, WIDE)
+    stride_o = assume_multiple_of(stride_o, WEIGHT_WIDE)
     blocks = tl.cdiv(out_channels, BLOCK_O)
     program = tl.program_id(0) // blocks
     segment = program // parts
@@ -83,10 +84,12 @@ def conv_moments_pointwise_kernel(
             column = first_in + tl.arange(0, BLOCK_I)
             inside = column < channels
             valid = there[:, None] & inside[None, :]
-            factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+            factor, offset = load_row(
+                scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED
+            )
             in_x = in_tile[:, None] * channels + column[None, :]
             values = tl.load(x + tile.to(tl.int64) * channels + in_x, mask=valid, other=0.0)
-            h = activated(normalized(values, factor, offset, OWED), ACT)
+            h = apply_activation(normalized(values, factor, offset, DEFERRED), ACT)
             if GATED:
                 image = (tile + in_tile) // positions
                 h *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
@@ -113,18 +116,18 @@ def conv_moments_pointwise_kernel(
         tl.store(partial + (programs + program) * out_channels + out_column, squares, mask=out_inside)
 
 
-def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor, Tensor]:
+def forward(deferred: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor, Tensor]:
     """Fills y [N, O, H, W] from x [N, C, H, W], both channels-last; returns mean and variance [views, O]."""
-    images, channels, height, width = owed.x.shape
+    images, channels, height, width = deferred.x.shape
     out_channels = y.shape[1]
-    block_m, block_o, block_i, warps = _tile(owed.x.dtype, out_channels, channels)
+    block_m, block_o, block_i, warps = _tile(deferred.x.dtype, out_channels, channels)
     blocks = triton.cdiv(out_channels, block_o)
-    rows = Rows.share(images * height * width, max(views, owed.rows), block_m, blocks, owed.x.device)
-    partial = partial_moments(rows, out_channels, owed.x) if views else owed.x
+    rows = Rows.share(images * height * width, max(views, deferred.rows), block_m, blocks, deferred.x.device)
+    partial = partial_moments(rows, out_channels, deferred.x) if views else deferred.x
     launch(
         conv_moments_pointwise_kernel,
         rows.programs * blocks,
-        *owed.pointers,
+        *deferred.pointers,
         weight,
         y,
         partial,
@@ -134,8 +137,8 @@ def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor,
         weight.stride(1),
         height * width,
         *rows.arguments,
-        owed.rows,
-        **owed.constants,
+        deferred.rows,
+        **deferred.constants,
         MOMENTS=views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,
@@ -148,7 +151,7 @@ def forward(owed: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor,
     )
     if views:
         return merge_moments(partial, rows)
-    nothing = owed.x.new_empty(0, out_channels, dtype=torch.float32)
+    nothing = deferred.x.new_empty(0, out_channels, dtype=torch.float32)
     return nothing, nothing.clone()
 
 
@@ -201,7 +204,7 @@ def conv_moments_pointwise_input_gradient_kernel(
     scale_rows,
     views,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -213,16 +216,16 @@ def conv_moments_pointwise_input_gradient_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
-    out_channels = known(out_channels, WIDE)
-    stride_o = known(stride_o, WEIGHT_WIDE)
+    channels = assume_multiple_of(channels, WIDE)
+    out_channels = assume_multiple_of(out_channels, WIDE)
+    stride_o = assume_multiple_of(stride_o, WEIGHT_WIDE)
     blocks = tl.cdiv(channels, BLOCK_I)
     program = tl.program_id(0) // blocks
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = column < channels
     view = segment * views // segments
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     of_scale = tl.zeros((HELD, BLOCK_I), tl.float32)
     of_shift = tl.zeros((HELD, BLOCK_I), tl.float32)
     row = tl.arange(0, BLOCK_M)
@@ -263,11 +266,11 @@ def conv_moments_pointwise_input_gradient_kernel(
         valid = there[:, None] & inside[None, :]
         in_x = row[:, None] * channels + column[None, :]
         values = tl.load(x + tile * channels + in_x, mask=valid, other=0.0).to(tl.float32)
-        z = normalized(values, factor, offset, OWED)
+        z = normalized(values, factor, offset, DEFERRED)
         if IMAGES:
             before = (segment * size + first) * channels
             in_gate = before + image[:, None] * channels + column[None, :]
-            to_gate = _of_images(dh * activated(z, ACT), image, there, IMAGES, x.dtype.element_ty != tl.float32)
+            to_gate = _of_images(dh * apply_activation(z, ACT), image, there, IMAGES, x.dtype.element_ty != tl.float32)
             in_tile = tl.arange(0, IMAGES)
             tl.store(
                 dgate + before + in_tile[:, None] * channels + column[None, :],
@@ -276,45 +279,45 @@ def conv_moments_pointwise_input_gradient_kernel(
             )
             dh *= tl.load(gate + in_gate, mask=valid, other=0.0)
         elif GATED:
-            of_gate += _add_rows(dh * activated(z, ACT), HELD)
+            of_gate += _add_rows(dh * apply_activation(z, ACT), HELD)
             dh *= gates
-        dz = dh * slope(z, ACT)
-        if OWED:
+        dz = dh * activation_gradient(z, ACT)
+        if DEFERRED:
             of_scale += _add_rows(dz * values, HELD)
             of_shift += _add_rows(dz, HELD)
         tl.store(dx + tile * channels + in_x, (dz * factor).to(dx.dtype.element_ty), mask=valid)
-    if OWED:
+    if DEFERRED:
         store_sums(partial, program, segments * parts, channels, column, tl.sum(of_scale, 0), tl.sum(of_shift, 0))
     if GATED and IMAGES == 0:
         tl.store(dgate + program * channels + column, tl.sum(of_gate, 0), mask=inside)
 
 
-def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+def input_gradient(grads: OutputGradient, deferred: Input, weight: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     """Fills dx; returns what programs have summed for scale and shift, [2, programs, C], and the gate's gradient
     [N, C], or what programs have summed for it, [programs, C], each of them within one image."""
-    images, channels, height, width = owed.x.shape
-    out_channels, positions, dtype = grads.y.shape[1], height * width, owed.x.dtype
-    gated = owed.gate is not None
+    images, channels, height, width = deferred.x.shape
+    out_channels, positions, dtype = grads.y.shape[1], height * width, deferred.x.dtype
+    gated = deferred.gate is not None
     # Deep tiles have no registers left for gates.
     block_m, block_i, block_o, warps = _tile(dtype, channels, min(out_channels, DEEP) if gated else out_channels)
     if gated and dtype != torch.float32:  # as many whole images as fill a tile best
         block_m = max(64, 128, key=lambda rows: rows // positions * positions / rows)
         warps = block_m // 16
     blocks = triton.cdiv(channels, block_i)
-    views, device = max(grads.views, owed.rows), owed.x.device
+    views, device = max(grads.views, deferred.rows), deferred.x.device
     in_tile = block_m // positions if gated else 0
     if in_tile:
         rows = Rows.share(images, views, in_tile, blocks, device)
     else:  # with a gate, a program works within one image: the gate's gradient is a sum over it
         rows = Rows.share(images * positions, images if gated else views, block_m, blocks, device)
-    partial = partial_sums(2, rows, channels, owed.x)
-    of_gate = owed.x.new_empty(images if in_tile else rows.programs, channels, dtype=torch.float32)
+    partial = partial_sums(2, rows, channels, deferred.x)
+    of_gate = deferred.x.new_empty(images if in_tile else rows.programs, channels, dtype=torch.float32)
     launch(
         conv_moments_pointwise_input_gradient_kernel,
         rows.programs * blocks,
         *grads.pointers,
         weight,
-        *owed.pointers,
+        *deferred.pointers,
         dx,
         partial,
         of_gate,
@@ -325,9 +328,9 @@ def input_gradient(grads: OutputGradient, owed: Input, weight: Tensor, dx: Tenso
         weight.stride(1),
         positions,
         *rows.arguments,
-        owed.rows,
+        deferred.rows,
         grads.views,
-        **owed.constants,
+        **deferred.constants,
         MOMENTS=grads.views > 0,
         PRECISION=precision(),
         IMAGES=in_tile and power_of_two(in_tile, 16, block_m),
@@ -366,7 +369,7 @@ def conv_moments_pointwise_weight_gradient_kernel(
     scale_rows,
     views,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -375,8 +378,8 @@ def conv_moments_pointwise_weight_gradient_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
-    out_channels = known(out_channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
+    out_channels = assume_multiple_of(out_channels, WIDE)
     in_blocks = tl.cdiv(channels, BLOCK_I)
     blocks = tl.cdiv(out_channels, BLOCK_O) * in_blocks
     program = tl.program_id(0) // blocks
@@ -390,7 +393,7 @@ def conv_moments_pointwise_weight_gradient_kernel(
     )
     column = block % in_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = column < channels
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     in_tile = tl.arange(0, BLOCK_M)
     accumulator = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     begin = program % parts * tiles * BLOCK_M
@@ -404,7 +407,7 @@ def conv_moments_pointwise_weight_gradient_kernel(
         valid = there[:, None] & inside[None, :]
         in_x = in_tile[:, None] * channels + column[None, :]
         values = tl.load(x + tile.to(tl.int64) * channels + in_x, mask=valid, other=0.0)
-        h = activated(normalized(values, factor, offset, OWED), ACT)
+        h = apply_activation(normalized(values, factor, offset, DEFERRED), ACT)
         if GATED:
             image = (tile + in_tile) // positions
             h *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
@@ -414,29 +417,29 @@ def conv_moments_pointwise_weight_gradient_kernel(
     tl.store(to, accumulator, mask=out_inside[:, None] & inside[None, :])
 
 
-def weight_gradient(grads: OutputGradient, owed: Input) -> Tensor:
+def weight_gradient(grads: OutputGradient, deferred: Input) -> Tensor:
     """What programs have summed for the gradient of the weight's prefix, [programs, O, C]."""
-    images, channels, height, width = owed.x.shape
+    images, channels, height, width = deferred.x.shape
     out_channels = grads.y.shape[1]
-    block_m, largest = (16, 32) if owed.x.dtype == torch.float32 else (64, 64)
+    block_m, largest = (16, 32) if deferred.x.dtype == torch.float32 else (64, 64)
     block_o, block_i = power_of_two(out_channels, 16, largest), power_of_two(channels, 16, largest)
     blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(channels, block_i)
-    rows = Rows.share(images * height * width, max(grads.views, owed.rows), block_m, blocks, owed.x.device)
-    partial = owed.x.new_empty(rows.programs, out_channels, channels, dtype=torch.float32)
+    rows = Rows.share(images * height * width, max(grads.views, deferred.rows), block_m, blocks, deferred.x.device)
+    partial = deferred.x.new_empty(rows.programs, out_channels, channels, dtype=torch.float32)
     launch(
         conv_moments_pointwise_weight_gradient_kernel,
         rows.programs * blocks,
         *grads.pointers,
-        *owed.pointers,
+        *deferred.pointers,
         partial,
         grads.inverse_count,
         channels,
         out_channels,
         height * width,
         *rows.arguments,
-        owed.rows,
+        deferred.rows,
         grads.views,
-        **owed.constants,
+        **deferred.constants,
         MOMENTS=grads.views > 0,
         PRECISION=precision(),
         WIDE=channels % 8 == out_channels % 8 == 0,

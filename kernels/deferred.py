@@ -1,4 +1,4 @@
-"""Owed normalisation as tiles [rows, channels] see it: h = act(scale x + shift) * gate, and the way back.
+"""Deferred normalisation as tiles [rows, channels] see it: h = act(scale x + shift) * gate, and the way back.
 
 Everything is fp32 but what is stored. ACT is one of dspnet_fast.ops.deferred.ACTS.
 """
@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def known(channels, WIDE: tl.constexpr):
+def assume_multiple_of(channels, WIDE: tl.constexpr):
     """The number of channels, known to the compiler as a multiple of 8 if it is: loads are then up to 16 bytes wide."""
     if WIDE:
         channels = channels // 8 * 8  # which says so to the compiler; tl.multiple_of says nothing of arguments
@@ -16,7 +16,7 @@ def known(channels, WIDE: tl.constexpr):
 
 
 @triton.jit
-def activated(z, ACT: tl.constexpr):
+def apply_activation(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "hardswish":
@@ -25,7 +25,7 @@ def activated(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def slope(z, ACT: tl.constexpr):
+def activation_gradient(z, ACT: tl.constexpr):
     """act'(z); at hardswish's kinks that of the middle piece."""
     result = tl.full(z.shape, 1.0, tl.float32)
     if ACT == "relu":
@@ -36,9 +36,9 @@ def slope(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def load_row(scale, shift, row, column, inside, channels, OWED: tl.constexpr):
+def load_row(scale, shift, row, column, inside, channels, DEFERRED: tl.constexpr):
     """Scale and shift of these columns, [1, columns]."""
-    if OWED:
+    if DEFERRED:
         factor = tl.load(scale + row * channels + column, mask=inside, other=0.0)[None, :]
         offset = tl.load(shift + row * channels + column, mask=inside, other=0.0)[None, :]
     else:
@@ -48,9 +48,9 @@ def load_row(scale, shift, row, column, inside, channels, OWED: tl.constexpr):
 
 
 @triton.jit
-def normalized(x, factor, offset, OWED: tl.constexpr):
+def normalized(x, factor, offset, DEFERRED: tl.constexpr):
     z = x.to(tl.float32)
-    if OWED:
+    if DEFERRED:
         z = z * factor + offset
     return z
 
@@ -81,14 +81,16 @@ def load_output_gradient(dy, y, centre, to_mean, to_square, offsets, valid, MOME
 
 
 @triton.jit
-def settle_gradient(dh, x, factor, offset, gates, valid, ACT: tl.constexpr, OWED: tl.constexpr, GATED: tl.constexpr):
+def materialize_gradient(
+    dh, x, factor, offset, gates, valid, ACT: tl.constexpr, DEFERRED: tl.constexpr, GATED: tl.constexpr
+):
     """From dh to dz, 0 where not valid, and the sum over the tile's rows that is the gate's gradient."""
-    z = normalized(x, factor, offset, OWED)
+    z = normalized(x, factor, offset, DEFERRED)
     of_gate = tl.zeros((dh.shape[1],), tl.float32)
     if GATED:
-        of_gate = tl.sum(tl.where(valid, dh * activated(z, ACT), 0.0), 0)
+        of_gate = tl.sum(tl.where(valid, dh * apply_activation(z, ACT), 0.0), 0)
         dh *= gates
-    return tl.where(valid, dh * slope(z, ACT), 0.0), of_gate
+    return tl.where(valid, dh * activation_gradient(z, ACT), 0.0), of_gate
 
 
 @triton.jit

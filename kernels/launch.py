@@ -15,7 +15,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WAVES = 8  # programs per multiprocessor: enough to fill it several times over, few enough to keep partial sums small
 
 # Arguments of kernels that say how much there is of something. Triton would compile a kernel anew where one of them is
-# 1 or a multiple of 16, hundreds of times for a family; what widens loads, kernels say by themselves (owed.known).
+# 1 or a multiple of 16, hundreds of times for a family; what widens loads, kernels say by themselves
+# (deferred.assume_multiple_of).
 SIZES = (
     "channels",
     "out_channels",
@@ -56,7 +57,7 @@ class Rows:
     @staticmethod
     def share(rows: int, segments: int, block: int, others: int, device: torch.device) -> "Rows":
         """others: programs that work on the same rows, such as those on other columns."""
-        size = few(rows) // segments
+        size = check_row_count(rows) // segments
         needed = triton.cdiv(size, block)
         parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * max(others, 1))))
         tiles = triton.cdiv(needed, max(parts, 1))
@@ -74,7 +75,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Input:
-    """An activation x [N, C, H, W], channels-last, and what it is owed, all contiguous."""
+    """An activation x [N, C, H, W], channels-last, and what it is deferred, all contiguous."""
 
     x: Tensor
     scale: Tensor | None
@@ -88,8 +89,8 @@ class Input:
         return 1 if self.scale is None else len(self.scale)
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing is owed."""
+    def materialized(self) -> bool:
+        """Whether nothing is deferred."""
         return self.scale is None and self.act == "identity" and self.gate is None
 
     @property
@@ -99,8 +100,8 @@ class Input:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """ACT, OWED, GATED."""
-        return {"ACT": self.act, "OWED": self.scale is not None, "GATED": self.gate is not None}
+        """ACT, DEFERRED, GATED."""
+        return {"ACT": self.act, "DEFERRED": self.scale is not None, "GATED": self.gate is not None}
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def launch(kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: i
             kernel[(grid,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
-def few(rows: int) -> int:
+def check_row_count(rows: int) -> int:
     """The number of rows, which kernels count in 32 bits (of elements, in 64), with room for the last tile."""
     if rows > 2**31 - 2**16:
         raise InputError(f"kernels take less than 2^31 rows (images times positions), not {rows}: split the batch")

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import activated, known, load_row, normalized, settle_gradient, store_sums
-from .launch import SIZES, Rows, channels_last, contiguous, few, launch, partial_sums, power_of_two, takes
+from .deferred import apply_activation, assume_multiple_of, load_row, materialize_gradient, normalized, store_sums
+from .launch import SIZES, Rows, channels_last, check_row_count, contiguous, launch, partial_sums, power_of_two, takes
 from .sums import sums, sums_per_image
 
 BLOCK_M = 64
@@ -20,11 +20,11 @@ BLOCK_M = 64
 @triton.jit
 def _load_sum(
     x, residual, factor, offset, residual_factor, residual_offset, offsets, valid,
-    OWED: tl.constexpr, ADDED: tl.constexpr, ADDED_OWED: tl.constexpr,
+    DEFERRED: tl.constexpr, ADDED: tl.constexpr, ADDED_OWED: tl.constexpr,
 ):  # fmt: skip
     """x, the residual, and what the activation is taken of."""
     values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-    z = normalized(values, factor, offset, OWED)
+    z = normalized(values, factor, offset, DEFERRED)
     added = values
     if ADDED:
         added = tl.load(residual + offsets, mask=valid, other=0.0).to(tl.float32)
@@ -50,7 +50,7 @@ def norm_act_kernel(
     scale_rows,
     residual_rows,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
     ADDED_OWED: tl.constexpr,
@@ -58,13 +58,13 @@ def norm_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     residual_factor, residual_offset = load_row(
         residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED
     )
@@ -73,9 +73,9 @@ def norm_act_kernel(
     row = segment.to(tl.int64) * size + in_segment
     offsets = row[:, None] * channels + column[None, :]
     _, _, z = _load_sum(
-        x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, OWED, ADDED, ADDED_OWED
+        x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, DEFERRED, ADDED, ADDED_OWED
     )
-    value = activated(z, ACT)
+    value = apply_activation(z, ACT)
     if GATED:
         image = (segment * size + in_segment) // positions  # in 32 bits: 64-bit divisions are calls
         value *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
@@ -99,7 +99,7 @@ def norm_act(
     out = torch.empty_like(x)
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     segments = _segments(scale, residual_scale)
-    size = few(len(x) * positions) // segments
+    size = check_row_count(len(x) * positions) // segments
     parts, block = triton.cdiv(size, BLOCK_M), power_of_two(channels, 16, 128)
     launch(
         norm_act_kernel,
@@ -115,7 +115,7 @@ def norm_act(
         1 if scale is None else len(scale),
         1 if residual_scale is None else len(residual_scale),
         ACT=act,
-        OWED=scale is not None,
+        DEFERRED=scale is not None,
         GATED=gate is not None,
         ADDED=residual is not None,
         ADDED_OWED=residual_scale is not None,
@@ -149,7 +149,7 @@ def norm_act_backward_kernel(
     scale_rows,
     residual_rows,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
     ADDED_OWED: tl.constexpr,
@@ -159,13 +159,13 @@ def norm_act_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     segment = program // parts
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, OWED)
+    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     residual_factor, residual_offset = load_row(
         residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED
     )
@@ -183,15 +183,15 @@ def norm_act_backward_kernel(
         row = segment.to(tl.int64) * size + in_segment
         offsets = row[:, None] * channels + column[None, :]
         values, added, z = _load_sum(
-            x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, OWED, ADDED, ADDED_OWED
+            x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, DEFERRED, ADDED, ADDED_OWED
         )
         if POOLED:
             image = (segment * size + in_segment) // positions
             dh = tl.load(grad + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
         else:
             dh = tl.load(grad + offsets, mask=valid, other=0.0)
-        # z is all that the activation is taken of, so nothing more is owed.
-        dz, to_gate = settle_gradient(
+        # z is all that the activation is taken of, so nothing more is deferred.
+        dz, to_gate = materialize_gradient(
             dh.to(tl.float32) * grad_factor, z, factor, offset, gates, valid, ACT, False, GATED
         )
         of_gate += to_gate
@@ -202,7 +202,7 @@ def norm_act_backward_kernel(
             of_residual_scale += tl.sum(dz * added, 0)
             tl.store(dresidual + offsets, (dz * residual_factor).to(dx.dtype.element_ty), mask=valid)
     programs = segments * parts
-    if OWED or ADDED_OWED:
+    if DEFERRED or ADDED_OWED:
         store_sums(partial, program, programs, channels, column, of_scale, of_shift)
     if GATED:
         tl.store(partial + (2 * programs + program) * channels + column, of_gate, mask=inside)
@@ -210,7 +210,7 @@ def norm_act_backward_kernel(
         tl.store(partial + (3 * programs + program) * channels + column, of_residual_scale, mask=inside)
 
 
-def settle_backward(
+def materialize_backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor | None,
@@ -249,7 +249,7 @@ def settle_backward(
         1 if scale is None else len(scale),
         1 if residual_scale is None else len(residual_scale),
         ACT=act,
-        OWED=scale is not None,
+        DEFERRED=scale is not None,
         GATED=gate is not None,
         ADDED=residual is not None,
         ADDED_OWED=residual_scale is not None,
@@ -276,7 +276,7 @@ def norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As dspnet_fast.ops.norm_act_backward, for arguments that are valid and that `accepts` takes."""
     x = channels_last(x)
-    dx, dresidual, partial = settle_backward(
+    dx, dresidual, partial = materialize_backward(
         channels_last(grad),
         x,
         *contiguous(scale, shift),

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import activated, known, load_row, normalized
+from .deferred import apply_activation, assume_multiple_of, load_row, normalized
 from .launch import SIZES, channels_last, contiguous, launch, power_of_two, takes
-from .norm_act import settle_backward
+from .norm_act import materialize_backward
 from .sums import sums
 
 
@@ -22,24 +22,24 @@ def norm_act_pool_kernel(
     images,
     scale_rows,
     ACT: tl.constexpr,
-    OWED: tl.constexpr,
+    DEFERRED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     image = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    factor, offset = load_row(scale, shift, image * scale_rows // images, column, inside, channels, OWED)
+    factor, offset = load_row(scale, shift, image * scale_rows // images, column, inside, channels, DEFERRED)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, positions, BLOCK_M):
         position = first + tl.arange(0, BLOCK_M)
         valid = (position < positions)[:, None] & inside[None, :]
         offsets = (image.to(tl.int64) * positions + position)[:, None] * channels + column[None, :]
         values = tl.load(x + offsets, mask=valid, other=0.0)
-        total += tl.sum(tl.where(valid, activated(normalized(values, factor, offset, OWED), ACT), 0.0), 0)
+        total += tl.sum(tl.where(valid, apply_activation(normalized(values, factor, offset, DEFERRED), ACT), 0.0), 0)
     tl.store(out + image * channels + column, total / positions, mask=inside)
 
 
@@ -62,7 +62,7 @@ def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
         images,
         1 if scale is None else len(scale),
         ACT=act,
-        OWED=scale is not None,
+        DEFERRED=scale is not None,
         WIDE=channels % 8 == 0,
         BLOCK_M=power_of_two(positions, 16, 64),
         BLOCK_C=block,
@@ -74,7 +74,7 @@ def norm_act_pool_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As dspnet_fast.ops.norm_act_pool_backward, for arguments that are valid and that `accepts` takes."""
-    dx, _, partial = settle_backward(grad.contiguous(), channels_last(x), *contiguous(scale, shift), act, None)
+    dx, _, partial = materialize_backward(grad.contiguous(), channels_last(x), *contiguous(scale, shift), act, None)
     if scale is None:
         return dx, grad.new_empty(0), grad.new_empty(0)
     return dx, *sums(partial[0], partial[1], len(scale))

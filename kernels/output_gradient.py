@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import known, load_moment_gradients, load_output_gradient
+from .deferred import assume_multiple_of, load_moment_gradients, load_output_gradient
 from .launch import SIZES, OutputGradient, launch, power_of_two
 
 BLOCK_M = 64
@@ -27,7 +27,7 @@ def output_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     view = program // parts

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import known
+from .deferred import assume_multiple_of
 from .launch import SIZES, launch
 from .sums import add_up, blocks
 
@@ -23,7 +23,7 @@ def add_to_prefix_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    size = known(size, WIDE)
+    size = assume_multiple_of(size, WIDE)
     element = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = element < size
     to = prefix + element // channels * stride_o + element % channels * stride_i

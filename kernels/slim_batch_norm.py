@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import known
+from .deferred import assume_multiple_of
 from .launch import SIZES, Rows, launch, partial_sums, power_of_two, takes
 from .moments import moments
 from .norm_act import norm_act
@@ -29,7 +29,7 @@ def slim_batch_norm_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     view = program // parts
@@ -67,7 +67,7 @@ def slim_batch_norm_input_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = known(channels, WIDE)
+    channels = assume_multiple_of(channels, WIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     view = program // parts

@@ -1,4 +1,5 @@
-"""slim_linear: a pointwise convolution of 1 x 1 images that are owed nothing; its kernels read the prefix in place."""
+"""slim_linear: a pointwise convolution of 1 x 1 images that are deferred nothing; its kernels read the prefix in
+place."""
 
 import torch
 from torch import Tensor
@@ -29,14 +30,17 @@ def slim_linear_backward(
     """As dspnet_fast.ops.slim_linear_backward, for arguments that are valid and that `accepts` takes."""
     rows, grads = _images(x), _images(grad)
     nothing = x.new_empty(0, grads.shape[1], dtype=torch.float32)
-    of_output, owed = OutputGradient(grads, nothing, nothing, grads, nothing), Input(rows, None, None, "identity", None)
+    of_output, deferred = (
+        OutputGradient(grads, nothing, nothing, grads, nothing),
+        Input(rows, None, None, "identity", None),
+    )
     of_x, of_weight, of_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
     if input_gradient:
         of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        pointwise.input_gradient(of_output, owed, weight, of_x)
+        pointwise.input_gradient(of_output, deferred, weight, of_x)
     if weight_gradient:
         prefix, of_weight = gradient_prefix(weight, main_grad, grads.shape[1], rows.shape[1])
-        add_to_prefix(prefix, pointwise.weight_gradient(of_output, owed))
+        add_to_prefix(prefix, pointwise.weight_gradient(of_output, deferred))
     if bias_gradient:
         of_bias = grads.sum((0, 2, 3))
     return of_x, of_weight, of_bias

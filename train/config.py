@@ -86,15 +86,19 @@ class ExecutionOptions:
 
     device: str = option("auto", "auto, cpu or cuda", changeable=True)
     fast_kernels: bool = option(False, "use the fastest operator provider this machine has", changeable=True)
-    accumulate: int = option(1, "turns in which a rank takes its share of a batch that is too large for it", True)
-    overlap: bool = option(False, "exchange gradients of late layers while those of early ones are computed", True)
+    grad_accum_steps: int = option(1, "turns in which a rank takes its share of a batch that is too large for it", True)
+    overlap_all_reduce: bool = option(
+        False, "exchange gradients of late layers while those of early ones are computed", True
+    )
     no_cuda_graphs: bool = option(False, "launch every kernel by itself instead of replaying graphs", changeable=True)
     probe_epochs: float = option(1.0, "epochs between measurements of kNN and feature spread; 0 for none", True)
     probe_images: int = option(2000, "reference images of that kNN; half as many are classified", changeable=True)
     checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)
     keep_checkpoints: int = option(2, "newest checkpoints to keep; the older are for when the newest is damaged", True)
     keep_epochs: float = option(0.0, "also keep those of every so many epochs; 0 for none", changeable=True)
-    patience: float = option(300.0, "seconds without a step after which the run says what it waits for; 0: never", True)
+    stall_timeout: float = option(
+        300.0, "seconds without a step after which the run says what it waits for; 0: never", True
+    )
     log_steps: int = option(10, "steps between lines of metrics", changeable=True)
 
 
@@ -142,7 +146,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "batch_size",
             "log_steps",
             "probe_images",
-            "accumulate",
+            "grad_accum_steps",
             "keep_checkpoints",
         )
         for name in sizes:
@@ -153,7 +157,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "probe_epochs",
             "checkpoint_epochs",
             "keep_epochs",
-            "patience",
+            "stall_timeout",
             "base_lr",
             "weight_decay",
             "seed",

@@ -20,11 +20,11 @@ from .called import as_called
 from .config import WORKERS_HELP, PretrainConfig, Workers, flag, option, positive
 from .data import coco
 from .data.coco import CocoSet, Instances
-from .data.sampler import EpochOrder
+from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
-from .detection.training import DetectionTraining, Recipe, evaluate
-from .evaluation.pretrained import TrainedFamily
+from .detection.training import DetectionTraining, Hyperparameters, evaluate
+from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
 from .run import atomic, checkpoint, fingerprint, loop
@@ -124,9 +124,9 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
         """What detector to build."""
         return Shape(tuple(self.chosen_sizes()), self.max_size, self.anchor_size, self.rois)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> Hyperparameters:
         """How to train."""
-        return Recipe(
+        return Hyperparameters(
             steps=self.steps,
             drops=tuple(_whole_numbers("lr_drops", self.lr_drops)),
             batch_size=self.batch_size,
@@ -184,7 +184,7 @@ def pretrained_network(out: Path, dn: str) -> tuple[Network, str]:
             raise InputError(f"{folder} is of step {steps}, the run is at {newest}: export it again, or remove it")
         assert isinstance(network, Network)
         return network, f"exported/{dn}, {steps} steps"
-    trained = TrainedFamily(out, torch.device("cpu"))
+    trained = PretrainedFamily(out, torch.device("cpu"))
     network = slim(trained.cut(subnet(trained.config.network, dn)), None)
     assert isinstance(network, Network)
     return network, f"checkpoint, {trained.step} steps"
@@ -207,7 +207,7 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
     print(f"{dn}: {source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}", flush=True)
 
     def batches(start: int) -> Iterator[list[Instances]]:
-        order = EpochOrder(len(train), recipe.batch_size, recipe.seed, epochs, start)
+        order = EpochSampler(len(train), recipe.batch_size, recipe.seed, epochs, start)
         return islice(coco.training_batches(train, order, options.workers), recipe.steps - start)
 
     def measure() -> str:
@@ -234,9 +234,9 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
     }
 
 
-def _epochs(recipe: Recipe, images: int) -> int:
+def _epochs(recipe: Hyperparameters, images: int) -> int:
     """Begun by the recipe's steps; InputError if a batch exceeds the set."""
-    return -(-recipe.steps // EpochOrder(images, recipe.batch_size, recipe.seed, 1).steps_per_epoch)
+    return -(-recipe.steps // EpochSampler(images, recipe.batch_size, recipe.seed, 1).steps_per_epoch)
 
 
 def _counts(of: CocoSet) -> dict[str, int]:

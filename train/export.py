@@ -28,7 +28,7 @@ from .data.datasets import open_images
 from .data.images import Subset
 from .data.normalization import MEAN, STD
 from .evaluation.finetuned import FinetunedFamily
-from .evaluation.pretrained import Trained, TrainedFamily
+from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from .run import checkpoint
 from .run.progress import Monitor
 from .run.run_directory import read_any_config
@@ -141,15 +141,15 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     return written
 
 
-def _load(out: Path, config: PretrainConfig | FinetuneConfig) -> tuple[Trained, list[str]]:
+def _load(out: Path, config: PretrainConfig | FinetuneConfig) -> tuple[EvaluatedFamily, list[str]]:
     """The trained family of a run, and the names of its classes, none for one that was pretrained."""
     if isinstance(config, FinetuneConfig):
         finetuned = FinetunedFamily(out, torch.device("cpu"))
         return finetuned, finetuned.classes
-    return TrainedFamily(out, torch.device("cpu")), []
+    return PretrainedFamily(out, torch.device("cpu")), []
 
 
-def _training(trained: Trained, config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+def _training(trained: EvaluatedFamily, config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
     """What the manifest says of it."""
     facts = {"data": config.data, "steps": trained.step, "family": trained.family.names}
     if isinstance(config, FinetuneConfig):
@@ -157,7 +157,7 @@ def _training(trained: Trained, config: PretrainConfig | FinetuneConfig) -> dict
     return {"pretraining": facts}
 
 
-def _examples(trained: Trained, data: str) -> Tensor:
+def _examples(trained: EvaluatedFamily, data: str) -> Tensor:
     """A few images that the family was trained on, [8, 3, S, S]."""
     images = open_images(data, "train")
     few = Subset.random(images, min(VERIFICATION_IMAGES, len(images)), seed=0)

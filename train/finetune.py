@@ -22,13 +22,13 @@ from .costs.flops import cost
 from .data import augmentation
 from .data.datasets import open_images
 from .data.images import ImageSet
-from .data.sampler import EpochOrder
+from .data.sampler import EpochSampler
 from .evaluation.accuracy import Accuracy
 from .evaluation.plot_data import points
-from .evaluation.pretrained import TrainedFamily
+from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER, Plan, config_of
 from .evaluation.results import Report, accuracy_table, publish
-from .evaluation.supervised import Recipe, SupervisedTraining, evaluate, labelled_batches, new_classifier
+from .evaluation.supervised import Hyperparameters, SupervisedTraining, evaluate, labelled_batches, new_classifier
 from .run import loop
 from .run.device import choose_device
 from .run.run_directory import RunLog, check_run, open_run, with_own_config
@@ -76,9 +76,9 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
     return whole
 
 
-def recipe_of(config: FinetuneConfig) -> Recipe:
+def hyperparameters_of(config: FinetuneConfig) -> Hyperparameters:
     """How to train."""
-    return Recipe(
+    return Hyperparameters(
         epochs=config.epochs,
         batch_size=config.batch_size,
         lr=config.lr,
@@ -96,7 +96,7 @@ def recipe_of(config: FinetuneConfig) -> Recipe:
 def starting_network(config: FinetuneConfig, switches: Family) -> Network:
     """The full network of the switches, from the run or from random weights; InputError if the run does not hold it."""
     if config.from_ != SCRATCH:
-        return TrainedFamily(Path(config.from_), torch.device("cpu")).cut(switches.full)
+        return PretrainedFamily(Path(config.from_), torch.device("cpu")).cut(switches.full)
     options = config.family()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -114,7 +114,7 @@ def plan_finetune(config: FinetuneConfig) -> Plan:
         largest = family_of(run.network, run.names()).full
         if not plan.family.full.within(largest):
             raise InputError(f"{plan.family.full} is no part of {largest}, the largest network of {config.from_}")
-    order = EpochOrder(plan.size.train, config.batch_size, config.seed, config.epochs)
+    order = EpochSampler(plan.size.train, config.batch_size, config.seed, config.epochs)
     images = config.batch_size * len(order)
     names = plan.family.names
     between = names[1:-1]
@@ -139,14 +139,14 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     assert config.data is not None and config.image_size is not None
     device = choose_device(config.device)
     check_run(config, resume)
-    options, recipe = config.family(), recipe_of(config)
+    options, recipe = config.family(), hyperparameters_of(config)
     switches = family_of(options.network, options.names())
     train: ImageSet = open_images(config.data, "train")
     test: ImageSet = open_images(config.data, "test")
     view = augmentation.supervised(config.image_size, config.min_scale)
 
-    def order(start: int = 0) -> EpochOrder:
-        return EpochOrder(len(train), recipe.batch_size, recipe.seed, recipe.epochs, start)
+    def order(start: int = 0) -> EpochSampler:
+        return EpochSampler(len(train), recipe.batch_size, recipe.seed, recipe.epochs, start)
 
     model = new_classifier(starting_network(config, switches), len(train.classes), recipe.seed).to(device)
     training = SupervisedTraining(model, switches, recipe, order().steps_per_epoch)

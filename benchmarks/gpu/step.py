@@ -35,7 +35,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import machine, work
-from benchmarks.device import DEVICE, PRECISION, between_events, is_broken, settle
+from benchmarks.device import DEVICE, PRECISION, between_events, configure, is_broken
 from benchmarks.eager import EagerStep
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import sandwich
@@ -84,7 +84,7 @@ VARIANTS = {
     "ours": Variant("any"),
     "ours native": Variant("native"),
 }
-ALONE = {page.TRIED: Variant(tried=True), page.COMPILED: Variant(compiled=True)}  # each beside the comparison
+SINGLE_PROCESS = {page.TRIED: Variant(tried=True), page.COMPILED: Variant(compiled=True)}  # each beside the comparison
 
 
 def set_up(variant: Variant) -> None:
@@ -92,7 +92,7 @@ def set_up(variant: Variant) -> None:
     policy = variant.policy or "native"
     if registry.get_policy() != policy:
         registry.set_policy(policy)
-    settle(ours=variant.policy is not None, tried=variant.tried)
+    configure(ours=variant.policy is not None, tried=variant.tried)
 
 
 def configuration(case: Case, graphs: bool, precision: str) -> PretrainConfig:
@@ -182,7 +182,7 @@ def peak_of(step: Callable[[], object]) -> int:
 
 
 class Race:
-    """The variants of one case. other: of ALONE, instead of them, beside the comparison."""
+    """The variants of one case. other: of SINGLE_PROCESS, instead of them, beside the comparison."""
 
     def __init__(self, case: Case, console: Console, other: str = "") -> None:
         generator = torch.Generator().manual_seed(0)
@@ -214,7 +214,7 @@ class Race:
         machine.peak_gflops()  # measured once, before memory is
         machine.copy_bandwidth(machine.BEYOND_CACHES)
         before = held()
-        step = build((VARIANTS | ALONE)[name], self.case, self._batch)
+        step = build((VARIANTS | SINGLE_PROCESS)[name], self.case, self._batch)
         losses: dict[str, float] = {}
 
         def first() -> None:
@@ -238,7 +238,7 @@ class Race:
         step()
         self.keep(name, ms=[1e3 * between_events(step) for _ in range(FIRST)], turns=False)
         self.keep(name, syncs=syncs_of(step))
-        if self.lines[name]["syncs"] and (VARIANTS | ALONE)[name].policy == "any":
+        if self.lines[name]["syncs"] and (VARIANTS | SINGLE_PROCESS)[name].policy == "any":
             self.keep(name, waits=where_it_waits(step))
         self._steps[name] = step
 

@@ -65,13 +65,13 @@ def test_conv_moments(moves, case, direction, variant):
     full = weight(*layer.full, layer.kernel, layer.kernel)
     gate = torch.rand(IMAGES, layer.channels, device=DEVICE).requires_grad_() if layer.gated else None
     dy = random(IMAGES, layer.out_channels, layer.out_size, layer.out_size).detach()
-    owed = layer.act is not None
+    deferred = layer.act is not None
     if variant in ("eager", "compile"):
         gates = (None, None) if gate is None else halves(gate)
-        norm = affine(layer.channels) if owed else (None, None)
+        norm = affine(layer.channels) if deferred else (None, None)
         function, inputs, grads = eager(layer), (*halves(x), full, *norm, *gates), dy.chunk(VIEWS)
     else:
-        norm = rows(layer.channels) if owed else (None, None)
+        norm = rows(layer.channels) if deferred else (None, None)
         function, inputs = ours(layer, torch.zeros_like(full)), (x, full, *norm, gate)
         grads = dy, *torch.randn(2, VIEWS, layer.out_channels, device=DEVICE) / 1e3
     run = runner(variant, direction, function, inputs, grads)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.eager import ema, lars
 from dspnet_fast.ops import apex, lars_ema_step
-from train.pretraining.flat_buffers import Arena
+from train.pretraining.flat_buffers import FlatBuffers
 
 from .layers import ours
 from .networks import CASES, networks
@@ -47,15 +47,15 @@ def by_apex(parameters, targets):
 @pytest.mark.parametrize("case", CASES)
 def test_lars_ema_step(moves, case, variant):
     model = copy.deepcopy(networks(case))
-    arena = Arena(model.online, model.target)
-    arena.grads.normal_()
+    flat = FlatBuffers(model.online, model.target)
+    flat.grads.normal_()
     parameters, targets = dict(model.online.named_parameters()), dict(model.target.named_parameters())
-    momenta = arena.momentum()
-    footprint = 4 * (3 * len(arena.params) + len(arena.targets))
-    count = 4 * (8 * len(arena.params) + 2 * len(arena.targets))
+    momenta = flat.momentum()
+    footprint = 4 * (3 * len(flat.params) + len(flat.targets))
+    count = 4 * (8 * len(flat.params) + 2 * len(flat.targets))
 
     runs = {"loop": lambda: one_by_one(parameters, momenta, targets)}
     if variant == "apex":
         runs["apex"] = by_apex(parameters, targets)
-    run = runs.get(variant, lambda: arena.step(LR, TAU, **LARS))
+    run = runs.get(variant, lambda: flat.step(LR, TAU, **LARS))
     moves("lars_ema_step", case, variant, footprint, count, run)

@@ -8,14 +8,14 @@ from dspnet_fast.ops import norm_act
 
 from .layers import DIRECTIONS, IMAGES, VIEWS, affine, halves, nbytes, random, rows, runner, variants
 
-# channels, size, activation, what is added: nothing, a settled residual, or one that is owed a normalisation
+# channels, size, activation, what is added: nothing, a settled residual, or one that is deferred a normalisation
 CASES = {
     "1.1 24 24x24 + residual w1.00": (24, 24, "identity", "settled"),
     "1.1 16 24x24 + residual w0.50": (16, 24, "identity", "settled"),
     "4.1 112 6x6 + residual w1.00": (112, 6, "identity", "settled"),
     "1.0 24 24x24 alone w1.00": (24, 24, "identity", "nothing"),
     "ResNet-18 64 24x24 + residual, relu": (64, 24, "relu", "settled"),
-    "ResNet-18 128 12x12 + downsample, relu": (128, 12, "relu", "owed"),
+    "ResNet-18 128 12x12 + downsample, relu": (128, 12, "relu", "deferred"),
 }
 
 
@@ -51,15 +51,20 @@ def test_norm_act(moves, case, direction, variant):
     if variant in ("eager", "compile"):
         residuals = (None, None) if residual is None else halves(residual)
         function, grads = eager(act, added), dy.chunk(VIEWS)
-        inputs = (*halves(x), *residuals, *affine(channels), *(affine(channels) if added == "owed" else (None, None)))
+        inputs = (
+            *halves(x),
+            *residuals,
+            *affine(channels),
+            *(affine(channels) if added == "deferred" else (None, None)),
+        )
     else:
         function, grads = ours(act), (dy,)
-        inputs = (x, residual, *rows(channels), *(rows(channels) if added == "owed" else ()))
+        inputs = (x, residual, *rows(channels), *(rows(channels) if added == "deferred" else ()))
     run = runner(variant, direction, function, inputs, grads)
     count = nbytes(x, residual, dy)
     footprint = count
     if direction != DIRECTIONS[0]:
-        passed_on = added != "owed" and act == "identity"  # the residual's gradient is dy
+        passed_on = added != "deferred" and act == "identity"  # the residual's gradient is dy
         count += nbytes(dy, x, x) + (0 if passed_on else nbytes(residual, residual))
         footprint += nbytes(dy, x) + (0 if passed_on else nbytes(residual))
     moves("norm_act", f"{case}, {direction}", variant, footprint, count, run)

@@ -26,7 +26,7 @@ ACTS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of [IMAGES, channels, size, size] by a prefix of `full`, [O, I], and what its input is owed.
+    """A convolution of [IMAGES, channels, size, size] by a prefix of `full`, [O, I], and what its input is deferred.
 
     act None: the input is settled, as at the beginning of a block.
     """
@@ -62,10 +62,10 @@ class Conv:
         return 4 * self.out_channels * self.channels // self.groups * self.kernel**2
 
 
-def _pointwise(name: str, size: int, ends: Sequence[int], halves: Sequence[int], *owed) -> dict[str, Conv]:
+def _pointwise(name: str, size: int, ends: Sequence[int], halves: Sequence[int], *deferred) -> dict[str, Conv]:
     """Of width 1.00 and 0.50, the latter by a prefix of the former's weight; channels in and out of each."""
     return {
-        f"{name} {channels}>{out} {size}x{size} {width}": Conv(channels, size, out, (ends[1], ends[0]), 1, 1, *owed)
+        f"{name} {channels}>{out} {size}x{size} {width}": Conv(channels, size, out, (ends[1], ends[0]), 1, 1, *deferred)
         for width, (channels, out) in (("w1.00", ends), ("w0.50", halves))
     }
 

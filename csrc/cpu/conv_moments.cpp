@@ -81,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_moments(
   const at::NoGradGuard no_grad;
   const char* op = "conv_moments";
   const ConvShape shape = check_shape(op, x, weight, out_channels, stride, padding, groups, views);
-  const CheckedOwed owed = check_owed(op, x, scale, shift, act, gate, views);
+  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, gate, views);
   const at::Tensor input = channels_last(x);
   const at::Tensor y = at::empty(
       {shape.images, shape.out_channels, shape.out_height, shape.out_width},
@@ -90,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_moments(
   const at::Tensor variance = at::empty_like(mean);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     const Forward<scalar_t> args{
-        input.const_data_ptr<scalar_t>(), owed.owed, prefix_of(weight), y.mutable_data_ptr<scalar_t>(),
+        input.const_data_ptr<scalar_t>(), deferred.deferred, prefix_of(weight), y.mutable_data_ptr<scalar_t>(),
         mean.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>()};
     if (groups > 1) {
       depthwise_forward(shape, args);
@@ -128,7 +128,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
   TORCH_CHECK(mean.dim() == 2, op, ": mean must be [views, ", y.size(1), "], got ", mean.sizes());
   const int64_t views = mean.size(0);
   const ConvShape shape = check_shape(op, x, weight, y.size(1), stride, padding, groups, views);
-  const CheckedOwed owed = check_owed(op, x, scale, shift, act, gate, views);
+  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, gate, views);
   check_like(op, "grad_y", grad_y, y);
   TORCH_CHECK(
       y.scalar_type() == x.scalar_type() && y.size(0) == shape.images && y.size(2) == shape.out_height &&
@@ -143,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
 
   const at::Tensor input = channels_last(x), output = channels_last(y), grad_output = channels_last(grad_y);
   const at::Tensor grad_x = input_gradient ? empty_channels_last(x) : at::empty({0}, x.options());
-  const int64_t rows = owed.owed.rows;
+  const int64_t rows = deferred.deferred.rows;
   const at::Tensor grad_scale = empty_small(x, input_gradient && rows > 0, {rows, shape.channels});
   const at::Tensor grad_shift = empty_small(x, input_gradient && rows > 0, {rows, shape.channels});
   const at::Tensor grad_gate = empty_small(x, input_gradient && gate, {shape.images, shape.channels});
@@ -153,7 +153,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     const Backward<scalar_t> args{
         grad_output.const_data_ptr<scalar_t>(), grad_means.const_data_ptr<float>(),
-        grad_variances.const_data_ptr<float>(), input.const_data_ptr<scalar_t>(), owed.owed, prefix_of(weight),
+        grad_variances.const_data_ptr<float>(), input.const_data_ptr<scalar_t>(), deferred.deferred, prefix_of(weight),
         output.const_data_ptr<scalar_t>(), means.const_data_ptr<float>(),
         input_gradient ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, pointer_of(grad_scale), pointer_of(grad_shift),
         pointer_of(grad_gate),

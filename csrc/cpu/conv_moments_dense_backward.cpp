@@ -212,7 +212,7 @@ void finish_panel(
         sum_gate[v] = at::vec::fmadd(dz, activate<act>(z), sum_gate[v]);
         dz = dz * gate[v];
       }
-      dz = dz * slope<act>(z);
+      dz = dz * activation_gradient<act>(z);
       sum_z[v] = sum_z[v] + dz;
       sum_x[v] = at::vec::fmadd(dz, value, sum_x[v]);
       panel.put(grad_x, v, dz * scale[v]);
@@ -245,11 +245,11 @@ struct BackwardPass {
   BackwardPass(const ConvShape& shape, const Backward<scalar_t>& args)
       : shape(shape),
         args(args),
-        input{shape, args.x, args.owed},
+        input{shape, args.x, args.deferred},
         output(shape, args),
         bands(
             shape,
-            args.owed,
+            args.deferred,
             shape.stride * (shape.width + 2 * shape.padding) * shape.channels +
                 (output.left() + shape.out_width + output.right()) * shape.out_channels),
         in(shape.channels),
@@ -364,7 +364,7 @@ struct BackwardPass {
       const float* from = grad_h + (at - first) * stride;
       const scalar_t* x = args.x + at * channels;
       scalar_t* to = args.grad_x + at * channels;
-      if (!input.is_owed()) {
+      if (!input.is_deferred()) {
         for (int64_t i = 0; i < positions; ++i) {
           for_panels(channels, [&]<typename P>(const P& panel) {
             for (int v = 0; v < P::vectors; ++v) {
@@ -373,9 +373,9 @@ struct BackwardPass {
           });
         }
       } else {
-        const auto& [of_z, of_x] = pending.next(positions, args.owed.row(n, shape.images));
+        const auto& [of_z, of_x] = pending.next(positions, args.deferred.row(n, shape.images));
         float* of_gate = gates ? gates + (bands.parts > 1 ? 0 : n * channels) : nullptr;
-        with_act(args.owed.act, [&](auto act) {
+        with_act(args.deferred.act, [&](auto act) {
           for_panels(channels, [&](const auto& panel) {
             if (of_gate) {
               finish_panel<act, true>(panel, input, n, from, stride, x, to, positions, of_z, of_x, of_gate);
@@ -413,9 +413,9 @@ struct BackwardPass {
     const int64_t threads = at::get_num_threads(), channels = shape.channels;
     float* weights = args.grad_weight.data ? scratch<PartialWeight>(threads * weight_size()) : nullptr;
     std::vector<char> used(threads, 0);
-    ThreadSums sums_z(args.owed.rows, channels), sums_x(args.owed.rows, channels);
+    ThreadSums sums_z(args.deferred.rows, channels), sums_x(args.deferred.rows, channels);
     // Of each band if several make an image, otherwise of each image.
-    const bool gated = args.grad_x && args.owed.gate, in_parts = gated && bands.parts > 1;
+    const bool gated = args.grad_x && args.deferred.gate, in_parts = gated && bands.parts > 1;
     float* gate_parts = in_parts ? scratch<PartialGate>(bands.count() * channels) : nullptr;
 
     at::parallel_for(0, bands.count(), 1, [&](int64_t b, int64_t last) {

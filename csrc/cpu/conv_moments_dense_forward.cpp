@@ -114,8 +114,8 @@ Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const F
 
 template <typename scalar_t>
 void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
-  const Input<scalar_t> input{shape, args.x, args.owed};
-  const Bands bands(shape, args.owed, shape.stride * (shape.width + 2 * shape.padding) * shape.channels);
+  const Input<scalar_t> input{shape, args.x, args.deferred};
+  const Bands bands(shape, args.deferred, shape.stride * (shape.width + 2 * shape.padding) * shape.channels);
   const Panels panels(shape.out_channels);
   const float* weight = pack_forward(shape, args.weight, panels);
   std::vector<ChannelMoments> moments(at::get_num_threads() * shape.views); // [thread, view]

@@ -196,7 +196,7 @@ struct BackwardCall {
   void finish(int64_t group, const BackwardSums& sums) const {
     const Channels channels(groups, group);
     const auto rows = [&](const std::vector<double>& from, float* to) {
-      for (int64_t row = 0; row < args.owed.rows; ++row) {
+      for (int64_t row = 0; row < args.deferred.rows; ++row) {
         const double* of_row = from.data() + row * channels.vectors * kVec;
         std::copy_n(of_row, channels.count, to + row * shape.channels + channels.first);
       }
@@ -234,9 +234,9 @@ class BackwardWorker {
         args_(call.args),
         size_(call.groups.size * kVec),
         scratch_(
-            OwedChannels::floats(call.groups.size) + 6 * size_ +
+            DeferredChannels::floats(call.groups.size) + 6 * size_ +
             call.groups.size * (call.of_rows() + call.of_weight())),
-        owed_(scratch_, call.groups.size),
+        deferred_(scratch_, call.groups.size),
         mean_(scratch_.take(size_)),
         constant_(scratch_.take(size_)),
         slope_(scratch_.take(size_)),
@@ -254,19 +254,19 @@ class BackwardWorker {
   void start(int64_t group) {
     channels_ = Channels(call_.groups, group);
     pack_weight(args_.weight, shape_.kernel, channels_, weight_);
-    const int64_t rows = std::max<int64_t>(args_.owed.rows, 1);
+    const int64_t rows = std::max<int64_t>(args_.deferred.rows, 1);
     sums_.scale.assign(rows * channels_.vectors * kVec, 0);
     sums_.shift.assign(rows * channels_.vectors * kVec, 0);
     sums_.weight.assign(channels_.vectors * kVec * call_.taps(), 0);
   }
 
   void image(int64_t n) {
-    const int64_t row = args_.owed.row(n, shape_.images);
+    const int64_t row = args_.deferred.row(n, shape_.images);
     if (row != row_) {
       flush_sums();
       row_ = row;
     }
-    owed_.read(shape_, args_.owed, channels_, n);
+    deferred_.read(shape_, args_.deferred, channels_, n);
     if (shape_.views > 0) {
       read_moments(n / (shape_.images / shape_.views));
     }
@@ -300,7 +300,7 @@ class BackwardWorker {
   const Backward<scalar_t>& args_;
   int64_t size_; // lanes of a group
   Scratch scratch_;
-  OwedChannels owed_;
+  DeferredChannels deferred_;
   float *mean_, *constant_, *slope_; // e = dy + constant + slope (y - mean)
   float *grad_scale_, *grad_shift_, *grad_gate_;
   float *weight_, *grad_weight_;
@@ -368,13 +368,13 @@ class BackwardWorker {
         channels_, e_.data(), std::max<int64_t>(last - first + 1, 0), q - last * shape_.stride, shape_.kernel,
         shape_.stride, call_.e_columns * kVec, call_.padded.of_vector(), call_.padded.of_phase(), weight_,
         grad_weight_, h_, grad_h_};
-    with_act(args_.owed.act, [&](auto act) {
-      settle_row<act>(
-          args_.x + at, shape_.channels, shape_.width, channels_, owed_, call_.column.data(), call_.padded.of_vector(),
+    with_act(args_.deferred.act, [&](auto act) {
+      materialize_row<act>(
+          args_.x + at, shape_.channels, shape_.width, channels_, deferred_, call_.column.data(), call_.padded.of_vector(),
           h_, shape_.width * shape_.channels);
       convolve_row(row);
       if (args_.grad_x) {
-        settle_gradient_row<act>(args_.x + at, args_.grad_x + at);
+        materialize_gradient_row<act>(args_.x + at, args_.grad_x + at);
       }
     });
   }
@@ -431,9 +431,9 @@ class BackwardWorker {
 
   // From dh to dx and the sums over the row.
   template <Act act>
-  void settle_gradient_row(const scalar_t* x, scalar_t* grad_x) const {
+  void materialize_gradient_row(const scalar_t* x, scalar_t* grad_x) const {
     const Channels channels = channels_;
-    const OwedChannels owed = owed_;
+    const DeferredChannels deferred = deferred_;
     float *grad_scales = grad_scale_, *grad_shifts = grad_shift_, *grad_gates = grad_gate_;
     const float* grad_h = grad_h_;
     const int64_t* column = call_.column.data();
@@ -445,8 +445,8 @@ class BackwardWorker {
         from[p] = grad_h + column[first + p];
       }
       for_vectors(channels, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
-        const Vec scale = Vec::loadu(owed.scale + v * kVec), shift = Vec::loadu(owed.shift + v * kVec);
-        const Vec gate = Vec::loadu(owed.gate + v * kVec);
+        const Vec scale = Vec::loadu(deferred.scale + v * kVec), shift = Vec::loadu(deferred.shift + v * kVec);
+        const Vec gate = Vec::loadu(deferred.gate + v * kVec);
         Vec grad_scale(0), grad_shift(0), grad_gate(0);
 #pragma GCC unroll 4
         for (int p = 0; p < count; ++p) {
@@ -455,7 +455,7 @@ class BackwardWorker {
           const Vec raw = load_lanes(x + at, lanes), grad = Vec::loadu(from[p] + v * of_vector);
           const Vec z = at::vec::fmadd(raw, scale, shift);
           grad_gate = at::vec::fmadd(grad, activate<act>(z), grad_gate);
-          const Vec grad_z = grad * gate * slope<act>(z);
+          const Vec grad_z = grad * gate * activation_gradient<act>(z);
           grad_scale = at::vec::fmadd(grad_z, raw, grad_scale);
           grad_shift = grad_shift + grad_z;
           store_lanes(grad_x + at, grad_z * scale, lanes);

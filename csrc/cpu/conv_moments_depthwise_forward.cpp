@@ -227,7 +227,7 @@ class ForwardWorker {
       : call_(call),
         shape_(call.shape),
         scratch_(floats(call)),
-        owed_(scratch_, call.groups.size),
+        deferred_(scratch_, call.groups.size),
         weight_(scratch_.take(call.groups.size * taps() * kVec)),
         pivot_(scratch_.take(call.groups.size * kVec)),
         sum_(scratch_.take(2 * call.groups.size * kVec)),
@@ -247,7 +247,7 @@ class ForwardWorker {
     if (view != view_) {
       open(view);
     }
-    owed_.read(shape_, call_.args.owed, channels_, n);
+    deferred_.read(shape_, call_.args.deferred, channels_, n);
     next_row_ = 0;
     for (int64_t oy = 0; oy < shape_.out_height; ++oy) {
       output_row(n, oy);
@@ -266,7 +266,7 @@ class ForwardWorker {
   const ForwardCall<scalar_t>& call_;
   const ConvShape& shape_;
   Scratch scratch_;
-  OwedChannels owed_;
+  DeferredChannels deferred_;
   float *weight_, *pivot_, *sum_, *square_, *ring_;
   std::vector<const float*> rows_;
   Channels channels_;
@@ -285,7 +285,7 @@ class ForwardWorker {
 
   static int64_t floats(const ForwardCall<scalar_t>& call) {
     const int64_t of_vector = (call.shape.kernel * call.shape.kernel + 3) * kVec + call.ring * call.padded.of_vector();
-    return OwedChannels::floats(call.groups.size) + call.groups.size * of_vector;
+    return DeferredChannels::floats(call.groups.size) + call.groups.size * of_vector;
   }
 
   // Starts the sums of a view. Its first outputs give its pivot, which the first sums improve.
@@ -340,9 +340,9 @@ class ForwardWorker {
   void form_row(int64_t n, int64_t iy) {
     const scalar_t* x = call_.args.x + (n * shape_.height + iy) * shape_.width * shape_.channels + channels_.first;
     float* h = ring_ + iy % call_.ring * of_row();
-    with_act(call_.args.owed.act, [&](auto act) {
-      settle_row<act>(
-          x, shape_.channels, call_.width, channels_, owed_, call_.column.data(), call_.padded.of_vector(), h,
+    with_act(call_.args.deferred.act, [&](auto act) {
+      materialize_row<act>(
+          x, shape_.channels, call_.width, channels_, deferred_, call_.column.data(), call_.padded.of_vector(), h,
           shape_.width * shape_.channels);
     });
   }

@@ -92,7 +92,7 @@ DSPNET_INLINE void add_to(float* to, const Vec& value, int64_t count) {
 }
 
 // From a block's dh to dx, sums of dz x and dz for dscale and dshift, and sums of dh act(z) over an image for dgate.
-template <typename scalar_t, Act act, bool owed>
+template <typename scalar_t, Act act, bool deferred>
 struct StoreInputGradient {
   const scalar_t* x; // the block's first row
   scalar_t* grad_x;
@@ -124,7 +124,7 @@ struct StoreInputGradient {
   template <int R, typename... Count>
   DSPNET_INLINE void finish(int64_t row, int64_t c, const Vec (&grad_h)[R], Count... count) const {
     scalar_t* to = grad_x + row * channels + c;
-    if constexpr (!owed) {
+    if constexpr (!deferred) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         store(to + r * channels, grad_h[r], count...);
@@ -158,7 +158,7 @@ struct StoreInputGradient {
         }
         grad = grad * load(gate + at, count...);
       }
-      grad = grad * slope<act>(z);
+      grad = grad * activation_gradient<act>(z);
       store(to + r * channels, grad * a, count...);
       of_scale = at::vec::fmadd(grad, value, of_scale);
       of_shift = of_shift + grad;
@@ -189,11 +189,11 @@ struct BackwardPass {
   BackwardPass(const ConvShape& shape, const Backward<scalar_t>& args)
       : shape(shape),
         args(args),
-        input(shape, args.x, args.owed),
+        input(shape, args.x, args.deferred),
         output(shape, args),
         blocks(
             shape,
-            args.owed,
+            args.deferred,
             std::min<int64_t>(
                 kBackwardRows, kBackwardBytes / ((input.stride + output.stride) * sizeof(float)))),
         in(shape.channels),
@@ -222,7 +222,7 @@ struct BackwardPass {
   }
   Matrix form_h(const Blocks::Block& block, float* to) const {
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (!input.is_owed() && (!vectors_of_h || input.channels == input.stride)) {
+      if (!input.is_deferred() && (!vectors_of_h || input.channels == input.stride)) {
         return {args.x + block.begin * input.channels, input.channels};
       }
     }
@@ -233,22 +233,22 @@ struct BackwardPass {
   // dx of a block, and its sums into `sums`, [2, input.stride], and `grad_gate`.
   void input_gradient(const Blocks::Block& block, const Matrix& e, float* sums, float* grad_gate) const {
     int32_t* images = nullptr;
-    if (args.owed.gate) {
+    if (args.deferred.gate) {
       images = reinterpret_cast<int32_t*>(scratch<RowImages>(block.rows));
       for (int64_t r = 0; r < block.rows; ++r) {
         images[r] = static_cast<int32_t>((block.begin + r) / input.positions);
       }
     }
-    const auto run = [&](auto act, auto owed) {
+    const auto run = [&](auto act, auto deferred) {
       const int64_t row = input.row(block.segment) * input.stride;
-      const StoreInputGradient<scalar_t, act, owed> epilogue{
+      const StoreInputGradient<scalar_t, act, deferred> epilogue{
           args.x + block.begin * input.channels, args.grad_x + block.begin * input.channels, input.channels,
-          input.scale.data() + row, input.shift.data() + row, sums, sums + input.stride, args.owed.gate, grad_gate,
+          input.scale.data() + row, input.shift.data() + row, sums, sums + input.stride, args.deferred.gate, grad_gate,
           images};
       multiply(Rows{e.data, e.stride, output.channels}, block.rows, weight, in, 0, in.count, epilogue);
     };
-    if (input.is_owed()) {
-      with_act(args.owed.act, [&](auto act) { run(act, std::true_type{}); });
+    if (input.is_deferred()) {
+      with_act(args.deferred.act, [&](auto act) { run(act, std::true_type{}); });
     } else {
       run(std::integral_constant<Act, Act::identity>{}, std::false_type{});
     }
@@ -265,10 +265,10 @@ struct BackwardPass {
 
   // Threads take blocks; their weight gradients and sums are merged.
   void run() const {
-    const int64_t threads = at::get_num_threads(), sum_rows = std::max<int64_t>(args.owed.rows, 1);
+    const int64_t threads = at::get_num_threads(), sum_rows = std::max<int64_t>(args.deferred.rows, 1);
     const int64_t weight_size = weight_height() * weight_panels().padded();
     const int64_t gate_size = shape.images * shape.channels;
-    const bool sums_gate = args.grad_x && args.owed.gate;
+    const bool sums_gate = args.grad_x && args.deferred.gate;
     float* weights = args.grad_weight.data ? scratch<PartialWeight>(threads * weight_size) : nullptr;
     float* gates = sums_gate && threads > 1 ? scratch<PartialGate>((threads - 1) * gate_size) : nullptr;
     std::vector<double> sums(args.grad_x ? threads * sum_rows * 2 * input.stride : 0);
@@ -294,7 +294,7 @@ struct BackwardPass {
         }
         if (args.grad_x) {
           input_gradient(block, e, block_sums, gate);
-          if (args.owed.rows > 0) {
+          if (args.deferred.rows > 0) {
             double* to = sums.data() + (thread * sum_rows + input.row(block.segment)) * 2 * input.stride;
             std::transform(block_sums, block_sums + 2 * input.stride, to, to, std::plus<double>());
           }
@@ -311,7 +311,7 @@ struct BackwardPass {
         std::transform(part, part + gate_size, args.grad_gate, args.grad_gate, std::plus<float>());
       }
     }
-    for (int64_t row = 0; args.grad_x && row < args.owed.rows; ++row) {
+    for (int64_t row = 0; args.grad_x && row < args.deferred.rows; ++row) {
       for (int64_t thread = 1; thread < threads; ++thread) {
         const double* part = sums.data() + (thread * sum_rows + row) * 2 * input.stride;
         double* to = sums.data() + row * 2 * input.stride;

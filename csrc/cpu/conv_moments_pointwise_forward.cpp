@@ -20,8 +20,8 @@ template <typename scalar_t>
 void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
   const int64_t channels = shape.channels, out_channels = shape.out_channels, views = shape.views;
   const int64_t limit = kForwardBytes / static_cast<int64_t>(channels * sizeof(float));
-  const Blocks blocks(shape, args.owed, std::min(kForwardRows, limit));
-  const Input<scalar_t> input(shape, args.x, args.owed);
+  const Blocks blocks(shape, args.deferred, std::min(kForwardRows, limit));
+  const Input<scalar_t> input(shape, args.x, args.deferred);
   const Panels panels(out_channels);
   const float* weight = pack(panels, args.weight.data, args.weight.in, args.weight.out, channels);
   std::vector<ChannelMoments> moments(at::get_num_threads() * views); // [thread, view]
@@ -33,7 +33,7 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
     for (int64_t b = first; b < last; ++b) {
       const auto [segment, begin, rows] = blocks.at(b);
       Rows h{formed, input.stride, channels};
-      if (std::is_same_v<scalar_t, float> && !input.is_owed()) {
+      if (std::is_same_v<scalar_t, float> && !input.is_deferred()) {
         h.data = reinterpret_cast<const float*>(args.x + begin * channels);
         h.stride = channels;
       } else {

@@ -52,20 +52,20 @@ struct Sums {
 
 struct Problem {
   int64_t images, positions, channels;
-  Owed owed;
-  Owed residual_owed; // rows = 0 without one, too
+  Deferred deferred;
+  Deferred residual_deferred; // rows = 0 without one, too
 
   Coefficients of(int64_t n) const {
     Coefficients c;
-    if (owed.rows) {
-      c.scale = owed.scale + owed.row(n, images) * channels;
-      c.shift = owed.shift + owed.row(n, images) * channels;
+    if (deferred.rows) {
+      c.scale = deferred.scale + deferred.row(n, images) * channels;
+      c.shift = deferred.shift + deferred.row(n, images) * channels;
     }
-    if (residual_owed.rows) {
-      c.residual_scale = residual_owed.scale + residual_owed.row(n, images) * channels;
-      c.residual_shift = residual_owed.shift + residual_owed.row(n, images) * channels;
+    if (residual_deferred.rows) {
+      c.residual_scale = residual_deferred.scale + residual_deferred.row(n, images) * channels;
+      c.residual_shift = residual_deferred.shift + residual_deferred.row(n, images) * channels;
     }
-    c.gate = owed.gate ? owed.gate + n * channels : nullptr;
+    c.gate = deferred.gate ? deferred.gate + n * channels : nullptr;
     return c;
   }
 };
@@ -142,7 +142,7 @@ void backward_panel(
           dz = dz * gate[v];
         }
         if constexpr (act != Act::identity) {
-          dz = dz * slope<act>(z);
+          dz = dz * activation_gradient<act>(z);
         }
       }
       sum_z[v] = sum_z[v] + dz;
@@ -187,7 +187,7 @@ void with_variant(Act act, bool gated, bool residual, const Run& run) {
 template <typename scalar_t>
 void forward(const Problem& problem, const Tensors<scalar_t>& tensors) {
   const int64_t channels = problem.channels, positions = problem.positions;
-  with_variant(problem.owed.act, problem.owed.gate, tensors.residual, [&](auto act, auto gated, auto residual) {
+  with_variant(problem.deferred.act, problem.deferred.gate, tensors.residual, [&](auto act, auto gated, auto residual) {
     at::parallel_for(0, problem.images * positions, kGrainElements / channels + 1, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t n = begin / positions, stop = std::min(end, (n + 1) * positions);
@@ -213,11 +213,11 @@ template <typename scalar_t>
 void backward(const Problem& problem, const Tensors<scalar_t>& tensors, const SmallGradients& small) {
   const int64_t channels = problem.channels;
   const Parts parts(problem.images, problem.positions, at::get_num_threads());
-  ThreadSums z(problem.owed.rows, channels), x(problem.owed.rows, channels);
-  ThreadSums residual_z(problem.residual_owed.rows, channels), residual_x(problem.residual_owed.rows, channels);
+  ThreadSums z(problem.deferred.rows, channels), x(problem.deferred.rows, channels);
+  ThreadSums residual_z(problem.residual_deferred.rows, channels), residual_x(problem.residual_deferred.rows, channels);
   std::vector<float> gate_parts(small.gate && parts.parts > 1 ? parts.size() * channels : 0);
   float* gates = gate_parts.empty() ? small.gate : gate_parts.data();
-  with_variant(problem.owed.act, problem.owed.gate, tensors.residual, [&](auto act, auto gated, auto residual) {
+  with_variant(problem.deferred.act, problem.deferred.gate, tensors.residual, [&](auto act, auto gated, auto residual) {
     at::parallel_for(0, parts.size(), parts.grain(channels), [&](int64_t part, int64_t end) {
       auto pending = pending_sums<3>(channels, std::make_pair(int64_t{0}, int64_t{0}), [&](auto rows, const auto& sums) {
         z.add(rows.first, sums[0]);
@@ -232,7 +232,7 @@ void backward(const Problem& problem, const Tensors<scalar_t>& tensors, const Sm
         }
         const int64_t n = parts.image(part), first = parts.begin(part), stop = parts.end(part);
         const auto rows_of_n = std::make_pair(
-            problem.owed.row(n, problem.images), problem.residual_owed.row(n, problem.images));
+            problem.deferred.row(n, problem.images), problem.residual_deferred.row(n, problem.images));
         const auto& [sum_z, sum_x, sum_residual] = pending.next(stop - first, rows_of_n);
         const Sums sums{sum_z, sum_x, sum_residual, gate};
         const Coefficients of = problem.of(n);
@@ -253,7 +253,7 @@ void backward(const Problem& problem, const Tensors<scalar_t>& tensors, const Sm
 }
 
 struct Checked {
-  CheckedOwed owed, residual_owed;
+  CheckedDeferred deferred, residual_deferred;
   Problem problem;
 };
 
@@ -268,14 +268,14 @@ Checked check(
     const OptionalTensor& residual_scale,
     const OptionalTensor& residual_shift) {
   check_activation(op, "x", x);
-  Checked checked{check_owed(op, x, scale, shift, act, gate, 0), {}, {}};
+  Checked checked{check_deferred(op, x, scale, shift, act, gate, 0), {}, {}};
   if (residual) {
     check_like(op, "residual", *residual, x);
-    checked.residual_owed = check_owed(op, *residual, residual_scale, residual_shift, act, std::nullopt, 0);
+    checked.residual_deferred = check_deferred(op, *residual, residual_scale, residual_shift, act, std::nullopt, 0);
   } else {
     TORCH_CHECK(!residual_scale && !residual_shift, op, ": residual_scale and residual_shift without a residual");
   }
-  checked.problem = {x.size(0), x.size(2) * x.size(3), x.size(1), checked.owed.owed, checked.residual_owed.owed};
+  checked.problem = {x.size(0), x.size(2) * x.size(3), x.size(1), checked.deferred.deferred, checked.residual_deferred.deferred};
   return checked;
 }
 
@@ -324,7 +324,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   Checked checked = check(op, x, scale, shift, act, gate, residual, residual_scale, residual_shift);
   check_like(op, "grad", grad, x);
   Problem& problem = checked.problem;
-  const int64_t channels = problem.channels, rows = problem.owed.rows, residual_rows = problem.residual_owed.rows;
+  const int64_t channels = problem.channels, rows = problem.deferred.rows, residual_rows = problem.residual_deferred.rows;
   const bool of_residual = residual && residual_gradient;
   const at::Tensor grad_x = empty_channels_last(x);
   const at::Tensor grad_residual = of_residual ? empty_channels_last(x) : at::empty({0}, x.options());
@@ -344,10 +344,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     return results();
   }
 
-  const bool needs_z = problem.owed.act != Act::identity || gate;
+  const bool needs_z = problem.deferred.act != Act::identity || gate;
   const bool reads_residual = residual && (needs_z || (of_residual && residual_rows > 0));
   if (!reads_residual) {
-    problem.residual_owed = {};
+    problem.residual_deferred = {};
     if (of_residual) {
       grad_residual.copy_(grad);
     }

@@ -2,7 +2,7 @@
 //
 //   dz = d act'(z) / positions    dx = scale dz    dscale = sum(dz x)    dshift = sum(dz)
 //
-// Bound by memory: forward reads x; backward reads x and writes dx, and where nothing is owed and the activation is the
+// Bound by memory: forward reads x; backward reads x and writes dx, and where nothing is deferred and the activation is the
 // identity it only writes.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,13 +23,13 @@ namespace {
 
 struct Problem {
   int64_t images, positions, channels;
-  Owed owed;
+  Deferred deferred;
 
   const float* scale(int64_t n) const { // of one image, [C], or null
-    return owed.rows ? owed.scale + owed.row(n, images) * channels : nullptr;
+    return deferred.rows ? deferred.scale + deferred.row(n, images) * channels : nullptr;
   }
   const float* shift(int64_t n) const {
-    return owed.rows ? owed.shift + owed.row(n, images) * channels : nullptr;
+    return deferred.rows ? deferred.shift + deferred.row(n, images) * channels : nullptr;
   }
 };
 
@@ -89,7 +89,7 @@ void backward_panel(
 #pragma GCC unroll 2
     for (int v = 0; v < P::vectors; ++v) {
       const Vec value = panel.get(x + at, v);
-      const Vec dz = of_each[v] * slope<act>(at::vec::fmadd(value, scale[v], shift[v]));
+      const Vec dz = of_each[v] * activation_gradient<act>(at::vec::fmadd(value, scale[v], shift[v]));
       z_total[v] = z_total[v] + dz;
       x_total[v] = at::vec::fmadd(dz, value, x_total[v]);
       panel.put(grad_x + at, v, dz * scale[v]);
@@ -109,7 +109,7 @@ void forward(const Problem& problem, const scalar_t* x, float* out) {
   std::vector<float> of_parts(parts.parts > 1 ? parts.size() * channels : 0);
   float* sums = of_parts.empty() ? out : of_parts.data();
   const float positions = static_cast<float>(problem.positions);
-  with_act(problem.owed.act, [&](auto act) {
+  with_act(problem.deferred.act, [&](auto act) {
     at::parallel_for(0, parts.size(), parts.grain(channels), [&](int64_t part, int64_t end) {
       for (; part < end; ++part) {
         float* sum = sums + part * channels;
@@ -139,8 +139,8 @@ void backward(
     float* grad_shift) {
   const int64_t channels = problem.channels;
   const Parts parts(problem.images, problem.positions, at::get_num_threads());
-  ThreadSums z(problem.owed.rows, channels), zx(problem.owed.rows, channels);
-  with_act(problem.owed.act, [&](auto act) {
+  ThreadSums z(problem.deferred.rows, channels), zx(problem.deferred.rows, channels);
+  with_act(problem.deferred.act, [&](auto act) {
     at::parallel_for(0, parts.size(), parts.grain(channels), [&](int64_t part, int64_t end) {
       auto pending = pending_sums<2>(channels, int64_t{0}, [&](int64_t row, const auto& sums) {
         z.add(row, sums[0]);
@@ -148,7 +148,7 @@ void backward(
       });
       for (; part < end; ++part) {
         const int64_t n = parts.image(part), first = parts.begin(part), stop = parts.end(part);
-        const auto [sum_z, sum_x] = pending.next(stop - first, problem.owed.row(n, problem.images));
+        const auto [sum_z, sum_x] = pending.next(stop - first, problem.deferred.row(n, problem.images));
         for_blocks(first, stop, channels, [&](const auto& panel, int64_t row, int64_t rows) {
           backward_panel<act()>(panel, problem, n, grad + n * channels, x, grad_x, row, rows, sum_z, sum_x);
         });
@@ -160,9 +160,9 @@ void backward(
   zx.write(grad_scale);
 }
 
-// Where nothing is owed and the activation is the identity, every position gets the same.
+// Where nothing is deferred and the activation is the identity, every position gets the same.
 template <typename scalar_t>
-void spread(const Problem& problem, const float* grad, scalar_t* grad_x) {
+void broadcast_gradient(const Problem& problem, const float* grad, scalar_t* grad_x) {
   const int64_t channels = problem.channels;
   const Vec part(1.f / static_cast<float>(problem.positions));
   const int64_t rows_in_all = problem.images * problem.positions;
@@ -177,8 +177,8 @@ void spread(const Problem& problem, const float* grad, scalar_t* grad_x) {
   });
 }
 
-Problem problem_of(const at::Tensor& x, const Owed& owed) {
-  return {x.size(0), x.size(2) * x.size(3), x.size(1), owed};
+Problem problem_of(const at::Tensor& x, const Deferred& deferred) {
+  return {x.size(0), x.size(2) * x.size(3), x.size(1), deferred};
 }
 
 void check_positions(const char* op, const at::Tensor& x) {
@@ -193,14 +193,14 @@ at::Tensor norm_act_pool(
   const char* op = "norm_act_pool";
   check_activation(op, "x", x);
   check_positions(op, x);
-  const CheckedOwed owed = check_owed(op, x, scale, shift, act, std::nullopt, 0);
+  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, std::nullopt, 0);
   const at::Tensor out = empty_small(x, true, {x.size(0), x.size(1)});
   if (x.numel() == 0) {
     return out;
   }
   const at::Tensor input = channels_last(x);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
-    forward(problem_of(x, owed.owed), input.const_data_ptr<scalar_t>(), out.mutable_data_ptr<float>());
+    forward(problem_of(x, deferred.deferred), input.const_data_ptr<scalar_t>(), out.mutable_data_ptr<float>());
   });
   return out;
 }
@@ -215,9 +215,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act_pool_backward(
   const char* op = "norm_act_pool_backward";
   check_activation(op, "x", x);
   check_positions(op, x);
-  const CheckedOwed owed = check_owed(op, x, scale, shift, act, std::nullopt, 0);
+  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, std::nullopt, 0);
   const at::Tensor grads = check_matrix(op, "grad", grad, x.size(0), x.size(1));
-  const int64_t rows = owed.owed.rows;
+  const int64_t rows = deferred.deferred.rows;
   const at::Tensor grad_x = empty_channels_last(x);
   const at::Tensor grad_scale = empty_small(x, rows > 0, {rows, x.size(1)}), grad_shift = at::empty_like(grad_scale);
   if (x.numel() == 0) {
@@ -225,12 +225,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act_pool_backward(
     grad_shift.zero_();
     return {grad_x, grad_scale, grad_shift};
   }
-  const Problem problem = problem_of(x, owed.owed);
+  const Problem problem = problem_of(x, deferred.deferred);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
     const float* from = grads.const_data_ptr<float>();
-    if (rows == 0 && owed.owed.act == Act::identity) {
-      spread(problem, from, to);
+    if (rows == 0 && deferred.deferred.act == Act::identity) {
+      broadcast_gradient(problem, from, to);
     } else {
       const at::Tensor input = channels_last(x);
       backward(problem, from, input.const_data_ptr<scalar_t>(), to, pointer_of(grad_scale), pointer_of(grad_shift));

@@ -61,14 +61,14 @@ inline Act check_act(const char* op, std::string_view act) {
   return act == "relu" ? Act::relu : act == "hardswish" ? Act::hardswish : Act::identity;
 }
 
-// Owed with the tensors that keep its memory alive.
-struct CheckedOwed {
+// Deferred with the tensors that keep its memory alive.
+struct CheckedDeferred {
   at::Tensor scale, shift, gate;
-  Owed owed;
+  Deferred deferred;
 };
 
 // views: rows of moments that the operator forms, 0 for none.
-inline CheckedOwed check_owed(
+inline CheckedDeferred check_deferred(
     const char* op,
     const at::Tensor& x,
     const OptionalTensor& scale,
@@ -76,8 +76,8 @@ inline CheckedOwed check_owed(
     std::string_view act,
     const OptionalTensor& gate,
     int64_t views) {
-  CheckedOwed checked;
-  checked.owed.act = check_act(op, act);
+  CheckedDeferred checked;
+  checked.deferred.act = check_act(op, act);
   TORCH_CHECK(views >= 0 && (views == 0 || x.size(0) % views == 0), op, ": ", x.size(0), " images are not ", views,
               " views of equal size");
   TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift come together, or neither does");
@@ -88,13 +88,13 @@ inline CheckedOwed check_owed(
         " rows of scale and shift for ", x.size(0), " images, ", views, " views");
     checked.scale = check_matrix(op, "scale", *scale, rows, x.size(1));
     checked.shift = check_matrix(op, "shift", *shift, rows, x.size(1));
-    checked.owed.scale = checked.scale.const_data_ptr<float>();
-    checked.owed.shift = checked.shift.const_data_ptr<float>();
-    checked.owed.rows = rows;
+    checked.deferred.scale = checked.scale.const_data_ptr<float>();
+    checked.deferred.shift = checked.shift.const_data_ptr<float>();
+    checked.deferred.rows = rows;
   }
   if (gate) {
     checked.gate = check_matrix(op, "gate", *gate, x.size(0), x.size(1));
-    checked.owed.gate = checked.gate.const_data_ptr<float>();
+    checked.deferred.gate = checked.gate.const_data_ptr<float>();
   }
   return checked;
 }

@@ -34,7 +34,7 @@ struct Prefix {
 template <typename scalar_t>
 struct Forward {
   const scalar_t* x;
-  Owed owed;
+  Deferred deferred;
   Prefix weight;
   scalar_t* y;
   float* mean; // [views, out_channels]
@@ -48,14 +48,14 @@ struct Backward {
   const float* grad_mean; // [views, out_channels]
   const float* grad_variance;
   const scalar_t* x;
-  Owed owed;
+  Deferred deferred;
   Prefix weight;
   const scalar_t* y;
   const float* mean;
   scalar_t* grad_x;
-  float* grad_scale; // [owed.rows, channels]; wanted whenever grad_x is and owed.rows > 0
+  float* grad_scale; // [deferred.rows, channels]; wanted whenever grad_x is and deferred.rows > 0
   float* grad_shift;
-  float* grad_gate; // [images, channels]; wanted whenever grad_x is and owed.gate is there
+  float* grad_gate; // [images, channels]; wanted whenever grad_x is and deferred.gate is there
   Prefix grad_weight; // data is null: not wanted
 };
 

@@ -1,4 +1,4 @@
-// Owed normalisation, as dspnet_fast/ops/deferred.py specifies it: h = act(scale x + shift) * gate, formed while x is read.
+// Deferred normalisation, as dspnet_fast/ops/deferred.py specifies it: h = act(scale x + shift) * gate, formed while x is read.
 // Everything here computes in fp32; activations are stored as scalar_t, float or at::BFloat16.
 #pragma once
 
@@ -23,7 +23,7 @@ constexpr int64_t kVec = Vec::size(); // floats: 16 with AVX-512, 8 otherwise
 enum class Act { identity, relu, hardswish };
 
 // scale, shift: [rows, C] with rows 1 or the number of views, or null with rows = 0. gate: [N, C] or null.
-struct Owed {
+struct Deferred {
   const float* scale = nullptr;
   const float* shift = nullptr;
   int64_t rows = 0;
@@ -49,7 +49,7 @@ DSPNET_INLINE Vec activate(const Vec& z) {
 
 // act'(z)
 template <Act act>
-DSPNET_INLINE Vec slope(const Vec& z) {
+DSPNET_INLINE Vec activation_gradient(const Vec& z) {
   if constexpr (act == Act::relu) {
 #if defined(CPU_CAPABILITY_AVX512)
     return Vec(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, Vec(0), _CMP_GT_OQ), Vec(1)));

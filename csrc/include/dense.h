@@ -38,8 +38,8 @@ struct Bands {
   int64_t segments, segment_images, height, images, rows, parts; // parts: of an image, if it is more than one
 
   // floats: to be formed for an output row.
-  Bands(const ConvShape& shape, const Owed& owed, int64_t floats)
-      : segments(std::max<int64_t>({shape.views, owed.rows, 1})),
+  Bands(const ConvShape& shape, const Deferred& deferred, int64_t floats)
+      : segments(std::max<int64_t>({shape.views, deferred.rows, 1})),
         segment_images(shape.images / segments),
         height(shape.out_height) {
     const int64_t image_bytes = height * floats * static_cast<int64_t>(sizeof(float)), threads = at::get_num_threads();
@@ -160,24 +160,24 @@ void multiply_all(
   }
 }
 
-// x and what it is owed.
+// x and what it is deferred.
 template <typename scalar_t>
 struct Input {
   const ConvShape& shape;
   const scalar_t* x;
-  Owed owed;
+  Deferred deferred;
 
-  bool is_owed() const {
-    return owed.rows || owed.act != Act::identity || owed.gate;
+  bool is_deferred() const {
+    return deferred.rows || deferred.act != Act::identity || deferred.gate;
   }
   const float* scale(int64_t n) const { // of image n, or null
-    return owed.rows ? owed.scale + owed.row(n, shape.images) * shape.channels : nullptr;
+    return deferred.rows ? deferred.scale + deferred.row(n, shape.images) * shape.channels : nullptr;
   }
   const float* shift(int64_t n) const {
-    return owed.rows ? owed.shift + owed.row(n, shape.images) * shape.channels : nullptr;
+    return deferred.rows ? deferred.shift + deferred.row(n, shape.images) * shape.channels : nullptr;
   }
   const float* gate(int64_t n) const {
-    return owed.gate ? owed.gate + n * shape.channels : nullptr;
+    return deferred.gate ? deferred.gate + n * shape.channels : nullptr;
   }
 
   // The input rows that the band's output rows need.
@@ -194,16 +194,16 @@ struct Input {
   }
 
   void form(const Band& band, const FormedRows& formed) const {
-    with_act(owed.act, [&](auto act) {
+    with_act(deferred.act, [&](auto act) {
       form_rows(formed, band.images, [&](float* to, int64_t i, int64_t y) {
         if (y % pixel_step() != first_pixel()) {
           return;
         }
         const int64_t n = band.image + i;
         const scalar_t* from = x + (n * shape.height + y) * shape.width * shape.channels;
-        if (!is_owed()) {
+        if (!is_deferred()) {
           form_as_is(from, to);
-        } else if (owed.gate) {
+        } else if (deferred.gate) {
           form_row<act, true>(n, from, to);
         } else {
           form_row<act, false>(n, from, to);

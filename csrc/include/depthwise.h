@@ -177,18 +177,18 @@ class Scratch {
   float* next_;
 };
 
-// What the channels of a group are owed in one image. Lanes without a channel hold zeros.
-struct OwedChannels {
+// What the channels of a group are deferred in one image. Lanes without a channel hold zeros.
+struct DeferredChannels {
   float *scale, *shift, *gate;
 
-  OwedChannels(Scratch& scratch, int64_t vectors)
+  DeferredChannels(Scratch& scratch, int64_t vectors)
       : scale(scratch.take(vectors * kVec)), shift(scratch.take(vectors * kVec)), gate(scratch.take(vectors * kVec)) {}
 
   static int64_t floats(int64_t vectors) {
     return 3 * vectors * kVec;
   }
 
-  void read(const ConvShape& shape, const Owed& owed, const Channels& channels, int64_t n) {
+  void read(const ConvShape& shape, const Deferred& deferred, const Channels& channels, int64_t n) {
     const auto fill = [&](float* to, const float* from, int64_t row, float otherwise) {
       if (from) {
         std::copy_n(from + row * shape.channels + channels.first, channels.count, to);
@@ -197,26 +197,26 @@ struct OwedChannels {
       }
       std::fill(to + channels.count, to + channels.vectors * kVec, 0.f);
     };
-    fill(scale, owed.scale, owed.row(n, shape.images), 1);
-    fill(shift, owed.shift, owed.row(n, shape.images), 0);
-    fill(gate, owed.gate, n, 1);
+    fill(scale, deferred.scale, deferred.row(n, shape.images), 1);
+    fill(shift, deferred.shift, deferred.row(n, shape.images), 0);
+    fill(gate, deferred.gate, n, 1);
   }
 };
 
 // Scratch of a row of h = act(scale x + shift) * gate: columns of x from `x` on, to where `column` says.
 template <Act act, typename scalar_t>
-void settle_row(
+void materialize_row(
     const scalar_t* x,
     int64_t pixel, // between pixels of x
     int64_t width,
     const Channels& channels,
-    const OwedChannels& owed,
+    const DeferredChannels& deferred,
     const int64_t* column, // floats from the start of a vector's row
     int64_t of_vector,
     float* h,
     int64_t ahead) { // elements of x, to what will be read next
   const Channels local = channels; // GCC takes it that a store of a vector may change what is behind a reference
-  const float *scales = owed.scale, *shifts = owed.shift, *gates = owed.gate;
+  const float *scales = deferred.scale, *shifts = deferred.shift, *gates = deferred.gate;
   for_pixels(width, [&](auto pixels, int64_t first) __attribute__((always_inline)) {
     constexpr int count = pixels;
     std::array<const scalar_t*, count> from;

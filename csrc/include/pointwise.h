@@ -31,8 +31,8 @@ struct Blocks {
   int64_t segments, segment_rows, rows, per_segment;
 
   // At most `limit` rows in a block, or kRowMultiple.
-  Blocks(const ConvShape& shape, const Owed& owed, int64_t limit)
-      : segments(std::max<int64_t>({shape.views, owed.rows, 1})),
+  Blocks(const ConvShape& shape, const Deferred& deferred, int64_t limit)
+      : segments(std::max<int64_t>({shape.views, deferred.rows, 1})),
         segment_rows(shape.images / segments * shape.positions()),
         rows(std::min(segment_rows, std::max<int64_t>(limit / kRowMultiple, 1) * kRowMultiple)),
         per_segment((segment_rows + rows - 1) / rows) {}
@@ -56,36 +56,36 @@ inline std::vector<float> padded_rows(const float* from, int64_t rows, int64_t c
   return padded;
 }
 
-// x and what it is owed.
+// x and what it is deferred.
 template <typename scalar_t>
 struct Input {
   const scalar_t* x;
-  Owed owed;
+  Deferred deferred;
   int64_t channels, stride, positions; // stride: of formed rows
   std::vector<float> scale, shift; // [max(rows, 1), stride]
 
-  Input(const ConvShape& shape, const scalar_t* x, const Owed& owed)
+  Input(const ConvShape& shape, const scalar_t* x, const Deferred& deferred)
       : x(x),
-        owed(owed),
+        deferred(deferred),
         channels(shape.channels),
         stride(round_up(channels, kVec)),
         positions(shape.positions()),
-        scale(padded_rows(owed.scale, owed.rows, channels, 1)),
-        shift(padded_rows(owed.shift, owed.rows, channels)) {}
+        scale(padded_rows(deferred.scale, deferred.rows, channels, 1)),
+        shift(padded_rows(deferred.shift, deferred.rows, channels)) {}
 
-  bool is_owed() const {
-    return owed.scale || owed.act != Act::identity || owed.gate;
+  bool is_deferred() const {
+    return deferred.scale || deferred.act != Act::identity || deferred.gate;
   }
   int64_t row(int64_t segment) const { // of scale and shift
-    return owed.rows > 1 ? segment : 0;
+    return deferred.rows > 1 ? segment : 0;
   }
 
   // h of some rows of one segment.
   void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
-    with_act(owed.act, [&](auto act) {
-      if (!is_owed()) {
+    with_act(deferred.act, [&](auto act) {
+      if (!is_deferred()) {
         form<Act::identity, false, false>(segment, begin, rows, to);
-      } else if (owed.gate) {
+      } else if (deferred.gate) {
         form<act, true, true>(segment, begin, rows, to);
       } else {
         form<act, true, false>(segment, begin, rows, to);
@@ -111,7 +111,7 @@ struct Input {
     const scalar_t* from = x + begin * channels;
     const float* gates[R];
     for (int r = 0; gated && r < R; ++r) {
-      gates[r] = owed.gate + (begin + r) / positions * channels;
+      gates[r] = deferred.gate + (begin + r) / positions * channels;
     }
     const auto vector = [&](int64_t c, auto... count) {
       const Vec a = Vec::loadu(scales + c), b = Vec::loadu(shifts + c);

@@ -11,7 +11,7 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-// [threads, rows, channels], rows as Owed has them.
+// [threads, rows, channels], rows as Deferred has them.
 class ThreadSums {
  public:
   ThreadSums(int64_t rows, int64_t channels)

@@ -21,9 +21,9 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.head = SlimLinear(encoder.num_features, classes)
 
-    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+    def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         """Name of the subnet and the size of each of its slimmable modules."""
-        name, sizes = self.encoder.plan(dn)
+        name, sizes = self.encoder.layer_sizes(dn)
         return name, {f"encoder.{path}": size for path, size in sizes.items()}
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..nn import SlimBatchNorm2d, SlimConv2d
 from ..nn.activate import Sizes
 from ..nn.deferred import Activation
-from ..nn.functional import conv_norm_act, gated, pool, settle
+from ..nn.functional import conv_norm_act, gated, materialize, pool
 from ..subnets import Subnet, make_divisible, width_name
 from .initialize import initialize
 from .network import Network
@@ -62,13 +62,13 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        sizes = self.plan(channels)
+        sizes = self.layer_sizes(channels)
         self.conv_reduce = SlimConv2d(channels, sizes["conv_reduce"], 1)
         self.act1 = nn.ReLU(inplace=True)
         self.conv_expand = SlimConv2d(sizes["conv_reduce"], channels, 1)
 
     @staticmethod
-    def plan(channels: int) -> dict[str, int]:
+    def layer_sizes(channels: int) -> dict[str, int]:
         """Output channels of the convolutions for that many channels to gate."""
         return {"conv_reduce": make_divisible(channels / 4), "conv_expand": channels}
 
@@ -94,7 +94,7 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = SlimBatchNorm2d(out_channels)
 
     @staticmethod
-    def plan(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
+    def layer_sizes(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
         """Output channels of the convolutions for that many channels in and out."""
         return {"conv_pw": out_channels}
 
@@ -102,7 +102,7 @@ class DepthwiseSeparable(nn.Module):
         """Map [N, C, H, W] to [N, C', H', W']."""
         y = conv_norm_act(x, self.conv_dw, self.bn1, self.act1)
         y = conv_norm_act(y, self.conv_pw, self.bn2)
-        return settle(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
+        return materialize(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
 
 
 class InvertedResidual(nn.Module):
@@ -111,7 +111,7 @@ class InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, block: Block) -> None:
         super().__init__()
         self.stride = block.stride
-        mid = self.plan(in_channels, out_channels, block)["conv_pw"]
+        mid = self.layer_sizes(in_channels, out_channels, block)["conv_pw"]
         padding = block.kernel // 2
         self.conv_pw = SlimConv2d(in_channels, mid, 1, bias=False)
         self.bn1 = SlimBatchNorm2d(mid)
@@ -124,10 +124,10 @@ class InvertedResidual(nn.Module):
         self.bn3 = SlimBatchNorm2d(out_channels)
 
     @staticmethod
-    def plan(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
+    def layer_sizes(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
         """Output channels of the convolutions for that many channels in and out."""
         mid = make_divisible(in_channels * block.expand)
-        squeeze = {f"se.{name}": size for name, size in SqueezeExcite.plan(mid).items()} if block.squeeze else {}
+        squeeze = {f"se.{name}": size for name, size in SqueezeExcite.layer_sizes(mid).items()} if block.squeeze else {}
         return {"conv_pw": mid, **squeeze, "conv_pwl": out_channels}
 
     def forward(self, x: Activation) -> Activation:
@@ -135,7 +135,7 @@ class InvertedResidual(nn.Module):
         y = conv_norm_act(x, self.conv_pw, self.bn1, self.act1)
         y = self.se(conv_norm_act(y, self.conv_dw, self.bn2, self.act2))
         y = conv_norm_act(y, self.conv_pwl, self.bn3)
-        return settle(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
+        return materialize(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
 
 
 class Feature(nn.Module):
@@ -200,15 +200,15 @@ class MobileNetV3(Network):
             (*(len(stage.blocks) for stage in STAGES), 1),
         )
 
-    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+    def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         subnet = self.subnet(dn) if isinstance(dn, str) else dn
         stem, *stages, feature = subnet.channels
         sizes = {"conv_stem": stem}
         in_channels = stem
         for index, (stage, channels) in enumerate(zip(STAGES, stages, strict=True)):
             for position, block in enumerate(stage.blocks):
-                plan = _block_type(index).plan(in_channels, channels, block)
-                sizes |= {f"blocks.{index}.{position}.{name}": size for name, size in plan.items()}
+                layer_sizes = _block_type(index).layer_sizes(in_channels, channels, block)
+                sizes |= {f"blocks.{index}.{position}.{name}": size for name, size in layer_sizes.items()}
                 in_channels = channels
         sizes[f"blocks.{len(STAGES)}.0.conv"] = feature
         return subnet.name, sizes
@@ -228,6 +228,6 @@ class MobileNetV3(Network):
         for index, stage in enumerate(self.blocks):
             y = stage(y)
             if index in LAST_OF_RESOLUTION:
-                y = settle(y)
+                y = materialize(y)
                 maps.append(y)
         return maps

@@ -39,7 +39,7 @@ class Network(nn.Module, ABC):
         """The subnet of that name; InputError if the name says nothing to this network."""
 
     @abstractmethod
-    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+    def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         """Name of the subnet and the size of each of its slimmable modules."""
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn import SlimBatchNorm2d, SlimConv2d, SlimSequential
 from ..nn.activate import Sizes
-from ..nn.functional import conv_norm_act, pool, settle
+from ..nn.functional import conv_norm_act, materialize, pool
 from ..subnets import Subnet
 from .initialize import initialize
 from .network import Network
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
         """Map [N, C, H, W] to [N, C', H', W']."""
         y = conv_norm_act(x, self.conv1, self.bn1, self.act1)
         y = conv_norm_act(y, self.conv2, self.bn2)
-        return settle(y, x if self.downsample is None else conv_norm_act(x, *self.downsample), self.act2)
+        return materialize(y, x if self.downsample is None else conv_norm_act(x, *self.downsample), self.act2)
 
 
 class ResNet(Network):
@@ -87,7 +87,7 @@ class ResNet(Network):
         blocks = tuple(int(depth) for depth in (depths.split(".") if "." in depths else depths))
         return Subnet(name, (base, *(base * factor for factor in STAGE_MULTIPLIERS)), blocks)
 
-    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+    def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         subnet = self.subnet(dn) if isinstance(dn, str) else dn
         stem, *stages = subnet.channels
         sizes = {"conv1": stem}
@@ -108,7 +108,7 @@ class ResNet(Network):
         return first, second, third, fourth
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(settle(conv_norm_act(x, self.conv1, self.bn1, self.act1)))
+        x = self.maxpool(materialize(conv_norm_act(x, self.conv1, self.bn1, self.act1)))
         maps = []
         for index in range(1, len(STAGE_MULTIPLIERS) + 1):
             x = self.get_submodule(f"layer{index}")(x)

@@ -4,7 +4,7 @@ A layer computes with a prefix of its channels. How long the prefix of the *outp
 how long the prefix of the *inputs* is, the input itself says.
 """
 
-from .activate import Activation, activate
+from .activate import ActiveSubnet, activate
 from .batch_norm import MomentumBatchNorm1d, MomentumBatchNorm2d, SlimBatchNorm1d, SlimBatchNorm2d
 from .conv import SlimConv2d
 from .convert import slimmable
@@ -12,7 +12,7 @@ from .linear import SlimLinear
 from .sequential import SlimSequential
 
 __all__ = [
-    "Activation",
+    "ActiveSubnet",
     "MomentumBatchNorm1d",
     "MomentumBatchNorm2d",
     "SlimBatchNorm1d",

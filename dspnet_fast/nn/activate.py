@@ -15,7 +15,7 @@ from .sized import Sized
 Sizes = Mapping[str, int]
 
 
-class Activation:
+class ActiveSubnet:
     """The state that `activate` replaced; as a context manager it puts that state back on exit."""
 
     def __init__(self, name: str) -> None:
@@ -27,7 +27,7 @@ class Activation:
         self._before.append((module, attribute, getattr(module, attribute)))
         setattr(module, attribute, value)
 
-    def __enter__(self) -> Activation:
+    def __enter__(self) -> ActiveSubnet:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -35,12 +35,13 @@ class Activation:
             setattr(module, attribute, value)
 
 
-def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views: int = 1) -> Activation:
+def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views: int = 1) -> ActiveSubnet:
     """Make `model` compute as the subnet `dn` from now on; `with activate(model, dn): ...` only inside the block.
 
     Args:
         model: any module with slimmable layers in it.
-        dn: what the model's own `plan(dn)` method takes (a `Subnet` or its name), if it has one. For other models
+        dn: what the model's own `layer_sizes(dn)` method takes (a `Subnet` or its name), if it has one. For other
+        models
             a width between 0 and 1 by which every ungrouped `SlimConv2d` is scaled, or a mapping from the names of
             modules to sizes; what a mapping does not name is full. None is the full network.
         views: batches hold this many augmented views one after another; batch normalisation treats each by itself.
@@ -49,22 +50,22 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
         ValueError: for a subnet that the model does not contain.
     """
     name, sizes = _resolve(model, dn)
-    activation = Activation(name)
+    active = ActiveSubnet(name)
     left = dict(sizes)
     for path, module in model.named_modules():
         if isinstance(module, Sized):
             size = left.pop(path, None)
             if size is not None and not 0 <= size <= module.full_size:
-                activation.__exit__()
+                active.__exit__()
                 raise ValueError(f"{name} wants {size} of the {module.full_size} units of {path}")
-            activation.set(module, "active_size", size)
+            active.set(module, "active_size", size)
         elif isinstance(module, SlimBatchNorm):
-            activation.set(module, "active_dn", name if sizes else None)
-            activation.set(module, "views", views)
+            active.set(module, "active_dn", name if sizes else None)
+            active.set(module, "views", views)
     if left:
-        activation.__exit__()
+        active.__exit__()
         raise ValueError(f"{name} names modules that the model does not have: {', '.join(left)}")
-    return activation
+    return active
 
 
 def _resolve(model: nn.Module, dn: Subnet | str | float | Sizes | None) -> tuple[str, Sizes]:
@@ -73,9 +74,9 @@ def _resolve(model: nn.Module, dn: Subnet | str | float | Sizes | None) -> tuple
         return "full", {}
     if isinstance(dn, Mapping):
         return ",".join(f"{path}={size}" for path, size in dn.items()), dn
-    plan = getattr(model, "plan", None)
-    if plan is not None:
-        name, sizes = plan(dn)
+    layer_sizes = getattr(model, "layer_sizes", None)
+    if layer_sizes is not None:
+        name, sizes = layer_sizes(dn)
     elif isinstance(dn, float | int):
         if not 0 < dn <= 1:
             raise ValueError(f"a width is more than 0 and at most 1, not {dn}")
@@ -86,6 +87,8 @@ def _resolve(model: nn.Module, dn: Subnet | str | float | Sizes | None) -> tuple
             if isinstance(module, SlimConv2d) and module.groups == 1
         }
     else:
-        raise ValueError(f"{type(model).__name__} has no plan() method: give a width or a mapping instead of {dn!r}")
+        raise ValueError(
+            f"{type(model).__name__} has no layer_sizes() method: give a width or a mapping instead of {dn!r}"
+        )
     modules = dict(model.named_modules())
     return name, {path: size for path, size in sizes.items() if size != getattr(modules.get(path), "full_size", None)}

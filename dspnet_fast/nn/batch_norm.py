@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import scale_shift, slim_batch_norm
-from .deferred import Owed, Raw
+from .deferred import ConvOutput, Deferred
 from .sized import main_grad
 
 # Called with mean and biased variance [V, C] of each view, and the number of values that each was taken from.
@@ -33,7 +33,7 @@ class SlimBatchNorm(_BatchNorm):
     Attributes:
         active_dn: the subnet that computes; None is the full network.
         views: batches hold this many views, each normalised by itself in training.
-        parts: so many neighbouring views are parts of one, as ranks have parts of a batch: running statistics take
+        bn_groups: so many neighbouring views are parts of one, as ranks have parts of a batch: running statistics take
             their mean as one step.
         process_group: where set, statistics are those of the whole batch over these ranks (synchronised batch
             normalisation); every rank must have as many images. Not while there is an observer: what one rank measures
@@ -43,7 +43,7 @@ class SlimBatchNorm(_BatchNorm):
 
     active_dn: str | None = None
     views: int = 1
-    parts: int = 1
+    bn_groups: int = 1
     process_group: dist.ProcessGroup | None = None
     observer: Observer | None = None
 
@@ -88,18 +88,18 @@ class SlimBatchNorm(_BatchNorm):
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
-    def forward(self, x: Raw) -> Owed: ...
+    def forward(self, x: ConvOutput) -> Deferred: ...
 
     def forward(self, x):
         """Normalise [N, C, ...] per channel: by each view's own batch in training, by kept statistics otherwise.
 
-        A `Raw` becomes an `Owed`: its normalisation is computed, but left to whoever reads it.
+        A `ConvOutput` becomes an `Deferred`: its normalisation is computed, but left to whoever reads it.
         """
         channels = x.shape[1]
         if channels > self.num_features:
             raise ValueError(f"{type(self).__name__} has {self.num_features} channels, the input has {channels}")
-        if isinstance(x, Raw):
-            return Owed(x.y, *self._scale_shift(x))
+        if isinstance(x, ConvOutput):
+            return Deferred(x.y, *self._scale_shift(x))
         self._check_input_dim(x)
         weight = None if self.weight is None else self.weight[:channels]
         bias = None if self.bias is None else self.bias[:channels]
@@ -113,12 +113,12 @@ class SlimBatchNorm(_BatchNorm):
         if not self._own_statistics:
             self._observe(mean, variance, self._count(x.shape, views))
             return y
-        scale, shift = self._scale_shift(Raw(x, mean, variance))
+        scale, shift = self._scale_shift(ConvOutput(x, mean, variance))
         spread = len(scale), 1, channels, *(x.ndim - 2) * [1]
         return (x.unflatten(0, (views, -1)) * scale.view(spread) + shift.view(spread)).flatten(0, 1).to(x.dtype)
 
-    def _scale_shift(self, raw: Raw) -> tuple[Tensor, Tensor]:
-        """scale and shift [V, C] of the owed normalisation; one row with kept statistics."""
+    def _scale_shift(self, raw: ConvOutput) -> tuple[Tensor, Tensor]:
+        """scale and shift [V, C] of the deferred normalisation; one row with kept statistics."""
         if len(raw.mean):
             mean, variance = self._statistics(raw.mean, raw.variance, self._count(raw.shape, len(raw.mean)))
         else:
@@ -167,7 +167,7 @@ class SlimBatchNorm(_BatchNorm):
             return
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         unbiased = variance * (count / (count - 1))
-        mean, unbiased = (moments.unflatten(0, (-1, self.parts)).mean(1) for moments in (mean, unbiased))
+        mean, unbiased = (moments.unflatten(0, (-1, self.bn_groups)).mean(1) for moments in (mean, unbiased))
         for view_mean, view_variance in zip(mean, unbiased, strict=True):
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

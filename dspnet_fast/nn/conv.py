@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_moments, slim_conv2d, slim_linear
-from .deferred import Owed, Raw
+from .deferred import ConvOutput, Deferred
 from .sized import Sized, main_grad
 
 
@@ -28,14 +28,15 @@ class SlimConv2d(Sized, nn.Conv2d):
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
-    def forward(self, x: Owed, views: int) -> Raw: ...
+    def forward(self, x: Deferred, views: int) -> ConvOutput: ...
 
     def forward(self, x, views=0):
-        """Convolve [N, C, H, W] with the active prefix of the weight; an `Owed` with the moments of `views` views."""
+        """Convolve [N, C, H, W] with the active prefix of the weight; an `Deferred` with the moments of `views`
+        views."""
         if len(x.shape) == 3:
             return self.forward(x[None])[0]
         groups, out_channels = self._active(x.shape[1])
-        if isinstance(x, Owed):
+        if isinstance(x, Deferred):
             return self._conv_moments(x, out_channels, groups, views)
         bias = None if self.bias is None else self.bias[:out_channels]
         weight, grad = self.weight, main_grad(self.weight)
@@ -60,18 +61,18 @@ class SlimConv2d(Sized, nn.Conv2d):
             raise ValueError(f"an input of {channels} channels cuts a group of {group_channels} in two")
         return groups, groups * (self.out_channels // self.groups)
 
-    def _conv_moments(self, owed: Owed, out_channels: int, groups: int, views: int) -> Raw:
+    def _conv_moments(self, deferred: Deferred, out_channels: int, groups: int, views: int) -> ConvOutput:
         square = self.stride[0] == self.stride[1] and self.padding[0] == self.padding[1]
         plain = self.dilation == (1, 1) and self.bias is None and self.padding_mode == "zeros"
         if isinstance(self.padding, str) or not (square and plain and self.groups in (1, self.in_channels)):
             raise ValueError(f"no conv_moments of {self}: settle its input first")
-        return Raw(
+        return ConvOutput(
             *conv_moments(
-                owed.x,
-                owed.scale,
-                owed.shift,
-                owed.act,
-                owed.gate,
+                deferred.x,
+                deferred.scale,
+                deferred.shift,
+                deferred.act,
+                deferred.gate,
                 self.weight,
                 main_grad(self.weight),
                 out_channels,

@@ -1,4 +1,5 @@
-"""Activations that are owed their normalisation: what a convolution left in memory, and what the next operator applies
+"""Activations that are deferred their normalisation: what a convolution left in memory, and what the next operator
+applies
 as it reads (docs/formulation.md).
 """
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Raw:
+class ConvOutput:
     """Output [N, C, H, W] of a convolution and its moments per view, mean and biased variance [V, C]."""
 
     y: Tensor
@@ -25,7 +26,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Owed:
+class Deferred:
     """act(scale x + shift) * gate, not yet formed.
 
     x: [N, C, H, W], channels-last. scale, shift: [V, C], a row for each of V views or one for all, or None.
@@ -44,4 +45,4 @@ class Owed:
         return self.x.shape
 
 
-Activation = Owed | Tensor
+Activation = Deferred | Tensor

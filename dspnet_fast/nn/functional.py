@@ -1,7 +1,9 @@
-"""The steps that networks made of owed activations are written in.
+"""The steps that networks made of deferred activations are written in.
 
-`conv_norm_act`, `settle`, `pool` and `gated` take and give either kind of activation. With slimmable layers it is an
-`Owed`: what a convolution left in memory, and what the next operator applies as it reads (docs/formulation.md). With
+`conv_norm_act`, `materialize`, `pool` and `gated` take and give either kind of activation. With slimmable layers it is
+an
+`Deferred`: what a convolution left in memory, and what the next operator applies as it reads (docs/formulation.md).
+With
 torch.nn's own layers, as in a network that `slim` cut out, it is a Tensor and the steps are the ordinary ones.
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from ..ops import norm_act, norm_act_pool
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
-from .deferred import Activation, Owed
+from .deferred import Activation, Deferred
 
 ACTS: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
 
@@ -36,28 +38,28 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
     if not (isinstance(conv, SlimConv2d) and isinstance(norm, SlimBatchNorm)):
         y = norm(conv(x))
         return y if act is None else act(y)
-    owed = norm(conv(x if isinstance(x, Owed) else Owed(x), views=norm.batch_views))
-    return replace(owed, act=act_name(act))
+    deferred = norm(conv(x if isinstance(x, Deferred) else Deferred(x), views=norm.batch_views))
+    return replace(deferred, act=act_name(act))
 
 
-def settle(x: Activation, shortcut: Activation | None = None, act: nn.Module | None = None) -> Tensor:
+def materialize(x: Activation, shortcut: Activation | None = None, act: nn.Module | None = None) -> Tensor:
     """The activation itself; with a shortcut, act(x + shortcut)."""
-    if isinstance(x, Tensor) and not isinstance(shortcut, Owed):
+    if isinstance(x, Tensor) and not isinstance(shortcut, Deferred):
         y = x if shortcut is None else x + shortcut
         return y if act is None else act(y)
-    x = x if isinstance(x, Owed) else Owed(x)
+    x = x if isinstance(x, Deferred) else Deferred(x)
     if shortcut is None:
         return norm_act(x.x, x.scale, x.shift, x.act, x.gate, None, None, None)
     if x.act != "identity" or x.gate is not None:
-        x = Owed(settle(x))
-    other = shortcut if isinstance(shortcut, Owed) else Owed(shortcut)
+        x = Deferred(materialize(x))
+    other = shortcut if isinstance(shortcut, Deferred) else Deferred(shortcut)
     if other.act != "identity" or other.gate is not None:
-        other = Owed(settle(other))
+        other = Deferred(materialize(other))
     return norm_act(x.x, x.scale, x.shift, act_name(act), None, other.x, other.scale, other.shift)
 
 
 def pool(x: Activation) -> Tensor:
-    """The mean over H and W, [N, C]; of an Owed in fp32 at least."""
+    """The mean over H and W, [N, C]; of an Deferred in fp32 at least."""
     if isinstance(x, Tensor):
         return x.mean((2, 3))
     if x.gate is not None:

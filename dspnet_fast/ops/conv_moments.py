@@ -1,4 +1,4 @@
-"""conv_moments: a convolution that settles its input's owed normalisation and returns its output's moments.
+"""conv_moments: a convolution that settles its input's deferred normalisation and returns its output's moments.
 
 The heart of the fast path, derived in docs/formulation.md: between two convolutions a normalised activation is never
 written. Batch normalisation is arithmetic on [V, C] moments outside, so its gradient needs no code of its own.
@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
-from .deferred import activated, check_owed, normalization_gradients, normalized, per_image, settled, slope, wide
+from .deferred import (
+    activation_gradient,
+    apply_activation,
+    check_deferred,
+    materialize,
+    normalization_gradients,
+    normalized,
+    per_image,
+    upcast,
+)
 from .main_grad import check_main_grad, gradient_buffer
 from .registry import operator
 
@@ -34,7 +43,8 @@ def conv_moments(
     """y = conv(h, weight[:out_channels, :C / groups]) with h = act(scale x + shift) * gate, and the moments of y.
 
     x: [N, C, H, W], raw. scale, shift: [V, C], V = 1 or as many as there are views, or neither. act: one of
-    owed.ACTS. gate: [N, C] or None. weight: [O, I, k, k], of which a prefix is used. main_grad: a buffer like weight
+    deferred.ACTS. gate: [N, C] or None. weight: [O, I, k, k], of which a prefix is used. main_grad: a buffer like
+    weight
     that the gradient of that prefix is added to; without one, a full-size gradient is returned to autograd.
     groups: 1, or C for a depthwise convolution, which has out_channels = C.
 
@@ -46,12 +56,12 @@ def conv_moments(
     views = 0. Raises RuntimeError for anything else, and for an output without positions.
     """
     _check(x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views)
-    h = settled(x, scale, shift, act, gate).to(x.dtype)
+    h = materialize(x, scale, shift, act, gate).to(x.dtype)
     prefix = weight[:out_channels, : x.shape[1] // groups].to(x.dtype)
     y = torch.conv2d(h, prefix, None, stride, padding, 1, groups).contiguous(memory_format=torch.channels_last)
     if not views:
-        return y, wide(y).new_empty(0, out_channels), wide(y).new_empty(0, out_channels)
-    variance, mean = torch.var_mean(wide(y).unflatten(0, (views, -1)), (1, 3, 4), correction=0)
+        return y, upcast(y).new_empty(0, out_channels), upcast(y).new_empty(0, out_channels)
+    variance, mean = torch.var_mean(upcast(y).unflatten(0, (views, -1)), (1, 3, 4), correction=0)
     return y, mean, variance
 
 
@@ -69,7 +79,7 @@ def _check(
     groups: int,
     views: int,
 ) -> None:
-    check_owed("conv_moments", x, scale, shift, act, gate, views)
+    check_deferred("conv_moments", x, scale, shift, act, gate, views)
     channels, (height, width) = x.shape[1], x.shape[2:]
     torch._check(
         weight.ndim == 4 and weight.is_floating_point() and weight.shape[2] == weight.shape[3],
@@ -127,16 +137,16 @@ def conv_moments_backward(
     prefix. Empty: those whose input is absent; all but dW without input_gradient; dW without weight_gradient, and with
     main_grad, to whose prefix it is added instead.
     """
-    wide_y = wide(y)
+    upcast_y = upcast(y)
     views = len(mean)
-    e = wide(grad_y)
+    e = upcast(grad_y)
     if views:
         count = y.numel() // (y.shape[1] * views)
         e = e + per_image(grad_mean / count, len(y))
-        e = e + (wide_y - per_image(mean, len(y))) * per_image(2 * grad_variance / count, len(y))
+        e = e + (upcast_y - per_image(mean, len(y))) * per_image(2 * grad_variance / count, len(y))
     e = e.to(x.dtype)
     z = normalized(x, scale, shift)
-    value = activated(z, act)
+    value = apply_activation(z, act)
     h = (value if gate is None else value * gate[:, :, None, None]).to(x.dtype)
     prefix = weight[: y.shape[1], : x.shape[1] // groups]
     grad_h, grad_prefix, _ = torch.ops.aten.convolution_backward(
@@ -152,14 +162,14 @@ def conv_moments_backward(
         groups,
         [input_gradient, weight_gradient, False],
     )
-    grad_x, (grad_scale, grad_shift, grad_gate) = x.new_empty(0), (wide_y.new_empty(0) for _ in range(3))
+    grad_x, (grad_scale, grad_shift, grad_gate) = x.new_empty(0), (upcast_y.new_empty(0) for _ in range(3))
     if input_gradient:
-        grad_h = wide(grad_h)
+        grad_h = upcast(grad_h)
         if gate is not None:
             grad_gate = (grad_h * value).sum((2, 3))
             grad_h = grad_h * gate[:, :, None, None]
         rows = 0 if scale is None else len(scale)
-        grad_x, grad_scale, grad_shift = normalization_gradients(grad_h * slope(z, act), x, scale, rows)
+        grad_x, grad_scale, grad_shift = normalization_gradients(grad_h * activation_gradient(z, act), x, scale, rows)
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
     if weight_gradient:
         buffer, grad_weight = gradient_buffer(weight, main_grad)

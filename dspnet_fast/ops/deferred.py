@@ -1,6 +1,7 @@
-"""Owed normalisation in plain PyTorch: what the native bodies of the operators share.
+"""Deferred normalisation in plain PyTorch: what the native bodies of the operators share.
 
-An activation x [N, C, H, W] is stored raw, as a convolution left it, and owed  h = act(scale x + shift) * gate.  Its N
+An activation x [N, C, H, W] is stored raw, as a convolution left it, and deferred  h = act(scale x + shift) * gate.
+Its N
 images are V views of equal size one after another, each with a row of scale and shift [V, C]; one row serves all.
 """
 
@@ -15,23 +16,23 @@ ACTS = ("identity", "relu", "hardswish")
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
 
 
-def _relu_slope(z: Tensor) -> Tensor:
+def _relu_gradient(z: Tensor) -> Tensor:
     return (z > 0).to(z.dtype)
 
 
-def _hardswish_slope(z: Tensor) -> Tensor:
+def _hardswish_gradient(z: Tensor) -> Tensor:
     """Of z clamp(z + 3, 0, 6) / 6; at the kinks, as autograd has it, that of the middle piece."""
     return torch.where((z < -3) | (z > 3), (z > 3).to(z.dtype), z / 3 + 0.5)
 
 
-_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
-    "relu": _relu_slope,
-    "hardswish": _hardswish_slope,
+    "relu": _relu_gradient,
+    "hardswish": _hardswish_gradient,
 }
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the dtype that is computed in: fp32 for anything narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -44,27 +45,27 @@ def per_image(rows: Tensor, images: int) -> Tensor:
 
 
 def normalized(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """z = scale x + shift, wide; x itself if it is owed nothing."""
-    x = wide(x)
+    """z = scale x + shift, wide; x itself if it is deferred nothing."""
+    x = upcast(x)
     if scale is None or shift is None:
         return x
     return x * per_image(scale, len(x)) + per_image(shift, len(x))
 
 
-def activated(z: Tensor, act: str) -> Tensor:
+def apply_activation(z: Tensor, act: str) -> Tensor:
     """act(z)."""
     return _VALUES[act](z)
 
 
-def settled(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> Tensor:
+def materialize(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> Tensor:
     """h = act(scale x + shift) * gate, wide."""
-    h = activated(normalized(x, scale, shift), act)
+    h = apply_activation(normalized(x, scale, shift), act)
     return h if gate is None else h * gate[:, :, None, None]
 
 
-def slope(z: Tensor, act: str) -> Tensor:
+def activation_gradient(z: Tensor, act: str) -> Tensor:
     """act'(z)."""
-    return _SLOPES[act](z)
+    return _GRADIENTS[act](z)
 
 
 def normalization_gradients(
@@ -72,7 +73,7 @@ def normalization_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From dL/dz with z = scale x + shift, wide: dL/dx in x's dtype, dL/dscale and dL/dshift [V, C].
 
-    The last two are empty if x is owed nothing.
+    The last two are empty if x is deferred nothing.
     """
     if scale is None:
         return grad_z.to(x.dtype), grad_z.new_empty(0), grad_z.new_empty(0)
@@ -85,7 +86,7 @@ def sum_per_view(x: Tensor, views: int) -> Tensor:
     return x.sum((2, 3)).unflatten(0, (views, -1)).sum(1)
 
 
-def check_owed(
+def check_deferred(
     operator: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None, views: int = 0
 ) -> None:
     """Raise RuntimeError unless x, scale, shift, act and gate are as this module's docstring says.
@@ -106,9 +107,9 @@ def check_owed(
     if scale is not None and shift is not None:
         for name, rows in (("scale", scale), ("shift", shift)):
             torch._check(
-                rows.ndim == 2 and rows.shape[1] == x.shape[1] and rows.dtype == wide(x[:0]).dtype,
+                rows.ndim == 2 and rows.shape[1] == x.shape[1] and rows.dtype == upcast(x[:0]).dtype,
                 lambda name=name, rows=rows: (  # type: ignore[misc]
-                    f"{operator}: {name} must be [views, {x.shape[1]}], {wide(x[:0]).dtype}, {_of(rows)}"
+                    f"{operator}: {name} must be [views, {x.shape[1]}], {upcast(x[:0]).dtype}, {_of(rows)}"
                 ),
             )
         torch._check(
@@ -122,8 +123,8 @@ def check_owed(
         )
     if gate is not None:
         torch._check(
-            gate.shape == x.shape[:2] and gate.dtype == wide(x[:0]).dtype,
-            lambda: f"{operator}: gate must be {list(x.shape[:2])}, {wide(x[:0]).dtype}, {_of(gate)}",
+            gate.shape == x.shape[:2] and gate.dtype == upcast(x[:0]).dtype,
+            lambda: f"{operator}: gate must be {list(x.shape[:2])}, {upcast(x[:0]).dtype}, {_of(gate)}",
         )
 
 

@@ -1,4 +1,4 @@
-"""norm_act: settle an owed normalisation, at the end of a block, with the residual added."""
+"""norm_act: settle an deferred normalisation, at the end of a block, with the residual added."""
 
 import functools
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
-from .deferred import activated, check_owed, normalization_gradients, normalized, slope
+from .deferred import activation_gradient, apply_activation, check_deferred, normalization_gradients, normalized
 from .registry import operator
 
 
@@ -29,9 +29,9 @@ def norm_act(
     Returns x's shape and dtype, channels-last, computed in fp32 at least. Raises RuntimeError for anything else.
     """
     _check(x, scale, shift, act, gate, residual, residual_scale, residual_shift)
-    value = activated(_sum(x, scale, shift, residual, residual_scale, residual_shift), act)
+    value = apply_activation(_sum(x, scale, shift, residual, residual_scale, residual_shift), act)
     value = value if gate is None else value * gate[:, :, None, None]
-    # A copy even where nothing is owed: an operator's output is never its input.
+    # A copy even where nothing is deferred: an operator's output is never its input.
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(value)
 
 
@@ -45,7 +45,7 @@ def _check(
     residual_scale: Tensor | None,
     residual_shift: Tensor | None,
 ) -> None:
-    check_owed("norm_act", x, scale, shift, act, gate)
+    check_deferred("norm_act", x, scale, shift, act, gate)
     if residual is None:
         torch._check(
             residual_scale is None and residual_shift is None,
@@ -59,7 +59,7 @@ def _check(
             f"got {list(residual.shape)} {residual.dtype}"
         ),
     )
-    check_owed("norm_act", residual, residual_scale, residual_shift, act, None)
+    check_deferred("norm_act", residual, residual_scale, residual_shift, act, None)
 
 
 def _sum(
@@ -98,9 +98,9 @@ def norm_act_backward(
     z = _sum(x, scale, shift, residual, residual_scale, residual_shift)
     grad_z, grad_gate = grad.to(z.dtype), z.new_empty(0)
     if gate is not None:
-        grad_gate = (grad_z * activated(z, act)).sum((2, 3))
+        grad_gate = (grad_z * apply_activation(z, act)).sum((2, 3))
         grad_z = grad_z * gate[:, :, None, None]
-    grad_z = grad_z * slope(z, act)
+    grad_z = grad_z * activation_gradient(z, act)
     gradients = []
     for tensor, rows in ((x, scale), (residual if residual_gradient else None, residual_scale)):
         if tensor is None:

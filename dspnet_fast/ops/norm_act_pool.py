@@ -1,4 +1,4 @@
-"""norm_act_pool: the mean over all positions of an owed activation, for squeeze-and-excite and the last pooling."""
+"""norm_act_pool: the mean over all positions of an deferred activation, for squeeze-and-excite and the last pooling."""
 
 import functools
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
-from .deferred import check_owed, normalization_gradients, normalized, settled, slope
+from .deferred import activation_gradient, check_deferred, materialize, normalization_gradients, normalized
 from .registry import operator
 
 
@@ -19,11 +19,11 @@ def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
     Returns [N, C] in fp32, or fp64 if x is. Raises RuntimeError for anything else, and for x without positions.
     """
     _check(x, scale, shift, act)
-    return settled(x, scale, shift, act, None).mean((2, 3))
+    return materialize(x, scale, shift, act, None).mean((2, 3))
 
 
 def _check(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
-    check_owed("norm_act_pool", x, scale, shift, act, None)
+    check_deferred("norm_act_pool", x, scale, shift, act, None)
     torch._check(x.shape[2] * x.shape[3] > 0, lambda: f"norm_act_pool: no positions in {list(x.shape)}")
 
 
@@ -33,10 +33,10 @@ def norm_act_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of norm_act_pool: dz = d act'(z) / (H W), and dx = scale dz, dscale = sum(dz x), dshift = sum(dz).
 
-    Returns dx (channels-last), dscale, dshift; the last two empty if x is owed nothing.
+    Returns dx (channels-last), dscale, dshift; the last two empty if x is deferred nothing.
     """
     z = normalized(x, scale, shift)
-    grad_z = (grad / (x.shape[2] * x.shape[3]))[:, :, None, None] * slope(z, act)
+    grad_z = (grad / (x.shape[2] * x.shape[3]))[:, :, None, None] * activation_gradient(z, act)
     grad_x, *rest = normalization_gradients(grad_z, x, scale, 0 if scale is None else len(scale))
     return grad_x.contiguous(memory_format=torch.channels_last), *rest  # type: ignore[return-value]
 

@@ -29,11 +29,11 @@ def normalized_mse(p: Tensor, z: Tensor) -> Tensor:
             f"got {tuple(p.shape)} {p.dtype} and {tuple(z.shape)} {z.dtype}"
         ),
     )
-    p, z = _widen(p, z)
+    p, z = _upcast(p, z)
     return (2 - 2 * (F.normalize(p, eps=EPS) * F.normalize(z, eps=EPS)).sum(1)).mean()
 
 
-def _widen(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def _upcast(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(p.dtype, z.dtype), torch.float32)
     return p.to(dtype), z.to(dtype)
 
@@ -50,7 +50,7 @@ def normalized_mse_backward(
     that is not asked for.
     """
     inputs = p, z
-    wide = _widen(p, z)
+    wide = _upcast(p, z)
     lengths = [v.norm(dim=1, keepdim=True) for v in wide]
     units = [v / length.clamp_min(EPS) for v, length in zip(wide, lengths, strict=True)]
     cosine = (units[0] * units[1]).sum(1, keepdim=True)

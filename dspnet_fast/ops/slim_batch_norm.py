@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, triton
-from .deferred import wide
+from .deferred import upcast
 from .registry import operator
 from .scale_shift import scale_shift
 
@@ -23,7 +23,7 @@ def slim_batch_norm(
     for anything else.
     """
     _check(x, weight, bias, views)
-    rows = wide(x).unflatten(0, (views, -1))
+    rows = upcast(x).unflatten(0, (views, -1))
     variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
     scale, shift = scale_shift.native(mean, variance, weight, None, bias, None, eps)
     y = torch.empty_like(x).copy_((rows * _spread(scale, rows) + _spread(shift, rows)).flatten(0, 1))
@@ -72,8 +72,8 @@ def slim_batch_norm_backward(
 
     the sums over each view, and dweight, dbias over all of them. Returns dx like x, dweight and dbias [C].
     """
-    rows = wide(x).unflatten(0, (len(mean), -1))
-    grads = wide(grad_y).unflatten(0, (len(mean), -1))
+    rows = upcast(x).unflatten(0, (len(mean), -1))
+    grads = upcast(grad_y).unflatten(0, (len(mean), -1))
     count = rows.numel() // mean.numel()
     centred = rows - _spread(mean, rows)
     rsqrt = (variance + eps).rsqrt()

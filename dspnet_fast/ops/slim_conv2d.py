@@ -141,7 +141,7 @@ def _by_conv_moments(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """A convolution of an input that is owed nothing, without moments."""
+    """A convolution of an input that is deferred nothing, without moments."""
     _check(x, weight, main_grad, out_channels, groups)
     torch._check(
         bias is None or (bias.shape == (out_channels,) and bias.dtype == x.dtype),

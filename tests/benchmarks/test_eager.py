@@ -7,7 +7,7 @@ from benchmarks.eager import EagerStep
 from dspnet_fast.models import family
 from train.config import PretrainConfig
 from train.pretraining.dspnet import DSPNet
-from train.pretraining.flat_buffers import Arena
+from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.trainer import Trainer
 
 MOBILENET = ("mobilenet_v3_large", ["w0.25", "w0.375", "w0.50"])
@@ -37,7 +37,7 @@ def test_losses_gradients_and_updates_are_ours(network, names, stem, options, po
     policy("native")
     model = make(network, names, stem)
     eager = EagerStep(model, **options, **LARS)
-    arena = Arena(model.online, model.target)
+    flat = FlatBuffers(model.online, model.target)
     for _ in range(2):  # the second with momentum
         images = torch.randn(8, 3, *2 * [64 if stem == "standard" else 32]).double()
         losses = model.accumulate(images, list(model.family))
@@ -45,7 +45,7 @@ def test_losses_gradients_and_updates_are_ours(network, names, stem, options, po
         gradients = {name: parameter.grad for name, parameter in eager.parameters.items()}
         torch.testing.assert_close(gradients, {name: p.grad for name, p in model.online.named_parameters()})
 
-        arena.step(0.3, 0.9, **LARS)
+        flat.step(0.3, 0.9, **LARS)
         eager.update(0.3, 0.9)
         torch.testing.assert_close(named(eager.parameters.items()), named(model.online.named_parameters()))
         torch.testing.assert_close(eager.targets, named(model.target.named_parameters()))

@@ -21,7 +21,7 @@ from benchmarks.gpu import page, records, step, verdicts, warm
 
 ROOT = Path(__file__).parent.parent.parent
 CASE = step.Case("resnet", 4, 12, "fp32")
-ALONE = {"PYTEST_XDIST_WORKER": None}  # a session of its own is no part of the one that starts it
+SINGLE_PROCESS = {"PYTEST_XDIST_WORKER": None}  # a session of its own is no part of the one that starts it
 TINY = {"resnet": "c8-d1111,c12-d1111,c16-d1111"}
 
 
@@ -161,7 +161,7 @@ def test_outcomes_of_tests_are_kept(results, run_python, tmp_path):
     tests = "import pytest\ndef test_a(): pass\ndef test_b(): assert 0, 'why'\n@pytest.fixture\ndef f(): 1 / 0\n"
     (tmp_path / "test_these.py").write_text(tests + "def test_c(f): pass\n@pytest.mark.skip\ndef test_d(): pass\n")
     program = f"import pytest; pytest.main(['-p', 'benchmarks.gpu.verdicts', '{tmp_path}/test_these.py'])"
-    run_python("-c", program, **ALONE)
+    run_python("-c", program, **SINGLE_PROCESS)
     kept = {line["id"][-1]: line["outcome"] for line in records.read()}
     assert kept == {"a": "passed", "b": "failed", "c": "failed", "d": "skipped"}
     assert "why" in next(line["text"] for line in records.read() if line["outcome"] == "failed")
@@ -179,7 +179,7 @@ def test_what_has_been_begun_is_not_begun_again(results, run_python):
     for variant in ("eager", "native", "cpp"):
         records.write("begun", **key, variant=variant)
     options = "--benchmark-only", "-p", "no:cacheprovider", "-rs", "-k", "64 and not backward"
-    printed = run_python("-m", "pytest", "benchmarks/ops/bench_normalized_mse.py", *options, **ALONE)
+    printed = run_python("-m", "pytest", "benchmarks/ops/bench_normalized_mse.py", *options, **SINGLE_PROCESS)
     assert "3 skipped" in printed and "begun before" in printed
     assert records.read()[-1]["kind"] == "operators done"
 

@@ -1,4 +1,4 @@
-"""The benchmark of --overlap, on two hosts and a slow cable for a moment."""
+"""The benchmark of --overlap-all-reduce, on two hosts and a slow cable for a moment."""
 
 import contextlib
 import shutil

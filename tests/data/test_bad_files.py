@@ -17,7 +17,7 @@ from train.data.augmentation import ViewSpec
 from train.data.backends import open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 
 SIZE = 64
 WHOLE = ViewSpec(
@@ -157,7 +157,7 @@ def tar(folder: Path, shard: Path) -> Path:
 
 def batches(source: Path, backend: str, limit: int, batch_size: int, epochs: int = 1) -> tuple[list, BadImages]:
     images, bad = open_images(str(source), "train"), BadImages(limit)
-    order = EpochOrder(len(images), batch_size, 0, epochs)
+    order = EpochSampler(len(images), batch_size, 0, epochs)
     made = open_batches(backend, images, (WHOLE, WHOLE), order, 0, bad, torch.device("cpu"))
     return list(made), bad
 
@@ -197,11 +197,11 @@ def test_left_out_and_counted_by_name(tmp_path, backend, sharded):
 def test_one_too_many_is_an_error_after_the_batches_before_it(tmp_path, backend):
     for k in range(8):
         save(tmp_path / f"{k}.jpg", "plain")
-    order = [i for batch in EpochOrder(8, 2, 0, 1) for _, i in batch]
+    order = [i for batch in EpochSampler(8, 2, 0, 1) for _, i in batch]
     (tmp_path / f"{order[5]}.jpg").write_bytes(b"")
     images = open_images(str(tmp_path), "train")
     bad = BadImages(0)
-    made = open_batches(backend, images, (WHOLE, WHOLE), EpochOrder(8, 2, 0, 1), 0, bad, torch.device("cpu"))
+    made = open_batches(backend, images, (WHOLE, WHOLE), EpochSampler(8, 2, 0, 1), 0, bad, torch.device("cpu"))
     seen = []
     with pytest.raises(InputError, match=rf"{order[5]}\.jpg"):
         for batch in made:
@@ -214,7 +214,7 @@ def test_a_folder_that_loses_files_during_a_run(tmp_path, backend):
     for k in range(40):
         save(tmp_path / f"{k:02}.jpg", "plain")
     images, bad = open_images(str(tmp_path), "train"), BadImages(3)
-    order = EpochOrder(40, 4, 0, 3)
+    order = EpochSampler(40, 4, 0, 3)
     made = iter(open_batches(backend, images, (WHOLE, WHOLE), order, 0, bad, torch.device("cpu")))
     next(made)
     for k in (3, 17, 29):
@@ -222,7 +222,7 @@ def test_a_folder_that_loses_files_during_a_run(tmp_path, backend):
     assert sum(1 for _ in made) == 29
     assert sorted(line.split("/")[-1].split(":")[0] for line in bad.news()) == ["03.jpg", "17.jpg", "29.jpg"]
     shutil.rmtree(tmp_path)
-    order = EpochOrder(40, 4, 0, 1)
+    order = EpochSampler(40, 4, 0, 1)
     with pytest.raises(InputError, match="more bad ones than --max-bad-images 3"):
         list(open_batches(backend, images, (WHOLE, WHOLE), order, 0, BadImages(3), torch.device("cpu")))
 
@@ -236,7 +236,7 @@ def test_shards_that_go_during_a_run(tmp_path, backend):
             save(tmp_path / f"files{k}" / f"{k}{j}.jpg", "plain")
         tar(tmp_path / f"files{k}", tmp_path / f"{k}.tar")
     images, bad = open_images(f"{tmp_path}/{{0..2}}.tar", "train"), BadImages(16)
-    order = EpochOrder(24, 4, 0, 2)
+    order = EpochSampler(24, 4, 0, 2)
     made = iter(open_batches(backend, images, (WHOLE, WHOLE), order, 0, bad, torch.device("cpu")))
     next(made)
     (tmp_path / "0.tar").unlink()

@@ -13,7 +13,7 @@ from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.images import Subset
 from train.data.loader import two_view_batches
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install 'dspnet-fast[dali]')")
 
@@ -61,7 +61,7 @@ makers = pytest.mark.parametrize("by_dali", [False, True], ids=["torch", "dali"]
 
 
 def apart(images, views, by_dali=False) -> torch.Tensor:
-    order = EpochOrder(len(images), len(images), 0, 1)
+    order = EpochSampler(len(images), len(images), 0, 1)
     (found,) = made(images, views, order, colours=by_dali)
     (expected,) = two_view_batches(images, views, order, 0)
     return found.float() - expected.float()
@@ -86,7 +86,7 @@ def test_everything_together_is_torchvisions(images, by_dali):
 
 def test_each_operation_does_something(images):
     """A bound that an idle operation would keep proves nothing."""
-    order = EpochOrder(8, 8, 0, 1)
+    order = EpochSampler(8, 8, 0, 1)
     images = Subset(images, range(8))
     views = byol(224)  # at SIZE there is little blur
     (still,) = made(images, tuple(only(view, "nothing") for view in views), order)
@@ -132,7 +132,7 @@ def test_hue_of_pure_colours(by_dali):
 
     views = tuple(only(view, "hue") for view in byol(44))
     for seed in range(4):
-        (batch,) = made(One(), views, EpochOrder(1, 1, seed, 1), colours=by_dali)
+        (batch,) = made(One(), views, EpochSampler(1, 1, seed, 1), colours=by_dali)
         for k, view in enumerate(views):
             turn = dict(dali.draw(view, numbers(seed, 0, 0)[k], 44, 44).jitter)["hue"]
             expected = []
@@ -154,26 +154,26 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("start", [0, 5])
 def test_threads_and_resume_change_no_bit(images, threads, start):
-    whole = made(images, byol(SIZE), EpochOrder(26, 6, 3, 2))
-    assert_same(made(images, byol(SIZE), EpochOrder(26, 6, 3, 2, start), threads), whole[start:])
+    whole = made(images, byol(SIZE), EpochSampler(26, 6, 3, 2))
+    assert_same(made(images, byol(SIZE), EpochSampler(26, 6, 3, 2, start), threads), whole[start:])
 
 
 def test_two_ranks_see_what_one_sees(images):
-    whole = made(images, byol(SIZE), EpochOrder(26, 6, 3, 1))
-    ranks = [made(images, byol(SIZE), EpochOrder(26, 6, 3, 1, 0, rank, 2)) for rank in (0, 1)]
+    whole = made(images, byol(SIZE), EpochSampler(26, 6, 3, 1))
+    ranks = [made(images, byol(SIZE), EpochSampler(26, 6, 3, 1, 0, rank, 2)) for rank in (0, 1)]
     for batch, first, second in zip(whole, *ranks, strict=True):
         halves = [torch.cat(parts) for parts in zip(first.chunk(2), second.chunk(2))]
         assert torch.equal(batch, torch.cat(halves))
 
 
 def test_layout(images):
-    batch = made(images, byol(SIZE), EpochOrder(26, 6, 3, 1))[0]
+    batch = made(images, byol(SIZE), EpochSampler(26, 6, 3, 1))[0]
     assert batch.dtype == torch.uint8 and batch.shape == (12, 3, SIZE, SIZE)
     assert batch.is_contiguous()
 
 
 def test_a_batch_outlives_the_next_ones(images):
-    batches = dali.TwoViews(images, byol(SIZE), EpochOrder(26, 6, 3, 2), 1, BadImages())
+    batches = dali.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 2), 1, BadImages())
     iterator = iter(batches)
     first = next(iterator)
     copy = first.clone()
@@ -182,7 +182,7 @@ def test_a_batch_outlives_the_next_ones(images):
 
 
 def test_iterating_again_and_leaving_early(images):
-    batches = dali.TwoViews(images, byol(SIZE), EpochOrder(26, 6, 3, 1), 1, BadImages())
+    batches = dali.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 1), 1, BadImages())
     whole = list(batches)
     assert_same([next(iter(batches))], whole[:1])
     assert_same(list(batches), whole)
@@ -200,12 +200,12 @@ class Collecting(Subset):
 
 def test_workers_beside_dali(images):
     """A worker forked from here would collect the pipeline, and wait without end for threads that it does not have."""
-    views, order = byol(SIZE), EpochOrder(4, 2, 3, 1)
+    views, order = byol(SIZE), EpochSampler(4, 2, 3, 1)
     few = Collecting(images, range(4))
     expected = list(two_view_batches(few, views, order, workers=0))
     gc.disable()
     try:
-        batches = dali.TwoViews(images, views, EpochOrder(26, 26, 0, 1), 1, BadImages())
+        batches = dali.TwoViews(images, views, EpochSampler(26, 26, 0, 1), 1, BadImages())
         list(batches)
         batches.itself = batches
         del batches
@@ -223,11 +223,11 @@ import atexit, threading
 from train.data.augmentation import byol
 from train.data.bad_images import BadImages
 from train.data.dali import TwoViews
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.data.datasets import open_images
 atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
 images = open_images({images.name!r}, "train")
-batches = iter(TwoViews(images, byol(16), EpochOrder(26, 4, 0, 500), 2, BadImages()))
+batches = iter(TwoViews(images, byol(16), EpochSampler(26, 4, 0, 500), 2, BadImages()))
 print(len(next(batches)))
 """
     assert run_python("-c", code) == "8\n['MainThread']\n"
@@ -245,7 +245,7 @@ def test_what_dali_refuses_is_decoded_by_pillow(images, monkeypatch):
         def encoded(self, i):
             return gif.getvalue() if i == 7 else super().encoded(i)
 
-    odd, order = Odd(images, range(26)), EpochOrder(26, 6, 3, 2)
+    odd, order = Odd(images, range(26)), EpochSampler(26, 6, 3, 2)
     expected = made(odd, byol(SIZE), order)
     monkeypatch.setattr(dali, "plain_jpeg", lambda content: Image.open(io.BytesIO(content)).size[::-1])
     refused = []
@@ -273,7 +273,7 @@ def test_no_view_depends_on_the_batch_beside_bad_images(tmp_path, threads):
     images = open_images(str(tmp_path), "train")
     views, counts = [], []
     for size in (1, 6, 24):
-        bad, order = BadImages(24), EpochOrder(24, size, 0, 1)
+        bad, order = BadImages(24), EpochSampler(24, size, 0, 1)
         batches = made(images, byol(16), order, threads, bad)
         views.append(
             {i: batch[[k, size + k]] for items, batch in zip(order, batches) for k, (_, i) in enumerate(items)}
@@ -290,4 +290,4 @@ def test_other_errors_arrive(images):
             raise MemoryError("no more")
 
     with pytest.raises(MemoryError, match="no more"):
-        made(Broken(images, range(26)), byol(SIZE), EpochOrder(26, 6, 3, 1))
+        made(Broken(images, range(26)), byol(SIZE), EpochSampler(26, 6, 3, 1))

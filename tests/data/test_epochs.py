@@ -13,7 +13,7 @@ from train.data.augmentation import byol, only
 from train.data.backends import open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.data.shard import ShardOptions, write_set
 
 IMAGES, BATCH, EPOCHS = 20, 4, 2
@@ -64,7 +64,7 @@ def test_stopped_inside_an_epoch_and_resumed(sets, monkeypatch, backend, kind, r
     images = open_images(names.get(kind, kind), "train")
 
     def batches(rank: int, start: int = 0):
-        order = EpochOrder(len(images), BATCH, 1, EPOCHS, start, rank, ranks)
+        order = EpochSampler(len(images), BATCH, 1, EPOCHS, start, rank, ranks)
         return iter(open_batches(backend, images, VIEWS, order, 0, BadImages(), torch.device("cpu")))
 
     seen: list[list[int]] = [[] for _ in range(EPOCHS)]

@@ -16,7 +16,7 @@ from train.data.augmentation import byol, draw, numbers, supervised
 from train.data.bad_images import BadImages
 from train.data.loader import evaluation_batches, one_view_batches, readable_views, two_view_batches, worker_count
 from train.data.normalization import normalize
-from train.data.sampler import EpochOrder, mix
+from train.data.sampler import EpochSampler, mix
 from train.data.vision import augment, evaluation_view
 
 VIEWS = byol(16)
@@ -52,7 +52,7 @@ class Drawn:
 
 
 def batches(workers: int = 0, n: int = 10, batch_size: int = 3, seed: int = 5, epochs: int = 3, start_step: int = 0):
-    order = EpochOrder(n, batch_size, seed, epochs, start_step)
+    order = EpochSampler(n, batch_size, seed, epochs, start_step)
     return list(two_view_batches(Drawn(n), VIEWS, order, workers))
 
 
@@ -60,7 +60,7 @@ def batches(workers: int = 0, n: int = 10, batch_size: int = 3, seed: int = 5, e
 
 
 def test_each_epoch_sees_each_image_once():
-    order = EpochOrder(n=10, batch_size=5, seed=0, epochs=4)
+    order = EpochSampler(n=10, batch_size=5, seed=0, epochs=4)
     assert (order.steps_per_epoch, len(order)) == (2, 8)
     items = [item for batch in order for item in batch]
     assert sorted(items) == [(epoch, i) for epoch in range(4) for i in range(10)]
@@ -69,7 +69,7 @@ def test_each_epoch_sees_each_image_once():
 
 
 def test_incomplete_batches_are_dropped():
-    order = EpochOrder(n=11, batch_size=4, seed=0, epochs=30)
+    order = EpochSampler(n=11, batch_size=4, seed=0, epochs=30)
     assert (order.steps_per_epoch, len(order)) == (2, 60)
     for _epoch, group in itertools.groupby((item for batch in order for item in batch), key=lambda item: item[0]):
         assert len({i for _, i in group}) == 8
@@ -78,8 +78,8 @@ def test_incomplete_batches_are_dropped():
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 8, 9])
 def test_order_from_any_step(start):
-    whole = list(EpochOrder(n=10, batch_size=3, seed=1, epochs=3))
-    rest = EpochOrder(n=10, batch_size=3, seed=1, epochs=3, start_step=start)
+    whole = list(EpochSampler(n=10, batch_size=3, seed=1, epochs=3))
+    rest = EpochSampler(n=10, batch_size=3, seed=1, epochs=3, start_step=start)
     assert len(rest) == 9 - start
     assert list(rest) == whole[start:]
     assert list(rest) == whole[start:]  # and again
@@ -89,33 +89,33 @@ def test_starting_late_costs_one_permutation(monkeypatch):
     counted = []
     original = torch.randperm
     monkeypatch.setattr(torch, "randperm", lambda *a, **k: counted.append(1) or original(*a, **k))
-    next(iter(EpochOrder(n=10, batch_size=3, seed=1, epochs=10**6, start_step=3 * 10**6 - 2)))
+    next(iter(EpochSampler(n=10, batch_size=3, seed=1, epochs=10**6, start_step=3 * 10**6 - 2)))
     assert len(counted) == 1
 
 
 def test_seeds_give_other_orders():
-    first, second = (list(EpochOrder(100, 100, seed, 1)) for seed in (1, 2))
+    first, second = (list(EpochSampler(100, 100, seed, 1)) for seed in (1, 2))
     assert first != second
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 11), (10, 0), (0, 1)])
 def test_batch_must_fit_the_set(n, batch_size):
     with pytest.raises(InputError, match=f"batch of {batch_size}.*{n}"):
-        EpochOrder(n, batch_size, seed=0, epochs=1)
+        EpochSampler(n, batch_size, seed=0, epochs=1)
 
 
 @pytest.mark.parametrize("start", [0, 4])
 def test_ranks_share_the_batches_of_one(start):
     """Two ranks see together what one would: each image of an epoch exactly once, also after a resume inside it."""
-    one = list(EpochOrder(11, 4, seed=1, epochs=3, start_step=start))
-    ranks = [list(EpochOrder(11, 4, 1, 3, start, rank=rank, world_size=2)) for rank in (0, 1)]
+    one = list(EpochSampler(11, 4, seed=1, epochs=3, start_step=start))
+    ranks = [list(EpochSampler(11, 4, 1, 3, start, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [first + second for first, second in zip(*ranks, strict=True)] == one
-    assert EpochOrder(11, 4, 1, 3, world_size=2).images_per_step == 2
+    assert EpochSampler(11, 4, 1, 3, world_size=2).images_per_step == 2
 
 
 def test_ranks_must_divide_the_batch():
     with pytest.raises(InputError, match="4 images for 3 ranks: give a multiple of 3"):
-        EpochOrder(10, 4, 0, 1, rank=0, world_size=3)
+        EpochSampler(10, 4, 0, 1, rank=0, world_size=3)
 
 
 # bits
@@ -144,7 +144,7 @@ def test_views_depend_on_seed_epoch_and_image_alone():
 
     def by_image(batch_size):
         found = {}
-        for items, batch in zip(EpochOrder(12, batch_size, 5, 2), batches(0, 12, batch_size, epochs=2), strict=True):
+        for items, batch in zip(EpochSampler(12, batch_size, 5, 2), batches(0, 12, batch_size, epochs=2), strict=True):
             for k, item in enumerate(items):
                 found[item] = torch.stack([batch[k], batch[batch_size + k]])
         return found
@@ -156,7 +156,7 @@ def test_views_depend_on_seed_epoch_and_image_alone():
 
 def test_epochs_and_seeds_draw_other_views():
     first, second = (
-        {item: batch[k] for items, batch in zip(EpochOrder(8, 4, s, 2), batches(0, 8, 4, s, 2), strict=True)
+        {item: batch[k] for items, batch in zip(EpochSampler(8, 4, s, 2), batches(0, 8, 4, s, 2), strict=True)
          for k, item in enumerate(items)}
         for s in (1, 2)
     )  # fmt: skip
@@ -177,7 +177,7 @@ def test_global_generator_is_left_alone(workers):
     expected = torch.rand(3)
     torch.manual_seed(7)
     found = []
-    for _ in two_view_batches(Drawn(), VIEWS, EpochOrder(10, 3, 0, 1), workers):
+    for _ in two_view_batches(Drawn(), VIEWS, EpochSampler(10, 3, 0, 1), workers):
         found.append(torch.rand(1))
     assert torch.equal(torch.cat(found), expected)
 
@@ -186,7 +186,7 @@ def test_global_generator_is_left_alone(workers):
 
 
 def test_first_views_then_second_views():
-    order = EpochOrder(10, 4, 3, 1)
+    order = EpochSampler(10, 4, 3, 1)
     items, batch = next(iter(order)), next(iter(two_view_batches(Drawn(), VIEWS, order, 0)))
     assert batch.dtype == torch.uint8
     assert batch.shape == (8, 1, 16, 16)
@@ -198,7 +198,7 @@ def test_first_views_then_second_views():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_one_view_of_each_image_in_the_orders_order(workers):
-    order, view = EpochOrder(10, 4, 3, 1), supervised(16)
+    order, view = EpochSampler(10, 4, 3, 1), supervised(16)
     found = list(one_view_batches(Drawn(), view, order, workers))
     for items, batch in zip(order, found, strict=True):
         for (epoch, i), pixels in zip(items, batch, strict=True):
@@ -209,11 +209,11 @@ def test_one_view_of_each_image_in_the_orders_order(workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_mixed_batches_are_rgb(workers):
     mixed, grey = (
-        next(iter(two_view_batches(Drawn(4, colour), VIEWS, EpochOrder(4, 4, 3, 1), workers)))
+        next(iter(two_view_batches(Drawn(4, colour), VIEWS, EpochSampler(4, 4, 3, 1), workers)))
         for colour in (third, never)
     )
     assert mixed.shape == (8, 3, 16, 16)
-    coloured = [i for _, i in next(iter(EpochOrder(4, 4, 3, 1)))].index(2)
+    coloured = [i for _, i in next(iter(EpochSampler(4, 4, 3, 1)))].index(2)
     for k in {0, 1, 2, 3} - {coloured}:
         assert torch.equal(mixed[k], grey[k].expand(3, -1, -1))
 
@@ -257,8 +257,8 @@ class Broken(Drawn):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_unreadable_images_raise_their_own_message(workers):
     for found in (
-        two_view_batches(Broken(), VIEWS, EpochOrder(10, 5, 0, 1), workers),
-        one_view_batches(Broken(), supervised(16), EpochOrder(10, 5, 0, 1), workers),
+        two_view_batches(Broken(), VIEWS, EpochSampler(10, 5, 0, 1), workers),
+        one_view_batches(Broken(), supervised(16), EpochSampler(10, 5, 0, 1), workers),
         evaluation_batches(Broken(), range(10), 16, 4, workers),
     ):
         with pytest.raises(InputError) as caught:
@@ -269,7 +269,7 @@ def test_unreadable_images_raise_their_own_message(workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_replaced_by_the_next_and_counted(workers):
     """Image 7 comes twice an epoch, once as itself and once in place of 6 with the numbers of 6."""
-    bad, order = BadImages(limit=1), EpochOrder(10, 5, 0, 2)
+    bad, order = BadImages(limit=1), EpochSampler(10, 5, 0, 2)
     found = list(two_view_batches(Broken(), VIEWS, order, workers, bad))
     assert len(bad) == 1
     assert bad.news() == ["left out, bad image 1 of 1 allowed: cannot read the image six.png"]
@@ -292,7 +292,7 @@ class Worse(Drawn):
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_one_bad_image_too_many_is_an_error(workers, limit):
     bad = BadImages(limit)
-    loaded = two_view_batches(Worse(), VIEWS, EpochOrder(10, 5, 0, 1), workers, bad)
+    loaded = two_view_batches(Worse(), VIEWS, EpochSampler(10, 5, 0, 1), workers, bad)
     if limit == 3:
         assert len(list(loaded)) == 2 and len(bad.news()) == 3
         return
@@ -307,7 +307,7 @@ def test_a_set_of_bad_images_ends(tmp_path):
             raise InputError(f"cannot read the image {i}")
 
     with pytest.raises(InputError, match="cannot read the image"):
-        list(two_view_batches(Hopeless(), VIEWS, EpochOrder(10, 5, 0, 1), 0, BadImages(limit=100)))
+        list(two_view_batches(Hopeless(), VIEWS, EpochSampler(10, 5, 0, 1), 0, BadImages(limit=100)))
     with pytest.raises(InputError, match="none can be read"):
         readable_views(Hopeless(), 16, BadImages(limit=100))
 
@@ -335,7 +335,7 @@ class Reporting(Drawn):
 
 
 def test_workers_last_all_epochs_with_one_thread_and_ignore_interrupts(tmp_path):
-    batches = iter(two_view_batches(Reporting(tmp_path), VIEWS, EpochOrder(8, 2, 0, epochs=3), workers=2))
+    batches = iter(two_view_batches(Reporting(tmp_path), VIEWS, EpochSampler(8, 2, 0, epochs=3), workers=2))
     next(batches)
     processes = {int(path.name.split("-")[0]) for path in tmp_path.iterdir()}
     assert os.getpid() not in processes
@@ -350,7 +350,7 @@ def test_workers_last_all_epochs_with_one_thread_and_ignore_interrupts(tmp_path)
 
 def test_workers_end_with_an_abandoned_iteration():
     before = set(multiprocessing.active_children())
-    batches = iter(two_view_batches(Drawn(), VIEWS, EpochOrder(10, 5, 0, 9), workers=2))
+    batches = iter(two_view_batches(Drawn(), VIEWS, EpochSampler(10, 5, 0, 9), workers=2))
     next(batches)
     assert len(set(multiprocessing.active_children()) - before) == 2
     del batches
@@ -360,7 +360,7 @@ def test_workers_end_with_an_abandoned_iteration():
 def test_workers_end_with_an_error_that_is_still_held():
     before = set(multiprocessing.active_children())
     with pytest.raises(InputError) as held:
-        list(two_view_batches(Broken(), VIEWS, EpochOrder(10, 5, 0, 9), workers=2))
+        list(two_view_batches(Broken(), VIEWS, EpochSampler(10, 5, 0, 9), workers=2))
     assert set(multiprocessing.active_children()) == before
     assert held.tb is not None
 

@@ -1,16 +1,16 @@
-"""One nursery, one undisturbed run, and a lab for each test."""
+"""One fork_server, one undisturbed run, and a lab for each test."""
 
 import shutil
 
 import numpy as np
 import pytest
-from fault_lab import Lab, Nursery
+from fault_lab import ForkServer, Lab
 from PIL import Image
 
 
 @pytest.fixture(scope="session")
-def nursery():
-    made = Nursery()
+def fork_server():
+    made = ForkServer()
     yield made
     made.close()
 
@@ -26,13 +26,13 @@ def noise(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(nursery, noise, tmp_path_factory):
+def whole(fork_server, noise, tmp_path_factory):
     """The directory of a run that nothing happened to."""
-    lab = Lab(nursery, noise, tmp_path_factory.mktemp("none"), tmp_path_factory.mktemp("whole"))
+    lab = Lab(fork_server, noise, tmp_path_factory.mktemp("none"), tmp_path_factory.mktemp("whole"))
     lab.run()
     return lab.out
 
 
 @pytest.fixture
-def lab(nursery, noise, whole, tmp_path):
-    return Lab(nursery, shutil.copytree(noise, tmp_path / "images"), whole, tmp_path)
+def lab(fork_server, noise, whole, tmp_path):
+    return Lab(fork_server, shutil.copytree(noise, tmp_path / "images"), whole, tmp_path)

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fault_lab import Lab, Nursery, losses
+from fault_lab import ForkServer, Lab, losses
 from fault_table import Outcome, fault
 
 from train.run import checkpoint
@@ -30,18 +30,18 @@ def full(lab: Lab) -> Outcome:
     disk.mkdir()
     if not can_mount(str(disk)):
         pytest.skip("a small disk cannot be mounted here: that takes root and the program unshare")
-    nursery = Nursery(*mounting(str(disk)))
+    fork_server = ForkServer(*mounting(str(disk)))
     try:
-        return _full(Lab(nursery, lab.images, lab.whole, lab.folder), lab)
+        return _full(Lab(fork_server, lab.images, lab.whole, lab.folder), lab)
     finally:
-        nursery.close()
+        fork_server.close()
 
 
 def _full(inside: Lab, lab: Lab) -> Outcome:
     inside.out = inside.folder / "disk" / "run"
     process = inside.start(pause_at=STOPPED_AT)
     inside.paused()
-    inside.seen = Path(f"/proc/{inside.nursery.pid}/root", *inside.out.parts[1:])  # from outside of the namespace
+    inside.seen = Path(f"/proc/{inside.fork_server.pid}/root", *inside.out.parts[1:])  # from outside of the namespace
     filler = inside.seen.parent / "filler"
     with open(filler, "wb", buffering=0) as file:
         with pytest.raises(OSError) as problem:

@@ -75,12 +75,12 @@ def until(condition: Callable[[], object]) -> None:
 
 
 class Process:
-    """A command that a nursery started. printed: the file with what it says."""
+    """A command that a fork_server started. printed: the file with what it says."""
 
-    def __init__(self, nursery: Nursery, pid: int, printed: Path) -> None:
+    def __init__(self, fork_server: ForkServer, pid: int, printed: Path) -> None:
         self.pid = pid
         self.printed = printed
-        self._nursery = nursery
+        self._nursery = fork_server
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -94,12 +94,12 @@ class Process:
         return self.printed.read_text(), code if code >= 0 else 128 - code
 
 
-class Nursery:
-    """Forks pretraining processes (nursery.py). prefix: the command line that it is started behind."""
+class ForkServer:
+    """Forks pretraining processes (fork_server.py). prefix: the command line that it is started behind."""
 
     def __init__(self, *prefix: str) -> None:
         self._process = subprocess.Popen(
-            [*prefix, sys.executable, str(HERE / "nursery.py")],
+            [*prefix, sys.executable, str(HERE / "fork_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -113,7 +113,7 @@ class Nursery:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        assert answer, "the nursery has died: what it printed says why"
+        assert answer, "the fork_server has died: what it printed says why"
         return int(answer)
 
     def start(self, argv: Sequence[str], before: str, printed: Path) -> Process:
@@ -128,8 +128,8 @@ class Nursery:
 class Lab:
     """One run: `out` is where commands find it, and `seen` where the test does; `whole` is the undisturbed one."""
 
-    def __init__(self, nursery: Nursery, images: Path, whole: Path, folder: Path) -> None:
-        self.nursery = nursery
+    def __init__(self, fork_server: ForkServer, images: Path, whole: Path, folder: Path) -> None:
+        self.fork_server = fork_server
         self.images = images
         self.whole = whole
         self.folder = folder
@@ -147,10 +147,12 @@ class Lab:
             if resume
             else ["--fast-kernels", *arguments(**{"data": self.images, **options})]
         )
-        return self.nursery.start(argv, before, self.folder / f"printed{self._started}")
+        return self.fork_server.start(argv, before, self.folder / f"printed{self._started}")
 
     def pausing(self, step: int) -> str:
-        return PAUSE.format(patience=PATIENCE, step=step, here=str(self.folder / "paused"), go=str(self.folder / "go"))
+        return PAUSE.format(
+            stall_timeout=PATIENCE, step=step, here=str(self.folder / "paused"), go=str(self.folder / "go")
+        )
 
     def paused(self, ranks: int = 1) -> None:
         """Wait until all ranks have paused."""

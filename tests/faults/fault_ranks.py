@@ -12,7 +12,7 @@ from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
 from fault_table import Outcome, fault
 
 from train.config import PretrainConfig
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.run.run_directory import read_config
 
 RANKS = 2
@@ -93,7 +93,7 @@ def unreadable(lab: Lab) -> Outcome:
     config = read_config(lab.seen, PretrainConfig)
     images = sorted(lab.images.iterdir())
     share = {"rank": 1, "world_size": RANKS}
-    order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, STOPPED_AT + 1, **share)
+    order = EpochSampler(len(images), config.batch_size, config.seed, config.epochs, STOPPED_AT + 1, **share)
     image = images[next(iter(order))[0][1]]
     content = image.read_bytes()
     image.write_bytes(content[: len(content) // 2])

@@ -1,7 +1,7 @@
 """Starts pretraining processes in a fraction of a second: imports everything once, and forks a child for each command.
 
 A child is a process like any other: it has its own memory, files and process id, takes signals and can be killed.
-The nursery reads lines of JSON. {"argv": [...], "before": Python code to run before the command, "printed": file to
+The fork_server reads lines of JSON. {"argv": [...], "before": Python code to run before the command, "printed": file to
 append to} is answered with the child's process id; {"wait": process id}, when it has ended, with its exit code, which
 is negative after a signal.
 """
@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2). Python has no name for it
 
 
 def child(argv: list[str], before: str, printed: str) -> int:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the nursery
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the fork_server
     output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -37,7 +37,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return tensor.to(memory_format=torch.channels_last) if len(shape) == 4 else tensor
 
 
-def owed(layer: Conv, dtype: torch.dtype) -> tuple[Any, ...]:
+def deferred(layer: Conv, dtype: torch.dtype) -> tuple[Any, ...]:
     """x, scale, shift, act, gate of a layer's input."""
     rows = [None if layer.act is None else empty(VIEWS, layer.channels) for _ in range(2)]
     gate = empty(IMAGES, layer.channels) if layer.gated else None
@@ -50,18 +50,18 @@ def call_conv_moments(layer: Conv, dtype: torch.dtype) -> None:
     weight = empty(*layer.full, layer.kernel, layer.kernel)
     geometry = layer.stride, layer.kernel // 2, layer.groups
     for views in (VIEWS, 0) if layer.channels == 64 else (VIEWS,):  # one without moments shows what they cost
-        kernels.conv_moments(*owed(layer, dtype), weight, layer.out_channels, *geometry, views)
+        kernels.conv_moments(*deferred(layer, dtype), weight, layer.out_channels, *geometry, views)
     y = empty(IMAGES, layer.out_channels, layer.out_size, layer.out_size, dtype=dtype)
     moments = [empty(VIEWS, layer.out_channels) for _ in range(3)]
     kernels.conv_moments_backward(
-        y, *moments[:2], *owed(layer, dtype), weight, weight, y, moments[2], *geometry, True, True
+        y, *moments[:2], *deferred(layer, dtype), weight, weight, y, moments[2], *geometry, True, True
     )
 
 
 def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
     """The end of a block: added to a residual that is settled, and to one that is not."""
     kernels = provider.kernels("norm_act")
-    x, *rest = owed(layer, dtype)
+    x, *rest = deferred(layer, dtype)
     residual, rows = empty(*x.shape, dtype=dtype), [empty(VIEWS, layer.channels) for _ in range(2)]
     for other in ((residual, None, None), (residual, *rows), (None, None, None)):
         kernels.norm_act(x, *rest, *other)
@@ -71,7 +71,7 @@ def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
 def call_norm_act_pool(layer: Conv, dtype: torch.dtype) -> None:
     """Forward and backward."""
     kernels = provider.kernels("norm_act_pool")
-    x, scale, shift, act, _ = owed(layer, dtype)
+    x, scale, shift, act, _ = deferred(layer, dtype)
     kernels.norm_act_pool(x, scale, shift, act)
     kernels.norm_act_pool_backward(empty(*x.shape[:2]), x, scale, shift, act)
 
@@ -87,7 +87,7 @@ def call_scale_shift(layer: Conv, dtype: torch.dtype) -> None:
 def call_slim_batch_norm(layer: Conv, dtype: torch.dtype) -> None:
     """Forward and backward."""
     kernels = provider.kernels("slim_batch_norm")
-    x, affine = owed(layer, dtype)[0], empty(layer.channels)
+    x, affine = deferred(layer, dtype)[0], empty(layer.channels)
     _, mean, variance = kernels.slim_batch_norm(x, affine, affine, 1e-5, VIEWS)
     kernels.slim_batch_norm_backward(x, mean, variance, x, affine, mean, variance, 1e-5)
 

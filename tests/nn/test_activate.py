@@ -56,7 +56,12 @@ def test_it_restores_what_was_before_also_when_nested_and_after_errors():
 
 @pytest.mark.parametrize(
     ("dn", "message"),
-    [({"conv1": 33}, "33 of the 32"), ({"stem": 3}, "does not have: stem"), (1.5, "at most 1"), ("w0.50", "no plan")],
+    [
+        ({"conv1": 33}, "33 of the 32"),
+        ({"stem": 3}, "does not have: stem"),
+        (1.5, "at most 1"),
+        ("w0.50", "no layer_sizes"),
+    ],
 )
 def test_what_the_model_does_not_contain_is_refused_and_nothing_changes(dn, message):
     model = Foreign()

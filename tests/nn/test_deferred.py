@@ -1,12 +1,12 @@
-"""The steps that networks are written in mean the same for owed activations as for tensors."""
+"""The steps that networks are written in mean the same for deferred activations as for tensors."""
 
 import pytest
 import torch
 from torch import nn
 
 from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, activate
-from dspnet_fast.nn.deferred import Owed
-from dspnet_fast.nn.functional import conv_norm_act, gated, pool, settle
+from dspnet_fast.nn.deferred import Deferred
+from dspnet_fast.nn.functional import conv_norm_act, gated, materialize, pool
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
 
@@ -29,12 +29,12 @@ class Block(nn.Module):
         y = conv_norm_act(y, self.conv2, self.bn2, self.act)
         y = gated(gated(y, pool(y).sigmoid()), pool(y).tanh())
         y = conv_norm_act(y, self.conv3, self.bn3)
-        to_tensor = settle(y, x, self.act)
-        to_owed = settle(conv_norm_act(to_tensor, self.conv4, self.bn4), y)
-        to_active = settle(
-            conv_norm_act(to_owed, self.conv4, self.bn4), conv_norm_act(x, self.conv4, self.bn4, self.act)
+        to_tensor = materialize(y, x, self.act)
+        to_deferred = materialize(conv_norm_act(to_tensor, self.conv4, self.bn4), y)
+        to_active = materialize(
+            conv_norm_act(to_deferred, self.conv4, self.bn4), conv_norm_act(x, self.conv4, self.bn4, self.act)
         )
-        return settle(conv_norm_act(to_active, self.conv4, self.bn4, self.act)) + pool(to_active)[:, :, None, None]
+        return materialize(conv_norm_act(to_active, self.conv4, self.bn4, self.act)) + pool(to_active)[:, :, None, None]
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -59,7 +59,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("act", ACTS, ids=str)
-def test_owed_is_what_tensors_are(act):
+def test_deferred_is_what_tensors_are(act):
     model = Block(act).double()
     twin = plain(model)
     x = torch.randn(4, 6, 5, 4).double()
@@ -90,10 +90,10 @@ def test_subnets_and_what_is_cut_out_of_them():
 def test_nothing_is_normalised_before_it_is_read():
     conv, norm = SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8)
     x = torch.randn(4, 3, 5, 5)
-    owed = conv_norm_act(x, conv, norm, nn.ReLU())
-    assert isinstance(owed, Owed) and owed.act == "relu" and owed.scale.shape == (1, 8)
-    torch.testing.assert_close(owed.x, torch.conv2d(x, conv.weight))
-    torch.testing.assert_close(settle(owed), norm(conv(x)).relu())
+    deferred = conv_norm_act(x, conv, norm, nn.ReLU())
+    assert isinstance(deferred, Deferred) and deferred.act == "relu" and deferred.scale.shape == (1, 8)
+    torch.testing.assert_close(deferred.x, torch.conv2d(x, conv.weight))
+    torch.testing.assert_close(materialize(deferred), norm(conv(x)).relu())
 
 
 def test_an_activation_without_operator_is_refused():

@@ -6,13 +6,13 @@ import torch.multiprocessing as mp
 
 from dspnet_fast.nn import MomentumBatchNorm2d, SlimBatchNorm2d, SlimConv2d
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
-from dspnet_fast.nn.functional import conv_norm_act, settle
+from dspnet_fast.nn.functional import conv_norm_act, materialize
 
 RANKS, VIEWS = 2, 2
 
 
 class Layers(torch.nn.Module):
-    """An owed normalisation, one that is computed at once, and one with momentum statistics."""
+    """An deferred normalisation, one that is computed at once, and one with momentum statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Layers(torch.nn.Module):
         self.norms[2].alpha = 0.7
 
     def forward(self, x):
-        y = settle(conv_norm_act(x, self.conv, self.norms[0]))
+        y = materialize(conv_norm_act(x, self.conv, self.norms[0]))
         return self.norms[2](self.norms[1](y * y))
 
 

@@ -18,7 +18,7 @@ from dspnet_fast.ops.deferred import ACTS
 # stands for the dtype of activations, a plus for that or fp32, whichever is wider.
 IMAGES = "* N C H W"
 OUTPUT = "* N O Y X"
-OWED = {"x": IMAGES, "scale": "V C", "shift": "V C", "gate": "N C"}
+DEFERRED = {"x": IMAGES, "scale": "V C", "shift": "V C", "gate": "N C"}
 RESIDUAL = {"residual": IMAGES, "residual_scale": "V C", "residual_shift": "V C"}
 CONV = {"weight": "O+ I+ K K", "main_grad": "O+ I+ K K", "stride": "S", "padding": "P", "groups": "G"}
 MOMENTS = {"mean": "V O", "grad_mean": "V O", "grad_variance": "V O"}
@@ -36,14 +36,14 @@ VIEWS = dict.fromkeys(("mean", "variance", "grad_mean", "grad_variance", "grad_s
 VECTORS = dict.fromkeys(("weight", "weight_main_grad", "bias", "bias_main_grad"), "C+")
 FLAT = dict.fromkeys(("params", "grads", "momenta"), "* 3T")
 FORMS: dict[str, dict[str, str]] = {
-    "conv_moments": OWED | CONV | {"out_channels": "O", "views": "V"},
-    "conv_moments_backward": OWED | CONV | MOMENTS | {"grad_y": OUTPUT, "y": OUTPUT},
+    "conv_moments": DEFERRED | CONV | {"out_channels": "O", "views": "V"},
+    "conv_moments_backward": DEFERRED | CONV | MOMENTS | {"grad_y": OUTPUT, "y": OUTPUT},
     "ema_update": {"targets": IMAGES, "onlines": IMAGES},
     "lars_ema_step": FLAT | {"targets": "* 2T", "starts": "0 T", "sizes": "T T", "lr": "+", "tau": "+"},
-    "norm_act": OWED | RESIDUAL,
-    "norm_act_backward": OWED | RESIDUAL | {"grad": IMAGES},
-    "norm_act_pool": OWED,
-    "norm_act_pool_backward": OWED | {"grad": "N C"},
+    "norm_act": DEFERRED | RESIDUAL,
+    "norm_act_backward": DEFERRED | RESIDUAL | {"grad": IMAGES},
+    "norm_act_pool": DEFERRED,
+    "norm_act_pool_backward": DEFERRED | {"grad": "N C"},
     "normalized_mse": {"p": "* N C", "z": "* N C"},
     "normalized_mse_backward": {"p": "* N C", "z": "* N C", "grad": "+"},
     "scale_shift": VIEWS | VECTORS,

@@ -88,14 +88,14 @@ def provider(request, policy):
     return request.param
 
 
-def make(case: str, act: str = "relu", owed: bool = True, gated: bool = False, dtype=torch.float32) -> dict:
+def make(case: str, act: str = "relu", deferred: bool = True, gated: bool = False, dtype=torch.float32) -> dict:
     """The operator's arguments, with values that `dtype` holds exactly."""
     images, channels, height, width, out_channels, full, kernel, stride, padding, groups, views = (CASES | TILES)[case]
     rows = {"scale": 1 + torch.rand(views, channels), "shift": torch.randn(views, channels)}
     return {
         "x": torch.randn(images, channels, height, width).to(memory_format=torch.channels_last).to(dtype),
-        "scale": rows["scale"] if owed else None,
-        "shift": rows["shift"] if owed else None,
+        "scale": rows["scale"] if deferred else None,
+        "shift": rows["shift"] if deferred else None,
         "act": act,
         "gate": torch.rand(images, channels) if gated else None,
         "weight": (torch.randn(*full, kernel, kernel) / (channels / groups * kernel**2) ** 0.5).to(dtype).float(),
@@ -166,8 +166,8 @@ def test_error_rule(provider, nan_filled, case, act, gated):
 
 @pytest.mark.parametrize("case", CASES)
 def test_error_rule_settled_input(provider, nan_filled, case):
-    check(make(case, "identity", owed=False))
-    check(make(case, "relu", owed=False, gated=True))
+    check(make(case, "identity", deferred=False))
+    check(make(case, "relu", deferred=False, gated=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -231,7 +231,7 @@ def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
 @pytest.mark.parametrize("case", some("pointwise", "pointwise many rows", "depthwise 3", "dense 3"))
 def test_moments_far_from_zero(provider, case):
     """|mean| / std = 1000, where E[y^2] - E[y]^2 in fp32 is wrong by more than the variance itself."""
-    arguments = make(case, "identity", owed=False)
+    arguments = make(case, "identity", deferred=False)
     x, groups = arguments["x"], arguments["groups"]
     weight = torch.zeros_like(arguments["weight"])
     for channel in range(arguments["out_channels"]):  # every output copies one input: the centre tap alone

@@ -90,9 +90,9 @@ def test_any_strides(provider, dtype):
 
 
 def test_views_of_one_buffer_are_independent(provider):
-    arena, online = torch.randn(2, 5125), torch.randn(2, 5125)
+    flat, online = torch.randn(2, 5125), torch.randn(2, 5125)
     sizes = [1, 7, 769, 4348]
-    check(ema_update, torch.float32, 0.99, list(arena[0].split(sizes)), list(online[0].split(sizes)))
+    check(ema_update, torch.float32, 0.99, list(flat[0].split(sizes)), list(online[0].split(sizes)))
     columns = torch.randn(100, 2)
     check(ema_update, torch.float32, 0.99, [columns[:, 0], columns[:, 1]], [torch.randn(100), torch.randn(100)])
 
@@ -232,9 +232,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         targets, onlines = pairs(dtype, SIZES[:5])
         assert accepts(targets, onlines, tau) == (True, "")
         check(update, dtype, tau, targets, onlines)
-    arena, online = torch.randn(5126).to(dtype), torch.randn(5126).to(dtype)
-    check(update, dtype, 0.9, [arena[1:4098], arena[4098:]], [online[:4097], online[4098:]])  # not aligned
-    assert arena.isfinite().all()
+    flat, online = torch.randn(5126).to(dtype), torch.randn(5126).to(dtype)
+    check(update, dtype, 0.9, [flat[1:4098], flat[4098:]], [online[:4097], online[4098:]])  # not aligned
+    assert flat.isfinite().all()
 ema_update([], [], 0.5)
 """
 

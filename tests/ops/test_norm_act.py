@@ -26,7 +26,7 @@ def provider(request, policy):
 def make(
     case: str,
     act: str = "relu",
-    owed: bool = True,
+    deferred: bool = True,
     gated: bool = False,
     residual: str = "residual",
     dtype: torch.dtype = torch.float32,
@@ -45,8 +45,8 @@ def make(
     normalised = residual == "normalised residual"
     return {
         "x": activation(),
-        "scale": scale if owed else None,
-        "shift": shift if owed else None,
+        "scale": scale if deferred else None,
+        "shift": shift if deferred else None,
         "act": act,
         "gate": torch.rand(images, channels) if gated else None,
         "residual": None if residual == "no residual" else activation(),
@@ -102,8 +102,8 @@ def test_error_rule(provider, nan_filled, case, act, gated, residual):
 @pytest.mark.parametrize("act", ["identity", "relu"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
-    check(make(case, act, owed=False, residual=residual))
-    check(make(case, act, owed=False, residual=residual, gated=True))
+    check(make(case, act, deferred=False, residual=residual))
+    check(make(case, act, deferred=False, residual=residual, gated=True))
 
 
 @pytest.mark.parametrize("case", NAMES)
@@ -126,11 +126,11 @@ def test_both_sides_have_rows_of_their_own(provider, nan_filled, first, second):
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS[1:])
 @pytest.mark.parametrize("residual_gradient", [False, True])
-@pytest.mark.parametrize("owed", [False, True])
+@pytest.mark.parametrize("deferred", [False, True])
 def test_the_residual_has_a_gradient_where_it_is_asked_for(
-    provider, nan_filled, act, gated, residual, residual_gradient, owed
+    provider, nan_filled, act, gated, residual, residual_gradient, deferred
 ):
-    arguments = make("odd channels", act, owed, gated, residual)
+    arguments = make("odd channels", act, deferred, gated, residual)
     arguments = {"grad": torch.randn_like(arguments["x"])} | arguments
     got = norm_act_backward(*to_device(arguments).values(), residual_gradient)
     registry.set_policy("native")
@@ -186,7 +186,7 @@ def test_opcheck(provider, residual):
 
 
 def test_a_block_is_compiled_whole(provider):
-    """All operators of owed normalisation under torch.compile, forward and backward."""
+    """All operators of deferred normalisation under torch.compile, forward and backward."""
     images, channels = 4, 16
 
     def block(x, weight, gamma, beta, first):

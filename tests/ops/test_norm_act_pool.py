@@ -18,13 +18,13 @@ def provider(request, policy):
     return request.param
 
 
-def make(case: str, act: str = "relu", owed: bool = True, dtype: torch.dtype = torch.float32) -> dict:
+def make(case: str, act: str = "relu", deferred: bool = True, dtype: torch.dtype = torch.float32) -> dict:
     """The operator's arguments."""
     images, channels, height, width, views = CASES[case]
     return {
         "x": torch.randn(images, channels, height, width).to(memory_format=torch.channels_last).to(dtype),
-        "scale": 1 + torch.rand(views, channels) if owed else None,
-        "shift": torch.randn(views, channels) if owed else None,
+        "scale": 1 + torch.rand(views, channels) if deferred else None,
+        "shift": torch.randn(views, channels) if deferred else None,
         "act": act,
     }
 
@@ -45,9 +45,9 @@ def check(arguments: dict) -> None:
 
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("owed", [False, True], ids=["settled", ""])
-def test_formulas_by_autograd(case, act, owed):
-    arguments = double(make(case, act, owed))
+@pytest.mark.parametrize("deferred", [False, True], ids=["settled", ""])
+def test_formulas_by_autograd(case, act, deferred):
+    arguments = double(make(case, act, deferred))
     got, cotangent, grads = run(norm_act_pool, arguments)
     want, _, want_grads = run(composed, arguments, cotangent)
     torch.testing.assert_close(got, want)
@@ -56,10 +56,10 @@ def test_formulas_by_autograd(case, act, owed):
 
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("owed", [False, True], ids=["settled", ""])
+@pytest.mark.parametrize("deferred", [False, True], ids=["settled", ""])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_rule(provider, nan_filled, case, act, owed, dtype):
-    check(make(case, act, owed, dtype))
+def test_error_rule(provider, nan_filled, case, act, deferred, dtype):
+    check(make(case, act, deferred, dtype))
 
 
 def test_one_row_of_scale_serves_all_images(provider, nan_filled):

@@ -15,7 +15,7 @@ from train import compare, detect, evaluate, export, finetune, pretrain, report
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
 from train.data.normalization import normalize
-from train.evaluation.pretrained import TrainedFamily
+from train.evaluation.pretrained import PretrainedFamily
 from train.pretraining.run import Pretraining
 
 
@@ -193,7 +193,7 @@ def test_evaluate_knn(finished, images, capsys):
     assert "| raw pixels 16x16 |" in (finished / "evaluation" / "knn.md").read_text()
     assert "c16-d2121" in capsys.readouterr().out
 
-    trained = TrainedFamily(finished, torch.device("cpu"))
+    trained = PretrainedFamily(finished, torch.device("cpu"))
     assert trained.recall(list(trained.family)), "the statistics were kept"
     sets = {split: open_images(str(images), split) for split in ("train", "test")}
     with torch.no_grad(), activate(trained.encoder, "c8-d1121"):
@@ -219,7 +219,7 @@ def test_evaluate_needs_labels(finished, tmp_path, capsys):
 def test_export(finished, images, capsys):
     assert run(export, finished) == DONE
     assert run(export, finished, "--dn", "c8-d2121") == DONE, "a network that the run did not name"
-    trained = TrainedFamily(finished, torch.device("cpu"))
+    trained = PretrainedFamily(finished, torch.device("cpu"))
     dns = ["c8-d1111", "c8-d1121", "c8-d2121", "c16-d2121"]
     subnets = [trained.encoder.subnet(dn) for dn in dns]
     assert trained.recall(subnets)

@@ -18,8 +18,8 @@ def test_a_ring_sends_nearly_twice_what_it_sums():
 def test_gradient_and_statistics_are_what_the_trainer_exchanges(small, ranks):
     trainer = Trainer(small(), 10, torch.device("cpu"))
     counted = traffic(small(), ranks)
-    assert counted.gradient == ring(trainer.arena.grads.numel(), ranks)
-    assert counted.statistics == ring(trainer.arena.statistics.numel(), ranks)
+    assert counted.gradient == ring(trainer.flat_buffers.grads.numel(), ranks)
+    assert counted.statistics == ring(trainer.flat_buffers.statistics.numel(), ranks)
     assert (counted.normalisation, counted.collectives) == (0, 2)
     assert counted.sent == counted.gradient + counted.statistics
 

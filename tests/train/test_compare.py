@@ -29,7 +29,7 @@ from train.costs.counting import PASSES, count, head_macs, network_costs, sample
 from train.costs.flops import Cost
 from train.evaluation import drawing
 from train.pretraining.dspnet import DSPNet
-from train.pretraining.flat_buffers import Arena
+from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.trainer import Trainer
 from train.reporting import figures, page
 from train.reporting.findings import read_comparison
@@ -219,7 +219,7 @@ def test_parts_of_a_step_are_told_apart(monkeypatch):
 
     moves(DSPNet, "targets", lambda args: 1)
     moves(DSPNet, "loss", lambda args: {SMALL: 10, LARGE: 20}[args[2].name])
-    moves(Arena, "update", lambda args: 100)
+    moves(FlatBuffers, "update", lambda args: 100)
     monkeypatch.setattr(measuring, "_now", lambda device: clock[0])
     found = measuring.measure_here(PretrainConfig(**RECIPE), steps=3)
     assert (found.target, found.online, found.optimizer) == (1, {SMALL: 10, LARGE: 20}, 100)

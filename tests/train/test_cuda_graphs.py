@@ -31,7 +31,10 @@ def run_and_return(functions):
 
 
 def state(trainer):
-    return {**trainer.model.state_dict(), **{f"momentum {name}": m for name, m in trainer.arena.momentum().items()}}
+    return {
+        **trainer.model.state_dict(),
+        **{f"momentum {name}": m for name, m in trainer.flat_buffers.momentum().items()},
+    }
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_bn": "off"}, {"precision": "bf16"}], ids=str)
@@ -39,7 +42,7 @@ def test_replays_are_the_step(small, options):
     config = small(**options)
     plain, recorded = make(config), make(config)
     recorded._graphs = StepGraphs(
-        recorded.model, recorded.arena, batches(config)[3], recorded._alpha, recorded.update, run_and_return
+        recorded.model, recorded.flat_buffers, batches(config)[3], recorded._alpha, recorded.update, run_and_return
     )
     type(recorded)._records, kept = property(lambda self: self is recorded), type(recorded)._records
     try:
@@ -57,16 +60,16 @@ def test_recording_leaves_no_trace(small):
     trainer = make(config)
     trainer.train_step(batches(config)[0])
     before = {name: value.clone() for name, value in state(trainer).items()}
-    StepGraphs(trainer.model, trainer.arena, batches(config)[1], trainer._alpha, trainer.update, run_and_return)
+    StepGraphs(trainer.model, trainer.flat_buffers, batches(config)[1], trainer._alpha, trainer.update, run_and_return)
     torch.testing.assert_close(state(trainer), before, rtol=0, atol=0)
-    assert not trainer.arena.grads.count_nonzero()
+    assert not trainer.flat_buffers.grads.count_nonzero()
 
 
 def test_losses_of_a_step_stay_when_the_next_has_run(small):
     config = small()
     trainer = make(config)
     first, second = batches(config)[:2]
-    graphs = StepGraphs(trainer.model, trainer.arena, first, trainer._alpha, trainer.update, run_and_return)
+    graphs = StepGraphs(trainer.model, trainer.flat_buffers, first, trainer._alpha, trainer.update, run_and_return)
     losses = graphs.accumulate(first, list(trainer.model.family))
     kept = {name: loss.clone() for name, loss in losses.items()}
     graphs.accumulate(second, list(trainer.model.family))
@@ -77,7 +80,7 @@ def test_a_batch_of_another_shape_is_refused(small):
     config = small()
     trainer = make(config)
     batch = batches(config)[0]
-    graphs = StepGraphs(trainer.model, trainer.arena, batch, trainer._alpha, trainer.update, run_and_return)
+    graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, trainer._alpha, trainer.update, run_and_return)
     with pytest.raises(RuntimeError, match="recorded for batches"):
         graphs.accumulate(batch[2:], [trainer.model.family.full])
 

@@ -39,15 +39,11 @@ def test_quantity_is_rounded_before_its_prefix_is_chosen(value, text):
 def test_memory_is_what_a_trainer_takes(small, options):
     config = small(**options)
     memory, trainer = plan(config).memory, Trainer(config, 10, torch.device("cpu"))
-    arena = trainer.arena
-    for name, flat in (
-        ("weights", arena.params),
-        ("gradients", arena.grads),
-        ("momentum", arena.momenta),
-        ("target", arena.targets),
-    ):
-        assert getattr(memory, name) == flat.nbytes
-    assert memory.together == sum(flat.nbytes for flat in (arena.params, arena.grads, arena.momenta, arena.targets))
+    flat = trainer.flat_buffers
+    tensors = {"weights": flat.params, "gradients": flat.grads, "momentum": flat.momenta, "target": flat.targets}
+    for name, tensor in tensors.items():
+        assert getattr(memory, name) == tensor.nbytes
+    assert memory.together == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_a_checkpoint_is_as_large_as_it_says(finished, small):

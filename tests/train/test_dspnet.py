@@ -11,7 +11,7 @@ from dspnet_fast.models import family
 from dspnet_fast.nn import activate
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm
 from train.pretraining.dspnet import DSPNet
-from train.pretraining.flat_buffers import Arena
+from train.pretraining.flat_buffers import FlatBuffers
 
 RESNET = ("resnet", ["c8-d1111", "c8-d2111", "c16-d2111"])
 MOBILENET = ("mobilenet_v3_large", ["w0.25", "w0.375", "w0.50"])
@@ -44,12 +44,12 @@ def test_accumulated_backwards_are_the_gradient_of_the_summed_loss(network, name
     torch.testing.assert_close(gradients(model), expected)
 
 
-@pytest.mark.parametrize("arena", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("networks", [RESNET, MOBILENET], ids=["resnet", "mobilenet"])
-def test_gradients_are_complete_when_it_is_said(networks, arena):
-    """Whether they are accumulated by autograd or, in an arena, by the operators."""
+def test_gradients_are_complete_when_it_is_said(networks, flat):
+    """Whether they are accumulated by autograd or, in an flat buffers, by the operators."""
     model, images = make(*networks)
-    _ = Arena(model.online, model.target) if arena else None
+    _ = FlatBuffers(model.online, model.target) if flat else None
     parameters, seen = dict(model.online.named_parameters()), {}
     names = list(parameters)
 
@@ -116,7 +116,7 @@ def test_target_follows_encoder_and_projector_but_not_buffers():
     model.accumulate(images, [model.family.full])
     before = copy.deepcopy(model.target.state_dict())
     online = copy.deepcopy(model.online.state_dict())
-    Arena(model.online, model.target).step(0.0, 0.9, weight_decay=0.0, momentum=0.0, eta=1.0)
+    FlatBuffers(model.online, model.target).step(0.0, 0.9, weight_decay=0.0, momentum=0.0, eta=1.0)
     parameters = dict(model.target.named_parameters())
     assert {name.split(".")[0] for name in parameters} == {"encoder", "projector"}
     for name, value in model.target.state_dict().items():

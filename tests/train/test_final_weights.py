@@ -85,7 +85,7 @@ def train(network: str, policy: str, precision: str = "fp32", nudged: bool = Fal
     registry.set_policy(policy)
     trainer = Trainer(config, STEPS, torch.device(device))
     native = Trainer(config, STEPS, torch.device("cpu")) if policy != "native" and precision == "fp32" else None
-    weights = trainer.arena.params
+    weights = trainer.flat_buffers.params
     if nudged:
         weights.mul_(1 + UNIT * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).sign())
     before, losses, steps_off_by = weights.cpu().clone(), [], []
@@ -111,11 +111,15 @@ def losses_of_step(trainer: Trainer, batch: Tensor) -> Tensor:
 def off_by(trainer: Trainer, losses: Tensor, native: Trainer, batch: Tensor) -> float:
     """How far a step went from the native one, which is still to do: the largest of three differences, of a loss, of
     what has come into the momentum and of running statistics, the last two as shares."""
-    kept = native.arena.momenta * native.config.momentum
+    kept = native.flat_buffers.momenta * native.config.momentum
     wanted = losses_of_step(native, batch)
-    arena, momenta, statistics = trainer.arena, native.arena.momenta, native.arena.statistics
-    of_momentum = (arena.momenta.cpu() - momenta).norm() / (momenta - kept).norm()
-    of_statistics = (arena.statistics.cpu() - statistics).norm() / statistics.norm()
+    flat, momenta, statistics = (
+        trainer.flat_buffers,
+        native.flat_buffers.momenta,
+        native.flat_buffers.statistics,
+    )
+    of_momentum = (flat.momenta.cpu() - momenta).norm() / (momenta - kept).norm()
+    of_statistics = (flat.statistics.cpu() - statistics).norm() / statistics.norm()
     # NaN in one of them is NaN in all, which Python's max would lose
     return torch.stack((of_momentum, of_statistics, (losses - wanted).abs().max())).max().item()
 

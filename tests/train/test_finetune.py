@@ -14,8 +14,8 @@ from dspnet_fast.slim import slim
 from train import finetune
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.config import FinetuneConfig
-from train.evaluation.pretrained import TrainedFamily
-from train.evaluation.supervised import Recipe, SupervisedTraining, new_classifier
+from train.evaluation.pretrained import PretrainedFamily
+from train.evaluation.supervised import Hyperparameters, SupervisedTraining, new_classifier
 from train.finetune import completed, starting_network
 from train.run import checkpoint
 from train.run.schedules import learning_rate
@@ -41,7 +41,7 @@ def report(out):
 
 def recipe(**options):
     values = {"epochs": 1, "batch_size": 8, "lr": 0.1, "head_lr": 0.3, "weight_decay": 1e-2, "label_smoothing": 0.1}
-    return Recipe(**{**values, "subnets_per_step": 3, **options})
+    return Hyperparameters(**{**values, "subnets_per_step": 3, **options})
 
 
 def models(dns=DNS):
@@ -116,7 +116,7 @@ def test_one_network_alone_is_plain_sgd():
 
 def test_starts(finished, tmp_path, images):
     """A run's full network, a smaller one of it, or the seed's weights."""
-    encoder = TrainedFamily(finished, torch.device("cpu")).encoder
+    encoder = PretrainedFamily(finished, torch.device("cpu")).encoder
     config = completed(FinetuneConfig(from_=str(finished)))
     assert (config.dns, config.image_size, config.data) == (",".join(DNS), 12, str(images))
     same = starting_network(config, family("resnet", DNS))

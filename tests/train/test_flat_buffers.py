@@ -1,4 +1,5 @@
-"""The arena: everybody else sees the parameters that they knew, and the update is that of one tensor at a time."""
+"""The flat buffers: everybody else sees the parameters that they knew, and the update is that of one tensor at a
+time."""
 
 import copy
 
@@ -10,7 +11,7 @@ from dspnet_fast.models import family
 from dspnet_fast.nn import SlimConv2d, SlimLinear
 from tests.ops.test_lars_ema_step import reference
 from train.pretraining.dspnet import DSPNet
-from train.pretraining.flat_buffers import ALIGNMENT, Arena
+from train.pretraining.flat_buffers import ALIGNMENT, FlatBuffers
 
 OPTIONS = {"weight_decay": 0.03, "momentum": 0.8, "eta": 0.02}
 NAMES = ["c8-d1111", "c8-d2111", "c16-d2111"]
@@ -29,7 +30,7 @@ def test_values_strides_and_identity_of_the_parameters_stay():
     model, _ = make()
     before = copy.deepcopy(model)
     known = list(model.parameters())
-    Arena(model.online, model.target)
+    FlatBuffers(model.online, model.target)
     torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
     assert list(model.state_dict()) == list(before.state_dict())
     for parameter, same, old in zip(model.parameters(), known, before.parameters()):
@@ -42,22 +43,22 @@ def test_values_strides_and_identity_of_the_parameters_stay():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_everything_lies_at_one_place_of_each_flat_tensor(dtype):
     model, _ = make(dtype)
-    arena = Arena(model.online, model.target)
+    flat = FlatBuffers(model.online, model.target)
     targets = dict(model.target.named_parameters())
-    assert len(arena.params) == len(arena.grads) == len(arena.momenta) > len(arena.targets)
+    assert len(flat.params) == len(flat.grads) == len(flat.momenta) > len(flat.targets)
     starts = []
     for name, parameter in model.online.named_parameters():
-        momentum = arena.momentum()[name]
+        momentum = flat.momentum()[name]
         start = parameter.storage_offset()
         starts.append(start)
-        for tensor, flat in ((parameter, arena.params), (parameter.grad, arena.grads), (momentum, arena.momenta)):
-            assert tensor.data_ptr() == flat[start:].data_ptr() and tensor.data_ptr() % ALIGNMENT == 0
+        for tensor, whole in ((parameter, flat.params), (parameter.grad, flat.grads), (momentum, flat.momenta)):
+            assert tensor.data_ptr() == whole[start:].data_ptr() and tensor.data_ptr() % ALIGNMENT == 0
             assert tensor.stride() == parameter.stride() and tensor.dtype == dtype
         if name in targets:
-            assert targets[name].data_ptr() == arena.targets[start:].data_ptr()
+            assert targets[name].data_ptr() == flat.targets[start:].data_ptr()
             assert targets[name].stride() == parameter.stride()
         else:
-            assert start >= len(arena.targets) and name.startswith("predictor")
+            assert start >= len(flat.targets) and name.startswith("predictor")
     assert len(set(starts)) == len(starts)
 
 
@@ -65,7 +66,7 @@ def test_a_target_of_other_strides_takes_those_of_the_online_parameter():
     model, _ = make()
     model.target.to(memory_format=torch.contiguous_format)
     before = copy.deepcopy(model.target.state_dict())
-    Arena(model.online, model.target)
+    FlatBuffers(model.online, model.target)
     torch.testing.assert_close(model.target.state_dict(), before, rtol=0, atol=0)
     assert model.target.encoder.conv1.weight.stride() == model.online.encoder.conv1.weight.stride()
 
@@ -75,7 +76,7 @@ def test_autograd_adds_in_place_also_into_sliced_weights(memory_format):
     conv, linear = SlimConv2d(6, 8, 3), SlimLinear(8, 5)
     module = nn.ModuleList([conv, linear]).to(memory_format=memory_format)
     plain = copy.deepcopy(module)
-    arena = Arena(module, nn.ModuleList())
+    flat = FlatBuffers(module, nn.ModuleList())
     gradients = [parameter.grad for parameter in module.parameters()]
     addresses = [gradient.data_ptr() for gradient in gradients]
     for _ in range(2):
@@ -88,18 +89,18 @@ def test_autograd_adds_in_place_also_into_sliced_weights(memory_format):
         assert parameter.grad is gradient and gradient.data_ptr() == address
         torch.testing.assert_close(gradient, other.grad)
     sums = sum(parameter.grad.double().square().sum() for parameter in plain.parameters())
-    torch.testing.assert_close(arena.grads.double().square().sum(), sums)  # nothing fell into the padding
+    torch.testing.assert_close(flat.grads.double().square().sum(), sums)  # nothing fell into the padding
 
 
 def test_steps_are_those_of_one_tensor_at_a_time():
     model, images = make(torch.float64)
     twin = copy.deepcopy(model)
-    arena = Arena(model.online, model.target)
+    flat = FlatBuffers(model.online, model.target)
     momenta = {name: torch.zeros_like(p) for name, p in twin.online.named_parameters()}
     for lr, tau in ((0.5, 0.9), (0.4, 0.99), (0.3, 1.0)):
         for network in (model, twin):
             network.accumulate(images, list(network.family))
-        arena.step(lr, tau, **OPTIONS)
+        flat.step(lr, tau, **OPTIONS)
         targets = dict(twin.target.named_parameters())
         for name, p in twin.online.named_parameters():
             p.data, momenta[name] = reference(p.data, p.grad, momenta[name], p.ndim > 1, lr, **OPTIONS)
@@ -107,47 +108,47 @@ def test_steps_are_those_of_one_tensor_at_a_time():
             if name in targets:
                 targets[name].data = tau * targets[name].data + (1 - tau) * p.data
         torch.testing.assert_close(model.state_dict(), twin.state_dict())
-        torch.testing.assert_close(arena.momentum(), momenta)
-        assert not arena.grads.count_nonzero()
+        torch.testing.assert_close(flat.momentum(), momenta)
+        assert not flat.grads.count_nonzero()
 
 
 def test_padding_stays_zero():
     model, images = make()
-    arena = Arena(model.online, model.target)
-    inside = torch.zeros(len(arena.params), dtype=torch.bool)
+    flat = FlatBuffers(model.online, model.target)
+    inside = torch.zeros(len(flat.params), dtype=torch.bool)
     for parameter in model.online.parameters():
         inside[parameter.storage_offset() :][: parameter.numel()] = True
     assert not inside.all()
     for _ in range(2):
         model.accumulate(images, list(model.family))
-        arena.step(0.5, 0.9, **OPTIONS)
-        for flat in (arena.params, arena.grads, arena.momenta, arena.targets):
-            assert not flat[~inside[: len(flat)]].count_nonzero()
+        flat.step(0.5, 0.9, **OPTIONS)
+        for tensor in (flat.params, flat.grads, flat.momenta, flat.targets):
+            assert not tensor[~inside[: len(tensor)]].count_nonzero()
 
 
 def test_blocks_that_no_subnet_used_step_as_with_a_zero_gradient():
     model, images = make(torch.float64)
-    arena = Arena(model.online, model.target)
+    flat = FlatBuffers(model.online, model.target)
     model.accumulate(images, list(model.family))
-    arena.step(0.5, 0.9, **OPTIONS)
-    before = {name: (p.detach().clone(), arena.momentum()[name].clone()) for name, p in model.online.named_parameters()}
+    flat.step(0.5, 0.9, **OPTIONS)
+    before = {name: (p.detach().clone(), flat.momentum()[name].clone()) for name, p in model.online.named_parameters()}
     model.accumulate(images, [model.family[0]])
     dropped = [name for name in before if name.startswith("encoder.layer1.1.")]
     assert dropped and not any(model.online.get_parameter(name).grad.count_nonzero() for name in dropped)
-    arena.step(0.5, 0.9, **OPTIONS)
+    flat.step(0.5, 0.9, **OPTIONS)
     for name in dropped:
         p, m = before[name]
         p, m = reference(p, torch.zeros_like(p), m, p.ndim > 1, 0.5, **OPTIONS)
         torch.testing.assert_close(model.online.get_parameter(name).detach(), p)
-        torch.testing.assert_close(arena.momentum()[name], m)
+        torch.testing.assert_close(flat.momentum()[name], m)
 
 
 def test_state_dicts_are_exchanged_with_a_plain_model(tmp_path):
     model, images = make()
     plain, _ = make()
-    arena = Arena(model.online, model.target)
+    flat = FlatBuffers(model.online, model.target)
     model.accumulate(images, list(model.family))
-    arena.step(0.5, 0.9, **OPTIONS)
+    flat.step(0.5, 0.9, **OPTIONS)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     torch.testing.assert_close(plain.state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -155,29 +156,29 @@ def test_state_dicts_are_exchanged_with_a_plain_model(tmp_path):
         for parameter in plain.parameters():
             parameter.mul_(2)
     model.load_state_dict(plain.state_dict())
-    arena.step(0.0, 1.0, **OPTIONS)  # the parameters are still the arena's
+    flat.step(0.0, 1.0, **OPTIONS)  # the parameters are still views of the flat buffers
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_momentum_is_exchanged_by_name():
     model, images = make()
     other, _ = make()
-    arena = Arena(model.online, model.target)
-    elsewhere = Arena(other.online, nn.ModuleDict({"projector": other.target.projector}))  # in another order
+    flat = FlatBuffers(model.online, model.target)
+    elsewhere = FlatBuffers(other.online, nn.ModuleDict({"projector": other.target.projector}))  # in another order
     model.accumulate(images, list(model.family))
-    arena.step(0.5, 0.9, **OPTIONS)
-    elsewhere.load_momentum(arena.momentum())
-    assert arena.momenta.count_nonzero() and not torch.equal(elsewhere.momenta, arena.momenta)
+    flat.step(0.5, 0.9, **OPTIONS)
+    elsewhere.load_momentum(flat.momentum())
+    assert flat.momenta.count_nonzero() and not torch.equal(elsewhere.momenta, flat.momenta)
     torch.testing.assert_close(
-        dict(sorted(elsewhere.momentum().items())), dict(sorted(arena.momentum().items())), rtol=0, atol=0
+        dict(sorted(elsewhere.momentum().items())), dict(sorted(flat.momentum().items())), rtol=0, atol=0
     )
 
 
 @pytest.mark.parametrize("wrong", ["a missing one", "one too many", "another shape"])
 def test_momentum_of_another_network_is_refused_and_changes_nothing(wrong):
     model, _ = make()
-    arena = Arena(model.online, model.target)
-    momentum = {name: torch.ones_like(value) for name, value in arena.momentum().items()}
+    flat = FlatBuffers(model.online, model.target)
+    momentum = {name: torch.ones_like(value) for name, value in flat.momentum().items()}
     if wrong == "a missing one":
         momentum.popitem()
     elif wrong == "one too many":
@@ -185,8 +186,8 @@ def test_momentum_of_another_network_is_refused_and_changes_nothing(wrong):
     else:
         momentum["predictor.0.weight"] = torch.ones(1)
     with pytest.raises(ValueError, match="the momentum of "):
-        arena.load_momentum(momentum)
-    assert not arena.momenta.count_nonzero()
+        flat.load_momentum(momentum)
+    assert not flat.momenta.count_nonzero()
 
 
 @pytest.mark.parametrize(
@@ -202,13 +203,13 @@ def test_momentum_of_another_network_is_refused_and_changes_nothing(wrong):
 )
 def test_leaving_the_arena_is_an_error(leave):
     model, _ = make()
-    arena = Arena(model.online, model.target)
+    flat = FlatBuffers(model.online, model.target)
     model.accumulate(torch.randn(8, 3, 16, 16), [model.family.full])
-    before = arena.params.clone()
+    before = flat.params.clone()
     with pytest.raises((RuntimeError, ValueError)):
         leave(model)
-        arena.step(0.5, 0.9, **OPTIONS)
-    assert torch.equal(arena.params, before)
+        flat.step(0.5, 0.9, **OPTIONS)
+    assert torch.equal(flat.params, before)
 
 
 def test_modules_that_do_not_match_are_refused():
@@ -220,4 +221,4 @@ def test_modules_that_do_not_match_are_refused():
         (nn.ReLU(), nn.ReLU()),
     ):
         with pytest.raises(ValueError):
-            Arena(online, target)
+            FlatBuffers(online, target)

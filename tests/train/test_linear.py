@@ -20,12 +20,12 @@ from train.data.datasets import open_images
 from train.data.images import Subset
 from train.data.loader import evaluation_batches
 from train.data.normalization import normalize
-from train.data.sampler import EpochOrder
+from train.data.sampler import EpochSampler
 from train.evaluation import features
 from train.evaluation.accuracy import accuracies, interval95
-from train.evaluation.classifiers import Classifiers, ClassifierTraining, Recipe, kept_batches
+from train.evaluation.classifiers import Classifiers, ClassifierTraining, Hyperparameters, kept_batches
 from train.evaluation.classifiers import evaluate as evaluate_classifiers
-from train.evaluation.pretrained import BATCH, TrainedFamily
+from train.evaluation.pretrained import BATCH, PretrainedFamily
 
 CPU = torch.device("cpu")
 DNS = ["c8-d1111", "c16-d1111"]  # of real_features
@@ -43,9 +43,9 @@ def report(out):
 
 def train_classifiers(train, labels, epochs=80, names=None):
     chosen = {name: train[name] for name in names or train}
-    recipe = Recipe(epochs, 256, 0.2, 0.9, seed=0)
+    recipe = Hyperparameters(epochs, 256, 0.2, 0.9, seed=0)
     classifiers = Classifiers({name: of.shape[1] for name, of in chosen.items()}, 10, recipe.seed)
-    order = EpochOrder(len(labels), recipe.batch_size, recipe.seed, recipe.epochs)
+    order = EpochSampler(len(labels), recipe.batch_size, recipe.seed, recipe.epochs)
     training = ClassifierTraining(classifiers, recipe, order.steps_per_epoch)
     for batch in kept_batches(chosen, labels, order, CPU):
         training.train_step(batch)
@@ -99,7 +99,7 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
     kept = max((np.load(path) for path in (trained / "features").glob("c16-d2121-*.npy")), key=len)
     assert kept.shape == (80, 128) and kept.dtype == np.float32
     expected = next(iter(evaluation_batches(open_images(first["data"], "train"), range(80), 12, BATCH, 0)))
-    encoder = TrainedFamily(trained, CPU)
+    encoder = PretrainedFamily(trained, CPU)
     assert encoder.recall([encoder.family.full]), "the statistics were kept"
     found = features.extract(encoder.encoder, [encoder.family.full], [normalize(expected)])["c16-d2121"]
     np.testing.assert_allclose(kept, found, rtol=1e-5, atol=1e-6)
@@ -116,7 +116,7 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
 
 
 def test_kept_features_are_of_these_weights_statistics_and_images(trained, images):
-    encoder = TrainedFamily(trained, CPU)
+    encoder = PretrainedFamily(trained, CPU)
     full = [encoder.family.full]
     train = open_images(str(images), "train")
     encoder.measure(full, train, str(images), 0)
@@ -127,7 +127,7 @@ def test_kept_features_are_of_these_weights_statistics_and_images(trained, image
     encoder.measure(full, Subset(train, range(40)), str(images), 0)
     encoder.features(full, train, "train", 0)
     assert len(list((trained / "features").iterdir())) == 3, "other statistics"
-    other = TrainedFamily(trained, CPU)
+    other = PretrainedFamily(trained, CPU)
     with torch.no_grad():
         next(other.encoder.parameters()).mul_(2)
     other.measure(full, train, str(images), 0)

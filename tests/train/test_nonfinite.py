@@ -40,8 +40,8 @@ def views(config, seed=0):
 
 
 def everything(trainer) -> list[torch.Tensor]:
-    arena = trainer.arena
-    return [t.clone() for t in (arena.params, arena.momenta, arena.targets, arena.statistics)]
+    flat = trainer.flat_buffers
+    return [t.clone() for t in (flat.params, flat.momenta, flat.targets, flat.statistics)]
 
 
 @pytest.mark.parametrize("poisoned", [float("nan"), float("inf")])
@@ -57,11 +57,11 @@ def test_a_skipped_step_changes_nothing(small, poisoned, momentum_bn):
     assert trainer.guard.skipped() == (1, 1, 1, 0)
     for kept, now in zip(before, everything(trainer), strict=True):
         assert torch.equal(kept, now)
-    assert not trainer.arena.grads.count_nonzero()
+    assert not trainer.flat_buffers.grads.count_nonzero()
     trainer.train_step(views(config, 2))
     assert trainer.guard.skipped() == (0, 1, 1, 1)
     assert all(now.isfinite().all() for now in everything(trainer))
-    assert not torch.equal(before[0], trainer.arena.params)
+    assert not torch.equal(before[0], trainer.flat_buffers.params)
 
 
 def test_statistics_that_are_not_finite_are_not_kept(small):

@@ -19,7 +19,7 @@ from dspnet_fast.switchable import Switchable
 from train import export
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
-from train.evaluation.pretrained import TrainedFamily
+from train.evaluation.pretrained import PretrainedFamily
 
 ROOT = Path(__file__).parents[2]
 DNS = ("c8-d1111", "c8-d1121", "c16-d2121")
@@ -47,7 +47,7 @@ def deployed(finished, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(deployed, images):
-    trained = TrainedFamily(deployed, torch.device("cpu"))
+    trained = PretrainedFamily(deployed, torch.device("cpu"))
     return torch.cat(list(trained.batches(open_images(str(images), "test"), "test", 0))).contiguous()
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from dspnet_fast.errors import InputError
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from train.config import PretrainConfig
-from train.distributed.batch_split import Division, divide
-from train.distributed.process_group import Ranks
+from train.distributed.batch_split import BatchSplit, divide
+from train.distributed.process_group import World
 from train.pretraining.dspnet import VIEWS
-from train.pretraining.flat_buffers import Arena
+from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.trainer import Trainer, build_model
 from train.run import checkpoint
 from train.run.run_directory import read_config
@@ -32,7 +32,8 @@ COUNTING = """
 import collections, os, sys
 import torch
 import torch.distributed as dist
-from train import pretrain, trainer
+from train import pretrain
+from train.pretraining import trainer
 
 if "DOUBLE" in os.environ:
     torch.set_default_dtype(torch.float64)
@@ -103,7 +104,11 @@ def final(out) -> dict:
 
 CASES = {
     "two ranks of two parts each": (2, {"bn_groups": 4}, []),
-    "two ranks in two turns each, exchanging early": (2, {"bn_groups": 4}, ["--accumulate=2", "--overlap"]),
+    "two ranks in two turns each, exchanging early": (
+        2,
+        {"bn_groups": 4},
+        ["--grad-accum-steps=2", "--overlap-all-reduce"],
+    ),
     "four ranks that share two parts": (4, {"bn_groups": 2, "momentum_bn": "off"}, []),
 }
 
@@ -127,14 +132,14 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
         for name, loss in json.loads(ours).get("loss", {}).items():
             assert loss == pytest.approx(json.loads(theirs)["loss"][name], rel=1e-9)
     counted = eval(printed.split("all-reduces ")[1].splitlines()[0])  # noqa: S307  (what this test printed)
-    arena = Arena(model.online, model.target)
+    flat = FlatBuffers(model.online, model.target)
     # the heads and the first stages are too small for messages of their own here
-    early = ["encoder.layer4", "encoder.layer3"] if "--overlap" in flags else []
-    bounds = [len(arena.grads), *(arena.start(part) for part in early), 0]
+    early = ["encoder.layer4", "encoder.layer3"] if "--overlap-all-reduce" in flags else []
+    bounds = [len(flat.grads), *(flat.start(part) for part in early), 0]
     gradients = [end - start for end, start in itertools.pairwise(bounds)]
     assert {size: counted[size] for size in gradients} == dict.fromkeys(gradients, 4)  # steps
-    assert counted[len(arena.statistics)] == 4
-    others = {size for size in counted if size not in (*gradients, len(arena.statistics))}
+    assert counted[len(flat.statistics)] == 4
+    others = {size for size in counted if size not in (*gradients, len(flat.statistics))}
     layers = {module.num_features for module in model.modules() if isinstance(module, SlimBatchNorm)}
     shared = {VIEWS * size for size in layers | {8, 16, 32, 64}}  # of the full network, and of the smaller ones
     assert others <= {1, 2, 3} | (shared if case == "four ranks that share two parts" else set())
@@ -183,35 +188,35 @@ def test_ranks_that_would_begin_differently_are_refused(torchrun, arguments, tmp
 
 def test_parts_that_ranks_cannot_share_are_refused(small):
     with pytest.raises(InputError, match="cannot share"):
-        divide(small(bn_groups=4), Ranks(0, 6))
+        divide(small(bn_groups=4), World(0, 6))
     with pytest.raises(InputError, match="in 2 turns"):
-        divide(small(bn_groups=2, accumulate=2), Ranks(0, 2))
+        divide(small(bn_groups=2, grad_accum_steps=2), World(0, 2))
     with pytest.raises(InputError, match="equal parts"):
         small(bn_groups=3)
 
 
 @pytest.mark.parametrize(
-    ("bn_groups", "accumulate", "ranks", "expected"),
+    ("bn_groups", "grad_accum_steps", "ranks", "expected"),
     [
-        (None, 1, 1, Division(1, 1, 1)),
-        (None, 2, 4, Division(2, 1, 1)),
-        (4, 1, 1, Division(1, 4, 1)),
-        (4, 1, 2, Division(1, 2, 1)),
-        (4, 2, 2, Division(2, 1, 1)),
-        (1, 1, 8, Division(1, 1, 8)),
-        (2, 1, 8, Division(1, 1, 4)),
+        (None, 1, 1, BatchSplit(1, 1, 1)),
+        (None, 2, 4, BatchSplit(2, 1, 1)),
+        (4, 1, 1, BatchSplit(1, 4, 1)),
+        (4, 1, 2, BatchSplit(1, 2, 1)),
+        (4, 2, 2, BatchSplit(2, 1, 1)),
+        (1, 1, 8, BatchSplit(1, 1, 8)),
+        (2, 1, 8, BatchSplit(1, 1, 4)),
     ],
 )
-def test_division(small, bn_groups, accumulate, ranks, expected):
-    assert divide(small(bn_groups=bn_groups, accumulate=accumulate), Ranks(0, ranks)) == expected
+def test_division(small, bn_groups, grad_accum_steps, ranks, expected):
+    assert divide(small(bn_groups=bn_groups, grad_accum_steps=grad_accum_steps), World(0, ranks)) == expected
 
 
 def test_turns_hold_both_views_of_their_images(small):
     batch = torch.arange(12).view(12, 1)  # view 1 of images 0 to 5, then view 2
-    turns = [turn.flatten().tolist() for turn in Division(3, 1, 1).of(batch)]
+    turns = [turn.flatten().tolist() for turn in BatchSplit(3, 1, 1).of(batch)]
     assert turns == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
-    with pytest.raises(InputError, match="--accumulate 4"):
-        list(Division(4, 1, 1).of(batch))
+    with pytest.raises(InputError, match="--grad-accum-steps 4"):
+        list(BatchSplit(4, 1, 1).of(batch))
 
 
 @pytest.mark.parametrize("momentum_bn", ["on", "off"])
@@ -220,7 +225,9 @@ def test_turns_are_parts(small, momentum_bn):
     views = torch.rand(3, 80, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     results = []
     for accumulate in (1, 2, 4):
-        config = small(batch_size=40, bn_groups=4, accumulate=accumulate, momentum_bn=momentum_bn, warmup_epochs=0)
+        config = small(
+            batch_size=40, bn_groups=4, grad_accum_steps=accumulate, momentum_bn=momentum_bn, warmup_epochs=0
+        )
         trainer = Trainer(config, 10, torch.device("cpu"))
         losses = [trainer.train_step(batch) for batch in views]
         target = torch.cat([b.flatten() for b in trainer.model.target.buffers() if b.is_floating_point()])

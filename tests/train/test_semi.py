@@ -16,7 +16,7 @@ from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.balanced import as_text, balanced_subset, checksum
 from train.data.datasets import open_images
 from train.evaluation.classifiers import ClassifierTraining
-from train.evaluation.pretrained import TrainedFamily
+from train.evaluation.pretrained import PretrainedFamily
 from train.evaluation.protocols.semi import fitting_batch
 from train.evaluation.supervised import SupervisedTraining
 
@@ -126,7 +126,7 @@ def test_all_labels_are_learned(trained):
 @pytest.mark.parametrize("dn", ["c8-d1111", "c8-d1121", "c16-d2121"])
 def test_a_network_that_is_cut_out_is_slims(trained, images, dn):
     """The weights of every kept channel and block, in a slimmable network of its own."""
-    family = TrainedFamily(trained, torch.device("cpu"))
+    family = PretrainedFamily(trained, torch.device("cpu"))
     subnet = family.family.find(dn)
     family.measure([subnet], open_images(str(images), "train"), str(images), 0)
     plain, cut = slim(family.encoder, subnet), family.cut(subnet)
@@ -139,7 +139,7 @@ def test_a_network_that_is_cut_out_is_slims(trained, images, dn):
 
 
 def test_a_network_outside_the_run_cannot_be_cut_out(finished):
-    family = TrainedFamily(finished, torch.device("cpu"))
+    family = PretrainedFamily(finished, torch.device("cpu"))
     with pytest.raises(InputError, match="no part of c16-d2121"):
         family.cut(family.encoder.subnet("c32-d1111"))
 

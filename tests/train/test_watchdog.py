@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from train.distributed import watchdog
-from train.distributed.process_group import ALONE, Ranks
+from train.distributed.process_group import SINGLE_PROCESS, World
 from train.distributed.watchdog import FINISHED, LOST, Pulse, Watchdog
 
 SERVER = """
@@ -38,7 +38,7 @@ def wait_for(condition) -> None:
 
 def test_a_run_that_waits_says_for_what(quick, tmp_path):
     said: list[str] = []
-    with Watchdog(ALONE, 0.1, tmp_path / "stalled.txt", said.append) as dog:
+    with Watchdog(SINGLE_PROCESS, 0.1, tmp_path / "stalled.txt", said.append) as dog:
         dog.at(7, "waiting for images")
         wait_for(lambda: said)
         first = len(said)
@@ -51,15 +51,15 @@ def test_a_run_that_waits_says_for_what(quick, tmp_path):
 
 def test_it_complains_less_and_less_often(quick, tmp_path):
     said: list[str] = []
-    with Watchdog(ALONE, 0.05, tmp_path / "stalled.txt", said.append):
+    with Watchdog(SINGLE_PROCESS, 0.05, tmp_path / "stalled.txt", said.append):
         time.sleep(1)
     assert 1 <= len(said) <= 6  # 0.05, 0.1, 0.2 ... and not every 0.02 s
 
 
-@pytest.mark.parametrize("patience", [0.0, 100.0])
+@pytest.mark.parametrize("stall_timeout", [0.0, 100.0])
 def test_a_run_that_moves_is_left_alone(quick, tmp_path, patience):
     said: list[str] = []
-    with Watchdog(ALONE, patience, tmp_path / "stalled.txt", said.append):
+    with Watchdog(SINGLE_PROCESS, patience, tmp_path / "stalled.txt", said.append):
         time.sleep(0.2)
     assert not said and not (tmp_path / "stalled.txt").exists()
 
@@ -79,7 +79,7 @@ def pulse(quick, store):
     begun: list[Pulse] = []
 
     def begin(rank, size, start="first") -> Pulse:
-        begun.append(Pulse(Ranks(rank, size, start=start), lambda: (12, "training")))
+        begun.append(Pulse(World(rank, size, start=start), lambda: (12, "training")))
         begun[-1].start()
         return begun[-1]
 
@@ -121,7 +121,7 @@ def test_what_was_said_in_an_earlier_start_counts_no_more(pulse):
 
 def test_a_lost_rank_ends_the_process(quick, store, tmp_path, capfd):
     ended: list[int] = []
-    with Watchdog(Ranks(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
+    with Watchdog(World(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
         wait_for(lambda: ended)
     assert ended == [LOST]
     assert "error: rank 1 has not begun; rank 0 ends the job" in capfd.readouterr().err
@@ -133,10 +133,10 @@ def test_a_store_that_does_not_answer_ends_the_process(quick, tmp_path, monkeypa
     try:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", server.stdout.readline().strip())
-        other = Pulse(Ranks(1, 2), lambda: (0, "training"))
+        other = Pulse(World(1, 2), lambda: (0, "training"))
         other.start()
         ended: list[int] = []
-        with Watchdog(Ranks(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
+        with Watchdog(World(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
             time.sleep(2 * watchdog.SILENCE)
             assert not ended
             server.send_signal(signal.SIGSTOP)
@@ -156,7 +156,7 @@ def test_a_complaint_that_fails_is_no_reason_to_stop_watching(quick, store, tmp_
         raise OSError(line)
 
     ended: list[int] = []
-    with Watchdog(Ranks(0, 2), 0.1, tmp_path / "stalled.txt", fail, ended.append):
+    with Watchdog(World(0, 2), 0.1, tmp_path / "stalled.txt", fail, ended.append):
         wait_for(lambda: ended)
 
 
@@ -164,7 +164,7 @@ def test_every_rank_has_its_file(quick, pulse, tmp_path):
     """All ranks wait if one does, and only one file is of interest."""
     pulse(0, 2)
     said: list[str] = []
-    with Watchdog(Ranks(1, 2, start="first"), 0.1, tmp_path / "stalled.txt", said.append):
+    with Watchdog(World(1, 2, start="first"), 0.1, tmp_path / "stalled.txt", said.append):
         wait_for(lambda: said)
         wait_for((tmp_path / "stalled-rank1.txt").exists)
     assert said[0].startswith("rank 1: no step for") and "stalled-rank1.txt" in said[0]

@@ -13,7 +13,7 @@ from ..config import PretrainConfig, flag, option
 from ..costs import counting
 from ..costs.dry_run import images_of
 from ..data.datasets import size_of
-from ..data.sampler import EpochOrder
+from ..data.sampler import EpochSampler
 from ..evaluation.results import Report
 from .ratios import ratios
 
@@ -91,7 +91,7 @@ class Comparison:
                 f"--k {options.k} neighbours among --references {references} of {self.size.train} images of "
                 f"{recipe.data}: neither can be more than there are"
             )
-        self.epoch_steps = EpochOrder(self.images, recipe.batch_size, 0, recipe.epochs).steps_per_epoch
+        self.epoch_steps = EpochSampler(self.images, recipe.batch_size, 0, recipe.epochs).steps_per_epoch
 
     @property
     def trained(self) -> list[Variant]:

@@ -30,7 +30,7 @@ from ..pretraining.cuda_graphs import Recorder, StepGraphs, record_graphs
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer
 from ..run.device import choose_device
-from ..run.process import settle_in
+from ..run.process import prepare_process
 
 WARM_UP = 2
 STATUS = Path("/proc/self/status")
@@ -86,7 +86,7 @@ def measure_here(config: PretrainConfig, steps: int) -> Measured:
     before = _resident(device)
     # every network from the first step on
     trainer = Trainer(replace(config, full_only_epochs=0), epoch_steps=WARM_UP, device=device)
-    settle_in(device)
+    prepare_process(device)
     for _ in range(WARM_UP):
         trainer.train_step(batch)
     after = _resident(device)
@@ -107,8 +107,8 @@ def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
         return pieces
 
     alpha = torch.ones((), device=device)
-    trainer.arena.schedule(trainer.learning_rate, trainer.tau)
-    graphs = StepGraphs(trainer.model, trainer.arena, batch, alpha, trainer.update, note)
+    trainer.flat_buffers.schedule(trainer.learning_rate, trainer.tau)
+    graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, alpha, trainer.update, note)
     taken: list[list[float]] = [[] for _ in pieces]
     for _ in range(WARM_UP + steps):
         for piece, times in zip(pieces, taken, strict=True):

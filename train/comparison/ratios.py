@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another, each of them
+SEPARATE, SINGLE_PROCESS = "separate runs", "alone"  # all networks one after another, each of them
 
 
 def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:

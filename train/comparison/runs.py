@@ -22,7 +22,7 @@ from ..run.device import choose_device
 from ..run.run_directory import CONFIG, open_run
 from .design import Comparison
 from .measuring import Measured
-from .ratios import ALONE, ratios
+from .ratios import SINGLE_PROCESS, ratios
 from .seeds import over_seeds
 from .times import taken, timed_step
 
@@ -93,6 +93,6 @@ def _report(
         found = {v.name: {dn: over_seeds(accuracies[v.name], protocol, dn) for dn in v.config.names()} for v in trained}
         alone = {dn: score for v in comparison.alone if v.name in found for dn, score in found[v.name].items()}
         families = {v.name: found[v.name] for v in comparison.families}
-        report["accuracy"][protocol] = {**({ALONE: alone} if alone else {}), **families}
+        report["accuracy"][protocol] = {**({SINGLE_PROCESS: alone} if alone else {}), **families}
     report["ratios"] = ratios(report["runs"])
     return report

@@ -10,7 +10,7 @@ from ..evaluation.plot_data import Point
 from ..evaluation.results import Report
 from ..reporting import figures
 from ..run.tables import Table, cost_cells, percent, quantity
-from .ratios import ALONE, SEPARATE
+from .ratios import SEPARATE, SINGLE_PROCESS
 
 MEASURED_PARTS = {
     "target": "target forward",
@@ -32,8 +32,8 @@ def tables_of(report: Report) -> list[Table]:
 
 def _accuracy(report: Report, protocol: str) -> Table:
     columns = report["accuracy"][protocol]
-    alone = columns.get(ALONE)
-    families = [name for name in columns if name != ALONE]
+    alone = columns.get(SINGLE_PROCESS)
+    families = [name for name in columns if name != SINGLE_PROCESS]
     heading = ["network", "params", "MACs", *(_label(report, name) for name in columns)]
     heading += [f"{_label(report, name)}: difference" for name in families] if alone else []
     rows = []

@@ -3,7 +3,8 @@
 A ring all-reduce of n bytes among S ranks sends 2 (S - 1) / S n from each of them, and it receives as many (Patarasuk
 and Yuan 2009). A step has
 
-    gradient        one all-reduce of the arena's flat gradient (in parts with --overlap)        4 bytes an element
+    gradient        one all-reduce of the flat buffers's flat gradient (in parts with --overlap-all-reduce)        4
+    bytes an element
     statistics      one of all running statistics, of the online and the target network          4 bytes an element
     normalisation   where several ranks share a part of the batch (more ranks than --bn-groups): among those, two
                     all-reduces of [views, C] forward and two backward, 4 bytes an element, for every batch
@@ -24,9 +25,9 @@ from dspnet_fast.subnets import Subnet
 
 from ..config import PretrainConfig
 from ..distributed.batch_split import divide
-from ..distributed.process_group import Ranks
+from ..distributed.process_group import World
 from ..pretraining.dspnet import VIEWS
-from ..pretraining.flat_buffers import Arena
+from ..pretraining.flat_buffers import FlatBuffers
 from ..pretraining.trainer import build_model
 from .counting import sampled_steps
 
@@ -64,12 +65,12 @@ def traffic(config: PretrainConfig, ranks: int) -> Traffic:
 
     Raises InputError if ranks and parts of the batch do not divide one another.
     """
-    sharing = divide(config, Ranks(0, ranks)).ranks_per_part
+    sharing = divide(config, World(0, ranks)).ranks_per_part
     if ranks == 1:
         return Traffic(0.0, 0.0, 0.0, 0.0)
     with torch.device("meta"):
-        model = build_model(replace(config, bn_groups=1, accumulate=1))
-    elements = Arena(model.online, model.target).grads.numel()
+        model = build_model(replace(config, bn_groups=1, grad_accum_steps=1))
+    elements = FlatBuffers(model.online, model.target).grads.numel()
     statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
     passes, channels = _normalised(config) if sharing > 1 else (0.0, 0.0)
     return Traffic(

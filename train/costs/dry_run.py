@@ -20,7 +20,7 @@ from dspnet_fast.subnets import sandwich
 from ..config import PretrainConfig
 from ..data import augmentation
 from ..data.datasets import SetSize, is_here, size_of
-from ..data.sampler import EpochOrder
+from ..data.sampler import EpochSampler
 from ..pretraining.trainer import Trainer
 from ..run import checkpoint
 from ..run.run_directory import check_run
@@ -88,7 +88,7 @@ def plan(config: PretrainConfig, resume: bool = False) -> RunPlan:
     if images is None:  # one step is counted, after those of the full network alone
         epoch_steps, counted_steps, counted_as = None, 1, replace(config, epochs=1, full_only_epochs=0.0)
     else:
-        epoch_steps = EpochOrder(images, config.batch_size, config.seed, config.epochs).steps_per_epoch
+        epoch_steps = EpochSampler(images, config.batch_size, config.seed, config.epochs).steps_per_epoch
         counted_steps, counted_as = epoch_steps, config
     costs = counting.network_costs(config)
     trained = counting.sampled_steps(counted_as, counted_steps)
@@ -122,12 +122,12 @@ def _memory(config: PretrainConfig) -> Memory:
     if config.init_from is not None:
         with warnings.catch_warnings(action="ignore"):  # of weights that are compared, not copied
             trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), "cpu", print))
-    arena = trainer.arena
+    flat = trainer.flat_buffers
     return Memory(
-        weights=arena.params.nbytes,
-        gradients=arena.grads.nbytes,
-        momentum=arena.momenta.nbytes,
-        target=arena.targets.nbytes,
+        weights=flat.params.nbytes,
+        gradients=flat.grads.nbytes,
+        momentum=flat.momenta.nbytes,
+        target=flat.targets.nbytes,
         checkpoint=checkpoint.size(trainer.state()),
     )
 

@@ -16,7 +16,7 @@ from .augmentation import ViewSpec
 from .bad_images import BadImages
 from .images import ImageSet
 from .loader import two_view_batches, worker_count
-from .sampler import EpochOrder
+from .sampler import EpochSampler
 
 SAMPLED = 16  # images that `auto` looks at
 PHOTOGRAPH = 128  # pixels; JPEGs whose smaller side has as many are what DALI is for
@@ -59,7 +59,7 @@ def open_batches(
     backend: str,
     images: ImageSet,
     views: tuple[ViewSpec, ViewSpec],
-    order: EpochOrder,
+    order: EpochSampler,
     workers: Workers,
     bad: BadImages,
     device: torch.device,

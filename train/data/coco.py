@@ -28,7 +28,7 @@ from .bad_images import BadImages, Refusal
 from .coco_shapes import Record, box_problem, clipped, decoded, encoded, is_whole, mask_problem
 from .images import decode
 from .loader import Batches, make_loader, worker_count
-from .sampler import EpochOrder, mix
+from .sampler import EpochSampler, mix
 
 NAMED = 10  # wrong annotations that a message names
 CHECKED_AT_ONCE = 1000
@@ -166,7 +166,7 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoSet:
     )
 
 
-def training_batches(images: CocoSet, order: EpochOrder, workers: Workers) -> Iterator[list[Instances]]:
+def training_batches(images: CocoSet, order: EpochSampler, workers: Workers) -> Iterator[list[Instances]]:
     """All of `order`, each image flipped or not as (seed, epoch, image) says."""
     bad = BadImages()
     yield from make_loader(_Flipped(images, order.seed), order, worker_count(workers, len(images)), bad)

@@ -29,7 +29,7 @@ from .colours import finish
 from .dali_inputs import Sample, for_decoding, for_viewing, plain_jpeg, union
 from .dali_pipeline import decoding, viewing
 from .images import ImageSet, as_pnm, decode
-from .sampler import EpochOrder
+from .sampler import EpochSampler
 
 READY = 2  # batches that wait to be used, beside the one in the making
 
@@ -47,7 +47,7 @@ class TwoViews:
         self,
         images: ImageSet,
         views: tuple[ViewSpec, ...],
-        order: EpochOrder,
+        order: EpochSampler,
         threads: int,
         bad: BadImages,
         device: torch.device | None = None,

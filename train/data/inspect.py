@@ -22,7 +22,7 @@ from .bad_images import BadImages
 from .datasets import open_images
 from .images import ImageSet, Subset
 from .normalization import MEAN, STD
-from .sampler import EpochOrder
+from .sampler import EpochSampler
 
 DESCRIPTION = """\
 Draw the two views of some images once, have every backend carry the draws out, and compare them pixel by pixel with the
@@ -63,7 +63,7 @@ class Difference:
 def views(backend: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], seed: int) -> torch.Tensor:
     """Both views of all images in order of epoch 0, uint8 [2, N, 3, S, S]; InputError if an image cannot be used."""
     device = torch.device("cuda" if backend == "dali-gpu" else "cpu")
-    order = EpochOrder(len(images), len(images), seed, epochs=1)
+    order = EpochSampler(len(images), len(images), seed, epochs=1)
     (batch,) = open_batches(backend, images, specs, order, 0, BadImages(), device)
     if batch.is_floating_point():
         centre, spread = (torch.tensor(values, device=batch.device).view(3, 1, 1) for values in (MEAN, STD))

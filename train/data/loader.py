@@ -21,14 +21,14 @@ from ..config import MAX_WORKERS, SMALL_SET, Workers
 from .augmentation import ViewSpec, draw, numbers
 from .bad_images import BadImages, Refusal, load_or_next
 from .images import ImageSet
-from .sampler import EpochOrder
+from .sampler import EpochSampler
 from .vision import View, augment, evaluation_view
 
 
 def two_view_batches(
     images: ImageSet,
     views: tuple[ViewSpec, ViewSpec],
-    order: EpochOrder,
+    order: EpochSampler,
     workers: Workers = "auto",
     bad: BadImages | None = None,
 ) -> DataLoader:
@@ -42,7 +42,7 @@ def two_view_batches(
     return make_loader(_Views(images, views, order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
 
 
-def one_view_batches(images: ImageSet, view: ViewSpec, order: EpochOrder, workers: Workers = "auto") -> DataLoader:
+def one_view_batches(images: ImageSet, view: ViewSpec, order: EpochSampler, workers: Workers = "auto") -> DataLoader:
     """A loader over all of `order`: uint8 [B, C, S, S], one view of each image.
 
     No image may be unreadable, because labels follow the order. C, memory, errors and `workers` as in

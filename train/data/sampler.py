@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 from dspnet_fast.errors import InputError
 
 
-class EpochOrder(Sampler[list[tuple[int, int]]]):
+class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) from step `start_step` to the end of the last epoch.
 
     Each epoch is a new permutation of n images, less the last n % batch_size of it. Starting in the middle costs one

@@ -22,7 +22,7 @@ from .average_precision import average_precision
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Hyperparameters:
     """Of a detector's training.
 
     Attributes:
@@ -47,7 +47,7 @@ class DetectionTraining(OfOneModel):
 
     model: MaskRCNN
 
-    def __init__(self, model: MaskRCNN, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, model: MaskRCNN, recipe: Hyperparameters, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
         self.step, self.steps = 0, recipe.steps
         parameters = list(model.parameters())

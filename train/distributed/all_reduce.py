@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..pretraining.flat_buffers import Arena
-from .process_group import Ranks
+from ..pretraining.flat_buffers import FlatBuffers
+from .process_group import World
 
 PIECE = 0.1  # share of the gradient that is worth a message of its own: a late stage has a multiple, an early one less
 
 
-class Exchange:
-    """Of the gradients in an arena. Every rank makes the same calls in the same order."""
+class GradientAllReduce:
+    """Of the gradients in an flat buffers. Every rank makes the same calls in the same order."""
 
-    def __init__(self, arena: Arena, ranks: Ranks) -> None:
-        self._arena = arena
+    def __init__(self, flat: FlatBuffers, ranks: World) -> None:
+        self._arena = flat
         self._ranks = ranks
         self._begun: list[Callable[[], object]] = []
-        self._left = len(arena.grads)  # the elements before this one have not been sent
+        self._left = len(flat.grads)  # the elements before this one have not been sent
 
     def complete(self, part: str) -> None:
         """All gradients from a module of the online network on are what they will be: send them if they are enough."""

@@ -11,11 +11,11 @@ from dspnet_fast.errors import InputError
 
 from ..config import PretrainConfig
 from ..pretraining.dspnet import VIEWS
-from .process_group import Ranks
+from .process_group import World
 
 
 @dataclass(frozen=True)
-class Division:
+class BatchSplit:
     """turns: into which a rank divides its share of the batch, one after the other. parts: of what it sees in a turn,
     each normalised by itself. ranks_per_part: more than 1 where ranks share a part and synchronise its moments."""
 
@@ -33,25 +33,27 @@ class Division:
             return
         images, rest = divmod(len(batch), VIEWS * self.turns)
         if rest:
-            raise InputError(f"{len(batch) // VIEWS} images for --accumulate {self.turns}: give a divisor of them")
+            raise InputError(
+                f"{len(batch) // VIEWS} images for --grad-accum-steps {self.turns}: give a divisor of them"
+            )
         views = batch.unflatten(0, (VIEWS, self.turns, images))
         for turn in range(self.turns):
             yield views[:, turn].flatten(0, 1)
 
 
-def divide(config: PretrainConfig, ranks: Ranks) -> Division:
+def divide(config: PretrainConfig, ranks: World) -> BatchSplit:
     """How a run's batches are divided on these ranks. By default each turn of each rank is a part.
 
     InputError if --bn-groups cannot be had on so many ranks and turns.
     """
-    turns, shares = config.accumulate, config.accumulate * ranks.size
+    turns, shares = config.grad_accum_steps, config.grad_accum_steps * ranks.size
     groups = config.bn_groups or shares
     if groups % shares == 0:
-        return Division(turns, groups // shares, 1)
+        return BatchSplit(turns, groups // shares, 1)
     if turns == 1 and ranks.size % groups == 0:
-        return Division(turns, 1, ranks.size // groups)
+        return BatchSplit(turns, 1, ranks.size // groups)
     raise InputError(
         f"the batch is normalised in {groups} parts, which {ranks.size} ranks"
-        + (f" in {turns} turns (--accumulate)" if turns > 1 else "")
+        + (f" in {turns} turns (--grad-accum-steps)" if turns > 1 else "")
         + " cannot share: start as many ranks as divide it, or are a multiple of it"
     )

@@ -27,7 +27,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """rank: of this process, from 0 to size - 1. local: its number on this machine, and that of its GPU. start: a name
     that all ranks have and no earlier start of the same job had."""
 
@@ -83,15 +83,15 @@ class Ranks:
             dist.barrier()
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = World()
 
 
-def join(device: torch.device) -> Ranks:
+def join(device: torch.device) -> World:
     """Join the ranks that torchrun started, if it did; NCCL on GPUs, Gloo elsewhere. InputError if that fails."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return ALONE
-    ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+        return SINGLE_PROCESS
+    ranks = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         if ranks.local >= torch.cuda.device_count():
             raise InputError(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from .process_group import Ranks
+from .process_group import World
 
 BEAT = 2.0  # seconds between two heartbeats
 SILENCE = 20.0  # seconds without one, after which a rank is given up; torchrun then takes up to 30 to end the others
@@ -53,7 +53,7 @@ class Watchdog:
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: World,
         patience: float,
         stalled: Path,
         say: Callable[[str], object],
@@ -120,7 +120,7 @@ class Pulse:
         state: steps that are done, and what comes now.
     """
 
-    def __init__(self, ranks: Ranks, state: Callable[[], tuple[int, str]]) -> None:
+    def __init__(self, ranks: World, state: Callable[[], tuple[int, str]]) -> None:
         self._ranks, self._state = ranks, state
         self._next = (ranks.rank + 1) % ranks.size
         self._said = ""

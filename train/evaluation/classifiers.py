@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.sampler import EpochOrder
+from ..data.sampler import EpochSampler
 from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
 
@@ -23,7 +23,7 @@ EVALUATED = 4096  # rows at once
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Hyperparameters:
     """Of a classifier's training; `lr` is for 256 images and the peak is lr * batch_size / 256."""
 
     epochs: int
@@ -61,7 +61,7 @@ class Classifiers(nn.Module):
 class ClassifierTraining:
     """Trains classifiers; a `train.run.loop.Training`."""
 
-    def __init__(self, classifiers: Classifiers, recipe: Recipe, epoch_steps: int) -> None:
+    def __init__(self, classifiers: Classifiers, recipe: Hyperparameters, epoch_steps: int) -> None:
         self.classifiers = classifiers
         self.step, self.steps = 0, recipe.epochs * epoch_steps
         self._peak = recipe.lr * recipe.batch_size / 256
@@ -93,7 +93,7 @@ class ClassifierTraining:
 
 
 def kept_batches(
-    features: Mapping[str, Tensor], labels: Tensor, order: EpochOrder, device: torch.device
+    features: Mapping[str, Tensor], labels: Tensor, order: EpochSampler, device: torch.device
 ) -> Iterator[Batch]:
     """Batches of all of `order` from features [N, F] in memory or in a file."""
     for items in order:

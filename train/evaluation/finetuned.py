@@ -14,10 +14,10 @@ from ..config import FinetuneConfig
 from ..data.datasets import open_images
 from ..run import checkpoint
 from ..run.run_directory import read_config
-from .pretrained import Trained
+from .pretrained import EvaluatedFamily
 
 
-class FinetunedFamily(Trained):
+class FinetunedFamily(EvaluatedFamily):
     """The classifier of a run at its newest checkpoint.
 
     Attributes:

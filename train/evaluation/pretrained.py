@@ -56,7 +56,7 @@ def statistics_images(images: ImageSet) -> ImageSet:
     return Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
 
 
-class Trained:
+class EvaluatedFamily:
     """A family with the weights that a run directory holds, and the post-statistics that are kept there.
 
     Attributes:
@@ -137,7 +137,7 @@ class Trained:
         return sources, {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in sources}
 
 
-class TrainedFamily(Trained):
+class PretrainedFamily(EvaluatedFamily):
     """The online encoder of a run at its newest checkpoint, or with `untrained` as it was before its first step.
 
     Attributes:

@@ -27,7 +27,7 @@ from ..data.augmentation import ViewSpec
 from ..data.images import ImageSet, require_labels
 from ..data.loader import one_view_batches
 from ..data.normalization import normalize
-from ..data.sampler import EpochOrder
+from ..data.sampler import EpochSampler
 from ..run.loop import OfOneModel
 from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
@@ -37,7 +37,7 @@ Batch = tuple[Tensor, Tensor]  # images [B, 3, S, S], labels [B]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Hyperparameters:
     """Of a supervised training.
 
     Attributes:
@@ -74,7 +74,7 @@ class SupervisedTraining(OfOneModel):
 
     model: Classifier
 
-    def __init__(self, model: Classifier, family: Family, recipe: Recipe, epoch_steps: int) -> None:
+    def __init__(self, model: Classifier, family: Family, recipe: Hyperparameters, epoch_steps: int) -> None:
         self.model, self.family, self.recipe = model, family, recipe
         self.step, self.steps = 0, recipe.epochs * epoch_steps
         self._warmup = round(recipe.warmup_epochs * epoch_steps)
@@ -143,7 +143,7 @@ class Together:
 
 
 def labelled_batches(
-    images: ImageSet, view: ViewSpec, order: EpochOrder, workers: Workers, device: torch.device
+    images: ImageSet, view: ViewSpec, order: EpochSampler, workers: Workers, device: torch.device
 ) -> Iterator[Batch]:
     """Batches of all of `order`: a new view of each image, normalised, and its label, on the device."""
     labels = require_labels(images)

@@ -1,7 +1,8 @@
 """CUDA graphs of a training step: its thousands of launches recorded once, and from then on replayed by a few calls.
 
 There is one graph for the target, one per subnet for forward and backward pass, one for the update. They read and
-write tensors that stay where they are: the batch, the normalised images, the targets, the losses, the arena, scalars.
+write tensors that stay where they are: the batch, the normalised images, the targets, the losses, the flat buffers,
+scalars.
 Everything else they need comes out of one pool of memory that they share: nothing in it is used after its graph has
 run, so they may follow each other in any order.
 """
@@ -20,7 +21,7 @@ from dspnet_fast.subnets import Subnet
 
 from ..data.normalization import prepare
 from .dspnet import DSPNet
-from .flat_buffers import Arena
+from .flat_buffers import FlatBuffers
 
 WARM_UP = 3  # runs before recording, in which libraries choose algorithms and kernels are compiled
 
@@ -32,13 +33,13 @@ class StepGraphs:
     """A step of a model on batches of one shape, recorded. Recording leaves no trace in the state of the run.
 
     Args:
-        model: the networks; their parameters lie in `arena`.
-        arena: parameters, gradients, momentum and target.
+        model: the networks; their parameters lie in `flat`.
+        flat: parameters, gradients, momentum and target.
         batch: a batch as the run has them: see `Trainer.train_step`.
         alpha: see `DSPNet.targets`: a scalar on the device, read by every replay.
-        update: the update of the arena; reads what changes from step to step from the device.
+        update: the update of the flat buffers; reads what changes from step to step from the device.
         record: how to record; by default as CUDA graphs.
-        counts: what the update writes besides the arena.
+        counts: what the update writes besides the flat buffers.
 
     Raises RuntimeError if a part of the step cannot be recorded.
     """
@@ -46,19 +47,19 @@ class StepGraphs:
     def __init__(
         self,
         model: DSPNet,
-        arena: Arena,
+        flat: FlatBuffers,
         batch: Tensor,
         alpha: Tensor,
         update: Callable[[], None],
         record: Recorder | None = None,
         counts: Tensor | None = None,
     ) -> None:
-        device = arena.params.device
+        device = flat.params.device
         self._model, self._alpha = model, alpha
         self._batch = _coloured(batch).to(device, copy=True)
         self._images = prepare(self._batch, device).clone()
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
-        with _unharmed(model, arena, counts):
+        with _unharmed(model, flat, counts):
             self._targets = model.targets(self._images, alpha)
             passes = [partial(self._run_subnet, subnet) for subnet in model.family]
             self._find_targets, *replays, self._update = (record or record_graphs)([self._run_target, *passes, update])
@@ -131,9 +132,9 @@ def _record(function: Callable[[], object], pool: Any) -> Callable[[], object]:
 
 
 @contextmanager
-def _unharmed(model: DSPNet, arena: Arena, counts: Tensor | None) -> Iterator[None]:
+def _unharmed(model: DSPNet, flat: FlatBuffers, counts: Tensor | None) -> Iterator[None]:
     """Puts parameters, gradients, momentum, targets, all buffers and counts back to what they were."""
-    flats = (arena.params, arena.grads, arena.momenta, arena.targets)
+    flats = (flat.params, flat.grads, flat.momenta, flat.targets)
     before = [(tensor, tensor.clone()) for tensor in (*flats, *model.buffers(), *([] if counts is None else [counts]))]
     try:
         yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dspnet_fast.subnets import Subnet
 
 from .dspnet import DSPNet
-from .flat_buffers import Arena
+from .flat_buffers import FlatBuffers
 
 
 class Finding(NamedTuple):
@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 
 @torch.no_grad()
 def find(
-    model: DSPNet, arena: Arena, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor
+    model: DSPNet, flat: FlatBuffers, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor
 ) -> Finding | None:
     """Repeat a step's passes, without its update, until something is not finite; None if all is.
 
@@ -41,14 +41,14 @@ def find(
             return Finding("all", name, "weights")
     if not finite(images):
         return Finding("all", "the images", "images")
-    statistics = arena.statistics.clone()
+    statistics = flat.statistics.clone()
     try:
         with _first_bad_output(model.target) as bad:
             targets = model.targets(images, alpha)
         if bad:
             return Finding("target", bad[0], "forward")
         for subnet in subnets:
-            arena.grads.zero_()
+            flat.grads.zero_()
             with torch.enable_grad(), _first_bad_output(model.online) as bad:
                 loss = model.loss(images, targets, subnet)
             if bad or not finite(loss):
@@ -60,12 +60,12 @@ def find(
                     return Finding(subnet.name, name, "backward")
         return None
     finally:
-        arena.grads.zero_()
-        arena.statistics.copy_(statistics)
+        flat.grads.zero_()
+        flat.statistics.copy_(statistics)
 
 
 def finite(value: Any) -> bool:
-    """Whether all numbers are in a tensor, or in the tensors of a dataclass such as an owed activation."""
+    """Whether all numbers are in a tensor, or in the tensors of a dataclass such as an deferred activation."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(value.isfinite().all())
     if is_dataclass(value):

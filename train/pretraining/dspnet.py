@@ -24,7 +24,7 @@ from dspnet_fast.models import MLP, Network, build
 from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm, SlimBatchNorm, SlimBatchNorm2d
-from dspnet_fast.nn.deferred import Activation, Owed
+from dspnet_fast.nn.deferred import Activation, Deferred
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.subnets import Family, Subnet
 
@@ -40,9 +40,9 @@ class Branch(nn.Module):
         self.projector = projector
         self.predictor = predictor
 
-    def plan(self, dn: Subnet | str) -> tuple[str, Sizes]:
+    def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         """A subnet of the branch is a subnet of its encoder; the heads are shared and full."""
-        name, sizes = self.encoder.plan(dn)
+        name, sizes = self.encoder.layer_sizes(dn)
         return name, {f"encoder.{path}": size for path, size in sizes.items()}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class DSPNet(nn.Module):
 
         def watched(part: str) -> RemovableHandle:
             def before(module: nn.Module, inputs: tuple[Activation]) -> None:
-                x = inputs[0].x if isinstance(inputs[0], Owed) else inputs[0]
+                x = inputs[0].x if isinstance(inputs[0], Deferred) else inputs[0]
                 x.register_hook(lambda gradient: complete(part))  # type: ignore[misc]
 
             return self.online.get_submodule(part).register_forward_pre_hook(before)

@@ -17,7 +17,7 @@ from dspnet_fast.ops import lars_ema_step
 ALIGNMENT = 64  # bytes: a cache line, the widest vector, and more than a GPU's widest load
 
 
-class Arena:
+class FlatBuffers:
     """Moves the parameters of two modules into flat tensors, gives each online parameter a gradient, and updates them.
 
     Every parameter, its gradient, its momentum and its target lie at the same place of their flat tensors, aligned, in
@@ -91,14 +91,14 @@ class Arena:
         """LARS with the gradients that have added up, then target <- tau target + (1 - tau) online, then g = 0.
 
         Where `apply`, a bool scalar on the device, is false, nothing happens but g = 0. Without host synchronisation.
-        Raises RuntimeError if a parameter or gradient has left the arena.
+        Raises RuntimeError if a parameter or gradient has left the flat buffers.
         """
         for name, parameter, gradient in self._gradients:
             if parameter.grad is not gradient:
-                raise RuntimeError(f"the gradient of {name} was replaced: the arena zeroes gradients itself")
+                raise RuntimeError(f"the gradient of {name} was replaced: the flat buffers zeroes gradients itself")
         for name, parameter, address in self._addresses:
             if parameter.data_ptr() != address:
-                raise RuntimeError(f"the memory of {name} was replaced: make the arena after moving the modules")
+                raise RuntimeError(f"the memory of {name} was replaced: make the flat buffers after moving the modules")
         lars_ema_step(
             self.params,
             self.grads,
@@ -129,7 +129,7 @@ class Arena:
         return {name: self._view(self.momenta, name) for name in self._parameters}
 
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
-        """Take over what `momentum` gave, from this or another arena; ValueError if names or shapes differ."""
+        """Take over what `momentum` gave, from this or another flat; ValueError if names or shapes differ."""
         own = self.momentum()
         if momentum.keys() != own.keys():
             raise ValueError(f"the momentum of {min(momentum.keys() ^ own.keys())} is missing, or not of this network")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .flat_buffers import Arena
+from .flat_buffers import FlatBuffers
 
 TOO_MANY = 3  # in a row: then it is no accident
 
@@ -21,7 +21,8 @@ class Skipped(NamedTuple):
 
 
 class Guard:
-    """Judges each step of an arena by its gradient and its running statistics, and undoes what a step that is skipped
+    """Judges each step of an flat buffers by its gradient and its running statistics, and undoes what a step that is
+    skipped
     did to these. An activation beyond 1e19 has no variance in fp32, and yet the gradient may be finite.
 
     Everything happens on the device, so a CUDA graph can hold it. `begin` before the forward passes, `judge` before the
@@ -32,10 +33,10 @@ class Guard:
         counts: int64 [4], as `Skipped`.
     """
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._before = arena.statistics.clone()
-        device = arena.params.device
+    def __init__(self, flat: FlatBuffers) -> None:
+        self._arena = flat
+        self._before = flat.statistics.clone()
+        device = flat.params.device
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 

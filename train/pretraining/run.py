@@ -24,7 +24,7 @@ from ..data.backends import choose_backend, open_batches
 from ..data.bad_images import BadImages
 from ..data.datasets import open_images
 from ..data.images import ImageSet, Subset
-from ..data.sampler import EpochOrder
+from ..data.sampler import EpochSampler
 from ..distributed.process_group import join
 from ..distributed.watchdog import Watchdog
 from ..evaluation.collapse import ADVICE, LEAST_RANK, LEAST_STD, collapsed
@@ -32,7 +32,7 @@ from ..run import atomic, checkpoint
 from ..run.device import choose_device
 from ..run.interruption import Interruption
 from ..run.meter import Meter
-from ..run.process import settle_in
+from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import RunLog, check_out, open_run, read_bad_images, write_bad_images
 from .nonfinite import TOO_MANY
@@ -60,9 +60,9 @@ class Pretraining:
             check_out(config, resume)  # images may first have to be downloaded
         images = open_train_images(config)
         share = {"rank": ranks.rank, "world_size": ranks.size}
-        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, **share)
+        order = EpochSampler(len(images), config.batch_size, config.seed, config.epochs, **share)
         # kept with the run: with other ranks it is still the same run
-        config = replace(config, bn_groups=config.bn_groups or ranks.size * config.accumulate)
+        config = replace(config, bn_groups=config.bn_groups or ranks.size * config.grad_accum_steps)
         # what auto chose is kept with the run: another backend would not resume it bit for bit
         config = replace(config, data_backend=choose_backend(config.data_backend, images, device))
         self.config = config
@@ -79,7 +79,7 @@ class Pretraining:
         ranks.wait()
         self.checkpoints = self.out / "checkpoints"
         self._load()
-        order = EpochOrder(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step, **share)
+        order = EpochSampler(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step, **share)
         views = augmentation.byol(config.image_size, config.min_scale)
         batches = open_batches(config.data_backend, images, views, order, config.workers, self.bad, device)
         self.meter = Meter(iter(batches))
@@ -87,7 +87,7 @@ class Pretraining:
         self.log: RunLog | None = None  # of the first rank, while it runs
         console = Console(highlight=False, quiet=not ranks.first)
         self.monitor = Monitor("pretrain", self.trainer.steps, self.trainer.step, console)
-        self.watchdog = Watchdog(ranks, config.patience, self.out / "stalled.txt", self._say_anywhere)
+        self.watchdog = Watchdog(ranks, config.stall_timeout, self.out / "stalled.txt", self._say_anywhere)
         self.skipped = self.trainer.guard.skipped().in_all
         self._look_steps = config.log_steps
 
@@ -103,7 +103,7 @@ class Pretraining:
             given = Path(config.init_from)
             checkpoint.newest_of_run(given)  # there is one
             trainer.load_weights(self._newest(given / "checkpoints") or {})
-        beginnings = ranks.gather((trainer.step, trainer.arena.checksum()))
+        beginnings = ranks.gather((trainer.step, trainer.flat_buffers.checksum()))
         for rank, beginning in enumerate(beginnings):
             if beginning != beginnings[0]:
                 raise InputError(
@@ -131,7 +131,7 @@ class Pretraining:
                 self._say(*self._description())
                 if trainer.step == 0:
                     self._measure()
-                settle_in(trainer.device)
+                prepare_process(trainer.device)
                 self.meter.restart()
                 self.monitor.restart()
                 for batch in self._batches():
@@ -202,7 +202,7 @@ class Pretraining:
     def _images_of(self, step: int) -> list[str]:
         """The files of this rank's share of a step's batch."""
         config, ranks = self.config, self.ranks
-        shown = EpochOrder(
+        shown = EpochSampler(
             len(self.images), config.batch_size, config.seed, config.epochs, step, ranks.rank, ranks.size
         )
         return [self.images.file(index) for _, index in next(iter(shown))]

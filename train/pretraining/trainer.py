@@ -14,19 +14,19 @@ from dspnet_fast.subnets import Subnet, sandwich
 
 from ..config import PretrainConfig
 from ..data.normalization import prepare
-from ..distributed.all_reduce import Exchange
+from ..distributed.all_reduce import GradientAllReduce
 from ..distributed.batch_split import divide
-from ..distributed.process_group import ALONE, Ranks
-from ..run.device import settle_convolutions
+from ..distributed.process_group import SINGLE_PROCESS, World
+from ..run.device import configure_cudnn
 from ..run.schedules import learning_rate, momentum_alpha, target_tau
 from .cuda_graphs import StepGraphs
 from .diagnosis import Finding, find
 from .dspnet import DSPNet
-from .flat_buffers import Arena
+from .flat_buffers import FlatBuffers
 from .nonfinite import Guard
 
 
-def build_model(config: PretrainConfig, ranks: Ranks = ALONE) -> DSPNet:
+def build_model(config: PretrainConfig, ranks: World = SINGLE_PROCESS) -> DSPNet:
     """The networks of a run before its first step, a function of the configuration alone."""
     parts = divide(config, ranks).parts
     with torch.random.fork_rng(devices=[]):
@@ -56,22 +56,24 @@ class Trainer:
         ranks: the processes that train together, each on its share of every batch.
     """
 
-    def __init__(self, config: PretrainConfig, epoch_steps: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: PretrainConfig, epoch_steps: int, device: torch.device, ranks: World = SINGLE_PROCESS
+    ) -> None:
         if device.type == "cuda":
-            settle_convolutions()
+            configure_cudnn()
         self.config = config
         self.device = device
         self.ranks = ranks
         self.model = build_model(config, ranks).to(device).to(memory_format=torch.channels_last).train()
-        self.arena = Arena(self.model.online, self.model.target)
-        self.guard = Guard(self.arena)
+        self.flat_buffers = FlatBuffers(self.model.online, self.model.target)
+        self.guard = Guard(self.flat_buffers)
         self._division = divide(config, ranks)
         self._refuse_to_record_collectives()
         group = ranks.neighbours(self._division.ranks_per_part)
         for module in self.model.modules():
             if isinstance(module, SlimBatchNorm):
-                module.process_group, module.parts = group, self._division.parts
-        self._exchange = Exchange(self.arena, ranks)
+                module.process_group, module.bn_groups = group, self._division.parts
+        self._exchange = GradientAllReduce(self.flat_buffers, ranks)
         self._alpha = torch.zeros((), device=device)
         self._graphs: StepGraphs | None = None
         self.step = 0
@@ -99,7 +101,7 @@ class Trainer:
         """
         subnets = self._sampled(self.step)
         self._alpha.fill_(momentum_alpha(self.step, self.steps))
-        self.arena.schedule(self.learning_rate, self.tau)
+        self.flat_buffers.schedule(self.learning_rate, self.tau)
         self.guard.begin()
         losses = self._accumulate(batch, subnets)
         self._share()
@@ -119,7 +121,7 @@ class Trainer:
                 norm.process_group = None  # each rank looks for itself
             for part in self._division.of(batch):
                 images = prepare(part, self.device)
-                found = find(self.model, self.arena, images, self._sampled(self.step - 1), self._alpha)
+                found = find(self.model, self.flat_buffers, images, self._sampled(self.step - 1), self._alpha)
                 if found is not None:
                     return found
             return None
@@ -139,10 +141,12 @@ class Trainer:
         return self.device.type == "cuda" and not self.config.no_cuda_graphs
 
     def _refuse_to_record_collectives(self) -> None:
-        if self._records and (self._division.ranks_per_part > 1 or (self.config.overlap and self.ranks.size > 1)):
+        if self._records and (
+            self._division.ranks_per_part > 1 or (self.config.overlap_all_reduce and self.ranks.size > 1)
+        ):
             raise InputError(
-                "CUDA graphs do not hold collectives: --overlap, and --bn-groups below the number of ranks, need "
-                "--no-cuda-graphs"
+                "CUDA graphs do not hold collectives: --overlap-all-reduce, and --bn-groups below the number of "
+                "ranks, need --no-cuda-graphs"
             )
 
     def _accumulate(self, batch: Tensor, subnets: list[Subnet]) -> dict[str, Tensor]:
@@ -153,7 +157,7 @@ class Trainer:
         turns = self._division.turns
         if turns == 1:
             return self._one_turn(batch, subnets, last=True)
-        statistics = self.arena.statistics
+        statistics = self.flat_buffers.statistics
         before, total = statistics.clone(), torch.zeros_like(statistics)
         losses: dict[str, Tensor] = {}
         for turn, part in enumerate(self._division.of(batch), start=1):
@@ -167,10 +171,10 @@ class Trainer:
     def _one_turn(self, batch: Tensor, subnets: list[Subnet], last: bool) -> dict[str, Tensor]:
         if self._records:
             self._graphs = self._graphs or StepGraphs(
-                self.model, self.arena, batch, self._alpha, self.update, counts=self.guard.counts
+                self.model, self.flat_buffers, batch, self._alpha, self.update, counts=self.guard.counts
             )
             return self._graphs.accumulate(batch, subnets)
-        overlaps = last and self.config.overlap and self.ranks.size > 1
+        overlaps = last and self.config.overlap_all_reduce and self.ranks.size > 1
         complete = self._exchange.complete if overlaps else None
         return self.model.accumulate(prepare(batch, self.device), subnets, self._alpha, complete)
 
@@ -178,14 +182,14 @@ class Trainer:
         """Gradients and running statistics become those of the whole batch."""
         self._exchange.finish()
         if (shares := self.ranks.size * self._division.turns) > 1:
-            self.arena.grads /= shares
-        self.ranks.average(self.arena.statistics)
+            self.flat_buffers.grads /= shares
+        self.ranks.average(self.flat_buffers.statistics)
 
     def update(self) -> None:
         """The end of a step, on the gradient of the whole batch."""
         config = self.config
         self.guard.judge()
-        self.arena.update(
+        self.flat_buffers.update(
             weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta, apply=self.guard.finite
         )
         self.guard.settle()
@@ -194,7 +198,7 @@ class Trainer:
         """What a checkpoint holds."""
         return {
             "model": self.model.state_dict(),
-            "momentum": self.arena.momentum(),
+            "momentum": self.flat_buffers.momentum(),
             "skipped": self.guard.counts[2].clone(),
         }
 
@@ -202,7 +206,7 @@ class Trainer:
         """Continue from a checkpoint; InputError if it is of another network or holds no momentum."""
         self.load_weights(state)
         try:
-            self.arena.load_momentum(state.get("momentum", {}))
+            self.flat_buffers.load_momentum(state.get("momentum", {}))
         except ValueError as error:
             raise InputError(f"the checkpoint can be evaluated, but not continued: {error}") from error
         self.step = state["step"]

@@ -14,7 +14,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def settle_convolutions() -> None:
+def configure_cudnn() -> None:
     """Convolutions as exact as matrix products, and the same bits every time, which torch does not ask of cuDNN."""
     torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     torch.backends.cudnn.deterministic = True

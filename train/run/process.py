@@ -13,7 +13,7 @@ M_MMAP_THRESHOLD = -3
 KEPT = 1 << 30  # bytes; a larger block still goes back to the system when it is freed
 
 
-def settle_in(device: torch.device) -> None:
+def prepare_process(device: torch.device) -> None:
     """To be called once, when all that lasts is built and the steps begin.
 
     On the CPU, freed memory stays with the process: a step frees all its activations and asks for as many again, and

@@ -22,7 +22,7 @@ from ...data.images import ImageSet, require_labels
 from ...run.device import choose_device
 from ...run.run_directory import read_recipe
 from ...run.tables import Table, quantity
-from ..pretrained import STATISTICS_IMAGES, TrainedFamily
+from ..pretrained import STATISTICS_IMAGES, PretrainedFamily
 
 FOLDER = "evaluation"
 
@@ -51,7 +51,7 @@ class Subject:
     def __init__(self, out: Path, options: EvaluationOptions) -> None:
         if options.fast_kernels:
             registry.fast_kernels()
-        self.trained = TrainedFamily(out, choose_device(options.device))
+        self.trained = PretrainedFamily(out, choose_device(options.device))
         self.data = options.data or self.trained.config.data
         self.train: ImageSet = open_images(self.data, "train")
         self.test: ImageSet = open_images(self.data, "test")
@@ -81,7 +81,7 @@ def config_of(out: Path) -> PretrainConfig:
     """Of the run in a folder, checked to have a readable checkpoint, or of a recipe that was not run yet."""
     if out.suffix in (".yaml", ".yml"):
         return read_recipe(out, PretrainConfig)
-    return TrainedFamily(out, torch.device("cpu")).config
+    return PretrainedFamily(out, torch.device("cpu")).config
 
 
 class Plan:

@@ -19,7 +19,7 @@ from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
 from ..knn import knn
 from ..plot_data import points
-from ..pretrained import BATCH, TrainedFamily
+from ..pretrained import BATCH, PretrainedFamily
 from ..results import Report, publish
 from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
 
@@ -72,7 +72,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
         found = knn(train, train_labels, test, subject.test_labels, num_classes=subject.classes, k=options.k)
         return asdict(found)
 
-    def score_family(family: TrainedFamily, what: str) -> dict[str, dict[str, float]]:
+    def score_family(family: PretrainedFamily, what: str) -> dict[str, dict[str, float]]:
         subnets = list(family.family)
         family.measure(subnets, subject.train, subject.data, options.workers, what)
         train = family.features(subnets, references, f"{what}train", options.workers)
@@ -82,7 +82,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
     pretrained = score_family(trained, "")
     untrained = {}
     if options.baselines:
-        untrained = score_family(TrainedFamily(out, trained.device, untrained=True), "untrained ")
+        untrained = score_family(PretrainedFamily(out, trained.device, untrained=True), "untrained ")
     networks: dict[str, Any] = {
         name: {
             **costs,

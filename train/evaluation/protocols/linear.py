@@ -13,9 +13,9 @@ from ...data import augmentation
 from ...data.images import digest_of
 from ...data.loader import one_view_batches
 from ...data.normalization import normalize
-from ...data.sampler import EpochOrder
+from ...data.sampler import EpochSampler
 from ...run import fingerprint, loop
-from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
+from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, kept_batches
 from ..features import kept_bytes, representations
 from ..plot_data import points
 from ..results import Report, accuracy_table, publish
@@ -52,9 +52,9 @@ class ClassifierOptions(EvaluationOptions):
         if not 0 <= self.momentum < 1:
             raise InputError(f"--momentum lies between 0 and 1, not at {self.momentum}")
 
-    def recipe(self, images: int) -> Recipe:
+    def recipe(self, images: int) -> Hyperparameters:
         """For a training set of this size."""
-        return Recipe(self.epochs, min(self.batch_size, images), self.lr, self.momentum, self.seed)
+        return Hyperparameters(self.epochs, min(self.batch_size, images), self.lr, self.momentum, self.seed)
 
 
 @dataclass(kw_only=True)
@@ -109,8 +109,8 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
     test = trained.features(subnets, subject.test, "test", options.workers)
     recipe = options.recipe(len(subject.train))
 
-    def order(start: int = 0) -> EpochOrder:
-        return EpochOrder(len(subject.train), recipe.batch_size, recipe.seed, recipe.epochs, start)
+    def order(start: int = 0) -> EpochSampler:
+        return EpochSampler(len(subject.train), recipe.batch_size, recipe.seed, recipe.epochs, start)
 
     if options.augment:
         view = augmentation.supervised(trained.config.image_size, options.min_scale)
@@ -141,7 +141,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
 
 
 def _augmented(
-    subject: Subject, view: augmentation.ViewSpec, order: EpochOrder, options: LinearOptions
+    subject: Subject, view: augmentation.ViewSpec, order: EpochSampler, options: LinearOptions
 ) -> Iterator[Batch]:
     """Features of new random crops, computed batch by batch."""
     trained, device = subject.trained, subject.trained.device

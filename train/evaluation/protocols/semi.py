@@ -18,10 +18,10 @@ from ...config import option, positive
 from ...data import augmentation
 from ...data.balanced import SEED, as_text, balanced_subset, checksum
 from ...data.images import Subset, digest_of
-from ...data.sampler import EpochOrder
+from ...data.sampler import EpochSampler
 from ...run import atomic, fingerprint, loop
 from .. import supervised
-from ..classifiers import Batch, Classifiers, ClassifierTraining, Recipe, evaluate, kept_batches
+from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, kept_batches
 from ..plot_data import points
 from ..results import Report, accuracy_table, publish
 from ..supervised import SupervisedTraining, Together, labelled_batches, new_classifier
@@ -84,13 +84,13 @@ class SemiOptions(ClassifierOptions):
             raise InputError(f"--methods are of {', '.join(METHODS)}, not {self.methods!r}")
         return [name for name in METHODS if name in given]
 
-    def recipe(self, images: int) -> Recipe:
+    def recipe(self, images: int) -> Hyperparameters:
         """Of a linear classifier for this many images."""
         return replace(super().recipe(images), batch_size=fitting_batch(self.batch_size, images))
 
-    def finetuning(self, images: int) -> supervised.Recipe:
+    def finetuning(self, images: int) -> supervised.Hyperparameters:
         """For this many images."""
-        return supervised.Recipe(
+        return supervised.Hyperparameters(
             self.finetune_epochs,
             fitting_batch(self.batch_size, images),
             self.finetune_lr,
@@ -193,12 +193,12 @@ def _linear(subject: Subject, options: SemiOptions, chosen: dict[float, list[int
         train = {name: of[rows] for name, of in features.items()}
         labels = subject.train_labels[indices]
         recipe = options.recipe(len(indices))
-        order = EpochOrder(len(indices), recipe.batch_size, recipe.seed, recipe.epochs)
+        order = EpochSampler(len(indices), recipe.batch_size, recipe.seed, recipe.epochs)
         classifiers = Classifiers({s.name: s.channels[-1] for s in subnets}, subject.classes, recipe.seed)
         training = ClassifierTraining(classifiers.to(device), recipe, order.steps_per_epoch)
 
         def batches(start: int, train=train, labels=labels, recipe=recipe) -> Iterable[Batch]:
-            order = EpochOrder(len(labels), recipe.batch_size, recipe.seed, recipe.epochs, start)
+            order = EpochSampler(len(labels), recipe.batch_size, recipe.seed, recipe.epochs, start)
             return kept_batches(train, labels, order, device)
 
         key = fingerprint.digest(trained.weights, digest_of(images), indices, asdict(recipe))
@@ -215,8 +215,8 @@ def _finetune(subject: Subject, options: SemiOptions, percent: float, indices: l
     images = Subset(subject.train, indices)
     recipe = options.finetuning(len(indices))
 
-    def order(start: int = 0) -> EpochOrder:
-        return EpochOrder(len(images), recipe.batch_size, recipe.seed, recipe.epochs, start)
+    def order(start: int = 0) -> EpochSampler:
+        return EpochSampler(len(images), recipe.batch_size, recipe.seed, recipe.epochs, start)
 
     view = augmentation.supervised(size, options.min_scale)
     models = {s.name: new_classifier(trained.cut(s), subject.classes, recipe.seed).to(device) for s in trained.family}
