@@ -141,7 +141,7 @@ def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:
     precision = variant.precision if variant.policy else "fp32"
     trainer = Trainer(configuration(options, precision), STEPS_OF_A_RUN, torch.device("cpu"))
     if variant.policy is None:
-        subnets, lr, tau = list(trainer.model.family), trainer.learning_rate, trainer.tau
+        subnets, lr, tau = list(trainer.model.family), trainer.learning_rate(trainer.step), trainer.tau(trainer.step)
         eager = EagerStep(
             trainer.model,
             channels_last=variant.channels_last,

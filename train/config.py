@@ -23,7 +23,7 @@ SCRATCH = "none"  # --from: random weights
 
 
 def option(default: Any, help: str, changeable: bool = False) -> Any:
-    """A field with its help text; `changeable` ones may differ when a run is resumed."""
+    """A field with its help text. A resumed run may have other values of `changeable` fields."""
     return field(default=default, metadata={"help": help, "changeable": changeable})
 
 
@@ -31,13 +31,17 @@ def option(default: Any, help: str, changeable: bool = False) -> Any:
 class DataOptions:
     """data"""
 
-    data: str = option("fashion-mnist", "fashion-mnist, cifar10, a folder of images, or shards: 'DIR/{000..015}.tar'")
-    data_backend: str = option("auto", f"who decodes and augments: auto, {', '.join(BACKENDS)}; see docs/data.md")
+    data: str = option(
+        "fashion-mnist", "fashion-mnist, cifar10, an image folder, or WebDataset shards such as 'DIR/{000..015}.tar'"
+    )
+    data_backend: str = option(
+        "auto", f"image decoding and augmentation: auto, {', '.join(BACKENDS)}; see docs/data.md"
+    )
     image_size: int = option(96, "height and width of the augmented views, in pixels")
-    min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
-    train_images: int | None = option(None, "use only this many images, drawn at random")
+    min_scale: float = option(0.08, "smallest area of a random crop, as a share of the image")
+    train_images: int | None = option(None, "number of images to use, drawn at random [all]")
     workers: Workers = option("auto", WORKERS_HELP, True)
-    max_bad_images: int | None = option(None, "unreadable images that a run may leave out [1 in 1,000 of all]", True)
+    max_bad_images: int | None = option(None, "unreadable images to tolerate before the run ends [1 in 1,000]", True)
 
 
 @dataclass(kw_only=True)
@@ -45,12 +49,14 @@ class FamilyOptions:
     """family"""
 
     network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}")
-    dns: str = option("w0.50,w0.625,w0.75,w0.875,w1.00", "desired networks, such as w0.50,w1.00 or c64-d2222,c64-d3463")
-    stem: str = option("standard", "standard, or small: keeps the resolution, for images below about 64 px")
+    dns: str = option("w0.50,w0.625,w0.75,w0.875,w1.00", "desired networks: w0.50,w1.00 or c64-d2222,c64-d3463")
+    stem: str = option("standard", "standard; or small, which keeps the resolution, for images below about 64 px")
     hidden_features: int = option(4096, "hidden features of projector and predictor")
     out_features: int = option(256, "output features of projector and predictor")
-    momentum_bn: str = option("on", "momentum batch norm in the target: on, off, momentum2 (as the published code)")
-    init_from: str | None = option(None, "start from the weights of the newest checkpoint of this run directory")
+    momentum_bn: str = option(
+        "on", "momentum batch norm in the target: on, off, or momentum2, as in its published code"
+    )
+    init_from: str | None = option(None, "run directory whose newest checkpoint gives the initial weights")
 
     def names(self) -> list[str]:
         """The desired networks' names."""
@@ -62,21 +68,21 @@ class OptimizationOptions:
     """optimization"""
 
     epochs: int = option(300, "passes over the images")
-    batch_size: int = option(256, "images per step, of all ranks together")
-    bn_groups: int | None = option(None, "parts of a batch that are normalised by themselves [each turn of each rank]")
-    subnets_per_step: int = option(4, "subnets per step: smallest, full, and random ones between")
-    base_lr: float = option(0.2, "learning rate for 256 images; the peak is base_lr * batch_size / 256")
+    batch_size: int = option(256, "images per step, over all ranks")
+    bn_groups: int | None = option(None, "ghost batch norm groups of a batch [one per micro-batch and rank]")
+    subnets_per_step: int = option(4, "subnets per step: the smallest, the full one, and random others")
+    base_lr: float = option(0.2, "learning rate per 256 images: the peak is base_lr * batch_size / 256")
     warmup_epochs: float = option(10.0, "epochs of linear learning rate warm-up")
-    full_only_epochs: float | None = option(None, "epochs at the start that train only the full network [the warm-up]")
-    weight_decay: float = option(1.5e-6, "weight decay of tensors with more than one dimension")
+    full_only_epochs: float | None = option(None, "initial epochs that train the full network alone [--warmup-epochs]")
+    weight_decay: float = option(1.5e-6, "weight decay of tensors with two or more dimensions")
     momentum: float = option(0.9, "LARS momentum")
     eta: float = option(1e-3, "LARS trust coefficient")
-    tau: float = option(0.996, "decay of the target at the start; rises to 1")
+    tau: float = option(0.996, "initial decay rate of the target; rises to 1")
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
-    precision: str = option("fp32", "fp32, or bf16 to store activations in bf16")
+    precision: str = option("fp32", "fp32; or bf16, which stores activations in bf16")
 
     def full_only_steps(self, epoch_steps: int) -> int:
-        """Steps at the start that train only the full network, of a run with so many steps in an epoch."""
+        """Number of initial steps that train the full network alone."""
         return round((self.warmup_epochs if self.full_only_epochs is None else self.full_only_epochs) * epoch_steps)
 
 
@@ -85,33 +91,31 @@ class ExecutionOptions:
     """execution"""
 
     device: str = option("auto", "auto, cpu or cuda", changeable=True)
-    fast_kernels: bool = option(False, "use the fastest operator provider this machine has", changeable=True)
-    grad_accum_steps: int = option(1, "turns in which a rank takes its share of a batch that is too large for it", True)
+    fast_kernels: bool = option(False, "use the fastest verified operator providers of this machine", changeable=True)
+    grad_accum_steps: int = option(1, "micro-batches per optimizer step", True)
     overlap_all_reduce: bool = option(
-        False, "exchange gradients of late layers while those of early ones are computed", True
+        False, "all-reduce gradients of late layers during the backward pass of early ones", True
     )
-    no_cuda_graphs: bool = option(False, "launch every kernel by itself instead of replaying graphs", changeable=True)
-    probe_epochs: float = option(1.0, "epochs between measurements of kNN and feature spread; 0 for none", True)
-    probe_images: int = option(2000, "reference images of that kNN; half as many are classified", changeable=True)
+    no_cuda_graphs: bool = option(False, "launch kernels one by one instead of replaying CUDA graphs", changeable=True)
+    probe_epochs: float = option(1.0, "epochs between measurements of kNN accuracy and feature std; 0: none", True)
+    probe_images: int = option(2000, "reference images for kNN; half as many are classified", changeable=True)
     checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)
-    keep_checkpoints: int = option(2, "newest checkpoints to keep; the older are for when the newest is damaged", True)
-    keep_epochs: float = option(0.0, "also keep those of every so many epochs; 0 for none", changeable=True)
-    stall_timeout: float = option(
-        300.0, "seconds without a step after which the run says what it waits for; 0: never", True
-    )
-    log_steps: int = option(10, "steps between lines of metrics", changeable=True)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep; older ones serve if the newest is damaged", True)
+    keep_epochs: float = option(0.0, "epochs between checkpoints that are always kept; 0: none", changeable=True)
+    stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never", True)
+    log_steps: int = option(10, "steps between log entries", changeable=True)
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     """run directory"""
 
-    command: ClassVar[str]  # whose runs these are
+    command: ClassVar[str]  # the command that creates such runs
 
-    out: str = option("", "folder for configuration, metrics, checkpoints and results", changeable=True)
+    out: str = option("", "run directory for configuration, metrics, checkpoints and results", changeable=True)
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Names of the options that differ and would make a resumed run another one."""
+        """Names of the options that differ and may not change on resuming."""
         return [
             f.name
             for f in fields(self)
@@ -179,20 +183,20 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
 class StartOptions:
     """start"""
 
-    from_: str = option("", "run directory of train.pretrain to start from, or none: random weights")
-    dn: str | None = option(None, "train this network of the run alone")
-    dns: str | None = option(None, "switches [the run's networks]")
-    network: str | None = option(None, f"from none: architecture, {', '.join(NETWORKS)}")
-    stem: str | None = option(None, f"from none: {', '.join(STEMS)} [standard]")
+    from_: str = option("", "run directory of a pretraining to start from; none: random weights")
+    dn: str | None = option(None, "the one network of the run to train")
+    dns: str | None = option(None, "switches: subnets to train jointly [the run's networks]")
+    network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}")
+    stem: str | None = option(None, f"stem with --from none: {', '.join(STEMS)} [standard]")
 
 
 @dataclass(kw_only=True)
 class LabelledOptions:
     """data"""
 
-    data: str | None = option(None, "set of images with labels [the one that the run was pretrained on]")
+    data: str | None = option(None, "labelled images [those of the pretraining]")
     image_size: int | None = option(None, "height and width of the views, in pixels [the run's]")
-    min_scale: float = option(0.08, "smallest share of the image's area that a random crop takes")
+    min_scale: float = option(0.08, "smallest area of a random crop, as a share of the image")
     workers: Workers = option("auto", WORKERS_HELP, True)
 
 
@@ -202,14 +206,16 @@ class SupervisedOptions:
 
     epochs: int = option(300, "passes over the images")
     batch_size: int = option(256, "images per step")
-    lr: float = option(0.1, "learning rate for 256 images; the peak is lr * batch_size / 256, then a cosine to 0")
-    head_lr: float | None = option(None, "that of the classifier [the same]")
+    lr: float = option(0.1, "learning rate per 256 images: the peak is lr * batch_size / 256")
+    head_lr: float | None = option(None, "learning rate of the classifier [--lr]")
     momentum: float = option(0.9, "SGD momentum")
-    weight_decay: float = option(4e-5, "weight decay of tensors with more than one dimension")
+    weight_decay: float = option(4e-5, "weight decay of tensors with two or more dimensions")
     warmup_epochs: float = option(5.0, "epochs of linear learning rate warm-up")
-    label_smoothing: float = option(0.1, "share of the label given to all classes alike")
-    subnets_per_step: int = option(4, "switches per step: smallest, full, and random ones between")
-    no_distillation: bool = option(False, "let every switch learn from the labels instead of from the full network")
+    label_smoothing: float = option(0.1, "label smoothing")
+    subnets_per_step: int = option(4, "switches per step: the smallest, the full one, and random others")
+    no_distillation: bool = option(
+        False, "train every switch on the labels instead of on the full network's predictions"
+    )
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
 
 
@@ -219,9 +225,9 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
 
     command = "train.finetune"
 
-    evaluate_epochs: int = option(10, "epochs between accuracies on the test images; 0 for the last one only", True)
+    evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
     device: str = option("auto", "auto, cpu or cuda", True)
-    fast_kernels: bool = option(False, "use the fastest operator provider this machine has", True)
+    fast_kernels: bool = option(False, "use the fastest verified operator providers of this machine", True)
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run can have."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
@@ -10,8 +11,8 @@ from dspnet_fast.ops import registry
 from . import cli
 from .config import PretrainConfig
 from .costs import dry_run
-from .distributed.process_group import leave
-from .pretraining.run import Pretraining
+from .distributed.process_group import destroy_process_group
+from .pretraining.run import PretrainRun
 from .run.run_directory import with_own_config
 
 DESCRIPTION = """\
@@ -22,6 +23,38 @@ EXAMPLE = """\
       --dns c16-d1111,c16-d2222,c32-d2222 --epochs 5 --warmup-epochs 1 --out runs/first
   python -m train.pretrain --out runs/first --resume
   python -m train.pretrain --config recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --dry-run"""
+
+
+def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
+    """Pretrain a family of networks: the Python form of this command.
+
+    Args:
+        config: all options; `config.out` names the run directory.
+        resume: continue the run in `config.out`.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        InputError: if options, images or run directory cannot be used.
+        KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
+        SystemExit: after SIGTERM or SIGUSR1, when a checkpoint has been saved.
+
+    Example:
+        >>> config = PretrainConfig(data="photos", dns="w0.50,w1.00", epochs=20, out="runs/photos")
+        >>> run = pretrain(config)  # doctest: +SKIP
+    """
+    if not config.out:
+        raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")
+    if config.fast_kernels:
+        registry.fast_kernels()
+    try:
+        PretrainRun(config, resume).run()
+    except SystemExit:  # all ranks agreed to stop
+        destroy_process_group()
+        raise
+    destroy_process_group()  # skipped after an error: NCCL would block on the other ranks
+    return Path(config.out)
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -46,17 +79,8 @@ def _main(argv: Sequence[str]) -> None:
     config = cli.to_config(PretrainConfig, options)
     if options.dry_run:
         dry_run.show(dry_run.plan(config, options.resume))
-        return
-    if not config.out:
-        raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")
-    if config.fast_kernels:
-        registry.fast_kernels()
-    try:
-        Pretraining(config, options.resume).run()
-    except SystemExit:  # to stop was agreed on
-        leave()
-        raise
-    leave()  # not after an error: the others may be waiting for this rank, and NCCL to take leave would wait for them
+    else:
+        pretrain(config, options.resume)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def build(variant: Variant, case: Case, batch: Tensor) -> Step:
 
         return step
     subnets = sandwich(trainer.model.family, SUBNETS_PER_STEP, config.seed, 0)
-    lr, tau = trainer.learning_rate, trainer.tau
+    lr, tau = trainer.learning_rate(trainer.step), trainer.tau(trainer.step)
     eager = EagerStep(trainer.model, precision=bf16, compiled=variant.compiled)
 
     def comparison() -> Mapping[str, Tensor]:

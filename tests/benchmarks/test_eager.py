@@ -70,7 +70,7 @@ def test_a_step_on_bytes_is_the_trainers(precision, policy):
     trainer = Trainer(config, 10, torch.device("cpu"))
     eager = EagerStep(trainer.model, precision=precision)
     batch = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8)
-    lr, tau = trainer.learning_rate, trainer.tau
+    lr, tau = trainer.learning_rate(trainer.step), trainer.tau(trainer.step)
     expected = trainer.train_step(batch)
     losses = eager.step(batch, list(trainer.model.family), lr, tau)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5 if precision == "fp32" else 0.05)

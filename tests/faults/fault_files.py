@@ -11,7 +11,7 @@ from fault_lab import Lab
 from fault_table import Outcome, fault
 
 from train.config import PretrainConfig
-from train.pretraining.trainer import build_model
+from train.pretraining.dspnet import build_model
 from train.run import checkpoint
 from train.run.run_directory import read_config
 

@@ -17,7 +17,7 @@ from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
 from benchmarks.cable import HOSTS, Cable
 from train.config import PretrainConfig
 from train.costs.communication import traffic
-from train.pretraining.trainer import build_model
+from train.pretraining.dspnet import build_model
 from train.run import checkpoint
 from train.run.run_directory import read_config
 

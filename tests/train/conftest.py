@@ -15,7 +15,7 @@ from train.data.images import Subset
 from train.data.loader import evaluation_batches
 from train.data.normalization import normalize
 from train.evaluation.features import extract
-from train.pretraining.run import Pretraining
+from train.pretraining.run import PretrainRun
 
 SMALL_RUN = {
     "network": "resnet",
@@ -66,7 +66,7 @@ def small(images, tmp_path):
 def finished(images, tmp_path_factory):
     """The directory of a finished small run; other tests read it."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    Pretraining(PretrainConfig(**{**SMALL_RUN, "data": str(images), "out": str(out)}), resume=False).run()
+    PretrainRun(PretrainConfig(**{**SMALL_RUN, "data": str(images), "out": str(out)}), resume=False).run()
     return out
 
 

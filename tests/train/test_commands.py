@@ -16,7 +16,7 @@ from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
 from train.data.normalization import normalize
 from train.evaluation.pretrained import PretrainedFamily
-from train.pretraining.run import Pretraining
+from train.pretraining.run import PretrainRun
 
 
 def run(command, *argv):
@@ -61,7 +61,7 @@ def test_print_config_is_a_config(arguments, capsys, tmp_path):
 
 
 def test_start_from_the_weights_of_another_run(finished, arguments, tmp_path, small):
-    started = Pretraining(small(init_from=str(finished)), resume=False).trainer
+    started = PretrainRun(small(init_from=str(finished)), resume=False).trainer
     state = torch.load(finished / "checkpoints" / "step-00000020.pt", weights_only=True)
     torch.testing.assert_close(started.model.state_dict(), state["model"], rtol=0, atol=0)
     assert started.step == 0
@@ -167,7 +167,7 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(arguments, monkeypatch,
     def fail(*_):
         raise RuntimeError("the sky fell\nmany details")
 
-    monkeypatch.setattr(pretrain, "Pretraining", fail)
+    monkeypatch.setattr(pretrain, "PretrainRun", fail)
     assert run(pretrain, *arguments()) == FAILED
     error = capsys.readouterr().err
     assert "RuntimeError: the sky fell (--debug shows where)" in error and "details" not in error

@@ -6,7 +6,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dspnet_fast.errors import InputError
 from train.costs.communication import ring, traffic
-from train.pretraining.trainer import Trainer, build_model
+from train.pretraining.dspnet import build_model
+from train.pretraining.trainer import Trainer
 
 
 def test_a_ring_sends_nearly_twice_what_it_sums():

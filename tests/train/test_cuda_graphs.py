@@ -1,10 +1,11 @@
-"""A recorded step is the step: same bits, whatever was run to record it; on a GPU without waiting for it."""
+"""Captured passes give the bits of launched ones, capturing changes no state, and a step never synchronises the GPU."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from train.pretraining import cuda_graphs
 from train.pretraining.cuda_graphs import StepGraphs
 from train.pretraining.trainer import Trainer
 
@@ -23,7 +24,7 @@ def make(config, device="cpu"):
 
 
 def run_and_return(functions):
-    """Records as graphs would: runs all first, on whatever is there."""
+    """A stand-in for capturing: runs every function twice and returns it."""
     for function in functions:
         function()
         function()
@@ -38,51 +39,46 @@ def state(trainer):
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_bn": "off"}, {"precision": "bf16"}], ids=str)
-def test_replays_are_the_step(small, options):
+def test_captured_steps_have_the_bits_of_launched_ones(small, options):
     config = small(**options)
-    plain, recorded = make(config), make(config)
-    recorded._graphs = StepGraphs(
-        recorded.model, recorded.flat_buffers, batches(config)[3], recorded._alpha, recorded.update, run_and_return
-    )
-    type(recorded)._records, kept = property(lambda self: self is recorded), type(recorded)._records
-    try:
-        for batch in batches(config):
-            want, got = plain.train_step(batch), recorded.train_step(batch)
-            assert want.keys() == got.keys()
-            torch.testing.assert_close(got, want, rtol=0, atol=0)
-    finally:
-        type(recorded)._records = kept
-    torch.testing.assert_close(state(recorded), state(plain), rtol=0, atol=0)
+    plain, captured = make(config), make(config)
+    captured.accumulate = cuda_graphs.captured(captured.model, captured.flat_buffers, captured._alpha, run_and_return)
+    for batch in batches(config):
+        torch.testing.assert_close(captured.train_step(batch), plain.train_step(batch), rtol=0, atol=0)
+    torch.testing.assert_close(state(captured), state(plain), rtol=0, atol=0)
 
 
-def test_recording_leaves_no_trace(small):
+def graphs(trainer, batch):
+    return StepGraphs(trainer.model, trainer.flat_buffers, batch, trainer._alpha, run_and_return)
+
+
+def test_capturing_restores_the_state(small):
     config = small()
     trainer = make(config)
     trainer.train_step(batches(config)[0])
     before = {name: value.clone() for name, value in state(trainer).items()}
-    StepGraphs(trainer.model, trainer.flat_buffers, batches(config)[1], trainer._alpha, trainer.update, run_and_return)
+    graphs(trainer, batches(config)[1])
     torch.testing.assert_close(state(trainer), before, rtol=0, atol=0)
     assert not trainer.flat_buffers.grads.count_nonzero()
 
 
-def test_losses_of_a_step_stay_when_the_next_has_run(small):
+def test_losses_keep_their_values_when_the_next_step_has_run(small):
     config = small()
     trainer = make(config)
     first, second = batches(config)[:2]
-    graphs = StepGraphs(trainer.model, trainer.flat_buffers, first, trainer._alpha, trainer.update, run_and_return)
-    losses = graphs.accumulate(first, list(trainer.model.family))
+    step = graphs(trainer, first)
+    losses = step.accumulate(first, list(trainer.model.family))
     kept = {name: loss.clone() for name, loss in losses.items()}
-    graphs.accumulate(second, list(trainer.model.family))
+    step.accumulate(second, list(trainer.model.family))
     assert losses == kept
 
 
-def test_a_batch_of_another_shape_is_refused(small):
+def test_batch_of_another_shape_is_refused(small):
     config = small()
     trainer = make(config)
     batch = batches(config)[0]
-    graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, trainer._alpha, trainer.update, run_and_return)
-    with pytest.raises(RuntimeError, match="recorded for batches"):
-        graphs.accumulate(batch[2:], [trainer.model.family.full])
+    with pytest.raises(RuntimeError, match="captured for batches"):
+        graphs(trainer, batch).accumulate(batch[2:], [trainer.model.family.full])
 
 
 @needs_gpu

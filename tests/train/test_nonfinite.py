@@ -8,8 +8,8 @@ import torch
 
 from dspnet_fast.errors import InputError
 from train.pretrain import _main
-from train.pretraining.nonfinite import TOO_MANY
-from train.pretraining.run import Pretraining
+from train.pretraining.nonfinite import MAX_IN_A_ROW
+from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
 from train.run.meter import Meter
@@ -80,7 +80,7 @@ def test_statistics_that_are_not_finite_are_not_kept(small):
     losses = trainer.train_step(views(config, 1))
     handle.remove()
     assert all(loss.isfinite() for loss in losses.values())
-    assert trainer.guard.skipped().in_all == 1
+    assert trainer.guard.skipped().total == 1
     for kept, now in zip(before, everything(trainer), strict=True):
         assert torch.equal(kept, now)
 
@@ -97,7 +97,7 @@ def test_the_steps_since_are_counted(small):
 def test_a_few_are_counted_and_said(small, poison, capsys):
     poison.update([3, 4, 7])
     config = small(epochs=1)
-    Pretraining(config, resume=False).run()
+    PretrainRun(config, resume=False).run()
     said = capsys.readouterr().out
     assert "step 3  skipped: its numbers were not finite (1 steps so far)" in said
     assert "step 7  skipped: its numbers were not finite (3 steps so far)" in said
@@ -110,9 +110,9 @@ def test_a_few_are_counted_and_said(small, poison, capsys):
 
 def test_three_in_a_row_end_the_run_which_goes_on_later(small, poison):
     config = small()
-    poison.update(range(5, 5 + TOO_MANY))
-    with pytest.raises(InputError, match=r"3 steps in a row .* from the images of all \(images\) of rank 0 on; saved"):
-        Pretraining(config, resume=False).run()
+    poison.update(range(5, 5 + MAX_IN_A_ROW))
+    with pytest.raises(InputError, match=r"3 consecutive steps .* first in the images of .* rank 0; saved"):
+        PretrainRun(config, resume=False).run()
     out = Path(config.out)
     dump = json.loads((out / "nonfinite.json").read_text())
     assert dump["step"] == 7 and dump["ranks"][0]["found"]["where"] == "images"
@@ -170,7 +170,7 @@ def test_a_weight_is_named(small):
 
 def test_a_collapse_is_told_with_advice(small, monkeypatch, capsys):
     monkeypatch.setattr("train.pretraining.probe.feature_std", lambda features: 0.01 if len(features[0]) < 100 else 0.5)
-    Pretraining(small(epochs=1), resume=False).run()
+    PretrainRun(small(epochs=1), resume=False).run()
     said = capsys.readouterr().out
     assert "step 10  COLLAPSE of c8-d1111, c8-d1121:" in said and "lower --base-lr" in said
     assert "step 0  COLLAPSE" not in said

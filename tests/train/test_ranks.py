@@ -16,11 +16,10 @@ import torch.distributed as dist
 from dspnet_fast.errors import InputError
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from train.config import PretrainConfig
-from train.distributed.batch_split import BatchSplit, divide
-from train.distributed.process_group import World
-from train.pretraining.dspnet import VIEWS
+from train.distributed.batch_split import BatchSplit, split_batch
+from train.pretraining.dspnet import VIEWS, build_model
 from train.pretraining.flat_buffers import FlatBuffers
-from train.pretraining.trainer import Trainer, build_model
+from train.pretraining.trainer import Trainer
 from train.run import checkpoint
 from train.run.run_directory import read_config
 
@@ -183,14 +182,14 @@ def test_ranks_that_would_begin_differently_are_refused(torchrun, arguments, tmp
     command = [own if part == str(tmp_path / "counting.py") else part for part in torchrun(2, resume)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode
-    assert "rank 1 begins after step 10 and rank 0 after step 10, or with other weights" in done.stderr
+    assert "rank 1 starts after step 10 and rank 0 after step 10, or with other weights" in done.stderr
 
 
 def test_parts_that_ranks_cannot_share_are_refused(small):
-    with pytest.raises(InputError, match="cannot share"):
-        divide(small(bn_groups=4), World(0, 6))
-    with pytest.raises(InputError, match="in 2 turns"):
-        divide(small(bn_groups=2, grad_accum_steps=2), World(0, 2))
+    with pytest.raises(InputError, match="--bn-groups 4 does not fit 6 ranks"):
+        split_batch(small(bn_groups=4), 6)
+    with pytest.raises(InputError, match="--grad-accum-steps 2: give a multiple of 4"):
+        split_batch(small(bn_groups=2, grad_accum_steps=2), 2)
     with pytest.raises(InputError, match="equal parts"):
         small(bn_groups=3)
 
@@ -208,15 +207,15 @@ def test_parts_that_ranks_cannot_share_are_refused(small):
     ],
 )
 def test_division(small, bn_groups, grad_accum_steps, ranks, expected):
-    assert divide(small(bn_groups=bn_groups, grad_accum_steps=grad_accum_steps), World(0, ranks)) == expected
+    assert split_batch(small(bn_groups=bn_groups, grad_accum_steps=grad_accum_steps), ranks) == expected
 
 
 def test_turns_hold_both_views_of_their_images(small):
     batch = torch.arange(12).view(12, 1)  # view 1 of images 0 to 5, then view 2
-    turns = [turn.flatten().tolist() for turn in BatchSplit(3, 1, 1).of(batch)]
+    turns = [turn.flatten().tolist() for turn in BatchSplit(3, 1, 1).split(batch)]
     assert turns == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
     with pytest.raises(InputError, match="--grad-accum-steps 4"):
-        list(BatchSplit(4, 1, 1).of(batch))
+        list(BatchSplit(4, 1, 1).split(batch))
 
 
 @pytest.mark.parametrize("momentum_bn", ["on", "off"])

@@ -13,7 +13,7 @@ import torch
 
 from dspnet_fast.errors import InputError
 from train.pretrain import _main
-from train.pretraining.run import Pretraining
+from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
 from train.run.run_directory import open_run
@@ -39,7 +39,7 @@ def losses(out):
 @pytest.fixture
 def uninterrupted(small, tmp_path):
     config = small(out=str(tmp_path / "uninterrupted"))
-    Pretraining(config, resume=False).run()
+    PretrainRun(config, resume=False).run()
     return tmp_path / "uninterrupted"
 
 
@@ -58,7 +58,7 @@ def stop_after(monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
             patch.setattr(Trainer, "train_step", interrupting_step)
-            Pretraining(config, resume=False).run()
+            PretrainRun(config, resume=False).run()
         return ended.value
 
     return run
@@ -115,19 +115,19 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(arguments, small, tmp_path
     assert steps and newest is not None and int(newest.stem[5:]) % EPOCH_STEPS, "the checkpoint lies inside an epoch"
     _main(["--resume", "--out", str(out)])
     config = small(out=str(tmp_path / "uninterrupted"), checkpoint_epochs=0.3, epochs=epochs)
-    Pretraining(config, resume=False).run()
+    PretrainRun(config, resume=False).run()
     assert_same_bits(final_state(out), final_state(tmp_path / "uninterrupted"))
     assert losses(out) == losses(tmp_path / "uninterrupted")
 
 
 def test_killed_before_the_first_checkpoint(small, tmp_path, uninterrupted):
-    Pretraining(small(), resume=False)  # has made the run directory, and trained nothing
+    PretrainRun(small(), resume=False)  # has made the run directory, and trained nothing
     _main(["--resume", "--out", str(tmp_path / "run")])
     assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
 
 
 def test_half_a_line_of_metrics_is_dropped(small, tmp_path):
-    Pretraining(small(epochs=1), resume=False).run()
+    PretrainRun(small(epochs=1), resume=False).run()
     metrics = tmp_path / "run" / "metrics.jsonl"
     whole = losses(tmp_path / "run")
     with open(metrics, "a") as file:
@@ -137,7 +137,7 @@ def test_half_a_line_of_metrics_is_dropped(small, tmp_path):
 
 
 def test_the_number_of_workers_changes_no_bit(small, tmp_path, uninterrupted):
-    Pretraining(small(workers=2), resume=False).run()
+    PretrainRun(small(workers=2), resume=False).run()
     assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
 
 

@@ -13,7 +13,7 @@ from dspnet_fast.errors import InputError
 from train.data.shard import ShardOptions, write_set
 from train.pretrain import _main
 from train.pretraining import run
-from train.pretraining.run import Pretraining
+from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
 from train.run.meter import Meter
@@ -44,7 +44,7 @@ def shards(images, tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_stopped_inside_an_epoch_and_resumed(small, shards, tmp_path, monkeypatch, backend, sharded):
     options = {"data_backend": backend, **({"data": shards} if sharded else {})}
-    Pretraining(small(out=str(tmp_path / "whole"), **options), resume=False).run()
+    PretrainRun(small(out=str(tmp_path / "whole"), **options), resume=False).run()
     train_step = Trainer.train_step
 
     def interrupting_step(self, batch):
@@ -55,7 +55,7 @@ def test_stopped_inside_an_epoch_and_resumed(small, shards, tmp_path, monkeypatc
 
     monkeypatch.setattr(Trainer, "train_step", interrupting_step)
     with pytest.raises(KeyboardInterrupt):
-        Pretraining(small(**options), resume=False).run()
+        PretrainRun(small(**options), resume=False).run()
     monkeypatch.undo()
     _main(["--resume", "--out", str(tmp_path / "run")])
     found, expected = state(tmp_path / "run"), state(tmp_path / "whole")
@@ -65,11 +65,11 @@ def test_stopped_inside_an_epoch_and_resumed(small, shards, tmp_path, monkeypatc
 
 
 def test_the_backend_that_auto_chose_is_the_runs(small, tmp_path):
-    Pretraining(small(), resume=False)
+    PretrainRun(small(), resume=False)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data_backend"] == "torchvision"
     with pytest.raises(InputError, match="another --data-backend" if has_dali else "needs NVIDIA DALI"):
-        Pretraining(small(data_backend="dali-cpu"), resume=True)
-    Pretraining(small(data_backend="auto"), resume=True)
+        PretrainRun(small(data_backend="dali-cpu"), resume=True)
+    PretrainRun(small(data_backend="auto"), resume=True)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def damaged(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_left_out_and_named(small, damaged, tmp_path, workers):
-    Pretraining(small(data=damaged, max_bad_images=2, workers=workers), resume=False).run()
+    PretrainRun(small(data=damaged, max_bad_images=2, workers=workers), resume=False).run()
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("left out") == 2 and "07.png" in log and "31.png" in log
     assert metrics(tmp_path / "run")[-2]["bad_images"] == 2
@@ -94,7 +94,7 @@ def test_bad_images_are_left_out_and_named(small, damaged, tmp_path, workers):
 
 
 def test_one_too_many_ends_the_run_after_saving(small, damaged, tmp_path):
-    run = Pretraining(small(data=damaged, max_bad_images=1, probe_epochs=0), resume=False)
+    run = PretrainRun(small(data=damaged, max_bad_images=1, probe_epochs=0), resume=False)
     with pytest.raises(InputError, match="--max-bad-images 1"):
         run.run()
     log = (tmp_path / "run" / "train.log").read_text()
@@ -107,13 +107,13 @@ def test_bad_images_are_counted_over_the_whole_run(small, damaged, tmp_path, mon
     """Each is named once, whether it comes again in a later epoch or after the run was resumed."""
     options = {"data": damaged, "data_backend": backend, "probe_epochs": 0}
     with pytest.raises(InputError, match="more bad ones than --max-bad-images 1"):
-        Pretraining(small(max_bad_images=1, **options), resume=False).run()
+        PretrainRun(small(max_bad_images=1, **options), resume=False).run()
     first = list(read_bad_images(tmp_path / "run"))
     assert len(first) == 1 and first[0].endswith(".png")
     with pytest.raises(InputError, match="more bad ones than --max-bad-images 1"):  # the same one is still too many
         _main(["--resume", "--out", str(tmp_path / "run")])
     with pytest.raises(InputError, match="less than the run has left out already: give at least 1"):
-        Pretraining(small(max_bad_images=0, **options), resume=True)
+        PretrainRun(small(max_bad_images=0, **options), resume=True)
     _main(["--resume", "--out", str(tmp_path / "run"), "--max-bad-images", "2"])
     found = read_bad_images(tmp_path / "run")
     assert list(found)[:1] == first and {name[-6:] for name in found} == {"07.png", "31.png"}
@@ -124,14 +124,14 @@ def test_bad_images_are_counted_over_the_whole_run(small, damaged, tmp_path, mon
 
 
 def test_a_damaged_list_of_bad_images_is_named(small, tmp_path):
-    Pretraining(small(), resume=False)
+    PretrainRun(small(), resume=False)
     (tmp_path / "run" / BAD_IMAGES).write_text("{")
     with pytest.raises(InputError, match=f"{BAD_IMAGES}.*remove it"):
-        Pretraining(small(), resume=True)
+        PretrainRun(small(), resume=True)
 
 
 def test_by_default_one_image_in_a_thousand_may_be_bad(small):
-    assert Pretraining(small(), resume=False).bad.limit == 0
+    assert PretrainRun(small(), resume=False).bad.limit == 0
     with pytest.raises(InputError, match="--max-bad-images cannot be negative"):
         small(max_bad_images=-1)
 
@@ -148,7 +148,6 @@ def test_share_of_time_spent_waiting(monkeypatch):
     meter = Meter(slow())
     for _ in meter.batches():
         now[0] += 1
-        began = now[0]
-        now[0] += 5
-        meter.pause(began)
+        with meter.paused():
+            now[0] += 5
     assert meter.read() == (4 * 3 / 16, 12 / 16)

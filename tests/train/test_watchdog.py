@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from train.distributed import watchdog
 from train.distributed.process_group import SINGLE_PROCESS, World
-from train.distributed.watchdog import FINISHED, LOST, Pulse, Watchdog
+from train.distributed.watchdog import FINISHED, LOST_RANK, Heartbeats, Watchdog
 
 SERVER = """
 import time
@@ -25,8 +25,8 @@ time.sleep(600)
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(watchdog, "BEAT", 0.02)
-    monkeypatch.setattr(watchdog, "SILENCE", 0.5)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(watchdog, "SILENT_SECONDS", 0.5)
 
 
 def wait_for(condition) -> None:
@@ -57,9 +57,9 @@ def test_it_complains_less_and_less_often(quick, tmp_path):
 
 
 @pytest.mark.parametrize("stall_timeout", [0.0, 100.0])
-def test_a_run_that_moves_is_left_alone(quick, tmp_path, patience):
+def test_a_run_that_moves_is_left_alone(quick, tmp_path, stall_timeout):
     said: list[str] = []
-    with Watchdog(SINGLE_PROCESS, patience, tmp_path / "stalled.txt", said.append):
+    with Watchdog(SINGLE_PROCESS, stall_timeout, tmp_path / "stalled.txt", said.append):
         time.sleep(0.2)
     assert not said and not (tmp_path / "stalled.txt").exists()
 
@@ -76,10 +76,10 @@ def store(monkeypatch):
 @pytest.fixture
 def pulse(quick, store):
     """pulse(rank, size): the heartbeats of one rank, as if it were in step 12."""
-    begun: list[Pulse] = []
+    begun: list[Heartbeats] = []
 
-    def begin(rank, size, start="first") -> Pulse:
-        begun.append(Pulse(World(rank, size, start=start), lambda: (12, "training")))
+    def begin(rank, size, launch_id="first") -> Heartbeats:
+        begun.append(Heartbeats(World(rank, size, launch_id=launch_id), lambda: (12, "training")))
         begun[-1].start()
         return begun[-1]
 
@@ -90,7 +90,7 @@ def pulse(quick, store):
 
 def test_a_rank_that_falls_silent_is_named(pulse):
     first, second, third = (pulse(rank, 3) for rank in range(3))
-    time.sleep(2 * watchdog.SILENCE)
+    time.sleep(2 * watchdog.SILENT_SECONDS)
     assert not (first.lost or second.lost or third.lost)
     second.stop(finished=False)
     wait_for(lambda: first.lost)
@@ -103,7 +103,7 @@ def test_a_rank_that_falls_silent_is_named(pulse):
 def test_a_rank_that_finished_is_not_missed(pulse, store):
     first, second = pulse(0, 2), pulse(1, 2)
     second.stop(finished=True)
-    time.sleep(2 * watchdog.SILENCE)
+    time.sleep(2 * watchdog.SILENT_SECONDS)
     assert not first.lost
     assert store.get("heartbeats/first/1").decode() == FINISHED
 
@@ -114,8 +114,8 @@ def test_what_was_said_in_an_earlier_start_counts_no_more(pulse):
     gone.stop(finished=False)
     before = pulse(0, 2)
     wait_for(lambda: before.lost)
-    first, second = pulse(0, 2, start="second"), pulse(1, 2, start="second")
-    time.sleep(2 * watchdog.SILENCE)
+    first, second = pulse(0, 2, launch_id="second"), pulse(1, 2, launch_id="second")
+    time.sleep(2 * watchdog.SILENT_SECONDS)
     assert not (first.lost or second.lost)
 
 
@@ -123,7 +123,7 @@ def test_a_lost_rank_ends_the_process(quick, store, tmp_path, capfd):
     ended: list[int] = []
     with Watchdog(World(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
         wait_for(lambda: ended)
-    assert ended == [LOST]
+    assert ended == [LOST_RANK]
     assert "error: rank 1 has not begun; rank 0 ends the job" in capfd.readouterr().err
 
 
@@ -133,15 +133,15 @@ def test_a_store_that_does_not_answer_ends_the_process(quick, tmp_path, monkeypa
     try:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", server.stdout.readline().strip())
-        other = Pulse(World(1, 2), lambda: (0, "training"))
+        other = Heartbeats(World(1, 2), lambda: (0, "training"))
         other.start()
         ended: list[int] = []
         with Watchdog(World(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
-            time.sleep(2 * watchdog.SILENCE)
+            time.sleep(2 * watchdog.SILENT_SECONDS)
             assert not ended
             server.send_signal(signal.SIGSTOP)
             wait_for(lambda: ended)
-        assert ended == [LOST]
+        assert ended == [LOST_RANK]
         assert "has not answered for" in capfd.readouterr().err
     finally:
         server.kill()  # then the calls return
@@ -164,7 +164,7 @@ def test_every_rank_has_its_file(quick, pulse, tmp_path):
     """All ranks wait if one does, and only one file is of interest."""
     pulse(0, 2)
     said: list[str] = []
-    with Watchdog(World(1, 2, start="first"), 0.1, tmp_path / "stalled.txt", said.append):
+    with Watchdog(World(1, 2, launch_id="first"), 0.1, tmp_path / "stalled.txt", said.append):
         wait_for(lambda: said)
         wait_for((tmp_path / "stalled-rank1.txt").exists)
     assert said[0].startswith("rank 1: no step for") and "stalled-rank1.txt" in said[0]

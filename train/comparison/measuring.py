@@ -1,9 +1,9 @@
 """What the parts of a training step take: seconds and peak memory, measured in a process of their own.
 
-The step that is timed is the run's: the same configuration, threads and operators, on noise for images. It is taken
-apart where `pretraining/cuda_graphs.py` takes it apart for recording: the target (which normalises the batch), every
-subnet's forward and backward pass, the update. So nothing is added to the steps of a run, and on CUDA what is timed are
-the graphs that a run replays. Loading data is no part: a run itself records how long it waits.
+The timed step has the run's configuration, threads and operators, and noise for images. It is timed in the parts of
+`pretraining/cuda_graphs.py`: the target (with the normalisation of the batch), every subnet's forward and backward
+pass, and the update. Thus a run's own steps carry no timers, and on CUDA the graphs that a run replays are timed.
+Loading data is not included: a run records how long it waits for it.
 
 Peak memory is that of a few whole steps. On the CPU it is the growth of the process's resident memory since before the
 networks were built (the kernel's VmHWM, which unlike getrusage's maximum forgets what the parent process had), on CUDA
@@ -16,7 +16,6 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from dspnet_fast.ops import registry
 
 from ..config import PretrainConfig
-from ..pretraining.cuda_graphs import Recorder, StepGraphs, record_graphs
+from ..pretraining.cuda_graphs import StepGraphs
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer
 from ..run.device import choose_device
@@ -98,24 +97,18 @@ def measure_here(config: PretrainConfig, steps: int) -> Measured:
 
 def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
     """Median seconds of the target, of each subnet and of the update."""
-    device, config = trainer.device, trainer.config
-    pieces: list[Callable[[], object]] = []
-    record: Recorder = record_graphs if device.type == "cuda" and not config.no_cuda_graphs else list
-
-    def note(functions: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
-        pieces.extend(record(functions))
-        return pieces
-
+    device = trainer.device
+    captures = device.type == "cuda" and not trainer.config.no_cuda_graphs
     alpha = torch.ones((), device=device)
-    trainer.flat_buffers.schedule(trainer.learning_rate, trainer.tau)
-    graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, alpha, trainer.update, note)
+    trainer.flat_buffers.schedule(trainer.learning_rate(trainer.step), trainer.tau(trainer.step))
+    graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, alpha, None if captures else list)
+    pieces = [graphs.target, *graphs.subnets.values(), trainer.update]
     taken: list[list[float]] = [[] for _ in pieces]
     for _ in range(WARM_UP + steps):
         for piece, times in zip(pieces, taken, strict=True):
             began = _now(device)
             piece()
             times.append(_now(device) - began)
-    del graphs  # it owns the tensors that the pieces work on
     return [statistics.median(times[WARM_UP:]) for times in taken]
 
 

@@ -16,7 +16,7 @@ from ..data.backends import choose_backend
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from ..evaluation.results import Report
-from ..pretraining.run import Pretraining, open_train_images
+from ..pretraining.run import PretrainRun, open_train_images
 from ..run import checkpoint
 from ..run.device import choose_device
 from ..run.run_directory import CONFIG, open_run
@@ -56,7 +56,7 @@ def _train(config: PretrainConfig, steps: int) -> None:
     if begun:
         open_run(config, resume=True)  # which refuses a run of another recipe
     if checkpoint.latest_step(out / "checkpoints") < steps:
-        Pretraining(config, resume=begun).run()
+        PretrainRun(config, resume=begun).run()
         gc.unfreeze()  # what the run froze is free to go
         gc.collect()
 

@@ -24,11 +24,9 @@ from dspnet_fast.models import build, family
 from dspnet_fast.subnets import Subnet
 
 from ..config import PretrainConfig
-from ..distributed.batch_split import divide
-from ..distributed.process_group import World
-from ..pretraining.dspnet import VIEWS
+from ..distributed.batch_split import split_batch
+from ..pretraining.dspnet import VIEWS, build_model
 from ..pretraining.flat_buffers import FlatBuffers
-from ..pretraining.trainer import build_model
 from .counting import sampled_steps
 
 BYTES = 4  # of an element: everything that is exchanged is fp32
@@ -65,7 +63,7 @@ def traffic(config: PretrainConfig, ranks: int) -> Traffic:
 
     Raises InputError if ranks and parts of the batch do not divide one another.
     """
-    sharing = divide(config, World(0, ranks)).ranks_per_part
+    sharing = split_batch(config, ranks).ranks_per_group
     if ranks == 1:
         return Traffic(0.0, 0.0, 0.0, 0.0)
     with torch.device("meta"):

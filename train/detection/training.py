@@ -15,7 +15,7 @@ from dspnet_fast.errors import InputError
 from ..config import Workers
 from ..data.coco import CocoSet, Instances, evaluation_images
 from ..data.sampler import mix
-from ..run.loop import OfOneModel
+from ..run.loop import SingleModelTraining
 from ..run.progress import Monitor
 from ..run.schedules import stepped_learning_rate
 from .average_precision import average_precision
@@ -42,7 +42,7 @@ class Hyperparameters:
     seed: int
 
 
-class DetectionTraining(OfOneModel):
+class DetectionTraining(SingleModelTraining):
     """Trains all of a detector by the sum of its five losses, in one process; a `train.run.loop.Training`."""
 
     model: MaskRCNN

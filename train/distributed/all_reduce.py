@@ -1,43 +1,85 @@
-"""The sum of all ranks' gradients: one all-reduce after the backward pass, or several while it still computes.
+"""The all-reduce of the flat gradient: once after the backward passes, or in pieces while the last one still runs.
 
-The backward pass of the full network, the last of a step, completes the flat gradient from its end to its beginning:
-predictor, projector, last stage of the encoder, and so on. In that order pieces of it can be on their way early.
+The backward pass of the full network, which is the last of a step, finishes the flat gradient from its end to its
+beginning: predictor, projector, last stage of the encoder, and so on. Pieces can be sent in that order.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dspnet_fast.nn.deferred import Activation, Deferred
 
 from ..pretraining.flat_buffers import FlatBuffers
 from .process_group import World
 
-PIECE = 0.1  # share of the gradient that is worth a message of its own: a late stage has a multiple, an early one less
+MIN_PIECE = 0.1  # share of the gradient from which a piece is sent early: smaller messages cost more than they overlap
 
 
 class GradientAllReduce:
-    """Of the gradients in an flat buffers. Every rank makes the same calls in the same order."""
+    """Sums the gradients in flat buffers over the ranks. Every rank makes the same calls in the same order.
 
-    def __init__(self, flat: FlatBuffers, ranks: World) -> None:
-        self._arena = flat
-        self._ranks = ranks
-        self._begun: list[Callable[[], object]] = []
-        self._left = len(flat.grads)  # the elements before this one have not been sent
+    Args:
+        flat: the flat buffers; `grads` is reduced in place.
+        world: the process group.
+    """
 
-    def complete(self, part: str) -> None:
-        """All gradients from a module of the online network on are what they will be: send them if they are enough."""
-        start = self._arena.start(part)
-        if self._left - start >= PIECE * len(self._arena.grads):
+    def __init__(self, flat: FlatBuffers, world: World) -> None:
+        self._flat = flat
+        self._world = world
+        self._pending: list[Callable[[], object]] = []
+        self._unsent = len(flat.grads)  # elements before this index have not been sent
+        self._passes = 0
+        self._done: Counter[str] = Counter()
+
+    def overlap(self, online: nn.Module, modules: list[str]) -> None:
+        """From now on, send pieces while the last backward pass of a step runs.
+
+        Args:
+            online: the module whose gradients are reduced.
+            modules: submodules in the order of the forward pass. The gradients of a module and of all later ones are
+                final once its input gradient exists in the last backward pass.
+        """
+
+        def watch(name: str) -> Callable[[nn.Module, tuple[Activation]], None]:
+            def before_forward(module: nn.Module, inputs: tuple[Activation]) -> None:
+                x: Tensor = inputs[0].x if isinstance(inputs[0], Deferred) else inputs[0]
+                if torch.is_grad_enabled() and x.requires_grad:
+                    x.register_hook(lambda gradient: self.gradient_ready(name))
+
+            return before_forward
+
+        for name in modules:
+            online.get_submodule(name).register_forward_pre_hook(watch(name))
+
+    def begin(self, passes: int) -> None:
+        """Begin a step of this many backward passes."""
+        self._passes = passes
+        self._done.clear()
+
+    def gradient_ready(self, module: str) -> None:
+        """Gradient-ready hook: one backward pass has reached the input of a module."""
+        self._done[module] += 1
+        if self._done[module] != self._passes:
+            return
+        start = self._flat.start(module)
+        if self._unsent - start >= MIN_PIECE * len(self._flat.grads):
             self._send_from(start)
 
     def finish(self) -> None:
-        """All gradients are complete: when this returns, they are the sum."""
-        if self._left:
+        """End a step: on return `grads` holds the sum over the ranks."""
+        if self._unsent:
             self._send_from(0)
-        for wait in self._begun:
+        for wait in self._pending:
             wait()
-        self._begun.clear()
-        self._left = len(self._arena.grads)
+        self._pending.clear()
+        self._unsent = len(self._flat.grads)
+        self._passes = 0
 
     def _send_from(self, start: int) -> None:
-        self._begun.append(self._ranks.begin_sum(self._arena.grads[start : self._left]))
-        self._left = start
+        self._pending.append(self._world.all_reduce_async(self._flat.grads[start : self._unsent]))
+        self._unsent = start

@@ -1,59 +1,91 @@
-"""How a batch is divided: among ranks, into turns that a rank takes, into parts that are normalised by themselves."""
+"""How a batch is split: over ranks, into micro-batches, and into ghost-batch-norm groups."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.subnets import Subnet
 
 from ..config import PretrainConfig
 from ..pretraining.dspnet import VIEWS
-from .process_group import World
+
+# Adds the gradients of the subnets' losses on a batch of views [2B, ...]; returns the losses.
+Accumulate = Callable[[Tensor, Sequence[Subnet]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """turns: into which a rank divides its share of the batch, one after the other. parts: of what it sees in a turn,
-    each normalised by itself. ranks_per_part: more than 1 where ranks share a part and synchronise its moments."""
+    """The split of a batch on one rank.
 
-    turns: int
-    parts: int
-    ranks_per_part: int
+    Attributes:
+        micro_batches: consecutive pieces of the rank's share of the batch (gradient accumulation).
+        bn_groups: ghost-batch-norm groups of a micro-batch, each normalised with its own statistics.
+        ranks_per_group: ranks that share one group and synchronise its statistics (synchronised batch norm).
+    """
 
-    def of(self, batch: Tensor) -> Iterator[Tensor]:
-        """The turns of two views [2B, ...], view 1 of all images and then view 2: each two views of B / turns images.
+    micro_batches: int
+    bn_groups: int
+    ranks_per_group: int
 
-        Raises InputError if B is no multiple of the turns.
+    def split(self, batch: Tensor) -> Iterator[Tensor]:
+        """Micro-batches of two views [2B, ...] (view 1 of all images, then view 2), each [2B / micro_batches, ...].
+
+        Raises InputError if B is not a multiple of the number of micro-batches.
         """
-        if self.turns == 1:
+        if self.micro_batches == 1:
             yield batch
             return
-        images, rest = divmod(len(batch), VIEWS * self.turns)
-        if rest:
+        images, remainder = divmod(len(batch), VIEWS * self.micro_batches)
+        if remainder:
             raise InputError(
-                f"{len(batch) // VIEWS} images for --grad-accum-steps {self.turns}: give a divisor of them"
+                f"{len(batch) // VIEWS} images per rank for --grad-accum-steps {self.micro_batches}: give a divisor"
             )
-        views = batch.unflatten(0, (VIEWS, self.turns, images))
-        for turn in range(self.turns):
-            yield views[:, turn].flatten(0, 1)
+        views = batch.unflatten(0, (VIEWS, self.micro_batches, images))
+        for index in range(self.micro_batches):
+            yield views[:, index].flatten(0, 1)
+
+    def over_micro_batches(self, accumulate: Accumulate, statistics: Tensor) -> Accumulate:
+        """`accumulate` over the micro-batches of a batch, treated as ranks are.
+
+        Gradients add up. Losses are the mean over micro-batches. Each micro-batch starts from the same running
+        statistics (flat, updated in place), of whose results the mean is kept.
+        """
+        if self.micro_batches == 1:
+            return accumulate
+
+        def accumulate_all(batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+            before, total = statistics.clone(), torch.zeros_like(statistics)
+            mean: dict[str, Tensor] = {}
+            for micro_batch in self.split(batch):
+                statistics.copy_(before)
+                losses = accumulate(micro_batch, subnets)
+                mean = {name: mean.get(name, 0) + loss / self.micro_batches for name, loss in losses.items()}
+                total.add_(statistics, alpha=1 / self.micro_batches)
+            statistics.copy_(total)
+            return mean
+
+        return accumulate_all
 
 
-def divide(config: PretrainConfig, ranks: World) -> BatchSplit:
-    """How a run's batches are divided on these ranks. By default each turn of each rank is a part.
+def split_batch(config: PretrainConfig, world_size: int) -> BatchSplit:
+    """The split of a run's batches on `world_size` ranks. By default every micro-batch of every rank is a group.
 
-    InputError if --bn-groups cannot be had on so many ranks and turns.
+    Raises InputError if --bn-groups is incompatible with the number of ranks and micro-batches.
     """
-    turns, shares = config.grad_accum_steps, config.grad_accum_steps * ranks.size
+    micro_batches, shares = config.grad_accum_steps, config.grad_accum_steps * world_size
     groups = config.bn_groups or shares
     if groups % shares == 0:
-        return BatchSplit(turns, groups // shares, 1)
-    if turns == 1 and ranks.size % groups == 0:
-        return BatchSplit(turns, 1, ranks.size // groups)
+        return BatchSplit(micro_batches, groups // shares, 1)
+    if micro_batches == 1 and world_size % groups == 0:
+        return BatchSplit(micro_batches, 1, world_size // groups)
     raise InputError(
-        f"the batch is normalised in {groups} parts, which {ranks.size} ranks"
-        + (f" in {turns} turns (--grad-accum-steps)" if turns > 1 else "")
-        + " cannot share: start as many ranks as divide it, or are a multiple of it"
+        f"--bn-groups {groups} does not fit {world_size} ranks"
+        + (f" with --grad-accum-steps {micro_batches}" if micro_batches > 1 else "")
+        + f": give a multiple of {shares}"
+        + (", or a divisor of the number of ranks" if micro_batches == 1 else "")
     )

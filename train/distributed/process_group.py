@@ -1,9 +1,8 @@
-"""This process among those that train together: torch.distributed as torchrun starts it, or one process by itself.
+"""The process group: the processes that torchrun started to train together, or a single process.
 
 Every rank holds all weights and computes its share of each batch. A step has one all-reduce of the flat gradient
-(several, of a part each, where the exchange overlaps with the backward pass), and one of batch normalisation's running
-statistics, which are vectors of channels; so all ranks go on with the same weights and the same statistics, and any of
-them can write what the run is.
+(several, of disjoint pieces, with --overlap-all-reduce) and one of batch normalisation's running statistics. Therefore
+weights and statistics are the same on all ranks after every step, and any rank could write the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,65 +19,71 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
-from .rendezvous import meet
+from .rendezvous import rendezvous
 
-# for the slowest rank, which may be measuring or writing a checkpoint while the others wait in a collective
+# Rank 0 may be measuring or writing a checkpoint while the others wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class World:
-    """rank: of this process, from 0 to size - 1. local: its number on this machine, and that of its GPU. start: a name
-    that all ranks have and no earlier start of the same job had."""
+    """This process's place in the process group, and the collectives that training uses.
+
+    Attributes:
+        rank: index of this process, 0 to size - 1.
+        size: number of processes.
+        local_rank: index of this process on its machine, which is also the index of its GPU.
+        launch_id: identifier of this launch: the same on all ranks, different after a restart of the job.
+    """
 
     rank: int = 0
     size: int = 1
-    local: int = 0
-    start: str = ""
+    local_rank: int = 0
+    launch_id: str = ""
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
-    def begin_sum(self, tensor: Tensor) -> Callable[[], object]:
-        """Begin to replace a tensor, in place, by its sum over the ranks; what is returned waits until it is done."""
+    def all_reduce_async(self, tensor: Tensor) -> Callable[[], object]:
+        """Start replacing a tensor by its sum over the ranks, in place; the returned function waits for the end."""
         if self.size == 1:
             return lambda: None
         work = dist.all_reduce(tensor, async_op=True)
         assert work is not None
         return work.wait
 
-    def average(self, tensor: Tensor) -> None:
-        """Replace a tensor, in place, by its mean over the ranks."""
+    def all_reduce_mean(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
 
-    def neighbours(self, count: int) -> dist.ProcessGroup | None:
-        """The group of `count` consecutive ranks that this one is in; all ranks must ask. None for a group of one."""
+    def subgroup(self, count: int) -> dist.ProcessGroup | None:
+        """The group of `count` consecutive ranks that holds this rank, or None for a group of one. A collective."""
         if count == 1:
             return None
-        mine, _ = dist.new_subgroups(count)
-        return mine
+        group, _ = dist.new_subgroups(count)
+        return group
 
-    def any(self, here: bool, device: torch.device) -> bool:
-        """Whether it is so on any rank; all of them must ask."""
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether `value` is true on any rank."""
         if self.size == 1:
-            return here
-        found = torch.tensor(int(here), device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+            return value
+        flag = torch.tensor(int(value), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, anything that pickles, on all of them."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in the order of ranks; they must pickle."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
@@ -86,26 +91,29 @@ class World:
 SINGLE_PROCESS = World()
 
 
-def join(device: torch.device) -> World:
-    """Join the ranks that torchrun started, if it did; NCCL on GPUs, Gloo elsewhere. InputError if that fails."""
+def init_process_group(device: torch.device) -> World:
+    """Join the process group described by torchrun's environment variables: NCCL on GPUs, Gloo elsewhere.
+
+    Returns SINGLE_PROCESS without torchrun. Raises InputError if this rank has no GPU of its own.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return SINGLE_PROCESS
-    ranks = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
-        if ranks.local >= torch.cuda.device_count():
+        if world.local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"rank {ranks.rank} is process {ranks.local} of its machine, which has {torch.cuda.device_count()} "
-                "GPUs: give torchrun as many --nproc-per-node as there are GPUs"
+                f"rank {world.rank} is process {world.local_rank} of its machine, which has "
+                f"{torch.cuda.device_count()} GPUs: give torchrun as many --nproc-per-node as there are GPUs"
             )
-        torch.cuda.set_device(ranks.local)
-    store, start = meet(COLLECTIVE_TIMEOUT)
+        torch.cuda.set_device(world.local_rank)
+    store, launch_id = rendezvous(COLLECTIVE_TIMEOUT)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-    return replace(ranks, start=start)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    return replace(world, launch_id=launch_id)
 
 
-def leave() -> None:
-    """End the connection, if there is one."""
+def destroy_process_group() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

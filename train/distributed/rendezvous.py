@@ -1,8 +1,9 @@
-"""Where the ranks of one start of a job meet: a part of torchrun's store that is theirs alone.
+"""Rendezvous: gives every launch of a job its own part of torchrun's store.
 
-torchrun keeps its store when it starts the ranks again, and Gloo and NCCL leave addresses in it. A rank that is quick
-would find those of a process that is gone, and wait for it. Nor do all machines count the same restarts. So rank 0
-makes a name up, and every other rank makes sure that the name which it has found is that of a rank 0 that is there.
+torchrun keeps its store when it restarts the ranks, and Gloo and NCCL leave their addresses in it. A rank that starts
+early would read the address of a process that no longer exists and wait for it. The machines' restart counts may differ
+too. Therefore rank 0 creates a random launch id, and every other rank verifies by a handshake that the id it has read
+is that of a live rank 0.
 """
 
 from __future__ import annotations
@@ -13,40 +14,40 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-STALE = 1.0  # seconds without an answer, after which the name is looked up again
-PAUSE = 0.02  # seconds between two looks for an answer
+STALE_SECONDS = 1.0  # without an answer the launch id is read again
+POLL_SECONDS = 0.02
 
 
-def meet(timeout: timedelta) -> tuple[dist.Store, str]:
-    """The store of this start, for `init_process_group`, and the name of the start, the same on all ranks.
+def rendezvous(timeout: timedelta) -> tuple[dist.Store, str]:
+    """The store for `init_process_group` and the launch id, the same on all ranks.
 
-    What torchrun has put into the environment says where. Raises RuntimeError if the others do not come in time.
+    Raises RuntimeError if rank 0 does not answer in time.
     """
-    from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+    from torch.distributed.rendezvous import rendezvous as torch_rendezvous  # not in every build of PyTorch
 
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    name = invite(store, size) if rank == 0 else find(store, rank, timeout)
-    return dist.PrefixStore(name, store), name
+    store, rank, size = next(torch_rendezvous("env://", timeout=timeout))
+    launch_id = publish(store, size) if rank == 0 else confirm(store, rank, timeout)
+    return dist.PrefixStore(launch_id, store), launch_id
 
 
-def invite(store: dist.Store, size: int) -> str:
-    """Rank 0's part: a new name, and an answer to every other rank."""
-    name = uuid.uuid4().hex
-    store.set("start", name)
+def publish(store: dist.Store, size: int) -> str:
+    """On rank 0: write a new launch id and answer every other rank."""
+    launch_id = uuid.uuid4().hex
+    store.set("launch", launch_id)
     for rank in range(1, size):
-        guest = store.get(f"{name}/{rank}").decode()
-        store.set(f"{name}/{guest}", "welcome")
-    return name
+        nonce = store.get(f"{launch_id}/{rank}").decode()
+        store.set(f"{launch_id}/{nonce}", "confirmed")
+    return launch_id
 
 
-def find(store: dist.Store, rank: int, timeout: timedelta) -> str:
-    """Another rank's part: the name under which rank 0 answers."""
-    guest, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+def confirm(store: dist.Store, rank: int, timeout: timedelta) -> str:
+    """On other ranks: the launch id that a live rank 0 confirms."""
+    nonce, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
-        name, asked = store.get("start").decode(), time.monotonic()
-        store.set(f"{name}/{rank}", guest)
-        while time.monotonic() < asked + STALE:
-            if store.check([f"{name}/{guest}"]):
-                return name
-            time.sleep(PAUSE)
-    raise RuntimeError(f"rank 0 has not answered rank {rank} for {timeout}")
+        launch_id, asked = store.get("launch").decode(), time.monotonic()
+        store.set(f"{launch_id}/{rank}", nonce)
+        while time.monotonic() < asked + STALE_SECONDS:
+            if store.check([f"{launch_id}/{nonce}"]):
+                return launch_id
+            time.sleep(POLL_SECONDS)
+    raise RuntimeError(f"rank 0 did not answer rank {rank} within {timeout}")

@@ -22,7 +22,7 @@ from ..config import PretrainConfig, Workers
 from ..data.images import ImageSet, Subset, digest_of
 from ..data.loader import evaluation_batches
 from ..data.normalization import normalize
-from ..pretraining.trainer import build_model
+from ..pretraining.dspnet import build_model
 from ..run import atomic, checkpoint, fingerprint
 from ..run.progress import Monitor
 from ..run.run_directory import read_config

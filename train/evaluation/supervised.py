@@ -28,7 +28,7 @@ from ..data.images import ImageSet, require_labels
 from ..data.loader import one_view_batches
 from ..data.normalization import normalize
 from ..data.sampler import EpochSampler
-from ..run.loop import OfOneModel
+from ..run.loop import SingleModelTraining
 from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
 from .pretrained import evaluation_views, statistics_images
@@ -69,7 +69,7 @@ def new_classifier(encoder: Network, classes: int, seed: int) -> Classifier:
     return model.to(memory_format=torch.channels_last)
 
 
-class SupervisedTraining(OfOneModel):
+class SupervisedTraining(SingleModelTraining):
     """Trains a classifier; a `train.run.loop.Training`."""
 
     model: Classifier

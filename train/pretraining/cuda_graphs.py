@@ -1,10 +1,8 @@
-"""CUDA graphs of a training step: its thousands of launches recorded once, and from then on replayed by a few calls.
+"""CUDA graphs of the passes of a training step: thousands of launches captured once and then replayed.
 
-There is one graph for the target, one per subnet for forward and backward pass, one for the update. They read and
-write tensors that stay where they are: the batch, the normalised images, the targets, the losses, the flat buffers,
-scalars.
-Everything else they need comes out of one pool of memory that they share: nothing in it is used after its graph has
-run, so they may follow each other in any order.
+There is one graph for the target and one per subnet for its forward and backward pass. They read and write static
+tensors: the batch, the normalised images, the targets, the losses, the flat buffers, alpha. All other memory comes from
+one pool that the graphs share: nothing in it is used after its graph has run, so they may run in any order.
 """
 
 from __future__ import annotations
@@ -23,47 +21,43 @@ from ..data.normalization import prepare
 from .dspnet import DSPNet
 from .flat_buffers import FlatBuffers
 
-WARM_UP = 3  # runs before recording, in which libraries choose algorithms and kernels are compiled
+WARM_UP = 3  # runs before the capture, in which libraries choose algorithms and kernels are compiled
 
-# Runs functions a few times and returns what repeats each, with the same tensors, without calling it.
-Recorder = Callable[[Sequence[Callable[[], object]]], Sequence[Callable[[], object]]]
+# Runs functions a few times and returns replacements that repeat each one's work on the same tensors.
+Capture = Callable[[Sequence[Callable[[], object]]], Sequence[Callable[[], object]]]
 
 
 class StepGraphs:
-    """A step of a model on batches of one shape, recorded. Recording leaves no trace in the state of the run.
+    """The passes of a step on batches of one shape. The capture leaves the state of the run unchanged.
 
     Args:
-        model: the networks; their parameters lie in `flat`.
-        flat: parameters, gradients, momentum and target.
-        batch: a batch as the run has them: see `Trainer.train_step`.
-        alpha: see `DSPNet.targets`: a scalar on the device, read by every replay.
-        update: the update of the flat buffers; reads what changes from step to step from the device.
-        record: how to record; by default as CUDA graphs.
-        counts: what the update writes besides the flat buffers.
+        model: the networks; their parameters are views of `flat`.
+        flat: parameters, gradients, momentum, target and statistics.
+        batch: an example batch, see `Trainer.train_step`.
+        alpha: scalar on the device, read by every replay; see `DSPNet.targets`.
+        capture: how to capture; by default as CUDA graphs.
 
-    Raises RuntimeError if a part of the step cannot be recorded.
+    Attributes:
+        target: computes the targets of the static batch.
+        subnets: forward and backward pass of each subnet, by name.
+
+    Raises RuntimeError if a pass cannot be captured.
     """
 
     def __init__(
-        self,
-        model: DSPNet,
-        flat: FlatBuffers,
-        batch: Tensor,
-        alpha: Tensor,
-        update: Callable[[], None],
-        record: Recorder | None = None,
-        counts: Tensor | None = None,
+        self, model: DSPNet, flat: FlatBuffers, batch: Tensor, alpha: Tensor, capture: Capture | None = None
     ) -> None:
         device = flat.params.device
         self._model, self._alpha = model, alpha
-        self._batch = _coloured(batch).to(device, copy=True)
+        self._batch = _to_rgb(batch).to(device, copy=True)
         self._images = prepare(self._batch, device).clone()
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
-        with _unharmed(model, flat, counts):
+        with _state_restored(model, flat):
             self._targets = model.targets(self._images, alpha)
-            passes = [partial(self._run_subnet, subnet) for subnet in model.family]
-            self._find_targets, *replays, self._update = (record or record_graphs)([self._run_target, *passes, update])
-            self._train = dict(zip(model.family.names, replays, strict=True))
+            passes: list[Callable[[], object]] = [self._run_target]
+            passes += [partial(self._run_subnet, subnet) for subnet in model.family]
+            self.target, *subnets = (capture or capture_graphs)(passes)
+            self.subnets = dict(zip(model.family.names, subnets, strict=True))
 
     def _run_target(self) -> None:
         self._images.copy_(prepare(self._batch, self._images.device))
@@ -75,36 +69,46 @@ class StepGraphs:
         self._losses[subnet.name].copy_(loss.detach())
 
     def accumulate(self, batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
-        """As DSPNet.accumulate, on the batch before normalisation.
+        """As `DSPNet.accumulate`, on the batch before normalisation.
 
-        Raises RuntimeError for a batch of another shape than that of the recording.
+        Raises RuntimeError for a batch of another shape than the captured one.
         """
-        if _coloured(batch).shape != self._batch.shape:
+        if _to_rgb(batch).shape != self._batch.shape:
             raise RuntimeError(
-                f"the step was recorded for batches of {list(self._batch.shape)}, not {list(batch.shape)}"
+                f"the step was captured for batches of {list(self._batch.shape)}, not {list(batch.shape)}"
             )
-        # across first, coloured there: a copy of both at once goes through memory that is not pinned, and waits
-        self._batch.copy_(_coloured(batch.to(self._batch.device, non_blocking=True)))
-        self._find_targets()
+        # Copy first, expand to RGB on the GPU: expanding on the host gives unpinned memory, and the copy would block.
+        self._batch.copy_(_to_rgb(batch.to(self._batch.device, non_blocking=True)))
+        self.target()
         for subnet in subnets:
-            self._train[subnet.name]()
+            self.subnets[subnet.name]()
         return {subnet.name: self._losses[subnet.name].clone() for subnet in subnets}
 
-    def update(self) -> None:
-        """Everything after the last backward."""
-        self._update()
+
+def captured(
+    model: DSPNet, flat: FlatBuffers, alpha: Tensor, capture: Capture | None = None
+) -> Callable[[Tensor, Sequence[Subnet]], dict[str, Tensor]]:
+    """`StepGraphs.accumulate`, captured at the first call for the shape of its batch."""
+    graphs: StepGraphs | None = None
+
+    def accumulate(batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+        nonlocal graphs
+        graphs = graphs or StepGraphs(model, flat, batch, alpha, capture)
+        return graphs.accumulate(batch, subnets)
+
+    return accumulate
 
 
-def _coloured(batch: Tensor) -> Tensor:
-    """[N, 3, H, W], also of a batch in which all images happen to be grey, [N, 1, H, W]."""
+def _to_rgb(batch: Tensor) -> Tensor:
+    """[N, 3, H, W], also of a batch of greyscale images, [N, 1, H, W]."""
     return batch.expand(-1, 3, -1, -1)
 
 
-def record_graphs(functions: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
-    """CUDA graphs of the functions, all out of one pool of memory.
+def capture_graphs(functions: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """Replays of CUDA graphs of the functions, all in one memory pool.
 
-    All run before the first is recorded: what one has recorded is kept for the pool, and the next would need as much
-    again to run.
+    All functions run before the first capture: a captured graph keeps its memory for the pool, and running the next
+    function outside the pool would need as much again.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -114,28 +118,28 @@ def record_graphs(functions: Sequence[Callable[[], object]]) -> list[Callable[[]
                 function()
     torch.cuda.current_stream().wait_stream(stream)
     pool = torch.cuda.graph_pool_handle()
-    return [_record(function, pool) for function in functions]
+    return [_capture(function, pool) for function in functions]
 
 
-def _record(function: Callable[[], object], pool: Any) -> Callable[[], object]:
+def _capture(function: Callable[[], object], pool: Any) -> Callable[[], object]:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # other threads go on: one that pins memory for batches would make a stricter mode fail
+        # Other threads continue: a stricter mode would fail when one of them pins memory for the next batch.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
     except RuntimeError as error:
-        torch.cuda.set_stream(stream)  # torch leaves the stream of the recording current
+        torch.cuda.set_stream(stream)  # torch leaves the capture stream current
         raise RuntimeError(
-            f"the training step cannot be recorded as CUDA graphs; --no-cuda-graphs trains without: {error}"
+            f"the training step cannot be captured as CUDA graphs; train with --no-cuda-graphs: {error}"
         ) from error
     return graph.replay
 
 
 @contextmanager
-def _unharmed(model: DSPNet, flat: FlatBuffers, counts: Tensor | None) -> Iterator[None]:
-    """Puts parameters, gradients, momentum, targets, all buffers and counts back to what they were."""
+def _state_restored(model: DSPNet, flat: FlatBuffers) -> Iterator[None]:
+    """Restore parameters, gradients, momentum, targets and buffers on exit."""
     flats = (flat.params, flat.grads, flat.momenta, flat.targets)
-    before = [(tensor, tensor.clone()) for tensor in (*flats, *model.buffers(), *([] if counts is None else [counts]))]
+    before = [(tensor, tensor.clone()) for tensor in (*flats, *model.buffers())]
     try:
         yield
     finally:

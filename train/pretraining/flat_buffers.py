@@ -1,8 +1,7 @@
-"""The memory of a training run: online parameters, gradients, momentum, target and running statistics, each one flat
-tensor.
+"""Flat buffers: online parameters, gradients, momentum, target and running statistics, one flat tensor each.
 
-The update of all parameters is then one operator (`lars_ema_step`), and an all-reduce one call. Parameters stay what
-they were to everybody else: tensors of a module, with names, shapes, strides and a state_dict.
+The update of all parameters is one operator (`lars_ema_step`), and an all-reduce is one call. Parameters remain tensors
+of a module, with their names, shapes, strides and state_dict.
 """
 
 from __future__ import annotations
@@ -18,25 +17,26 @@ ALIGNMENT = 64  # bytes: a cache line, the widest vector, and more than a GPU's 
 
 
 class FlatBuffers:
-    """Moves the parameters of two modules into flat tensors, gives each online parameter a gradient, and updates them.
+    """Turns the parameters of two modules into views of flat tensors, gives them gradients, and updates them.
 
-    Every parameter, its gradient, its momentum and its target lie at the same place of their flat tensors, aligned, in
-    the parameter's own strides. Those that have a target come first. The padding between them is zero.
+    A parameter, its gradient, its momentum and its target have the same offset in their flat tensors, aligned to
+    ALIGNMENT bytes, and the same strides. Parameters with a target come first. The padding between them is zero.
 
-    Operators that use a prefix of a weight add its gradient to the same prefix here (`main_grad`), and autograd adds
-    what else there is into the gradients as they stand, so they must stay: whatever replaces a parameter's memory or
-    gradient afterwards (`zero_grad`, `to`) is an error in the next `update`.
+    Operators that use a prefix of a weight add its gradient to the same prefix of the flat gradient (`main_grad`), and
+    autograd accumulates other gradients there. Replacing a parameter's memory or gradient afterwards (`zero_grad`,
+    `to`) is therefore an error in the next `update`.
 
     Args:
-        online: trained by gradients; every parameter requires one.
-        target: follows the online parameters of the same names; may have fewer.
+        online: module trained by gradients; every parameter must require one.
+        target: module that follows the online parameters of the same names; it may have fewer.
 
-    Raises ValueError if the modules do not match, or if parameters are of several dtypes or on several devices.
+    Raises:
+        ValueError: if the modules do not match, or have parameters of several dtypes or on several devices.
 
     Attributes:
-        params, grads, momenta: [N], flat.
-        targets: [T], flat, of the first T elements of params.
-        statistics: [S], flat: all floating-point buffers, which are batch normalisation's running statistics.
+        params, grads, momenta: [N].
+        targets: [T], the moving averages of the first T elements of `params`.
+        statistics: [S], all floating-point buffers, which are batch normalisation's running statistics.
     """
 
     def __init__(self, online: nn.Module, target: nn.Module) -> None:
@@ -73,32 +73,34 @@ class FlatBuffers:
         ]
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
-        """What belongs to one parameter, in its shape and strides (contiguous ones if its own leave gaps)."""
+        """The view of one parameter, in its shape and strides (contiguous ones if its own leave gaps)."""
         strides = torch.empty_like(self._parameters[name], device="meta").stride()
         return flat.as_strided(self._parameters[name].shape, strides, self._starts[name])
 
     def start(self, part: str) -> int:
-        """Where the parameters of a module of the online network begin in `params`, and their gradients in `grads`."""
+        """Offset of the first parameter of an online submodule in `params` and `grads`."""
         return next(start for name, start in self._starts.items() if name.startswith(f"{part}."))
 
     def schedule(self, lr: float, tau: float) -> None:
-        """Set what `update` will use, on the device."""
+        """Set learning rate and target decay for `update`, on the device."""
         self._lr.fill_(lr)
         self._tau.fill_(tau)
 
     @torch.no_grad()
     def update(self, *, weight_decay: float, momentum: float, eta: float, apply: Tensor | None = None) -> None:
-        """LARS with the gradients that have added up, then target <- tau target + (1 - tau) online, then g = 0.
+        """LARS with the accumulated gradients, then target <- tau target + (1 - tau) online, then g = 0.
 
-        Where `apply`, a bool scalar on the device, is false, nothing happens but g = 0. Without host synchronisation.
-        Raises RuntimeError if a parameter or gradient has left the flat buffers.
+        Where `apply`, a bool scalar on the device, is false, only g = 0 is done. Does not synchronise the host.
+        Raises RuntimeError if a parameter or gradient is no longer a view of the flat buffers.
         """
         for name, parameter, gradient in self._gradients:
             if parameter.grad is not gradient:
-                raise RuntimeError(f"the gradient of {name} was replaced: the flat buffers zeroes gradients itself")
+                raise RuntimeError(
+                    f"the gradient of {name} was replaced: `update` zeroes gradients, zero_grad must not"
+                )
         for name, parameter, address in self._addresses:
             if parameter.data_ptr() != address:
-                raise RuntimeError(f"the memory of {name} was replaced: make the flat buffers after moving the modules")
+                raise RuntimeError(f"the memory of {name} was replaced: create FlatBuffers after moving the modules")
         lars_ema_step(
             self.params,
             self.grads,
@@ -120,16 +122,16 @@ class FlatBuffers:
         self.update(weight_decay=weight_decay, momentum=momentum, eta=eta)
 
     def checksum(self) -> list[int]:
-        """Numbers that are the same for arenas whose weights, momentum and statistics are the same to the bit."""
+        """Equal for flat buffers with bit-identical weights, momentum, target and statistics."""
         flats = (self.params, self.momenta, self.targets, self.statistics)
         return [int(flat.view({4: torch.int32, 8: torch.int64}[flat.element_size()]).sum()) for flat in flats]
 
     def momentum(self) -> dict[str, Tensor]:
-        """The momentum of every parameter by name, as views: what a checkpoint needs."""
+        """The momentum of every parameter by name, as views."""
         return {name: self._view(self.momenta, name) for name in self._parameters}
 
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
-        """Take over what `momentum` gave, from this or another flat; ValueError if names or shapes differ."""
+        """Load a result of `momentum`, of these or other flat buffers; ValueError if names or shapes differ."""
         own = self.momentum()
         if momentum.keys() != own.keys():
             raise ValueError(f"the momentum of {min(momentum.keys() ^ own.keys())} is missing, or not of this network")
@@ -141,7 +143,7 @@ class FlatBuffers:
 
 
 def _flatten_buffers(*modules: nn.Module) -> Tensor:
-    """Move all floating-point buffers into one flat tensor, of which they become views."""
+    """Turn all floating-point buffers into views of one flat tensor."""
     found = [
         (owner, name, buffer)
         for module in modules

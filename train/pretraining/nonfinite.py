@@ -1,69 +1,164 @@
-"""A step whose numbers are not finite is no step: it is skipped and counted, without asking the device."""
+"""Non-finite steps: skipped and counted without a host synchronisation, and traced to the first non-finite number."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
+from dspnet_fast.subnets import Subnet
+
+from .dspnet import DSPNet
 from .flat_buffers import FlatBuffers
 
-TOO_MANY = 3  # in a row: then it is no accident
+MAX_IN_A_ROW = 3  # consecutive skipped steps after which the run ends
 
 
 class Skipped(NamedTuple):
-    """Skipped steps: in a row until now, the longest such row, and in all; and the steps since the last one."""
+    """Counts of skipped steps: the current and the longest consecutive run, all, and steps since the last one."""
 
     in_a_row: int
     longest_row: int
-    in_all: int
+    total: int
     since: int
 
 
 class Guard:
-    """Judges each step of an flat buffers by its gradient and its running statistics, and undoes what a step that is
-    skipped
-    did to these. An activation beyond 1e19 has no variance in fp32, and yet the gradient may be finite.
+    """Skips the update of a step whose gradient or running statistics are not finite, and restores the statistics.
 
-    Everything happens on the device, so a CUDA graph can hold it. `begin` before the forward passes, `judge` before the
-    update, which applies only if `finite`, and `settle` after it.
+    The gradient alone is not enough: an activation beyond 1e19 has no variance in fp32, and yet the gradient may be
+    finite. Everything happens on the device. Call `begin` before the forward passes, `check` before the update, which
+    applies only if `finite`, and `finish` after it.
 
     Attributes:
-        finite: a bool scalar, whether all were.
-        counts: int64 [4], as `Skipped`.
+        finite: bool scalar on the device, whether the last checked step was finite.
+        counts: int64 [4] on the device, the fields of `Skipped`.
     """
 
     def __init__(self, flat: FlatBuffers) -> None:
-        self._arena = flat
+        self._flat = flat
         self._before = flat.statistics.clone()
         device = flat.params.device
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
     def begin(self) -> None:
-        """Keep the running statistics as they are."""
-        self._before.copy_(self._arena.statistics)
+        """Save the running statistics."""
+        self._before.copy_(self._flat.statistics)
 
     @torch.no_grad()
-    def judge(self) -> None:
-        """Look at them. A sum is NaN or infinite if one of its terms is."""
-        self.finite.copy_(self._arena.grads.sum().isfinite() & self._arena.statistics.sum().isfinite())
+    def check(self) -> None:
+        """Test gradient and statistics: a sum is NaN or infinite if one of its terms is."""
+        self.finite.copy_(self._flat.grads.sum().isfinite() & self._flat.statistics.sum().isfinite())
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Count, and put the statistics back if the step was skipped."""
-        statistics, skipped = self._arena.statistics, (~self.finite).long()
+    def finish(self) -> None:
+        """Update the counts, and restore the statistics if the step was skipped."""
+        statistics, skipped = self._flat.statistics, (~self.finite).long()
         torch.where(self.finite, statistics, self._before, out=statistics)
-        in_a_row, longest, in_all, since = self.counts.unbind()
+        in_a_row, longest, total, since = self.counts.unbind()
         in_a_row.add_(1).mul_(skipped)
         torch.maximum(longest, in_a_row, out=longest)
-        in_all.add_(skipped)
+        total.add_(skipped)
         since.add_(1).mul_(self.finite)
 
     def skipped(self) -> Skipped:
-        """What was counted; waits for the device."""
+        """The counts; waits for the device."""
         return Skipped(*self.counts.tolist())
 
-    def restart(self, in_all: int) -> None:
-        """Go on from a checkpoint."""
-        self.counts.copy_(torch.tensor([0, 0, in_all, 0]))
+    def restart(self, total: int) -> None:
+        """Continue from a checkpoint that had skipped `total` steps."""
+        self.counts.copy_(torch.tensor([0, 0, total, 0]))
+
+
+class Finding(NamedTuple):
+    """The place of the first non-finite number.
+
+    subnet: "target", the online subnet's name, or "all". layer: name of a module or parameter. where: "weights",
+    "images", "forward" or "backward".
+    """
+
+    subnet: str
+    layer: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.layer} of {self.subnet} ({self.where})"
+
+
+@torch.no_grad()
+def find_nonfinite(
+    model: DSPNet, flat: FlatBuffers, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor
+) -> Finding | None:
+    """Repeat the passes of a step, without the update, until a number is not finite; None if all are finite.
+
+    No rank waits for another one. Gradients are zero afterwards; running statistics are unchanged.
+
+    Args:
+        images: normalised views, [2B, 3, H, W].
+        subnets, alpha: see `DSPNet.accumulate`.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not finite(tensor):
+            return Finding("all", name, "weights")
+    if not finite(images):
+        return Finding("all", "the images", "images")
+    statistics = flat.statistics.clone()
+    groups = [(norm, norm.process_group) for norm in model.batch_norms()]
+    try:
+        for norm, _ in groups:
+            norm.process_group = None
+        with _nonfinite_outputs(model.target) as found:
+            targets = model.targets(images, alpha)
+        if found:
+            return Finding("target", found[0], "forward")
+        for subnet in subnets:
+            flat.grads.zero_()
+            with torch.enable_grad(), _nonfinite_outputs(model.online) as found:
+                loss = model.loss(images, targets, subnet)
+            if found or not finite(loss):
+                return Finding(subnet.name, found[0] if found else "the loss", "forward")
+            loss.backward()
+            # The backward pass runs from the last parameter to the first, so the last non-finite one was the first.
+            for name, parameter in reversed(list(model.online.named_parameters())):
+                if parameter.grad is not None and not finite(parameter.grad):
+                    return Finding(subnet.name, name, "backward")
+        return None
+    finally:
+        for norm, group in groups:
+            norm.process_group = group
+        flat.grads.zero_()
+        flat.statistics.copy_(statistics)
+
+
+def finite(value: Any) -> bool:
+    """Whether all numbers are finite in a tensor, or in the tensors of a dataclass such as `Deferred`."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if is_dataclass(value):
+        return all(finite(getattr(value, field.name)) for field in fields(value))
+    return True
+
+
+@contextmanager
+def _nonfinite_outputs(root: nn.Module) -> Iterator[list[str]]:
+    """A list that receives the name of the first module whose output is not finite."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not finite(output):
+                found.append(name)
+
+        return module.register_forward_hook(after_forward)
+
+    handles = [watch(name, module) for name, module in root.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,4 +1,4 @@
-"""How good a family is while it trains: kNN accuracy, feature spread and rank of every subnet on a few images."""
+"""The probe: kNN accuracy, feature std and effective rank of every subnet on a few images, during training."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BATCH = 256
 
 
 class Probe:
-    """Holds evaluation views of `count` training images and, where there are labels, of half as many test images.
+    """Measures subnets on evaluation views of `count` training images and half as many test images.
 
-    The images are drawn with a fixed seed, so that all measurements of all runs use the same ones. Those that cannot be
-    read are left out and counted in `bad`.
+    The images are drawn with a fixed seed, so all measurements of all runs use the same ones. Unreadable images are
+    omitted and counted in `bad`.
     """
 
     def __init__(
@@ -42,11 +42,13 @@ class Probe:
             yield normalize(batch.to(self._device))
 
     def measure(self, encoder: nn.Module, family: Family) -> dict[str, dict[str, float]]:
-        """{"knn": {subnet: accuracy}, "feature_std": {subnet: spread}, "effective_rank": {subnet: dimensions}}.
+        """Measure all subnets of a family.
 
-        No "knn" without labels.
+        The encoder keeps its training mode and weights; its post-statistics are measured anew.
 
-        The encoder's training state is left as it was, but for its post-statistics.
+        Returns:
+            {"knn": {subnet: accuracy}, "feature_std": {subnet: std}, "effective_rank": {subnet: rank}}, without "knn"
+            if the images have no labels.
         """
         training = encoder.training
         post_statistics(encoder, family, self._batches(self._reference))

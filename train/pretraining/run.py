@@ -1,10 +1,9 @@
-"""A pretraining run: trains, measures, says how it goes, and saves."""
+"""A pretraining run: the training loop with its run directory, log, measurements, checkpoints and ranks."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,21 +24,21 @@ from ..data.bad_images import BadImages
 from ..data.datasets import open_images
 from ..data.images import ImageSet, Subset
 from ..data.sampler import EpochSampler
-from ..distributed.process_group import join
+from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
 from ..evaluation.collapse import ADVICE, LEAST_RANK, LEAST_STD, collapsed
-from ..run import atomic, checkpoint
+from ..run import atomic, checkpoint, loop
 from ..run.device import choose_device
 from ..run.interruption import Interruption
 from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import RunLog, check_out, open_run, read_bad_images, write_bad_images
-from .nonfinite import TOO_MANY
+from .nonfinite import MAX_IN_A_ROW
 from .probe import Probe
 from .trainer import Trainer
 
-LOOK_SECONDS = 5.0  # a GPU may be ahead of whoever asks whether to stop: clusters wait half a minute at least
+SYNC_SECONDS = 5.0  # between questions that synchronise the GPU; a cluster waits 30 s or more after asking to stop
 
 
 def open_train_images(config: PretrainConfig) -> ImageSet:
@@ -48,280 +47,300 @@ def open_train_images(config: PretrainConfig) -> ImageSet:
     return images if config.train_images is None else Subset.random(images, config.train_images, config.seed)
 
 
-class Pretraining:
-    """A run with its directory and its screen: logs, probes, checkpoints, interruption."""
+def resolve(config: PretrainConfig, images: ImageSet, device: torch.device, world_size: int) -> PretrainConfig:
+    """The configuration with all defaults that depend on data and machine filled in, as OUT/config.yaml keeps it.
+
+    A resumed run reads them there, so it stays the same run on another number of ranks or with other packages.
+    """
+    return replace(
+        config,
+        bn_groups=config.bn_groups or world_size * config.grad_accum_steps,
+        data_backend=choose_backend(config.data_backend, images, device),
+    )
+
+
+class PretrainRun:
+    """One run, new or resumed, on this rank.
+
+    Args:
+        config: the run's configuration.
+        resume: continue the run in config.out.
+
+    Raises InputError if configuration, images, run directory or process group cannot be used.
+    """
 
     def __init__(self, config: PretrainConfig, resume: bool) -> None:
         device = choose_device(config.device)
-        self.ranks = ranks = join(device)
-        if device.type == "cuda" and ranks.size > 1:
-            device = torch.device("cuda", ranks.local)
-        if ranks.first:
-            check_out(config, resume)  # images may first have to be downloaded
-        images = open_train_images(config)
-        share = {"rank": ranks.rank, "world_size": ranks.size}
-        order = EpochSampler(len(images), config.batch_size, config.seed, config.epochs, **share)
-        # kept with the run: with other ranks it is still the same run
-        config = replace(config, bn_groups=config.bn_groups or ranks.size * config.grad_accum_steps)
-        # what auto chose is kept with the run: another backend would not resume it bit for bit
-        config = replace(config, data_backend=choose_backend(config.data_backend, images, device))
-        self.config = config
+        self.world = world = init_process_group(device)
+        if device.type == "cuda" and world.size > 1:
+            device = torch.device("cuda", world.local_rank)
+        if world.is_main:
+            check_out(config, resume)  # before images are downloaded
+        self.images = images = open_train_images(config)
+        self.config = config = resolve(config, images, device, world.size)
+        self.out = Path(config.out)
+        self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
-        self.bad = BadImages(limit, read_bad_images(Path(config.out)) if resume else None)
-        self.trainer = Trainer(config, order.steps_per_epoch, device, ranks)
+        self.bad = BadImages(limit, read_bad_images(self.out) if resume else None)
+        self.trainer = trainer = Trainer(config, self._sampler().steps_per_epoch, device, world)
         self.probe = None
-        if config.probe_epochs and ranks.first:
+        if config.probe_epochs and world.is_main:
             test = open_images(config.data, "test")
             self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
-        self.out = Path(config.out)
-        if ranks.first:
+        if world.is_main:
             open_run(config, resume)
-        ranks.wait()
-        self.checkpoints = self.out / "checkpoints"
+        world.barrier()
         self._load()
-        order = EpochSampler(len(images), config.batch_size, config.seed, config.epochs, self.trainer.step, **share)
         views = augmentation.byol(config.image_size, config.min_scale)
-        batches = open_batches(config.data_backend, images, views, order, config.workers, self.bad, device)
-        self.meter = Meter(iter(batches))
-        self.images = images
-        self.log: RunLog | None = None  # of the first rank, while it runs
-        console = Console(highlight=False, quiet=not ranks.first)
-        self.monitor = Monitor("pretrain", self.trainer.steps, self.trainer.step, console)
-        self.watchdog = Watchdog(ranks, config.stall_timeout, self.out / "stalled.txt", self._say_anywhere)
-        self.skipped = self.trainer.guard.skipped().in_all
-        self._look_steps = config.log_steps
+        sampler = self._sampler(trainer.step)
+        self.meter = Meter(
+            iter(open_batches(config.data_backend, images, views, sampler, config.workers, self.bad, device))
+        )
+        self.log: RunLog | None = None  # on rank 0, while it runs
+        self.monitor = Monitor(
+            "pretrain", trainer.steps, trainer.step, Console(highlight=False, quiet=not world.is_main)
+        )
+        self.watchdog = Watchdog(world, config.stall_timeout, self.out / "stalled.txt", self._print_anywhere)
+        self._skipped = trainer.guard.skipped().total
+        self._sync_steps = config.log_steps
+        self._batch: Tensor | None = None
+
+    def _sampler(self, step: int = 0) -> EpochSampler:
+        """This rank's share of the batches from a step on."""
+        config, world = self.config, self.world
+        return EpochSampler(
+            len(self.images), config.batch_size, config.seed, config.epochs, step, world.rank, world.size
+        )
 
     def _load(self) -> None:
-        """Go on where the run was stopped, or begin with the weights that it is given; all ranks alike."""
-        trainer, config, ranks = self.trainer, self.config, self.ranks
-        if ranks.first:
+        """Load the checkpoint to resume or the initial weights, and check that all ranks start alike."""
+        trainer, config, world = self.trainer, self.config, self.world
+        if world.is_main:
             checkpoint.clear_rests(self.checkpoints)
         state = self._newest(self.checkpoints)
         if state is not None:
             trainer.load_state(state)
         elif config.init_from is not None:
-            given = Path(config.init_from)
-            checkpoint.newest_of_run(given)  # there is one
-            trainer.load_weights(self._newest(given / "checkpoints") or {})
-        beginnings = ranks.gather((trainer.step, trainer.flat_buffers.checksum()))
-        for rank, beginning in enumerate(beginnings):
-            if beginning != beginnings[0]:
+            run = Path(config.init_from)
+            checkpoint.newest_of_run(run)  # raises if there is none
+            trainer.load_weights(self._newest(run / "checkpoints") or {})
+        starts = world.all_gather((trainer.step, trainer.flat_buffers.checksum()))
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
                 raise InputError(
-                    f"rank {rank} begins after step {beginning[0]} and rank 0 after step {beginnings[0][0]}, or with "
-                    "other weights: all machines must see the same OUT and --init-from and have the same PyTorch"
+                    f"rank {rank} starts after step {start[0]} and rank 0 after step {starts[0][0]}, or with other "
+                    "weights: all machines must see the same OUT and --init-from and have the same PyTorch"
                 )
 
     def _newest(self, folder: Path) -> dict[str, Any] | None:
-        """The newest checkpoint that rank 0 can read, on every rank: machines may not see a new file at once."""
-        device, ranks = self.trainer.device, self.ranks
-        state = checkpoint.load_newest(folder, device, print) if ranks.first else None
-        step = ranks.gather(state and state["step"])[0]
-        if step is None or ranks.first:
+        """The newest checkpoint that rank 0 can read, on every rank: machines may see a new file at different times."""
+        device, world = self.trainer.device, self.world
+        state = checkpoint.load_newest(folder, device, print) if world.is_main else None
+        step = world.all_gather(state and state["step"])[0]
+        if step is None or world.is_main:
             return state
         return checkpoint.load(checkpoint.path_of(folder, step), device)
 
     def run(self) -> None:
-        """Train to the end; KeyboardInterrupt if it was stopped, after saving."""
+        """Train to the end. KeyboardInterrupt or SystemExit after saving, if a signal asked to stop."""
         trainer, config = self.trainer, self.config
-        if self.ranks.first:
+        events: list[loop.Event[dict[str, Tensor]]] = [
+            loop.Event(self._check_skipped, 1),
+            loop.Event(self._record, config.log_steps),
+            loop.Event(self._measure, self._in_steps(config.probe_epochs)),
+            loop.Event(self._save, self._in_steps(config.checkpoint_epochs)),
+        ]
+        if self.world.is_main:
             self.log = RunLog(self.out, trainer.step)
-        self.ranks.wait()  # from here on they listen to each other's heartbeats
+        self.world.barrier()  # heartbeats begin here
         try:
             with Interruption() as interruption, self.monitor, self.watchdog:
-                self._say(*self._description())
+                self._print(*self._description())
                 if trainer.step == 0:
                     self._measure()
                 prepare_process(trainer.device)
                 self.meter.restart()
                 self.monitor.restart()
-                for batch in self._batches():
-                    lr, tau = trainer.learning_rate, trainer.tau
-                    losses = trainer.train_step(batch)
-                    last = trainer.step == trainer.steps
-                    self.monitor.advance()
-                    too_many = self._tell_skipped(last)
-                    if trainer.step % config.log_steps == 0 or last:
-                        self._record(losses, lr, tau)
-                    if too_many:
-                        self._give_up(batch)
-                    began = time.perf_counter()
-                    if last or self._due(config.probe_epochs):
-                        self._measure()
-                    if last or self._due(config.checkpoint_epochs):
-                        self._save()
-                        self._share_bad()
-                    self.meter.pause(began)
-                    if not last and self._stops(interruption.requested):
-                        self._save_and_stop()
-                        interruption.stop()
-                self._say(f"pretrained {', '.join(trainer.model.family.names)} in {self.out}")
+                loop.train(
+                    trainer,
+                    self._batches(),
+                    events,
+                    interruption,
+                    self.monitor,
+                    self._save_and_stop,
+                    self._stop_requested,
+                )
+                self._print(f"pretrained {', '.join(trainer.model.family.names)} in {self.out}")
         finally:
             if self.log is not None:
                 self.log.close()
 
-    def _stops(self, requested: bool) -> bool:
-        """Whether any rank was asked to stop, as soon as that may be asked."""
-        if self.ranks.size == 1:
-            return requested
-        return self._may_wait and self.ranks.any(requested, self.trainer.device)
-
-    @property
-    def _may_wait(self) -> bool:
-        """Whether to ask the device something; on a GPU that is to wait for it, so only now and then."""
-        return self.trainer.device.type == "cpu" or self.trainer.step % self._look_steps == 0
-
-    def _tell_skipped(self, last: bool) -> bool:
-        """Say that steps were skipped; whether too many in a row were."""
-        if not (last or self._may_wait):
-            return False
-        skipped = self.trainer.guard.skipped()
-        if skipped.in_all > self.skipped:
-            self.skipped = skipped.in_all
-            step = self.trainer.step - skipped.since
-            self._say(f"step {step}  skipped: its numbers were not finite ({skipped.in_all} steps so far)")
-        return skipped.longest_row >= TOO_MANY
-
-    def _give_up(self, batch: Tensor) -> NoReturn:
-        """Save, name the first number that is not finite and the images, and end the run."""
-        self._save()
-        since = self.trainer.guard.skipped().since
-        step = self.trainer.step - since
-        finding = self.trainer.diagnose(batch) if since == 0 else None  # otherwise that batch has gone
-        found = self.ranks.gather((finding, self._images_of(step - 1)))
-        dump = self.out / "nonfinite.json"
-        if self.ranks.first:
-            of_ranks = [{"found": place and place._asdict(), "batch": images} for place, images in found]
-            atomic.write_text(dump, json.dumps({"step": step, "ranks": of_ranks}, indent=1) + "\n")
-        first = next((f", from {place} of rank {rank} on" for rank, (place, _) in enumerate(found) if place), "")
-        raise InputError(
-            f"{TOO_MANY} steps in a row had numbers that are not finite{first}"
-            + f"; saved after step {self.trainer.step}, the images are named in {dump}. Look at these, {ADVICE}"
-            + (", or store activations with --precision fp32" if self.config.precision != "fp32" else "")
-        )
-
-    def _images_of(self, step: int) -> list[str]:
-        """The files of this rank's share of a step's batch."""
-        config, ranks = self.config, self.ranks
-        shown = EpochSampler(
-            len(self.images), config.batch_size, config.seed, config.epochs, step, ranks.rank, ranks.size
-        )
-        return [self.images.file(index) for _, index in next(iter(shown))]
+    def _in_steps(self, epochs: float) -> int:
+        return max(1, round(epochs * self.trainer.epoch_steps)) if epochs > 0 else 0
 
     def _batches(self) -> Iterator[Tensor]:
-        """The batches; an image that cannot be used ends the run, but not before it is saved."""
+        """The batches. An unreadable image too many ends the run, after saving."""
         at, trainer = self.watchdog.at, self.trainer
         try:
             at(trainer.step, "waiting for images")
             for batch in self.meter.batches():
-                self._say_bad()
+                self._report_bad()
                 at(trainer.step, "training")
+                self._batch = batch
                 yield batch
                 at(trainer.step, "waiting for images")
         except InputError:
-            self._say_bad()
-            self._save_and_stop(here=True)
+            self._report_bad()
+            self._save_and_stop(this_rank=True)
             raise
 
-    def _save(self, here: bool = False) -> None:
-        """On rank 0; `here`, on a rank that stops without the others. Between steps all hold the same."""
-        config, trainer = self.config, self.trainer
-        here = here or self.ranks.first
-        keep_every = round(config.keep_epochs * trainer.epoch_steps)
-        self.watchdog.at(trainer.step, "writing a checkpoint" if here else "waiting for a checkpoint")
-        if self.log is not None:
-            self.log.sync()
-        if here:
-            checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
+    def _check_skipped(self, losses: dict[str, Tensor]) -> None:
+        """Report skipped steps; end the run after too many in a row."""
+        trainer = self.trainer
+        if not (trainer.step == trainer.steps or self._may_sync):
+            return
+        skipped = trainer.guard.skipped()
+        if skipped.total > self._skipped:
+            self._skipped = skipped.total
+            step = trainer.step - skipped.since
+            self._print(f"step {step}  skipped: its numbers were not finite ({skipped.total} steps so far)")
+        if skipped.longest_row >= MAX_IN_A_ROW:
+            self._record(losses)
+            self._give_up()
 
-    def _save_and_stop(self, here: bool = False) -> None:
-        self._save(here)
-        self._say(
+    def _record(self, losses: dict[str, Tensor]) -> None:
+        """Log the losses and the throughput."""
+        trainer, config = self.trainer, self.config
+        rate, waiting = self.meter.read()
+        figures = torch.stack([*losses.values(), torch.tensor(rate, device=trainer.device)])
+        self.world.all_reduce_mean(figures)
+        *averaged, rate = figures.tolist()
+        rate *= self.world.size
+        steps = int(SYNC_SECONDS * rate / config.batch_size)
+        self._sync_steps = max(1, min(config.log_steps, steps))  # the same on all ranks
+        if self.log is None:
+            return
+        values = dict(zip(losses, averaged, strict=True))
+        self.log.metrics(
+            trainer.step,
+            {
+                "epoch": trainer.step / trainer.epoch_steps,
+                "loss": values,
+                "learning_rate": trainer.learning_rate(trainer.step - 1),
+                "tau": trainer.tau(trainer.step - 1),
+                "images_per_second": rate,
+                "data_wait": waiting,
+                "bad_images": len(self.bad),
+                "skipped_steps": self._skipped,
+            },
+        )
+        shown = "  ".join(f"{name} {values[name]:.3f}" for name in trainer.model.family.names if name in values)
+        bad = f"  bad images {len(self.bad)}" if len(self.bad) else ""
+        self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
+
+    def _measure(self, losses: dict[str, Tensor] | None = None) -> None:
+        """Measure kNN accuracy, feature std and rank of every subnet, and warn of collapse."""
+        if self.probe is None or self.log is None:
+            return
+        step, model = self.trainer.step, self.trainer.model
+        self.watchdog.at(step, "measuring")
+        with self.meter.paused():
+            values = self.probe.measure(model.online.encoder, model.family)
+        self.log.metrics(step, values)
+        for kind, by_subnet in values.items():
+            self._print(
+                f"step {step}  {kind}  " + "  ".join(f"{name} {value:.3f}" for name, value in by_subnet.items())
+            )
+        std, rank = values["feature_std"], values["effective_rank"]
+        fallen = [name for name in std if collapsed(std[name], rank[name])]
+        if fallen and step:
+            self._print(
+                f"step {step}  COLLAPSE of {', '.join(fallen)}: feature std below {LEAST_STD:g} or effective rank "
+                f"below {LEAST_RANK:g}, so their features no longer tell images apart; {ADVICE}"
+            )
+
+    def _save(self, losses: dict[str, Tensor] | None = None, this_rank: bool = False) -> None:
+        """Write a checkpoint on rank 0 (`this_rank`: here), and merge the ranks' bad images."""
+        config, trainer, writes = self.config, self.trainer, self.world.is_main or this_rank
+        self.watchdog.at(trainer.step, "writing a checkpoint" if writes else "waiting for a checkpoint")
+        with self.meter.paused():
+            if self.log is not None:
+                self.log.sync()
+            if writes:
+                keep_every = round(config.keep_epochs * trainer.epoch_steps)
+                checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
+            if self.world.size > 1 and losses is not None:
+                for found in self.world.all_gather(self.bad.found):
+                    self.bad.note(list(found.items()))
+                self._report_bad()
+
+    @property
+    def _may_sync(self) -> bool:
+        """Whether the device may be asked for a result. On a GPU that synchronises, so only every few seconds."""
+        return self.trainer.device.type == "cpu" or self.trainer.step % self._sync_steps == 0
+
+    def _stop_requested(self, here: bool) -> bool:
+        """Whether any rank was asked to stop."""
+        if self.world.size == 1:
+            return here
+        return self._may_sync and self.world.any(here, self.trainer.device)
+
+    def _save_and_stop(self, this_rank: bool = False) -> None:
+        self._save(this_rank=this_rank)
+        self._print(
             f"stopped and saved after step {self.trainer.step} of {self.trainer.steps}; continue with",
             f"  {as_called('python -m train.pretrain')} --out {self.out} --resume",
         )
 
-    def _due(self, epochs: float) -> bool:
-        return epochs > 0 and self.trainer.step % max(1, round(epochs * self.trainer.epoch_steps)) == 0
+    def _give_up(self) -> NoReturn:
+        """Save, name the first non-finite number and the images of its batch, and end the run."""
+        self._save()
+        assert self._batch is not None
+        since = self.trainer.guard.skipped().since
+        step = self.trainer.step - since
+        finding = self.trainer.diagnose(self._batch) if since == 0 else None  # the batch of an earlier step is gone
+        batch = [self.images.file(index) for _, index in next(iter(self._sampler(step - 1)))]
+        by_rank = self.world.all_gather((finding, batch))
+        report = self.out / "nonfinite.json"
+        if self.world.is_main:
+            ranks = [{"found": found and found._asdict(), "batch": files} for found, files in by_rank]
+            atomic.write_text(report, json.dumps({"step": step, "ranks": ranks}, indent=1) + "\n")
+        first = next((f", first in {found} of rank {rank}" for rank, (found, _) in enumerate(by_rank) if found), "")
+        raise InputError(
+            f"{MAX_IN_A_ROW} consecutive steps had numbers that are not finite{first}; saved after step "
+            f"{self.trainer.step}. {report} lists their images: check these, {ADVICE}"
+            + (", or store activations with --precision fp32" if self.config.precision != "fp32" else "")
+        )
 
-    def _say(self, *lines: str) -> None:
+    def _print(self, *lines: str) -> None:
+        """Print and log lines, on rank 0."""
         if self.log is None:
             return
         for line in lines:
             self.monitor.line(line)
             self.log.line(line)
 
-    def _say_anywhere(self, line: str) -> None:
-        """From any rank and thread."""
+    def _print_anywhere(self, line: str) -> None:
+        """Print a line from any rank and thread."""
         if self.log is None:
             print(line, file=sys.stderr, flush=True)
         else:
-            self._say(line)
+            self._print(line)
 
-    def _share_bad(self) -> None:
-        """Every rank meets bad images of its own."""
-        if self.ranks.size > 1:
-            for found in self.ranks.gather(self.bad.found):
-                self.bad.note(list(found.items()))
-            self._say_bad()
-
-    def _say_bad(self) -> None:
+    def _report_bad(self) -> None:
+        """Print new bad images and update their list."""
         news = self.bad.news()
-        if news and self.ranks.first:
-            self._say(*news)
+        if news and self.world.is_main:
+            self._print(*news)
             write_bad_images(self.out, self.bad.found)
 
     def _description(self) -> list[str]:
         trainer, config = self.trainer, self.config
-        served = ", ".join(f"{op}: {provider}" for op, provider in registry.serving(trainer.device.type).items())
+        serving = ", ".join(f"{op}: {provider}" for op, provider in registry.serving(trainer.device.type).items())
         return [
             f"{config.network} {', '.join(trainer.model.family.names)} on {len(self.images)} images of {config.data}, "
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
-            f"data by {config.data_backend}" + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else ""),
-            f"operators  {served}",
+            f"data by {config.data_backend}" + (f", {self.world.size} ranks" if self.world.size > 1 else ""),
+            f"operators  {serving}",
             *([f"resumed at step {trainer.step}"] if trainer.step else []),
         ]
-
-    def _record(self, losses: dict[str, Tensor], lr: float, tau: float) -> None:
-        rate, waiting = self.meter.read()
-        figures = torch.stack([*losses.values(), torch.tensor(rate, device=self.trainer.device)])
-        self.ranks.average(figures)
-        *averaged, rate = figures.tolist()
-        rate *= self.ranks.size
-        steps = int(LOOK_SECONDS * rate / self.config.batch_size)
-        self._look_steps = max(1, min(self.config.log_steps, steps))  # the same on all ranks
-        if self.log is None:
-            return
-        values = dict(zip(losses, averaged, strict=True))
-        self.log.metrics(
-            self.trainer.step,
-            {
-                "epoch": self.trainer.step / self.trainer.epoch_steps,
-                "loss": values,
-                "learning_rate": lr,
-                "tau": tau,
-                "images_per_second": rate,
-                "data_wait": waiting,
-                "bad_images": len(self.bad),
-                "skipped_steps": self.skipped,
-            },
-        )
-        shown = "  ".join(f"{name} {values[name]:.3f}" for name in self.trainer.model.family.names if name in values)
-        bad = f"  bad images {len(self.bad)}" if len(self.bad) else ""
-        self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
-
-    def _measure(self) -> None:
-        if self.probe is None or self.log is None:
-            return
-        self.watchdog.at(self.trainer.step, "measuring")
-        values = self.probe.measure(self.trainer.model.online.encoder, self.trainer.model.family)
-        self.log.metrics(self.trainer.step, values)
-        for kind, of_subnets in values.items():
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in of_subnets.items())
-            self._say(f"step {self.trainer.step}  {kind}  {shown}")
-        spread, rank = values["feature_std"], values["effective_rank"]
-        fallen = [name for name in spread if collapsed(spread[name], rank[name])]
-        if fallen and self.trainer.step:
-            self._say(
-                f"step {self.trainer.step}  COLLAPSE of {', '.join(fallen)}: feature std below {LEAST_STD:g} or "
-                f"effective rank below {LEAST_RANK:g}, so their features no longer tell images apart; {ADVICE}"
-            )

@@ -1,11 +1,12 @@
-"""Steps from wherever a training was stopped to its end: progress, checkpoints, Ctrl-C."""
+"""The training loop of every command: steps, and between them events, until the end or a request to stop."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,40 +15,98 @@ from . import checkpoint
 from .interruption import Interruption
 from .progress import Monitor
 
-SAVE_SECONDS = 60.0  # of work that a crash may cost
-SHOWN_STEPS = 20  # steps between losses on the screen: reading one waits for the device
+SAVE_SECONDS = 60.0  # between checkpoints: the most work that a crash costs
+LOSS_STEPS = 20  # steps between losses on the screen: reading one waits for the device
 
 Batch = TypeVar("Batch", contravariant=True)
+Losses = TypeVar("Losses")
+Losses_co = TypeVar("Losses_co", covariant=True)
 
 
-class Training(Protocol[Batch]):
-    """What can be run: `step` of `steps` are done, and `state` is all that the rest depends on."""
+class Training(Protocol[Batch, Losses_co]):
+    """A training of which `step` of `steps` are done."""
 
     step: int
     steps: int
 
-    def train_step(self, batch: Batch) -> Tensor:
-        """One step; returns its loss, a scalar."""
+    def train_step(self, batch: Batch) -> Losses_co:
+        """One step; returns its loss or losses."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Everything that the following steps depend on: tensors and plain values."""
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
+        """Continue from a state."""
         ...
 
 
-class OfOneModel:
-    """What a `Training` of one model by one optimizer saves."""
+@dataclass
+class Event(Generic[Losses]):
+    """An action between steps.
+
+    Attributes:
+        action: called with the losses of the step.
+        steps: period in steps; 0 for never but at the end.
+        seconds: period in seconds, besides.
+        at_end: whether to act after the last step too.
+    """
+
+    action: Callable[[Losses], object]
+    steps: int = 0
+    seconds: float = float("inf")
+    at_end: bool = True
+    _since: float = field(default_factory=time.monotonic, repr=False)
+
+    def run(self, step: int, losses: Losses, last: bool) -> None:
+        """Act if it is time to."""
+        due = (self.steps and step % self.steps == 0) or time.monotonic() - self._since > self.seconds
+        if self.at_end if last else due:
+            self.action(losses)
+            self._since = time.monotonic()
+
+
+def train(
+    training: Training[Batch, Losses],
+    batches: Iterable[Batch],
+    events: Sequence[Event[Losses]],
+    interruption: Interruption,
+    monitor: Monitor,
+    save_and_stop: Callable[[], object],
+    stop_requested: Callable[[bool], bool] = bool,
+) -> None:
+    """Train to the end of the batches.
+
+    Args:
+        training: the training, at the step where the batches begin.
+        batches: one for each step that is left.
+        events: actions between steps, in this order.
+        interruption: entered; holds requests to stop.
+        monitor: entered; shows the progress.
+        save_and_stop: called before `Interruption.stop` ends the program.
+        stop_requested: given whether this process was asked to stop, whether the loop should.
+    """
+    for batch in batches:
+        losses = training.train_step(batch)
+        monitor.advance()
+        last = training.step == training.steps
+        for event in events:
+            event.run(training.step, losses, last)
+        if not last and stop_requested(interruption.requested):
+            save_and_stop()
+            interruption.stop()
+
+
+class SingleModelTraining:
+    """The state of a training of one model with one optimizer."""
 
     model: nn.Module
     step: int
     _optimizer: torch.optim.Optimizer
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The contents of a checkpoint."""
         return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -57,8 +116,8 @@ class OfOneModel:
         self.step = state["step"]
 
 
-def resume(training: Training[Any], folder: Path, device: torch.device) -> None:
-    """Bring a training to the newest checkpoint in `folder` that can be read, if there is one."""
+def resume(training: Training[Any, Any], folder: Path, device: torch.device) -> None:
+    """Load the newest readable checkpoint in `folder`, if there is one."""
     checkpoint.clear_rests(folder)
     state = checkpoint.load_newest(folder, device, print)
     if state is not None:
@@ -66,8 +125,8 @@ def resume(training: Training[Any], folder: Path, device: torch.device) -> None:
 
 
 def run(
-    what: str,
-    training: Training[Batch],
+    name: str,
+    training: Training[Batch, Tensor],
     batches: Callable[[int], Iterable[Batch]],
     folder: Path,
     device: torch.device,
@@ -75,40 +134,47 @@ def run(
     measure: Callable[[], str] | None = None,
     measure_steps: int = 0,
 ) -> None:
-    """Train to the end, from where it is, or from the newest checkpoint if it has not begun; Interruption.stop() after
-    saving.
+    """Train with a progress bar and checkpoints, from the newest checkpoint if the training has not begun.
 
     Args:
-        what: a word for it, on the screen.
-        training: as it is before its first step, or resumed.
+        name: name of the work on the screen.
+        training: the training, before its first step or resumed.
         batches: the batches from a step on.
-        folder: of checkpoints, of this training alone.
-        device: where its state belongs.
-        log: told the step and its loss, now and then.
-        measure: called every `measure_steps` steps if they are not 0, but not at the end; says what it found.
+        folder: folder for the checkpoints of this training alone.
+        device: device of the training's state.
+        log: called with a step and its loss, every LOSS_STEPS steps.
+        measure: called every `measure_steps` steps, except at the end; returns text to show.
+
+    Raises:
+        KeyboardInterrupt or SystemExit after saving, if a signal asked to stop.
     """
     if training.step == 0:
         resume(training, folder, device)
     if training.step == training.steps:
         return
-    with Interruption() as interruption, Monitor(what, training.steps, training.step) as monitor:
-        saved = time.monotonic()
-        for batch in batches(training.step):
-            loss = training.train_step(batch)
-            last = training.step == training.steps
-            monitor.advance()
-            if last or training.step % SHOWN_STEPS == 0:
-                value = loss.item()
-                monitor.status(f"loss {value:.3f}")
-                if log is not None:
-                    log(training.step, value)
-            if measure is not None and measure_steps and training.step % measure_steps == 0 and not last:
-                with monitor.paused():
-                    found = measure()
-                monitor.line(f"step {training.step}  {found}")
-            if last or interruption.requested or time.monotonic() - saved > SAVE_SECONDS:
-                checkpoint.save(folder, training.step, training.state())
-                saved = time.monotonic()
-            if interruption.requested and not last:
-                monitor.line(f"stopped and saved after step {training.step} of {training.steps}")
-                interruption.stop()
+    with Interruption() as interruption, Monitor(name, training.steps, training.step) as monitor:
+
+        def show(loss: Tensor) -> None:
+            value = loss.item()
+            monitor.status(f"loss {value:.3f}")
+            if log is not None:
+                log(training.step, value)
+
+        def show_measured(loss: Tensor) -> None:
+            assert measure is not None
+            with monitor.paused():
+                text = measure()
+            monitor.line(f"step {training.step}  {text}")
+
+        def save(loss: Tensor | None = None) -> None:
+            checkpoint.save(folder, training.step, training.state())
+
+        def save_and_stop() -> None:
+            save()
+            monitor.line(f"stopped and saved after step {training.step} of {training.steps}")
+
+        events = [Event(show, LOSS_STEPS)]
+        if measure is not None:
+            events.append(Event(show_measured, measure_steps, at_end=False))
+        events.append(Event(save, seconds=SAVE_SECONDS))
+        train(training, batches(training.step), events, interruption, monitor, save_and_stop)

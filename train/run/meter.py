@@ -1,26 +1,27 @@
-"""How fast images go through a run, and how long it waits for them."""
+"""Throughput of a run, and the time it waits for data."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
 
 class Meter:
-    """Images per second and the share of time spent waiting for data, since it was last read."""
+    """Images per second, and the share of time spent waiting for data, since the last reading."""
 
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self._batches = batches
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new account."""
+        """Start a new measurement."""
         self._began, self._waited, self._paused, self._images = time.perf_counter(), 0.0, 0.0, 0
 
     def batches(self) -> Iterator[Tensor]:
-        """The batches, with the time they are waited for counted."""
+        """The batches; the time spent waiting for them is measured."""
         while True:
             began = time.perf_counter()
             batch = next(self._batches, None)
@@ -30,8 +31,11 @@ class Meter:
             self._images += len(batch) // 2
             yield batch
 
-    def pause(self, began: float) -> None:
-        """Leave the time since `began` out of the account: it did not serve training."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time spent inside, which is not training."""
+        began = time.perf_counter()
+        yield
         self._paused += time.perf_counter() - began
 
     def read(self) -> tuple[float, float]:

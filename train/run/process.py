@@ -1,4 +1,4 @@
-"""What a process that repeats one step for hours asks of the C library and of Python."""
+"""Process settings for hours of equal training steps: the C library's allocator and Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import gc
 
 import torch
 
-# glibc, mallopt(3). Python has no name for them.
+# Arguments of glibc's mallopt(3), for which Python has no names.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-KEPT = 1 << 30  # bytes; a larger block still goes back to the system when it is freed
+KEPT_BYTES = 1 << 30  # larger blocks still return to the system when they are freed
 
 
 def prepare_process(device: torch.device) -> None:
-    """To be called once, when all that lasts is built and the steps begin.
+    """Prepare the process; to be called once, after everything long-lived was built and before the first step.
 
-    On the CPU, freed memory stays with the process: a step frees all its activations and asks for as many again, and
-    memory that went back to the system returns page by page, each by a fault, and zeroed. So the resident memory stays
-    what the largest step needed. (With a C library other than glibc nothing changes.) What is built by now is put out
-    of sight of Python's garbage collector, which otherwise looks through all of it several times a second.
+    On the CPU, freed memory stays with the process. A step frees all its activations and allocates as many again, and
+    memory that has returned to the system comes back by page faults, zeroed. The resident memory therefore stays at the
+    largest step's. (Other C libraries than glibc are left as they are.) Existing objects are hidden from Python's
+    garbage collector, which would otherwise visit all of them several times a second.
     """
     if device.type == "cpu":
         _keep_freed_memory()
@@ -28,7 +28,7 @@ def prepare_process(device: torch.device) -> None:
 
 
 def _keep_freed_memory() -> None:
-    process = ctypes.CDLL(None)
-    if hasattr(process, "gnu_get_libc_version"):
-        process.mallopt(M_MMAP_THRESHOLD, KEPT)
-        process.mallopt(M_TRIM_THRESHOLD, KEPT)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
