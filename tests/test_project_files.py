@@ -70,3 +70,12 @@ def test_citation_is_of_the_newest_release():
 def test_make_lists_its_targets():
     shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"make {target}" in shown for target in ("install", "test", "docs", "demo", "wheel"))
+
+
+def test_contributing_quotes_the_code_as_it_is():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    quotes = re.findall(r"From\s`([\w./]+)`:\n\n((?:    .*\n|\n)+)", text)
+    assert len(quotes) >= 7
+    for path, block in quotes:
+        lines = {line.strip() for line in (ROOT / path).read_text().splitlines()}
+        assert not {line.strip() for line in block.splitlines()} - lines - {"", "..."}, path
