@@ -184,7 +184,7 @@ EXTRAS = {
         *CUDA_12,
     ],
     "lint": ["ruff", "mypy", "pre-commit", "pre-commit-hooks"],
-    "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]", "mkdocstrings-python", "pymdown-extensions"],
+    "docs": ["mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python", "pymdown-extensions"],
 }
 
 setup(
