@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 BUILT_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-kernels test-faults fuzz sanitize demo dataset wheel clean
+.PHONY: help install lint test test-kernels test-faults fuzz sanitize docs demo dataset wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ $(INSTALLED): $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		setuptools cmake ninja torch torchvision
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation -e '.[test,lint]'
+		--no-build-isolation -e '.[test,lint,docs]'
 	$(BIN)/python -m dspnet_fast.info
 	@touch $@
 
@@ -56,6 +56,10 @@ sanitize: install ## the compiled operators' tests under AddressSanitizer and Un
 		UBSAN_OPTIONS=print_stacktrace=1 DSPNET_LIBRARY=$(abspath $(SANITIZED))/lib/_C.so \
 		$(BIN)/python -m pytest -n 2 --capture=sys tests/csrc/test_sanitized.py tests/csrc/test_emulated.py tests/ops \
 			-k "(sanitized or emulated or fuzz or cpp) and not build" --deselect tests/ops/test_fuzz.py::test_memory_tells
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: install ## build the documentation as a site: build/site
+	$(BIN)/python -m mkdocs build --strict
 
 demo: install dataset ## train a small family on Fashion-MNIST, evaluate it, export it, report: runs/demo
 	$(BIN)/python -m train.pretrain --config recipes/dspnet_resnet_fashion-mnist_3e.yaml --fast-kernels \

@@ -183,7 +183,8 @@ EXTRAS = {
         "nvidia-dali-cuda130; sys_platform == 'linux'",
         *CUDA_12,
     ],
-    "lint": ["ruff", "mypy"],
+    "lint": ["ruff", "mypy", "pre-commit", "pre-commit-hooks"],
+    "docs": ["mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python", "pymdown-extensions"],
 }
 
 setup(

@@ -92,7 +92,7 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
 
 
 def measured_statistics(model: nn.Module, dns: Iterable[Subnet]) -> dict[str, Tensor]:
-    """The kept statistics as a flat dictionary, "<subnet>/<layer>.running_mean" [C] and "...running_var" [C]."""
+    """The kept statistics as a flat dictionary: `<subnet>/<layer>.running_mean` and `.running_var`, each [C]."""
     flat = {}
     for dn in dns:
         with activate(model, dn):

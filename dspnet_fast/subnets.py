@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 
@@ -80,7 +81,12 @@ class Family(Sequence[Subnet]):
         """Names, smallest first."""
         return tuple(subnet.name for subnet in self._subnets)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Subnet: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Subnet, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Subnet | tuple[Subnet, ...]:
         return self._subnets[index]
 
     def __len__(self) -> int:

@@ -62,7 +62,7 @@ class Switchable(nn.Module):
         normalization: Mapping[str, Any],
         class_names: Sequence[str] = (),
     ) -> None:
-        """`tensors`: "weights/<parameter>" of the full network, "<dn>/<layer>.running_mean" and "...running_var"."""
+        """`tensors`: `weights/<parameter>` of the full network, `<dn>/<layer>.running_mean` and `.running_var`."""
         super().__init__()
         self.network, self.stem, self.family = network, stem, family
         self.image_size, self.normalization = image_size, dict(normalization)

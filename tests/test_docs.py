@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 PRETRAINING = sorted(RECIPES.glob("*.yaml"))
 COMPARISONS = sorted((RECIPES / "compare").glob("*.yaml"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)

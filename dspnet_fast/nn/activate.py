@@ -41,9 +41,8 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
     Args:
         model: any module with slimmable layers in it.
         dn: what the model's own `layer_sizes(dn)` method takes (a `Subnet` or its name), if it has one. For other
-        models
-            a width between 0 and 1 by which every ungrouped `SlimConv2d` is scaled, or a mapping from the names of
-            modules to sizes; what a mapping does not name is full. None is the full network.
+            models a width between 0 and 1 by which every ungrouped `SlimConv2d` is scaled, or a mapping from the names
+            of modules to sizes; what a mapping does not name is full. None is the full network.
         views: batches hold this many augmented views one after another; batch normalisation treats each by itself.
 
     Raises:

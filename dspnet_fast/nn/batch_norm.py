@@ -11,7 +11,7 @@ scale. The kinds of batch normalisation differ only in the mean and the variance
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import overload
+from typing import Any, Self, overload
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class SlimBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.measured: dict[str | None, tuple[Tensor, Tensor]] = {}  # active_dn -> mean [C], variance [C]
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.measured = {dn: (fn(mean), fn(variance)) for dn, (mean, variance) in self.measured.items()}
         return super()._apply(fn, recurse)
 
@@ -90,7 +90,7 @@ class SlimBatchNorm(_BatchNorm):
     @overload
     def forward(self, x: ConvOutput) -> Deferred: ...
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         """Normalise [N, C, ...] per channel: by each view's own batch in training, by kept statistics otherwise.
 
         A `ConvOutput` becomes an `Deferred`: its normalisation is computed, but left to whoever reads it.
@@ -193,14 +193,14 @@ class _Sum(torch.autograd.Function):
     """The sum over ranks. What each of them makes of it depends on every term, so gradients are summed as well."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         total = x.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None

@@ -1,6 +1,6 @@
 """2-d convolution whose input and output channels are prefixes of the weight's."""
 
-from typing import overload
+from typing import Any, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class SlimConv2d(Sized, nn.Conv2d):
     @overload
     def forward(self, x: Deferred, views: int) -> ConvOutput: ...
 
-    def forward(self, x, views=0):
+    def forward(self, x: Any, views: int = 0) -> Any:
         """Convolve [N, C, H, W] with the active prefix of the weight; an `Deferred` with the moments of `views`
         views."""
         if len(x.shape) == 3:

@@ -146,7 +146,7 @@ class Operator(Generic[P, R]):
 
 
 def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Makes dspnet::<name> out of a function. mutates: the arguments that it writes to."""
+    """Makes `dspnet::<name>` out of a function. mutates: the arguments that it writes to."""
 
     def register(native: Callable[P, R]) -> Operator[P, R]:
         made = Operator(native, mutates)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
@@ -197,7 +199,9 @@ def _linear(subject: Subject, options: SemiOptions, chosen: dict[float, list[int
         classifiers = Classifiers({s.name: s.channels[-1] for s in subnets}, subject.classes, recipe.seed)
         training = ClassifierTraining(classifiers.to(device), recipe, order.steps_per_epoch)
 
-        def batches(start: int, train=train, labels=labels, recipe=recipe) -> Iterable[Batch]:
+        def batches(
+            start: int, train: dict[str, Tensor] = train, labels: Tensor = labels, recipe: Hyperparameters = recipe
+        ) -> Iterable[Batch]:
             order = EpochSampler(len(labels), recipe.batch_size, recipe.seed, recipe.epochs, start)
             return kept_batches(train, labels, order, device)
 
