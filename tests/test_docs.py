@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from train.finetune_config import FinetuneConfig
 
 from train import compare, detect, evaluate, finetune, pretrain
 from train.cli import to_config
 from train.config import PretrainConfig
+from train.evaluate import PROTOCOLS
 from train.pretrain import make_parser
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 PRETRAINING = sorted(RECIPES.glob("*.yaml"))
 COMPARISONS = sorted((RECIPES / "compare").glob("*.yaml"))
+EVALUATIONS = [path for kind in ("evaluate", "finetune", "detect") for path in sorted((RECIPES / kind).glob("*.yaml"))]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -29,48 +32,41 @@ def test_recipe_is_called_what_it_is(recipe):
     assert recipe.stem.endswith(f"_{config.epochs}e")
 
 
-MOBILENET, RESNET = (str(RECIPES / f"dspnet_{name}_imagenet_300e.yaml") for name in ("mobilenet-v3", "resnet"))
-IMAGENET = "1,281,167 to train on, 50,000 to test, 1,000 classes of imagenet, as published"
-# by folder: the command, what it is told before the recipe, and what it must say
-COMMANDS = {
-    "recipes": (pretrain, [[]], ["images        ", " epochs of ", "without activations"]),
-    "compare": (compare, [[]], [" as published", "separate runs tog"]),
-    "detect": (
-        detect,
-        [[MOBILENET, "--dn", "w0.50"], [RESNET, "--dn", "c64-d2222"]],
-        ["117,266 to train on, 5,000 to test, 80 categories, as published", "180,000 steps, 24.6 epochs"],
-    ),
-    "evaluate": (evaluate, [[MOBILENET], [RESNET]], [IMAGENET, "together"]),
-    "finetune": (finetune, [["--from", MOBILENET], ["--from", "none"]], [IMAGENET, "together"]),
-}
-
-
-def dry_runs():
-    """Every recipe with its command: (command, its arguments, what it must say)."""
-    for recipe in sorted(RECIPES.rglob("*.yaml")):
-        command, starts, said = COMMANDS[recipe.parent.name]
-        if command is compare:
-            of = (
-                "390 steps on 50,000 images of cifar10"
-                if "cifar" in recipe.stem
-                else "93,600 steps on 1,281,167 images"
-            )
-            said = [*said, f" of {of}"]
-        for start in starts:
-            protocol = [recipe.stem.split("_")[0]] if command is evaluate else []
-            arguments = [*protocol, *start, "--config", str(recipe), "--dry-run"]
-            yield pytest.param(command, arguments, said, id="-".join([recipe.stem, *(Path(of).stem for of in start)]))
-
-
-@pytest.mark.parametrize(("command", "arguments", "said"), list(dry_runs()))
-def test_recipe_can_be_counted_without_run_and_images(command, arguments, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
+def test_recipe_can_be_counted_without_run_and_images(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where no folder is called imagenet
     monkeypatch.delenv("DSPNET_DATA", raising=False)
     with pytest.raises(SystemExit) as end:
-        command.main(arguments)
+        pretrain.main(["--config", str(recipe), "--dry-run"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in said) and not list(tmp_path.iterdir())
+    assert all(text in shown for text in ("images        ", " epochs of ", "without activations"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
+def test_recipe_of_a_comparison_can_be_counted_without_images(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DSPNET_DATA", raising=False)
+    comparison = compare.comparison_of(compare.make_parser().parse_args(["--config", str(recipe)]))
+    expected = (390, 50_000) if "cifar" in recipe.stem else (93_600, 1_281_167)
+    assert (comparison.steps, comparison.images) == expected
+    assert comparison.plan()["ratios"]
+
+
+@pytest.mark.parametrize("recipe", EVALUATIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recipe_of_an_evaluation_holds_valid_options(recipe):
+    given = ["--config", str(recipe)]
+    if recipe.parent.name == "evaluate":
+        protocol = recipe.stem.split("_")[0]
+        options = to_config(PROTOCOLS[protocol].options, evaluate.make_parsers()[protocol].parse_args(["OUT", *given]))
+        options.check()
+    elif recipe.parent.name == "finetune":
+        to_config(FinetuneConfig, finetune.make_parser().parse_args(["--from", "OUT", *given]))
+        finetune.completed(to_config(FinetuneConfig, finetune.make_parser().parse_args(["--from", "none", *given])))
+    else:
+        options = to_config(detect.DetectOptions, detect.make_parser().parse_args(["OUT", "--dn", "w0.50", *given]))
+        assert options.recipe().steps == 180_000
 
 
 @pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)

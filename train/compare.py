@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from jsonargparse import Namespace
+
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
@@ -33,17 +35,23 @@ EXAMPLE = """\
   python -m train.compare --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 16 \\
       --dns c8-d1111,c16-d1111 --hidden-features 512 --out-features 128 --epochs 2 --batch-size 128 --base-lr 3 \\
       --warmup-epochs 0.2 --tau 0.99 --seeds 0,1 --out runs/compared
-  python -m train.compare --config recipes/compare/family-5_mobilenet-v3_imagenet_300e.yaml --dry-run"""
+  python -m train.compare --config recipes/compare/family-5_mobilenet-v3_imagenet_300e.yaml --data DIR --out OUT"""
 
 
 def make_parser() -> cli.ArgumentParser:
     """All options of the command."""
     parser = cli.parser("compare", DESCRIPTION, EXAMPLE)
     cli.add_config_file(parser)
-    parser.add_argument("--dry-run", action="store_true", help="build, check and count the costs, without any run")
     cli.add_options(parser, CompareOptions)
     cli.add_options(parser, PretrainConfig, without=DECIDED)
     return parser
+
+
+def comparison_of(parsed: Namespace) -> Comparison:
+    """What the command line asks for; InputError as `Comparison`."""
+    names = [f.name for f in fields(PretrainConfig) if f.name not in DECIDED]
+    recipe = PretrainConfig(**{name: parsed[key(name)] for name in names})
+    return Comparison(cli.to_config(CompareOptions, parsed), recipe)
 
 
 def publish(out: Path, report: Report) -> None:
@@ -67,22 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
-    options = cli.to_config(CompareOptions, parsed)
-    names = [f.name for f in fields(PretrainConfig) if f.name not in DECIDED]
-    comparison = Comparison(options, PretrainConfig(**{name: parsed[key(name)] for name in names}))
-    if parsed.dry_run:
-        report = comparison.plan()
-        size = comparison.size
-        for table in tables_of(report):
-            table.show()
-        runs = len(comparison.seeds) * len(comparison.trained)
-        what = "1 run" if runs == 1 else f"{runs} runs"
-        print(
-            f"{what} of {comparison.steps:,} steps on {comparison.images:,} images of {report['data']}, "
-            f"{'counted here' if size.here else 'as published: not on this machine'}"
-        )
-        return
-    if not options.out:
+    comparison = comparison_of(parsed)
+    if not comparison.options.out:
         raise InputError("--out is missing: name a folder for the runs and the results, such as --out runs/compared")
     if parsed.fast_kernels:
         registry.fast_kernels()

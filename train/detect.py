@@ -12,25 +12,23 @@ import torch
 
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, build, family, subnet
+from dspnet_fast.models import Network, subnet
 from dspnet_fast.slim import slim
 
 from . import cli
-from .called import as_called
-from .config import WORKERS_HELP, PretrainConfig, Workers, flag, option, positive
+from .config import WORKERS_HELP, Workers, flag, option, positive
 from .data import coco
 from .data.coco import CocoSet, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
-from .detection.mask_rcnn import Shape, build_mask_rcnn, detector_cost, normalization
+from .detection.mask_rcnn import Shape, build_mask_rcnn, normalization
 from .detection.training import DetectionTraining, Hyperparameters, evaluate
 from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
 from .run import atomic, checkpoint, fingerprint, loop
 from .run.device import choose_device
-from .run.run_directory import read_recipe
-from .run.tables import Table, quantity
+from .run.tables import Table
 
 DESCRIPTION = """\
 Train Mask R-CNN with a feature pyramid on one network of a run, on a set in COCO's format, and evaluate its boxes and
@@ -39,11 +37,7 @@ it is cut out of the newest checkpoint. Writes AP, of every category too, to OUT
 The same command goes on where it was stopped. Needs pycocotools: pip install 'dspnet-fast[detect]'."""
 EXAMPLE = """\
   python -m train.detect runs/first --dn w0.50 --coco coco --config recipes/detect/mask-rcnn_coco_180k.yaml
-  python -m train.detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8
-  python -m train.detect recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --dn w0.50 --dry-run"""
-FULL_SIZE = (3, 4)  # the shape that costs are counted for: COCO's most frequent one
-# of COCO 2017, so that an experiment can be planned without the images
-PUBLISHED_TRAIN, PUBLISHED_ANNOTATED, PUBLISHED_VAL, PUBLISHED_CATEGORIES = 118_287, 117_266, 5_000, 80
+  python -m train.detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8"""
 
 
 @dataclass(kw_only=True)
@@ -90,9 +84,6 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
 
     evaluate_steps: int = option(0, "steps between evaluations; 0 for the one at the end only")
     device: str = option("auto", "auto, cpu or cuda")
-    dry_run: bool = option(
-        False, "build, check and say what it would cost; OUT may be a recipe, --coco may be left out"
-    )
 
     def __post_init__(self) -> None:
         """Raise InputError for values that cannot be."""
@@ -274,49 +265,6 @@ def publish_detect(out: Path, report: Report) -> None:
     print(f"{folder}/{dn}.json, {dn}.md")
 
 
-def plan_detect(out: Path, dn: str, options: DetectOptions) -> None:
-    """Build the detector, check run and set as far as they are there, and show what training would cost."""
-    if out.suffix in (".yaml", ".yml"):
-        config = read_recipe(out, PretrainConfig)
-        wanted = subnet(config.network, dn)
-        largest = family(config.network, config.names()).full
-        if not wanted.within(largest):
-            raise InputError(f"{wanted} is no part of {largest}, the largest network of {out}")
-        with torch.device("meta"):
-            network = slim(build(config.network, wanted, config.stem), None)
-        source = "recipe, not trained"
-    else:
-        network, source = pretrained_network(out, dn)
-    assert isinstance(network, Network)
-    images, val_images, classes = PUBLISHED_ANNOTATED, PUBLISHED_VAL, PUBLISHED_CATEGORIES
-    if options.keep_empty:
-        images = PUBLISHED_TRAIN
-    where = "as published for COCO 2017: --coco was not given"
-    if options.coco is not None:
-        train, val = options.sets()
-        images, val_images, classes, where = len(train), len(val), len(train.categories), "counted here"
-    _epochs(options.recipe(), images)
-    sizes = options.chosen_sizes()
-    with torch.device("meta"):
-        model = build_mask_rcnn(network.to("meta"), classes, options.shape(), options.seed)
-    shapes = [_shape(size, options.max_size) for size in (round(sum(sizes) / len(sizes)), sizes[-1])]
-    cost = detector_cost(model, *shapes)
-    seen = options.steps * options.batch_size
-    training, evaluation = 3 * cost.training * seen, cost.evaluation * val_images
-    (height, width), (test_height, test_width) = shapes
-    print(f"Mask R-CNN on {dn} ({source}): {cost.parameters:,} parameters, {normalization()}")
-    print(f"{'images':14}{images:,} to train on, {val_images:,} to test, {classes:,} categories, {where}")
-    note = f"{options.steps:,} steps, {seen / images:.1f} epochs, forward and backward, {height} x {width} px"
-    print(f"{'training':14}{quantity(training)}MAC  {note}")
-    print(f"{'evaluation':14}{quantity(evaluation)}MAC  {test_height} x {test_width} px")
-    print(f"{'together':14}{quantity(training + evaluation)}MAC")
-
-
-def _shape(short: int, longest: int) -> tuple[int, int]:
-    """Height and width of an image of COCO's usual shape."""
-    return short, min(longest, short * FULL_SIZE[1] // FULL_SIZE[0])
-
-
 def make_parser() -> cli.ArgumentParser:
     """All options of the command."""
     parser = cli.parser("detect", DESCRIPTION, EXAMPLE)
@@ -336,11 +284,6 @@ def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     options = cli.to_config(DetectOptions, parsed)
     out: Path = parsed.out
-    if options.dry_run:
-        plan_detect(out, parsed.dn, options)
-        return
-    if out.is_file():
-        raise InputError(f"{out} is a file: give the run directory of {as_called('train.pretrain')}, or add --dry-run")
     try:
         report = detect(out, parsed.dn, options)
     except KeyboardInterrupt:

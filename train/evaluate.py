@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dspnet_fast.errors import InputError
-
 from . import cli
-from .called import as_called
 from .evaluation.protocols import knn, linear, semi
-from .evaluation.protocols.common import EvaluationOptions, Plan
+from .evaluation.protocols.common import EvaluationOptions
 from .evaluation.results import Report
 
 DESCRIPTION = """\
@@ -26,7 +23,6 @@ class Protocol(NamedTuple):
     description: str
     example: str
     options: type[EvaluationOptions]
-    plan: Callable[[Path, Any], Plan]
     evaluate: Callable[[Path, Any], Report]
     publish: Callable[[Path, Report], None]
 
@@ -37,7 +33,6 @@ PROTOCOLS = {
         knn.DESCRIPTION,
         knn.EXAMPLE,
         knn.KnnOptions,
-        knn.plan_knn,
         knn.evaluate_knn,
         knn.publish_knn,
     ),
@@ -46,7 +41,6 @@ PROTOCOLS = {
         linear.DESCRIPTION,
         linear.EXAMPLE,
         linear.LinearOptions,
-        linear.plan_linear,
         linear.evaluate_linear,
         linear.publish_linear,
     ),
@@ -55,7 +49,6 @@ PROTOCOLS = {
         semi.DESCRIPTION,
         semi.EXAMPLE,
         semi.SemiOptions,
-        semi.plan_semi,
         semi.evaluate_semi,
         semi.publish_semi,
     ),
@@ -89,11 +82,6 @@ def _main(argv: Sequence[str]) -> None:
     given = parsed[parsed.protocol]
     options = cli.to_config(protocol.options, given)
     out: Path = given.out
-    if options.dry_run:
-        protocol.plan(out, options).show()
-        return
-    if out.is_file():
-        raise InputError(f"{out} is a file: give the run directory of {as_called('train.pretrain')}, or add --dry-run")
     try:
         report = protocol.evaluate(out, options)
     except KeyboardInterrupt:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import dspnet_fast
@@ -23,16 +22,13 @@ from dspnet_fast.switchable import Switchable
 
 from . import cli
 from .config import FamilyOptions, FinetuneConfig, PretrainConfig, option
-from .costs.flops import cost
 from .data.datasets import open_images
 from .data.images import Subset
 from .data.normalization import MEAN, STD
 from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
-from .run import checkpoint
 from .run.progress import Monitor
 from .run.run_directory import read_any_config
-from .run.tables import Table, cost_cells
 
 DESCRIPTION = """\
 Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network
@@ -55,7 +51,6 @@ class ExportOptions:
     switchable: bool = option(False, f"also write OUT/exported/{SWITCHABLE}, for dspnet_fast.switchable")
     batch_size: int = option(1, "images a call when the latency is measured")
     threads: int | None = option(None, "threads when the latency is measured [as many as PyTorch takes]")
-    dry_run: bool = option(False, "check everything and show what would be written; write nothing")
 
     def __post_init__(self) -> None:
         """Raise InputError for values that cannot be."""
@@ -193,29 +188,6 @@ def _measured(
     return converted, facts
 
 
-def plan(out: Path, dns: Sequence[str], options: ExportOptions) -> None:
-    """Show what `export` would write, from the configuration alone; InputError where it would fail for want of it."""
-    config = read_run(out)
-    described_as, data, image_size = described(config)
-    checkpoint.newest_of_run(out)
-    classes = len(open_images(data, "train").classes) if isinstance(config, FinetuneConfig) else 0
-    rows = []
-    for wanted in wanted_subnets(out, described_as, dns, options.switchable):
-        found = cost(described_as, wanted, image_size)
-        head = found.features * classes
-        parameters = found.parameters + head + classes
-        megabytes = 4e-6 * parameters * (2 if options.onnx else 1)
-        cells = cost_cells({"parameters": parameters, "macs": found.macs + head})
-        rows.append([wanted.name, *cells, f"{megabytes:.1f} MB"])
-    what = f", classifiers of {classes} classes" if classes else ""
-    Table(f"What {out} would export{what}", ["network", "params", "MACs", "about"], rows).show()
-    console = Console()
-    files = [exported.WEIGHTS, exported.MANIFEST, *([exported.ONNX] if options.onnx else [])]
-    console.print(f"would write {', '.join(files)} of each to {out}/exported/<dn>", soft_wrap=True)
-    if options.switchable:
-        console.print(f"and {out}/exported/{SWITCHABLE}", soft_wrap=True)
-
-
 def _commit() -> str | None:
     """The commit of the code that runs, None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -237,9 +209,6 @@ def _main(argv: Sequence[str]) -> None:
     cli.add_options(parser, ExportOptions)
     parsed = parser.parse_args(argv)
     options, dns = cli.to_config(ExportOptions, parsed), parsed.dn or ()
-    if options.dry_run:
-        plan(parsed.out, dns, options)
-        return
     for path in export(parsed.out, dns, options):
         print(path)
 

@@ -17,7 +17,7 @@ from dspnet_fast.subnets import Family
 
 from . import cli
 from .called import as_called
-from .config import SCRATCH, FinetuneConfig, flag
+from .config import SCRATCH, FinetuneConfig, PretrainConfig, flag
 from .costs.flops import cost
 from .data import augmentation
 from .data.datasets import open_images
@@ -26,12 +26,12 @@ from .data.sampler import EpochSampler
 from .evaluation.accuracy import Accuracy
 from .evaluation.plot_data import points
 from .evaluation.pretrained import PretrainedFamily
-from .evaluation.protocols.common import FOLDER, Plan, config_of
+from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report, accuracy_table, publish
 from .evaluation.supervised import Hyperparameters, SupervisedTraining, evaluate, labelled_batches, new_classifier
 from .run import loop
 from .run.device import choose_device
-from .run.run_directory import RunLog, check_run, open_run, with_own_config
+from .run.run_directory import RunLog, check_run, open_run, read_config, with_own_config
 
 DESCRIPTION = """\
 Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):
@@ -58,7 +58,7 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
             raise InputError("--from none starts from nothing: add --network, --dns, --data and --image-size")
         whole = replace(config, stem=config.stem or "standard")
     else:
-        run = config_of(Path(config.from_))
+        run = read_config(Path(config.from_), PretrainConfig)
         for name in ("network", "stem"):
             if getattr(config, name) not in (None, getattr(run, name)):
                 raise InputError(f"{flag(name)} {getattr(config, name)}, but {config.from_} has {getattr(run, name)}")
@@ -101,30 +101,6 @@ def starting_network(config: FinetuneConfig, switches: Family) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(options.network, switches.full, options.stem)
-
-
-def plan_finetune(config: FinetuneConfig) -> Plan:
-    """What `finetune` would cost, of a completed configuration."""
-    options = config.family()
-    assert config.image_size is not None and config.data is not None
-    augmentation.supervised(config.image_size, config.min_scale)
-    plan = Plan("supervised training", options, config.image_size, config.data)
-    if config.from_ != SCRATCH:
-        run = config_of(Path(config.from_))
-        largest = family_of(run.network, run.names()).full
-        if not plan.family.full.within(largest):
-            raise InputError(f"{plan.family.full} is no part of {largest}, the largest network of {config.from_}")
-    order = EpochSampler(plan.size.train, config.batch_size, config.seed, config.epochs)
-    images = config.batch_size * len(order)
-    names = plan.family.names
-    between = names[1:-1]
-    drawn = min(len(between), config.subnets_per_step - 2) if len(names) > 1 else 0
-    forward = plan.forward(images, {names[0], names[-1]})
-    forward += plan.forward(images, between) * drawn / len(between) if between else 0.0
-    plan.add("training", 3 * forward, f"{len(order):,} steps, {config.epochs} epochs, forward and backward")
-    times = 1 + ((config.epochs - 1) // config.evaluate_epochs if config.evaluate_epochs else 0)
-    plan.add("evaluation", times * plan.forward(plan.statistics_images + plan.size.test), f"{times} times")
-    return plan
 
 
 def finetune(config: FinetuneConfig, resume: bool) -> Report:
@@ -210,7 +186,6 @@ def make_parser() -> cli.ArgumentParser:
     parser = cli.parser("finetune", DESCRIPTION, EXAMPLE)
     cli.add_config_file(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its configuration")
-    parser.add_argument("--dry-run", action="store_true", help="build, check and say what it would cost")
     cli.add_options(parser, FinetuneConfig)
     return parser
 
@@ -223,9 +198,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(with_own_config(argv))
     config = completed(cli.to_config(FinetuneConfig, parsed))
-    if parsed.dry_run:
-        plan_finetune(config).show()
-        return
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/finetuned")
     if config.fast_kernels:

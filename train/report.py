@@ -202,16 +202,6 @@ def write(out: Path) -> Path:
     return folder / "index.html"
 
 
-def plan(out: Path) -> None:
-    """Print what the page would show."""
-    run = Run(out)
-    print(f"{out}: {_state(run)}")
-    print(f"evaluations  {', '.join(evaluation.file for evaluation in run.evaluations) or 'none'}")
-    print(f"comparison   {'none' if run.comparison is None else COMPARE}")
-    print(f"figures      {', '.join(picture.name for picture in pictures_of(run)) or 'none'}")
-    print(f"would write  {out}/report/index.html")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     cli.run(_main, argv)
@@ -220,12 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("report", DESCRIPTION, EXAMPLE)
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
-    parser.add_argument("--dry-run", action="store_true", help="say what the page would show, and write nothing")
-    options = parser.parse_args(argv)
-    if options.dry_run:
-        plan(options.out)
-    else:
-        print(write(options.out))
+    print(write(parser.parse_args(argv).out))
 
 
 if __name__ == "__main__":

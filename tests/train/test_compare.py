@@ -33,7 +33,6 @@ from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.trainer import Trainer
 from train.reporting import figures, page
 from train.reporting.findings import read_comparison
-from train.run.tables import quantity
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
 RECIPE = {
@@ -352,16 +351,6 @@ def test_bars_add_up():
     ends = [patch.get_x() + patch.get_width() for patch in axes.patches]
     assert ends == [1, 0, 3, 4, 3, 4.5] and axes.get_xlabel() == "seconds"
     assert [text.get_text() for text in axes.texts] == ["3", "4.5"]
-
-
-def test_dry_run_counts_and_makes_nothing(command, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run(compare, *command(out, seeds="0,1,2"), "--dry-run") == DONE
-    shown = capsys.readouterr().out
-    assert "9 runs of 6 steps on 80 images" in shown and "counted here" in shown and not out.exists()
-    config = PretrainConfig(**{**RECIPE, "dns": LARGE})
-    alone = sum(count(config, 6, network_costs(config)).parts().values())
-    assert f"{LARGE} alone" in shown and f"{quantity(alone)}MAC" in shown
 
 
 @pytest.mark.parametrize(

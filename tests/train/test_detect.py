@@ -477,16 +477,6 @@ def test_a_loss_that_is_no_number_ends_the_training(unexported, shapes, monkeypa
     assert "begin again with a smaller --lr" in capsys.readouterr().err
 
 
-def test_dry_run(finished, shapes, capsys):
-    before = sorted(finished.rglob("*"))
-    assert run(finished, "--dn", "c8-d1111", "--dry-run", "--coco", shapes, *command()) == DONE
-    shown = capsys.readouterr().out
-    assert "8 to train on, 4 to test, 2 categories, counted here" in shown and "together" in shown
-    assert run(finished, "--dn", "c8-d1111", "--dry-run", "--coco", shapes, "--keep-empty", *command()) == DONE
-    assert "9 to train on" in capsys.readouterr().out
-    assert before == sorted(finished.rglob("*")), "nothing is written"
-
-
 def test_help_teaches(capsys):
     assert run("--help") == DONE
     assert "example:" in capsys.readouterr().out

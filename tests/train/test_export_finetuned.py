@@ -104,16 +104,6 @@ def test_a_network_that_was_trained_alone(finished, images, tmp_path):
         torch.testing.assert_close(logits, trained.model(pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_dry_run_shows_the_classifiers_and_writes_nothing(out, capsys):
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert run(export, out, "--switchable", "--dry-run") == DONE
-    shown = " ".join(capsys.readouterr().out.split())  # lines end where they are full
-    assert "classifiers of 2 classes" in shown and all(dn in shown for dn in DNS)
-    network = exported.plain("resnet", FinetunedFamily(out, torch.device("cpu")).family[0], "small", 2)
-    assert f"{sum(parameter.numel() for parameter in network.parameters()):,}" in shown
-    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -139,7 +129,7 @@ def test_a_run_that_cannot_be_used(out, images, tmp_path, capsys, change, messag
 @pytest.mark.parametrize("command", [evaluate, report, detect], ids=["evaluate", "report", "detect"])
 def test_other_commands_say_whose_run_it_is(out, capsys, command):
     before = sorted(out.rglob("*"))
-    options = {evaluate: ["knn", out], report: [out], detect: [out, "--dn", DNS[0], "--dry-run"]}
+    options = {evaluate: ["knn", out], report: [out], detect: [out, "--dn", DNS[0]]}
     assert run(command, *options[command]) == WRONG_INPUT
     assert f"{out} is a run of train.finetune; this command takes one of train.pretrain" in capsys.readouterr().err
     assert sorted(out.rglob("*")) == before

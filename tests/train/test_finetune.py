@@ -210,13 +210,6 @@ def test_stopped_and_resumed(finished, whole, tmp_path, monkeypatch, capsys):
     assert (second / "metrics.jsonl").read_text() == lines
 
 
-def test_dry_run_counts_and_leaves_nothing(finished, tmp_path, capsys):
-    assert run(*command(**{"from": finished, "out": tmp_path / "run"}), "--dry-run") == DONE
-    shown = capsys.readouterr().out
-    assert "10 steps, 2 epochs" in shown and "c8-d1121" in shown
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -233,9 +226,8 @@ def test_dry_run_counts_and_leaves_nothing(finished, tmp_path, capsys):
         ({"min_scale": 0}, "smallest crop"),
     ],
 )
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_wrong_options(finished, tmp_path, capsys, options, message, dry):
-    assert run(*command(**{"from": finished, "out": tmp_path / "run", **options}), *dry) == WRONG_INPUT
+def test_wrong_options(finished, tmp_path, capsys, options, message):
+    assert run(*command(**{"from": finished, "out": tmp_path / "run", **options})) == WRONG_INPUT
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -211,15 +211,6 @@ def test_stopped_and_resumed(trained, tmp_path, monkeypatch, capsys, augment):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("protocol", [("knn", "--baselines"), ("linear",), ("linear", "--augment")])
-def test_dry_run_counts_and_leaves_nothing(trained, capsys, protocol):
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    assert run(protocol[0], trained, "--dry-run", *protocol[1:]) == DONE
-    shown = capsys.readouterr().out
-    assert "80 to train on, 40 to test, 2 classes" in shown and "c8-d1121" in shown and "together" in shown
-    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -230,7 +221,6 @@ def test_dry_run_counts_and_leaves_nothing(trained, capsys, protocol):
         (("--data", "/nowhere"), "no set of images"),
     ],
 )
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_wrong_options(finished, capsys, options, message, dry):
-    assert run("linear", finished, *options, *dry) == WRONG_INPUT
+def test_wrong_options(finished, capsys, options, message):
+    assert run("linear", finished, *options) == WRONG_INPUT
     assert message in capsys.readouterr().err

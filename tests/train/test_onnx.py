@@ -189,24 +189,6 @@ def test_without_the_packages_it_says_what_to_install(out, monkeypatch, capsys):
         onnx_file.Session(b"")
 
 
-def test_dry_run_shows_and_writes_nothing(out, capsys):
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert run(out, "--onnx", "--switchable", "--dry-run") == DONE
-    shown = capsys.readouterr().out
-    assert all(dn in shown for dn in DNS)
-    network = slim(build("resnet", family("resnet", ["c8-d1121"]).full, "small"), None)
-    assert f"{parameter_count(network):,}" in shown
-    assert "model.onnx" in shown and "switchable.safetensors" in shown
-    assert run(out, "--dn", "c32-d1111", "--dry-run") == WRONG_INPUT
-    shutil.rmtree(out / "checkpoints")
-    assert run(out, "--dry-run") == WRONG_INPUT
-    assert "holds no checkpoint" in capsys.readouterr().err
-    after = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert {path: time for path, time in before.items() if "checkpoints" not in path.parts and path != out} == {
-        path: time for path, time in after.items() if path != out
-    }
-
-
 @pytest.mark.parametrize("option", ["--threads", "--batch-size"])
 def test_no_threads_and_no_images_are_refused(out, capsys, option):
     assert run(out, option, 0) == WRONG_INPUT

@@ -294,16 +294,6 @@ def test_an_evaluation_of_some_networks_only(out):
     assert [row[column] for row in made(out).rows[1:4]] == ["–", "60.0 ± 1.0", "–"]
 
 
-def test_dry_run_says_what_it_would_show(reported, out, capsys):
-    before = sorted(path for path in out.rglob("*"))
-    assert run(report, out, "--dry-run") == DONE
-    shown = capsys.readouterr().out
-    assert "evaluations  none" in shown and "training-loss" in shown and "report/index.html" in shown
-    assert sorted(path for path in out.rglob("*")) == before
-    assert run(report, reported, "--dry-run") == DONE
-    assert "knn.json, semi.json" in capsys.readouterr().out
-
-
 def test_no_run_is_refused_and_help_teaches(tmp_path, capsys):
     assert run(report, tmp_path) == WRONG_INPUT
     assert "holds no run" in capsys.readouterr().err and not list(tmp_path.iterdir())

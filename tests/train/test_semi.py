@@ -178,12 +178,5 @@ def test_stopped_while_fine_tuning_and_resumed(trained, complete, monkeypatch, c
     ],
 )
 def test_wrong_options(finished, capsys, options, message):
-    assert run("semi", finished, *options, "--dry-run") == WRONG_INPUT
+    assert run("semi", finished, *options) == WRONG_INPUT
     assert message in capsys.readouterr().err
-
-
-def test_dry_run_counts_and_leaves_nothing(trained, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    assert run("semi", trained, "--dry-run") == DONE
-    assert "10 %: about 8 images" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}

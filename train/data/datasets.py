@@ -13,20 +13,19 @@ from .images import ImageSet, require_labels
 
 @dataclass(frozen=True)
 class SetSize:
-    """Images of both splits and classes of a set; `here` if they were counted on this machine."""
+    """Images of both splits of a set; `here` if they were counted on this machine."""
 
     train: int
     test: int
-    classes: int
     here: bool = False
 
 
 NAMED = {fashion_mnist.NAME: fashion_mnist.open_set, cifar10.NAME: cifar10.open_set}
 # as published, so that an experiment can be planned without the images; a folder is known by its own name
 PUBLISHED = {
-    fashion_mnist.NAME: SetSize(60_000, 10_000, 10),
-    cifar10.NAME: SetSize(50_000, 10_000, 10),
-    "imagenet": SetSize(1_281_167, 50_000, 1000),
+    fashion_mnist.NAME: SetSize(60_000, 10_000),
+    cifar10.NAME: SetSize(50_000, 10_000),
+    "imagenet": SetSize(1_281_167, 50_000),
 }
 
 
@@ -75,7 +74,7 @@ def is_here(name: str) -> bool:
 def size_of(name: str, labelled: bool = True) -> SetSize:
     """How large a set is: counted if it is on this machine, as published if it is not but has a known name.
 
-    InputError if neither is possible, or if the set is to be `labelled` and is not; without labels it has 0 classes.
+    InputError if neither is possible, or if the set is to be `labelled` and is not.
     """
     try:
         train, test = open_images(name, "train", download=False), open_images(name, "test", download=False)
@@ -86,4 +85,4 @@ def size_of(name: str, labelled: bool = True) -> SetSize:
         return published
     if labelled:
         require_labels(train)
-    return SetSize(len(train), len(test), len(train.classes), here=True)
+    return SetSize(len(train), len(test), here=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
@@ -95,42 +94,3 @@ def normalization() -> str:
 
 def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-@dataclass(frozen=True)
-class DetectorCost:
-    """Of a detector: parameters, and multiply-accumulates for one image in training (forward) and in evaluation."""
-
-    parameters: int
-    training: int
-    evaluation: int
-
-
-def detector_cost(model: MaskRCNN, training: tuple[int, int], evaluation: tuple[int, int]) -> DetectorCost:
-    """Count a detector, with as many regions in an image as there may be.
-
-    Args:
-        model: on the meta device; left in evaluation mode.
-        training, evaluation: height and width that images are brought to.
-    """
-    model.eval()
-    heads = model.roi_heads
-    sampler = heads.fg_bg_sampler
-    rois, masks = sampler.batch_size_per_image, int(sampler.batch_size_per_image * sampler.positive_fraction)
-    return DetectorCost(
-        sum(parameter.numel() for parameter in model.parameters()),
-        _macs(model, training, rois, masks),
-        _macs(model, evaluation, model.rpn._post_nms_top_n["testing"], heads.detections_per_img),
-    )
-
-
-def _macs(model: MaskRCNN, size: tuple[int, int], rois: int, masks: int) -> int:
-    heads = model.roi_heads
-    height, width = (-(-side // 32) * 32 for side in size)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), torch.device("meta"):
-        maps = model.backbone(torch.empty(1, 3, height, width))
-        model.rpn.head(list(maps.values()))
-        heads.box_predictor(heads.box_head(torch.empty(rois, CHANNELS, *heads.box_roi_pool.output_size)))
-        heads.mask_predictor(heads.mask_head(torch.empty(masks, CHANNELS, *heads.mask_roi_pool.output_size)))
-    return counter.get_total_flops() // 2

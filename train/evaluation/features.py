@@ -77,11 +77,6 @@ def kept(
     return {name: _open(path, shapes[name]) for name, path in files.items()}
 
 
-def kept_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
-    """What `kept` needs on disk."""
-    return sum(rows * columns * FLOAT for rows, columns in shapes.values())
-
-
 def _open(path: Path, shape: tuple[int, int]) -> Tensor:
     try:
         # copy on write: torch wants memory that it may write to, and the file must not change
@@ -103,7 +98,8 @@ def _compute_missing(
     headers = {name: _header(shapes[name]) for name in files}
     done = min(_whole_rows(partial[name], len(headers[name]), shapes[name]) for name in files) // batch * batch
     folder = next(iter(files.values())).parent
-    needed, free = kept_bytes({name: shapes[name] for name in files}), shutil.disk_usage(folder).free
+    needed = sum(rows * columns * FLOAT for rows, columns in (shapes[name] for name in files))
+    free = shutil.disk_usage(folder).free
     there = sum(path.stat().st_size for path in partial.values() if path.exists())
     if needed > free + there:
         raise InputError(

@@ -58,11 +58,6 @@ def read_any_config(out: Path, *kinds: type[Config]) -> Config:
     return _made(out / CONFIG, options, found or kinds[0])
 
 
-def read_recipe(path: Path, kind: type[Config]) -> Config:
-    """The configuration in a YAML file; InputError if there is none or it is not of this version or kind."""
-    return _made(path, _read(path), kind)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text())

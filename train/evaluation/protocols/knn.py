@@ -21,15 +21,14 @@ from ..knn import knn
 from ..plot_data import points
 from ..pretrained import BATCH, PretrainedFamily
 from ..results import Report, publish
-from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
+from .common import FOLDER, EvaluationOptions, Subject
 
 LARGEST_RAW = 64  # pixels; small images are compared as they are, large ones reduced to this or to the run's size
 DESCRIPTION = """\
 Classify test images by their nearest neighbours among the training images, for every desired network of a run.
 Features are computed once per network and kept in OUT/features. Writes OUT/evaluation/knn.json, knn.md and knn.png."""
 EXAMPLE = """\
-  python -m train.evaluate knn runs/first --baselines
-  python -m train.evaluate knn recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --dry-run"""
+  python -m train.evaluate knn runs/first --baselines"""
 
 
 @dataclass(kw_only=True)
@@ -39,19 +38,6 @@ class KnnOptions(EvaluationOptions):
     references: int | None = option(None, "training images whose labels vote, drawn at random [all]")
     k: int = option(20, "neighbours that vote")
     baselines: bool = option(False, "also evaluate the networks before training, and the raw pixels")
-
-
-def plan_knn(out: Path, options: KnnOptions) -> Plan:
-    """What `evaluate_knn` would cost."""
-    positive(k=options.k)
-    plan = plan_of("kNN evaluation", out, options.data)
-    references = plan.size.train if options.references is None else min(options.references, plan.size.train)
-    rounds = 2 if options.baselines else 1
-    plan.add("statistics", rounds * plan.forward(plan.statistics_images))
-    plan.add("features", rounds * plan.forward(references + plan.size.test), "none of it where they are kept already")
-    features = sum(cost.features for cost in plan.costs.values())
-    plan.add("similarities", rounds * references * plan.size.test * features)
-    return plan
 
 
 def evaluate_knn(out: Path, options: KnnOptions) -> Report:

@@ -16,10 +16,10 @@ from ...data.normalization import normalize
 from ...data.sampler import EpochSampler
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, kept_batches
-from ..features import kept_bytes, representations
+from ..features import representations
 from ..plot_data import points
 from ..results import Report, accuracy_table, publish
-from .common import FOLDER, EvaluationOptions, Plan, Subject, plan_of
+from .common import FOLDER, EvaluationOptions, Subject
 
 DESCRIPTION = """\
 Train a linear classifier on the frozen representation of every desired network of a run, all from the same batches.
@@ -27,13 +27,11 @@ Writes OUT/evaluation/linear.json, linear.md and linear.png.
 
 By default features are of the images' evaluation views: computed once per network, kept in OUT/features (which may be
 deleted), and read in every epoch. --augment is the paper's: random crops and flips, a new one of each image in every
-epoch, so that each of them costs a pass of all networks over the images, 80 times as much by default. Compare the two
-with --dry-run. After Ctrl-C the same command goes on from there."""
+epoch, so that each of them costs a pass of all networks over the images, 80 times as much by default.
+After Ctrl-C the same command goes on from there."""
 EXAMPLE = """\
   python -m train.evaluate linear runs/first
-  python -m train.evaluate linear runs/first --config recipes/evaluate/linear_imagenet_80e.yaml --data DIR
-  python -m train.evaluate linear recipes/dspnet_mobilenet-v3_imagenet_300e.yaml \\
-      --config recipes/evaluate/linear_imagenet_80e.yaml --dry-run"""
+  python -m train.evaluate linear runs/first --config recipes/evaluate/linear_imagenet_80e.yaml --data DIR"""
 
 
 @dataclass(kw_only=True)
@@ -68,32 +66,6 @@ class LinearOptions(ClassifierOptions):
         """Raise InputError for values that no training can have."""
         super().check()
         augmentation.supervised(augmentation.SMALLEST, self.min_scale)
-
-
-def plan_linear(out: Path, options: LinearOptions) -> Plan:
-    """What `evaluate_linear` would cost."""
-    options.check()
-    plan = plan_of("linear evaluation", out, options.data)
-    plan.add("statistics", plan.forward(plan.statistics_images))
-    if options.augment:
-        plan.add("test features", plan.forward(plan.size.test), "none of it where they are kept already")
-        plan.add("random crops", plan.forward(plan.size.train * options.epochs), f"{options.epochs} passes")
-    else:
-        plan.add("features", plan.forward(plan.size.train + plan.size.test), "none of it where they are kept already")
-    plan.note("disk", disk(plan, plan.size.test + (0 if options.augment else plan.size.train)))
-    plan.add("classifiers", classifier_work(plan, options.epochs, plan.size.train), f"{options.epochs} epochs")
-    return plan
-
-
-def classifier_work(plan: Plan, epochs: int, images: int) -> float:
-    """Multiply-accumulates of training all classifiers: forward, and the weights' gradient."""
-    return 2 * epochs * images * plan.size.classes * sum(cost.features for cost in plan.costs.values())
-
-
-def disk(plan: Plan, images: int) -> str:
-    """What keeping the features of all networks takes."""
-    taken = kept_bytes({name: (images, cost.features) for name, cost in plan.costs.items()})
-    return f"{taken / 1e9:,.2f} GB of features in OUT/features"
 
 
 def evaluate_linear(out: Path, options: LinearOptions) -> Report:

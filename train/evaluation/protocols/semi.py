@@ -27,8 +27,8 @@ from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameter
 from ..plot_data import points
 from ..results import Report, accuracy_table, publish
 from ..supervised import SupervisedTraining, Together, labelled_batches, new_classifier
-from .common import FOLDER, Plan, Subject, plan_of
-from .linear import ClassifierOptions, classifier_work, disk
+from .common import FOLDER, Subject
+from .linear import ClassifierOptions
 
 METHODS = ("linear", "finetune")
 DESCRIPTION = """\
@@ -42,8 +42,7 @@ After Ctrl-C the same command goes on from there."""
 EXAMPLE = """\
   python -m train.evaluate semi runs/first
   python -m train.evaluate semi runs/first --shares 10 --methods finetune
-  python -m train.evaluate semi recipes/dspnet_resnet_imagenet_300e.yaml \\
-      --config recipes/evaluate/semi_imagenet_50e.yaml --dry-run"""
+  python -m train.evaluate semi runs/first --config recipes/evaluate/semi_imagenet_50e.yaml --data DIR"""
 
 
 @dataclass(kw_only=True)
@@ -107,28 +106,6 @@ def fitting_batch(largest: int, images: int) -> int:
     whole = min(largest, images)
     even = images // -(-images // whole)
     return min((whole, even), key=lambda size: images % size)
-
-
-def plan_semi(out: Path, options: SemiOptions) -> Plan:
-    """What `evaluate_semi` would cost."""
-    options.check()
-    plan = plan_of("semi-supervised evaluation", out, options.data)
-    methods, size = options.chosen_methods(), plan.size
-    counts = {percent: round(size.train * percent / 100) for percent in options.percents()}
-    if "linear" in methods:
-        largest = max(counts.values())
-        plan.add("statistics", plan.forward(plan.statistics_images))
-        plan.add("features", plan.forward(largest + size.test), "none of it where they are kept already")
-        plan.note("disk", disk(plan, largest + size.test))
-    for percent, count in counts.items():
-        note = f"{percent:g} %: about {count:,} images"
-        if "linear" in methods:
-            plan.add("classifiers", classifier_work(plan, options.epochs, count), f"{note}, {options.epochs} epochs")
-        if "finetune" in methods:
-            epochs = options.finetune_epochs
-            plan.add("fine-tuning", 3 * plan.forward(count * epochs), f"{note}, {epochs} epochs, forward and backward")
-            plan.add("test", plan.forward(min(plan.statistics_images, count) + size.test))
-    return plan
 
 
 def evaluate_semi(out: Path, options: SemiOptions) -> Report:
