@@ -17,6 +17,7 @@ import argparse
 import io
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -44,7 +45,7 @@ from train.data.inspect import views
 from train.data.sampler import EpochSampler
 from train.run.progress import Monitor
 
-from .quiet import Patience, Samples
+from .quiet import Patience, interleave, spread
 
 EPILOG = """\
 examples:
@@ -174,22 +175,6 @@ def check(images: ImageSet, image_size: int) -> float:
     return apart
 
 
-def in_turns(
-    runs: dict[str, Callable[[], object]], rounds: int, patience: Patience, tick: Callable[[str], None]
-) -> dict[str, Samples]:
-    """Processor seconds of each, from `rounds` rounds that begin with another one each time."""
-    samples = {name: Samples() for name in runs}
-    names = list(runs)
-    for first in range(rounds):
-        for name in names[first % len(names) :] + names[: first % len(names)]:
-            tick(name)
-            patience.wait()
-            began = time.process_time()
-            runs[name]()
-            samples[name].seconds.append(time.process_time() - began)
-    return samples
-
-
 def measure(options: argparse.Namespace, images: ImageSet) -> dict:
     """Time all variants in turns."""
     runs = variants(images, options.image_size, options.batch_size)
@@ -203,8 +188,8 @@ def measure(options: argparse.Namespace, images: ImageSet) -> dict:
         for name, run in runs.items():
             tick(f"{name}: warm-up")
             run()
-        samples = in_turns(runs, options.rounds, Patience(options.patience, 5), tick)
-    rates = {name: len(images) / of_variant.median for name, of_variant in samples.items()}
+        seconds = interleave(runs, options.rounds, Patience(options.patience, 5), tick, time.process_time)
+    rates = {name: len(images) / statistics.median(samples) for name, samples in seconds.items()}
     best = max(rates[PIL], rates[TENSORS])
     return {
         "processor": cpu_model(),
@@ -219,8 +204,8 @@ def measure(options: argparse.Namespace, images: ImageSet) -> dict:
                 "images/s": rate,
                 "x": rate / best,
                 "share of decoding": rate / rates[DECODE_DALI if name == DALI else DECODE_PIL],
-                "spread": samples[name].spread,
-                "seconds": samples[name].seconds,
+                "spread": spread(seconds[name]),
+                "seconds": seconds[name],
             }
             for name, rate in rates.items()
         },

@@ -1,21 +1,17 @@
 """Times of things to compare, on a machine that others use too.
 
 One competing process can turn a second into ten, and clocks drift within minutes. So variants take turns in one
-process, every sample waits for a quiet moment, and those that were pushed off a processor do not count.
+process, and every sample waits for a quiet moment.
 """
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 QUIET = 0.06  # share of all processors' time that others may use before a sample
 WINDOW = 0.3  # seconds that they are watched for
-SWITCHES = 20  # involuntary ones per second that a sample may see: two processes on one CPU switch a few hundred times
-ENOUGH = 2  # undisturbed samples, to leave the others out
 
 
 def _processor_seconds() -> tuple[float, float]:
@@ -51,51 +47,30 @@ class Patience:
         self._left -= time.monotonic() - began
 
 
-@dataclass
-class Samples:
-    """Seconds of one variant, and those of disturbed samples."""
-
-    seconds: list[float] = field(default_factory=list)
-    disturbed: list[float] = field(default_factory=list)
-
-    @property
-    def counted(self) -> list[float]:
-        """Undisturbed samples; all of them if fewer than ENOUGH were."""
-        return self.seconds if len(self.seconds) >= ENOUGH else self.seconds + self.disturbed
-
-    @property
-    def median(self) -> float:
-        """Of those that count."""
-        return statistics.median(self.counted)
-
-    @property
-    def spread(self) -> float:
-        """Half of the range between the quartiles, as a share of the median."""
-        if len(self.counted) < 2:
-            return 0.0
-        first, _, third = statistics.quantiles(self.counted, n=4, method="inclusive")
-        return (third - first) / 2 / self.median
-
-    def add(self, run: Callable[[], object]) -> None:
-        """Take one."""
-        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        began = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - began
-        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
-        (self.disturbed if switches > 3 + SWITCHES * seconds else self.seconds).append(seconds)
+def spread(seconds: Sequence[float]) -> float:
+    """Half of the range between the quartiles, as a share of the median."""
+    if len(seconds) < 2:
+        return 0.0
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (third - first) / 2 / median
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], rounds: int, patience: Patience, tick: Callable[[str], None]
-) -> dict[str, Samples]:
-    """Take turns for `rounds` rounds, each beginning with another variant; `tick` is told the variant before each."""
-    samples = {name: Samples() for name in variants}
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    patience: Patience,
+    tick: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each variant in `rounds` rounds, each beginning with another one; `tick` gets its name before it."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for first in range(rounds):
         for index in range(len(names)):
             name = names[(first + index) % len(names)]
             tick(name)
             patience.wait()
-            samples[name].add(variants[name])
-    return samples
+            began = clock()
+            variants[name]()
+            seconds[name].append(clock() - began)
+    return seconds

@@ -5,11 +5,10 @@ subnet; LARS and the target's update. The baseline is benchmarks/eager.py, the s
 it; a first step of both must give the same losses and move the weights alike, or nothing is timed.
 
 Variants take turns within one process. Every sample waits, for a bounded time, until other processes use less than 6 %
-of the machine, and is dropped if the process was pushed off its processors meanwhile. Times are medians of what is
-left, and `x` is against eager channels_last. Peak memory is the highest sum of live tensors during a step, weights and
-optimizer state included, each variant in a process of its own. `limit` is the share of the time that this machine, as
-measured in the same run, would need for the convolutions and matrix products alone if each were bound by nothing but
-its own arithmetic or by reading and writing its operands once.
+of the machine. Times are medians, and `x` is against eager channels_last. Peak memory is the highest sum of live
+tensors during a step, weights and optimizer state included, each variant in a process of its own. `limit` is the share
+of the time that this machine, as measured in the same run, would need for the convolutions and matrix products alone if
+each were bound by nothing but its own arithmetic or by reading and writing its operands once.
 
 The last line is for programs:
 
@@ -24,6 +23,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +50,7 @@ from train.run.progress import Monitor
 from . import machine, work
 from .eager import EagerStep
 from .memory import MIB, in_own_process, peak_of_step
-from .quiet import ENOUGH, Patience, Samples, interleave
+from .quiet import Patience, interleave, spread
 
 EPILOG = """\
 examples:
@@ -224,7 +224,7 @@ def report(results: dict[str, Any], console: Console) -> None:
         f"{COPY_FOOTPRINT // MIB} MiB). One step: {results['GFLOP']:.1f} GFLOP, {results['GB']:.2f} GB, at least "
         f"{results['limit_ms']:.0f} ms"
     )
-    table = Table("step", *("ms", "±", "x", "images/s", "GFLOP/s", "limit", "peak MiB", "undisturbed"))
+    table = Table("step", *("ms", "±", "x", "images/s", "GFLOP/s", "limit", "peak MiB"))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, line in results["variants"].items():
@@ -238,7 +238,6 @@ def report(results: dict[str, Any], console: Console) -> None:
             f"{line['GFLOP/s']:.0f}",
             f"{line['limit']:.0%}" if VARIANTS[name].precision == "fp32" else "",
             f"{line['peak_MiB']:.0f}",
-            f"{line['undisturbed']} of {line['samples']}",
             style="red" if slower else "bold" if name == OURS else "",
         )
     console.print(table)
@@ -248,11 +247,6 @@ def report(results: dict[str, Any], console: Console) -> None:
     for row in results["profile"]:
         table.add_row(row["operator"], str(row["calls"]), f"{row['ms']:.1f}", f"{row['share']:.1%}")
     console.print(table)
-    disturbed = [name for name, line in results["variants"].items() if line["undisturbed"] < ENOUGH]
-    if disturbed:
-        console.print(
-            f"[red]the machine was busy: disturbed samples count for {', '.join(disturbed)}. Measure again[/]"
-        )
 
 
 def summary(variants: dict[str, Any]) -> str:
@@ -265,18 +259,16 @@ def summary(variants: dict[str, Any]) -> str:
     )
 
 
-def _line(options: argparse.Namespace, samples: Samples, eager: Samples, flops: float, limit: float) -> dict[str, Any]:
+def _line(images: int, seconds: list[float], eager: list[float], flops: float, limit: float) -> dict[str, Any]:
+    median = statistics.median(seconds)
     return {
-        "ms": 1e3 * samples.median,
-        "spread": samples.spread,
-        "x": eager.median / samples.median,
-        "images/s": options.batch_size / samples.median,
-        "GFLOP/s": flops / samples.median / 1e9,
-        "limit": limit / samples.median,
-        "samples": len(samples.seconds) + len(samples.disturbed),
-        "undisturbed": len(samples.seconds),
-        "seconds": samples.seconds,
-        "disturbed_seconds": samples.disturbed,
+        "ms": 1e3 * median,
+        "spread": spread(seconds),
+        "x": statistics.median(eager) / median,
+        "images/s": images / median,
+        "GFLOP/s": flops / median / 1e9,
+        "limit": limit / median,
+        "seconds": seconds,
     }
 
 
@@ -309,12 +301,12 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
             runs[name].step()
         prepare_process(torch.device("cpu"))  # as train.pretrain does; the comparison has the use of it as well
         patience = Patience(20, 3) if options.quick else Patience(200, 15)
-        samples = interleave({name: runs[name].step for name in chosen}, rounds, patience, tick)
+        seconds = interleave({name: runs[name].step for name in chosen}, rounds, patience, tick)
         tick("where the time goes")
         where = profile(runs[OURS].step, options.rows)
         runs.clear()
         flops = sum(layer.flops for layer in layers)
-        lines = {name: _line(options, samples[name], samples[EAGER], flops, limit) for name in chosen}
+        lines = {name: _line(options.batch_size, seconds[name], seconds[EAGER], flops, limit) for name in chosen}
         for name in chosen:
             tick(f"{name}: memory")
             lines[name] |= in_own_process("benchmarks.step", [*argv, "--memory-of", name])

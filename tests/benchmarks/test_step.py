@@ -112,10 +112,9 @@ def test_peak_memory_counts_what_was_kept_before_and_what_is_alive_at_once():
     assert 8 * MIB <= peak_of_step(build) < 9 * MIB
 
 
-def test_disturbed_samples_do_not_count_unless_there_are_no_others(monkeypatch):
-    samples = quiet.Samples([1.0, 3.0, 2.0], [50.0])
-    assert samples.median == 2.0 and 0 < samples.spread < 1
-    assert quiet.Samples([1.0], [2.0, 6.0]).median == 2.0
+def test_spread_is_half_the_interquartile_range_over_the_median():
+    assert quiet.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
+    assert quiet.spread([1.0]) == 0
 
 
 def test_variants_take_turns(monkeypatch):
@@ -124,7 +123,7 @@ def test_variants_take_turns(monkeypatch):
     variants = {name: lambda name=name: order.append(name) for name in "abc"}
     samples = quiet.interleave(variants, 2, quiet.Patience(1, 1), lambda name: None)
     assert "".join(order) == "abcbca"
-    assert all(len(s.seconds) + len(s.disturbed) == 2 for s in samples.values())
+    assert all(len(seconds) == 2 for seconds in samples.values())
 
 
 def test_patience_ends(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,19 +15,61 @@ import torch
 import torch.distributed as dist
 from fault_lab import ENVIRONMENT, ROOT, Lab, arguments
 
-from benchmarks.cable import HOSTS, Cable
 from train.config import PretrainConfig
 from train.costs.communication import traffic
 from train.pretraining.dspnet import build_model
 from train.run import checkpoint
 from train.run.run_directory import read_config
 
+HOSTS = ("a", "b")
 PORT = 29533  # in namespaces of our own
 SECONDS = 180.0
 # forty images to a step, ten to a part: of two, normalised features are signs, and rounding flips them
 OPTIONS = {"batch_size": 40, "bn_groups": 4, "base_lr": 1.0, "warmup_epochs": 0, "checkpoint_epochs": 0}
 FEW, MANY = 4, 24  # steps; the start and the end cost the same in both
 AGREEMENT = 0.1  # headers and acknowledgements, and the small exchanges that the model leaves out
+
+
+class Cable:
+    """A network namespace for each host, with one end of a cable in it."""
+
+    def __init__(self) -> None:
+        self._names = {host: f"dspnet{os.getpid()}{host}" for host in HOSTS}
+        self._ends = {host: f"end{host}" for host in HOSTS}
+        self.addresses = {"a": "10.77.0.1", "b": "10.77.0.2"}
+
+    def lay(self, cleaning: ExitStack) -> None:
+        """Both hosts, until `cleaning` is closed.
+
+        Raises subprocess.CalledProcessError, with the reason as its stderr, where that is not allowed.
+        """
+        for name in self._names.values():
+            _run("ip", "netns", "add", name)
+            cleaning.callback(_run, "ip", "netns", "del", name)  # which takes its end of the cable along
+        (first, second), (a, b) = self._ends.values(), self._names.values()
+        _run("ip", "link", "add", first, "netns", a, "type", "veth", "peer", "name", second, "netns", b)
+        for host, name in self._names.items():
+            end = self._ends[host]
+            _run("ip", "-n", name, "address", "add", f"{self.addresses[host]}/24", "dev", end)
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+            _run("ip", "-n", name, "link", "set", end, "up")
+
+    def inside(self, host: str, *command: str) -> list[str]:
+        """The command line that runs a command on a host."""
+        return ["ip", "netns", "exec", self._names[host], *command]
+
+    def environment(self, host: str) -> dict[str, str]:
+        """What Gloo has to be told there."""
+        return {"GLOO_SOCKET_IFNAME": self._ends[host]}
+
+    def sent(self, host: str) -> int:
+        """Bytes that have left this host."""
+        counter = f"/sys/class/net/{self._ends[host]}/statistics/tx_bytes"
+        return int(subprocess.check_output(self.inside(host, "cat", counter)))
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.fixture
