@@ -94,7 +94,7 @@ class Switchable(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Switchable:
-        """Read a file that `save` or `python -m train.export OUT --switchable` wrote; nothing in it is executed.
+        """Read a file that `save` or `dspnet-export OUT --switchable` wrote; nothing in it is executed.
 
         Raises InputError if it is none, is damaged or is of another version.
         """
@@ -253,8 +253,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
                 raise InputError(
-                    f"{path} holds no switchable family, which dspnet-export OUT --switchable writes (in a checkout "
-                    "python -m train.export); "
+                    f"{path} holds no switchable family, which dspnet-export OUT --switchable writes; "
                     "a single network is read by dspnet_fast.exported.load"
                 )
             if metadata.get("version") != str(FORMAT):

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from train.finetune_config import FinetuneConfig
 
 from train import compare, detect, evaluate, finetune, pretrain
 from train.cli import to_config
-from train.config import PretrainConfig
+from train.config import FinetuneConfig, PretrainConfig
 from train.evaluate import PROTOCOLS
 from train.pretrain import make_parser
 

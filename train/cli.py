@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -16,27 +17,24 @@ from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 
 from dspnet_fast.errors import InputError
 
-from .called import as_called
 from .config import flag, key
 from .run.atomic import is_for_lack_of_room
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+RECIPES = Path(__file__).parents[1] / "recipes"  # beside train in a checkout and in the installed package
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, JsonHelpFormatter):
-    """Keep the line breaks of descriptions and examples, and call commands what they are called here."""
-
-    def format_help(self) -> str:
-        """The whole help."""
-        return as_called(super().format_help())
+    """Keep the line breaks of descriptions and examples."""
 
 
 def parser(command: str, description: str, example: str) -> ArgumentParser:
     """A parser whose help ends with an example."""
+    recipes = f"\n\nrecipes/ is {RECIPES}" if "recipes/" in example else ""
     made = ArgumentParser(
-        prog=as_called(f"python -m train.{command}"),
+        prog=f"dspnet-{command}",
         description=description,
-        epilog=f"example:\n{example}",
+        epilog=f"example:\n{example}{recipes}",
         formatter_class=HelpFormatter,
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")

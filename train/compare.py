@@ -13,7 +13,6 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
 from . import cli
-from .called import as_called
 from .comparison.design import DECIDED, CompareOptions, Comparison
 from .comparison.runs import compare
 from .comparison.tables import figures_of, tables_of
@@ -25,17 +24,17 @@ from .run import atomic
 
 DESCRIPTION = """\
 Pretrain each network of a family alone (BYOL) and all of them at once (DSPNet), by the same recipe, and compare what
-they are worth and what they cost. Every run is a directory of train.pretrain in OUT/runs. Writes OUT/compare.json,
+they are worth and what they cost. Every run is a directory of dspnet-pretrain in OUT/runs. Writes OUT/compare.json,
 compare.md and figures: accuracy per network both ways, training time and peak memory as measured, multiply-accumulates
 as counted, and the ratios of the family to all separate runs and to the largest network alone, by parts of the step.
 
 Several --seeds give means and ranges, several --subnets-per-step several families. What is finished is not done again,
 and after Ctrl-C the same command goes on."""
 EXAMPLE = """\
-  python -m train.compare --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 16 \\
+  dspnet-compare --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 16 \\
       --dns c8-d1111,c16-d1111 --hidden-features 512 --out-features 128 --epochs 2 --batch-size 128 --base-lr 3 \\
       --warmup-epochs 0.2 --tau 0.99 --seeds 0,1 --out runs/compared
-  python -m train.compare --config recipes/compare/family-5_mobilenet-v3_imagenet_300e.yaml --data DIR --out OUT"""
+  dspnet-compare --config recipes/compare/family-5_mobilenet-v3_imagenet_300e.yaml --data DIR --out OUT"""
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -83,11 +82,11 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = compare(comparison)
     except KeyboardInterrupt:
-        print(as_called("what was computed is kept: the same train.compare goes on from there"), flush=True)
+        print("what was computed is kept: the same dspnet-compare goes on from there", flush=True)
         raise
     publish(comparison.out, report)
     family = comparison.place(comparison.families[-1], comparison.seeds[0])
-    print(as_called("as a page, with the curves of the run: python -m train.report"), family)
+    print("as a page, with the curves of the run: dspnet-report", family)
 
 
 if __name__ == "__main__":

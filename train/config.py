@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Literal
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import NETWORKS, STEMS
 
-from .called import as_called
-
 BACKENDS = ("torchvision", "dali-cpu", "dali-gpu")  # implementations of the augmentation
 
 Workers = int | Literal["auto"]  # image loading processes
@@ -127,7 +125,7 @@ class RunConfig:
 class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
     """Configuration of `train.pretrain`. Defaults are the paper's recipe where it states one (docs/algorithm.md)."""
 
-    command = "train.pretrain"
+    command = "dspnet-pretrain"
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run can have."""
@@ -223,7 +221,7 @@ class SupervisedOptions:
 class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions):
     """Configuration of `train.finetune`."""
 
-    command = "train.finetune"
+    command = "dspnet-finetune"
 
     evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
     device: str = option("auto", "auto, cpu or cuda", True)
@@ -241,8 +239,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         if not self.from_:
             raise InputError(
-                f"--from is missing: name a run directory of {as_called('train.pretrain')}, "
-                "or none to start from scratch"
+                "--from is missing: name a run directory of dspnet-pretrain, or none to start from scratch"
             )
         if self.dn is not None and (self.dns is not None or self.from_ == SCRATCH):
             raise InputError("--dn trains one network of a run alone: give --from a run, and no --dns")

@@ -32,12 +32,12 @@ from .run.tables import Table
 
 DESCRIPTION = """\
 Train Mask R-CNN with a feature pyramid on one network of a run, on a set in COCO's format, and evaluate its boxes and
-masks (the paper's figure 6 and table 1(c)). The network is the one that train.export wrote to OUT/exported/<dn>, else
+masks (the paper's figure 6 and table 1(c)). The network is the one that dspnet-export wrote to OUT/exported/<dn>, else
 it is cut out of the newest checkpoint. Writes AP, of every category too, to OUT/evaluation/detect/<dn>.json and .md.
 The same command goes on where it was stopped. Needs pycocotools: pip install 'dspnet-fast[detect]'."""
 EXAMPLE = """\
-  python -m train.detect runs/first --dn w0.50 --coco coco --config recipes/detect/mask-rcnn_coco_180k.yaml
-  python -m train.detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8"""
+  dspnet-detect runs/first --dn w0.50 --coco coco --config recipes/detect/mask-rcnn_coco_180k.yaml
+  dspnet-detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8"""
 
 
 @dataclass(kw_only=True)
@@ -268,7 +268,7 @@ def publish_detect(out: Path, report: Report) -> None:
 def make_parser() -> cli.ArgumentParser:
     """All options of the command."""
     parser = cli.parser("detect", DESCRIPTION, EXAMPLE)
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
+    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
     parser.add_argument("--dn", required=True, help="the network, such as w0.50")
     cli.add_config_file(parser)
     cli.add_options(parser, DetectOptions)

@@ -12,7 +12,7 @@ from .evaluation.protocols.common import EvaluationOptions
 from .evaluation.results import Report
 
 DESCRIPTION = """\
-Evaluate every desired network of a run of train.pretrain. Each protocol writes its results to OUT/evaluation/, as
+Evaluate every desired network of a run of dspnet-pretrain. Each protocol writes its results to OUT/evaluation/, as
 JSON, as Markdown and as a figure, and prints them."""
 
 
@@ -60,7 +60,7 @@ def make_parsers() -> dict[str, cli.ArgumentParser]:
     parsers = {}
     for name, protocol in PROTOCOLS.items():
         parsers[name] = cli.parser(f"evaluate {name}", protocol.description, protocol.example)
-        parsers[name].add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
+        parsers[name].add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
         cli.add_config_file(parsers[name])
         cli.add_options(parsers[name], protocol.options)
     return parsers

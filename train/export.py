@@ -33,12 +33,12 @@ from .run.run_directory import read_any_config
 DESCRIPTION = """\
 Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network
 whose weights load into timm's and torchvision's classes; its latency on this machine's CPU is in the manifest.
-Networks of a run of train.finetune keep their classifier and give logits; the manifest names the classes.
+Networks of a run of dspnet-finetune keep their classifier and give logits; the manifest names the classes.
 With --onnx also model.onnx, with --switchable one file of all networks that switches between them while it runs."""
 EXAMPLE = """\
-  python -m train.export runs/first --dn w0.50
-  python -m train.export runs/first --onnx --switchable
-  python -m train.export runs/finetuned"""
+  dspnet-export runs/first --dn w0.50
+  dspnet-export runs/first --onnx --switchable
+  dspnet-export runs/finetuned"""
 VERIFICATION_IMAGES = 8
 SWITCHABLE = "switchable.safetensors"
 
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("export", DESCRIPTION, EXAMPLE)
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain or train.finetune")
+    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain or dspnet-finetune")
     parser.add_argument("--dn", action="append", help="a network to export, may be repeated [all of the run]")
     cli.add_options(parser, ExportOptions)
     parsed = parser.parse_args(argv)

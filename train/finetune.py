@@ -16,7 +16,6 @@ from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
 from . import cli
-from .called import as_called
 from .config import SCRATCH, FinetuneConfig, PretrainConfig, flag
 from .costs.flops import cost
 from .data import augmentation
@@ -36,16 +35,17 @@ from .run.run_directory import RunLog, check_run, open_run, read_config, with_ow
 DESCRIPTION = """\
 Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):
 in each step the full network learns from the labels, the smallest and random ones between from what the full one says.
-It starts from the full network of a run of train.pretrain, be it a family's (DSPNet) or one network's alone (BYOL, with
---dns for the switches), or from scratch (--from none). --dn trains one network of a run alone, cut out of the family.
+It starts from the full network of a run of dspnet-pretrain, be it a family's (DSPNet) or one network's alone (BYOL,
+with --dns for the switches), or from scratch (--from none). --dn trains one network of a run alone, cut out of the
+family.
 Writes the accuracy of all switches to OUT/evaluation/finetune.json, finetune.md and finetune.png."""
 EXAMPLE = """\
-  python -m train.finetune --from runs/first --out runs/finetuned --epochs 30
-  python -m train.finetune --from runs/byol --dns w0.50,w0.75,w1.00 --out runs/from-byol
-  python -m train.finetune --from none --network resnet --stem small --dns c8-d1111,c16-d1111 --data cifar10 \\
+  dspnet-finetune --from runs/first --out runs/finetuned --epochs 30
+  dspnet-finetune --from runs/byol --dns w0.50,w0.75,w1.00 --out runs/from-byol
+  dspnet-finetune --from none --network resnet --stem small --dns c8-d1111,c16-d1111 --data cifar10 \\
       --image-size 32 --out runs/scratch
-  python -m train.finetune --from runs/first --dn w0.50 --lr 0.01 --out runs/small
-  python -m train.finetune --out runs/finetuned --resume"""
+  dspnet-finetune --from runs/first --dn w0.50 --lr 0.01 --out runs/small
+  dspnet-finetune --out runs/finetuned --resume"""
 
 
 def completed(config: FinetuneConfig) -> FinetuneConfig:
@@ -205,7 +205,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = finetune(config, parsed.resume)
     except KeyboardInterrupt:
-        print(f"continue with\n  {as_called('python -m train.finetune')} --out {config.out} --resume", flush=True)
+        print(f"continue with\n  dspnet-finetune --out {config.out} --resume", flush=True)
         raise
     publish_finetune(Path(config.out), report)
 

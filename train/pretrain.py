@@ -17,12 +17,12 @@ from .run.run_directory import with_own_config
 
 DESCRIPTION = """\
 Pretrain a family of networks that share their weights, on images without labels.
-Then compare them with train.evaluate, and cut them out with train.export."""
+Then compare them with dspnet-evaluate, and cut them out with dspnet-export."""
 EXAMPLE = """\
-  python -m train.pretrain --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 28 \\
+  dspnet-pretrain --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 28 \\
       --dns c16-d1111,c16-d2222,c32-d2222 --epochs 5 --warmup-epochs 1 --out runs/first
-  python -m train.pretrain --out runs/first --resume
-  python -m train.pretrain --config recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --dry-run"""
+  dspnet-pretrain --out runs/first --resume
+  dspnet-pretrain --config recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --dry-run"""
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from . import cli
-from .called import as_called
 from .comparison.tables import figures_of, tables_of
 from .evaluation import drawing
 from .evaluation.collapse import LEAST_RANK, LEAST_STD
@@ -23,7 +22,7 @@ Write OUT/report/index.html: one page, with everything in it, that shows the net
 evaluation that there is, how they were trained, and whether one of them collapsed. Also its figures as PNG and its
 table as report.json. Run it again after another evaluation."""
 EXAMPLE = """\
-  python -m train.report runs/first"""
+  dspnet-report runs/first"""
 
 
 @dataclass
@@ -90,14 +89,14 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
 
     body.append(page.heading("Accuracy"))
     if not run.evaluations:
-        body.append(page.paragraph(as_called("Not evaluated yet: `python -m train.evaluate knn OUT` does that.")))
+        body.append(page.paragraph("Not evaluated yet: `dspnet-evaluate knn OUT` does that."))
     if run.left_out:
         body.append(page.paragraph(f"Not shown, as they hold no accuracies of networks: {', '.join(run.left_out)}."))
     body.append(page.figures([drawn[name] for name in drawn if name.startswith("accuracy-")]))
 
     body.append(page.heading("Family against separate runs, and what they cost"))
     if run.comparison is None:
-        body.append(page.paragraph(as_called(f"Not compared yet: `python -m train.compare` writes {COMPARE}.")))
+        body.append(page.paragraph(f"Not compared yet: `dspnet-compare` writes {COMPARE}."))
     else:
         body += [page.figures([drawn[name] for name in drawn if name.startswith("compare-")])]
         for table in tables_of(run.comparison):
@@ -169,7 +168,7 @@ def _notes(run: Run, networks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for evaluation in run.evaluations:
         if evaluation.step is not None and evaluation.step != run.steps:
             word = Path(evaluation.file).stem
-            again = as_called(f"`python -m train.evaluate {word} OUT`")
+            again = f"`dspnet-evaluate {word} OUT`"
             yield f"{evaluation.file} is of step {evaluation.step:,}, not of the last: {again}."
     conditions = {
         f"batch of {of['batch_size']}, {of['image_size']} px, threads: {of['threads']}, {of['device']}"
@@ -209,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("report", DESCRIPTION, EXAMPLE)
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of train.pretrain")
+    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
     print(write(parser.parse_args(argv).out))
 
 

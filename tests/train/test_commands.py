@@ -1,7 +1,10 @@
 """The commands as their users meet them: what they write, what they refuse and how they say it."""
 
+import importlib
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +14,15 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dspnet_fast import exported
 from dspnet_fast.nn import activate
-from train import compare, detect, evaluate, export, finetune, pretrain, report
+from train import evaluate, export, pretrain
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
 from train.data.normalization import normalize
 from train.evaluation.pretrained import PretrainedFamily
 from train.pretraining.run import PretrainRun
+
+SETUP = Path(__file__).parents[2] / "setup.py"
+ENTRIES = re.findall(r'"(dspnet-\w+) = dspnet_fast\.(train[\w.]+):main"', SETUP.read_text())
 
 
 def run(command, *argv):
@@ -175,10 +181,18 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(arguments, monkeypatch,
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [pretrain, evaluate, finetune, detect, compare, export, report])
-def test_help_teaches(command, capsys):
-    assert run(command, "--help") == DONE
-    assert "example:" in capsys.readouterr().out
+@pytest.mark.parametrize(("name", "module"), ENTRIES)
+def test_help_gives_examples_by_the_installed_name(name, module, capsys):
+    assert run(importlib.import_module(module), "--help") == DONE
+    shown = capsys.readouterr().out
+    assert f"usage: {name} " in shown and f"example:\n  {name} " in shown
+    assert not re.search(r"\btrain\.(?!log)|python -m", shown)
+
+
+def test_help_says_where_the_recipes_are(capsys):
+    assert run(pretrain, "--help") == DONE
+    (folder,) = re.findall(r"^recipes/ is (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert (Path(folder) / "dspnet_mobilenet-v3_imagenet_300e.yaml").is_file()
 
 
 def test_evaluate_knn(finished, images, capsys):

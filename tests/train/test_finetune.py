@@ -195,7 +195,7 @@ def test_stopped_and_resumed(finished, whole, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(SupervisedTraining, "train_step", interrupting)
     assert run(*command(**{"from": finished, "out": second})) == FAILED
-    assert f"train.finetune --out {second} --resume" in capsys.readouterr().out
+    assert f"dspnet-finetune --out {second} --resume" in capsys.readouterr().out
     assert checkpoint.latest_step(second / "checkpoints") == 4
     assert run("--out", second, "--resume", "--lr", "9") == WRONG_INPUT
     assert "another --lr" in capsys.readouterr().err
@@ -241,4 +241,4 @@ def test_a_family_that_was_fine_tuned_is_none_of_pretraining(finished, tmp_path,
     out = shutil.copytree(finished, tmp_path / "copy")
     (out / "config.yaml").write_text(yaml.safe_dump({"from": "none"}))
     assert run(*command(**{"from": out, "out": tmp_path / "run"})) == WRONG_INPUT
-    assert f"{out} is a run of train.finetune" in capsys.readouterr().err
+    assert f"{out} is a run of dspnet-finetune" in capsys.readouterr().err

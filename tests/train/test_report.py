@@ -249,8 +249,8 @@ def test_a_collapsed_network_is_named(out):
 def test_what_there_is_not_is_said_and_not_drawn(out, capsys):
     assert run(report, out) == DONE
     text = said(made(out))
-    assert "Not evaluated yet: python -m train.evaluate knn OUT" in text
-    assert "Not compared yet: python -m train.compare writes compare.json" in text
+    assert "Not evaluated yet: dspnet-evaluate knn OUT" in text
+    assert "Not compared yet: dspnet-compare writes compare.json" in text
     assert not list((out / "report").glob("accuracy-*"))
     assert made(out).rows[0] == ["network", "parameters", "MACs"]
 
@@ -276,7 +276,7 @@ def test_files_that_are_no_evaluations(out, capsys):
     assert run(report, out) == DONE
     text = said(made(out))
     assert "Not shown, as they hold no accuracies of networks: notes.json" in text
-    assert "linear.json is of step 10, not of the last: python -m train.evaluate linear OUT" in text
+    assert "linear.json is of step 10, not of the last: dspnet-evaluate linear OUT" in text
     (out / "evaluation" / "notes.json").write_text("{")
     assert run(report, out) == WRONG_INPUT
     assert "notes.json is damaged" in capsys.readouterr().err

@@ -29,7 +29,7 @@ Draw the two views of some images once, have every backend carry the draws out, 
 first backend named: each operation alone, the four of the colour jitter in random order, and everything together.
 Writes OUT/views.png, OUT/differences.md and OUT/differences.json."""
 EXAMPLE = """\
-  python -m train.data.inspect --data photos --backends torchvision,dali-cpu --out runs/views"""
+  dspnet-inspect --data photos --backends torchvision,dali-cpu --out runs/views"""
 
 EVERYTHING = "everything"
 MARGIN = 16  # pixels above the picture, for the names
@@ -39,7 +39,7 @@ MARGIN = 16  # pixels above the picture, for the names
 class InspectOptions:
     """Options of `train.data.inspect`."""
 
-    data: str = option("fashion-mnist", "set of images, as in train.pretrain")
+    data: str = option("fashion-mnist", "set of images, as in dspnet-pretrain")
     backends: str = option("torchvision,dali-cpu", "backends to compare, the first with each of the others")
     out: str = option("", "folder for the picture and the table")
     image_size: int = option(128, "height and width of the views, in pixels")
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("data.inspect", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("inspect", DESCRIPTION, EXAMPLE)
     cli.add_options(parser, InspectOptions)
     options = cli.to_config(InspectOptions, parser.parse_args(argv))
     if not options.out:

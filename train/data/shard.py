@@ -26,12 +26,12 @@ from .sampler import mix
 from .webdataset import CLASSES, LABEL, TEST, write_index
 
 DESCRIPTION = """\
-Write a set of images as tar files that train.pretrain and others read with few, large reads: OUT/000.tar, ... with an
+Write a set of images as tar files that dspnet-pretrain and others read with few, large reads: OUT/000.tar, ... with an
 index each, and the test split in OUT/test. Every image is decoded once to see that it can be; its file goes in as it
 is. OUT appears when all of it is written, and not at all otherwise."""
 EXAMPLE = """\
-  python -m train.data.shard --data photos --out shards
-  python -m train.pretrain --data 'shards/{000..015}.tar' --out runs/first"""
+  dspnet-shard --data photos --out shards
+  dspnet-pretrain --data 'shards/{000..015}.tar' --out runs/first"""
 
 
 @dataclass(kw_only=True)
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("data.shard", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("shard", DESCRIPTION, EXAMPLE)
     cli.add_options(parser, ShardOptions)
     options = cli.to_config(ShardOptions, parser.parse_args(argv))
     written = write_set(options)

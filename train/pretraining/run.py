@@ -16,7 +16,6 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
-from ..called import as_called
 from ..config import PretrainConfig
 from ..data import augmentation
 from ..data.backends import choose_backend, open_batches
@@ -289,7 +288,7 @@ class PretrainRun:
         self._save(this_rank=this_rank)
         self._print(
             f"stopped and saved after step {self.trainer.step} of {self.trainer.steps}; continue with",
-            f"  {as_called('python -m train.pretrain')} --out {self.out} --resume",
+            f"  dspnet-pretrain --out {self.out} --resume",
         )
 
     def _give_up(self) -> NoReturn:

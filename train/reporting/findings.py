@@ -13,7 +13,6 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.subnets import Family
 
-from ..called import as_called
 from ..config import PretrainConfig
 from ..costs.flops import cost
 from ..evaluation.collapse import collapsed
@@ -148,8 +147,7 @@ def read_comparison(out: Path) -> dict[str, Any] | None:
         found = _json(folder / COMPARE)
         if found is not None:
             if not isinstance(found, dict) or not {"accuracy", "runs", "ratios", "networks"} <= found.keys():
-                command = as_called("train.compare")
-                raise InputError(f"{folder / COMPARE} is no result of {command}: write it again, or remove it")
+                raise InputError(f"{folder / COMPARE} is no result of dspnet-compare: write it again, or remove it")
             return found
     return None
 

@@ -29,7 +29,6 @@ import yaml
 
 from dspnet_fast.errors import InputError
 
-from ..called import as_called
 from ..config import FinetuneConfig, PretrainConfig, RunConfig, flag, key
 from . import atomic
 
@@ -53,8 +52,8 @@ def read_any_config(out: Path, *kinds: type[Config]) -> Config:
     found = next((kind for kind in kinds if options.keys() <= _names(kind).keys()), None)
     other = _kind_of(options)
     if found is None and other is not None:
-        taken = as_called(" or ".join(kind.command for kind in kinds))
-        raise InputError(f"{out} is a run of {as_called(other.command)}; this command takes one of {taken}")
+        taken = " or ".join(kind.command for kind in kinds)
+        raise InputError(f"{out} is a run of {other.command}; this command takes one of {taken}")
     return _made(out / CONFIG, options, found or kinds[0])
 
 

@@ -28,7 +28,7 @@ DESCRIPTION = """\
 Classify test images by their nearest neighbours among the training images, for every desired network of a run.
 Features are computed once per network and kept in OUT/features. Writes OUT/evaluation/knn.json, knn.md and knn.png."""
 EXAMPLE = """\
-  python -m train.evaluate knn runs/first --baselines"""
+  dspnet-evaluate knn runs/first --baselines"""
 
 
 @dataclass(kw_only=True)

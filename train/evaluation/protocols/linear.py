@@ -30,8 +30,8 @@ deleted), and read in every epoch. --augment is the paper's: random crops and fl
 epoch, so that each of them costs a pass of all networks over the images, 80 times as much by default.
 After Ctrl-C the same command goes on from there."""
 EXAMPLE = """\
-  python -m train.evaluate linear runs/first
-  python -m train.evaluate linear runs/first --config recipes/evaluate/linear_imagenet_80e.yaml --data DIR"""
+  dspnet-evaluate linear runs/first
+  dspnet-evaluate linear runs/first --config recipes/evaluate/linear_imagenet_80e.yaml --data DIR"""
 
 
 @dataclass(kw_only=True)

@@ -40,9 +40,9 @@ that were chosen, by their place in the set, as semi-<share>-percent.txt; semi.j
 The subsets are a function of the labels and --subset-seed (docs/evaluation.md); the smaller is part of the larger.
 After Ctrl-C the same command goes on from there."""
 EXAMPLE = """\
-  python -m train.evaluate semi runs/first
-  python -m train.evaluate semi runs/first --shares 10 --methods finetune
-  python -m train.evaluate semi runs/first --config recipes/evaluate/semi_imagenet_50e.yaml --data DIR"""
+  dspnet-evaluate semi runs/first
+  dspnet-evaluate semi runs/first --shares 10 --methods finetune
+  dspnet-evaluate semi runs/first --config recipes/evaluate/semi_imagenet_50e.yaml --data DIR"""
 
 
 @dataclass(kw_only=True)
