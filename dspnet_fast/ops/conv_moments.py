@@ -230,12 +230,11 @@ def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     return True, ""
 
 
-@conv_moments.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "conv_moments"),
-    accepts=lambda *args: _accepts(args[0], args[5]),
-)
+def _triton_accepts(x: Tensor, weight: Tensor, groups: int) -> tuple[bool, str]:
+    return triton.kernels("conv_moments").accepts(x, weight, groups)
+
+
+@conv_moments.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "conv_moments"), accepts=_accepts)
 def _cpp(
     x: Tensor,
     scale: Tensor | None,
@@ -250,21 +249,11 @@ def _cpp(
     return torch.ops.dspnet_cpp.conv_moments(x, scale, shift, act, gate, weight, *rest)
 
 
-@conv_moments_backward.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "conv_moments_backward"),
-    accepts=lambda *args: _accepts(args[3], args[8]),
-)
-def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.dspnet_cpp.conv_moments_backward(*args)
-
-
 @conv_moments.provider(
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda *args: triton.kernels("conv_moments").accepts(args[0], args[5], args[10]),
+    accepts=_triton_accepts,
     unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,12 +261,5 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton.kernels("conv_moments").conv_moments(*args[:6], *args[7:])  # main_grad is the backward's
 
 
-@conv_moments_backward.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda *args: triton.kernels("conv_moments").accepts(args[3], args[8], args[14]),
-    unproven=triton.UNPROVEN,
-)
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return triton.kernels("conv_moments").conv_moments_backward(*args)
+cpp.serve(conv_moments_backward, _accepts)
+triton.serve(conv_moments_backward, _triton_accepts)

@@ -6,7 +6,9 @@ DSPNET_LIBRARY is the path of another build of it, such as that of `make sanitiz
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,3 +60,13 @@ def stores(x: torch.Tensor) -> tuple[bool, str]:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return False, f"it serves float32 and bfloat16, not {x.dtype}"
     return True, ""
+
+
+def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None) -> None:
+    """Makes the library's function of an operator's name its provider `cpp`."""
+
+    def run(*args: Any) -> Any:
+        return getattr(torch.ops.dspnet_cpp, operator.name)(*args)
+
+    options = {} if accepts is None else {"accepts": accepts}
+    operator.provider("cpp", devices=("cpu",), supported=functools.partial(has, operator.name), **options)(run)

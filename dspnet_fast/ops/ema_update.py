@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,19 +45,7 @@ def _compiled(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) 
     torch.ops.dspnet_cpp.ema_update(targets, onlines, tau)
 
 
-def _triton_accepts(*args: Any) -> tuple[bool, str]:
-    return triton.kernels("ema_update").accepts(*args)
-
-
-@ema_update.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=_triton_accepts,
-    unproven=triton.UNPROVEN,
-)
-def _triton(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
-    triton.kernels("ema_update").ema_update(targets, onlines, tau)
+triton.serve(ema_update, lambda *args: triton.kernels("ema_update").accepts(*args))
 
 
 @ema_update.provider(

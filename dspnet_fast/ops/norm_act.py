@@ -1,6 +1,5 @@
 """norm_act: settle an deferred normalisation, at the end of a block, with the residual added."""
 
-import functools
 from typing import Any
 
 import torch
@@ -137,41 +136,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 norm_act.register_autograd(_backward, _setup_context)
 
 
-@norm_act.provider(
-    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "norm_act"), accepts=lambda x, *_: cpp.stores(x)
-)
-def _cpp(*args: Any) -> Tensor:
-    return torch.ops.dspnet_cpp.norm_act(*args)
+def _triton_accepts(x: Tensor) -> tuple[bool, str]:
+    return triton.kernels("norm_act").accepts(x)
 
 
-@norm_act_backward.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "norm_act_backward"),
-    accepts=lambda grad, x, *_: cpp.stores(x),
-)
-def _cpp_backward(*args: Any) -> tuple[Tensor, ...]:
-    return torch.ops.dspnet_cpp.norm_act_backward(*args)
-
-
-@norm_act.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda x, *_: triton.kernels("norm_act").accepts(x),
-    unproven=triton.UNPROVEN,
-)
-def _triton(*args: Any) -> Tensor:
-    _check(*args)
-    return triton.kernels("norm_act").norm_act(*args)
-
-
-@norm_act_backward.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda grad, x, *_: triton.kernels("norm_act").accepts(x),
-    unproven=triton.UNPROVEN,
-)
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    return triton.kernels("norm_act").norm_act_backward(*args)
+cpp.serve(norm_act, cpp.stores)
+cpp.serve(norm_act_backward, cpp.stores)
+triton.serve(norm_act, _triton_accepts, _check)
+triton.serve(norm_act_backward, _triton_accepts)

@@ -1,6 +1,5 @@
 """norm_act_pool: the mean over all positions of an deferred activation, for squeeze-and-excite and the last pooling."""
 
-import functools
 from typing import Any
 
 import torch
@@ -55,41 +54,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 norm_act_pool.register_autograd(_backward, _setup_context)
 
 
-@norm_act_pool.provider(
-    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "norm_act_pool"), accepts=lambda x, *_: cpp.stores(x)
-)
-def _cpp(*args: Any) -> Tensor:
-    return torch.ops.dspnet_cpp.norm_act_pool(*args)
+def _triton_accepts(x: Tensor) -> tuple[bool, str]:
+    return triton.kernels("norm_act_pool").accepts(x)
 
 
-@norm_act_pool_backward.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "norm_act_pool_backward"),
-    accepts=lambda grad, x, *_: cpp.stores(x),
-)
-def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.dspnet_cpp.norm_act_pool_backward(*args)
-
-
-@norm_act_pool.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda x, *_: triton.kernels("norm_act_pool").accepts(x),
-    unproven=triton.UNPROVEN,
-)
-def _triton(*args: Any) -> Tensor:
-    _check(*args)
-    return triton.kernels("norm_act_pool").norm_act_pool(*args)
-
-
-@norm_act_pool_backward.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda grad, x, *_: triton.kernels("norm_act_pool").accepts(x),
-    unproven=triton.UNPROVEN,
-)
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return triton.kernels("norm_act_pool").norm_act_pool_backward(*args)
+cpp.serve(norm_act_pool, cpp.stores)
+cpp.serve(norm_act_pool_backward, cpp.stores)
+triton.serve(norm_act_pool, _triton_accepts, _check)
+triton.serve(norm_act_pool_backward, _triton_accepts)

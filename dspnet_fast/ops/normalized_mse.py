@@ -101,7 +101,7 @@ def _compiled(p: Tensor, z: Tensor) -> Tensor:
     "cuda",
     devices=("cuda",),
     supported=functools.partial(cuda.has, "normalized_mse_backward"),
-    accepts=lambda grad, p, z, *_: _cuda_accepts(p, z),
+    accepts=_cuda_accepts,
     unproven=cuda.UNPROVEN,
 )
 def _compiled_backward(*args: Any) -> tuple[Tensor, Tensor]:

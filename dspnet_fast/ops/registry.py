@@ -7,7 +7,7 @@ shapes under torch.compile) and its provider `native`. `@operator` makes it a to
     @operator(mutates=("targets",))
     def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None: ...
 
-    @ema_update.provider("cpp", devices=("cpu",), supported=lambda: (True, ""), accepts=lambda *args: (True, ""))
+    @ema_update.provider("cpp", devices=("cpu",), supported=lambda: (True, ""), accepts=lambda tau: (True, ""))
     def _(targets, onlines, tau): ...
 
 Which provider serves a call is decided at run time inside the operator, so a compiled graph holds only the operator. An
@@ -20,6 +20,7 @@ providers that nobody has measured yet), or a provider's name. It starts as DSPN
 """
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +53,8 @@ class Provider:
     """One implementation of one operator.
 
     devices: the device types it serves. supported: whether this machine can run it, asked once, when first needed.
-    accepts: whether it takes these arguments, asked on every call. unproven: why `auto` does not choose it, if so.
-    only_by_name: why `any` does not either.
+    accepts: whether it takes the arguments at `places`, asked on every call. unproven: why `auto` does not choose it,
+    if so. only_by_name: why `any` does not either.
     """
 
     name: str
@@ -61,11 +62,12 @@ class Provider:
     devices: tuple[str, ...]
     supported: Callable[[], Verdict]
     accepts: Callable[..., Verdict]
+    places: tuple[int, ...]
     unproven: str
     only_by_name: str
 
 
-def _yes(*args: Any) -> Verdict:
+def _yes() -> Verdict:
     return True, ""
 
 
@@ -76,6 +78,8 @@ class Operator(Generic[P, R]):
         self.name = native.__name__
         self.native: Callable[..., R] = native
         self.providers: dict[str, Provider] = {}
+        self._signature = inspect.signature(native)
+        self._parameters = list(self._signature.parameters)
         self._reported: set[str] = set()
         schema = torch.library.infer_schema(native, mutates_args=mutates)
         self._custom = torch.library.custom_op(f"dspnet::{self.name}", self._run, mutates_args=mutates, schema=schema)
@@ -105,12 +109,19 @@ class Operator(Generic[P, R]):
         unproven: str = "",
         only_by_name: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorates the implementation `name` of this operator, a function with the operator's signature."""
+        """Decorates the implementation `name` of this operator, a function with the operator's parameters, or `*args`.
+
+        `accepts` receives the arguments that its parameters name; as `*args` it receives all. Raises TypeError for
+        parameters that the operator does not have.
+        """
         assert name in PROVIDERS and name != "native"
+        places = self._places(accepts)
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            if self._places(run) != tuple(range(len(self._parameters))):
+                raise TypeError(f"{self.name}: {name} must take {', '.join(self._parameters)}, or *args")
             self.providers[name] = Provider(
-                name, run, devices, functools.cache(supported), accepts, unproven, only_by_name
+                name, run, devices, functools.cache(supported), accepts, places, unproven, only_by_name
             )
             _candidates.cache_clear()
             return run
@@ -131,10 +142,26 @@ class Operator(Generic[P, R]):
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self.name, (torch.autograd.Function,), members)
 
+    def _places(self, function: Callable[..., Any]) -> tuple[int, ...]:
+        """Which of the operator's arguments a function takes by its parameters' names; those that are left by *args."""
+        places: list[int] = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                places += range(len(places), len(self._parameters))
+            elif name in self._parameters:
+                places.append(self._parameters.index(name))
+            else:
+                raise TypeError(f"{self.name} has no argument {name}: it has {', '.join(self._parameters)}")
+        return tuple(places)
+
     def _run(self, *args: Any) -> Any:
+        if len(args) < len(self._parameters):
+            bound = self._signature.bind(*args)
+            bound.apply_defaults()
+            args = bound.args
         device = _device_type(args)
         for provider in _candidates(self.name, device) if device else ():
-            accepted, reason = provider.accepts(*args)
+            accepted, reason = provider.accepts(*[args[place] for place in provider.places])
             if accepted:
                 return provider.run(*args)
             if _policy not in CHOOSING:

@@ -136,40 +136,36 @@ def _backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Any, ..
 scale_shift.register_autograd(_backward, _setup_context)
 
 
-def _accepts(tensors: tuple[Tensor | None, ...]) -> tuple[bool, str]:
-    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in tensors):
+def _accepts(*args: Any) -> tuple[bool, str]:
+    if any(isinstance(arg, Tensor) and arg.dtype != torch.float32 for arg in args):
         return False, "it serves float32 only"
     return True, ""
 
 
-@scale_shift.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "scale_shift"),
-    accepts=lambda *args: _accepts(args[:6]),
-)
-def _cpp(*args: Any) -> tuple[Tensor, Tensor]:
-    mean, variance, weight, weight_main_grad, bias, bias_main_grad, eps = args
+def _triton_accepts(*args: Any) -> tuple[bool, str]:
+    return triton.kernels("scale_shift").accepts(*(arg for arg in args if isinstance(arg, Tensor)))
+
+
+@scale_shift.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "scale_shift"), accepts=_accepts)
+def _cpp(
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    weight_main_grad: Tensor | None,
+    bias: Tensor | None,
+    bias_main_grad: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     _check_main_grad("weight", weight, weight_main_grad)  # the forward itself has no use for them
     _check_main_grad("bias", bias, bias_main_grad)
     return torch.ops.dspnet_cpp.scale_shift(mean, variance, weight, bias, eps)
-
-
-@scale_shift_backward.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "scale_shift_backward"),
-    accepts=lambda *args: _accepts(args[:8]),
-)
-def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.dspnet_cpp.scale_shift_backward(*args)
 
 
 @scale_shift.provider(
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda *args: triton.kernels("scale_shift").accepts(*args[:6]),
+    accepts=_triton_accepts,
     unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
@@ -178,12 +174,5 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor]:
     return triton.kernels("scale_shift").scale_shift(mean, variance, weight, bias, eps)
 
 
-@scale_shift_backward.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda *args: triton.kernels("scale_shift").accepts(*args[:8]),
-    unproven=triton.UNPROVEN,
-)
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return triton.kernels("scale_shift").scale_shift_backward(*args)
+cpp.serve(scale_shift_backward, _accepts)
+triton.serve(scale_shift_backward, _triton_accepts)

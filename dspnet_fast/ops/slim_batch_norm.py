@@ -1,6 +1,5 @@
 """slim_batch_norm: batch normalisation of every view by itself, with its moments as outputs, for the drop-in layers."""
 
-import functools
 from typing import Any
 
 import torch
@@ -108,55 +107,20 @@ def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor
 slim_batch_norm.register_autograd(_backward, _setup_context)
 
 
-def _accepts(x: Tensor, *vectors: Tensor | None) -> tuple[bool, str]:
+def _accepts(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> tuple[bool, str]:
     dense = x.is_contiguous() if x.ndim == 2 else x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not dense:
         return False, "it serves [N, C], contiguous, and [N, C, H, W], channels-last"
-    if any(vector is not None and vector.dtype != torch.float32 for vector in vectors):
+    if any(vector is not None and vector.dtype != torch.float32 for vector in (weight, bias)):
         return False, "it serves weights and biases of float32 only"
     return cpp.stores(x)
 
 
-@slim_batch_norm.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "slim_batch_norm"),
-    accepts=lambda x, weight, bias, *_: _accepts(x, weight, bias),
-)
-def _cpp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.dspnet_cpp.slim_batch_norm(*args)
+def _triton_accepts(x: Tensor) -> tuple[bool, str]:
+    return triton.kernels("slim_batch_norm").accepts(x)
 
 
-@slim_batch_norm_backward.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "slim_batch_norm_backward"),
-    accepts=lambda *args: _accepts(args[3], args[4]),
-)
-def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.dspnet_cpp.slim_batch_norm_backward(*args)
-
-
-@slim_batch_norm.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda x, *_: triton.kernels("slim_batch_norm").accepts(x),
-    unproven=triton.UNPROVEN,
-)
-def _triton(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, weight, bias, views)
-    return triton.kernels("slim_batch_norm").slim_batch_norm(x, weight, bias, eps, views)
-
-
-@slim_batch_norm_backward.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=lambda *args: triton.kernels("slim_batch_norm").accepts(args[3]),
-    unproven=triton.UNPROVEN,
-)
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return triton.kernels("slim_batch_norm").slim_batch_norm_backward(*args)
+cpp.serve(slim_batch_norm, _accepts)
+cpp.serve(slim_batch_norm_backward, lambda x, weight: _accepts(x, weight))
+triton.serve(slim_batch_norm, _triton_accepts, lambda x, weight, bias, eps, views: _check(x, weight, bias, views))
+triton.serve(slim_batch_norm_backward, _triton_accepts)

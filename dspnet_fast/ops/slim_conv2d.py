@@ -115,9 +115,14 @@ slim_conv2d.register_autograd(_backward, _setup_context)
 
 
 def _is_conv_moments(
-    x: Tensor, weight: Tensor, out_channels: int, stride: Sequence[int], padding: Sequence[int], *rest: Any
+    x: Tensor,
+    weight: Tensor,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> tuple[bool, str]:
-    dilation, groups, *_ = rest
     if not (x.ndim == weight.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return False, "it serves channels-last inputs"
     if x.dtype != weight.dtype:
@@ -185,16 +190,40 @@ def _by_conv_moments_backward(
     return of_x, of_weight, grad.sum((0, 2, 3)) if bias_gradient else x.new_empty(0)
 
 
-def _cpp_accepts(x: Tensor, *rest: Any) -> tuple[bool, str]:
+def _cpp_accepts(
+    x: Tensor,
+    weight: Tensor,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
     stored, reason = cpp.stores(x)
-    return _is_conv_moments(x, *rest) if stored else (stored, reason)
+    return _is_conv_moments(x, weight, out_channels, stride, padding, dilation, groups) if stored else (stored, reason)
+
+
+def _triton_accepts(
+    x: Tensor,
+    weight: Tensor,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[bool, str]:
+    accepted, reason = _is_conv_moments(x, weight, out_channels, stride, padding, dilation, groups)
+    return triton.kernels("conv_moments").accepts(x, weight, groups) if accepted else (accepted, reason)
+
+
+def _of_backward(accepts: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool, str]]:
+    return lambda grad, x, weight, stride, padding, dilation, groups: accepts(
+        x, weight, grad.shape[1], stride, padding, dilation, groups
+    )
 
 
 @slim_conv2d.provider(
-    "cpp",
-    devices=("cpu",),
-    supported=functools.partial(cpp.has, "conv_moments"),
-    accepts=lambda x, weight, bias, main_grad, *rest: _cpp_accepts(x, weight, *rest),
+    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "conv_moments"), accepts=_cpp_accepts
 )
 def _cpp(*args: Any) -> Tensor:
     return _by_conv_moments(torch.ops.dspnet_cpp.conv_moments, *args)
@@ -204,23 +233,17 @@ def _cpp(*args: Any) -> Tensor:
     "cpp",
     devices=("cpu",),
     supported=functools.partial(cpp.has, "conv_moments_backward"),
-    accepts=lambda grad, x, weight, main_grad, *rest: _cpp_accepts(x, weight, grad.shape[1], *rest),
+    accepts=_of_backward(_cpp_accepts),
 )
 def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _by_conv_moments_backward(torch.ops.dspnet_cpp.conv_moments_backward, *args)
-
-
-def _triton_accepts(x: Tensor, weight: Tensor, *rest: Any) -> tuple[bool, str]:
-    accepted, reason = _is_conv_moments(x, weight, *rest)
-    groups = rest[4]
-    return triton.kernels("conv_moments").accepts(x, weight, groups) if accepted else (accepted, reason)
 
 
 @slim_conv2d.provider(
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda x, weight, bias, main_grad, *rest: _triton_accepts(x, weight, *rest),
+    accepts=_triton_accepts,
     unproven=triton.UNPROVEN,
 )
 def _triton(*args: Any) -> Tensor:
@@ -231,7 +254,7 @@ def _triton(*args: Any) -> Tensor:
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda grad, x, weight, main_grad, *rest: _triton_accepts(x, weight, grad.shape[1], *rest),
+    accepts=_of_backward(_triton_accepts),
     unproven=triton.UNPROVEN,
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

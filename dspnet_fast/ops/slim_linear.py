@@ -97,11 +97,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 slim_linear.register_autograd(_backward, _setup_context)
 
 
+def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
+    return triton.kernels("slim_linear").accepts(x, weight)
+
+
 @slim_linear.provider(
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda *args: triton.kernels("slim_linear").accepts(args[0], args[1]),
+    accepts=_accepts,
     only_by_name="the BLAS reads the prefix in place as well, so only by name",
 )
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
@@ -113,7 +117,7 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | 
     "triton",
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=lambda *args: triton.kernels("slim_linear").accepts(args[1], args[2]),
+    accepts=_accepts,
     only_by_name="the BLAS reads the prefix in place as well, so only by name",
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,9 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -36,3 +38,15 @@ def supported() -> tuple[bool, str]:
 def kernels(operator: str) -> ModuleType:
     """The module of an operator's kernels. They are installed under the library: see ROOTS in setup.py."""
     return importlib.import_module(f"dspnet_fast.kernels.{operator}")
+
+
+def serve(operator: Any, accepts: Callable[..., tuple[bool, str]], check: Callable[..., None] | None = None) -> None:
+    """Makes the kernels' function of an operator's name its provider `triton`; `check` gets its arguments before."""
+    module = operator.name.removesuffix("_backward")
+
+    def run(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return getattr(kernels(module), operator.name)(*args)
+
+    operator.provider("triton", devices=DEVICES, supported=supported, accepts=accepts, unproven=UNPROVEN)(run)

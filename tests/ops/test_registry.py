@@ -159,6 +159,28 @@ def test_opcheck(made):
     torch.library.opcheck(torch.ops.dspnet.test_plus_one.default, (torch.zeros(3), 1.0))
 
 
+def test_accepts_receives_the_arguments_that_it_names(made, monkeypatch):
+    monkeypatch.setattr(made, "providers", {})
+    received = []
+
+    def accepts(y, x):
+        received.append((y, x.shape))
+        return True, ""
+
+    made.provider("cpp", devices=("cpu",), accepts=accepts)(lambda *args: args[0] + 2)
+    registry.set_policy("auto")
+    assert (value(made), value(made, 4, 0.5)) == (2, 2)
+    assert received == [(0.0, (3,)), (0.5, (4,))]
+
+
+def test_parameters_that_the_operator_does_not_have_are_an_error_at_registration(made):
+    with pytest.raises(TypeError, match="test_plus_one has no argument z: it has x, y"):
+        made.provider("cpp", devices=("cpu",), accepts=lambda x, z: (True, ""))
+    for run in (lambda y, x: x, lambda x: x):
+        with pytest.raises(TypeError, match="test_plus_one: cpp must take x, y, or *args".replace("*", r"\*")):
+            made.provider("cpp", devices=("cpu",))(run)
+
+
 ENVIRONMENT = """
 import os, torch
 from dspnet_fast.ops import ema_update, registry
