@@ -15,7 +15,7 @@ from torch import Tensor
 from .deferred import (
     activation_gradient,
     apply_activation,
-    assume_multiple_of,
+    columns_of,
     load_moment_gradients,
     load_output_gradient,
     load_row,
@@ -101,12 +101,8 @@ def conv_moments_depthwise_kernel(
     BLOCK_C: tl.constexpr,
 ):
     ROWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE  # of y that a row of x reaches, at most
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
     segment = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     begin = program % parts * images
     before = (segment * size + begin).to(tl.int64)
@@ -279,12 +275,8 @@ def conv_moments_depthwise_backward_kernel(
     # x at q STRIDE - padding + d meets e at q - b by the tap d + b STRIDE, in rows and in columns.
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     WINDOW: tl.constexpr = COLUMNS + REACH - 1
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
     segment = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     centre, to_mean, to_square = load_moment_gradients(
         mean, dmean, dvariance, segment * views // segments, column, channels, inverse_count, MOMENTS

@@ -15,6 +15,7 @@ from .deferred import (
     activation_gradient,
     apply_activation,
     assume_multiple_of,
+    columns_of,
     deviation,
     fold,
     folded,
@@ -216,14 +217,10 @@ def conv_moments_pointwise_input_gradient_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
     out_channels = assume_multiple_of(out_channels, WIDE)
     stride_o = assume_multiple_of(stride_o, WEIGHT_WIDE)
-    blocks = tl.cdiv(channels, BLOCK_I)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_I)
     segment = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
-    inside = column < channels
     view = segment * views // segments
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     of_scale = tl.zeros((HELD, BLOCK_I), tl.float32)

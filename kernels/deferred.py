@@ -16,6 +16,16 @@ def assume_multiple_of(channels, WIDE: tl.constexpr):
 
 
 @triton.jit
+def columns_of(channels, WIDE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels as `assume_multiple_of` gives them, the program's row block, its columns, and which of them exist."""
+    channels = assume_multiple_of(channels, WIDE)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return channels, program, column, column < channels
+
+
+@triton.jit
 def apply_activation(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)

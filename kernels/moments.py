@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import assume_multiple_of, deviation, moments_from
+from .deferred import columns_of, deviation, moments_from
 from .launch import SIZES, Rows, launch, power_of_two
 
 BLOCK_C = 8  # columns of partial moments, few so that many programs share the work: a sector of memory
@@ -25,11 +25,7 @@ def merge_moments_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    view = tl.program_id(0) // blocks
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
+    channels, view, column, inside = columns_of(channels, WIDE, BLOCK_C)
     means = partial + view * parts * channels + column
     before = 0.0  # rows
     average = tl.zeros((BLOCK_C,), tl.float32)
@@ -97,12 +93,8 @@ def moments_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
     segment = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
     pivot = tl.zeros((BLOCK_C,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import apply_activation, assume_multiple_of, load_row, materialize_gradient, normalized, store_sums
+from .deferred import apply_activation, columns_of, load_row, materialize_gradient, normalized, store_sums
 from .launch import SIZES, Rows, channels_last, check_row_count, contiguous, launch, partial_sums, power_of_two, takes
 from .sums import sums, sums_per_image
 
@@ -58,12 +58,8 @@ def norm_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
     segment = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     residual_factor, residual_offset = load_row(
         residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED
@@ -159,12 +155,8 @@ def norm_act_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
     segment = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     residual_factor, residual_offset = load_row(
         residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED

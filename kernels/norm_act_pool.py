@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import apply_activation, assume_multiple_of, load_row, normalized
+from .deferred import apply_activation, columns_of, load_row, normalized
 from .launch import SIZES, channels_last, contiguous, launch, power_of_two, takes
 from .norm_act import materialize_backward
 from .sums import sums
@@ -27,11 +27,7 @@ def norm_act_pool_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    image = tl.program_id(0) // blocks
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
+    channels, image, column, inside = columns_of(channels, WIDE, BLOCK_C)
     factor, offset = load_row(scale, shift, image * scale_rows // images, column, inside, channels, DEFERRED)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, positions, BLOCK_M):

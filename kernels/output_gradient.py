@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import assume_multiple_of, load_moment_gradients, load_output_gradient
+from .deferred import columns_of, load_moment_gradients, load_output_gradient
 from .launch import SIZES, OutputGradient, launch, power_of_two
 
 BLOCK_M = 64
@@ -27,11 +27,8 @@ def output_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, _ = columns_of(channels, WIDE, BLOCK_C)
     view = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     in_view = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
     there = in_view < size
     row = view.to(tl.int64) * size + in_view

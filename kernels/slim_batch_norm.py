@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import assume_multiple_of
+from .deferred import columns_of
 from .launch import SIZES, Rows, launch, partial_sums, power_of_two, takes
 from .moments import moments
 from .norm_act import norm_act
@@ -29,12 +29,8 @@ def slim_batch_norm_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
     view = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
     centre = tl.load(mean + view * channels + column, mask=inside, other=0.0)[None, :]
     of_weight = tl.zeros((BLOCK_C,), tl.float32)
     of_bias = tl.zeros((BLOCK_C,), tl.float32)
@@ -67,12 +63,8 @@ def slim_batch_norm_input_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0) // blocks
+    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
     view = program // parts
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
     of_view = view * channels + column
     in_view = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = (in_view < size)[:, None] & inside[None, :]

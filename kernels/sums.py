@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import assume_multiple_of
+from .deferred import columns_of
 from .launch import SIZES, launch, power_of_two
 
 BLOCK = 4096  # partial sums that a program reads at a time
@@ -34,10 +34,7 @@ def sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels = assume_multiple_of(channels, WIDE)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    row = tl.program_id(0) // blocks
-    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels, row, column, _ = columns_of(channels, WIDE, BLOCK_C)
     before = row.to(tl.int64) * parts * channels
     to = row * channels + column
     tl.store(of_first + to, add_up(first + before, parts, channels, column, BLOCK_P), mask=column < channels)
