@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
+from .atomic import write_bytes
 from .errors import InputError
 from .models import Classifier, Network, build, encoder_of
 from .slim import slim
@@ -70,23 +71,10 @@ def save(
     tensors = {_timm_name(network, name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     (directory / ONNX).unlink(missing_ok=True)
     metadata = {"format": "pt", "dn": subnet.name}
-    replace_whole(directory / WEIGHTS, serialize(tensors, metadata))
+    write_bytes(directory / WEIGHTS, serialize(tensors, metadata))
     if converted is not None:
-        replace_whole(directory / ONNX, converted)
-    replace_whole(directory / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-
-
-def replace_whole(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the whole new one.
-
-    As bytes, because safetensors' own writer makes files that nobody but their owner may read.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_bytes(directory / ONNX, converted)
+    write_bytes(directory / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def load(directory: str | os.PathLike[str]) -> nn.Module:

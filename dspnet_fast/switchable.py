@@ -24,8 +24,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from . import latency
+from .atomic import write_bytes
 from .errors import InputError
-from .exported import plain, replace_whole
+from .exported import plain
 from .latency import Latency
 from .models import Classifier, Network, encoder_of
 from .slim import slim
@@ -133,8 +134,7 @@ class Switchable(nn.Module):
         }
         metadata = {"kind": KIND, "version": str(FORMAT), "manifest": json.dumps(manifest)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors.items()}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        replace_whole(Path(path), serialize(tensors, metadata))
+        write_bytes(Path(path), serialize(tensors, metadata))
 
     @property
     def names(self) -> tuple[str, ...]:

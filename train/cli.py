@@ -15,10 +15,10 @@ from typing import Any, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 
+from dspnet_fast.atomic import is_for_lack_of_room
 from dspnet_fast.errors import InputError
 
 from .config import flag, key
-from .run.atomic import is_for_lack_of_room
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 RECIPES = Path(__file__).parents[1] / "recipes"  # beside train in a checkout and in the installed package

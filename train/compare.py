@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
@@ -20,7 +21,6 @@ from .config import PretrainConfig, key
 from .evaluation import drawing
 from .evaluation.results import Report
 from .reporting.findings import COMPARE
-from .run import atomic
 
 DESCRIPTION = """\
 Pretrain each network of a family alone (BYOL) and all of them at once (DSPNet), by the same recipe, and compare what

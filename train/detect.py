@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dspnet_fast import exported
+from dspnet_fast import atomic, exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Network, subnet
 from dspnet_fast.slim import slim
@@ -26,7 +26,7 @@ from .detection.training import DetectionTraining, Hyperparameters, evaluate
 from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
-from .run import atomic, checkpoint, fingerprint, loop
+from .run import checkpoint, fingerprint, loop
 from .run.device import choose_device
 from .run.tables import Table
 

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dspnet_fast import atomic
+
 from . import cli
 from .comparison.tables import figures_of, tables_of
 from .evaluation import drawing
 from .evaluation.collapse import LEAST_RANK, LEAST_STD
 from .reporting import figures, page
 from .reporting.findings import COMPARE, Run, finite, networks_of
-from .run import atomic
 from .run.progress import Monitor
 
 DESCRIPTION = """\

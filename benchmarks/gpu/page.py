@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.run import atomic
+from dspnet_fast import atomic
 
 from . import records
 

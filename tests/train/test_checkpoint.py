@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
-from train.run import atomic, checkpoint
+from train.run import checkpoint
 
 
 def test_round_trip_keeps_the_newest_two(tmp_path):

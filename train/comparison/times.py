@@ -12,8 +12,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from dspnet_fast import atomic
+
 from ..costs import counting
-from ..run import atomic, fingerprint
+from ..run import fingerprint
 from ..run.run_directory import read_metrics
 from .design import Comparison, Variant
 from .measuring import Measured, measure

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from .. import cli
 from ..config import option
-from ..run import atomic
 from .augmentation import OPERATIONS, ViewSpec, byol, only
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages

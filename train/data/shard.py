@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from dspnet_fast.atomic import sync
 from dspnet_fast.errors import InputError
 
 from .. import cli
 from ..config import option
-from ..run.atomic import sync
 from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from dspnet_fast.nn import activate
 from dspnet_fast.subnets import Subnet
-
-from ..run import atomic
 
 FLOAT = 4  # bytes
 

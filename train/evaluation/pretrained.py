@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Network, build
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
@@ -23,7 +24,7 @@ from ..data.images import ImageSet, Subset, digest_of
 from ..data.loader import evaluation_batches
 from ..data.normalization import normalize
 from ..pretraining.dspnet import build_model
-from ..run import atomic, checkpoint, fingerprint
+from ..run import checkpoint, fingerprint
 from ..run.progress import Monitor
 from ..run.run_directory import read_config
 from .features import kept, representations

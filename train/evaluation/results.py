@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run import atomic
+from dspnet_fast import atomic
+
 from ..run.tables import Table, cost_cells, percent
 from .plot_data import Point
 

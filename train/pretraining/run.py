@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
@@ -26,7 +27,7 @@ from ..data.sampler import EpochSampler
 from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
 from ..evaluation.collapse import ADVICE, LEAST_RANK, LEAST_STD, collapsed
-from ..run import atomic, checkpoint, loop
+from ..run import checkpoint, loop
 from ..run.device import choose_device
 from ..run.interruption import Interruption
 from ..run.meter import Meter

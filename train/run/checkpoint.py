@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspnet_fast.atomic import write_atomically
 from dspnet_fast.errors import InputError
 
-from .atomic import write_atomically
 from .fingerprint import digest
 
 FORMAT = 2

@@ -27,10 +27,10 @@ from typing import IO, Any, TypeVar
 
 import yaml
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from ..config import FinetuneConfig, PretrainConfig, RunConfig, flag, key
-from . import atomic
 
 CONFIG = "config.yaml"
 BAD_IMAGES = "bad_images.json"

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
@@ -21,7 +22,7 @@ from ...data import augmentation
 from ...data.balanced import SEED, as_text, balanced_subset, checksum
 from ...data.images import Subset, digest_of
 from ...data.sampler import EpochSampler
-from ...run import atomic, fingerprint, loop
+from ...run import fingerprint, loop
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, kept_batches
 from ..plot_data import points
