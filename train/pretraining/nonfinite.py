@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -107,18 +106,25 @@ def find_nonfinite(
             return Finding("all", name, "weights")
     if not finite(images):
         return Finding("all", "the images", "images")
+    names = {module: name for root in (model.target, model.online) for name, module in root.named_modules() if name}
+    found: list[str] = []
+
+    def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not found and not finite(output):
+            found.append(names[module])
+
     statistics = flat.statistics.clone()
     groups = [(norm, norm.process_group) for norm in model.batch_norms()]
+    handles = [module.register_forward_hook(after_forward) for module in names]
     try:
         for norm, _ in groups:
             norm.process_group = None
-        with _nonfinite_outputs(model.target) as found:
-            targets = model.targets(images, alpha)
+        targets = model.targets(images, alpha)
         if found:
             return Finding("target", found[0], "forward")
         for subnet in subnets:
             flat.grads.zero_()
-            with torch.enable_grad(), _nonfinite_outputs(model.online) as found:
+            with torch.enable_grad():
                 loss = model.loss(images, targets, subnet)
             if found or not finite(loss):
                 return Finding(subnet.name, found[0] if found else "the loss", "forward")
@@ -129,6 +135,8 @@ def find_nonfinite(
                     return Finding(subnet.name, name, "backward")
         return None
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, group in groups:
             norm.process_group = group
         flat.grads.zero_()
@@ -142,23 +150,3 @@ def finite(value: Any) -> bool:
     if is_dataclass(value):
         return all(finite(getattr(value, field.name)) for field in fields(value))
     return True
-
-
-@contextmanager
-def _nonfinite_outputs(root: nn.Module) -> Iterator[list[str]]:
-    """A list that receives the name of the first module whose output is not finite."""
-    found: list[str] = []
-
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not finite(output):
-                found.append(name)
-
-        return module.register_forward_hook(after_forward)
-
-    handles = [watch(name, module) for name, module in root.named_modules() if name]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
