@@ -47,7 +47,7 @@ def test_every_part_was_found():
     assert IMPORTS["train.pretraining.trainer"] >= {
         "train.pretraining.flat_buffers",
         "train.pretraining.dspnet",
-        "dspnet_fast.models",
+        "dspnet_fast.subnets",
     }
 
 
