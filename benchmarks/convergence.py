@@ -20,11 +20,11 @@ from rich.table import Table
 
 from dspnet_fast.ops import registry
 from train.config import PretrainConfig
-from train.data.augmentation import byol
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.loader import two_view_batches
 from train.data.sampler import EpochSampler
+from train.data.views.augmentation import byol
 from train.pretraining.probe import Probe
 from train.pretraining.trainer import Trainer
 

@@ -36,13 +36,13 @@ from torchvision.transforms import InterpolationMode, v2
 from dspnet_fast.errors import InputError
 from dspnet_fast.machine import cpu_model
 from train import cli
-from train.data.augmentation import ViewSpec, byol
 from train.data.backends import choose_backend, open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
-from train.data.images import ImageSet, Subset
+from train.data.datasets.images import ImageSet, Subset
 from train.data.inspect import views
 from train.data.sampler import EpochSampler
+from train.data.views.augmentation import ViewSpec, byol
 from train.run.progress import Monitor
 
 from .quiet import Patience, interleave, spread

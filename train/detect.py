@@ -17,8 +17,9 @@ from dspnet_fast.slim import slim
 
 from . import cli
 from .config import WORKERS_HELP, Workers, flag, option, positive
-from .data import coco
-from .data.coco import CocoSet, Instances
+from .data.coco_loader import training_batches
+from .data.datasets import coco
+from .data.datasets.coco import CocoSet, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, normalization
@@ -199,7 +200,7 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
 
     def batches(start: int) -> Iterator[list[Instances]]:
         order = EpochSampler(len(train), recipe.batch_size, recipe.seed, epochs, start)
-        return islice(coco.training_batches(train, order, options.workers), recipe.steps - start)
+        return islice(training_batches(train, order, options.workers), recipe.steps - start)
 
     def measure() -> str:
         scores = evaluate(model, val, options.workers, device)

@@ -23,7 +23,7 @@ from dspnet_fast.switchable import Switchable
 from . import cli
 from .config import FamilyOptions, FinetuneConfig, PretrainConfig, option
 from .data.datasets import open_images
-from .data.images import Subset
+from .data.datasets.images import Subset
 from .data.normalization import MEAN, STD
 from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily

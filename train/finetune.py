@@ -18,10 +18,10 @@ from dspnet_fast.subnets import Family
 from . import cli
 from .config import SCRATCH, FinetuneConfig, PretrainConfig, flag
 from .costs.flops import cost
-from .data import augmentation
 from .data.datasets import open_images
-from .data.images import ImageSet
+from .data.datasets.images import ImageSet
 from .data.sampler import EpochSampler
+from .data.views import augmentation
 from .evaluation.accuracy import Accuracy
 from .evaluation.plot_data import points
 from .evaluation.pretrained import PretrainedFamily

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data.augmentation import OPERATIONS, byol, numbers, only
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
-from train.data.images import Subset
+from train.data.datasets.images import Subset
 from train.data.loader import two_view_batches
 from train.data.sampler import EpochSampler
+from train.data.views.augmentation import OPERATIONS, byol, numbers, only
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install 'dspnet-fast[dali]')")
 
-from train.data import dali  # noqa: E402
+from train.data.views import dali_backend  # noqa: E402
 
 SIZE = 48
 # grey levels: mean absolute difference, 99 % quantile, absolute mean difference; docs/data.md quotes them
@@ -53,7 +53,9 @@ def images(tmp_path_factory):
 
 
 def made(images, views, order, threads=2, bad=None, colours=None):
-    return list(dali.TwoViews(images, views, order, threads, BadImages() if bad is None else bad, colours=colours))
+    return list(
+        dali_backend.TwoViews(images, views, order, threads, BadImages() if bad is None else bad, colours=colours)
+    )
 
 
 # who makes the colours: torch as on a CPU, or DALI as on a GPU
@@ -134,7 +136,7 @@ def test_hue_of_pure_colours(by_dali):
     for seed in range(4):
         (batch,) = made(One(), views, EpochSampler(1, 1, seed, 1), colours=by_dali)
         for k, view in enumerate(views):
-            turn = dict(dali.draw(view, numbers(seed, 0, 0)[k], 44, 44).jitter)["hue"]
+            turn = dict(dali_backend.draw(view, numbers(seed, 0, 0)[k], 44, 44).jitter)["hue"]
             expected = []
             for red, green, blue in pixels / 255:
                 h, s, v = colorsys.rgb_to_hsv(red, green, blue)
@@ -173,7 +175,7 @@ def test_layout(images):
 
 
 def test_a_batch_outlives_the_next_ones(images):
-    batches = dali.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 2), 1, BadImages())
+    batches = dali_backend.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 2), 1, BadImages())
     iterator = iter(batches)
     first = next(iterator)
     copy = first.clone()
@@ -182,7 +184,7 @@ def test_a_batch_outlives_the_next_ones(images):
 
 
 def test_iterating_again_and_leaving_early(images):
-    batches = dali.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 1), 1, BadImages())
+    batches = dali_backend.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 1), 1, BadImages())
     whole = list(batches)
     assert_same([next(iter(batches))], whole[:1])
     assert_same(list(batches), whole)
@@ -205,7 +207,7 @@ def test_workers_beside_dali(images):
     expected = list(two_view_batches(few, views, order, workers=0))
     gc.disable()
     try:
-        batches = dali.TwoViews(images, views, EpochSampler(26, 26, 0, 1), 1, BadImages())
+        batches = dali_backend.TwoViews(images, views, EpochSampler(26, 26, 0, 1), 1, BadImages())
         list(batches)
         batches.itself = batches
         del batches
@@ -220,9 +222,9 @@ def test_a_program_may_end_in_the_middle(images, run_python):
     """Nothing runs any more when DALI is shut down: otherwise the program ends in an abort, now and then."""
     code = f"""
 import atexit, threading
-from train.data.augmentation import byol
+from train.data.views.augmentation import byol
 from train.data.bad_images import BadImages
-from train.data.dali import TwoViews
+from train.data.views.dali_backend import TwoViews
 from train.data.sampler import EpochSampler
 from train.data.datasets import open_images
 atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
@@ -247,11 +249,11 @@ def test_what_dali_refuses_is_decoded_by_pillow(images, monkeypatch):
 
     odd, order = Odd(images, range(26)), EpochSampler(26, 6, 3, 2)
     expected = made(odd, byol(SIZE), order)
-    monkeypatch.setattr(dali, "plain_jpeg", lambda content: Image.open(io.BytesIO(content)).size[::-1])
+    monkeypatch.setattr(dali_backend, "plain_jpeg", lambda content: Image.open(io.BytesIO(content)).size[::-1])
     refused = []
-    find = dali.TwoViews._refused
+    find = dali_backend.TwoViews._refused
     monkeypatch.setattr(
-        dali.TwoViews, "_refused", lambda self, samples: refused.append(find(self, samples)) or refused[-1]
+        dali_backend.TwoViews, "_refused", lambda self, samples: refused.append(find(self, samples)) or refused[-1]
     )
     assert_same(made(odd, byol(SIZE), order), expected)
     assert refused == [[k] for items in order for k, (_, i) in enumerate(items) if i == 7] != []

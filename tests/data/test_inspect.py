@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from train.data import inspect
-from train.data.augmentation import OPERATIONS
+from train.data.views.augmentation import OPERATIONS
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data.augmentation import byol, draw, numbers, supervised
 from train.data.bad_images import BadImages
 from train.data.loader import evaluation_batches, one_view_batches, readable_views, two_view_batches, worker_count
 from train.data.normalization import normalize
 from train.data.sampler import EpochSampler, mix
-from train.data.vision import augment, evaluation_view
+from train.data.views.augmentation import byol, draw, numbers, supervised
+from train.data.views.torchvision_backend import augment, evaluation_view
 
 VIEWS = byol(16)
 

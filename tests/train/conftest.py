@@ -11,7 +11,7 @@ from dspnet_fast.models import build, family
 from dspnet_fast.statistics import post_statistics
 from train.config import PretrainConfig
 from train.data.datasets import data_folder, open_images
-from train.data.images import Subset
+from train.data.datasets.images import Subset
 from train.data.loader import evaluation_batches
 from train.data.normalization import normalize
 from train.evaluation.features import extract

@@ -20,7 +20,8 @@ from dspnet_fast.models import build, subnet
 from dspnet_fast.slim import slim
 from train import detect, export
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.data import coco, coco_shapes
+from train.data.coco_loader import flipped
+from train.data.datasets import coco, coco_shapes
 from train.detect import pretrained_network
 from train.detection import mask_rcnn
 from train.detection.average_precision import KINDS, MEASURES, average_precision
@@ -145,12 +146,12 @@ def test_a_set_is_read(read, content):
 
 def test_flipped_twice_is_the_same(read, content):
     one = read(content).load(1)
-    other = coco.flipped(one)
+    other = flipped(one)
     for box, shape in zip(other.boxes.int().tolist(), other.masks):
         xs = shape.any(0).nonzero()
         assert abs(int(xs.min()) - box[0]) <= 1 and abs(int(xs.max()) + 1 - box[2]) <= 1
     assert not torch.equal(one.image, other.image)
-    for before, after in zip(one, coco.flipped(other)):
+    for before, after in zip(one, flipped(other)):
         torch.testing.assert_close(before, after)
 
 

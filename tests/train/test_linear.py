@@ -17,7 +17,7 @@ from dspnet_fast.errors import InputError
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
-from train.data.images import Subset
+from train.data.datasets.images import Subset
 from train.data.loader import evaluation_batches
 from train.data.normalization import normalize
 from train.data.sampler import EpochSampler

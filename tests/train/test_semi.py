@@ -13,8 +13,8 @@ from dspnet_fast.nn import activate
 from dspnet_fast.slim import slim
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.data.balanced import as_text, balanced_subset, checksum
 from train.data.datasets import open_images
+from train.data.datasets.stratified import as_text, balanced_subset, checksum
 from train.evaluation.classifiers import ClassifierTraining
 from train.evaluation.pretrained import PretrainedFamily
 from train.evaluation.protocols.semi import fitting_batch

@@ -18,9 +18,9 @@ from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import sandwich
 
 from ..config import PretrainConfig
-from ..data import augmentation
 from ..data.datasets import SetSize, is_here, size_of
 from ..data.sampler import EpochSampler
+from ..data.views import augmentation
 from ..pretraining.trainer import Trainer
 from ..run import checkpoint
 from ..run.run_directory import check_run

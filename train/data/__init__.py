@@ -1,1 +1,1 @@
-"""Images to batches: `sets` finds them, `augment` draws the views, `loader` makes uint8 batches and normalises them."""
+"""Images to batches: `datasets` reads images, `views` draws and computes their views, `loader` makes uint8 batches."""

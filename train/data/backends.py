@@ -12,11 +12,11 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 
 from ..config import BACKENDS, Workers
-from .augmentation import ViewSpec
 from .bad_images import BadImages
-from .images import ImageSet
+from .datasets.images import ImageSet
 from .loader import two_view_batches, worker_count
 from .sampler import EpochSampler
+from .views.augmentation import ViewSpec
 
 SAMPLED = 16  # images that `auto` looks at
 PHOTOGRAPH = 128  # pixels; JPEGs whose smaller side has as many are what DALI is for
@@ -72,7 +72,7 @@ def open_batches(
     """
     if backend == "torchvision":
         return two_view_batches(images, views, order, workers, bad)
-    from .dali import TwoViews
+    from .views.dali_backend import TwoViews
 
     gpu = device if backend == "dali-gpu" else None
     return TwoViews(images, views, order, max(1, worker_count(workers, len(images))), bad, gpu)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from dspnet_fast.errors import InputError
 
-from .images import ImageSet
+from .datasets.images import ImageSet
 
 T = TypeVar("T")
 Refusal = tuple[str, str]  # the image's name, and what is wrong with it

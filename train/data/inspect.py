@@ -16,13 +16,13 @@ from dspnet_fast.errors import InputError
 
 from .. import cli
 from ..config import option
-from .augmentation import OPERATIONS, ViewSpec, byol, only
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages
 from .datasets import open_images
-from .images import ImageSet, Subset
+from .datasets.images import ImageSet, Subset
 from .normalization import MEAN, STD
 from .sampler import EpochSampler
+from .views.augmentation import OPERATIONS, ViewSpec, byol, only
 
 DESCRIPTION = """\
 Draw the two views of some images once, have every backend carry the draws out, and compare them pixel by pixel with the

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from dspnet_fast.errors import InputError
 
 from ..config import MAX_WORKERS, SMALL_SET, Workers
-from .augmentation import ViewSpec, draw, numbers
 from .bad_images import BadImages, Refusal, load_or_next
-from .images import ImageSet
+from .datasets.images import ImageSet
 from .sampler import EpochSampler
-from .vision import View, augment, evaluation_view
+from .views.augmentation import ViewSpec, draw, numbers
+from .views.torchvision_backend import View, augment, evaluation_view
 
 
 def two_view_batches(

@@ -20,10 +20,10 @@ from ..config import option
 from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images
-from .folder import EXTENSIONS
-from .images import ImageSet
+from .datasets.folder import EXTENSIONS
+from .datasets.images import ImageSet
+from .datasets.webdataset import CLASSES, LABEL, TEST, write_index
 from .sampler import mix
-from .webdataset import CLASSES, LABEL, TEST, write_index
 
 DESCRIPTION = """\
 Write a set of images as tar files that dspnet-pretrain and others read with few, large reads: OUT/000.tar, ... with an

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from ..data import coco
-from ..data.coco import CocoSet
+from ..data.datasets import coco
+from ..data.datasets.coco import CocoSet
 from ..run.progress import Monitor
 
 # of pycocotools' summary, in its order

@@ -13,7 +13,8 @@ from torchvision.models.detection import MaskRCNN
 from dspnet_fast.errors import InputError
 
 from ..config import Workers
-from ..data.coco import CocoSet, Instances, evaluation_images
+from ..data.coco_loader import evaluation_images
+from ..data.datasets.coco import CocoSet, Instances
 from ..data.sampler import mix
 from ..run.loop import SingleModelTraining
 from ..run.progress import Monitor

@@ -20,7 +20,7 @@ from dspnet_fast.statistics import load_statistics, measured_statistics, post_st
 from dspnet_fast.subnets import Family, Subnet
 
 from ..config import PretrainConfig, Workers
-from ..data.images import ImageSet, Subset, digest_of
+from ..data.datasets.images import ImageSet, Subset, digest_of
 from ..data.loader import evaluation_batches
 from ..data.normalization import normalize
 from ..pretraining.dspnet import build_model

@@ -23,11 +23,11 @@ from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family, Subnet, sandwich
 
 from ..config import Workers
-from ..data.augmentation import ViewSpec
-from ..data.images import ImageSet, require_labels
+from ..data.datasets.images import ImageSet, require_labels
 from ..data.loader import one_view_batches
 from ..data.normalization import normalize
 from ..data.sampler import EpochSampler
+from ..data.views.augmentation import ViewSpec
 from ..run.loop import SingleModelTraining
 from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies

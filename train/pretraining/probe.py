@@ -11,7 +11,7 @@ from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family
 
 from ..data.bad_images import BadImages
-from ..data.images import ImageSet, Subset
+from ..data.datasets.images import ImageSet, Subset
 from ..data.loader import readable_views
 from ..data.normalization import normalize
 from ..evaluation.collapse import effective_rank, feature_std

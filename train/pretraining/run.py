@@ -18,12 +18,12 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
 from ..config import PretrainConfig
-from ..data import augmentation
 from ..data.backends import choose_backend, open_batches
 from ..data.bad_images import BadImages
 from ..data.datasets import open_images
-from ..data.images import ImageSet, Subset
+from ..data.datasets.images import ImageSet, Subset
 from ..data.sampler import EpochSampler
+from ..data.views import augmentation
 from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
 from ..evaluation.collapse import ADVICE, LEAST_RANK, LEAST_STD, collapsed

@@ -14,7 +14,7 @@ from dspnet_fast.ops import registry
 from ...config import WORKERS_HELP, Workers, option
 from ...costs.flops import cost
 from ...data.datasets import open_images
-from ...data.images import ImageSet, require_labels
+from ...data.datasets.images import ImageSet, require_labels
 from ...run.device import choose_device
 from ..pretrained import PretrainedFamily
 

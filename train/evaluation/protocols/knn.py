@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...config import Workers, option, positive
-from ...data.images import ImageSet, Subset
+from ...data.datasets.images import ImageSet, Subset
 from ...data.loader import evaluation_batches
 from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent

@@ -9,11 +9,11 @@ from pathlib import Path
 from dspnet_fast.errors import InputError
 
 from ...config import option, positive
-from ...data import augmentation
-from ...data.images import digest_of
+from ...data.datasets.images import digest_of
 from ...data.loader import one_view_batches
 from ...data.normalization import normalize
 from ...data.sampler import EpochSampler
+from ...data.views import augmentation
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, kept_batches
 from ..features import representations

@@ -18,10 +18,10 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
 from ...config import option, positive
-from ...data import augmentation
-from ...data.balanced import SEED, as_text, balanced_subset, checksum
-from ...data.images import Subset, digest_of
+from ...data.datasets.images import Subset, digest_of
+from ...data.datasets.stratified import SEED, as_text, balanced_subset, checksum
 from ...data.sampler import EpochSampler
+from ...data.views import augmentation
 from ...run import fingerprint, loop
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, kept_batches

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data import cifar10, fashion_mnist
-from train.data.datasets import SetSize, data_folder, open_images, size_of
-from train.data.images import require_labels
+from train.data.datasets import SetSize, cifar10, data_folder, fashion_mnist, open_images, size_of
+from train.data.datasets.images import require_labels
 
 
 def draw(path: Path, value: int = 0, mode: str = "RGB", size: tuple[int, int] = (12, 10)) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data.augmentation import byol, only
 from train.data.backends import open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.sampler import EpochSampler
 from train.data.shard import ShardOptions, write_set
+from train.data.views.augmentation import byol, only
 
 IMAGES, BATCH, EPOCHS = 20, 4, 2
 STEPS = IMAGES // BATCH

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from dspnet_fast.errors import InputError
 
-from ..run.fingerprint import digest
+from ...run.fingerprint import digest
 
 
 class ImageSet(Protocol):

@@ -15,7 +15,7 @@ import torch
 
 from dspnet_fast.errors import InputError
 
-from .sampler import mix
+from ..sampler import mix
 
 SMALLEST = 8  # pixels; a crop of fewer shows nothing
 CROP_TRIES = 10

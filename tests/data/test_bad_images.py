@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data.augmentation import ViewSpec
 from train.data.backends import open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.sampler import EpochSampler
+from train.data.views.augmentation import ViewSpec
 
 SIZE = 64
 WHOLE = ViewSpec(

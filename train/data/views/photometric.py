@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .augmentation import Draw, ViewSpec
-from .vision import blur_matrix
+from .torchvision_backend import blur_matrix
 
 LUMA = (0.299, 0.587, 0.114)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from nvidia.dali import fn, math, pipeline_def, types
 
+from ..normalization import MEAN, STD
 from .augmentation import ViewSpec
-from .colours import LUMA
 from .dali_inputs import BRIGHTNESS, CONTRAST, SATURATION, STAGES
-from .normalization import MEAN, STD
+from .photometric import LUMA
 
 
 def _given(name: str, ndim: int = 0, dtype: Any = types.FLOAT) -> Any:

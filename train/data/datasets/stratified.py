@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
-from .sampler import mix
+from ..sampler import mix
 
 SEED = 0  # of the published subsets
 

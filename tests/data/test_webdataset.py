@@ -14,9 +14,8 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 from train.data import shard as command
-from train.data import webdataset
-from train.data.datasets import open_images
-from train.data.images import ArrayImages
+from train.data.datasets import open_images, webdataset
+from train.data.datasets.images import ArrayImages
 from train.data.shard import ShardOptions, write_set
 
 

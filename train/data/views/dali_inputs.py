@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .augmentation import JITTER, Draw, ViewSpec
-from .colours import hue_offset
+from .photometric import hue_offset
 
 ORIENTATION = 0x0112  # EXIF's number for which way up the camera was held
 END_OF_JPEG = b"\xff\xd9"

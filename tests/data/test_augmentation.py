@@ -16,9 +16,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dspnet_fast.errors import InputError
-from train.data import augmentation, vision
-from train.data.augmentation import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers, supervised
-from train.data.vision import evaluation_view
+from train.data.views import augmentation, torchvision_backend
+from train.data.views.augmentation import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers, supervised
+from train.data.views.torchvision_backend import evaluation_view
 
 NOTHING = ViewSpec(
     image_size=16,
@@ -36,7 +36,9 @@ NOTHING = ViewSpec(
 
 def build(view: ViewSpec):
     """Draws the view of an image with numbers from torch's global generator."""
-    return lambda image: vision.augment(view, draw(view, torch.rand(DRAWS).tolist(), image.height, image.width), image)
+    return lambda image: torchvision_backend.augment(
+        view, draw(view, torch.rand(DRAWS).tolist(), image.height, image.width), image
+    )
 
 
 def only(**fields) -> ViewSpec:
@@ -145,7 +147,7 @@ def test_operations_are_independent(monkeypatch):
         (F, "adjust_hue"),
         (F, "rgb_to_grayscale"),
         (F, "solarize"),
-        (vision, "_gaussian_blur"),
+        (torchvision_backend, "_gaussian_blur"),
     ]:
         monkeypatch.setattr(place, name, lambda image, *a, name=name, **k: happened.add(name) or image)
     half = ("flip", "jitter", "grey", "blur", "solarize")
@@ -219,7 +221,7 @@ def test_resize_is_pillows_bicubic(source, size):
     image = colours(source)
     box = (2, 3, source - 4, source - 5)
     expected = image.crop((3, 2, source - 2, source - 2)).resize((size, size), Image.Resampling.BICUBIC)
-    found = vision._resized_crop(image, box, (size, size))
+    found = torchvision_backend._resized_crop(image, box, (size, size))
     difference = np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int))
     assert difference.max() <= (1 if box[2] * box[3] > 128 * 128 else 0)
 
@@ -240,7 +242,7 @@ def test_resize_is_pillows_bicubic(source, size):
 def test_jitter_factors(field, value, adjust, centre, u):
     strengths = dict.fromkeys(JITTER, 0.0) | {field: value}
     view, image = only(jitter_probability=1.0, **strengths), colours()
-    found = vision.augment(view, draw(view, [0.5] * (DRAWS - 4) + [u] * 4, 16, 16), image)
+    found = torchvision_backend.augment(view, draw(view, [0.5] * (DRAWS - 4) + [u] * 4, 16, 16), image)
     assert torch.equal(found, F.pil_to_tensor(adjust(image, centre - value + 2 * value * u)))
 
 
@@ -311,7 +313,7 @@ def test_one_operation_alone(operation):
     assert {one.grey for one in found} == {operation == "grey"}
     assert {one.solarize for one in found} == {operation == "solarize"}
     assert {bool(one.sigma) for one in found} == {operation == "blur"}
-    changed = [not torch.equal(vision.augment(view, one, image), F.pil_to_tensor(image)) for one in found]
+    changed = [not torch.equal(torchvision_backend.augment(view, one, image), F.pil_to_tensor(image)) for one in found]
     assert sum(changed) >= (20 if operation == "blur" else 30)  # the smallest sigmas blur nothing
 
 
@@ -325,13 +327,15 @@ def test_blur_is_torchvisions(size, share):
     sigma = view.blur_sigma[0] + share * (view.blur_sigma[1] - view.blur_sigma[0])
     pixels = F.pil_to_tensor(colours(size))
     expected = F.gaussian_blur(pixels, [view.blur_kernel] * 2, [sigma] * 2)
-    found = vision._gaussian_blur(pixels, view.blur_kernel, sigma)
+    found = torchvision_backend._gaussian_blur(pixels, view.blur_kernel, sigma)
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
 def test_sigma_is_uniform_in_its_range(monkeypatch):
     sigmas: list[float] = []
-    monkeypatch.setattr(vision, "_gaussian_blur", lambda pixels, kernel, sigma: sigmas.append(sigma) or pixels)
+    monkeypatch.setattr(
+        torchvision_backend, "_gaussian_blur", lambda pixels, kernel, sigma: sigmas.append(sigma) or pixels
+    )
     torch.manual_seed(0)
     drawn = build(byol(112)[0])
     for _ in range(500):

@@ -23,13 +23,13 @@ from nvidia.dali.pipeline import Pipeline
 
 from dspnet_fast.errors import InputError
 
+from ..bad_images import BadImages, Refusal, load_or_next
+from ..datasets.images import ImageSet, as_pnm, decode
+from ..sampler import EpochSampler
 from .augmentation import ViewSpec, draw, numbers
-from .bad_images import BadImages, Refusal, load_or_next
-from .colours import finish
 from .dali_inputs import Sample, for_decoding, for_viewing, plain_jpeg, union
 from .dali_pipeline import decoding, viewing
-from .images import ImageSet, as_pnm, decode
-from .sampler import EpochSampler
+from .photometric import finish
 
 READY = 2  # batches that wait to be used, beside the one in the making
 
