@@ -39,8 +39,8 @@ from train import cli
 from train.data.backends import choose_backend, open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
-from train.data.datasets.images import ImageSet, Subset
-from train.data.inspect import views
+from train.data.datasets.images import ImageDataset, Subset
+from train.data.inspect import compute_views
 from train.data.sampler import EpochSampler
 from train.data.views.augmentation import ViewSpec, byol
 from train.run.progress import Monitor
@@ -95,12 +95,12 @@ def transform(view: ViewSpec, on_tensors: bool) -> v2.Transform:
     )
 
 
-def _decode_pillow(images: ImageSet) -> None:
+def _decode_pillow(images: ImageDataset) -> None:
     for i in range(len(images)):
         images.load(i)
 
 
-def _plain_torchvision(images: ImageSet, specs: Sequence[ViewSpec], on_tensors: bool) -> Callable[[], object]:
+def _plain_torchvision(images: ImageDataset, specs: Sequence[ViewSpec], on_tensors: bool) -> Callable[[], object]:
     transforms = [transform(view, on_tensors) for view in specs]
 
     def load(i: int) -> Image.Image | Tensor:
@@ -117,7 +117,7 @@ def _plain_torchvision(images: ImageSet, specs: Sequence[ViewSpec], on_tensors: 
     return run
 
 
-def _decode_dali(images: ImageSet, batch_size: int) -> Callable[[], object]:
+def _decode_dali(images: ImageDataset, batch_size: int) -> Callable[[], object]:
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1)
@@ -137,7 +137,9 @@ def _decode_dali(images: ImageSet, batch_size: int) -> Callable[[], object]:
     return run
 
 
-def _backend(name: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], batch_size: int) -> Callable[[], object]:
+def _backend(
+    name: str, images: ImageDataset, specs: tuple[ViewSpec, ViewSpec], batch_size: int
+) -> Callable[[], object]:
     order = EpochSampler(len(images), batch_size, seed=0, epochs=1)
     batches = open_batches(name, images, specs, order, 0, BadImages(), torch.device("cpu"))
 
@@ -148,7 +150,7 @@ def _backend(name: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], batc
     return run
 
 
-def variants(images: ImageSet, image_size: int, batch_size: int) -> dict[str, Callable[[], object]]:
+def variants(images: ImageDataset, image_size: int, batch_size: int) -> dict[str, Callable[[], object]]:
     """Each makes the views of all images once, or decodes them."""
     specs = byol(image_size)
     runs: dict[str, Callable[[], object]] = {
@@ -165,17 +167,17 @@ def variants(images: ImageSet, image_size: int, batch_size: int) -> dict[str, Ca
     return runs | {DECODE_DALI: _decode_dali(images, batch_size), DALI: _backend(DALI, images, specs, batch_size)}
 
 
-def check(images: ImageSet, image_size: int) -> float:
+def check(images: ImageDataset, image_size: int) -> float:
     """Mean difference of the backends' views in grey levels; exits with 1 if it is more than APART."""
     few = Subset(images, range(min(32, len(images))))
-    made = [views(name, few, byol(image_size), seed=0).float() for name in (OURS, DALI)]
+    made = [compute_views(name, few, byol(image_size), seed=0).float() for name in (OURS, DALI)]
     apart = (made[0] - made[1]).abs().mean().item()
     if not apart <= APART:
         sys.exit(f"error: the backends' views are {apart:.2f} grey levels apart, {APART} allowed: nothing is timed")
     return apart
 
 
-def measure(options: argparse.Namespace, images: ImageSet) -> dict:
+def measure(options: argparse.Namespace, images: ImageDataset) -> dict:
     """Time all variants in turns."""
     runs = variants(images, options.image_size, options.batch_size)
     apart = check(images, options.image_size) if DALI in runs else None

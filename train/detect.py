@@ -19,7 +19,7 @@ from . import cli
 from .config import WORKERS_HELP, Workers, flag, option, positive
 from .data.coco_loader import training_batches
 from .data.datasets import coco
-from .data.datasets.coco import CocoSet, Instances
+from .data.datasets.coco import CocoDataset, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
 from .detection.mask_rcnn import Shape, build_mask_rcnn, normalization
@@ -129,7 +129,7 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             seed=self.seed,
         )
 
-    def sets(self) -> tuple[CocoSet, CocoSet]:
+    def sets(self) -> tuple[CocoDataset, CocoDataset]:
         """To train and to evaluate on, checked; InputError if they cannot be used or have other categories."""
         if self.coco is None:
             raise InputError("--coco is missing: name the folder of a set in COCO's format")
@@ -148,10 +148,10 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             different = sorted({str(c) for c in ids[0].items() ^ ids[1].items()})
             raise InputError(f"{train.file} and {val.file} have other categories: {', '.join(different[:10])}")
         for of in (train, val):
-            for problem in of.left_out[: coco.NAMED]:
+            for problem in of.left_out[: coco.MAX_REPORTED]:
                 print(f"left out of {of.file.name}: {problem}", flush=True)
-            if len(of.left_out) > coco.NAMED:
-                print(f"left out of {of.file.name}: {len(of.left_out) - coco.NAMED:,} more", flush=True)
+            if len(of.left_out) > coco.MAX_REPORTED:
+                print(f"left out of {of.file.name}: {len(of.left_out) - coco.MAX_REPORTED:,} more", flush=True)
         return (train if self.keep_empty else train.annotated()), val
 
 
@@ -187,7 +187,7 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
 
     Raises KeyboardInterrupt if it was stopped, after saving, and InputError if run or set cannot be used.
     """
-    coco.require()
+    coco.require_pycocotools()
     device = choose_device(options.device)
     network, source = pretrained_network(out, dn)
     train, val = options.sets()
@@ -231,7 +231,7 @@ def _epochs(recipe: Hyperparameters, images: int) -> int:
     return -(-recipe.steps // EpochSampler(images, recipe.batch_size, recipe.seed, 1).steps_per_epoch)
 
 
-def _counts(of: CocoSet) -> dict[str, int]:
+def _counts(of: CocoDataset) -> dict[str, int]:
     return {"images": len(of), "instances": of.instances, "left_out": len(of.left_out)}
 
 

@@ -19,7 +19,7 @@ from . import cli
 from .config import SCRATCH, FinetuneConfig, PretrainConfig, flag
 from .costs.flops import cost
 from .data.datasets import open_images
-from .data.datasets.images import ImageSet
+from .data.datasets.images import ImageDataset
 from .data.sampler import EpochSampler
 from .data.views import augmentation
 from .evaluation.accuracy import Accuracy
@@ -117,8 +117,8 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     check_run(config, resume)
     options, recipe = config.family(), hyperparameters_of(config)
     switches = family_of(options.network, options.names())
-    train: ImageSet = open_images(config.data, "train")
-    test: ImageSet = open_images(config.data, "test")
+    train: ImageDataset = open_images(config.data, "train")
+    test: ImageDataset = open_images(config.data, "test")
     view = augmentation.supervised(config.image_size, config.min_scale)
 
     def order(start: int = 0) -> EpochSampler:

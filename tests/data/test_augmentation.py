@@ -1,4 +1,4 @@
-"""BYOL's views: that what is drawn follows the specification, and that each operation is the one it says.
+"""BYOL's views: the sampled parameters follow the specification, and each operation matches its reference.
 
 The rates are measured on a fixed seed and compared within 4 standard deviations of a binomial count.
 """
@@ -17,7 +17,16 @@ from torchvision.transforms.v2 import functional as F
 
 from dspnet_fast.errors import InputError
 from train.data.views import augmentation, torchvision_backend
-from train.data.views.augmentation import DRAWS, JITTER, Draw, ViewSpec, byol, draw, numbers, supervised
+from train.data.views.augmentation import (
+    JITTER,
+    NUMBERS_PER_VIEW,
+    ViewParameters,
+    ViewSpec,
+    byol,
+    sample_view,
+    supervised,
+    uniform_numbers,
+)
 from train.data.views.torchvision_backend import evaluation_view
 
 NOTHING = ViewSpec(
@@ -35,14 +44,14 @@ NOTHING = ViewSpec(
 
 
 def build(view: ViewSpec):
-    """Draws the view of an image with numbers from torch's global generator."""
+    """Return a function that computes a view of an image with numbers from torch's global generator."""
     return lambda image: torchvision_backend.augment(
-        view, draw(view, torch.rand(DRAWS).tolist(), image.height, image.width), image
+        view, sample_view(view, torch.rand(NUMBERS_PER_VIEW).tolist(), image.height, image.width), image
     )
 
 
 def only(**fields) -> ViewSpec:
-    """The view that leaves a square image of 16 pixels as it is, but for these fields."""
+    """A distribution that keeps a square image of 16 pixels unchanged except for these fields."""
     return dataclasses.replace(NOTHING, **fields)
 
 
@@ -61,7 +70,7 @@ def assert_rate(measured: float, expected: float, n: int = 600) -> None:
     assert abs(measured - expected) <= 4 * math.sqrt(expected * (1 - expected) / n), (measured, expected)
 
 
-def test_views_are_byols():
+def test_byol_views_have_the_published_distributions():
     first, second = byol(224)
     assert (first.blur_probability, second.blur_probability) == (1.0, 0.1)
     assert (first.solarize_probability, second.solarize_probability) == (0.0, 0.2)
@@ -73,17 +82,17 @@ def test_views_are_byols():
     assert byol(224, min_scale=0.3)[0].min_scale == 0.3
 
 
-def test_a_classifiers_view_is_crop_and_flip_alone():
+def test_supervised_view_is_crop_and_flip_only():
     view = supervised(224, min_scale=0.2)
     assert (view.image_size, view.min_scale, view.flip_probability) == (224, 0.2, 0.5)
-    for uniform in numbers(0, 0, 0, views=50):
-        drawn = draw(view, uniform, 300, 400)
+    for uniform in uniform_numbers(0, 0, 0, views=50):
+        drawn = sample_view(view, uniform, 300, 400)
         assert (drawn.jitter, drawn.grey, drawn.sigma, drawn.solarize) == ((), False, 0.0, False)
-        assert drawn.box == draw(byol(224, 0.2)[0], uniform, 300, 400).box
+        assert drawn.box == sample_view(byol(224, 0.2)[0], uniform, 300, 400).box
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(448, 45), (224, 23), (128, 13), (96, 9), (32, 3), (28, 1), (8, 1)])
-def test_blur_shrinks_with_the_image(size, kernel):
+def test_blur_scales_with_image_size(size, kernel):
     for view in byol(size):
         assert view.blur_kernel == kernel
         assert view.blur_sigma == pytest.approx((0.1 * size / 224, 2.0 * size / 224))
@@ -92,7 +101,7 @@ def test_blur_shrinks_with_the_image(size, kernel):
 @pytest.mark.parametrize(
     "call", [lambda: byol(7), lambda: evaluation_view(0), lambda: byol(32, 0), lambda: byol(32, 2)]
 )
-def test_senseless_sizes_are_refused(call):
+def test_invalid_sizes_raise_input_error(call):
     with pytest.raises(InputError, match="give"):
         call()
 
@@ -100,7 +109,7 @@ def test_senseless_sizes_are_refused(call):
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("source", [(28, 28), (300, 200), (1, 1), (1, 90)])
 @pytest.mark.parametrize("size", [28, 32, 96])
-def test_output_is_bytes_with_the_images_channels(mode, source, size):
+def test_output_is_uint8_with_the_channels_of_the_image(mode, source, size):
     image = Image.new(mode, source)
     for drawn in [*(build(view) for view in byol(size)), evaluation_view(size)]:
         pixels = drawn(image)
@@ -108,7 +117,7 @@ def test_output_is_bytes_with_the_images_channels(mode, source, size):
         assert pixels.shape == (1 if mode == "L" else 3, size, size)
 
 
-def test_nothing_drawn_changes_nothing():
+def test_identity_parameters_change_nothing():
     assert share_changed(NOTHING, colours(), n=5) == 0
 
 
@@ -117,7 +126,7 @@ def test_nothing_drawn_changes_nothing():
     ("field", "probability"),
     [("flip_probability", 0.5), ("jitter_probability", 0.8), ("blur_probability", 0.1), ("solarize_probability", 0.2)],
 )
-def test_rates(mode, field, probability):
+def test_operation_rates_match_the_probabilities(mode, field, probability):
     assert_rate(share_changed(only(**{field: probability}), colours(mode=mode)), probability)
 
 
@@ -128,8 +137,8 @@ def test_greyscale_rate():
     assert_rate(sum((v[0] == v[1]).all().item() and (v[1] == v[2]).all().item() for v in views) / 600, 0.2)
 
 
-def test_solarise_tells_the_views_apart():
-    """A white image without jitter turns black where solarised: never in view 1, in a fifth of view 2."""
+def test_solarise_rate_differs_between_views():
+    """Solarisation turns a white image without jitter black: never in view 1, in a fifth of view 2."""
     rates = []
     for view in byol(16):
         torch.manual_seed(0)
@@ -140,7 +149,7 @@ def test_solarise_tells_the_views_apart():
 
 
 def test_operations_are_independent(monkeypatch):
-    """Five coins at one half each: any two come up together a quarter of the time."""
+    """Of five operations with probability 1/2, any two occur together with probability 1/4."""
     happened: set[str] = set()
     for place, name in [
         (F, "horizontal_flip"),
@@ -182,12 +191,12 @@ def test_crops_have_the_areas_and_ratios():
     assert areas.max() > 0.95
     assert ratios.min() == pytest.approx(3 / 4, abs=0.02)
     assert ratios.max() == pytest.approx(4 / 3, abs=0.02)
-    small = areas < 0.5  # of these none was drawn again: uniform between 0.08 and 0.5
+    small = areas < 0.5  # none of these was sampled again: uniform between 0.08 and 0.5
     assert np.quantile(areas[small], [0.25, 0.5, 0.75]) == pytest.approx([0.185, 0.29, 0.395], abs=0.02)
     assert np.log(ratios[small]).mean() == pytest.approx(0, abs=0.02)
 
 
-def test_crops_lie_anywhere():
+def test_crop_positions_are_uniform():
     top, left, height, width = boxes(byol(224)[0], 400, 300).T
     for offset, slack in ((top, 400 - height), (left, 300 - width)):
         position = (offset / np.maximum(slack, 1))[slack > 50]
@@ -210,14 +219,14 @@ def test_crop_distribution_equals_torchvisions():
 
 
 @pytest.mark.parametrize(("height", "width", "box"), [(10, 400, (0, 193, 10, 13)), (400, 12, (192, 0, 16, 12))])
-def test_crop_of_a_strip_is_its_centre(height, width, box):
+def test_crop_of_a_narrow_image_is_centred(height, width, box):
     view = dataclasses.replace(byol(32)[0], min_scale=1.0)
     assert (boxes(view, height, width, 5) == box).all()
 
 
 @pytest.mark.parametrize(("source", "size"), [(40, 32), (300, 64), (20, 32), (140, 160)])
-def test_resize_is_pillows_bicubic(source, size):
-    """Above 128 x 128 pixels torch resizes: one grey level apart at most."""
+def test_resize_matches_pillow_bicubic(source, size):
+    """Above 128 x 128 pixels torch resizes, with a difference of at most one grey level."""
     image = colours(source)
     box = (2, 3, source - 4, source - 5)
     expected = image.crop((3, 2, source - 2, source - 2)).resize((size, size), Image.Resampling.BICUBIC)
@@ -242,11 +251,13 @@ def test_resize_is_pillows_bicubic(source, size):
 def test_jitter_factors(field, value, adjust, centre, u):
     strengths = dict.fromkeys(JITTER, 0.0) | {field: value}
     view, image = only(jitter_probability=1.0, **strengths), colours()
-    found = torchvision_backend.augment(view, draw(view, [0.5] * (DRAWS - 4) + [u] * 4, 16, 16), image)
+    found = torchvision_backend.augment(
+        view, sample_view(view, [0.5] * (NUMBERS_PER_VIEW - 4) + [u] * 4, 16, 16), image
+    )
     assert torch.equal(found, F.pil_to_tensor(adjust(image, centre - value + 2 * value * u)))
 
 
-def test_jitter_order_is_drawn(monkeypatch):
+def test_jitter_order_is_random(monkeypatch):
     seen: list[str] = []
     for name in ("brightness", "contrast", "saturation", "hue"):
         monkeypatch.setattr(F, f"adjust_{name}", lambda image, factor, name=name: seen.append(name) or image)
@@ -260,8 +271,8 @@ def test_jitter_order_is_drawn(monkeypatch):
     assert_rate(sum(order[0] == "hue" for order in orders) / 480, 1 / 4, 480)
 
 
-def test_grey_images_skip_colours_but_draw_alike():
-    """Greyscale and the same picture as RGB: the same crop, brightness, contrast and blur, from the same numbers."""
+def test_grey_images_skip_colour_operations_with_the_same_parameters():
+    """A greyscale image and its RGB copy get the same crop, brightness, contrast and blur from the same numbers."""
     grey = colours(40, "L")
     for view in byol(32):
         drawn = build(dataclasses.replace(view, hue=0.0, saturation=0.0))
@@ -275,25 +286,25 @@ def test_grey_images_skip_colours_but_draw_alike():
             assert (as_grey.int() - as_rgb.int()).abs().float().mean() < 2
 
 
-# draws
+# parameters
 
 
-def test_draws_are_a_function_of_seed_epoch_image_and_size():
-    view, first = byol(32)[0], numbers(1, 2, 3)
-    assert numbers(1, 2, 3) == first and len(first) == 2 and len(first[0]) == DRAWS
-    torch.manual_seed(augmentation.mix(1, 2, 3))  # one stream, view after view
-    assert first == [torch.rand(DRAWS).tolist(), torch.rand(DRAWS).tolist()]
-    others = [numbers(*key) for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4))]
+def test_parameters_are_a_function_of_seed_epoch_image_and_size():
+    view, first = byol(32)[0], uniform_numbers(1, 2, 3)
+    assert uniform_numbers(1, 2, 3) == first and len(first) == 2 and len(first[0]) == NUMBERS_PER_VIEW
+    torch.manual_seed(augmentation.mix(1, 2, 3))  # one random stream for both views
+    assert first == [torch.rand(NUMBERS_PER_VIEW).tolist(), torch.rand(NUMBERS_PER_VIEW).tolist()]
+    others = [uniform_numbers(*key) for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4))]
     assert all(other[k] != first[k] for other in others for k in (0, 1)) and first[0] != first[1]
-    assert draw(view, first[0], 40, 50) == draw(view, first[0], 40, 50)
+    assert sample_view(view, first[0], 40, 50) == sample_view(view, first[0], 40, 50)
 
 
-def test_a_draw_leaves_nothing_open():
-    """Without chance in the view, the draw is the same whatever the numbers; with it, every field takes all it can."""
-    rows = torch.rand(200, DRAWS, generator=torch.Generator().manual_seed(0)).tolist()
-    expected = Draw(box=(0, 0, 16, 16), flip=False, jitter=(), grey=False, sigma=0.0, solarize=False)
-    assert {draw(NOTHING, row, 16, 16) for row in rows} == {expected}
-    found = [draw(byol(112)[1], row, 40, 50) for row in rows]
+def test_numbers_determine_all_parameters():
+    """Parameters of a deterministic view do not depend on the numbers; those of BYOL's view take all their values."""
+    rows = torch.rand(200, NUMBERS_PER_VIEW, generator=torch.Generator().manual_seed(0)).tolist()
+    expected = ViewParameters(box=(0, 0, 16, 16), flip=False, jitter=(), grey=False, sigma=0.0, solarize=False)
+    assert {sample_view(NOTHING, row, 16, 16) for row in rows} == {expected}
+    found = [sample_view(byol(112)[1], row, 40, 50) for row in rows]
     for name in ("flip", "grey", "solarize"):
         assert {getattr(one, name) for one in found} == {True, False}
     assert {len(one.jitter) for one in found} == {0, 4}
@@ -301,11 +312,11 @@ def test_a_draw_leaves_nothing_open():
 
 
 @pytest.mark.parametrize("operation", augmentation.OPERATIONS)
-def test_one_operation_alone(operation):
-    """`only` lets nothing else through: the square in the middle of the image is otherwise kept as it is."""
+def test_only_applies_a_single_operation(operation):
+    """All other operations keep the centred square of the image unchanged."""
     view = augmentation.only(byol(128)[1], operation)
     image = colours(128)
-    found = [draw(view, numbers(0, 0, i)[0], 128, 128) for i in range(30)]
+    found = [sample_view(view, uniform_numbers(0, 0, i)[0], 128, 128) for i in range(30)]
     assert ({one.box for one in found} == {(0, 0, 128, 128)}) == (operation != "resize")
     names = {name for one in found for name, _ in one.jitter}
     assert names == (set(JITTER) if operation == "order" else {operation} & set(JITTER))
@@ -314,7 +325,7 @@ def test_one_operation_alone(operation):
     assert {one.solarize for one in found} == {operation == "solarize"}
     assert {bool(one.sigma) for one in found} == {operation == "blur"}
     changed = [not torch.equal(torchvision_backend.augment(view, one, image), F.pil_to_tensor(image)) for one in found]
-    assert sum(changed) >= (20 if operation == "blur" else 30)  # the smallest sigmas blur nothing
+    assert sum(changed) >= (20 if operation == "blur" else 30)  # the smallest sigmas change no pixel
 
 
 # blur
@@ -322,7 +333,7 @@ def test_one_operation_alone(operation):
 
 @pytest.mark.parametrize("size", [32, 96, 224])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_blur_is_torchvisions(size, share):
+def test_blur_matches_torchvision(size, share):
     view = byol(size)[0]
     sigma = view.blur_sigma[0] + share * (view.blur_sigma[1] - view.blur_sigma[0])
     pixels = F.pil_to_tensor(colours(size))
@@ -331,7 +342,7 @@ def test_blur_is_torchvisions(size, share):
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
-def test_sigma_is_uniform_in_its_range(monkeypatch):
+def test_blur_sigma_is_uniform(monkeypatch):
     sigmas: list[float] = []
     monkeypatch.setattr(
         torchvision_backend, "_gaussian_blur", lambda pixels, kernel, sigma: sigmas.append(sigma) or pixels
@@ -351,7 +362,7 @@ def test_kernel_below_3_does_not_blur():
 # evaluation
 
 
-def test_evaluation_view_cuts_an_eighth_of_larger_images():
+def test_evaluation_view_crops_an_eighth_of_larger_images():
     image = colours(256)
     expected = image.crop((16, 16, 240, 240))
     assert torch.equal(evaluation_view(224)(image), F.pil_to_tensor(expected))
@@ -360,14 +371,14 @@ def test_evaluation_view_cuts_an_eighth_of_larger_images():
     assert evaluation_view(48)(wide).max() == 0
 
 
-def test_evaluation_view_keeps_all_of_small_images():
+def test_evaluation_view_does_not_crop_small_images():
     image = colours(28, "L")
     assert torch.equal(evaluation_view(28)(image), F.pil_to_tensor(image))
     larger = image.resize((32, 32), Image.Resampling.BICUBIC)
     assert torch.equal(evaluation_view(32)(image), F.pil_to_tensor(larger))
 
 
-def test_views_travel_to_other_processes():
+def test_evaluation_view_can_be_pickled():
     view = evaluation_view(32)
     assert torch.equal(pickle.loads(pickle.dumps(view))(colours()), view(colours()))
     for spec in byol(32):

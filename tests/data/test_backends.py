@@ -1,4 +1,4 @@
-"""Which backend serves, and what a run says when it cannot."""
+"""Choice of the data backend, and its error messages."""
 
 import numpy as np
 import pytest
@@ -23,13 +23,13 @@ def photographs(tmp_path):
 
 @pytest.fixture
 def installed(monkeypatch):
-    def decide(there: bool) -> None:
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if there else None)
+    def decide(available: bool) -> None:
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if available else None)
 
     return decide
 
 
-def test_auto_takes_dali_for_photographs(photographs, installed, tmp_path):
+def test_auto_chooses_dali_for_photographs(photographs, installed, tmp_path):
     installed(True)
     assert choose_backend("auto", photographs, CPU) == "dali-cpu"
     installed(False)
@@ -37,14 +37,14 @@ def test_auto_takes_dali_for_photographs(photographs, installed, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "size"), [("0.png", 200), ("0.jpg", 32)])
-def test_auto_takes_torchvision_for_the_rest(installed, tmp_path, name, size):
+def test_auto_chooses_torchvision_for_other_images(installed, tmp_path, name, size):
     installed(True)
     Image.new("RGB", (size, size)).save(tmp_path / name)
     (tmp_path / "broken.jpg").write_bytes(b"")
     assert choose_backend("auto", open_images(str(tmp_path), "train"), CPU) == "torchvision"
 
 
-def test_what_is_missing_is_said(photographs, installed):
+def test_unavailable_backends_raise_input_error(photographs, installed):
     installed(False)
     for name in ("dali-cpu", "dali-gpu"):
         with pytest.raises(InputError, match=r"pip install 'dspnet-fast\[dali\]'"):

@@ -1,4 +1,4 @@
-"""Files as they lie about: every kind is used rightly or left out and counted by name, by every backend."""
+"""Unusual and damaged files: every backend decodes them correctly or leaves them out and counts them by name."""
 
 import importlib.util
 import shutil
@@ -40,7 +40,7 @@ backends = pytest.mark.parametrize(
 
 
 def quarters() -> Image.Image:
-    """Smooth, and another colour in each corner: upside down or with swapped channels it is another image."""
+    """A smooth image with another colour in each corner, so that rotations and swapped channels are detected."""
     y, x = np.mgrid[0:SIZE, 0:SIZE] / (SIZE - 1)
     return Image.fromarray(np.stack([255 * x, 255 * y, 128 * (1 - x * y)], axis=2).astype(np.uint8))
 
@@ -69,7 +69,7 @@ def save(path: Path, kind: str) -> None:
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path, "tiff")
     elif kind == "turned":
         exif = Image.Exif()
-        exif[0x0112] = 6  # turn it a quarter clockwise
+        exif[0x0112] = 6  # a quarter turn clockwise
         image.transpose(Image.Transpose.ROTATE_90).save(path, "jpeg", quality=95, exif=exif)
     elif kind == "turned png":
         exif = Image.Exif()
@@ -148,7 +148,7 @@ BAD = {
 
 
 def tar(folder: Path, shard: Path) -> Path:
-    """The files of a folder as a shard of somebody else's: no index, nothing was checked."""
+    """Pack the files of a folder into a shard without index and without checks."""
     with tarfile.open(shard, "w") as out:
         for path in sorted(folder.iterdir()):
             out.add(path, path.name)
@@ -164,7 +164,7 @@ def batches(source: Path, backend: str, limit: int, batch_size: int, epochs: int
 
 @backends
 @pytest.mark.parametrize("kind", GOOD)
-def test_used_rightly(tmp_path, backend, kind):
+def test_unusual_files_are_decoded_correctly(tmp_path, backend, kind):
     save(tmp_path / f"0{GOOD[kind]}", kind)
     ((batch,), bad) = batches(tmp_path, backend, 0, 1)
     expected = quarters().convert("L").convert("RGB") if "grey" in kind or "16 bit" in kind else quarters()
@@ -177,8 +177,8 @@ def test_used_rightly(tmp_path, backend, kind):
 
 @backends
 @pytest.mark.parametrize("sharded", [False, True])
-def test_left_out_and_counted_by_name(tmp_path, backend, sharded):
-    """With all of them in one folder, every batch is full and every bad file is named once in two epochs."""
+def test_damaged_files_are_left_out_and_counted_by_name(tmp_path, backend, sharded):
+    """Every batch is full, and every damaged file is counted once in two epochs."""
     files = tmp_path / "files"
     files.mkdir()
     for k, kind in enumerate(BAD):
@@ -187,14 +187,14 @@ def test_left_out_and_counted_by_name(tmp_path, backend, sharded):
         save(files / f"{k}-good{GOOD[kind]}", kind)
     made, bad = batches(tar(files, tmp_path / "0.tar") if sharded else files, backend, len(BAD), 5, epochs=2)
     assert len(made) == 2 * ((len(BAD) + len(GOOD)) // 5) and all(batch.shape[0] == 10 for batch in made)
-    news = bad.news()
+    news = bad.new_messages()
     assert len(news) == len(bad) == len(BAD)
     for k, kind in enumerate(BAD):
         assert sum(f"{k}-bad{BAD[kind]}" in line for line in news) == 1, kind
 
 
 @backends
-def test_one_too_many_is_an_error_after_the_batches_before_it(tmp_path, backend):
+def test_one_image_above_the_limit_raises_after_the_preceding_batches(tmp_path, backend):
     for k in range(8):
         save(tmp_path / f"{k}.jpg", "plain")
     order = [i for batch in EpochSampler(8, 2, 0, 1) for _, i in batch]
@@ -210,7 +210,7 @@ def test_one_too_many_is_an_error_after_the_batches_before_it(tmp_path, backend)
 
 
 @backends
-def test_a_folder_that_loses_files_during_a_run(tmp_path, backend):
+def test_files_removed_during_a_run_are_left_out(tmp_path, backend):
     for k in range(40):
         save(tmp_path / f"{k:02}.jpg", "plain")
     images, bad = open_images(str(tmp_path), "train"), BadImages(3)
@@ -220,16 +220,16 @@ def test_a_folder_that_loses_files_during_a_run(tmp_path, backend):
     for k in (3, 17, 29):
         (tmp_path / f"{k:02}.jpg").unlink()
     assert sum(1 for _ in made) == 29
-    assert sorted(line.split("/")[-1].split(":")[0] for line in bad.news()) == ["03.jpg", "17.jpg", "29.jpg"]
+    assert sorted(line.split("/")[-1].split(":")[0] for line in bad.new_messages()) == ["03.jpg", "17.jpg", "29.jpg"]
     shutil.rmtree(tmp_path)
     order = EpochSampler(40, 4, 0, 1)
-    with pytest.raises(InputError, match="more bad ones than --max-bad-images 3"):
+    with pytest.raises(InputError, match="that is more than --max-bad-images 3"):
         list(open_batches(backend, images, (WHOLE, WHOLE), order, 0, BadImages(3), torch.device("cpu")))
 
 
 @backends
-def test_shards_that_go_during_a_run(tmp_path, backend):
-    """One is removed and one cut short: each image of theirs is named, and what the third holds takes their place."""
+def test_shards_damaged_during_a_run_are_left_out(tmp_path, backend):
+    """One shard is removed and one truncated: their images are counted, and those of the third replace them."""
     for k in range(3):
         (tmp_path / f"files{k}").mkdir()
         for j in range(8):
@@ -245,13 +245,13 @@ def test_shards_that_go_during_a_run(tmp_path, backend):
     assert sum(1 for _ in made) == 11
     assert sorted(bad.found) == [f"{tmp_path}/{k}.tar/{k}{j}.jpg" for k in (0, 1) for j in range(8)]
     (tmp_path / "2.tar").unlink()
-    with pytest.raises(InputError, match="more bad ones than --max-bad-images 16"):
+    with pytest.raises(InputError, match="that is more than --max-bad-images 16"):
         list(open_batches(backend, images, (WHOLE, WHOLE), order, 0, BadImages(16), torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory):
-    """A folder with an image of as many pixels as Pillow warns of, but opens."""
+    """A folder with an image so large that Pillow warns, but opens it."""
     folder = tmp_path_factory.mktemp("huge")
     Image.new("RGB", (10_000, 9_500), (10, 200, 30)).save(folder / "0.jpg", quality=20)
     return folder

@@ -1,4 +1,4 @@
-"""dali-cpu against torchvision: the same draws, carried out alike within the bounds of docs/data.md."""
+"""dali-cpu against torchvision: equal views from equal parameters, within the bounds of docs/data.md."""
 
 import gc
 import io
@@ -13,14 +13,14 @@ from train.data.datasets import open_images
 from train.data.datasets.images import Subset
 from train.data.loader import two_view_batches
 from train.data.sampler import EpochSampler
-from train.data.views.augmentation import OPERATIONS, byol, numbers, only
+from train.data.views.augmentation import OPERATIONS, byol, only, uniform_numbers
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install 'dspnet-fast[dali]')")
 
 from train.data.views import dali_backend  # noqa: E402
 
 SIZE = 48
-# grey levels: mean absolute difference, 99 % quantile, absolute mean difference; docs/data.md quotes them
+# grey levels: mean absolute difference, its 99th percentile, absolute difference of the means; see docs/data.md
 BOUNDS = {
     "resize": (0.5, 2, 0.2),
     "flip": (0.5, 2, 0.2),
@@ -36,7 +36,7 @@ BOUNDS = {
 
 
 def photograph(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
-    """Smooth colours with edges and a little noise, as in a photograph."""
+    """Smooth colours with edges and slight noise, as in a photograph."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     pixels = np.asarray(coarse).astype(int)
@@ -52,26 +52,28 @@ def images(tmp_path_factory):
     return open_images(str(folder), "train")
 
 
-def made(images, views, order, threads=2, bad=None, colours=None):
+def made(images, views, order, threads=2, bad=None, photometric=None):
     return list(
-        dali_backend.TwoViews(images, views, order, threads, BadImages() if bad is None else bad, colours=colours)
+        dali_backend.DaliLoader(
+            images, views, order, threads, BadImages() if bad is None else bad, photometric=photometric
+        )
     )
 
 
-# who makes the colours: torch as on a CPU, or DALI as on a GPU
+# photometric operations: by torch as on a CPU, or by DALI as on a GPU
 makers = pytest.mark.parametrize("by_dali", [False, True], ids=["torch", "dali"])
 
 
 def apart(images, views, by_dali=False) -> torch.Tensor:
     order = EpochSampler(len(images), len(images), 0, 1)
-    (found,) = made(images, views, order, colours=by_dali)
+    (found,) = made(images, views, order, photometric=by_dali)
     (expected,) = two_view_batches(images, views, order, 0)
     return found.float() - expected.float()
 
 
 @makers
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_operation_is_torchvisions(images, operation, by_dali):
+def test_each_operation_matches_torchvision(images, operation, by_dali):
     mean, quantile, shift = BOUNDS[operation]
     found = apart(images, tuple(only(view, operation) for view in byol(SIZE)), by_dali)
     assert found.abs().mean() <= mean
@@ -80,14 +82,14 @@ def test_each_operation_is_torchvisions(images, operation, by_dali):
 
 
 @makers
-def test_everything_together_is_torchvisions(images, by_dali):
+def test_all_operations_together_match_torchvision(images, by_dali):
     found = apart(images, byol(SIZE), by_dali)
     assert found.abs().mean() <= 2.5
-    assert np.quantile(found.abs().numpy(), 0.98) <= 12  # a pixel at solarisation's threshold may fall to either side
+    assert np.quantile(found.abs().numpy(), 0.98) <= 12  # pixels at the threshold of solarisation may differ
 
 
-def test_each_operation_does_something(images):
-    """A bound that an idle operation would keep proves nothing."""
+def test_each_operation_changes_the_image(images):
+    """Otherwise the bounds above would hold without the operation."""
     order = EpochSampler(8, 8, 0, 1)
     images = Subset(images, range(8))
     views = byol(224)  # at SIZE there is little blur
@@ -103,13 +105,13 @@ def test_resize_up_and_down(tmp_path, size):
     photograph(0, size).save(tmp_path / "0.png")
     found = apart(open_images(str(tmp_path), "train"), tuple(only(view, "resize") for view in byol(SIZE)))
     assert found.abs().mean() <= 0.5
-    inner = found[..., 3:-3, 3:-3]  # at the border of a crop DALI's filter sees what lies beyond it, Pillow's does not
+    inner = found[..., 3:-3, 3:-3]  # at the border DALI's filter uses pixels outside of the crop, Pillow's does not
     assert inner.abs().max() <= 6 and np.quantile(inner.abs().numpy(), 0.99) <= 2
 
 
 @makers
-def test_hue_of_pure_colours(by_dali):
-    """All corners of the colour cube and their mixtures, against HSV in floating point."""
+def test_hue_rotation_of_pure_colours_matches_hsv(by_dali):
+    """All corners of the RGB cube and their mixtures, against HSV in floating point."""
     import colorsys
 
     random = np.random.default_rng(0)
@@ -134,9 +136,9 @@ def test_hue_of_pure_colours(by_dali):
 
     views = tuple(only(view, "hue") for view in byol(44))
     for seed in range(4):
-        (batch,) = made(One(), views, EpochSampler(1, 1, seed, 1), colours=by_dali)
+        (batch,) = made(One(), views, EpochSampler(1, 1, seed, 1), photometric=by_dali)
         for k, view in enumerate(views):
-            turn = dict(dali_backend.draw(view, numbers(seed, 0, 0)[k], 44, 44).jitter)["hue"]
+            turn = dict(dali_backend.sample_view(view, uniform_numbers(seed, 0, 0)[k], 44, 44).jitter)["hue"]
             expected = []
             for red, green, blue in pixels / 255:
                 h, s, v = colorsys.rgb_to_hsv(red, green, blue)
@@ -160,7 +162,7 @@ def test_threads_and_resume_change_no_bit(images, threads, start):
     assert_same(made(images, byol(SIZE), EpochSampler(26, 6, 3, 2, start), threads), whole[start:])
 
 
-def test_two_ranks_see_what_one_sees(images):
+def test_two_ranks_split_the_batches_of_one(images):
     whole = made(images, byol(SIZE), EpochSampler(26, 6, 3, 1))
     ranks = [made(images, byol(SIZE), EpochSampler(26, 6, 3, 1, 0, rank, 2)) for rank in (0, 1)]
     for batch, first, second in zip(whole, *ranks, strict=True):
@@ -168,14 +170,14 @@ def test_two_ranks_see_what_one_sees(images):
         assert torch.equal(batch, torch.cat(halves))
 
 
-def test_layout(images):
+def test_first_views_precede_second_views(images):
     batch = made(images, byol(SIZE), EpochSampler(26, 6, 3, 1))[0]
     assert batch.dtype == torch.uint8 and batch.shape == (12, 3, SIZE, SIZE)
     assert batch.is_contiguous()
 
 
-def test_a_batch_outlives_the_next_ones(images):
-    batches = dali_backend.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 2), 1, BadImages())
+def test_batches_are_not_overwritten_by_later_ones(images):
+    batches = dali_backend.DaliLoader(images, byol(SIZE), EpochSampler(26, 6, 3, 2), 1, BadImages())
     iterator = iter(batches)
     first = next(iterator)
     copy = first.clone()
@@ -183,8 +185,8 @@ def test_a_batch_outlives_the_next_ones(images):
     assert torch.equal(first, copy)
 
 
-def test_iterating_again_and_leaving_early(images):
-    batches = dali_backend.TwoViews(images, byol(SIZE), EpochSampler(26, 6, 3, 1), 1, BadImages())
+def test_loader_can_be_iterated_again_and_abandoned(images):
+    batches = dali_backend.DaliLoader(images, byol(SIZE), EpochSampler(26, 6, 3, 1), 1, BadImages())
     whole = list(batches)
     assert_same([next(iter(batches))], whole[:1])
     assert_same(list(batches), whole)
@@ -193,43 +195,43 @@ def test_iterating_again_and_leaving_early(images):
 
 
 class Collecting(Subset):
-    """Whoever loads an image clears up first, as Python does every now and then."""
+    """Collects garbage before loading an image, as Python may at any time."""
 
     def load(self, i):
         gc.collect()
         return super().load(i)
 
 
-def test_workers_beside_dali(images):
-    """A worker forked from here would collect the pipeline, and wait without end for threads that it does not have."""
+def test_torchvision_workers_start_while_dali_is_loaded(images):
+    """A forked worker would garbage-collect the pipeline and wait forever for threads that it does not have."""
     views, order = byol(SIZE), EpochSampler(4, 2, 3, 1)
     few = Collecting(images, range(4))
     expected = list(two_view_batches(few, views, order, workers=0))
     gc.disable()
     try:
-        batches = dali_backend.TwoViews(images, views, EpochSampler(26, 26, 0, 1), 1, BadImages())
+        batches = dali_backend.DaliLoader(images, views, EpochSampler(26, 26, 0, 1), 1, BadImages())
         list(batches)
         batches.itself = batches
         del batches
         loader = two_view_batches(few, views, order, workers=1)
-        loader.timeout = 60  # seconds, in place of for ever
+        loader.timeout = 60  # seconds; the default is to wait forever
         assert_same(list(loader), expected)
     finally:
         gc.enable()
 
 
-def test_a_program_may_end_in_the_middle(images, run_python):
-    """Nothing runs any more when DALI is shut down: otherwise the program ends in an abort, now and then."""
+def test_program_can_end_during_an_iteration(images, run_python):
+    """The pipeline's thread ends before DALI is shut down; otherwise the program aborts at times."""
     code = f"""
 import atexit, threading
 from train.data.views.augmentation import byol
 from train.data.bad_images import BadImages
-from train.data.views.dali_backend import TwoViews
+from train.data.views.dali_backend import DaliLoader
 from train.data.sampler import EpochSampler
 from train.data.datasets import open_images
 atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
 images = open_images({images.name!r}, "train")
-batches = iter(TwoViews(images, byol(16), EpochSampler(26, 4, 0, 500), 2, BadImages()))
+batches = iter(DaliLoader(images, byol(16), EpochSampler(26, 4, 0, 500), 2, BadImages()))
 print(len(next(batches)))
 """
     assert run_python("-c", code) == "8\n['MainThread']\n"
@@ -238,8 +240,8 @@ print(len(next(batches)))
 # what DALI cannot decode
 
 
-def test_what_dali_refuses_is_decoded_by_pillow(images, monkeypatch):
-    """As if it had been known before, bit for bit; nothing else in its batch changes."""
+def test_images_that_dali_cannot_decode_are_decoded_by_pillow(images, monkeypatch):
+    """The bits are those of decoding with Pillow from the start, and the rest of the batch is unchanged."""
     gif = io.BytesIO()
     photograph(7).save(gif, "gif")
 
@@ -250,19 +252,23 @@ def test_what_dali_refuses_is_decoded_by_pillow(images, monkeypatch):
     odd, order = Odd(images, range(26)), EpochSampler(26, 6, 3, 2)
     expected = made(odd, byol(SIZE), order)
     monkeypatch.setattr(dali_backend, "plain_jpeg", lambda content: Image.open(io.BytesIO(content)).size[::-1])
-    refused = []
-    find = dali_backend.TwoViews._refused
+    undecodable = []
+    find = dali_backend.DaliLoader._undecodable
     monkeypatch.setattr(
-        dali_backend.TwoViews, "_refused", lambda self, samples: refused.append(find(self, samples)) or refused[-1]
+        dali_backend.DaliLoader,
+        "_undecodable",
+        lambda self, samples: undecodable.append(find(self, samples)) or undecodable[-1],
     )
     assert_same(made(odd, byol(SIZE), order), expected)
-    assert refused == [[k] for items in order for k, (_, i) in enumerate(items) if i == 7] != []
+    assert undecodable == [[k] for items in order for k, (_, i) in enumerate(items) if i == 7] != []
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_no_view_depends_on_the_batch_beside_bad_images(tmp_path, threads):
-    """What is used, what is left out and what takes its place is the same in every batch. Of damage in some places
-    DALI takes no notice but Pillow does, and it shall not matter whether an image beside it makes Pillow look."""
+def test_views_do_not_depend_on_damaged_images_in_the_batch(tmp_path, threads):
+    """The used, skipped and replacement images are the same in every batch.
+
+    Pillow detects some damage that DALI ignores, so an image must not be decoded by Pillow because of its neighbour.
+    """
     for k in range(24):
         out = io.BytesIO()
         photograph(k, (60, 50)).save(out, "jpeg", quality=90)
@@ -286,7 +292,7 @@ def test_no_view_depends_on_the_batch_beside_bad_images(tmp_path, threads):
         assert torch.equal(views[0][i], views[1][i]) and torch.equal(views[0][i], views[2][i]), i
 
 
-def test_other_errors_arrive(images):
+def test_other_errors_are_raised_by_the_iteration(images):
     class Broken(Subset):
         def encoded(self, i):
             raise MemoryError("no more")

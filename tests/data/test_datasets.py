@@ -1,4 +1,4 @@
-"""open_images: what counts as a set of images, which images are in which split, and what every mistake is told."""
+"""open_images: the layouts of datasets, their splits, and the error messages."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data.datasets import SetSize, cifar10, data_folder, fashion_mnist, open_images, size_of
+from train.data.datasets import DatasetSize, cifar10, data_folder, dataset_size, fashion_mnist, open_images
 from train.data.datasets.images import require_labels
 
 
@@ -23,7 +23,7 @@ def draw(path: Path, value: int = 0, mode: str = "RGB", size: tuple[int, int] = 
     Image.new(mode, size, value if mode == "L" else (value, 0, 0)).save(path)
 
 
-def refusal(name: Path | str, split: Literal["train", "test"] = "train") -> str:
+def error_of(name: Path | str, split: Literal["train", "test"] = "train") -> str:
     with pytest.raises(InputError) as caught:
         open_images(str(name), split)
     message = str(caught.value)
@@ -62,7 +62,7 @@ def test_train_and_test_folders(tmp_path):
     assert train.file(2) == str(tmp_path / "train" / "b" / "0.png")
 
 
-def test_val_serves_as_test(tmp_path):
+def test_val_folder_is_the_test_split(tmp_path):
     draw(tmp_path / "train" / "a" / "0.png")
     draw(tmp_path / "val" / "a" / "1.png")
     assert open_images(str(tmp_path), "test").file(0).endswith("1.png")
@@ -98,7 +98,7 @@ def test_train_folder_without_classes(tmp_path):
     assert open_images(str(tmp_path), "test").labels is None
 
 
-def test_subfolders_count_and_hidden_or_other_files_do_not(tmp_path):
+def test_subfolders_are_read_and_hidden_and_other_files_are_ignored(tmp_path):
     for name in ("a/deep/1.jpg", "a/0.jpg", "a/.hidden.jpg", "a/.thumbs/2.jpg", ".git/3.jpg", ".4.jpg"):
         draw(tmp_path / "train" / name)
     (tmp_path / "train" / "a" / "notes.txt").write_text("not an image")
@@ -109,50 +109,50 @@ def test_subfolders_count_and_hidden_or_other_files_do_not(tmp_path):
     ]
 
 
-def test_missing_folder_says_what_was_looked_for(tmp_path):
-    message = refusal(tmp_path / "nowhere")
+def test_missing_folder_is_named_in_the_error(tmp_path):
+    message = error_of(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in message
     assert "fashion-mnist" in message
     assert "cifar10" in message
 
 
 def test_folder_without_images_lists_extensions(tmp_path):
-    assert ".jpg" in refusal(tmp_path)
+    assert ".jpg" in error_of(tmp_path)
     draw(tmp_path / "train" / "a" / "0.png")
     (tmp_path / "train" / "b").mkdir()
-    message = refusal(tmp_path)
+    message = error_of(tmp_path)
     assert str(tmp_path / "train" / "b") in message
     assert ".png" in message
 
 
-def test_classes_must_be_the_same_in_train_and_test(tmp_path):
+def test_different_classes_in_train_and_test_raise_input_error(tmp_path):
     for name in ("train/a", "train/b", "test/a"):
         draw(tmp_path / name / "0.png")
-    message = refusal(tmp_path, "test")
+    message = error_of(tmp_path, "test")
     assert "'b'" in message
     assert str(tmp_path / "test") in message
     draw(tmp_path / "test" / "b" / "0.png")
     draw(tmp_path / "test" / "c" / "0.png")
-    assert "'c'" in refusal(tmp_path, "test")
+    assert "'c'" in error_of(tmp_path, "test")
 
 
-def test_half_a_split_is_refused(tmp_path):
+def test_train_without_test_folder_raises_input_error(tmp_path):
     draw(tmp_path / "one" / "train" / "a" / "0.png")
-    assert "no folder test" in refusal(tmp_path / "one", "test")
+    assert "no folder test" in error_of(tmp_path / "one", "test")
     draw(tmp_path / "two" / "test" / "a" / "0.png")
-    assert "no folder train" in refusal(tmp_path / "two")
+    assert "no folder train" in error_of(tmp_path / "two")
 
 
-def test_images_beside_classes_are_refused(tmp_path):
+def test_images_beside_class_folders_raise_input_error(tmp_path):
     draw(tmp_path / "a" / "0.png")
     draw(tmp_path / "loose.png")
-    assert "loose.png" in refusal(tmp_path)
+    assert "loose.png" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_class_too_small_to_split_is_refused(tmp_path, split):
+def test_class_with_one_image_raises_input_error(tmp_path, split):
     draw(tmp_path / "a" / "0.png")
-    assert str(tmp_path / "a") in refusal(tmp_path, split)
+    assert str(tmp_path / "a") in error_of(tmp_path, split)
 
 
 # single images
@@ -172,7 +172,7 @@ def test_broken_image_is_named_when_loaded(tmp_path, name, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_file_gone_since_opening_is_named(tmp_path):
+def test_file_removed_since_opening_is_named(tmp_path):
     draw(tmp_path / "0.png")
     images = open_images(str(tmp_path), "train")
     (tmp_path / "0.png").unlink()
@@ -192,7 +192,7 @@ def test_file_gone_since_opening_is_named(tmp_path):
         ("CMYK", ".jpg", "RGB"),
     ],
 )
-def test_modes(tmp_path, mode, suffix, expected):
+def test_image_modes_become_grey_or_rgb(tmp_path, mode, suffix, expected):
     Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(tmp_path / f"0{suffix}")
     image = open_images(str(tmp_path), "train").load(0)
     assert image.mode == expected
@@ -208,14 +208,14 @@ def test_16_bits_keep_the_upper_8(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("values", [np.array([[0.5]], np.float32), np.array([[70000]], np.int32)])
-def test_numbers_without_a_range_are_refused(tmp_path, values):
+def test_values_without_a_known_range_raise_input_error(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "0.tif")
     with pytest.raises(InputError, match=r"0\.tif.*no known range"):
         open_images(str(tmp_path), "train").load(0)
 
 
 @pytest.mark.filterwarnings("error")
-def test_transparent_palette_is_quiet(tmp_path):
+def test_transparent_palette_gives_no_warning(tmp_path):
     image = Image.new("P", (4, 4))
     image.putpalette([10, 20, 30, 0, 0, 0])
     image.save(tmp_path / "0.png", transparency=b"\x80\xff")
@@ -239,7 +239,7 @@ def write_idx(folder: Path, count: int = 6, packed: bool = True, split: str = "t
             path.write_bytes(content)
 
 
-def test_fashion_mnist_is_looked_for_in_order(data):
+def test_fashion_mnist_folders_are_searched_in_order(data):
     for count, folder in ((5, fashion_mnist.DEBIAN), (4, data / "FashionMNIST" / "raw"), (3, data / "fashion-mnist")):
         write_idx(folder, count, packed=count != 4)
         images = open_images("fashion-mnist", "train")
@@ -260,7 +260,7 @@ def test_fashion_mnist_downloads_last(data, monkeypatch):
 
 
 @pytest.mark.parametrize("download", [True, False])
-def test_fashion_mnist_nowhere_names_the_three_ways(data, download):
+def test_missing_fashion_mnist_error_names_the_three_sources(data, download):
     with pytest.raises(InputError) as caught:
         open_images("fashion-mnist", "train", download=download)
     message = str(caught.value)
@@ -276,18 +276,18 @@ def test_damaged_fashion_mnist_is_named(data, damage):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes({"truncated": content[:30], "no gzip": b"x" * 99, "bits": bytes(content)}[damage])
-    assert str(path) in refusal("fashion-mnist")
+    assert str(path) in error_of("fashion-mnist")
 
 
-def test_fashion_mnist_of_two_sources_is_refused(data):
+def test_mismatched_fashion_mnist_files_raise_input_error(data):
     write_idx(data / "fashion-mnist", 6)
     images = (data / "fashion-mnist" / "train-images-idx3-ubyte.gz").read_bytes()
     write_idx(data / "fashion-mnist", 5)
     (data / "fashion-mnist" / "train-images-idx3-ubyte.gz").write_bytes(images)
-    assert "do not belong together" in refusal("fashion-mnist")
+    assert "do not match" in error_of("fashion-mnist")
 
 
-def test_real_fashion_mnist():
+def test_installed_fashion_mnist():
     try:
         train, test = (open_images("fashion-mnist", split, download=False) for split in ("train", "test"))
     except InputError as error:
@@ -302,7 +302,7 @@ def test_real_fashion_mnist():
 
 
 def write_cifar(folder: Path, monkeypatch, content: object = None) -> None:
-    """Every file of the published layout, two images each, with their checksums declared the right ones."""
+    """Write every file of the published layout with two images each, and patch the expected checksums."""
     folder.mkdir(parents=True)
     pixels = np.arange(2 * 3072).reshape(2, 3072).astype(np.uint8)
     for split in ("train", "test"):
@@ -329,16 +329,16 @@ def test_cifar_as_an_image_folder(data):
     assert open_images("cifar10", "train").classes == ["cat"]
 
 
-def test_cifar_with_a_wrong_checksum_is_refused(data, monkeypatch):
+def test_cifar_with_a_wrong_checksum_raises_input_error(data, monkeypatch):
     write_cifar(data / "cifar-10-batches-py", monkeypatch)
     with open(data / "cifar-10-batches-py" / "data_batch_3", "ab") as file:
         file.write(b"x")
-    assert "data_batch_3" in refusal("cifar10")
+    assert "data_batch_3" in error_of("cifar10")
     assert len(open_images("cifar10", "test")) == 2
 
 
-def test_cifar_nowhere_names_the_ways(data):
-    message = refusal("cifar10")
+def test_missing_cifar_error_names_the_sources(data):
+    message = error_of("cifar10")
     for way in ("cifar-10-batches-py", "image folder", str(data), "download"):
         assert way in message
 
@@ -352,7 +352,7 @@ def test_cifar_downloads_last(data, monkeypatch):
 
 
 class Code:
-    """Runs a command when it is unpickled."""
+    """Executes a command when it is unpickled."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -361,10 +361,10 @@ class Code:
         return os.system, (f"touch {self.trace}",)
 
 
-def test_code_in_a_cifar_batch_is_refused_and_does_not_run(data, tmp_path, monkeypatch):
+def test_code_in_a_cifar_batch_is_not_executed(data, tmp_path, monkeypatch):
     trace = tmp_path / "it ran".replace(" ", "_")
     write_cifar(data / "cifar-10-batches-py", monkeypatch, content={"data": Code(trace), "labels": [1]})
-    message = refusal("cifar10")
+    message = error_of("cifar10")
     assert "system" in message
     assert "data_batch_1" in message
     assert not trace.exists()
@@ -373,14 +373,14 @@ def test_code_in_a_cifar_batch_is_refused_and_does_not_run(data, tmp_path, monke
 @pytest.mark.parametrize(
     "asked", [b"cbuiltins\neval\n", b"c_codecs\nencode\n", b"cnumpy\nload\n", b"cnumpy\nndarray.tofile\n"]
 )
-def test_names_that_arrays_do_not_need_are_refused(tmp_path, asked):
+def test_pickled_globals_other_than_arrays_raise_input_error(tmp_path, asked):
     (tmp_path / "batch").write_bytes(b"\x80\x02" + asked + b".")
-    with pytest.raises(InputError, match="no array needs"):
+    with pytest.raises(InputError, match="is not allowed"):
         cifar10.read_batch(tmp_path / "batch")
 
 
-def test_batch_as_python_2_wrote_it(tmp_path):
-    """The published form: protocol 2, numpy's old module name, the array's bytes as a Python 2 string."""
+def test_cifar_batch_pickled_by_python_2_is_read(tmp_path):
+    """As published: protocol 2, numpy's old module name, the array's bytes as a Python 2 string."""
     pixels = np.arange(3072).astype(np.uint8)
     dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR" + (
@@ -403,30 +403,30 @@ def test_batch_as_python_2_wrote_it(tmp_path):
         [1, 2],
     ],
 )
-def test_pickles_of_something_else_are_refused(tmp_path, content):
+def test_pickles_of_other_contents_raise_input_error(tmp_path, content):
     (tmp_path / "batch").write_bytes(pickle.dumps(content, protocol=4))
-    with pytest.raises(InputError, match="no batch of cifar10"):
+    with pytest.raises(InputError, match="is not a batch of cifar10"):
         cifar10.read_batch(tmp_path / "batch")
 
 
-def test_size_is_counted_here_or_as_published(data, tmp_path, monkeypatch):
+def test_dataset_size_is_counted_or_published(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert size_of("imagenet") == SetSize(1_281_167, 50_000)
-    assert size_of("cifar10") == SetSize(50_000, 10_000), "nothing is downloaded to be counted"
+    assert dataset_size("imagenet") == DatasetSize(1_281_167, 50_000)
+    assert dataset_size("cifar10") == DatasetSize(50_000, 10_000), "counting must not download"
     for k in range(40):
         draw(tmp_path / "imagenet" / "ab"[k % 2] / f"{k:02}.png")
-    assert size_of("imagenet") == SetSize(36, 4, here=True)
+    assert dataset_size("imagenet") == DatasetSize(36, 4, local=True)
     draw(tmp_path / "flat" / "0.png")
     for name in ("flat", "nowhere"):
         with pytest.raises(InputError):
-            size_of(name)
-    assert size_of("flat", labelled=False) == SetSize(1, 1, here=True)
+            dataset_size(name)
+    assert dataset_size("flat", labelled=False) == DatasetSize(1, 1, local=True)
     (tmp_path / "broken" / "imagenet").mkdir(parents=True)
     with pytest.raises(InputError, match="holds no images"):
-        size_of("broken/imagenet")
+        dataset_size("broken/imagenet")
 
 
-def test_data_folder(monkeypatch):
+def test_data_folder_is_dspnet_data_or_data(monkeypatch):
     monkeypatch.delenv("DSPNET_DATA", raising=False)
     assert data_folder() == Path("data")
     monkeypatch.setenv("DSPNET_DATA", "/somewhere")

@@ -1,4 +1,4 @@
-"""train.data.inspect: the picture and the table that compare backends."""
+"""train.data.inspect: the picture and the table of differences."""
 
 import importlib.util
 import json
@@ -29,13 +29,13 @@ def run(*argv) -> int:
 
 
 @pytest.mark.skipif(not has_dali, reason="DALI is not installed")
-def test_two_backends(folder, tmp_path, capsys):
+def test_picture_and_table_of_two_backends(folder, tmp_path, capsys):
     out = tmp_path / "out"
     options = ("--image-size", 32, "--images", 5, "--rows", 3)
     assert run("--data", folder, "--backends", "torchvision,dali-cpu", "--out", out, *options) == 0
     with Image.open(out / "views.png") as picture:
-        assert picture.size == (4 * 32, inspect.MARGIN + 3 * 32)
-        pixels = np.asarray(picture.convert("RGB"))[inspect.MARGIN :].astype(int)
+        assert picture.size == (4 * 32, inspect.HEADER + 3 * 32)
+        pixels = np.asarray(picture.convert("RGB"))[inspect.HEADER :].astype(int)
     assert np.abs(pixels[:, :64] - pixels[:, 64:]).mean() < 3 < np.abs(pixels[:, :32] - pixels[:, 32:64]).mean()
     rows = json.loads((out / "differences.json").read_text())
     assert [row["operation"] for row in rows] == [*OPERATIONS, inspect.EVERYTHING]
@@ -43,7 +43,7 @@ def test_two_backends(folder, tmp_path, capsys):
     assert (out / "differences.md").read_text() in capsys.readouterr().out
 
 
-def test_a_backend_against_itself(folder, tmp_path):
+def test_a_backend_equals_itself(folder, tmp_path):
     out = tmp_path / "out"
     options = ("--image-size", 32, "--images", 4)
     assert run("--data", folder, "--backends", "torchvision,torchvision", "--out", out, *options) == 0
@@ -55,10 +55,10 @@ def test_a_backend_against_itself(folder, tmp_path):
     [
         (["--out", "x", "--backends", "torchvision,jax"], "jax"),
         (["--backends", "torchvision,torchvision"], "--out is missing"),
-        (["--out", "x", "--data", "/nowhere/at/all"], "no set of images"),
+        (["--out", "x", "--data", "/nowhere/at/all"], "no image dataset"),
     ],
 )
-def test_wrong_input(folder, tmp_path, monkeypatch, capsys, options, message):
+def test_invalid_options_are_named(folder, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     assert run("--data", folder, *options) == 2
     assert message in capsys.readouterr().err

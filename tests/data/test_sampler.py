@@ -1,4 +1,4 @@
-"""Each image of an epoch exactly once, by every backend from every kind of set: by one rank or two, also resumed."""
+"""Each image once per epoch, for every backend, kind of dataset and number of ranks, also after resuming."""
 
 import importlib.util
 import itertools
@@ -13,13 +13,13 @@ from train.data.backends import open_batches
 from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.data.sampler import EpochSampler
-from train.data.shard import ShardOptions, write_set
+from train.data.shard import ShardOptions, write_shards
 from train.data.views.augmentation import byol, only
 
 IMAGES, BATCH, EPOCHS = 20, 4, 2
 STEPS = IMAGES // BATCH
 STOP = STEPS + 2  # in the middle of the second epoch
-VIEWS = tuple(only(view, "resize") for view in byol(16))  # crops alone: what an image is can still be seen
+VIEWS = tuple(only(view, "resize") for view in byol(16))  # crops only, so that the images can be recognised
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 backends = pytest.mark.parametrize(
@@ -29,15 +29,15 @@ backends = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    """The same images three times. Each has a grey level of its own, 10 from the next, and a little noise."""
+def datasets(tmp_path_factory):
+    """The same images in three formats. Each has a different grey level, 10 apart, and slight noise."""
     path = tmp_path_factory.mktemp("sets")
     noise = np.random.default_rng(0).integers(-3, 4, (IMAGES, 28, 28))
     pixels = (noise + 10 * np.arange(IMAGES)[:, None, None] + 30).astype(np.uint8)
     (path / "folder").mkdir()
     for k in range(IMAGES):
         Image.fromarray(pixels[k]).convert("RGB").save(path / "folder" / f"{k:02}{('.jpg', '.png')[k % 2]}", quality=95)
-    write_set(ShardOptions(data=str(path / "folder"), out=str(path / "shards"), shards=3))
+    write_shards(ShardOptions(data=str(path / "folder"), out=str(path / "shards"), shards=3))
     named = path / "data" / "fashion-mnist"
     named.mkdir(parents=True)
     for name, values in (("images-idx3", pixels), ("labels-idx1", np.arange(IMAGES, dtype=np.uint8) % 10)):
@@ -46,8 +46,8 @@ def sets(tmp_path_factory):
     return path
 
 
-def which(batch: torch.Tensor) -> list[int]:
-    """The images that a batch shows, once both of its views agree."""
+def identify(batch: torch.Tensor) -> list[int]:
+    """Return the images in a batch, and check that both views agree."""
     found = ((batch.float().mean((1, 2, 3)) - 30) / 10).round().int()
     first, second = found.chunk(2)
     assert torch.equal(first, second)
@@ -57,10 +57,10 @@ def which(batch: torch.Tensor) -> list[int]:
 @backends
 @pytest.mark.parametrize("kind", ["folder", "shards", "fashion-mnist"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stopped_inside_an_epoch_and_resumed(sets, monkeypatch, backend, kind, ranks):
-    """Also bit for bit what an uninterrupted run sees."""
-    monkeypatch.setenv("DSPNET_DATA", str(sets / "data"))
-    names = {"folder": str(sets / "folder"), "shards": f"{sets}/shards/{{000..002}}.tar"}
+def test_resuming_within_an_epoch_continues_the_order(datasets, monkeypatch, backend, kind, ranks):
+    """The batches equal those of an uninterrupted run bit for bit."""
+    monkeypatch.setenv("DSPNET_DATA", str(datasets / "data"))
+    names = {"folder": str(datasets / "folder"), "shards": f"{datasets}/shards/{{000..002}}.tar"}
     images = open_images(names.get(kind, kind), "train")
 
     def batches(rank: int, start: int = 0):
@@ -71,13 +71,13 @@ def test_stopped_inside_an_epoch_and_resumed(sets, monkeypatch, backend, kind, r
     for rank in range(ranks):
         interrupted = batches(rank)
         found = list(itertools.islice(interrupted, STOP))
-        interrupted.close()  # with it goes what was made ahead
+        interrupted.close()  # discards prefetched batches
         found += batches(rank, STOP)
         whole = list(batches(rank))
         assert len(found) == len(whole) == EPOCHS * STEPS
         assert all(torch.equal(one, other) for one, other in zip(found, whole))
         for step, batch in enumerate(found):
-            seen[step // STEPS] += which(batch)
+            seen[step // STEPS] += identify(batch)
     for of_epoch in seen:
         assert sorted(of_epoch) == list(range(IMAGES))
     assert seen[0] != seen[1]

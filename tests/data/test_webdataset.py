@@ -1,4 +1,4 @@
-"""Shards: what is written is what was read, images come in any order, and nothing half-written is taken for whole."""
+"""Shards: writing and reading them, random access, and incomplete or damaged files."""
 
 import os
 import resource
@@ -15,8 +15,8 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 from train.data import shard as command
 from train.data.datasets import open_images, webdataset
-from train.data.datasets.images import ArrayImages
-from train.data.shard import ShardOptions, write_set
+from train.data.datasets.images import ArrayDataset
+from train.data.shard import ShardOptions, write_shards
 
 
 def draw(path: Path, seed: int) -> None:
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def written(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "out"
-    assert write_set(ShardOptions(data=str(folder), out=str(out), shards=4)) == 27
+    assert write_shards(ShardOptions(data=str(folder), out=str(out), shards=4)) == 27
     return out
 
 
@@ -47,7 +47,7 @@ def contents(images) -> dict[bytes, int]:
     return {images.encoded(i): int(images.labels[i]) for i in range(len(images))}
 
 
-def test_shards_hold_the_files_and_labels(folder, written):
+def test_shards_contain_the_files_and_labels(folder, written):
     assert sorted(path.name for path in written.glob("*.tar")) == ["000.tar", "001.tar", "002.tar", "003.tar"]
     for split in ("train", "test"):
         for name in (str(written), f"{written}/{{000..003}}.tar", f"{written}/*.tar"):
@@ -58,8 +58,8 @@ def test_shards_hold_the_files_and_labels(folder, written):
     assert "000.tar/" in open_images(str(written), "train").file(0)
 
 
-def test_others_can_read_them(written):
-    """Members of a sample are neighbours and share their name, as WebDataset wants."""
+def test_shards_follow_webdatasets_conventions(written):
+    """The members of a sample are adjacent and share their name."""
     with tarfile.open(written / "000.tar") as tar:
         names = tar.getnames()
     assert len(names) == 12
@@ -69,7 +69,7 @@ def test_others_can_read_them(written):
     )
 
 
-def test_index_is_wds2idxs(written):
+def test_index_has_the_format_of_wds2idx(written):
     header, *lines = (written / "000.idx").read_text().splitlines()
     assert header == "v1.2 6" and len(lines) == 6
     extension, offset, size, name, *label = lines[0].split()
@@ -112,11 +112,11 @@ def test_shards_with_labels_but_no_test_folder_are_split_like_folders(written, t
         ("plain.tar", ["plain.tar"]),
     ],
 )
-def test_braces(pattern, names):
+def test_braces_are_expanded(pattern, names):
     assert webdataset._braces(pattern) == names
 
 
-def refusal(name) -> str:
+def error_of(name) -> str:
     with pytest.raises(InputError) as caught:
         open_images(str(name), "train")
     assert "\n" not in str(caught.value)
@@ -124,57 +124,57 @@ def refusal(name) -> str:
 
 
 def test_missing_shards_are_named(written):
-    assert "004.tar" in refusal(f"{written}/{{000..015}}.tar")
-    assert "nowhere" in refusal("/nowhere/*.tar")
+    assert "004.tar" in error_of(f"{written}/{{000..015}}.tar")
+    assert "nowhere" in error_of("/nowhere/*.tar")
 
 
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("cut", [700, 10_240, 12_000])
-def test_a_shard_that_was_not_copied_as_a_whole_is_refused(written, tmp_path, index, cut):
+def test_incomplete_shard_raises_input_error(written, tmp_path, index, cut):
     whole = (written / "001.tar").read_bytes()
     (tmp_path / "001.tar").write_bytes(whole[: len(whole) - cut])
     if index:
         shutil.copy(written / "001.idx", tmp_path)
-    assert "001.tar" in refusal(tmp_path / "001.tar")
+    assert "001.tar" in error_of(tmp_path / "001.tar")
 
 
 @pytest.mark.parametrize("damage", ["", "v1.2 9\n", "v1.2 1\njpg 10\n", "v1.2 1\njpg 99999999 5 a.jpg\n", "v1.1 0\n"])
-def test_a_damaged_index_is_refused(written, tmp_path, damage):
+def test_damaged_index_raises_input_error(written, tmp_path, damage):
     shutil.copy(written / "000.tar", tmp_path)
     (tmp_path / "000.idx").write_text(damage)
-    assert "000.idx" in refusal(tmp_path / "000.tar") and "delete it" in refusal(tmp_path / "000.tar")
+    assert "000.idx" in error_of(tmp_path / "000.tar") and "delete it" in error_of(tmp_path / "000.tar")
 
 
-def test_an_older_index_than_its_shard_does_not_count(written, tmp_path):
+def test_index_older_than_its_shard_is_ignored(written, tmp_path):
     shutil.copy(written / "000.tar", tmp_path)
     (tmp_path / "000.idx").write_text("v1.2 0\n")
     os.utime(tmp_path / "000.idx", (0, 0))
     assert len(open_images(str(tmp_path / "000.tar"), "train")) == 4  # one of each class is the test split
 
 
-def test_a_label_that_is_missing_is_named(tmp_path):
+def test_missing_label_is_named(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         draw(tmp_path / "x.jpg", 0)
         tar.add(tmp_path / "x.jpg", arcname="a.jpg")
         tar.add(tmp_path / "x.jpg", arcname="b.jpg")
         (tmp_path / "x.cls").write_text("1")
         tar.add(tmp_path / "x.cls", arcname="b.cls")
-    assert "a.jpg has no label" in refusal(tmp_path / "0.tar")
+    assert "a.jpg has no label" in error_of(tmp_path / "0.tar")
 
 
-def test_a_tar_beside_classes_changes_nothing(folder, tmp_path):
+def test_tar_file_beside_class_folders_is_ignored(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "images")
     with tarfile.open(tmp_path / "images" / "backup.tar", "w"):
         pass
     assert len(open_images(str(tmp_path / "images"), "train")) == 23
 
 
-def test_a_shard_that_shrinks_during_a_run_is_named(written, tmp_path):
+def test_shard_truncated_during_a_run_is_named(written, tmp_path):
     shutil.copy(written / "000.tar", tmp_path)
     images = open_images(str(tmp_path / "000.tar"), "train")
     with open(tmp_path / "000.tar", "r+b") as file:
         file.truncate(100)
-    with pytest.raises(InputError, match=r"000\.tar.*shorter"):
+    with pytest.raises(InputError, match=r"000\.tar.*truncated"):
         images.load(0)
     (tmp_path / "000.tar").unlink()
     with pytest.raises(InputError, match=r"000\.tar"):
@@ -190,16 +190,16 @@ def run(*argv) -> int:
     return end.value.code
 
 
-def test_command(folder, tmp_path, capsys):
+def test_command_writes_shards_and_refuses_an_existing_folder(folder, tmp_path, capsys):
     assert run("--data", folder, "--out", tmp_path / "a" / "b", "--shards", 2) == 0
     assert f"wrote 27 images to {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
     assert run("--data", folder, "--out", tmp_path / "a" / "b") == 2
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert run("--out", tmp_path / "c") == 2
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
-def test_bad_images_are_left_out_and_named(folder, tmp_path, capsys):
+def test_unreadable_images_are_left_out_and_named(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "images")
     (tmp_path / "images" / "train" / "cat" / "04.jpg").write_bytes(b"\xff\xd8 no image")
     assert run("--data", tmp_path / "images", "--out", tmp_path / "out") == 2
@@ -211,11 +211,11 @@ def test_bad_images_are_left_out_and_named(folder, tmp_path, capsys):
     assert len(open_images(str(tmp_path / "out"), "train")) == 22
 
 
-def test_images_in_memory_become_png(tmp_path, monkeypatch):
+def test_images_in_memory_are_written_as_png(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
-    images = ArrayImages("drawn", "drawn's split", pixels, torch.arange(6) % 2, ["a", "b"])
+    images = ArrayDataset("drawn", "drawn's split", pixels, torch.arange(6) % 2, ["a", "b"])
     monkeypatch.setattr(command, "open_images", lambda name, split: images)
-    write_set(ShardOptions(data="drawn", out=str(tmp_path / "out"), shards=2))
+    write_shards(ShardOptions(data="drawn", out=str(tmp_path / "out"), shards=2))
     found = open_images(str(tmp_path / "out"), "train")
     assert found.classes == ["a", "b"] and found.file(0).endswith(".png")
     expected = {pixels[i].tobytes(): i % 2 for i in range(6)}
@@ -230,13 +230,13 @@ def test_interrupted_writing_leaves_nothing(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_set(ShardOptions(data=str(folder), out=str(tmp_path / "out")))
+        write_shards(ShardOptions(data=str(folder), out=str(tmp_path / "out")))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """Mounts a file system of so many KiB."""
+    """A function that mounts a file system of a given size in KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -253,7 +253,7 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("size", [4, 16, 64])
 def test_a_full_disk_leaves_nothing(folder, disk, capsys, size):
-    """In the first shard or in a later one."""
+    """The disk is full in the first shard or in a later one."""
     small = disk(size)
     assert run("--data", folder, "--out", small / "out", "--shards", 4) == 2
     assert "No space left on device" in capsys.readouterr().err
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_nothing(folder, disk, capsys, size):
 
 @pytest.mark.parametrize("allowed", [0, 700, 12_000])
 def test_a_write_that_fails_leaves_nothing(folder, tmp_path, capsys, allowed):
-    """A file may not grow beyond so many bytes, in place of a disk that is full: this needs no root."""
+    """Limits the file size instead of filling a disk, which needs root."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
     try:
@@ -270,5 +270,5 @@ def test_a_write_that_fails_leaves_nothing(folder, tmp_path, capsys, allowed):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
-    assert "nothing of it was kept" in capsys.readouterr().err
+    assert "nothing was kept" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -78,13 +78,13 @@ def test_start_from_the_weights_of_another_run(finished, arguments, tmp_path, sm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": "/nowhere/at/all"}, "no set of images"),
+        ({"data": "/nowhere/at/all"}, "no image dataset"),
         ({"dns": "c8-d1111,w0.50"}, "named by channels and blocks"),
         ({"dns": "c8-d1122,c16-d2111"}, "does not nest"),
         ({"dns": " , "}, "--dns names no network"),
         ({"network": "vgg"}, "--network is one of mobilenet_v3_large, resnet"),
         ({"batch_size": 500}, "batch of 500"),
-        ({"train_images": 500}, "500 images out of the 80"),
+        ({"train_images": 500}, "a subset of 500 of the 80"),
         ({"tau": 1.5}, "--tau lies between 0 and 1"),
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"subnets_per_step": 1}, "at least"),

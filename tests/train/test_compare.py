@@ -367,7 +367,7 @@ def test_bars_add_up():
         ({"linear_epochs": -1}, "--linear-epochs cannot be negative"),
         ({"train_images": 500}, "--train-images 500"),
         ({"batch_size": 500}, "batch of 500"),
-        ({"data": "/nowhere"}, "no set of images"),
+        ({"data": "/nowhere"}, "no image dataset"),
         ({"out": ""}, "--out is missing"),
         ({"tau": 1.5}, "--tau lies between 0 and 1"),
     ],

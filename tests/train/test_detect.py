@@ -20,7 +20,7 @@ from dspnet_fast.models import build, subnet
 from dspnet_fast.slim import slim
 from train import detect, export
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.data.coco_loader import flipped
+from train.data.coco_loader import flip
 from train.data.datasets import coco, coco_shapes
 from train.detect import pretrained_network
 from train.detection import mask_rcnn
@@ -146,12 +146,12 @@ def test_a_set_is_read(read, content):
 
 def test_flipped_twice_is_the_same(read, content):
     one = read(content).load(1)
-    other = flipped(one)
+    other = flip(one)
     for box, shape in zip(other.boxes.int().tolist(), other.masks):
         xs = shape.any(0).nonzero()
         assert abs(int(xs.min()) - box[0]) <= 1 and abs(int(xs.max()) + 1 - box[2]) <= 1
     assert not torch.equal(one.image, other.image)
-    for before, after in zip(one, flipped(other)):
+    for before, after in zip(one, flip(other)):
         torch.testing.assert_close(before, after)
 
 
@@ -178,11 +178,11 @@ RUNS = {"size": [HEIGHT, WIDTH]}
         (repeat("images"), "the id of image 10 is used more than once"),
         (repeat("annotations"), "the id of annotation 0 is used more than once"),
         (repeat("categories"), "the id of category 7 is used more than once"),
-        (change("categories", 0, name="disc"), "category 7 has the name 'disc', which is none or not its own"),
+        (change("categories", 0, name="disc"), "category 7 has the name 'disc', which is missing or not unique"),
         (change("images", 1, width=0), "image 20: width and height are 0 and 48"),
         (change("images", 1, file_name="gone.png"), "gone.png of image 20"),
-        (change("annotations", 2, image_id=5), "annotation 2: image 5 is none of the images"),
-        (change("annotations", 2, category_id=5), "annotation 2: category 5 is none of the categories"),
+        (change("annotations", 2, image_id=5), "annotation 2: image 5 is not in images"),
+        (change("annotations", 2, category_id=5), "annotation 2: category 5 is not in categories"),
         (change("annotations", 1, bbox=[1, 2, 3]), "annotation 1: its box is [1, 2, 3], not four numbers"),
         (change("annotations", 1, bbox=[1, 2, float("nan"), 3]), "annotation 1: its box is [1, 2, nan, 3]"),
         (change("annotations", 1, bbox=[1, 2, 3, 0]), "annotation 1: its box [1, 2, 3, 0] has no area"),
@@ -190,17 +190,17 @@ RUNS = {"size": [HEIGHT, WIDTH]}
         (change("annotations", 1, bbox=[64, 2, 1, 9]), "annotation 1: its box [64, 2, 1, 9] has no area in its image"),
         (change("annotations", 1, segmentation=[]), "annotation 1: it has no polygon"),
         (change("annotations", 1, segmentation=None), "annotation 1: it has no segmentation"),
-        (change("annotations", 1, segmentation=[[1, 2, 3, 4]]), "annotation 1: a polygon of it is not three"),
-        (change("annotations", 1, segmentation=[[1, 2, 3, 4, 5, "6"]]), "annotation 1: a polygon of it is not"),
+        (change("annotations", 1, segmentation=[[1, 2, 3, 4]]), "annotation 1: one of its polygons is not three"),
+        (change("annotations", 1, segmentation=[[1, 2, 3, 4, 5, "6"]]), "annotation 1: one of its polygons is not"),
         (
             change("annotations", 1, segmentation={"counts": [9], "size": [3, 3]}),
-            "annotation 1: its run lengths are of",
+            "annotation 1: its run lengths have size",
         ),
         (
             change("annotations", 1, segmentation={"counts": [9], **RUNS}),
-            "its run lengths are 9 pixels, its image 3072",
+            "its run lengths add up to 9 pixels, its image has 3072",
         ),
-        (change("annotations", 1, segmentation={"counts": [-1, 3073], **RUNS}), "are not whole numbers from 0 on"),
+        (change("annotations", 1, segmentation={"counts": [-1, 3073], **RUNS}), "are not integers from 0"),
         (change("annotations", 1, segmentation={"counts": "o", **RUNS}), "its compressed run lengths are damaged"),
         (change("annotations", 1, segmentation={"counts": "\x01", **RUNS}), "its compressed run lengths are damaged"),
         (lambda content: content.pop("annotations"), "annotations must be a list of objects"),
@@ -227,9 +227,9 @@ def test_wrong_annotations_are_left_out_up_to_a_limit(read, content):
         annotation["bbox"] = [0, 0, 0, 0]
     made = read(content, max_bad=2)
     assert [line.split(":")[0] for line in made.left_out] == ["annotation 0", "annotation 1"] and made.instances == 4
-    with pytest.raises(InputError, match="1 wrong annotations may be left out"):
+    with pytest.raises(InputError, match="--max-bad-annotations allows 1"):
         read(content, max_bad=1)
-    with pytest.raises(InputError, match="0 wrong annotations may be left out"):
+    with pytest.raises(InputError, match="--max-bad-annotations allows 0"):
         read(content)
     many = [{**content["annotations"][0], "id": number} for number in range(25)]
     with pytest.raises(InputError, match="annotation 9: .*; and 15 more"):

@@ -89,7 +89,7 @@ def test_unknown_images_are_counted_by_the_step(arguments, small, tmp_path, caps
 
 def test_images_without_labels_are_counted(images, small):
     planned = plan(small(data=str(images / "train" / "blobs")))
-    assert planned.images == 40 and planned.size.here
+    assert planned.images == 40 and planned.size.local
 
 
 def test_a_run_that_goes_on(finished, capsys):

@@ -107,7 +107,7 @@ def test_a_network_that_was_trained_alone(finished, images, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": "/nowhere"}, "no set of images '/nowhere'"),
+        ({"data": "/nowhere"}, "no image dataset '/nowhere'"),
         ({"data": "three classes"}, "of other classes than the 3 of"),
         ({"stem": "standard"}, "of another network"),
         ({"surprise": 1}, "not a configuration of this version"),

@@ -218,7 +218,7 @@ def test_stopped_and_resumed(trained, tmp_path, monkeypatch, capsys, augment):
         (("--momentum", "1"), "--momentum lies between"),
         (("--lr", "-1"), "--lr must be above 0"),
         (("--augment", "--min-scale", "2"), "smallest crop"),
-        (("--data", "/nowhere"), "no set of images"),
+        (("--data", "/nowhere"), "no image dataset"),
     ],
 )
 def test_wrong_options(finished, capsys, options, message):

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from dspnet_fast.errors import InputError
-from train.data.shard import ShardOptions, write_set
+from train.data.shard import ShardOptions, write_shards
 from train.pretrain import _main
 from train.pretraining import run
 from train.pretraining.run import PretrainRun
@@ -36,7 +36,7 @@ def metrics(out):
 
 @pytest.fixture
 def shards(images, tmp_path):
-    write_set(ShardOptions(data=str(images), out=str(tmp_path / "shards"), shards=3))
+    write_shards(ShardOptions(data=str(images), out=str(tmp_path / "shards"), shards=3))
     return f"{tmp_path}/shards/{{000..002}}.tar"
 
 
@@ -106,13 +106,13 @@ def test_one_too_many_ends_the_run_after_saving(small, damaged, tmp_path):
 def test_bad_images_are_counted_over_the_whole_run(small, damaged, tmp_path, monkeypatch, backend):
     """Each is named once, whether it comes again in a later epoch or after the run was resumed."""
     options = {"data": damaged, "data_backend": backend, "probe_epochs": 0}
-    with pytest.raises(InputError, match="more bad ones than --max-bad-images 1"):
+    with pytest.raises(InputError, match="that is more than --max-bad-images 1"):
         PretrainRun(small(max_bad_images=1, **options), resume=False).run()
     first = list(read_bad_images(tmp_path / "run"))
     assert len(first) == 1 and first[0].endswith(".png")
-    with pytest.raises(InputError, match="more bad ones than --max-bad-images 1"):  # the same one is still too many
+    with pytest.raises(InputError, match="that is more than --max-bad-images 1"):  # the same one is still too many
         _main(["--resume", "--out", str(tmp_path / "run")])
-    with pytest.raises(InputError, match="less than the run has left out already: give at least 1"):
+    with pytest.raises(InputError, match="left out 1 already: give at least 1"):
         PretrainRun(small(max_bad_images=0, **options), resume=True)
     _main(["--resume", "--out", str(tmp_path / "run"), "--max-bad-images", "2"])
     found = read_bad_images(tmp_path / "run")

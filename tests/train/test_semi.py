@@ -14,7 +14,7 @@ from dspnet_fast.slim import slim
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
-from train.data.datasets.stratified import as_text, balanced_subset, checksum
+from train.data.datasets.stratified import checksum, index_text, stratified_subset
 from train.evaluation.classifiers import ClassifierTraining
 from train.evaluation.pretrained import PretrainedFamily
 from train.evaluation.protocols.semi import fitting_batch
@@ -43,23 +43,23 @@ def report(out):
 def test_published_subsets_of_ten_classes_of_5000_images(percent, sha256):
     """CIFAR-10 as an image folder: the lists must never change."""
     labels = torch.arange(10).repeat_interleave(5000)
-    chosen = balanced_subset(labels, percent / 100)
-    assert checksum(chosen) == sha256 == hashlib.sha256(as_text(chosen).encode()).hexdigest()
+    chosen = stratified_subset(labels, percent / 100)
+    assert checksum(chosen) == sha256 == hashlib.sha256(index_text(chosen).encode()).hexdigest()
     assert labels[chosen].bincount().tolist() == [50 * percent] * 10
     assert chosen == sorted(set(chosen))
 
 
 def test_subsets_nest_are_balanced_and_depend_on_the_seed():
     labels = torch.tensor([0, 1] * 100 + [1] * 200 + [2] * 3)
-    one, ten = (balanced_subset(labels, share) for share in (0.01, 0.1))
+    one, ten = (stratified_subset(labels, share) for share in (0.01, 0.1))
     assert set(one) < set(ten)
     assert labels[one].bincount().tolist() == [1, 3, 1], "rounded, but one at least"
     assert labels[ten].bincount().tolist() == [10, 30, 1]
-    assert ten != balanced_subset(labels, 0.1, seed=1)
-    assert balanced_subset(labels, 1.0) == list(range(len(labels)))
+    assert ten != stratified_subset(labels, 0.1, seed=1)
+    assert stratified_subset(labels, 1.0) == list(range(len(labels)))
     for share in (0, 1.01):
         with pytest.raises(InputError, match="at most 100 percent"):
-            balanced_subset(labels, share)
+            stratified_subset(labels, share)
 
 
 @pytest.fixture(scope="module")

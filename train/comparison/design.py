@@ -12,7 +12,7 @@ from dspnet_fast.models import family as family_of
 from ..config import PretrainConfig, flag, option
 from ..costs import counting
 from ..costs.dry_run import images_of
-from ..data.datasets import size_of
+from ..data.datasets import dataset_size
 from ..data.sampler import EpochSampler
 from ..evaluation.results import Report
 from .ratios import ratios
@@ -83,7 +83,7 @@ class Comparison:
         ]
         self.variants = [*self.alone, *self.families]
         self.costs = counting.network_costs(recipe)
-        self.size = size_of(recipe.data)
+        self.size = dataset_size(recipe.data)
         self.images = images_of(recipe, self.size)
         references = self.size.train if options.references is None else options.references
         if not options.k <= references <= self.size.train:

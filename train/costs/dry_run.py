@@ -18,7 +18,7 @@ from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import sandwich
 
 from ..config import PretrainConfig
-from ..data.datasets import SetSize, is_here, size_of
+from ..data.datasets import DatasetSize, dataset_size, exists_locally
 from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..pretraining.trainer import Trainer
@@ -63,7 +63,7 @@ class RunPlan:
     """
 
     config: PretrainConfig
-    size: SetSize | None
+    size: DatasetSize | None
     images: int | None
     epoch_steps: int | None
     costs: dict[str, Cost]
@@ -96,7 +96,7 @@ def plan(config: PretrainConfig, resume: bool = False) -> RunPlan:
     return RunPlan(config, size, images, epoch_steps, costs, trained, counted, _memory(config))
 
 
-def images_of(config: PretrainConfig, size: SetSize) -> int:
+def images_of(config: PretrainConfig, size: DatasetSize) -> int:
     """How many images a run trains on; InputError if it wants more than there are."""
     wanted = size.train if config.train_images is None else config.train_images
     if wanted > size.train:
@@ -104,12 +104,12 @@ def images_of(config: PretrainConfig, size: SetSize) -> int:
     return wanted
 
 
-def _known_size(data: str) -> SetSize | None:
+def _known_size(data: str) -> DatasetSize | None:
     """None for a set that is neither here nor published; InputError for one that is here and cannot be used."""
     try:
-        return size_of(data, labelled=False)
+        return dataset_size(data, labelled=False)
     except InputError:
-        if is_here(data):
+        if exists_locally(data):
             raise
         return None
 
@@ -183,7 +183,7 @@ def _images(planned: RunPlan) -> str:
         )
     where = "as --train-images says: not on this machine"
     if planned.size is not None:
-        where = "counted here" if planned.size.here else "as published: not on this machine"
+        where = "counted here" if planned.size.local else "as published: not on this machine"
     return f"{planned.images:,} of {config.data}, {where}"
 
 

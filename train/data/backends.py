@@ -1,4 +1,4 @@
-"""The backends that make batches of views, and which one a run uses. DALI is imported only if it is the one."""
+"""Choose a data backend and open its batches. DALI is imported only if it is chosen."""
 
 from __future__ import annotations
 
@@ -13,25 +13,34 @@ from dspnet_fast.errors import InputError
 
 from ..config import BACKENDS, Workers
 from .bad_images import BadImages
-from .datasets.images import ImageSet
+from .datasets.images import ImageDataset
 from .loader import two_view_batches, worker_count
 from .sampler import EpochSampler
 from .views.augmentation import ViewSpec
 
-SAMPLED = 16  # images that `auto` looks at
-PHOTOGRAPH = 128  # pixels; JPEGs whose smaller side has as many are what DALI is for
+SAMPLED = 16  # images that `auto` inspects
+MIN_PHOTOGRAPH_SIZE = 128  # pixels of the shorter side from which on `auto` prefers DALI for JPEGs
 
 
-def choose_backend(name: str, images: ImageSet, device: torch.device) -> str:
-    """The backend that `name` asks for; InputError if it cannot run here.
+def choose_backend(name: str, images: ImageDataset, device: torch.device) -> str:
+    """Resolve the option --data-backend.
 
-    "auto" is dali-cpu for JPEG photographs where DALI is installed, and torchvision otherwise.
+    Args:
+        name: a backend or "auto", which is dali-cpu for JPEG photographs if DALI is installed, else torchvision.
+        images: the dataset, inspected for "auto".
+        device: the device of the training.
+
+    Returns:
+        One of `BACKENDS`.
+
+    Raises:
+        InputError: the name is unknown or the backend cannot run here.
     """
     if name not in ("auto", *BACKENDS):
-        raise InputError(f"a data backend is auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, not {name!r}")
+        raise InputError(f"unknown data backend {name!r}: give auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "auto":
-        return "dali-cpu" if installed and _photographs(images) else "torchvision"
+        return "dali-cpu" if installed and _mostly_photographs(images) else "torchvision"
     if name.startswith("dali") and not installed:
         raise InputError(
             f"--data-backend {name} needs NVIDIA DALI: pip install 'dspnet-fast[dali]', or nvidia-dali-cuda120 for "
@@ -42,37 +51,49 @@ def choose_backend(name: str, images: ImageSet, device: torch.device) -> str:
     return name
 
 
-def _photographs(images: ImageSet) -> bool:
-    """Whether most of a few images, spread over the set, are JPEGs of photographs' size."""
+def _mostly_photographs(images: ImageDataset) -> bool:
+    """Whether more than half of a few evenly spaced images are JPEGs of at least MIN_PHOTOGRAPH_SIZE."""
     found = 0
-    looked_at = range(0, len(images), -(-len(images) // SAMPLED))
-    for i in looked_at:
+    inspected = range(0, len(images), -(-len(images) // SAMPLED))
+    for i in inspected:
         try:
             with Image.open(io.BytesIO(images.encoded(i))) as image:
-                found += image.format == "JPEG" and min(image.size) >= PHOTOGRAPH
-        except Exception:  # whatever is wrong with it, it is no photograph; who loads it will say so
+                found += image.format == "JPEG" and min(image.size) >= MIN_PHOTOGRAPH_SIZE
+        except Exception:  # reported when the image is loaded
             continue
-    return 2 * found > len(looked_at)
+    return 2 * found > len(inspected)
 
 
 def open_batches(
     backend: str,
-    images: ImageSet,
+    images: ImageDataset,
     views: tuple[ViewSpec, ViewSpec],
-    order: EpochSampler,
+    sampler: EpochSampler,
     workers: Workers,
     bad: BadImages,
     device: torch.device,
 ) -> Iterable[torch.Tensor]:
-    """Batches of all of `order`: first view of all B images, then second view of all.
+    """Return an iterable of batches: the first view of all B images, then the second view of all.
 
-    From torchvision and dali-cpu they are bytes on the CPU, uint8 [2B, 1 or 3, S, S]; from dali-gpu float32
-    [2B, 3, S, S] in channels-last memory on `device`, normalised. `workers` are processes of torchvision's, and threads
-    of DALI's. InputError for one bad image too many.
+    Args:
+        backend: one of `BACKENDS`.
+        images: the dataset.
+        views: the distributions of the two views.
+        sampler: yields the (epoch, index) pairs of each batch.
+        workers: processes of torchvision, or threads of DALI.
+        bad: counts images that cannot be read; each is replaced by the next readable one.
+        device: where dali-gpu computes.
+
+    Returns:
+        From torchvision and dali-cpu uint8 [2B, 1 or 3, S, S] on the CPU; from dali-gpu float32 [2B, 3, S, S] on
+        `device`, normalised, in channels-last memory.
+
+    Raises:
+        InputError: while iterating, if more images are unreadable than `bad` allows.
     """
     if backend == "torchvision":
-        return two_view_batches(images, views, order, workers, bad)
-    from .views.dali_backend import TwoViews
+        return two_view_batches(images, views, sampler, workers, bad)
+    from .views.dali_backend import DaliLoader
 
     gpu = device if backend == "dali-gpu" else None
-    return TwoViews(images, views, order, max(1, worker_count(workers, len(images))), bad, gpu)
+    return DaliLoader(images, views, sampler, max(1, worker_count(workers, len(images))), bad, gpu)

@@ -1,4 +1,4 @@
-"""Images that cannot be used: replaced by a neighbour, counted by name, and too many in the end."""
+"""Unreadable images: replaced by the next readable image, counted by name, and limited in number."""
 
 from __future__ import annotations
 
@@ -7,61 +7,74 @@ from typing import TypeVar
 
 from dspnet_fast.errors import InputError
 
-from .datasets.images import ImageSet
+from .datasets.images import ImageDataset
 
 T = TypeVar("T")
-Refusal = tuple[str, str]  # the image's name, and what is wrong with it
+Unreadable = tuple[str, str]  # name and error message of an image
 
 
 class BadImages:
-    """The images of a run that could not be used, each counted once.
+    """The unreadable images of a run, each counted once.
 
     Args:
-        limit: how many there may be.
-        known: those that were counted before the run was interrupted. InputError if they are too many already.
+        limit: the number of unreadable images that the run allows.
+        known: error messages by image name, of the images counted before the run was interrupted.
 
     Attributes:
-        found: names of all that were counted, and what is wrong with each.
+        found: error messages of all counted images by name.
+
+    Raises:
+        InputError: more images than `limit` are known.
     """
 
     def __init__(self, limit: int = 0, known: Mapping[str, str] | None = None) -> None:
         self.limit = limit
         self.found: dict[str, str] = dict(known or {})
-        self._news: list[str] = []
+        self._messages: list[str] = []
         if len(self) > limit:
             raise InputError(
-                f"--max-bad-images {limit} is less than the run has left out already: give at least {len(self)}"
+                f"--max-bad-images {limit}, but the run has left out {len(self)} already: give at least {len(self)}"
             )
 
     def __len__(self) -> int:
         return len(self.found)
 
-    def note(self, refusals: list[Refusal]) -> None:
-        """Count images that are not known yet; InputError at the first that is one too many."""
-        for name, reason in refusals:
+    def add(self, unreadable: list[Unreadable]) -> None:
+        """Count images that were not counted before; raise InputError at the first one above the limit."""
+        for name, reason in unreadable:
             if name in self.found:
                 continue
             if len(self) == self.limit:
-                raise InputError(reason + (f"; more bad ones than --max-bad-images {self.limit}" if self.limit else ""))
+                raise InputError(reason + (f"; that is more than --max-bad-images {self.limit}" if self.limit else ""))
             self.found[name] = reason
-            self._news.append(f"left out, bad image {len(self)} of {self.limit} allowed: {reason}")
+            self._messages.append(f"left out, bad image {len(self)} of {self.limit} allowed: {reason}")
 
-    def news(self) -> list[str]:
-        """A line for each image counted since the last call."""
-        news, self._news = self._news, []
-        return news
+    def new_messages(self) -> list[str]:
+        """Return a line for each image counted since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
 
 
-def load_or_next(images: ImageSet, i: int, limit: int, load: Callable[[int], T], refusals: list[Refusal]) -> T:
-    """load(i), or of the next image in the set that can be used; those that cannot are added to `refusals`.
+def load_or_next(images: ImageDataset, i: int, limit: int, load: Callable[[int], T], unreadable: list[Unreadable]) -> T:
+    """Load image i, or the next readable one after it.
 
-    A function of i and the images alone, so that a resumed run, another batch and another rank see the same. After
-    `limit` images it is a matter for the one who counts: the last InputError is raised.
+    The result depends on i and the dataset only, so it is the same in a resumed run, in another batch and on another
+    rank.
+
+    Args:
+        images: the dataset.
+        i: index of the image.
+        limit: how many unreadable images to skip.
+        load: loads the image of an index; raises InputError if that fails.
+        unreadable: receives the name and the error message of each skipped image.
+
+    Raises:
+        InputError: `limit` + 1 images in a row are unreadable.
     """
     for k in range(limit + 1):
         candidate = (i + k) % len(images)
         try:
             return load(candidate)
         except InputError as error:
-            refusals.append((images.file(candidate), str(error)))
-    raise InputError(refusals[-1][1])
+            unreadable.append((images.file(candidate), str(error)))
+    raise InputError(unreadable[-1][1])

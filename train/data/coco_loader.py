@@ -7,46 +7,46 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ..config import Workers
-from .bad_images import BadImages, Refusal
-from .datasets.coco import CocoSet, Instances
-from .loader import Batches, make_loader, worker_count
+from .bad_images import BadImages, Unreadable
+from .datasets.coco import CocoDataset, Instances
+from .loader import BatchDataset, make_loader, worker_count
 from .sampler import EpochSampler, mix
 
 
-def training_batches(images: CocoSet, order: EpochSampler, workers: Workers) -> Iterator[list[Instances]]:
-    """All of `order`, each image flipped or not as (seed, epoch, image) says."""
+def training_batches(images: CocoDataset, sampler: EpochSampler, workers: Workers) -> Iterator[list[Instances]]:
+    """Yield the images of each batch, mirrored with probability 1/2 as a function of (seed, epoch, image)."""
     bad = BadImages()
-    yield from make_loader(_Flipped(images, order.seed), order, worker_count(workers, len(images)), bad)
+    yield from make_loader(_TrainingDataset(images, sampler.seed), sampler, worker_count(workers, len(images)), bad)
 
 
-def evaluation_images(images: CocoSet, workers: Workers) -> Iterable[list[Instances]]:
-    """The images in their order, one by one."""
+def evaluation_images(images: CocoDataset, workers: Workers) -> Iterable[list[Instances]]:
+    """Return the images in the dataset's order, one per batch."""
     each = [[i] for i in range(len(images))]
-    return make_loader(_AsTheyAre(images), each, worker_count(workers, len(images)), BadImages())
+    return make_loader(_EvaluationDataset(images), each, worker_count(workers, len(images)), BadImages())
 
 
-class _Flipped(Batches):
-    def __init__(self, images: CocoSet, seed: int) -> None:
+class _TrainingDataset(BatchDataset):
+    def __init__(self, images: CocoDataset, seed: int) -> None:
         self._images, self._seed = images, seed
 
-    def batch(self, items: Sequence[tuple[int, int]], refusals: list[Refusal]) -> list[Instances]:
+    def batch(self, items: Sequence[tuple[int, int]], unreadable: list[Unreadable]) -> list[Instances]:
         return [
-            flipped(self._images.load(i)) if mix(self._seed, epoch, i, 1) % 2 else self._images.load(i)
+            flip(self._images.load(i)) if mix(self._seed, epoch, i, 1) % 2 else self._images.load(i)
             for epoch, i in items
         ]
 
 
-class _AsTheyAre(Batches):
-    def __init__(self, images: CocoSet) -> None:
+class _EvaluationDataset(BatchDataset):
+    def __init__(self, images: CocoDataset) -> None:
         self._images = images
 
-    def batch(self, items: Sequence[int], refusals: list[Refusal]) -> list[Instances]:
+    def batch(self, items: Sequence[int], unreadable: list[Unreadable]) -> list[Instances]:
         return [self._images.load(i) for i in items]
 
 
-def flipped(one: Instances) -> Instances:
-    """Left and right exchanged."""
-    left, top, right, bottom = one.boxes.unbind(1)
-    width = one.image.shape[-1]
+def flip(instances: Instances) -> Instances:
+    """Mirror an image, its boxes and its masks left to right."""
+    left, top, right, bottom = instances.boxes.unbind(1)
+    width = instances.image.shape[-1]
     boxes = torch.stack([width - right, top, width - left, bottom], dim=1)
-    return Instances(one.image.flip(-1), boxes, one.labels, one.masks.flip(-1))
+    return Instances(instances.image.flip(-1), boxes, instances.labels, instances.masks.flip(-1))

@@ -1,4 +1,4 @@
-"""`python -m train.data.inspect`: what the backends make of the same draws, as a picture and as numbers."""
+"""`python -m train.data.inspect`: compare the views that the backends compute from the same parameters."""
 
 from __future__ import annotations
 
@@ -19,101 +19,123 @@ from ..config import option
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages
 from .datasets import open_images
-from .datasets.images import ImageSet, Subset
+from .datasets.images import ImageDataset, Subset
 from .normalization import MEAN, STD
 from .sampler import EpochSampler
 from .views.augmentation import OPERATIONS, ViewSpec, byol, only
 
 DESCRIPTION = """\
-Draw the two views of some images once, have every backend carry the draws out, and compare them pixel by pixel with the
-first backend named: each operation alone, the four of the colour jitter in random order, and everything together.
+Compute two views of some images with every backend, from the same parameters, and compare them pixel by pixel with
+those of the first backend: each operation alone, the colour jitter in random order, and everything together.
 Writes OUT/views.png, OUT/differences.md and OUT/differences.json."""
 EXAMPLE = """\
   dspnet-inspect --data photos --backends torchvision,dali-cpu --out runs/views"""
 
 EVERYTHING = "everything"
-MARGIN = 16  # pixels above the picture, for the names
+HEADER = 16  # pixels above the images, for the names of the backends
 
 
 @dataclass(kw_only=True)
 class InspectOptions:
     """Options of `train.data.inspect`."""
 
-    data: str = option("fashion-mnist", "set of images, as in dspnet-pretrain")
-    backends: str = option("torchvision,dali-cpu", "backends to compare, the first with each of the others")
-    out: str = option("", "folder for the picture and the table")
-    image_size: int = option(128, "height and width of the views, in pixels")
-    images: int = option(64, "images that are compared, drawn at random")
-    rows: int = option(8, "images in the picture")
-    seed: int = option(0, "seed of all draws")
+    data: str = option("fashion-mnist", "image dataset, as in dspnet-pretrain")
+    backends: str = option("torchvision,dali-cpu", "backends to compare; the first is the reference")
+    out: str = option("", "output folder")
+    image_size: int = option(128, "height and width of the views in pixels")
+    images: int = option(64, "images to compare, chosen at random")
+    rows: int = option(8, "images in views.png")
+    seed: int = option(0, "random seed")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the bytes of two backends: in grey levels, over all pixels of both views of all images."""
+    """Difference between the pixels of two backends in grey levels, over both views of all images.
+
+    Attributes:
+        operation: one of `OPERATIONS`, or `EVERYTHING`.
+        backend: compared with the reference.
+        mean: of the absolute difference.
+        quantile: the 99th percentile of the absolute difference.
+        largest: absolute difference.
+        shift: mean of the backend minus mean of the reference.
+    """
 
     operation: str
     backend: str
-    mean: float  # of the absolute difference
-    quantile: float  # 99 % of pixels are no further apart
+    mean: float
+    quantile: float
     largest: float
-    shift: float  # of the mean brightness: backend less reference
+    shift: float
 
 
-def views(backend: str, images: ImageSet, specs: tuple[ViewSpec, ViewSpec], seed: int) -> torch.Tensor:
-    """Both views of all images in order of epoch 0, uint8 [2, N, 3, S, S]; InputError if an image cannot be used."""
+def compute_views(backend: str, images: ImageDataset, specs: tuple[ViewSpec, ViewSpec], seed: int) -> torch.Tensor:
+    """Compute both views of all images, in the order of epoch 0.
+
+    Args:
+        backend: one of `BACKENDS`.
+        images: the dataset.
+        specs: the distributions of the two views.
+        seed: of the order and the parameters.
+
+    Returns:
+        uint8 [2, N, 3, S, S].
+
+    Raises:
+        InputError: an image cannot be read.
+    """
     device = torch.device("cuda" if backend == "dali-gpu" else "cpu")
-    order = EpochSampler(len(images), len(images), seed, epochs=1)
-    (batch,) = open_batches(backend, images, specs, order, 0, BadImages(), device)
+    sampler = EpochSampler(len(images), len(images), seed, epochs=1)
+    (batch,) = open_batches(backend, images, specs, sampler, 0, BadImages(), device)
     if batch.is_floating_point():
-        centre, spread = (torch.tensor(values, device=batch.device).view(3, 1, 1) for values in (MEAN, STD))
-        batch = ((batch * spread + centre) * 255).round().clamp(0, 255).byte()
+        mean, deviation = (torch.tensor(values, device=batch.device).view(3, 1, 1) for values in (MEAN, STD))
+        batch = ((batch * deviation + mean) * 255).round().clamp(0, 255).byte()
     batch = batch.cpu().expand(-1, 3, -1, -1)
     return torch.stack(batch.chunk(2))
 
 
-def compare(backends: Sequence[str], images: ImageSet, image_size: int, seed: int) -> list[Difference]:
-    """Every operation of the specification, by every backend but the first, against the first."""
+def compare(backends: Sequence[str], images: ImageDataset, image_size: int, seed: int) -> list[Difference]:
+    """Compare every backend with the first, for each operation and for everything together."""
     differences = []
     whole = byol(image_size)
     for operation in (*OPERATIONS, EVERYTHING):
         specs = whole if operation == EVERYTHING else (only(whole[0], operation), only(whole[1], operation))
-        reference = views(backends[0], images, specs, seed).float()
+        reference = compute_views(backends[0], images, specs, seed).float()
         for backend in backends[1:]:
-            apart = views(backend, images, specs, seed).float() - reference
-            size = apart.abs().flatten()
+            difference = compute_views(backend, images, specs, seed).float() - reference
+            absolute = difference.abs().flatten()
             differences.append(
                 Difference(
                     operation,
                     backend,
-                    mean=round(size.mean().item(), 3),
-                    quantile=float(np.quantile(size.numpy(), 0.99)),
-                    largest=size.max().item(),
-                    shift=round(apart.mean().item(), 3),
+                    mean=round(absolute.mean().item(), 3),
+                    quantile=float(np.quantile(absolute.numpy(), 0.99)),
+                    largest=absolute.max().item(),
+                    shift=round(difference.mean().item(), 3),
                 )
             )
     return differences
 
 
-def picture(backends: Sequence[str], images: ImageSet, image_size: int, seed: int) -> Image.Image:
-    """A row for each image; for each backend its first and second view."""
-    made = [views(backend, images, byol(image_size), seed) for backend in backends]
+def view_grid(backends: Sequence[str], images: ImageDataset, image_size: int, seed: int) -> Image.Image:
+    """Return a picture with a row for each image and two columns, one for each view, for each backend."""
+    made = [compute_views(backend, images, byol(image_size), seed) for backend in backends]
     columns = torch.cat([pair for both in made for pair in both.unsqueeze(0)])  # 2 * backends, N, 3, S, S
     grid = columns.permute(1, 3, 0, 4, 2).reshape(len(images) * image_size, len(columns) * image_size, 3)
-    result = Image.new("RGB", (grid.shape[1], grid.shape[0] + MARGIN), "white")
-    result.paste(Image.fromarray(grid.numpy()), (0, MARGIN))
+    result = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADER), "white")
+    result.paste(Image.fromarray(grid.numpy()), (0, HEADER))
     pen = ImageDraw.Draw(result)
     for k, backend in enumerate(backends):
         pen.text((2 * k * image_size + 2, 2), backend, fill="black")
     return result
 
 
-def table(differences: Sequence[Difference], reference: str) -> str:
-    """Markdown."""
+def markdown_table(differences: Sequence[Difference], reference: str) -> str:
+    """Return the differences from the backend `reference` as a Markdown table."""
     lines = [
-        f"Grey levels (of 255) from {reference}, over all pixels of both views:",
+        f"Difference from {reference} in grey levels (of 255), over all pixels of both views:",
         "",
-        "| operation | backend | mean | 99 % within | largest | brighter by |",
+        "| operation | backend | mean | 99 % within | largest | change of brightness |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for d in differences:
@@ -123,7 +145,7 @@ def table(differences: Sequence[Difference], reference: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command with the arguments `argv`, by default those of the process."""
     cli.run(_main, argv)
 
 
@@ -132,7 +154,7 @@ def _main(argv: Sequence[str]) -> None:
     cli.add_options(parser, InspectOptions)
     options = cli.to_config(InspectOptions, parser.parse_args(argv))
     if not options.out:
-        raise InputError("--out is missing: name a folder for the picture and the table")
+        raise InputError("--out is missing: give an output folder")
     images = open_images(options.data, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [name.strip() for name in options.backends.split(",")]
@@ -142,9 +164,9 @@ def _main(argv: Sequence[str]) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     shown = Subset(images, range(min(options.rows, len(images))))
-    grid = picture(backends, shown, options.image_size, options.seed)
+    grid = view_grid(backends, shown, options.image_size, options.seed)
     atomic.write_atomically(out / "views.png", lambda path: grid.save(path, "png"))
-    text = table(differences, backends[0])
+    text = markdown_table(differences, backends[0])
     atomic.write_text(out / "differences.md", text)
     atomic.write_text(out / "differences.json", json.dumps([asdict(d) for d in differences], indent=2) + "\n")
     print(text)

@@ -1,7 +1,7 @@
-"""Batches of bytes from a set of images, in an order and with views that depend on nothing but the seed.
+"""Loaders of uint8 batches, deterministic in the seed.
 
-Epoch e's order is a function of (seed, e), and the views of image i in it are a function of (seed, e, i). So the number
-of workers, the batch an image falls into and an interruption change no bit of what a network sees.
+The order of epoch e is a function of (seed, e), and the views of image i in it are a function of (seed, e, i). So
+neither the number of workers, nor the batch that contains an image, nor an interruption changes a bit of the views.
 """
 
 import multiprocessing
@@ -18,46 +18,60 @@ from torch.utils.data import DataLoader, Dataset
 from dspnet_fast.errors import InputError
 
 from ..config import MAX_WORKERS, SMALL_SET, Workers
-from .bad_images import BadImages, Refusal, load_or_next
-from .datasets.images import ImageSet
+from .bad_images import BadImages, Unreadable, load_or_next
+from .datasets.images import ImageDataset
 from .sampler import EpochSampler
-from .views.augmentation import ViewSpec, draw, numbers
+from .views.augmentation import ViewSpec, sample_view, uniform_numbers
 from .views.torchvision_backend import View, augment, evaluation_view
 
 
 def two_view_batches(
-    images: ImageSet,
+    images: ImageDataset,
     views: tuple[ViewSpec, ViewSpec],
-    order: EpochSampler,
+    sampler: EpochSampler,
     workers: Workers = "auto",
     bad: BadImages | None = None,
 ) -> DataLoader:
-    """A loader over all of `order`: uint8 [2B, C, S, S], first view of all B images, then second view of all.
+    """Return a loader of two views of each image.
 
-    C is 1 in a batch of greyscale images and 3 otherwise. The memory is pinned if there is a CUDA device. An image
-    that cannot be read is replaced and counted in `bad`, by default none is allowed; one too many raises InputError
-    here, whichever process met it. `workers` as in `worker_count`.
+    Args:
+        images: the dataset.
+        views: the distributions of the two views.
+        sampler: yields the (epoch, index) pairs of each batch.
+        workers: as in `worker_count`.
+        bad: counts images that cannot be read; each is replaced by the next readable one. By default none is allowed.
+
+    Returns:
+        A loader of uint8 [2B, C, S, S]: the first view of all B images, then the second view of all. C is 1 in a batch
+        of greyscale images and 3 otherwise. The memory is pinned if there is a CUDA device.
+
+    Raises:
+        InputError: while iterating, if more images are unreadable than `bad` allows, in any worker.
     """
     bad = BadImages() if bad is None else bad
-    return make_loader(_Views(images, views, order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
+    return make_loader(_Views(images, views, sampler.seed, bad.limit), sampler, worker_count(workers, len(images)), bad)
 
 
-def one_view_batches(images: ImageSet, view: ViewSpec, order: EpochSampler, workers: Workers = "auto") -> DataLoader:
-    """A loader over all of `order`: uint8 [B, C, S, S], one view of each image.
+def one_view_batches(
+    images: ImageDataset, view: ViewSpec, sampler: EpochSampler, workers: Workers = "auto"
+) -> DataLoader:
+    """Return a loader of one view of each image, uint8 [B, C, S, S].
 
-    No image may be unreadable, because labels follow the order. C, memory, errors and `workers` as in
-    `two_view_batches`.
+    Every image must be readable, because labels are looked up by the sampler's indices. C, memory, errors and `workers`
+    as in `two_view_batches`.
     """
     bad = BadImages()
-    return make_loader(_Views(images, (view,), order.seed, bad.limit), order, worker_count(workers, len(images)), bad)
+    return make_loader(
+        _Views(images, (view,), sampler.seed, bad.limit), sampler, worker_count(workers, len(images)), bad
+    )
 
 
 def evaluation_batches(
-    images: ImageSet, indices: Sequence[int], image_size: int, batch_size: int, workers: Workers = "auto"
+    images: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, workers: Workers = "auto"
 ) -> Iterable[torch.Tensor]:
-    """uint8 [<= batch_size, C, S, S]: the evaluation view of the images at `indices`, in their order, none dropped.
+    """Return a loader of the evaluation views of the images at `indices`, in this order, none dropped.
 
-    C, memory, errors and `workers` as in `two_view_batches`.
+    A batch is uint8 [<= batch_size, C, S, S]. C, memory, errors and `workers` as in `two_view_batches`.
     """
     if batch_size < 1:
         raise InputError(f"evaluation batches of {batch_size} images: give at least 1")
@@ -66,10 +80,19 @@ def evaluation_batches(
     return make_loader(dataset, batches, worker_count(workers, len(indices)), BadImages())
 
 
-def readable_views(images: ImageSet, image_size: int, bad: BadImages) -> tuple[torch.Tensor, list[int]]:
-    """Evaluation views uint8 [n, C, S, S] of those images that can be read, the others counted in `bad`; their indices.
+def readable_views(images: ImageDataset, image_size: int, bad: BadImages) -> tuple[torch.Tensor, list[int]]:
+    """Load the evaluation views of all readable images.
 
-    InputError if there are none, or one bad image too many.
+    Args:
+        images: the dataset.
+        image_size: height and width of the views in pixels.
+        bad: counts the images that cannot be read.
+
+    Returns:
+        The views, uint8 [n, C, S, S], and the indices of their images.
+
+    Raises:
+        InputError: no image is readable, or more are unreadable than `bad` allows.
     """
     view, pixels, kept = evaluation_view(image_size), [], []
     for i in range(len(images)):
@@ -77,14 +100,14 @@ def readable_views(images: ImageSet, image_size: int, bad: BadImages) -> tuple[t
             pixels.append(view(images.load(i)))
             kept.append(i)
         except InputError as error:
-            bad.note([(images.file(i), str(error))])
+            bad.add([(images.file(i), str(error))])
     if not kept:
-        raise InputError(f"of {len(images)} images of {images.name} none can be read")
+        raise InputError(f"none of the {len(images)} images of {images.name} can be read: give another dataset")
     return _stack(pixels), kept
 
 
 def worker_count(workers: Workers, n: int) -> int:
-    """The processes that load n images: as many as given, 0 being this one; "auto" as WORKERS_HELP says."""
+    """Return how many worker processes load n images; 0 stands for this process, "auto" is resolved as in --help."""
     if workers != "auto":
         if workers < 0:
             raise InputError(f"{workers} workers: give 0, a larger number or auto")
@@ -92,106 +115,109 @@ def worker_count(workers: Workers, n: int) -> int:
     return 0 if n <= SMALL_SET else min(os.cpu_count() or 1, MAX_WORKERS)
 
 
-class _Refused:
-    """An InputError on its way out of a worker: raised there, its message would arrive wrapped into a traceback."""
+class _WorkerError:
+    """An InputError of a worker, returned as data: raising it would wrap the message into a traceback."""
 
     def __init__(self, message: str):
         self.message = message
 
 
-class Batches(Dataset[Any]):
-    """Makes a whole batch from a sampler's list, which DataLoader asks for under the name __getitems__."""
+class BatchDataset(Dataset[Any]):
+    """A dataset that returns a whole batch for a list of items; DataLoader calls `__getitems__` if it exists."""
 
-    def __getitems__(self, items: Sequence[Any]) -> tuple[Any, list[Refusal]]:
-        refusals: list[Refusal] = []
+    def __getitems__(self, items: Sequence[Any]) -> tuple[Any, list[Unreadable]]:
+        unreadable: list[Unreadable] = []
         try:
-            return self.batch(items, refusals), refusals
+            return self.batch(items, unreadable), unreadable
         except InputError as error:
-            return _Refused(str(error)), refusals
+            return _WorkerError(str(error)), unreadable
 
     @abstractmethod
-    def batch(self, items: Sequence[Any], refusals: list[Refusal]) -> Any: ...
+    def batch(self, items: Sequence[Any], unreadable: list[Unreadable]) -> Any:
+        """Return the batch of these items; append unreadable images that were replaced to `unreadable`."""
 
 
-class _Views(Batches):
-    def __init__(self, images: ImageSet, views: tuple[ViewSpec, ...], seed: int, limit: int):
+class _Views(BatchDataset):
+    def __init__(self, images: ImageDataset, views: tuple[ViewSpec, ...], seed: int, limit: int):
         self._images = images
         self._views = views
         self._seed = seed
         self._limit = limit
 
-    def batch(self, items: Sequence[tuple[int, int]], refusals: list[Refusal]) -> torch.Tensor:
+    def batch(self, items: Sequence[tuple[int, int]], unreadable: list[Unreadable]) -> torch.Tensor:
         samples = []
         for epoch, i in items:
-            image = load_or_next(self._images, i, self._limit, self._images.load, refusals)
-            drawn = numbers(self._seed, epoch, i, len(self._views))
+            image = load_or_next(self._images, i, self._limit, self._images.load, unreadable)
+            drawn = uniform_numbers(self._seed, epoch, i, len(self._views))
             samples.append(
                 [
-                    augment(view, draw(view, uniform, image.height, image.width), image)
+                    augment(view, sample_view(view, uniform, image.height, image.width), image)
                     for view, uniform in zip(self._views, drawn, strict=True)
                 ]
             )
         return _stack([pixels for view in zip(*samples, strict=True) for pixels in view])
 
 
-class _Evaluation(Batches):
-    def __init__(self, images: ImageSet, view: View):
+class _Evaluation(BatchDataset):
+    def __init__(self, images: ImageDataset, view: View):
         self._images = images
         self._view = view
 
-    def batch(self, items: Sequence[int], refusals: list[Refusal]) -> torch.Tensor:
+    def batch(self, items: Sequence[int], unreadable: list[Unreadable]) -> torch.Tensor:
         return _stack([self._view(self._images.load(int(i))) for i in items])
 
 
 class _Loader(DataLoader):
-    """Counts what its workers left out, and raises what they refused.
+    """Counts unreadable images and raises the errors of the workers.
 
-    Workers live as long as one iteration. Only this generator's stack refers to them, so that they end with it: those
-    kept by a loader may be left to the garbage collector, which closes their queues first and then waits 5 s for each.
+    Workers live for one iteration, and only this generator's frame refers to them, so they end with it. Workers that
+    the loader kept alive could be garbage-collected after their queues, which blocks for 5 s per worker.
     """
 
     bad: BadImages
 
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
-        for batch, refusals in super().__iter__():
-            self.bad.note(refusals)
-            if isinstance(batch, _Refused):
+        for batch, unreadable in super().__iter__():
+            self.bad.add(unreadable)
+            if isinstance(batch, _WorkerError):
                 raise InputError(batch.message)
             yield batch
 
 
 def _context(workers: int) -> str | None:
-    """Fork, but not where DALI is in use: a worker that collects one of its pipelines as garbage waits for threads that
-    only this process has."""
+    """Fork, unless DALI is loaded: a forked worker that garbage-collects a pipeline waits for threads that only the
+    parent has."""
     if not workers or "nvidia.dali" not in sys.modules:
         return None
-    multiprocessing.set_forkserver_preload([__name__])  # else each worker takes seconds to import torch for itself
+    multiprocessing.set_forkserver_preload([__name__])  # otherwise each worker imports torch, for seconds
     return "forkserver"
 
 
-def make_loader(dataset: Batches, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:
-    """A loader of what the dataset makes of each list of items; memory and errors as in `two_view_batches`."""
+def make_loader(dataset: BatchDataset, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:
+    """Return a loader with a batch for each list of items; memory and errors as in `two_view_batches`."""
     loader = _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         multiprocessing_context=_context(workers),
-        collate_fn=_unchanged,
+        collate_fn=_identity,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_run,
-        generator=torch.Generator(),  # else starting to iterate would draw from the global one
+        worker_init_fn=_ignore_stop_signals,
+        generator=torch.Generator(),  # iterating would advance the global one
     )
     loader.bad = bad
     return loader
 
 
-def _unchanged(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, and torchrun and Slurm signal whole process groups and jobs. But only
-    the run knows when to stop: a worker that was gone before would keep it from finishing its step and saving."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Ignore Ctrl-C and SIGUSR1, which terminals, torchrun and Slurm send to whole process groups.
+
+    The run needs its workers to finish the current step before it saves.
+    """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

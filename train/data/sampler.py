@@ -1,4 +1,4 @@
-"""Which images an epoch shows when: a function of the seed and the step alone."""
+"""The order of the images: a function of the seed and the step."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,19 +10,29 @@ from dspnet_fast.errors import InputError
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) from step `start_step` to the end of the last epoch.
+    """Yields batches of (epoch, index) from step `start_step` to the end of the last epoch.
 
-    Each epoch is a new permutation of n images, less the last n % batch_size of it. Starting in the middle costs one
-    permutation and gives what an uninterrupted run would have seen from there. A batch is shared out among `world_size`
-    ranks, each of which gets its part of the one batch that a single rank would see. InputError if a batch exceeds the
-    set or is no multiple of the ranks.
+    Each epoch is a new permutation of n images without its last n % batch_size elements. A run that resumes at
+    `start_step` sees the batches of an uninterrupted run. The ranks split the batch that a single rank would see.
+
+    Args:
+        n: images of the dataset.
+        batch_size: images of a step, over all ranks.
+        seed: of the permutations.
+        epochs: of the run.
+        start_step: the first step to yield.
+        rank: of this process.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: the batch is larger than the dataset or not a multiple of the number of ranks.
     """
 
     def __init__(
         self, n: int, batch_size: int, seed: int, epochs: int, start_step: int = 0, rank: int = 0, world_size: int = 1
     ):
         if not 1 <= batch_size <= n:
-            raise InputError(f"a batch of {batch_size} from a set of {n} images: give a batch size from 1 to {n}")
+            raise InputError(f"a batch of {batch_size} from a dataset of {n} images: give a batch size from 1 to {n}")
         if batch_size % world_size:
             raise InputError(f"a batch of {batch_size} images for {world_size} ranks: give a multiple of {world_size}")
         self.steps_per_epoch = n // batch_size
@@ -35,7 +45,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     @property
     def images_per_step(self) -> int:
-        """Of this rank."""
+        """Images per step on this rank."""
         return self._share.stop - self._share.start
 
     def __len__(self) -> int:
@@ -52,6 +62,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 
 def mix(*numbers: int) -> int:
-    """64 bits that look random, the same on every machine. torch's CPU generator uses the lower 32 of a seed only, so
-    neighbouring epochs and indices must be spread over them."""
+    """Hash integers to 64 bits, the same on every machine.
+
+    torch's CPU generator uses only the lower 32 bits of a seed, so neighbouring epochs and indices must be hashed.
+    """
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")

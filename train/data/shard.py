@@ -1,4 +1,4 @@
-"""`python -m train.data.shard`: write a set of images as WebDataset shards."""
+"""`python -m train.data.shard`: write an image dataset as WebDataset shards."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images
 from .datasets.folder import EXTENSIONS
-from .datasets.images import ImageSet
+from .datasets.images import ImageDataset
 from .datasets.webdataset import CLASSES, LABEL, TEST, write_index
 from .sampler import mix
 
 DESCRIPTION = """\
-Write a set of images as tar files that dspnet-pretrain and others read with few, large reads: OUT/000.tar, ... with an
-index each, and the test split in OUT/test. Every image is decoded once to see that it can be; its file goes in as it
-is. OUT appears when all of it is written, and not at all otherwise."""
+Write an image dataset as tar files, which need fewer and larger reads than single files: OUT/000.tar, ... with an index
+each, and the test split in OUT/test. Every image is decoded once as a check and stored unchanged. OUT appears once it
+is complete; after an error nothing is left."""
 EXAMPLE = """\
   dspnet-shard --data photos --out shards
   dspnet-pretrain --data 'shards/{000..015}.tar' --out runs/first"""
@@ -38,19 +38,27 @@ EXAMPLE = """\
 class ShardOptions:
     """Options of `train.data.shard`."""
 
-    data: str = option("", "the set of images: a folder, or a set's name")
-    out: str = option("", "a new folder for the shards")
-    shards: int = option(16, "tar files of the training split; each holds a random part of it")
-    max_bad_images: int = option(0, "images that may be left out because they cannot be read")
+    data: str = option("", "image dataset: a folder or a name, as in dspnet-pretrain")
+    out: str = option("", "output folder, must not exist")
+    shards: int = option(16, "tar files of the training split, each with a random part of it")
+    max_bad_images: int = option(0, "number of unreadable images that may be left out")
 
 
-def write_set(options: ShardOptions) -> int:
-    """Write both splits; returns how many images were written. InputError if that is not possible, e.g. a full disk."""
+def write_shards(options: ShardOptions) -> int:
+    """Write the shards of both splits.
+
+    Returns:
+        The number of images written.
+
+    Raises:
+        InputError: an option is missing, the folder exists, more images are unreadable than allowed, or writing fails,
+            for example on a full disk.
+    """
     if not options.data or not options.out or options.shards < 1:
         raise InputError("give --data DIR, --out DIR and at least one of --shards")
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} is there already: give a new folder")
+        raise InputError(f"--out {out} exists already: give a new folder")
     train = open_images(options.data, "train")
     bad = BadImages(options.max_bad_images)
     temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -61,7 +69,7 @@ def write_set(options: ShardOptions) -> int:
             def tick() -> None:
                 monitor.advance()
                 monitor.status("images")
-                for line in bad.news():
+                for line in bad.new_messages():
                     monitor.line(line)
 
             written = _write_split(train, temporary, options.shards, bad, tick)
@@ -74,18 +82,20 @@ def write_set(options: ShardOptions) -> int:
                     (temporary / TEST).mkdir()
                     shards = max(1, round(options.shards * len(test) / len(train)))
                     written += _write_split(test, temporary / TEST, shards, bad, lambda: None)
-            for line in bad.news():
+            for line in bad.new_messages():
                 monitor.line(line)
         os.rename(temporary, out)
         sync(out.absolute().parent)
     except OSError as error:
-        raise InputError(f"cannot write {out} ({error.strerror}): nothing of it was kept") from error
+        raise InputError(
+            f"cannot write {out} ({error.strerror}): nothing was kept; mend this and start again"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return written
 
 
-def _write_split(images: ImageSet, folder: Path, shards: int, bad: BadImages, tick: Callable[[], None]) -> int:
+def _write_split(images: ImageDataset, folder: Path, shards: int, bad: BadImages, tick: Callable[[], None]) -> int:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix(0))).tolist()
     shards = min(shards, len(images))
     written = 0
@@ -96,7 +106,7 @@ def _write_split(images: ImageSet, folder: Path, shards: int, bad: BadImages, ti
                 try:
                     name, content = _file(images, i)
                 except InputError as error:
-                    bad.note([(images.file(i), str(error))])
+                    bad.add([(images.file(i), str(error))])
                 else:
                     _add(tar, name, content)
                     if images.labels is not None:
@@ -110,8 +120,8 @@ def _write_split(images: ImageSet, folder: Path, shards: int, bad: BadImages, ti
     return written
 
 
-def _file(images: ImageSet, i: int) -> tuple[str, bytes]:
-    """Name and content of the image in a shard; InputError if it cannot be decoded."""
+def _file(images: ImageDataset, i: int) -> tuple[str, bytes]:
+    """Name and content of the image's member of the shard; InputError if the image cannot be decoded."""
     image = images.load(i)
     suffix = Path(images.file(i)).suffix.lower()
     if suffix in EXTENSIONS:
@@ -128,7 +138,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command with the arguments `argv`, by default those of the process."""
     cli.run(_main, argv)
 
 
@@ -136,7 +146,7 @@ def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("shard", DESCRIPTION, EXAMPLE)
     cli.add_options(parser, ShardOptions)
     options = cli.to_config(ShardOptions, parser.parse_args(argv))
-    written = write_set(options)
+    written = write_shards(options)
     print(f"wrote {written} images to {options.out}")
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data.datasets import coco
-from ..data.datasets.coco import CocoSet
+from ..data.datasets.coco import CocoDataset
 from ..run.progress import Monitor
 
 # of pycocotools' summary, in its order
@@ -21,7 +21,7 @@ MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "
 KINDS = {"box": "bbox", "mask": "segm"}
 
 
-def average_precision(truth: CocoSet, detections: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Any]:
+def average_precision(truth: CocoDataset, detections: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Any]:
     """AP over intersections over union of 0.50 to 0.95, and pycocotools' other eleven measures.
 
     Args:
@@ -33,7 +33,7 @@ def average_precision(truth: CocoSet, detections: Iterable[tuple[int, Mapping[st
         {"box": measures from 0 to 1 by name, "mask": the same, "categories": {name: {"instances", "box", "mask"}}};
         None where there is nothing to find.
     """
-    coco.require()
+    coco.require_pycocotools()
     from pycocotools.cocoeval import COCOeval
 
     # an id of 0 is no match to pycocotools: they are counted anew, from 1 on
@@ -67,7 +67,7 @@ def _known(value: float) -> float | None:
     return None if value < 0 else float(value)
 
 
-def _records(truth: CocoSet, image: int, of: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _records(truth: CocoDataset, image: int, of: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """What pycocotools takes as results, with both a box and a mask."""
     from pycocotools import mask
 
@@ -105,7 +105,7 @@ def _of_kind(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def _index(truth: CocoSet, annotations: list[dict[str, Any]]) -> Any:
+def _index(truth: CocoDataset, annotations: list[dict[str, Any]]) -> Any:
     from pycocotools.coco import COCO
 
     index = COCO()

@@ -14,7 +14,7 @@ from dspnet_fast.errors import InputError
 
 from ..config import Workers
 from ..data.coco_loader import evaluation_images
-from ..data.datasets.coco import CocoSet, Instances
+from ..data.datasets.coco import CocoDataset, Instances
 from ..data.sampler import mix
 from ..run.loop import SingleModelTraining
 from ..run.progress import Monitor
@@ -86,7 +86,7 @@ class DetectionTraining(SingleModelTraining):
 
 @torch.no_grad()
 def detections(
-    model: MaskRCNN, images: CocoSet, workers: Workers, device: torch.device
+    model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Each image's id and what the model finds in it, as `average_precision` takes it."""
     model.eval()
@@ -98,6 +98,6 @@ def detections(
             monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
 
-def evaluate(model: MaskRCNN, images: CocoSet, workers: Workers, device: torch.device) -> dict[str, Any]:
+def evaluate(model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device) -> dict[str, Any]:
     """AP of boxes and masks on a set: see `average_precision`."""
     return average_precision(images, detections(model, images, workers, device))

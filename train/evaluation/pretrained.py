@@ -20,7 +20,7 @@ from dspnet_fast.statistics import load_statistics, measured_statistics, post_st
 from dspnet_fast.subnets import Family, Subnet
 
 from ..config import PretrainConfig, Workers
-from ..data.datasets.images import ImageSet, Subset, digest_of
+from ..data.datasets.images import ImageDataset, Subset, dataset_digest
 from ..data.loader import evaluation_batches
 from ..data.normalization import normalize
 from ..pretraining.dspnet import build_model
@@ -38,7 +38,7 @@ Source = dict[str, Any]  # of statistics: step, weights, data, images, size
 
 
 def evaluation_views(
-    images: ImageSet, image_size: int, device: torch.device, what: str, workers: Workers = "auto", start: int = 0
+    images: ImageDataset, image_size: int, device: torch.device, what: str, workers: Workers = "auto", start: int = 0
 ) -> Iterator[Tensor]:
     """Views without chance of all images, normalised, on the device, with progress called `what`.
 
@@ -52,7 +52,7 @@ def evaluation_views(
             monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
 
-def statistics_images(images: ImageSet) -> ImageSet:
+def statistics_images(images: ImageDataset) -> ImageDataset:
     """Those that post-statistics are measured on, drawn with a fixed seed, so that every command has the same."""
     return Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
 
@@ -84,12 +84,12 @@ class EvaluatedFamily:
         """A digest of the model's parameters."""
         return fingerprint.digest(*self.model.parameters())
 
-    def batches(self, images: ImageSet, what: str, workers: Workers = "auto", start: int = 0) -> Iterator[Tensor]:
+    def batches(self, images: ImageDataset, what: str, workers: Workers = "auto", start: int = 0) -> Iterator[Tensor]:
         """Evaluation views of the run's size on its device: see `evaluation_views`."""
         return evaluation_views(images, self.image_size, self.device, what, workers, start)
 
     def measure(
-        self, subnets: Sequence[Subnet], images: ImageSet, data: str, workers: Workers = "auto", what: str = ""
+        self, subnets: Sequence[Subnet], images: ImageDataset, data: str, workers: Workers = "auto", what: str = ""
     ) -> None:
         """Give `subnets` post-statistics measured on 10,000 images (all if there are fewer) of the set called `data`.
 
@@ -101,7 +101,7 @@ class EvaluatedFamily:
             "weights": self.weights,
             "data": data,
             "images": len(drawn),
-            "files": digest_of(drawn),
+            "files": dataset_digest(drawn),
             "size": self.image_size,
         }
         before = self.recall(subnets) if self.step else {}
@@ -170,14 +170,14 @@ class PretrainedFamily(EvaluatedFamily):
         return network
 
     def features(
-        self, subnets: Sequence[Subnet], images: ImageSet, what: str, workers: Workers = "auto"
+        self, subnets: Sequence[Subnet], images: ImageDataset, what: str, workers: Workers = "auto"
     ) -> dict[str, Tensor]:
         """Features [N, F] in float32 of the evaluation views of all images, by subnet, on the CPU; called `what`.
 
         They are kept in OUT/features, under what they depend on; computing them goes on where it was interrupted.
         """
         by_name = {subnet.name: subnet for subnet in subnets}
-        files_key = digest_of(images)
+        files_key = dataset_digest(images)
         files, shapes = {}, {}
         for name, subnet in by_name.items():
             statistics = [part for item in sorted(measured_statistics(self.encoder, [subnet]).items()) for part in item]

@@ -23,7 +23,7 @@ from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family, Subnet, sandwich
 
 from ..config import Workers
-from ..data.datasets.images import ImageSet, require_labels
+from ..data.datasets.images import ImageDataset, require_labels
 from ..data.loader import one_view_batches
 from ..data.normalization import normalize
 from ..data.sampler import EpochSampler
@@ -143,7 +143,7 @@ class Together:
 
 
 def labelled_batches(
-    images: ImageSet, view: ViewSpec, order: EpochSampler, workers: Workers, device: torch.device
+    images: ImageDataset, view: ViewSpec, order: EpochSampler, workers: Workers, device: torch.device
 ) -> Iterator[Batch]:
     """Batches of all of `order`: a new view of each image, normalised, and its label, on the device."""
     labels = require_labels(images)
@@ -153,8 +153,8 @@ def labelled_batches(
 
 def evaluate(
     models: Mapping[str, tuple[Classifier, Iterable[Subnet]]],
-    train: ImageSet,
-    test: ImageSet,
+    train: ImageDataset,
+    test: ImageDataset,
     image_size: int,
     workers: Workers,
     device: torch.device,

@@ -11,7 +11,7 @@ from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family
 
 from ..data.bad_images import BadImages
-from ..data.datasets.images import ImageSet, Subset
+from ..data.datasets.images import ImageDataset, Subset
 from ..data.loader import readable_views
 from ..data.normalization import normalize
 from ..evaluation.collapse import effective_rank, feature_std
@@ -30,7 +30,7 @@ class Probe:
     """
 
     def __init__(
-        self, train: ImageSet, test: ImageSet, count: int, image_size: int, device: torch.device, bad: BadImages
+        self, train: ImageDataset, test: ImageDataset, count: int, image_size: int, device: torch.device, bad: BadImages
     ) -> None:
         self._device = device
         self._reference, self._reference_labels = _draw(train, count, image_size, bad)
@@ -74,7 +74,7 @@ class Probe:
         return result
 
 
-def _draw(images: ImageSet, count: int, image_size: int, bad: BadImages) -> tuple[Tensor, Tensor | None]:
+def _draw(images: ImageDataset, count: int, image_size: int, bad: BadImages) -> tuple[Tensor, Tensor | None]:
     """Evaluation views uint8 [n, C, S, S] and labels [n] of up to `count` images."""
     drawn = Subset.random(images, min(count, len(images)), seed=0)
     pixels, kept = readable_views(drawn, image_size, bad)

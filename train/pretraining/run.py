@@ -21,7 +21,7 @@ from ..config import PretrainConfig
 from ..data.backends import choose_backend, open_batches
 from ..data.bad_images import BadImages
 from ..data.datasets import open_images
-from ..data.datasets.images import ImageSet, Subset
+from ..data.datasets.images import ImageDataset, Subset
 from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..distributed.process_group import init_process_group
@@ -41,13 +41,13 @@ from .trainer import Trainer
 SYNC_SECONDS = 5.0  # between questions that synchronise the GPU; a cluster waits 30 s or more after asking to stop
 
 
-def open_train_images(config: PretrainConfig) -> ImageSet:
+def open_train_images(config: PretrainConfig) -> ImageDataset:
     """The images that a run trains on."""
     images = open_images(config.data, "train")
     return images if config.train_images is None else Subset.random(images, config.train_images, config.seed)
 
 
-def resolve(config: PretrainConfig, images: ImageSet, device: torch.device, world_size: int) -> PretrainConfig:
+def resolve(config: PretrainConfig, images: ImageDataset, device: torch.device, world_size: int) -> PretrainConfig:
     """The configuration with all defaults that depend on data and machine filled in, as OUT/config.yaml keeps it.
 
     A resumed run reads them there, so it stays the same run on another number of ranks or with other packages.
@@ -271,7 +271,7 @@ class PretrainRun:
                 checkpoint.save(self.checkpoints, trainer.step, trainer.state(), config.keep_checkpoints, keep_every)
             if self.world.size > 1 and losses is not None:
                 for found in self.world.all_gather(self.bad.found):
-                    self.bad.note(list(found.items()))
+                    self.bad.add(list(found.items()))
                 self._report_bad()
 
     @property
@@ -329,7 +329,7 @@ class PretrainRun:
 
     def _report_bad(self) -> None:
         """Print new bad images and update their list."""
-        news = self.bad.news()
+        news = self.bad.new_messages()
         if news and self.world.is_main:
             self._print(*news)
             write_bad_images(self.out, self.bad.found)

@@ -1,4 +1,4 @@
-"""Boxes and masks as COCO writes them: what is wrong with one, and its pixels."""
+"""Boxes and masks in COCO's format: validation and conversion to pixels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-EDGE = 1.0  # pixels that a box may reach out of its image: published boxes are rounded
+EDGE = 1.0  # pixels by which a box may exceed its image: published boxes are rounded
 
 Record = dict[str, Any]
 
 
-def clipped(bbox: Sequence[float], width: int, height: int) -> list[float]:
-    """COCO's left, top, width, height as left, top, right, bottom inside the image."""
+def clip_box(bbox: Sequence[float], width: int, height: int) -> list[float]:
+    """Convert left, top, width, height to left, top, right, bottom and clip them to the image."""
     left, top, across, down = bbox
     return [max(left, 0.0), max(top, 0.0), min(left + across, float(width)), min(top + down, float(height))]
 
 
-def encoded(segmentation: Any, height: int, width: int) -> Record:
-    """A mask as run lengths, from polygons or from run lengths compressed or not."""
+def encode_mask(segmentation: Any, height: int, width: int) -> Record:
+    """Convert polygons or run lengths, compressed or not, to compressed run lengths."""
     from pycocotools import mask
 
     if isinstance(segmentation, list):
@@ -30,15 +30,15 @@ def encoded(segmentation: Any, height: int, width: int) -> Record:
     return segmentation
 
 
-def decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A mask as uint8 [H, W]."""
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Convert polygons or run lengths to a mask, uint8 [H, W]."""
     from pycocotools import mask
 
-    return np.ascontiguousarray(mask.decode(encoded(segmentation, height, width)))
+    return np.ascontiguousarray(mask.decode(encode_mask(segmentation, height, width)))
 
 
 def box_problem(bbox: Any, height: int, width: int) -> str:
-    """What is wrong with a box in an image of that size; empty if nothing is."""
+    """Return an error message for an invalid box in an image of this size, empty for a valid one."""
     if not _numbers(bbox) or len(bbox) != 4:
         return f"its box is {bbox!r}, not four numbers"
     left, top, across, down = bbox
@@ -46,39 +46,40 @@ def box_problem(bbox: Any, height: int, width: int) -> str:
         return f"its box {bbox} has no area"
     if min(left, top) < -EDGE or left + across > width + EDGE or top + down > height + EDGE:
         return f"its box {bbox} lies outside its image of {width} x {height}"
-    left, top, right, bottom = clipped(bbox, width, height)
+    left, top, right, bottom = clip_box(bbox, width, height)
     return "" if left < right and top < bottom else f"its box {bbox} has no area in its image of {width} x {height}"
 
 
 def mask_problem(segmentation: Any, height: int, width: int) -> str:
-    """What is wrong with a mask of an image of that size; empty if nothing is."""
+    """Return an error message for an invalid mask in an image of this size, empty for a valid one."""
     if isinstance(segmentation, list):
         if not segmentation:
             return "it has no polygon"
         for polygon in segmentation:
             if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
-                return "a polygon of it is not three or more pairs of numbers"
+                return "one of its polygons is not three or more pairs of numbers"
         return ""
     if not isinstance(segmentation, dict):
         return "it has no segmentation: polygons or run lengths"
     if segmentation.get("size") != [height, width]:
-        return f"its run lengths are of {segmentation.get('size')}, its image of [{height}, {width}]"
+        return f"its run lengths have size {segmentation.get('size')}, its image [{height}, {width}]"
     try:
         counts = segmentation.get("counts")
         lengths = _decompressed(counts) if isinstance(counts, str) else counts
     except (ValueError, IndexError):
         return "its compressed run lengths are damaged"
-    if not isinstance(lengths, list) or not all(is_whole(length) and length >= 0 for length in lengths):
-        return "its run lengths are not whole numbers from 0 on"
+    if not isinstance(lengths, list) or not all(is_integer(length) and length >= 0 for length in lengths):
+        return "its run lengths are not integers from 0"
     if sum(lengths) != height * width:
-        return f"its run lengths are {sum(lengths)} pixels, its image {height * width}"
+        return f"its run lengths add up to {sum(lengths)} pixels, its image has {height * width}"
     return ""
 
 
 def _decompressed(counts: str) -> list[int]:
-    """Run lengths out of COCO's text: groups of 5 bits, the sixth says that more follow, from the third on differences.
+    """Decode COCO's compressed run lengths: 5 bits per character, the sixth continues the number.
 
-    pycocotools decodes the same without looking whether the text ends where it should.
+    From the fourth on a number is the difference to the one two places before. Unlike pycocotools this checks for a
+    truncated text.
     """
     lengths: list[int] = []
     place = 0
@@ -97,8 +98,8 @@ def _decompressed(counts: str) -> list[int]:
     return lengths
 
 
-def is_whole(value: Any) -> bool:
-    """Whether it is an integer; True and False are none."""
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -12,15 +12,24 @@ from torchvision.datasets import FashionMNIST
 
 from dspnet_fast.errors import InputError
 
-from .images import ArrayImages
+from .images import ArrayDataset
 
 NAME = "fashion-mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PREFIXES = {"train": "train", "test": "t10k"}
 
 
-def open_set(split: Literal["train", "test"], data: Path, download: bool) -> ArrayImages:
-    """One split from the data folder, else from Debian's package, else downloaded; InputError if none of them works."""
+def open_dataset(split: Literal["train", "test"], data: Path, download: bool) -> ArrayDataset:
+    """Open one split.
+
+    Args:
+        split: which split.
+        data: folder searched first; Debian's package is searched next.
+        download: whether to download missing files into `data`.
+
+    Raises:
+        InputError: the images are missing or damaged, or the download fails.
+    """
     torchvision_folder = data / "FashionMNIST" / "raw"
     files = None
     for folder in (data / NAME, torchvision_folder, DEBIAN):
@@ -30,19 +39,19 @@ def open_set(split: Literal["train", "test"], data: Path, download: bool) -> Arr
         try:
             FashionMNIST(str(data), download=True)
         except (OSError, RuntimeError) as error:
-            raise _nowhere(data, " ".join(str(error).split())) from error
+            raise _not_found(data, " ".join(str(error).split())) from error
         files = _files(torchvision_folder, split)
     if files is None:
-        raise _nowhere(data, "not found, and downloading is off")
+        raise _not_found(data, "not found, and downloading is off")
     images, labels = (_read(path, dimensions) for path, dimensions in zip(files, (3, 1), strict=True))
     if len(images) != len(labels) or len(images) == 0 or labels.max() >= len(FashionMNIST.classes):
-        raise InputError(f"{files[0]} and {files[1]} do not belong together: delete both to get them anew")
-    return ArrayImages(
+        raise InputError(f"{files[0]} and {files[1]} do not match: delete both to download them again")
+    return ArrayDataset(
         NAME, f"{NAME}'s {split} split", images, torch.from_numpy(labels.astype(np.int64)), list(FashionMNIST.classes)
     )
 
 
-def _nowhere(data: Path, reason: str) -> InputError:
+def _not_found(data: Path, reason: str) -> InputError:
     return InputError(
         f"no {NAME} ({reason}): put its four .gz files into {data / NAME}, or install Debian's package "
         "dataset-fashion-mnist, or allow the download on a machine with a network"
@@ -50,7 +59,7 @@ def _nowhere(data: Path, reason: str) -> InputError:
 
 
 def _files(folder: Path, split: str) -> tuple[Path, Path] | None:
-    """The split's image and label file, unpacked or not, if the folder has both."""
+    """The image and the label file of the split, compressed or not, if the folder has both."""
     found = [
         next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
         for stem in (f"{PREFIXES[split]}-images-idx3-ubyte", f"{PREFIXES[split]}-labels-idx1-ubyte")
@@ -59,7 +68,7 @@ def _files(folder: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
-    """A uint8 array from an IDX file: 0, 0, type 8, number of dimensions, each size as big-endian int32, the bytes."""
+    """Read an IDX file: bytes 0, 0, 8 (uint8) and the number of dimensions, big-endian int32 sizes, then the values."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read()
@@ -68,4 +77,4 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it to get it anew") from error
+        raise InputError(f"{path} is damaged ({error}): delete it to download it again") from error

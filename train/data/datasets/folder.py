@@ -1,4 +1,4 @@
-"""Images in folders, one folder per class or none. `sets.open_images` says which layouts count."""
+"""Image folders, with or without one subfolder per class. `open_images` describes the layouts."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,15 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", 
 TEST_FOLDERS = ("test", "val")
 
 
-class FolderImages:
-    """Image files, decoded when loaded."""
+class FolderDataset:
+    """A dataset of image files, read and decoded on access.
+
+    Args:
+        name: of the dataset.
+        files: paths of the images.
+        labels: the class of each image, or None.
+        classes: names of the classes.
+    """
 
     def __init__(self, name: str, files: list[str], labels: list[int] | None, classes: list[str]):
         self.name = name
@@ -42,8 +49,8 @@ class FolderImages:
         return self._files[i]
 
 
-def open_folder(path: Path, split: Literal["train", "test"]) -> FolderImages:
-    """One split of an image folder; InputError if it holds no images or is laid out in no way that counts."""
+def open_folder(path: Path, split: Literal["train", "test"]) -> FolderDataset:
+    """Open one split of an image folder; raise InputError if it has no images or none of the layouts."""
     train = path / "train"
     test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
     if train.is_dir():
@@ -59,7 +66,7 @@ def open_folder(path: Path, split: Literal["train", "test"]) -> FolderImages:
         return _images(path, listing if split == "train" else listing[::10])
     for name, files in listing.items():
         if len(files) < 2:
-            raise InputError(f"the class {path / name} has one image, but train and test need one each: add another")
+            raise InputError(f"the class {path / name} has one image, but both splits need one: add another")
     return _images(path, {name: _tenths(files, split) for name, files in listing.items()})
 
 
@@ -67,16 +74,16 @@ def _tenths(files: list[str], split: Literal["train", "test"]) -> list[str]:
     return files[::10] if split == "test" else [file for i, file in enumerate(files) if i % 10]
 
 
-def _images(path: Path, listing: dict[str, list[str]] | list[str]) -> FolderImages:
+def _images(path: Path, listing: dict[str, list[str]] | list[str]) -> FolderDataset:
     if isinstance(listing, list):
-        return FolderImages(str(path), listing, None, [])
+        return FolderDataset(str(path), listing, None, [])
     classes = list(listing)
     labels = [label for label, name in enumerate(classes) for _ in listing[name]]
-    return FolderImages(str(path), [file for name in classes for file in listing[name]], labels, classes)
+    return FolderDataset(str(path), [file for name in classes for file in listing[name]], labels, classes)
 
 
 def _same_classes(train: Path, test: Path) -> dict[str, list[str]] | list[str]:
-    """The test folder's listing, once its classes are known to be train's: labels are positions among the classes."""
+    """List the test folder; raise InputError if its classes differ from those of the training split."""
     listing, expected = _listing(test), _classes(train)
     found = [] if isinstance(listing, list) else list(listing)
     for here, there, names in ((train, test, set(expected) - set(found)), (test, train, set(found) - set(expected))):
@@ -86,18 +93,18 @@ def _same_classes(train: Path, test: Path) -> dict[str, list[str]] | list[str]:
 
 
 def _listing(path: Path) -> dict[str, list[str]] | list[str]:
-    """Sorted image files: by class, in the classes' sorted order, or one list if there are no classes."""
+    """Sorted image files by class, classes sorted, or one list if there are no classes."""
     loose = sorted(entry.path for entry in os.scandir(path) if entry.is_file() and _is_image(entry.name))
     classes = _classes(path)
     if loose and classes:
         raise InputError(
-            f"{path} has images ({Path(loose[0]).name}) beside class folders ({classes[0]}): keep one of the two kinds"
+            f"{path} has images ({Path(loose[0]).name}) beside class folders ({classes[0]}): keep one of the two"
         )
     if loose:
         return loose
     listing = {name: _walk(path / name) for name in classes}
     for folder in [path / name for name, files in listing.items() if not files] or ([] if listing else [path]):
-        raise InputError(f"{folder} holds no images: add some or remove it (files that count: {' '.join(EXTENSIONS)})")
+        raise InputError(f"{folder} holds no images: add some or remove it (image files end in {' '.join(EXTENSIONS)})")
     return listing
 
 

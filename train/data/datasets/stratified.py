@@ -1,4 +1,4 @@
-"""Fixed subsets of a labelled set, the same share of every class: what semi-supervised evaluation may see labels of."""
+"""Fixed stratified subsets of a labelled dataset, for semi-supervised evaluation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,23 @@ from ..sampler import mix
 SEED = 0  # of the published subsets
 
 
-def balanced_subset(labels: Tensor, share: float, seed: int = SEED) -> list[int]:
-    """Indices, ascending, of a share (0 to 1) of the images of every class, rounded, but one at least.
+def stratified_subset(labels: Tensor, share: float, seed: int = SEED) -> list[int]:
+    """Choose the same fraction of the images of every class.
 
-    The k-th image of class c stands at the place that `mix(seed, c, k)` has among those of its class, and the first of
-    them are taken. So the subset is a function of the labels' order and the seed on any machine, and a smaller share is
-    part of a larger one. InputError for a share outside 0 to 1.
+    The images of a class are ranked by `mix(seed, c, k)`, where c is the class and k the position of the image within
+    it, and the first ones are chosen. So the subset is the same on every machine, and a smaller subset is contained in
+    a larger one.
+
+    Args:
+        labels: int64 [N].
+        share: fraction of the images of each class, 0 to 1; rounded, but at least one image.
+        seed: of the ranking.
+
+    Returns:
+        Ascending indices.
+
+    Raises:
+        InputError: the share is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise InputError(f"a share of {share:%} of the images: give more than 0 and at most 100 percent")
@@ -32,11 +43,11 @@ def balanced_subset(labels: Tensor, share: float, seed: int = SEED) -> list[int]
     return sorted(chosen)
 
 
-def as_text(indices: Sequence[int]) -> str:
-    """One index a line."""
+def index_text(indices: Sequence[int]) -> str:
+    """Return the indices as text, one per line."""
     return "".join(f"{i}\n" for i in indices)
 
 
 def checksum(indices: Sequence[int]) -> str:
-    """SHA-256 of `as_text`."""
-    return hashlib.sha256(as_text(indices).encode()).hexdigest()
+    """Return the SHA-256 of `index_text`."""
+    return hashlib.sha256(index_text(indices).encode()).hexdigest()

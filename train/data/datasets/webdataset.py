@@ -1,7 +1,7 @@
-"""Images in WebDataset shards: tar files whose members belong together by name, `0001.jpg` and its label `0001.cls`.
+"""Images in WebDataset shards: tar files whose members belong together by name, such as `0001.jpg` and `0001.cls`.
 
-An index beside each shard (`000.idx`, the format of DALI's wds2idx) says where its members lie, so that images are read
-in any order; without one the shard is read through once. `sets.open_images` says what counts as a set of shards.
+An index beside each shard (`000.idx`, the format of DALI's wds2idx) gives the offsets of the members for random access;
+without it the headers of the shard are read once. `open_images` describes the layout of shards.
 """
 
 from __future__ import annotations
@@ -22,20 +22,30 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 
 from .folder import EXTENSIONS
-from .images import ImageSet, Subset, decode
+from .images import ImageDataset, Subset, decode
 
-CLASSES = "classes.txt"  # beside the shards: the name of each class, a line each
-TEST = "test"  # the folder beside the shards that holds the test split
+CLASSES = "classes.txt"  # beside the shards: one class name per line
+TEST = "test"  # folder of the test split, beside the shards
 LABEL = "cls"
 INDEX = "v1.2"
-END = 1024  # zero bytes at the end of a whole tar file
+END = 1024  # zero bytes at the end of a complete tar file
 
 Member = tuple[str, int, int, str]  # extension, offset and size in bytes, name
 Sample = dict[str, Member]  # by extension
 
 
-class ShardImages:
-    """Images in tar files, found by offset and size."""
+class ShardDataset:
+    """A dataset of images in tar files, read by offset and size.
+
+    Args:
+        name: of the dataset.
+        shards: paths of the tar files.
+        samples: the samples of each shard; each has an image.
+        classes: names of the classes; empty for the labels themselves.
+
+    Raises:
+        InputError: some images have no label but others do, or a label exceeds the number of classes.
+    """
 
     def __init__(self, name: str, shards: list[Path], samples: list[list[Sample]], classes: list[str]):
         self.name = name
@@ -65,7 +75,7 @@ class ShardImages:
         except OSError as error:
             raise InputError(f"cannot read the image {self.file(i)}: {error.strerror}") from error
         if len(content) < self._places[i, 1]:
-            raise InputError(f"cannot read the image {self.file(i)}: the shard has become shorter")
+            raise InputError(f"cannot read the image {self.file(i)}: the shard was truncated")
         return content
 
     def file(self, i: int) -> str:
@@ -82,13 +92,13 @@ class ShardImages:
         for i, member in enumerate(members):
             text = b"" if member is None else self._read(int(self._shard[i]), *member[1:3])
             if not text.strip().isdigit():
-                raise InputError(f"{self.file(i)} has no label, a whole number in a .{LABEL} file, but others have one")
+                raise InputError(f"{self.file(i)} has no label but others have one: add an integer in a .{LABEL} file")
             labels.append(int(text))
         return labels
 
 
-def open_shards(pattern: str, split: Literal["train", "test"]) -> ImageSet:
-    """One split of the shards that `pattern` names, as `expand` reads it; InputError if one is missing or damaged."""
+def open_shards(pattern: str, split: Literal["train", "test"]) -> ImageDataset:
+    """Open one split of the shards of a pattern, see `expand`; raise InputError if one is missing or damaged."""
     shards = expand(pattern)
     beside = shards[0].parent / TEST
     if split == "test" and beside.is_dir():
@@ -105,7 +115,7 @@ def open_shards(pattern: str, split: Literal["train", "test"]) -> ImageSet:
 
 
 def is_folder_of_shards(path: Path) -> bool:
-    """Whether a folder holds tar files, and no images or classes that would make it an image folder."""
+    """Whether a folder has tar files and neither images nor class folders."""
     entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
     folders = {entry.name for entry in entries if entry.is_dir()}
     endings = {Path(entry.name).suffix.lower() for entry in entries if entry.is_file()}
@@ -113,12 +123,12 @@ def is_folder_of_shards(path: Path) -> bool:
 
 
 def expand(pattern: str) -> list[Path]:
-    """The paths that `{000..015}`, `{a,b}` and `*` in a pattern stand for, in order; InputError if one is not there."""
+    """Expand `{000..015}`, `{a,b}` and `*` in a pattern to paths, in order; raise InputError if one does not exist."""
     found: list[Path] = []
     for name in _braces(str(Path(pattern).expanduser())):
         paths = sorted(map(Path, glob(name))) if "*" in name else [Path(name)]
         if not paths or not paths[0].is_file():
-            raise InputError(f"there is no shard {name}: name those that there are, as in 'shards/{{000..015}}.tar'")
+            raise InputError(f"no shard {name}: give existing ones, such as 'shards/{{000..015}}.tar'")
         found += paths
     return found
 
@@ -137,12 +147,12 @@ def _braces(pattern: str) -> list[str]:
     return [head + choice + rest for choice in choices for rest in tail]
 
 
-def _open(name: str, shards: list[Path]) -> ShardImages:
+def _open(name: str, shards: list[Path]) -> ShardDataset:
     samples = [[sample for sample in read_index(shard) if set(sample) & _SUFFIXES] for shard in shards]
     if not any(samples):
-        raise InputError(f"{name} holds no images (members that count: {' '.join(EXTENSIONS)})")
+        raise InputError(f"{name} has no images (image members end in {' '.join(EXTENSIONS)})")
     names = shards[0].with_name(CLASSES)
-    return ShardImages(name, shards, samples, names.read_text().splitlines() if names.is_file() else [])
+    return ShardDataset(name, shards, samples, names.read_text().splitlines() if names.is_file() else [])
 
 
 _SUFFIXES = {extension.removeprefix(".") for extension in EXTENSIONS}
@@ -153,19 +163,19 @@ def _image(sample: Sample) -> Member:
 
 
 def read_index(shard: Path) -> list[Sample]:
-    """The samples of a shard, from its index if it has one; InputError if the shard is damaged or not whole."""
+    """Return the samples of a shard, from its index if it exists; raise InputError if the shard is damaged."""
     index = shard.with_suffix(".idx")
     try:
         size = shard.stat().st_size
         with open(shard, "rb") as file:
             file.seek(max(0, size - END))
             if size < END or size % 512 or any(file.read()):
-                raise InputError(f"the shard {shard} has no end: it was not written or copied as a whole, get it anew")
+                raise InputError(f"the shard {shard} is incomplete: copy or write it again")
         if index.is_file() and index.stat().st_mtime >= shard.stat().st_mtime:
             return _parse_index(index, size)
         return list(scan(shard))
     except (OSError, tarfile.TarError) as error:
-        raise InputError(f"cannot read the shard {shard} ({error}): get it anew") from error
+        raise InputError(f"cannot read the shard {shard} ({error}): copy or write it again") from error
 
 
 def _parse_index(index: Path, size: int) -> list[Sample]:
@@ -177,17 +187,19 @@ def _parse_index(index: Path, size: int) -> list[Sample]:
             words = line.split()
             members = [(e, int(o), int(s), n) for e, o, s, n in zip(*[iter(words)] * 4, strict=True)]
             if not members or any(offset + length > size - END for _, offset, length, _ in members):
-                raise ValueError("it points behind the end of the shard")
+                raise ValueError("an offset is behind the end of the shard")
             samples.append({member[0]: member for member in members})
         if version != INDEX or len(samples) != int(count):
-            raise ValueError(f"not the {count} samples that it announces")
+            raise ValueError(f"its header gives {count} samples")
     except ValueError as error:
-        raise InputError(f"{index} is not the index of its shard ({error}): delete it to have it made anew") from error
+        raise InputError(
+            f"{index} does not match its shard ({error}): delete it, the shard is then read without it"
+        ) from error
     return samples
 
 
 def scan(shard: Path) -> Iterator[Sample]:
-    """The samples of a tar file, by reading all its headers."""
+    """Yield the samples of a tar file from the headers of its members."""
     with tarfile.open(shard, "r:") as tar:
         files = [(*_split(member.name), member) for member in tar if member.isfile()]
     for _, group in itertools.groupby(files, key=lambda file: file[0]):
@@ -195,14 +207,14 @@ def scan(shard: Path) -> Iterator[Sample]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the extension is all that follows the first dot of the file's own name."""
+    """WebDataset's rule: the extension begins after the first dot of the base name."""
     folder, base = os.path.split(name)
     stem, _, extension = base.partition(".")
     return os.path.join(folder, stem), extension.lower()
 
 
 def write_index(shard: Path, index: Path) -> int:
-    """Write the index of a shard; returns how many samples it has."""
+    """Write the index of a shard and return the number of its samples."""
     samples = list(scan(shard))
     lines = [" ".join(f"{e} {o} {s} {n}" for e, o, s, n in sample.values()) for sample in samples]
     index.write_text("\n".join([f"{INDEX} {len(samples)}", *lines]) + "\n")

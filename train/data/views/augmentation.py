@@ -1,9 +1,10 @@
-"""BYOL's augmentation as data: what is drawn, and the draws themselves.
+"""BYOL's augmentation: the distribution of each view, and the sampled parameters of one view of one image.
 
-Grill et al. 2020, "Bootstrap Your Own Latent", appendix B: a random resized crop, a flip, colour jitter, greyscale,
-Gaussian blur and solarisation, the last two more or less often in one view than in the other. A ViewSpec is the
-distribution of a view; a Draw is one value of it, a function of (seed, epoch, image) alone. Backends (`vision`, `dali`)
-carry out Draws and decide nothing, so that they can be compared image by image.
+Grill et al. 2020, "Bootstrap Your Own Latent", appendix B: random resized crop, flip, colour jitter, greyscale,
+Gaussian blur and solarisation, the last two with a different probability in each view. `ViewSpec` is the distribution
+of a view and `ViewParameters` one sample of it, a function of (seed, epoch, image). The backends
+(`torchvision_backend`, `dali_backend`) apply ViewParameters and sample nothing, so their outputs can be compared image
+by image.
 """
 
 import dataclasses
@@ -17,25 +18,44 @@ from dspnet_fast.errors import InputError
 
 from ..sampler import mix
 
-SMALLEST = 8  # pixels; a crop of fewer shows nothing
+MIN_IMAGE_SIZE = 8  # pixels
 CROP_TRIES = 10
-DRAWS = 2 * CROP_TRIES + 2 + 6 + 4 + 4  # uniform numbers per view: see `draw`
+NUMBERS_PER_VIEW = 2 * CROP_TRIES + 2 + 6 + 4 + 4  # split up in `sample_view`
 JITTER = ("brightness", "contrast", "saturation", "hue")
 OPERATIONS = ("resize", "flip", *JITTER, "order", "grey", "blur", "solarize")
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One view's distribution. Probabilities and scales are fractions, sizes and sigmas pixels of the finished view.
+    """The distribution of one view.
 
-    The operations follow the order of the fields. Factors of brightness, contrast and saturation are uniform in
-    1 +- the value, hue's shift in +- the value (1 is the full circle), and the four are applied in random order.
+    The operations are applied in the order of the fields. The factors of brightness, contrast and saturation are
+    uniform in 1 +- the value, the shift of the hue is uniform in +- the value (1 is the full circle), and these four
+    are applied in random order.
+
+    Attributes:
+        image_size: height and width of the view in pixels.
+        min_scale: smallest area of the crop, as a fraction of the image's area.
+        blur_probability: fraction of views that are blurred.
+        blur_kernel: width of the Gaussian in pixels of the view, odd; below 3 nothing is blurred.
+        blur_sigma: smallest and largest sigma in pixels of the view.
+        solarize_probability: fraction of views that are solarised.
+        max_scale: largest area of the crop, as a fraction of the image's area.
+        ratio: smallest and largest ratio of the crop's width to its height.
+        flip_probability: fraction of views that are mirrored left to right.
+        jitter_probability: fraction of views whose colours are changed.
+        brightness: largest deviation of the brightness factor from 1.
+        contrast: largest deviation of the contrast factor from 1.
+        saturation: largest deviation of the saturation factor from 1.
+        hue: largest shift of the hue.
+        grey_probability: fraction of views that become greyscale.
+        solarize_threshold: pixel value from which on solarisation inverts, 0 to 255.
     """
 
     image_size: int
     min_scale: float
     blur_probability: float
-    blur_kernel: int  # odd; below 3 there is no blur
+    blur_kernel: int
     blur_sigma: tuple[float, float]
     solarize_probability: float
     max_scale: float = 1.0
@@ -47,18 +67,26 @@ class ViewSpec:
     saturation: float = 0.2
     hue: float = 0.1
     grey_probability: float = 0.2
-    solarize_threshold: int = 128  # pixels of this value and brighter are inverted
+    solarize_threshold: int = 128
 
 
 def byol(image_size: int, min_scale: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
-    """The two views of BYOL for square crops of `image_size` pixels; `min_scale` is the smallest share of the area.
+    """Return the distributions of BYOL's two views.
 
-    BYOL blurs 224 pixels with sigma 0.1 to 2 and a kernel of 23. Both shrink with the image, so that the same detail is
-    lost at every size: at 96 pixels sigma is at most 0.86, and below 30 the kernel is one pixel and nothing is blurred.
+    BYOL blurs views of 224 pixels with sigma 0.1 to 2 and a kernel of 23 pixels. Both are scaled with `image_size`, so
+    that blurring removes the same detail at every size: at 96 pixels sigma is at most 0.86; below 30 pixels the kernel
+    is one pixel wide and nothing is blurred.
+
+    Args:
+        image_size: height and width of the views in pixels, at least `MIN_IMAGE_SIZE`.
+        min_scale: smallest area of a crop, as a fraction of the image's area.
+
+    Raises:
+        InputError: one of the arguments is out of range.
     """
-    check_size(image_size)
+    check_image_size(image_size)
     if not 0 < min_scale <= 1:
-        raise InputError(f"the smallest crop is {min_scale} of the image's area: give a number above 0, at most 1")
+        raise InputError(f"a smallest crop of {min_scale} of the image's area: give a number above 0 and at most 1")
     scale = image_size / 224
     kernel = max(1, (int(23 * scale) - 1) // 2 * 2 + 1)
 
@@ -69,30 +97,33 @@ def byol(image_size: int, min_scale: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
 
 
 def supervised(image_size: int, min_scale: float = 0.08) -> ViewSpec:
-    """Random resized crop and flip: the view that classifiers are trained on (BYOL, appendix D.1)."""
+    """Return the distribution for training classifiers: random resized crop and flip (BYOL, appendix D.1).
+
+    Arguments and errors as in `byol`.
+    """
     crops, _ = byol(image_size, min_scale)
     return dataclasses.replace(
         crops, jitter_probability=0.0, grey_probability=0.0, blur_probability=0.0, solarize_probability=0.0
     )
 
 
-def check_size(image_size: int) -> None:
-    """Raise InputError for views too small to show anything."""
-    if image_size < SMALLEST:
-        raise InputError(f"views of {image_size} pixels are too small: give an image size of at least {SMALLEST}")
+def check_image_size(image_size: int) -> None:
+    """Raise InputError if `image_size` is below `MIN_IMAGE_SIZE`."""
+    if image_size < MIN_IMAGE_SIZE:
+        raise InputError(f"views of {image_size} pixels are too small: give an image size of at least {MIN_IMAGE_SIZE}")
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What chance decided for one view of one image.
+class ViewParameters:
+    """The sampled parameters of one view of one image.
 
     Attributes:
-        box: the crop: top, left, height and width in pixels of the image.
-        flip: mirror it, left to right.
-        jitter: (name out of JITTER, factor) in the order of application; empty if the colours stay.
-        grey: take the colours away.
-        sigma: of the blur, in pixels of the view; 0 for none.
-        solarize: invert what is bright.
+        box: top, left, height and width of the crop in pixels of the image.
+        flip: whether to mirror the view left to right.
+        jitter: (name out of JITTER, factor) in the order of application; empty for unchanged colours.
+        grey: whether to convert to greyscale.
+        sigma: of the blur in pixels of the view; 0 for none.
+        solarize: whether to invert bright pixels.
     """
 
     box: tuple[int, int, int, int]
@@ -103,19 +134,30 @@ class Draw:
     solarize: bool
 
 
-def numbers(seed: int, epoch: int, i: int, views: int = 2) -> list[list[float]]:
-    """DRAWS uniform numbers for each view of image i in an epoch."""
+def uniform_numbers(seed: int, epoch: int, i: int, views: int = 2) -> list[list[float]]:
+    """Return the random numbers that determine the views of image i in an epoch.
+
+    Returns:
+        For each of `views` views `NUMBERS_PER_VIEW` numbers, uniform in [0, 1).
+    """
     generator = torch.Generator().manual_seed(mix(seed, epoch, i))
-    return torch.rand(views, DRAWS, generator=generator).tolist()
+    return torch.rand(views, NUMBERS_PER_VIEW, generator=generator).tolist()
 
 
-def draw(view: ViewSpec, uniform: Sequence[float], height: int, width: int) -> Draw:
-    """The Draw of an image of this size that DRAWS uniform numbers stand for."""
+def sample_view(view: ViewSpec, uniform: Sequence[float], height: int, width: int) -> ViewParameters:
+    """Map uniform numbers to the parameters of a view.
+
+    Args:
+        view: the distribution.
+        uniform: `NUMBERS_PER_VIEW` numbers in [0, 1), from `uniform_numbers`.
+        height: of the image in pixels.
+        width: of the image in pixels.
+    """
     crop, order, factors = uniform[: 2 * CROP_TRIES + 2], uniform[-8:-4], uniform[-4:]
     flip, jitter, grey, blur, sigma, solarize = uniform[2 * CROP_TRIES + 2 : -8]
     low, high = view.blur_sigma
     blurred = blur < view.blur_probability and view.blur_kernel >= 3
-    return Draw(
+    return ViewParameters(
         box=_crop_box(view, height, width, crop),
         flip=flip < view.flip_probability,
         jitter=_jitter(view, order, factors) if jitter < view.jitter_probability else (),
@@ -136,9 +178,12 @@ def _jitter(view: ViewSpec, order: Sequence[float], factors: Sequence[float]) ->
 
 
 def only(view: ViewSpec, operation: str) -> ViewSpec:
-    """`view` with one of OPERATIONS, always, and no other; "order" is the four of JITTER, "resize" the crop and resize.
+    """Return `view` with one operation, applied with probability 1, and no other.
 
-    All but "resize" see the image's largest square in the middle, resized.
+    Args:
+        view: the distribution to restrict.
+        operation: one of `OPERATIONS`. "order" stands for all four of `JITTER`, "resize" for the random crop; every
+            other operation applies to the largest centred square, resized.
     """
     if operation != "resize":
         view = dataclasses.replace(view, min_scale=1.0, max_scale=1.0, ratio=(1.0, 1.0))
@@ -161,9 +206,9 @@ def only(view: ViewSpec, operation: str) -> ViewSpec:
 
 
 def _crop_box(view: ViewSpec, height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
-    """Top, left, height, width by the rule of torchvision's RandomResizedCrop: area uniform, ratio log-uniform.
+    """Top, left, height and width as in torchvision's RandomResizedCrop: area uniform, ratio log-uniform.
 
-    The first of ten tries that fits inside the image is taken, else the largest centred box of an admitted ratio.
+    The first of `CROP_TRIES` boxes that fits into the image, else the largest centred box of an allowed ratio.
     """
     low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
     down, right = draws[-2:]

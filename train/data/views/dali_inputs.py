@@ -1,7 +1,7 @@
-"""What DALI's pipelines are given: the file of each image, the region that its crops lie in, and its Draws as numbers.
+"""Inputs of DALI's pipelines: encoded images, regions to decode, and the sampled parameters of the views.
 
-Each JPEG is decoded once, and only the region that its two crops lie in. What is no ordinary JPEG is decoded by Pillow
-while it is read, as in the other backends, and reaches the pipeline as a PPM file.
+DALI decodes each JPEG once, and only the region that contains its two crops. Pillow decodes every other format while
+it is read, as in the other backends, and the pipeline gets a PPM file.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .augmentation import JITTER, Draw, ViewSpec
+from .augmentation import JITTER, ViewParameters, ViewSpec
 from .photometric import hue_offset
 
-ORIENTATION = 0x0112  # EXIF's number for which way up the camera was held
+ORIENTATION = 0x0112  # EXIF tag
 END_OF_JPEG = b"\xff\xd9"
-STAGES = len(JITTER) - 1  # of jitter but hue, that may come before and after it
-BRIGHTNESS, CONTRAST, SATURATION, NOTHING = 0, 1, 2, 3
+STAGES = len(JITTER) - 1  # operations of the jitter that may precede, or follow, the hue
+BRIGHTNESS, CONTRAST, SATURATION, IDENTITY = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image's file, and its views.
+    """An encoded image and the parameters of its views.
 
     Attributes:
         encoded: uint8 [n], a JPEG or PPM file.
-        region: of the image that the views' boxes lie in: top, left, height, width.
-        draws: one for each view.
+        region: the smallest box around the crops of all views: top, left, height, width in pixels.
+        views: the parameters of each view.
     """
 
     encoded: np.ndarray
     region: tuple[int, int, int, int]
-    draws: list[Draw]
+    views: list[ViewParameters]
 
 
 def plain_jpeg(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that DALI decodes as Pillow does; None for everything else.
+    """Return height and width of a JPEG that DALI decodes like Pillow, None for any other file.
 
-    That is a whole file of greyscale or YCbCr, the right way up.
+    Such a JPEG is complete, greyscale or YCbCr, and not rotated by EXIF's orientation.
     """
     try:
         with Image.open(io.BytesIO(content)) as header:
@@ -49,20 +49,20 @@ def plain_jpeg(content: bytes) -> tuple[int, int] | None:
             if plain and "exif" in header.info:
                 plain = header.getexif().get(ORIENTATION, 1) == 1
             size = header.height, header.width
-    except Exception:  # Pillow will say what is wrong with it when it decodes it
+    except Exception:  # reported when Pillow decodes the file
         return None
     return size if plain and content.rstrip(b"\0").endswith(END_OF_JPEG) else None
 
 
-def union(boxes: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
-    """The smallest box around all of them: top, left, height, width."""
+def bounding_box(boxes: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
+    """Return the smallest box (top, left, height, width) that contains all `boxes`."""
     top, left = (min(box[axis] for box in boxes) for axis in (0, 1))
     bottom, right = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
     return top, left, bottom - top, right - left
 
 
-def for_decoding(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What `decoding` is given, by name."""
+def decode_inputs(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the inputs of `decode_pipeline` by name."""
     regions = np.array([sample.region for sample in samples], np.int32)
     return {
         "encoded": [sample.encoded for sample in samples],
@@ -71,18 +71,18 @@ def for_decoding(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def for_viewing(samples: Sequence[Sample], views: Sequence[ViewSpec], colours: bool) -> dict[str, Any]:
-    """What `viewing` is given, by name."""
-    inputs = for_decoding(samples)
+def view_inputs(samples: Sequence[Sample], views: Sequence[ViewSpec], photometric: bool) -> dict[str, Any]:
+    """Return the inputs of `view_pipeline` by name; those of the photometric operations only with `photometric`."""
+    inputs = decode_inputs(samples)
     for k, view in enumerate(views):
-        drawn = [sample.draws[k] for sample in samples]
+        drawn = [sample.views[k] for sample in samples]
         boxes = np.array([one.box for one in drawn], np.int32)
         flip = np.array([one.flip for one in drawn])
         top, left = (boxes[:, :2] - inputs["region_start"]).T
         bottom, right = top + boxes[:, 2], left + boxes[:, 3]
         inputs[f"from{k}"] = np.stack([top, np.where(flip, right, left)], 1).astype(np.float32)
         inputs[f"to{k}"] = np.stack([bottom, np.where(flip, left, right)], 1).astype(np.float32)
-        if not colours:
+        if not photometric:
             continue
         stages = [_stages(one.jitter) for one in drawn]
         for where, side in enumerate(("before", "after")):
@@ -106,11 +106,11 @@ Stage = tuple[int, float]
 
 
 def _stages(jitter: Sequence[tuple[str, float]]) -> tuple[list[Stage], list[Stage]]:
-    """(kind, factor) of the STAGES before hue and of those after it."""
+    """Return (kind, factor) of the STAGES operations before the hue and of those after it."""
     names = [name for name, _ in jitter]
     middle = names.index("hue") if "hue" in names else len(names)
     before, after = (
         [(JITTER.index(name), factor) for name, factor in part] for part in (jitter[:middle], jitter[middle + 1 :])
     )
-    rest = [(NOTHING, 1.0)] * STAGES
-    return (before + rest)[:STAGES], (after + rest)[:STAGES]
+    padding = [(IDENTITY, 1.0)] * STAGES
+    return (before + padding)[:STAGES], (after + padding)[:STAGES]

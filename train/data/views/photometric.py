@@ -1,7 +1,7 @@
-"""Everything of a Draw that comes after the resize, in float32 planes of torch: the colours, blur and solarisation.
+"""Colour jitter, greyscale, blur and solarisation on float32 planes in torch, for the backend dali-cpu.
 
-On a CPU this is several times as fast as the same operations of DALI, which rounds one byte at a time and goes through
-memory once for every step of an expression.
+On a CPU this is several times as fast as DALI's operators, which round each byte separately and pass over memory once
+for every step of an expression.
 """
 
 from __future__ import annotations
@@ -9,19 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .augmentation import Draw, ViewSpec
+from .augmentation import ViewParameters, ViewSpec
 from .torchvision_backend import blur_matrix
 
 LUMA = (0.299, 0.587, 0.114)
 
 
 def hue_offset(turn: float, channel: int) -> float:
-    """q of `turn_hue`: 5, 3 or 1 for red, green or blue plus 6 turn, modulo 6, less 5."""
+    """Return q of `rotate_hue`: ((5, 3 or 1 for red, green or blue) + 6 turn) modulo 6, minus 5."""
     return ((5, 3, 1)[channel] + 6 * turn) % 6 - 5
 
 
-def finish(view: ViewSpec, drawn: Draw, image: Tensor, out: Tensor) -> None:
-    """Carry out the draw on its crop, uint8 [S, S, 3], into uint8 [3, S, S]."""
+def apply_photometric(view: ViewSpec, drawn: ViewParameters, image: Tensor, out: Tensor) -> None:
+    """Apply all operations that follow the resize.
+
+    Args:
+        view: the distribution that the parameters are from.
+        drawn: the parameters.
+        image: the resized crop, uint8 [S, S, 3].
+        out: receives the result, uint8 [3, S, S].
+    """
     pixels = image.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     for name, factor in drawn.jitter:
         if name == "brightness":
@@ -33,7 +40,7 @@ def finish(view: ViewSpec, drawn: Draw, image: Tensor, out: Tensor) -> None:
             grey = _luma(pixels)
             pixels.mul_(factor).add_(grey, alpha=1 - factor).clamp_(0, 255)
         else:
-            turn_hue(pixels, factor)
+            rotate_hue(pixels, factor)
     if drawn.grey:
         pixels.copy_(_luma(pixels).expand_as(pixels))
     if drawn.sigma:
@@ -50,13 +57,17 @@ def _luma(pixels: Tensor) -> Tensor:
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
-def turn_hue(pixels: Tensor, turn: float) -> None:
-    """Turn the hue of [3, ...] by `turn` of HSV's circle, in place.
+def rotate_hue(pixels: Tensor, turn: float) -> None:
+    """Rotate the hue of RGB pixels in HSV, in place.
 
-    Value V = max(R, G, B) and chroma C = V - min(R, G, B) = V - M stay. A channel is V - C clamp(min(h, 4 - h), 0, 1),
-    where h is the hue in sixths of the circle plus 5, 3 or 1 for red, green and blue, modulo 6. Multiplied by C there
-    is nothing to divide by, and without the modulo both tents that can be met are one expression: with H = C hue it is
-    clamp(M - C + ||H + q C| - 3 C|, M, V), q as in `hue_offset`.
+    With V = max(R, G, B), M = min(R, G, B) and C = V - M, which rotation keeps, a channel of the result is
+    V - C clamp(min(h, 4 - h), 0, 1), where h is the hue in sixths of the circle plus 5, 3 or 1 for red, green and blue,
+    modulo 6. Multiplying the hue by C avoids the division, and H = C hue with q of `hue_offset` avoids the modulo:
+    the channel is clamp(M - C + ||H + q C| - 3 C|, M, V).
+
+    Args:
+        pixels: float32 [3, ...].
+        turn: rotation as a fraction of the full circle.
     """
     red, green, blue = pixels
     value = torch.maximum(red, green)

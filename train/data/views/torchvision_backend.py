@@ -1,4 +1,4 @@
-"""torchvision's and Pillow's way of carrying out a Draw: one image at a time, in bytes."""
+"""Views computed by torchvision and Pillow: one uint8 image at a time."""
 
 import functools
 from collections.abc import Callable
@@ -8,18 +8,27 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .augmentation import Draw, ViewSpec, check_size
+from .augmentation import ViewParameters, ViewSpec, check_image_size
 
 View = Callable[[Image.Image], torch.Tensor]
 
 
-def augment(view: ViewSpec, drawn: Draw, image: Image.Image) -> torch.Tensor:
-    """The view that was drawn of an image, "L" or "RGB" to uint8 [1 or 3, image_size, image_size]."""
+def augment(view: ViewSpec, drawn: ViewParameters, image: Image.Image) -> torch.Tensor:
+    """Apply sampled parameters to an image.
+
+    Args:
+        view: the distribution that the parameters are from.
+        drawn: the parameters.
+        image: in mode "L" or "RGB".
+
+    Returns:
+        uint8 [1 or 3, image_size, image_size].
+    """
     image = _resized_crop(image, drawn.box, (view.image_size, view.image_size))
     if drawn.flip:
         image = F.horizontal_flip(image)
     for name, factor in drawn.jitter:
-        if image.mode == "RGB" or name in ("brightness", "contrast"):  # the others change nothing without colours
+        if image.mode == "RGB" or name in ("brightness", "contrast"):  # saturation and hue do not change grey
             image = getattr(F, f"adjust_{name}")(image, factor)
     if drawn.grey and image.mode == "RGB":
         image = F.rgb_to_grayscale(image, num_output_channels=3)
@@ -32,11 +41,18 @@ def augment(view: ViewSpec, drawn: Draw, image: Image.Image) -> torch.Tensor:
 
 
 def evaluation_view(image_size: int) -> View:
-    """The view without chance, uint8 [1 or 3, image_size, image_size]: the shorter side to 8/7 of that, centre crop.
+    """Return the deterministic view for evaluation: resize the shorter side to 8/7 `image_size`, then crop the centre.
 
-    Images whose shorter side is not above `image_size` are resized to it exactly: they have no margin to cut away.
+    An image whose shorter side is at most `image_size` is resized to exactly that instead, as a crop would lose a
+    margin that it does not have.
+
+    Returns:
+        A function from an image in mode "L" or "RGB" to uint8 [1 or 3, image_size, image_size].
+
+    Raises:
+        InputError: `image_size` is too small.
     """
-    check_size(image_size)
+    check_image_size(image_size)
     return functools.partial(_evaluate, image_size)
 
 
@@ -51,8 +67,8 @@ def _evaluate(image_size: int, image: Image.Image) -> torch.Tensor:
 def _resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
     """Crop to (top, left, height, width), then resize to (height, width), bicubic with antialiasing.
 
-    torch's resize of bytes is 2 to 4 times as fast as Pillow's on photographs, but the way there and back costs more
-    than all of Pillow's on small images. The two differ by one grey level at most.
+    torch resizes uint8 photographs 2 to 4 times as fast as Pillow. On small images converting to a tensor and back
+    costs more than Pillow's resize. Their results differ by one grey level at most.
     """
     top, left, height, width = box
     image = image.crop((left, top, left + width, top + height))
@@ -65,17 +81,17 @@ def _resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: tupl
 
 
 def _gaussian_blur(pixels: torch.Tensor, kernel: int, sigma: float) -> torch.Tensor:
-    """uint8 [C, S, S] convolved with a Gaussian cut off at `kernel` pixels, the image mirrored at its borders.
+    """Convolve uint8 [C, S, S] with a Gaussian of `kernel` pixels; the image is mirrored at its borders.
 
-    A Gaussian is separable: with the banded matrix A of its weights the result is A X A^T, faster on a CPU than a
-    two-dimensional convolution, by 6 times at 224 pixels.
+    A Gaussian is separable: with the banded matrix A of its weights the result is A X A^T. On a CPU this is 6 times as
+    fast as a two-dimensional convolution at 224 pixels.
     """
     band = blur_matrix(pixels.shape[-1], kernel, sigma)
     return (band @ pixels.float() @ band.T).round_().to(torch.uint8)
 
 
 def blur_matrix(size: int, kernel: int, sigma: float) -> torch.Tensor:
-    """The banded matrix [size, size] that blurs one axis: see `_gaussian_blur`."""
+    """Return the banded matrix, float32 [size, size], that blurs one axis of `size` pixels."""
     weights = torch.exp(-0.5 * ((torch.arange(kernel) - kernel // 2) / sigma) ** 2)
     weights = (weights / weights.sum()).expand(size, kernel)
     return torch.zeros(size, size).scatter_add_(1, _mirrored_columns(size, kernel), weights)

@@ -14,7 +14,7 @@ from dspnet_fast.ops import registry
 from ...config import WORKERS_HELP, Workers, option
 from ...costs.flops import cost
 from ...data.datasets import open_images
-from ...data.datasets.images import ImageSet, require_labels
+from ...data.datasets.images import ImageDataset, require_labels
 from ...run.device import choose_device
 from ..pretrained import PretrainedFamily
 
@@ -46,8 +46,8 @@ class Subject:
             registry.fast_kernels()
         self.trained = PretrainedFamily(out, choose_device(options.device))
         self.data = options.data or self.trained.config.data
-        self.train: ImageSet = open_images(self.data, "train")
-        self.test: ImageSet = open_images(self.data, "test")
+        self.train: ImageDataset = open_images(self.data, "train")
+        self.test: ImageDataset = open_images(self.data, "test")
         self.train_labels: Tensor = require_labels(self.train)
         self.test_labels: Tensor = require_labels(self.test)
 

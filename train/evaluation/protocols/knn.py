@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...config import Workers, option, positive
-from ...data.datasets.images import ImageSet, Subset
+from ...data.datasets.images import ImageDataset, Subset
 from ...data.loader import evaluation_batches
 from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
@@ -93,7 +93,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
     return report
 
 
-def _pixels(images: ImageSet, image_size: int, workers: Workers) -> Tensor:
+def _pixels(images: ImageDataset, image_size: int, workers: Workers) -> Tensor:
     """The evaluation views themselves as features, float32 [N, C * S * S] from 0 to 1."""
     batches = evaluation_batches(images, range(len(images)), image_size, BATCH, workers)
     with Monitor("raw pixels", -(-len(images) // BATCH)) as monitor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dspnet_fast.errors import InputError
 
 from ...config import option, positive
-from ...data.datasets.images import digest_of
+from ...data.datasets.images import dataset_digest
 from ...data.loader import one_view_batches
 from ...data.normalization import normalize
 from ...data.sampler import EpochSampler
@@ -65,7 +65,7 @@ class LinearOptions(ClassifierOptions):
     def check(self) -> None:
         """Raise InputError for values that no training can have."""
         super().check()
-        augmentation.supervised(augmentation.SMALLEST, self.min_scale)
+        augmentation.supervised(augmentation.MIN_IMAGE_SIZE, self.min_scale)
 
 
 def evaluate_linear(out: Path, options: LinearOptions) -> Report:
@@ -98,7 +98,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
     classifiers = Classifiers({s.name: s.channels[-1] for s in subnets}, subject.classes, recipe.seed)
     training = ClassifierTraining(classifiers.to(trained.device), recipe, order().steps_per_epoch)
     view_key = (options.min_scale,) if options.augment else ()
-    key = fingerprint.digest(trained.weights, digest_of(subject.train), asdict(recipe), view_key)
+    key = fingerprint.digest(trained.weights, dataset_digest(subject.train), asdict(recipe), view_key)
     loop.run("classifiers", training, batches, out / FOLDER / "classifiers" / f"linear-{key}", trained.device)
     found = evaluate(classifiers, test, subject.test_labels, trained.device)
     return {

@@ -18,8 +18,8 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
 from ...config import option, positive
-from ...data.datasets.images import Subset, digest_of
-from ...data.datasets.stratified import SEED, as_text, balanced_subset, checksum
+from ...data.datasets.images import Subset, dataset_digest
+from ...data.datasets.stratified import SEED, checksum, index_text, stratified_subset
 from ...data.sampler import EpochSampler
 from ...data.views import augmentation
 from ...run import fingerprint, loop
@@ -65,7 +65,7 @@ class SemiOptions(ClassifierOptions):
         super().check()
         positive(finetune_epochs=self.finetune_epochs, finetune_lr=self.finetune_lr)
         positive(finetune_head_lr=self.finetune_head_lr)
-        augmentation.supervised(augmentation.SMALLEST, self.min_scale)
+        augmentation.supervised(augmentation.MIN_IMAGE_SIZE, self.min_scale)
         self.percents()
         self.chosen_methods()
 
@@ -117,11 +117,11 @@ def evaluate_semi(out: Path, options: SemiOptions) -> Report:
     options.check()
     subject = Subject(out, options)
     percents, methods = options.percents(), options.chosen_methods()
-    chosen = {p: balanced_subset(subject.train_labels, p / 100, options.subset_seed) for p in percents}
+    chosen = {p: stratified_subset(subject.train_labels, p / 100, options.subset_seed) for p in percents}
     subsets: dict[str, Any] = {}
     for percent, indices in chosen.items():
         file = f"semi-{percent:g}-percent.txt"
-        atomic.write_text(out / FOLDER / file, as_text(indices))
+        atomic.write_text(out / FOLDER / file, index_text(indices))
         subsets[f"{percent:g} %"] = {
             "images": len(indices),
             "batch_size": fitting_batch(options.batch_size, len(indices)),
@@ -183,7 +183,7 @@ def _linear(subject: Subject, options: SemiOptions, chosen: dict[float, list[int
             order = EpochSampler(len(labels), recipe.batch_size, recipe.seed, recipe.epochs, start)
             return kept_batches(train, labels, order, device)
 
-        key = fingerprint.digest(trained.weights, digest_of(images), indices, asdict(recipe))
+        key = fingerprint.digest(trained.weights, dataset_digest(images), indices, asdict(recipe))
         folder = trained.out / FOLDER / "classifiers" / f"semi-{key}"
         loop.run(f"classifiers {percent:g} %", training, batches, folder, device)
         found[_column(percent, "linear")] = evaluate(classifiers, test, subject.test_labels, device)
@@ -208,7 +208,7 @@ def _finetune(subject: Subject, options: SemiOptions, percent: float, indices: l
             for s in trained.family
         }
     )
-    key = fingerprint.digest(trained.weights, digest_of(images), asdict(recipe), options.min_scale)
+    key = fingerprint.digest(trained.weights, dataset_digest(images), asdict(recipe), options.min_scale)
     loop.run(
         f"fine-tuning {percent:g} %",
         training,
