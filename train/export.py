@@ -28,7 +28,7 @@ from .data.normalization import MEAN, STD
 from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from .run.progress import Monitor
-from .run.run_directory import read_any_config
+from .run.saved_config import read_any_config
 
 DESCRIPTION = """\
 Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network

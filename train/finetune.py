@@ -30,7 +30,9 @@ from .evaluation.results import Report, accuracy_table, publish
 from .evaluation.supervised import Hyperparameters, SupervisedTraining, evaluate, labelled_batches, new_classifier
 from .run import loop
 from .run.device import choose_device
-from .run.run_directory import RunLog, check_run, open_run, read_config, with_own_config
+from .run.log import RunLog
+from .run.run_directory import check_run, open_run
+from .run.saved_config import read_config, with_saved_config
 
 DESCRIPTION = """\
 Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parsed = make_parser().parse_args(with_own_config(argv))
+    parsed = make_parser().parse_args(with_saved_config(argv))
     config = completed(cli.to_config(FinetuneConfig, parsed))
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/finetuned")

@@ -13,7 +13,7 @@ from .config import PretrainConfig
 from .costs import dry_run
 from .distributed.process_group import destroy_process_group
 from .pretraining.run import PretrainRun
-from .run.run_directory import with_own_config
+from .run.saved_config import with_saved_config
 
 DESCRIPTION = """\
 Pretrain a family of networks that share their weights, on images without labels.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    options = make_parser().parse_args(with_own_config(argv))
+    options = make_parser().parse_args(with_saved_config(argv))
     config = cli.to_config(PretrainConfig, options)
     if options.dry_run:
         dry_run.show(dry_run.plan(config, options.resume))

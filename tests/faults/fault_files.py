@@ -13,7 +13,7 @@ from fault_table import Outcome, fault
 from train.config import PretrainConfig
 from train.pretraining.dspnet import build_model
 from train.run import checkpoint
-from train.run.run_directory import read_config
+from train.run.saved_config import read_config
 
 STOPPED_AT = 8
 

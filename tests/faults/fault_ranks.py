@@ -13,7 +13,7 @@ from fault_table import Outcome, fault
 
 from train.config import PretrainConfig
 from train.data.sampler import EpochSampler
-from train.run.run_directory import read_config
+from train.run.saved_config import read_config
 
 RANKS = 2
 STOPPED_AT = 5

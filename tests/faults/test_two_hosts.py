@@ -19,7 +19,7 @@ from train.config import PretrainConfig
 from train.costs.communication import traffic
 from train.pretraining.dspnet import build_model
 from train.run import checkpoint
-from train.run.run_directory import read_config
+from train.run.saved_config import read_config
 
 HOSTS = ("a", "b")
 PORT = 29533  # in namespaces of our own

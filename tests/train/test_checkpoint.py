@@ -40,7 +40,7 @@ def test_rests_are_cleared_by_who_will_write(tmp_path):
     (tmp_path / ".step-00000007.pt.123.tmp").touch()
     checkpoint.save(tmp_path, 10, {})
     assert len(list(tmp_path.iterdir())) == 2  # another process may be writing it
-    checkpoint.clear_rests(tmp_path)
+    checkpoint.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010.pt"]
 
 

@@ -131,7 +131,7 @@ def test_other_commands_say_whose_run_it_is(out, capsys, command):
     before = sorted(out.rglob("*"))
     options = {evaluate: ["knn", out], report: [out], detect: [out, "--dn", DNS[0]]}
     assert run(command, *options[command]) == WRONG_INPUT
-    assert f"{out} is a run of dspnet-finetune; this command takes one of dspnet-pretrain" in capsys.readouterr().err
+    assert f"{out} is a run of dspnet-finetune; this command needs one of dspnet-pretrain" in capsys.readouterr().err
     assert sorted(out.rglob("*")) == before
 
 

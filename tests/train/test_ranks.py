@@ -21,7 +21,7 @@ from train.pretraining.dspnet import VIEWS, build_model
 from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
-from train.run.run_directory import read_config
+from train.run.saved_config import read_config
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 

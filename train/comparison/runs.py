@@ -19,7 +19,8 @@ from ..evaluation.results import Report
 from ..pretraining.run import PretrainRun, open_train_images
 from ..run import checkpoint
 from ..run.device import choose_device
-from ..run.run_directory import CONFIG, open_run
+from ..run.run_directory import open_run
+from ..run.saved_config import CONFIG
 from .design import Comparison
 from .measuring import Measured
 from .ratios import SINGLE_PROCESS, ratios

@@ -16,7 +16,7 @@ from dspnet_fast import atomic
 
 from ..costs import counting
 from ..run import fingerprint
-from ..run.run_directory import read_metrics
+from ..run.log import read_metrics
 from .design import Comparison, Variant
 from .measuring import Measured, measure
 from .seeds import summary

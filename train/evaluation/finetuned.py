@@ -13,7 +13,7 @@ from dspnet_fast.models import family as family_of
 from ..config import FinetuneConfig
 from ..data.datasets import open_images
 from ..run import checkpoint
-from ..run.run_directory import read_config
+from ..run.saved_config import read_config
 from .pretrained import EvaluatedFamily
 
 

@@ -26,7 +26,7 @@ from ..data.normalization import normalize
 from ..pretraining.dspnet import build_model
 from ..run import checkpoint, fingerprint
 from ..run.progress import Monitor
-from ..run.run_directory import read_config
+from ..run.saved_config import read_config
 from .features import kept, representations
 
 BATCH = 256

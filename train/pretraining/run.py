@@ -30,10 +30,11 @@ from ..evaluation.collapse import ADVICE, LEAST_RANK, LEAST_STD, collapsed
 from ..run import checkpoint, loop
 from ..run.device import choose_device
 from ..run.interruption import Interruption
+from ..run.log import RunLog
 from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
-from ..run.run_directory import RunLog, check_out, open_run, read_bad_images, write_bad_images
+from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
 from .nonfinite import MAX_IN_A_ROW
 from .probe import Probe
 from .trainer import Trainer
@@ -116,7 +117,7 @@ class PretrainRun:
         """Load the checkpoint to resume or the initial weights, and check that all ranks start alike."""
         trainer, config, world = self.trainer, self.config, self.world
         if world.is_main:
-            checkpoint.clear_rests(self.checkpoints)
+            checkpoint.remove_leftovers(self.checkpoints)
         state = self._newest(self.checkpoints)
         if state is not None:
             trainer.load_state(state)

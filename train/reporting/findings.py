@@ -17,7 +17,8 @@ from ..config import PretrainConfig
 from ..costs.flops import cost
 from ..evaluation.collapse import collapsed
 from ..evaluation.plot_data import Point
-from ..run.run_directory import read_config, read_metrics
+from ..run.log import read_metrics
+from ..run.saved_config import read_config
 
 COMPARE = "compare.json"
 ACCURACIES = ("top1", "majority")  # what evaluations call the accuracy that their interval belongs to

@@ -1,1 +1,1 @@
-"""What every command that trains shares: its directory, checkpoints, progress, interruption."""
+"""Shared by the commands that train: run directory, checkpoints, log, progress, interruption."""

@@ -1,5 +1,7 @@
-"""Checkpoints of a run: written atomically, with a digest of what is in them, read without unpickling anything but
-tensors and plain values."""
+"""Checkpoints of a run: written atomically, with a digest of their contents.
+
+Reading unpickles tensors and plain values only.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,22 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP, keep_every: int = 0) -> Path:
-    """Write `state` (tensors, numbers, strings, lists and dictionaries of them), then drop old ones.
+    """Write a checkpoint, then delete old ones.
 
-    keep: how many of the newest to keep, this one included. keep_every: and those of every so many steps; 0 for none.
-    InputError if the disk is full; no old one has been dropped then. Those of later steps, which a run that went back
-    behind them could not read, are set aside under another name.
+    Checkpoints of later steps, which the run could not read when it resumed, are renamed to `step-….damaged`.
+
+    Args:
+        folder: of the checkpoints.
+        step: of the run.
+        state: tensors, numbers, strings, and lists and dictionaries of them.
+        keep: how many of the newest checkpoints to keep, including this one.
+        keep_every: also keep every checkpoint whose step is a multiple of this; 0 for none.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        InputError: the disk is full; no old checkpoint has been deleted.
     """
     path = path_of(folder, step)
     contents = {"format": FORMAT, "step": step, **state}
@@ -52,28 +65,28 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP, keep_
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the path of the checkpoint of a step."""
     return folder / f"step-{step:08d}.pt"
 
 
-def clear_rests(folder: Path) -> None:
-    """Remove what processes left that were killed while they wrote; for the one that is going to write."""
-    for rest in folder.glob(".step-*.tmp"):
-        rest.unlink(missing_ok=True)
+def remove_leftovers(folder: Path) -> None:
+    """Delete incomplete files of killed processes. Only the process that writes to the run may call this."""
+    for leftover in folder.glob(".step-*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _write(contents: dict[str, Any], path: Path) -> None:
-    with open(path, "wb") as file:  # with a path in its place torch.save would not say why it fails
+    with open(path, "wb") as file:  # given a path, torch.save hides the reason of a failure
         torch.save(contents, file)
 
 
 def size(state: dict[str, Any]) -> int:
-    """Bytes of the tensors in `state`, to which a file of it adds little."""
+    """Return the bytes of the tensors in `state`, which is about the size of its checkpoint."""
     return sum(part.nbytes for part in _parts(state) if isinstance(part, Tensor))
 
 
 def _parts(value: Any, name: str = "") -> Iterator[Any]:
-    """Names and values of everything in nested dictionaries and lists, in the order in which they hold them."""
+    """Yield names and values of all leaves of nested dictionaries and lists, in order."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _parts(item, f"{name}/{key}")
@@ -86,19 +99,19 @@ def _parts(value: Any, name: str = "") -> Iterator[Any]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder, None if it has none."""
+    """Return the path of the newest checkpoint in a folder, None if there is none."""
     files = _files(folder)
     return files[-1][1] if files else None
 
 
 def latest_step(folder: Path) -> int:
-    """The step of the newest checkpoint of a folder, 0 if it has none."""
+    """Return the step of the newest checkpoint in a folder, 0 if there is none."""
     files = _files(folder)
     return files[-1][0] if files else 0
 
 
 def newest_of_run(out: Path) -> Path:
-    """The newest checkpoint of a run directory; InputError if there is none."""
+    """Return the path of the newest checkpoint of a run; raise InputError if there is none."""
     path = latest(out / "checkpoints")
     if path is None:
         raise InputError(f"{out} holds no checkpoint of a run: give the --out of a pretraining that has saved one")
@@ -106,22 +119,42 @@ def newest_of_run(out: Path) -> Path:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; InputError if the file is none, is damaged or was written by another version."""
+    """Read a checkpoint.
+
+    Args:
+        path: of the file.
+        device: of the returned tensors.
+
+    Returns:
+        The saved state, with `format` and `step`.
+
+    Raises:
+        InputError: the file is no checkpoint, is damaged, or was written by another version.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and io errors of many types, all of them mean the same to the user
+    except Exception as error:  # zip, pickle and I/O errors of many types
         raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this version of dspnet-fast (format {FORMAT})")
     if state.pop("digest", None) != digest(*_parts(state)):
-        raise InputError(f"{path} is damaged: what it holds is not what was written")
+        raise InputError(f"{path} is damaged: its contents do not match their digest")
     return _moved(state, device)
 
 
-def load_newest(folder: Path, device: torch.device | str, say: Callable[[str], object]) -> dict[str, Any] | None:
-    """The newest checkpoint of a folder that can be read; None if it has none.
+def load_newest(folder: Path, device: torch.device | str, report: Callable[[str], object]) -> dict[str, Any] | None:
+    """Read the newest readable checkpoint of a folder.
 
-    `say` is told of newer ones that cannot. Raises InputError if there are checkpoints but none can be read.
+    Args:
+        folder: of the checkpoints.
+        device: of the returned tensors.
+        report: called with a message for each newer checkpoint that cannot be read.
+
+    Returns:
+        The saved state, None if there is no checkpoint.
+
+    Raises:
+        InputError: there are checkpoints, but none can be read.
     """
     files = _files(folder)
     problem: InputError | None = None
@@ -130,27 +163,27 @@ def load_newest(folder: Path, device: torch.device | str, say: Callable[[str], o
             state = load(path, device)
         except InputError as error:
             problem = problem or error
-            say(f"{error}; trying the one before")
+            report(f"{error}; trying the one before")
         else:
             return state
     if problem is not None:
         raise InputError(
             f"none of the {len(files)} checkpoints in {folder} can be read: {problem}; put a copy of one back, "
-            "or remove them all and the run begins anew"
+            "or remove them all to start the run again"
         )
     return None
 
 
-def load_of_run(out: Path, device: torch.device | str, say: Callable[[str], object]) -> dict[str, Any]:
-    """As load_newest, of a run directory; InputError if it has none."""
+def load_of_run(out: Path, device: torch.device | str, report: Callable[[str], object]) -> dict[str, Any]:
+    """As `load_newest` for a run directory; raise InputError if it has no checkpoint."""
     newest_of_run(out)
-    state = load_newest(out / "checkpoints", device, say)
+    state = load_newest(out / "checkpoints", device, report)
     assert state is not None
     return state
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    """Nested dictionaries and lists with their tensors on a device."""
+    """Copy the tensors in nested dictionaries and lists to a device."""
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):

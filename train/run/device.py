@@ -1,4 +1,4 @@
-"""Which device a command uses."""
+"""The device of a command, and the settings of cuDNN."""
 
 import torch
 
@@ -6,7 +6,7 @@ from dspnet_fast.errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda"; InputError for cuda where there is none."""
+    """Return the device for "auto", "cpu" or "cuda"; raise InputError for "cuda" without a CUDA device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -15,6 +15,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def configure_cudnn() -> None:
-    """Convolutions as exact as matrix products, and the same bits every time, which torch does not ask of cuDNN."""
+    """Make convolutions deterministic, and as precise as torch.set_float32_matmul_precision asks; not the defaults."""
     torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     torch.backends.cudnn.deterministic = True

@@ -1,4 +1,4 @@
-"""Short names for exactly these numbers or options: what results on disk are kept under."""
+"""Digests of tensors and options, used as keys of results on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor
 
 
 def digest(*parts: object) -> str:
-    """16 hex digits of tensors (their bytes, dtypes and shapes) and of plain values (their repr)."""
+    """Return a digest of tensors and plain values.
+
+    Args:
+        parts: tensors, hashed by dtype, shape and bytes; other values by their repr.
+
+    Returns:
+        16 hex digits.
+    """
     hashed = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, Tensor):

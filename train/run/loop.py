@@ -118,7 +118,7 @@ class SingleModelTraining:
 
 def resume(training: Training[Any, Any], folder: Path, device: torch.device) -> None:
     """Load the newest readable checkpoint in `folder`, if there is one."""
-    checkpoint.clear_rests(folder)
+    checkpoint.remove_leftovers(folder)
     state = checkpoint.load_newest(folder, device, print)
     if state is not None:
         training.load_state(state)

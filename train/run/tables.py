@@ -1,4 +1,4 @@
-"""Tables on the screen and as Markdown, and numbers as they are written in them."""
+"""Tables for the terminal and as Markdown, and the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -14,43 +14,49 @@ from rich.table import Table as RichTable
 
 @dataclass(frozen=True)
 class Table:
-    """A title and rows of text; the first column names what the others are about."""
+    """A table of text.
+
+    Attributes:
+        title: shown above the table, in the terminal below.
+        heading: names of the columns.
+        rows: cells; the first column is left-aligned, the others right-aligned.
+    """
 
     title: str
     heading: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As a page."""
+        """Return the table as Markdown."""
         lines = [self.heading, ["---"] + ["---:"] * (len(self.heading) - 1), *self.rows]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"{self.title}\n\n{table}\n"
 
     def show(self) -> None:
-        """On the screen."""
+        """Print the table."""
         table = RichTable(box=SIMPLE, pad_edge=False, caption=self.title, caption_justify="left")
         for index, name in enumerate(self.heading):
             table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
-        # never narrower than the numbers: a line that wraps can be read, one that is cut off cannot
+        # as wide as the numbers need: wrapped lines are readable, truncated numbers are not
         console = Console()
         width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
         Console(width=max(console.width, width)).print(table)
 
 
 def cost_cells(network: Mapping[str, Any]) -> list[str]:
-    """Parameters and multiply-accumulates of a network of a report, as text."""
+    """Return the parameters and multiply-accumulates of a network as table cells."""
     return [f"{network['parameters']:,}", f"{network['macs'] / 1e6:,.1f} M"]
 
 
 def percent(accuracy: float, interval: float | None = None) -> str:
-    """A share from 0 to 1 in percent, with half its interval."""
+    """Format a fraction as percent, with the half-width of its interval."""
     return f"{accuracy:.1%}" + ("" if interval is None else f" ± {interval:.1%}")
 
 
 def quantity(value: float) -> str:
-    """A number with a prefix of a thousand's power: 2.5e12 -> "2.5 T"."""
+    """Format a number with an SI prefix: 2.5e12 -> "2.5 T"."""
     if round(value) < 1000:
         return f"{value:.0f} "
     for prefix in "kMGTP":

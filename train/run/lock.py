@@ -1,0 +1,41 @@
+"""The lock of a run directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from dspnet_fast.errors import InputError
+
+_locks: dict[Path, IO[str]] = {}  # held by this process; closing a file would release its lock
+
+
+def lock(path: Path) -> None:
+    """Lock a file until this process ends; without effect if this process has locked it before.
+
+    Raises:
+        InputError: another process has the lock.
+    """
+    if path in _locks:
+        return
+    file = open(path, "a+")  # noqa: SIM115  (open until the process ends)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(
+                f"{holder} is writing to the run in {path.parent}: wait for its end, or choose another --out"
+            ) from error
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        print(f"this file system has no locks: make sure that no other process writes to {path.parent}")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[path] = file
