@@ -1,4 +1,4 @@
-"""One fork_server, one undisturbed run, and a lab for each test."""
+"""Fixtures: one fork server, one run without faults, and a lab for each test."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def noise(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(fork_server, noise, tmp_path_factory):
-    """The directory of a run that nothing happened to."""
+    """The directory of a run without faults."""
     lab = Lab(fork_server, noise, tmp_path_factory.mktemp("none"), tmp_path_factory.mktemp("whole"))
     lab.run()
     return lab.out

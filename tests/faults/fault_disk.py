@@ -1,4 +1,4 @@
-"""A full disk: a small one of its own, in a mount namespace, so that nothing stays behind."""
+"""A full disk: a small file system in a mount namespace, which ends with its processes."""
 
 import errno
 import shutil
@@ -12,7 +12,7 @@ from fault_table import Outcome, fault
 from train.run import checkpoint
 
 SIZE = "16m"
-STOPPED_AT = 5  # after a checkpoint, before another
+STOPPED_AT = 5  # between two checkpoints
 
 
 def mounting(folder: str) -> list[str]:
@@ -25,23 +25,23 @@ def can_mount(folder: str) -> bool:
 
 
 @fault("the disk is full")
-def full(lab: Lab) -> Outcome:
+def disk_full(lab: Lab) -> Outcome:
     disk = lab.folder / "disk"
     disk.mkdir()
     if not can_mount(str(disk)):
-        pytest.skip("a small disk cannot be mounted here: that takes root and the program unshare")
+        pytest.skip("mounting a file system needs root and the program unshare")
     fork_server = ForkServer(*mounting(str(disk)))
     try:
-        return _full(Lab(fork_server, lab.images, lab.whole, lab.folder), lab)
+        return _fill(Lab(fork_server, lab.images, lab.whole, lab.folder), lab)
     finally:
         fork_server.close()
 
 
-def _full(inside: Lab, lab: Lab) -> Outcome:
+def _fill(inside: Lab, lab: Lab) -> Outcome:
     inside.out = inside.folder / "disk" / "run"
     process = inside.start(pause_at=STOPPED_AT)
     inside.paused()
-    inside.seen = Path(f"/proc/{inside.fork_server.pid}/root", *inside.out.parts[1:])  # from outside of the namespace
+    inside.seen = Path(f"/proc/{inside.fork_server.pid}/root", *inside.out.parts[1:])  # from outside the namespace
     filler = inside.seen.parent / "filler"
     with open(filler, "wb", buffering=0) as file:
         with pytest.raises(OSError) as problem:
@@ -53,7 +53,7 @@ def _full(inside: Lab, lab: Lab) -> Outcome:
     for path in inside.checkpoints.glob("step-*.pt"):
         assert checkpoint.load(path)["step"] == 3
     assert checkpoint.latest_step(inside.checkpoints) == 3 and len(losses(inside.seen)) >= 3
-    again, code_again = inside.start(resume=True).end()  # nothing is better yet
+    again, code_again = inside.start(resume=True).end()  # the disk is still full
     assert code_again == code and "the disk is full" in again and checkpoint.latest_step(inside.checkpoints) == 3
     filler.unlink()
     inside.resume()

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, or are not this run's, and an --out that is no folder."""
+"""Damaged checkpoints, checkpoints of other runs, and an --out that is a file."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ STOPPED_AT = 8
 
 
 def stopped(lab: Lab, step: int = STOPPED_AT) -> Path:
-    """A run that was stopped after checkpoints at 6 and here; returns the newest."""
+    """Stop a run after checkpoints at step 6 and at `step`; return the newest."""
     process = lab.start(pause_at=step)
     lab.paused()
     process.send(signal.SIGTERM)
@@ -46,12 +46,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@fault("the newest checkpoint is cut short")
-def cut_short(lab: Lab) -> Outcome:
+@fault("the newest checkpoint is truncated")
+def truncated(lab: Lab) -> Outcome:
     return damaged(lab, truncate)
 
 
-@fault("one bit of the newest checkpoint is another")
+@fault("one bit of the newest checkpoint is flipped")
 def bit_flipped(lab: Lab) -> Outcome:
     return damaged(lab, flip)
 
@@ -62,12 +62,12 @@ def all_damaged(lab: Lab) -> Outcome:
     for path in lab.checkpoints.iterdir():
         truncate(path)
 
-    def begin_anew() -> None:
+    def start_again() -> None:
         for path in lab.checkpoints.iterdir():
             path.unlink()
         lab.resume()
 
-    return Outcome(*lab.start(resume=True).end(), go_on=begin_anew)
+    return Outcome(*lab.start(resume=True).end(), go_on=start_again)
 
 
 class Code:
@@ -78,37 +78,37 @@ class Code:
         return Path.touch, (self.trace,)
 
 
-@fault("a foreign file that holds code lies in a checkpoint's place")
-def foreign(lab: Lab) -> Outcome:
-    trace = lab.folder / "the code has run"
+@fault("a checkpoint is replaced by a file with executable code")
+def executable_code(lab: Lab) -> Outcome:
+    trace = lab.folder / "executed"
     pickle.loads(pickle.dumps(Code(trace)))
-    assert trace.exists()  # it would
+    assert trace.exists()  # unrestricted unpickling executes it
     trace.unlink()
     outcome = damaged(lab, lambda newest: newest.write_bytes(pickle.dumps(Code(trace))))
     assert not trace.exists()
     return outcome
 
 
-def replaced(lab: Lab, state: Callable[[dict], dict]) -> Outcome:
-    """A whole checkpoint of something else has come between; it is taken away again."""
+def add_checkpoint(lab: Lab, state: Callable[[dict], dict]) -> Outcome:
+    """Add a newer checkpoint with another state; continuing removes it."""
     newest = checkpoint.load(stopped(lab))
     other = checkpoint.save(lab.checkpoints, STOPPED_AT + 1, state(newest), keep=9)
 
-    def without_it() -> None:
+    def remove_it() -> None:
         other.unlink()
         lab.resume()
 
-    return Outcome(*lab.start(resume=True).end(), go_on=without_it)
+    return Outcome(*lab.start(resume=True).end(), go_on=remove_it)
 
 
-@fault("a checkpoint of another network lies in the folder")
+@fault("a checkpoint of another network")
 def another_network(lab: Lab) -> Outcome:
     def state(newest: dict) -> dict:
         config = read_config(lab.seen, PretrainConfig)
         config.dns = "c8-d2222"
         return {"model": build_model(config).state_dict(), "momentum": newest["momentum"]}
 
-    return replaced(lab, state)
+    return add_checkpoint(lab, state)
 
 
 @fault("a checkpoint with weights of other shapes")
@@ -118,7 +118,7 @@ def other_weights(lab: Lab) -> Outcome:
         config.hidden_features *= 2
         return {"model": build_model(config).state_dict(), "momentum": newest["momentum"]}
 
-    return replaced(lab, state)
+    return add_checkpoint(lab, state)
 
 
 @fault("a checkpoint with momentum of other shapes")
@@ -127,7 +127,7 @@ def other_momentum(lab: Lab) -> Outcome:
         name = next(name for name, value in newest["momentum"].items() if value.ndim == 4)
         return {**newest, "momentum": {**newest["momentum"], name: torch.zeros(1)}}
 
-    return replaced(lab, state)
+    return add_checkpoint(lab, state)
 
 
 @fault("`--out` is a file")

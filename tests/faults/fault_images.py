@@ -1,4 +1,4 @@
-"""Images that go away, break or try to lead outside."""
+"""Images that disappear or become unreadable, and a shard with paths that point outside."""
 
 import io
 import signal
@@ -11,22 +11,22 @@ from fault_table import Outcome, fault
 STOPPED_AT = 5
 
 
-@fault("the folder of images goes away in the middle of a run")
-def gone_in_the_middle(lab: Lab) -> Outcome:
+@fault("the image folder disappears during a run")
+def folder_disappears(lab: Lab) -> Outcome:
     process = lab.start(pause_at=STOPPED_AT)
     lab.paused()
     away = lab.images.rename(lab.folder / "away")
     lab.go()
 
-    def bring_back() -> None:
+    def restore() -> None:
         away.rename(lab.images)
         lab.resume()
 
-    return Outcome(*process.end(), go_on=bring_back)
+    return Outcome(*process.end(), go_on=restore)
 
 
-@fault("the folder of images is not there when the run is resumed")
-def gone_before_a_resume(lab: Lab) -> Outcome:
+@fault("the image folder is missing when the run is resumed")
+def folder_missing(lab: Lab) -> Outcome:
     process = lab.start(pause_at=STOPPED_AT)
     lab.paused()
     process.send(signal.SIGTERM)
@@ -34,15 +34,15 @@ def gone_before_a_resume(lab: Lab) -> Outcome:
     process.end()
     away = lab.images.rename(lab.folder / "away")
 
-    def bring_back() -> None:
+    def restore() -> None:
         away.rename(lab.images)
         lab.resume()
 
-    return Outcome(*lab.start(resume=True).end(), go_on=bring_back)
+    return Outcome(*lab.start(resume=True).end(), go_on=restore)
 
 
-def broken_image(lab: Lab, **options: object) -> tuple[Outcome, Path, bytes]:
-    """One image becomes unreadable while the run is paused."""
+def damage_image(lab: Lab, **options: object) -> tuple[Outcome, Path, bytes]:
+    """Truncate an image while the run is paused."""
     process = lab.start(pause_at=STOPPED_AT, **options)
     lab.paused()
     image = lab.images / "017.png"
@@ -54,7 +54,7 @@ def broken_image(lab: Lab, **options: object) -> tuple[Outcome, Path, bytes]:
 
 @fault("an image becomes unreadable")
 def unreadable(lab: Lab) -> Outcome:
-    outcome, image, content = broken_image(lab)
+    outcome, image, content = damage_image(lab)
 
     def repair() -> None:
         image.write_bytes(content)
@@ -66,17 +66,17 @@ def unreadable(lab: Lab) -> Outcome:
 
 @fault("an image becomes unreadable, with `--max-bad-images`")
 def left_out(lab: Lab) -> Outcome:
-    return broken_image(lab, max_bad_images=1)[0]
+    return damage_image(lab, max_bad_images=1)[0]
 
 
-def around(lab: Lab) -> set[Path]:
-    """All files and folders near the run, but not those in it."""
+def files_outside(lab: Lab) -> set[Path]:
+    """All files and folders around the run directory, without its contents."""
     return {path for path in lab.folder.parent.rglob("*") if lab.out not in path.parents}
 
 
-@fault("a shard with names and links that lead outside")
+@fault("a shard with member names and links that point outside")
 def path_tricks(lab: Lab) -> Outcome:
-    """The images of the undisturbed run under such names, and between them links to files that are no part of it."""
+    """Pack the images under such names, with links to files outside of the shard between them."""
     outside = lab.folder / "outside.png"
     outside.write_bytes((lab.images / "000.png").read_bytes())
     shard = lab.folder / "shard.tar"
@@ -90,8 +90,8 @@ def path_tricks(lab: Lab) -> Outcome:
             link = tarfile.TarInfo(f"link{index}.png")
             link.type, link.linkname = (tarfile.SYMTYPE, tarfile.LNKTYPE)[index % 2], f"../{outside.name}"
             tar.addfile(link)
-    before = around(lab)
+    before = files_outside(lab)
     outcome = Outcome(*lab.start(data=shard).end())
-    assert around(lab) - before == {lab.out, lab.folder / "printed1"}
+    assert files_outside(lab) - before == {lab.out, lab.folder / "printed1"}
     assert not any(path.suffix == ".png" for path in Path("/").iterdir())
     return outcome

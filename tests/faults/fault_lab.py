@@ -1,4 +1,4 @@
-"""A place to break tiny pretraining runs in, and to compare what is left with a run that nothing happened to."""
+"""Tiny pretraining runs in which the tests produce faults, and their comparison with a run without faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.run import checkpoint
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-PATIENCE = 90.0  # seconds until something that must happen is given up
+TIMEOUT = 90.0  # seconds
 
 STEPS = 20
 TINY = {
@@ -40,7 +40,7 @@ TINY = {
     "checkpoint_epochs": 0.3,  # every 3 steps
 }
 
-# Before the command: after this step a rank touches one file, and goes on when there is another.
+# Executed before the command: after this step a rank creates one file, and continues when another exists.
 PAUSE = """
 import os, time
 from pathlib import Path
@@ -52,10 +52,10 @@ def pausing(self, *args, **kwargs):
     result = train_step(self, *args, **kwargs)
     if self.step == {step}:
         Path({here!r} + os.environ.get("RANK", "0")).touch()
-        patience = time.monotonic() + {patience}
+        deadline = time.monotonic() + {timeout}
         while not Path({go!r}).exists():
-            if time.monotonic() > patience:
-                raise SystemExit("nobody said that it should go on")
+            if time.monotonic() > deadline:
+                raise SystemExit("timeout while paused")
             time.sleep(0.005)
     return result
 
@@ -68,34 +68,34 @@ def arguments(**options: object) -> list[str]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, "this should have happened long ago"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.005)
 
 
 class Process:
-    """A command that a fork_server started. printed: the file with what it says."""
+    """A command started by a fork server. printed: the file with its output."""
 
     def __init__(self, fork_server: ForkServer, pid: int, printed: Path) -> None:
         self.pid = pid
         self.printed = printed
-        self._nursery = fork_server
+        self._fork_server = fork_server
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def end(self) -> tuple[str, int]:
-        """What it printed and, when it has ended, its exit code as a shell sees it."""
-        alarm = threading.Timer(PATIENCE, self.send, [signal.SIGKILL])
+        """Wait for its end; return its output and its exit code as in a shell."""
+        alarm = threading.Timer(TIMEOUT, self.send, [signal.SIGKILL])
         alarm.start()
-        code = self._nursery.ask(wait=self.pid)
+        code = self._fork_server.ask(wait=self.pid)
         alarm.cancel()
         return self.printed.read_text(), code if code >= 0 else 128 - code
 
 
 class ForkServer:
-    """Forks pretraining processes (fork_server.py). prefix: the command line that it is started behind."""
+    """Forks pretraining processes (fork_server.py). prefix: a command that executes the server."""
 
     def __init__(self, *prefix: str) -> None:
         self._process = subprocess.Popen(
@@ -108,12 +108,12 @@ class ForkServer:
         )
         self.pid = self._process.pid
 
-    def ask(self, **order: object) -> int:
+    def ask(self, **request: object) -> int:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        assert answer, "the fork_server has died: what it printed says why"
+        assert answer, "the fork server has died: see its output"
         return int(answer)
 
     def start(self, argv: Sequence[str], before: str, printed: Path) -> Process:
@@ -122,11 +122,19 @@ class ForkServer:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=PATIENCE)
+        self._process.wait(timeout=TIMEOUT)
 
 
 class Lab:
-    """One run: `out` is where commands find it, and `seen` where the test does; `whole` is the undisturbed one."""
+    """A run and its reference.
+
+    Attributes:
+        images: the dataset.
+        out: the run directory for the commands.
+        seen: the run directory for the test, another path if the commands run in a mount namespace.
+        whole: the directory of a run without faults.
+        folder: for all files of the test.
+    """
 
     def __init__(self, fork_server: ForkServer, images: Path, whole: Path, folder: Path) -> None:
         self.fork_server = fork_server
@@ -137,7 +145,7 @@ class Lab:
         self._started = 0
 
     def start(self, before: str = "", pause_at: int | None = None, resume: bool = False, **options: object) -> Process:
-        """A new run, or with `resume` the old one; after the step `pause_at` it waits for `go`."""
+        """Start a run, or with `resume` continue it; after the step `pause_at` it waits for `go`."""
         self._started += 1
         if pause_at is not None:
             before = self.pausing(pause_at) + before
@@ -150,9 +158,7 @@ class Lab:
         return self.fork_server.start(argv, before, self.folder / f"printed{self._started}")
 
     def pausing(self, step: int) -> str:
-        return PAUSE.format(
-            stall_timeout=PATIENCE, step=step, here=str(self.folder / "paused"), go=str(self.folder / "go")
-        )
+        return PAUSE.format(timeout=TIMEOUT, step=step, here=str(self.folder / "paused"), go=str(self.folder / "go"))
 
     def paused(self, ranks: int = 1) -> None:
         """Wait until all ranks have paused."""
@@ -162,7 +168,7 @@ class Lab:
         (self.folder / "go").touch()
 
     def run(self, **options: object) -> str:
-        """Start as `start` does, and see it through to its good end."""
+        """Start as `start`, and wait for its successful end."""
         printed, code = self.start(**options).end()  # type: ignore[arg-type]
         assert code == 0, printed
         return printed
@@ -180,7 +186,7 @@ def arguments_given(options: dict[str, object]) -> list[str]:
 
 
 def losses(out: Path) -> list[tuple[int, dict[str, float]]]:
-    """Step and losses of every line of metrics that has them; half a line, which a kill can leave, is none."""
+    """Step and losses of the lines of the metrics; an incomplete line of a killed process is skipped."""
     found = []
     for line in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []:
         try:
@@ -193,17 +199,17 @@ def losses(out: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
-    """Weights, statistics and momentum to the bit; every step once in the metrics, with the same losses."""
+    """Assert equal bits of weights, statistics and momentum, and metrics with the same losses, every step once."""
     actual, expected = (checkpoint.load(checkpoint.newest_of_run(run)) for run in (out, whole))
     assert actual["step"] == expected["step"]
     for part in ("model", "momentum"):
         torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
     assert losses(out) == losses(whole)
-    assert not list((out / "checkpoints").glob(".*")), "half a file was left"
+    assert not list((out / "checkpoints").glob(".*")), "an incomplete file was left"
 
 
 def assert_finished(out: Path, steps: int = STEPS) -> None:
-    """All steps once, and weights that are numbers."""
+    """Assert that the metrics have every step once and that all weights are finite."""
     state = checkpoint.load(checkpoint.newest_of_run(out))
     assert state["step"] == steps
     assert all(value.isfinite().all() for part in ("model", "momentum") for value in state[part].values())

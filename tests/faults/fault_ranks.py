@@ -1,4 +1,4 @@
-"""One rank of two is gone, or does nothing any more."""
+"""One of two ranks is killed, stopped, or cannot read an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.run.saved_config import read_config
 
 RANKS = 2
 STOPPED_AT = 5
-SECONDS = 120.0  # within which a job of lost ranks has ended, and this machine has started another
+TIMEOUT = 120.0  # seconds, for a job to end after a lost rank
 
 SCRIPT = """
 {before}
@@ -28,7 +28,7 @@ pretrain.main()
 
 
 def torchrun(folder: Path, argv: list[str], before: str = "") -> subprocess.Popen[str]:
-    """Pretraining on two Gloo ranks. before: code that each runs before the command."""
+    """Start pretraining on two Gloo ranks. before: code that each rank executes before the command."""
     script = folder / "rank.py"
     script.write_text(SCRIPT.format(before=before))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
@@ -42,26 +42,26 @@ def torchrun(folder: Path, argv: list[str], before: str = "") -> subprocess.Pope
     )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[str, int]:
+def wait_for(process: subprocess.Popen[str]) -> tuple[str, int]:
     try:
-        printed, _ = process.communicate(timeout=SECONDS)
+        printed, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        process.terminate()  # not killed: then its ranks would outlive it
-        printed, _ = process.communicate(timeout=SECONDS)
-        raise AssertionError(f"no end within {SECONDS} seconds:\n{printed}") from None
+        process.terminate()  # killing it would leave its ranks running
+        printed, _ = process.communicate(timeout=TIMEOUT)
+        raise AssertionError(f"no end within {TIMEOUT} seconds:\n{printed}") from None
     return printed, process.returncode
 
 
 def whole_of_ranks(images: Path, folder: Path) -> Path:
-    """The directory of a run on two ranks that nothing happened to."""
+    """The directory of a run on two ranks without faults."""
     folder.mkdir()
-    printed, code = ended(torchrun(folder, arguments(data=images, out=folder / "run")))
+    printed, code = wait_for(torchrun(folder, arguments(data=images, out=folder / "run")))
     assert code == 0, printed
     return folder / "run"
 
 
 def processes_of(launcher: int) -> dict[int, int]:
-    """Process ids of the ranks that a launcher has started, by rank."""
+    """Process ids of a launcher's ranks by rank."""
     found = {}
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
@@ -70,23 +70,23 @@ def processes_of(launcher: int) -> dict[int, int]:
 
 
 def resume(lab: Lab) -> None:
-    printed, code = ended(torchrun(lab.folder, ["--resume", "--out", str(lab.out)]))
+    printed, code = wait_for(torchrun(lab.folder, ["--resume", "--out", str(lab.out)]))
     assert code == 0, printed
 
 
-def lost(lab: Lab, number: int) -> Outcome:
-    """Rank 1 gets this signal between two steps."""
+def signal_rank(lab: Lab, number: int) -> Outcome:
+    """Send a signal to rank 1 between two steps."""
     lab.whole = whole_of_ranks(lab.images, lab.folder / "whole")
     process = torchrun(lab.folder, arguments(data=lab.images, out=lab.out), lab.pausing(STOPPED_AT))
     lab.paused(RANKS)
     os.kill(processes_of(process.pid)[1], number)
     lab.go()
-    return Outcome(*ended(process), go_on=lambda: resume(lab))
+    return Outcome(*wait_for(process), go_on=lambda: resume(lab))
 
 
-@fault("one rank of several cannot read an image", slow=True)
+@fault("one of several ranks cannot read an image", slow=True)
 def unreadable(lab: Lab) -> Outcome:
-    """The other one waits for it in the next step, and cannot save."""
+    """The other rank waits in the next step and cannot save."""
     lab.whole = whole_of_ranks(lab.images, lab.folder / "whole")
     process = torchrun(lab.folder, arguments(data=lab.images, out=lab.out), lab.pausing(STOPPED_AT))
     lab.paused(RANKS)
@@ -98,7 +98,7 @@ def unreadable(lab: Lab) -> Outcome:
     content = image.read_bytes()
     image.write_bytes(content[: len(content) // 2])
     lab.go()
-    printed, code = ended(process)
+    printed, code = wait_for(process)
 
     def repair() -> None:
         image.write_bytes(content)
@@ -107,11 +107,11 @@ def unreadable(lab: Lab) -> Outcome:
     return Outcome(printed, code, repair)
 
 
-@fault("one rank of several is killed", slow=True)
+@fault("one of several ranks is killed", slow=True)
 def killed(lab: Lab) -> Outcome:
-    return lost(lab, signal.SIGKILL)
+    return signal_rank(lab, signal.SIGKILL)
 
 
-@fault("one rank of several is stopped or hangs", slow=True)
+@fault("one of several ranks is stopped or hangs", slow=True)
 def stopped(lab: Lab) -> Outcome:
-    return lost(lab, signal.SIGSTOP)
+    return signal_rank(lab, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""A process is told to stop, or is not asked."""
+"""A process is stopped by a signal, or killed."""
 
 import random
 import signal
@@ -12,7 +12,7 @@ from train.run import checkpoint
 
 STOPPED_AT = 5
 
-# Before the command: it kills itself in the writing of a checkpoint, the {nth} time that it comes to this point.
+# Executed before the command: it kills itself while it writes a checkpoint, the {nth} time that it reaches this point.
 KILLED_IN_WRITING = """
 import io, os, signal
 from pathlib import Path
@@ -63,15 +63,15 @@ POINTS = ("half written", "before sync", "before rename", "after rename", "befor
 
 
 def written(lab: Lab) -> int:
-    """When the metrics were last written to. Not how many lines they have: a run that goes on may soon have as many."""
+    """Modification time of the metrics. Their number of lines would not show that a resumed run is training."""
     metrics = lab.seen / "metrics.jsonl"
     return metrics.stat().st_mtime_ns if metrics.exists() else 0
 
 
 def killed(lab: Lab, moments: Sequence[str | float]) -> Outcome:
-    """Start, kill at the first moment, resume, kill at the second, and so on until a resume sees it through.
+    """Start, kill at the first moment, resume, kill at the second, and so on; then resume to the end.
 
-    moments: points of the writing of a checkpoint, or seconds of training. No run gets to its end before it is killed.
+    moments: points in the writing of a checkpoint, or seconds of training. No run ends before it is killed.
     """
     printed = ""
     for count, moment in enumerate(moments):
@@ -79,19 +79,19 @@ def killed(lab: Lab, moments: Sequence[str | float]) -> Outcome:
         known = written(lab)
         process = lab.start(before, pause_at=STEPS - 1, resume=count > 0)
         if not isinstance(moment, str):
-            until(lambda last=known: written(lab) != last)  # it trains
+            until(lambda last=known: written(lab) != last)  # it is training
             time.sleep(moment)
             process.send(signal.SIGKILL)
-        said, code = process.end()
-        assert code == 128 + signal.SIGKILL, (moment, said)
+        output, code = process.end()
+        assert code == 128 + signal.SIGKILL, (moment, output)
         for path in lab.checkpoints.glob("step-*.pt"):
-            checkpoint.load(path)  # whole, or not there
-        printed += said
+            checkpoint.load(path)  # intact
+        printed += output
     return Outcome(printed + lab.resume(), code)
 
 
-@fault("`kill -9`, by a person or for lack of memory, at any moment")
-def at_any_moment(lab: Lab) -> Outcome:
+@fault("`kill -9` by a user or for lack of memory, at any time")
+def killed_at_any_time(lab: Lab) -> Outcome:
     return killed(lab, [POINTS[0], POINTS[2], random.uniform(0, 0.1)])
 
 
@@ -103,13 +103,13 @@ def signalled(lab: Lab, number: int) -> Outcome:
     return Outcome(*process.end(), go_on=lab.resume)
 
 
-@fault("SIGTERM, by which clusters stop a job")
+@fault("SIGTERM, sent by clusters to stop a job")
 def terminated(lab: Lab) -> Outcome:
     return signalled(lab, signal.SIGTERM)
 
 
-@fault("SIGUSR1, by which clusters give notice")
-def given_notice(lab: Lab) -> Outcome:
+@fault("SIGUSR1, sent by clusters before the time limit")
+def notified(lab: Lab) -> Outcome:
     return signalled(lab, signal.SIGUSR1)
 
 
@@ -118,12 +118,12 @@ def interrupted(lab: Lab) -> Outcome:
     return signalled(lab, signal.SIGINT)
 
 
-@fault("a second process takes up a run that is still going")
-def taken_up_twice(lab: Lab) -> Outcome:
+@fault("a run is resumed while another process trains it")
+def resumed_twice(lab: Lab) -> Outcome:
     first = lab.start(pause_at=STOPPED_AT)
     lab.paused()
     printed, code = lab.start(resume=True).end()
     lab.go()
-    said, end = first.end()
-    assert end == 0, said
+    output, end = first.end()
+    assert end == 0, output
     return Outcome(printed, code)

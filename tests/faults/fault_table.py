@@ -1,4 +1,4 @@
-"""The rows of docs/faults.md, and the functions that bring each fault about."""
+"""The rows of docs/faults.md, and the functions that produce the faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "faults.md"
 
 @dataclass(frozen=True)
 class Row:
-    """fault: its name. messages: patterns of what is printed. code: as a shell sees it. lost: as the document says."""
+    """A row of the table.
+
+    Attributes:
+        fault: its name.
+        messages: patterns of the printed messages.
+        code: exit code as in a shell.
+        lost: the last column.
+    """
 
     fault: str
     messages: list[re.Pattern[str]]
@@ -29,25 +36,25 @@ def rows() -> list[Row]:
     lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
     _, _, *table = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
     return [
-        Row(fault, [pattern(shown) for shown in re.findall(r"`([^`]+)`", sees)], int(code), lost)
-        for fault, sees, code, lost in table
+        Row(fault, [pattern(shown) for shown in re.findall(r"`([^`]+)`", printed)], int(code), lost)
+        for fault, printed, code, lost in table
     ]
 
 
 def pattern(shown: str) -> re.Pattern[str]:
-    """`…` stands for any text within a line and `N` for a number."""
+    """Convert a message to a pattern: `…` stands for any text within a line and `N` for a number."""
     literal = re.escape(shown).replace(re.escape("…"), ".*")
     return re.compile(re.sub(r"(?<![\w-])N(?!\w)", r"\\d+", literal))
 
 
 @dataclass
 class Outcome:
-    """What a fault did.
+    """The result of a fault.
 
     Attributes:
-        printed: by the command that met the fault.
-        code: with which it ended.
-        go_on: what its user does then; the run must end by it.
+        printed: output of the command.
+        code: its exit code.
+        go_on: repairs the fault and finishes the run, as a user would.
     """
 
     printed: str
@@ -61,7 +68,7 @@ SLOW: set[str] = set()
 
 
 def fault(name: str, slow: bool = False) -> Callable[[Runner], Runner]:
-    """Runs the row of this name; `slow` ones in `make test-faults` alone."""
+    """Register the function that produces a fault; `slow` ones run in `make test-faults` only."""
 
     def register(runner: Runner) -> Runner:
         assert name not in RUNNERS, name

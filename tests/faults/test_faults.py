@@ -1,4 +1,4 @@
-"""docs/faults.md is what happens: every row of its table is brought about, and every fault has a row."""
+"""docs/faults.md is correct: the tests produce the fault of every row of its table, and every fault has a row."""
 
 import fault_disk  # noqa: F401  (registers its faults, as do the others)
 import fault_files  # noqa: F401
@@ -15,7 +15,7 @@ from train.run import checkpoint
 
 
 def nothing(lab: Lab, outcome: Outcome) -> None:
-    """What was trained is in the newest checkpoint."""
+    """The newest checkpoint has all trained steps."""
     trained = losses(lab.seen)
     assert checkpoint.latest_step(lab.checkpoints) >= (trained[-1][0] if trained else 0)
     outcome.go_on()
@@ -23,7 +23,7 @@ def nothing(lab: Lab, outcome: Outcome) -> None:
 
 
 def steps_since(lab: Lab, outcome: Outcome) -> None:
-    """There is a checkpoint to go on from."""
+    """A checkpoint exists from which the run continues."""
     assert checkpoint.latest_step(lab.checkpoints) > 0
     outcome.go_on()
     assert_same_run(lab.seen, lab.whole)
@@ -39,14 +39,14 @@ def all_steps(lab: Lab, outcome: Outcome) -> None:
 
 
 def some_training(lab: Lab, outcome: Outcome) -> None:
-    """The run goes to its end, but it is another one."""
+    """The run ends, with other weights."""
     outcome.go_on()
     assert_finished(lab.seen)
 
 
 CHECKS = {
     "nothing": nothing,
-    "the steps since the newest whole checkpoint": steps_since,
+    "the steps since the newest intact checkpoint": steps_since,
     "all steps": all_steps,
     "that image": some_training,
     "that step": some_training,
@@ -57,7 +57,7 @@ CHECKS = {
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.fault, marks=[pytest.mark.slow] * (row.fault in SLOW)) for row in rows()]
 )
-def test_row(row: Row, lab: Lab) -> None:
+def test_fault_has_the_documented_result(row: Row, lab: Lab) -> None:
     outcome = RUNNERS[row.fault](lab)
     for message in row.messages:
         assert message.search(outcome.printed), f"{message.pattern} is not in\n{outcome.printed}"
@@ -65,15 +65,15 @@ def test_row(row: Row, lab: Lab) -> None:
     CHECKS[row.lost](lab, outcome)
 
 
-def test_every_fault_has_its_row_and_every_row_its_fault():
+def test_table_and_registered_faults_match():
     names = [row.fault for row in rows()]
     assert sorted(names) == sorted(RUNNERS)
     assert all(row.messages for row in rows())
 
 
-def test_a_message_of_the_table_is_found_literally_but_for_numbers_and_gaps():
+def test_pattern_matches_literally_except_for_numbers_and_gaps():
     message = pattern("stopped after step N of N (…): --out …, N.")
-    assert message.search("then: stopped after step 12 of 20 (it was told to): --out runs/1, 3.")
-    assert not message.search("stopped after step N of 20 (it was told to): --out runs/1, 3.")
-    assert not message.search("stopped after step 12 of 20 (it was\ntold to): --out runs/1, 3.")
-    assert not message.search("stopped after step 12 of 20 (it was told to): --out runs/1, 3!")
+    assert message.search("then: stopped after step 12 of 20 (a signal): --out runs/1, 3.")
+    assert not message.search("stopped after step N of 20 (a signal): --out runs/1, 3.")
+    assert not message.search("stopped after step 12 of 20 (a\nsignal): --out runs/1, 3.")
+    assert not message.search("stopped after step 12 of 20 (a signal): --out runs/1, 3!")

@@ -1,4 +1,4 @@
-"""The scripts that start jobs: what they ask of srun and torchrun, and elastic.sh with a rank killed."""
+"""The launch scripts: their calls of srun and torchrun, and elastic.sh with a killed rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from fault_lab import ENVIRONMENT, ROOT, Lab, arguments, assert_same_run, losses, until
-from fault_ranks import RANKS, ended, processes_of, whole_of_ranks
+from fault_ranks import RANKS, processes_of, wait_for, whole_of_ranks
 
 LAUNCH = ROOT / "recipes" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -35,9 +35,9 @@ FAKES = {
     "srun": """
         printf '%s\\n' "$@" > "$SEEN/srun"
         while [ "${1#-}" != "$1" ]; do shift; done
-        exec "$@"  # what it starts gets the signals, as srun hands them on
+        exec "$@"  # the program gets the signals, as from srun
         """,
-    # with one rank, which ends well when it is told to save
+    # one rank, which exits with 0 after a request to save
     "torchrun": f"""
         printf '%s\\n' "$@" > "$SEEN/torchrun"
         [ ! -e "$SEEN/wait" ] && exit 0
@@ -53,7 +53,7 @@ FAKES = {
 
 @pytest.fixture
 def fakes(tmp_path):
-    """An environment with what clusters have, and a folder in which each says how it was called."""
+    """An environment with fakes of the cluster's programs, and a folder in which each records its arguments."""
     programs, seen = tmp_path / "programs", tmp_path / "seen"
     programs.mkdir()
     seen.mkdir()
@@ -69,12 +69,12 @@ def fakes(tmp_path):
     return {**os.environ, **slurm, "PATH": f"{programs}:{os.environ['PATH']}", "SEEN": str(seen), "RANK": RANK}, seen
 
 
-def called(path: Path) -> list[str]:
+def arguments_of(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_is_valid_and_says_how_it_is_used(script):
+def test_script_is_valid_and_prints_its_usage(script):
     subprocess.run(["bash", "-n", script], check=True)
     done = subprocess.run(["bash", script], capture_output=True, text=True)
     assert done.returncode != 0 and "OUT [options of train.pretrain]" in done.stderr
@@ -90,20 +90,20 @@ def test_slurm_starts_torchrun_on_every_machine(fakes, tmp_path, holds_run):
         (out / "config.yaml").touch()
     options = ["--data", "a folder/{000..015}.tar", "--epochs", "3"]
     subprocess.run([LAUNCH / "slurm.sh", out, *options], env=environment, check=True, timeout=30)
-    assert called(seen / "srun")[:3] == ["--kill-on-bad-exit=1", "bash", "-c"]
-    assert called(seen / "torchrun") == [
+    assert arguments_of(seen / "srun")[:3] == ["--kill-on-bad-exit=1", "bash", "-c"]
+    assert arguments_of(seen / "torchrun") == [
         *("--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=first:29734", "--rdzv-id=1234"),
         *("-m", "train.pretrain", *options, "--out", str(out), *["--resume"] * holds_run),
     ]
-    assert called(seen / "scontrol") == ["show hostnames n[1-2]"]
+    assert arguments_of(seen / "scontrol") == ["show hostnames n[1-2]"]
 
 
-def test_slurm_asks_for_notice_in_time():
+def test_slurm_requests_a_signal_before_the_time_limit():
     directives = [line for line in (LAUNCH / "slurm.sh").read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --signal=B:USR1@120" in directives and "#SBATCH --requeue" in directives
 
 
-def test_slurm_tells_the_ranks_to_save_and_comes_back(fakes, tmp_path):
+def test_slurm_signals_the_ranks_and_requeues_the_job(fakes, tmp_path):
     environment, seen = fakes
     (seen / "wait").touch()
     job = subprocess.Popen([LAUNCH / "slurm.sh", tmp_path / "run"], env=environment)
@@ -111,45 +111,45 @@ def test_slurm_tells_the_ranks_to_save_and_comes_back(fakes, tmp_path):
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == 0
     assert (seen / "saved").exists()
-    assert called(seen / "scontrol")[1:] == ["requeue 1234"]
+    assert arguments_of(seen / "scontrol")[1:] == ["requeue 1234"]
 
 
-def test_slurm_ends_with_the_code_of_a_job_that_failed_and_does_not_come_back(fakes, tmp_path):
+def test_slurm_returns_the_exit_code_of_a_failed_job_without_requeueing(fakes, tmp_path):
     environment, seen = fakes
     torchrun = Path(environment["PATH"].split(":")[0]) / "torchrun"
     torchrun.write_text("#!/bin/bash\nexit 7\n")
     assert subprocess.run([LAUNCH / "slurm.sh", tmp_path / "run"], env=environment, timeout=30).returncode == 7
-    assert len(called(seen / "scontrol")) == 1
+    assert len(arguments_of(seen / "scontrol")) == 1
 
 
 def test_elastic_starts_torchrun_with_restarts(fakes, tmp_path):
     environment, seen = fakes
     environment |= {"NODES": "2:4", "RANKS": "8", "ENDPOINT": "first:29500"}
     subprocess.run([LAUNCH / "elastic.sh", tmp_path / "mine", "--epochs", "3"], env=environment, check=True, timeout=30)
-    asked = called(seen / "torchrun")
-    assert asked[:7] == [
+    passed = arguments_of(seen / "torchrun")
+    assert passed[:7] == [
         *("--nnodes=2:4", "--nproc-per-node=8", "--max-restarts=3"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=first:29500", "--rdzv-id=mine", "--no-python"),
     ]
-    assert asked[7:9] == ["bash", "-c"] and asked[-3:] == ["rank", "--epochs", "3"]
+    assert passed[7:9] == ["bash", "-c"] and passed[-3:] == ["rank", "--epochs", "3"]
 
 
 @pytest.mark.parametrize("holds_run", [False, True])
-def test_every_start_of_an_elastic_rank_looks_for_a_run(fakes, tmp_path, holds_run):
+def test_elastic_ranks_resume_an_existing_run_at_every_start(fakes, tmp_path, holds_run):
     environment, seen = fakes
     out = tmp_path / "a run"
     out.mkdir()
     if holds_run:
         (out / "config.yaml").touch()
     programs = Path(environment["PATH"].split(":")[0])
-    # what torchrun does with a program that is not Python's
+    # as torchrun with --no-python
     (programs / "torchrun").write_text('#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
     (programs / "interpreter").write_text('#!/bin/bash\nprintf \'%s\\n\' "$@" > "$SEEN/rank"\n')
     (programs / "interpreter").chmod(0o755)
     environment["PYTHON"] = "interpreter"
     subprocess.run([LAUNCH / "elastic.sh", out, "--data", "two words"], env=environment, check=True, timeout=30)
     expected = ["-m", "train.pretrain", "--data", "two words", "--out", str(out), *["--resume"] * holds_run]
-    assert called(seen / "rank") == expected
+    assert arguments_of(seen / "rank") == expected
 
 
 def free_port() -> int:
@@ -161,8 +161,8 @@ def free_port() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 @pytest.mark.parametrize("machines", [1, 2])
-def test_elastic_restarts_after_a_rank_was_killed_and_ends_with_the_same_bits(lab: Lab, tmp_path, machines):
-    """With two launchers only one has lost a rank, and each has its own idea of how often it has restarted."""
+def test_elastic_run_with_a_killed_rank_ends_with_the_same_bits(lab: Lab, tmp_path, machines):
+    """With two launchers only one loses a rank, and each counts its restarts separately."""
     lab.whole = whole_of_ranks(lab.images, tmp_path / "whole")
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -189,7 +189,7 @@ def test_elastic_restarts_after_a_rank_was_killed_and_ends_with_the_same_bits(la
     ]
     until(lambda: jobs[0].poll() is not None or len(losses(lab.seen)) >= 4)
     os.kill(list(processes_of(jobs[-1].pid).values())[-1], signal.SIGKILL)
-    printed, codes = zip(*(ended(job) for job in jobs), strict=True)
+    printed, codes = zip(*(wait_for(job) for job in jobs), strict=True)
     assert set(codes) == {0}, "\n".join(printed)
     assert "resumed at step" in "\n".join(printed)
     assert_same_run(lab.seen, lab.whole)

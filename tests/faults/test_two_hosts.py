@@ -1,4 +1,4 @@
-"""Two hosts, as network namespaces joined by a cable: the weights of one rank, and the traffic of the cost model."""
+"""Two hosts, emulated by network namespaces: weights equal to one rank's, and the traffic of the cost model."""
 
 from __future__ import annotations
 
@@ -22,49 +22,50 @@ from train.run import checkpoint
 from train.run.saved_config import read_config
 
 HOSTS = ("a", "b")
-PORT = 29533  # in namespaces of our own
-SECONDS = 180.0
-# forty images to a step, ten to a part: of two, normalised features are signs, and rounding flips them
+PORT = 29533  # in separate namespaces
+TIMEOUT = 180.0  # seconds
+# 40 images per step, 10 per batch norm group: features normalised over 2 images are +-1, and rounding flips them
 OPTIONS = {"batch_size": 40, "bn_groups": 4, "base_lr": 1.0, "warmup_epochs": 0, "checkpoint_epochs": 0}
-FEW, MANY = 4, 24  # steps; the start and the end cost the same in both
-AGREEMENT = 0.1  # headers and acknowledgements, and the small exchanges that the model leaves out
+FEW, MANY = 4, 24  # steps; the difference excludes start and end
+TOLERANCE = 0.1  # headers, acknowledgements, and small messages that the model omits
 
 
-class Cable:
-    """A network namespace for each host, with one end of a cable in it."""
+class Network:
+    """A network namespace for each host, connected by a pair of virtual interfaces."""
 
     def __init__(self) -> None:
         self._names = {host: f"dspnet{os.getpid()}{host}" for host in HOSTS}
-        self._ends = {host: f"end{host}" for host in HOSTS}
+        self._interfaces = {host: f"end{host}" for host in HOSTS}
         self.addresses = {"a": "10.77.0.1", "b": "10.77.0.2"}
 
-    def lay(self, cleaning: ExitStack) -> None:
-        """Both hosts, until `cleaning` is closed.
+    def create(self, cleaning: ExitStack) -> None:
+        """Create both hosts, until `cleaning` is closed.
 
-        Raises subprocess.CalledProcessError, with the reason as its stderr, where that is not allowed.
+        Raises:
+            subprocess.CalledProcessError: without root; its stderr has the reason.
         """
         for name in self._names.values():
             _run("ip", "netns", "add", name)
-            cleaning.callback(_run, "ip", "netns", "del", name)  # which takes its end of the cable along
-        (first, second), (a, b) = self._ends.values(), self._names.values()
+            cleaning.callback(_run, "ip", "netns", "del", name)  # also deletes its interface
+        (first, second), (a, b) = self._interfaces.values(), self._names.values()
         _run("ip", "link", "add", first, "netns", a, "type", "veth", "peer", "name", second, "netns", b)
         for host, name in self._names.items():
-            end = self._ends[host]
-            _run("ip", "-n", name, "address", "add", f"{self.addresses[host]}/24", "dev", end)
+            interface = self._interfaces[host]
+            _run("ip", "-n", name, "address", "add", f"{self.addresses[host]}/24", "dev", interface)
             _run("ip", "-n", name, "link", "set", "lo", "up")
-            _run("ip", "-n", name, "link", "set", end, "up")
+            _run("ip", "-n", name, "link", "set", interface, "up")
 
     def inside(self, host: str, *command: str) -> list[str]:
-        """The command line that runs a command on a host."""
+        """Return the command line that runs a command on a host."""
         return ["ip", "netns", "exec", self._names[host], *command]
 
     def environment(self, host: str) -> dict[str, str]:
-        """What Gloo has to be told there."""
-        return {"GLOO_SOCKET_IFNAME": self._ends[host]}
+        """Return the environment variables for Gloo on a host."""
+        return {"GLOO_SOCKET_IFNAME": self._interfaces[host]}
 
     def sent(self, host: str) -> int:
-        """Bytes that have left this host."""
-        counter = f"/sys/class/net/{self._ends[host]}/statistics/tx_bytes"
+        """Return the bytes that a host has sent."""
+        counter = f"/sys/class/net/{self._interfaces[host]}/statistics/tx_bytes"
         return int(subprocess.check_output(self.inside(host, "cat", counter)))
 
 
@@ -73,33 +74,33 @@ def _run(*command: str) -> None:
 
 
 @pytest.fixture
-def cable() -> Iterator[Cable]:
+def network() -> Iterator[Network]:
     if shutil.which("ip") is None or not dist.is_available():
         pytest.skip("needs the program ip, and PyTorch with torch.distributed")
-    made = Cable()
+    made = Network()
     with ExitStack() as cleaning:
         try:
-            made.lay(cleaning)
+            made.create(cleaning)
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces take root: {error.stderr.decode().strip()}")
+            pytest.skip(f"network namespaces need root: {error.stderr.decode().strip()}")
         yield made
 
 
-def pretrain_on_both(cable: Cable, per_host: int, argv: list[str], name: str) -> dict[str, int]:
-    """One job on both hosts; returns the bytes that each sent."""
-    before = {host: cable.sent(host) for host in HOSTS}
+def pretrain_on_both(network: Network, per_host: int, argv: list[str], name: str) -> dict[str, int]:
+    """Run one job on both hosts; return the bytes that each sent."""
+    before = {host: network.sent(host) for host in HOSTS}
     jobs = []
     for host in HOSTS:
         launcher = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(HOSTS)}", f"--nproc-per-node={per_host}"),
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint={cable.addresses['a']}:{PORT}", f"--rdzv-id={name}"),
-            # each must be told, as neither has a name that leads to its address
-            *(f"--rdzv-conf=is_host={int(host == 'a')}", f"--local-addr={cable.addresses[host]}"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={network.addresses['a']}:{PORT}", f"--rdzv-id={name}"),
+            # explicit, as neither address has a host name
+            *(f"--rdzv-conf=is_host={int(host == 'a')}", f"--local-addr={network.addresses[host]}"),
         ]
         jobs.append(
             subprocess.Popen(
-                cable.inside(host, *launcher, "-m", "train.pretrain", *argv),
-                env={**ENVIRONMENT, **cable.environment(host)},
+                network.inside(host, *launcher, "-m", "train.pretrain", *argv),
+                env={**ENVIRONMENT, **network.environment(host)},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -107,12 +108,12 @@ def pretrain_on_both(cable: Cable, per_host: int, argv: list[str], name: str) ->
             )
         )
     try:
-        said = [job.communicate(timeout=SECONDS)[0] for job in jobs]
+        output = [job.communicate(timeout=TIMEOUT)[0] for job in jobs]
     finally:
         for job in jobs:
             job.terminate()
-    assert [job.returncode for job in jobs] == [0, 0], "\n".join(said)
-    return {host: cable.sent(host) - before[host] for host in HOSTS}
+    assert [job.returncode for job in jobs] == [0, 0], "\n".join(output)
+    return {host: network.sent(host) - before[host] for host in HOSTS}
 
 
 def weights(state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -125,11 +126,11 @@ def trained(out: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per_host", [1, 2])
-def test_two_hosts_train_as_one_process_and_send_what_the_model_says(cable: Cable, lab: Lab, per_host: int) -> None:
+def test_two_hosts_match_one_process_and_the_cost_model(network: Network, lab: Lab, per_host: int) -> None:
     sent = {}
     for steps in (FEW, MANY):
         argv = arguments(data=lab.images, out=lab.folder / f"hosts{steps}", **{**OPTIONS, "epochs": steps})
-        sent[steps] = pretrain_on_both(cable, per_host, argv, f"{per_host}-{steps}")
+        sent[steps] = pretrain_on_both(network, per_host, argv, f"{per_host}-{steps}")
 
     lab.run(out=lab.folder / "one", **{**OPTIONS, "epochs": FEW})
     config = read_config(lab.folder / "one", PretrainConfig)
@@ -137,8 +138,8 @@ def test_two_hosts_train_as_one_process_and_send_what_the_model_says(cable: Cabl
     start = weights(build_model(config).state_dict())
     assert (together - alone).norm() <= 1e-3 * (alone - start).norm()
 
-    # of a ring of ranks in order, one link leads from each host to the other
+    # a ring of ranks in order has one link from each host to the other
     expected = traffic(config, len(HOSTS) * per_host).sent
     for host in HOSTS:
-        a_step = (sent[MANY][host] - sent[FEW][host]) / (MANY - FEW)
-        assert a_step == pytest.approx(expected, rel=AGREEMENT), (host, a_step, expected)
+        per_step = (sent[MANY][host] - sent[FEW][host]) / (MANY - FEW)
+        assert per_step == pytest.approx(expected, rel=TOLERANCE), (host, per_step, expected)
