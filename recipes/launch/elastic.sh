@@ -1,29 +1,29 @@
 #!/bin/bash
-# Pretrains on machines that may come and go: when a rank or a machine is lost, all ranks start again from the newest
-# checkpoint, on the machines that are left. Run the same line on every machine:
+# Pretrains on a varying number of machines. After the loss of a rank or a machine, all ranks restart from the newest
+# checkpoint on the remaining machines. Run the same command on every machine:
 #
 #   NODES=2:4 RANKS=8 ENDPOINT=host-of-one:29500 recipes/launch/elastic.sh OUT [options of train.pretrain]
 #
-#   NODES      fewest and most machines [1:1]
-#   RANKS      processes on each, one for each GPU [1]
-#   ENDPOINT   where they meet: a machine that stays, and a free port of it [localhost:29500]
-#   RESTARTS   how many losses to bear [3]
-#   PYTHON     the interpreter [python]
+#   NODES      minimum and maximum number of machines [1:1]
+#   RANKS      processes per machine, one per GPU [1]
+#   ENDPOINT   rendezvous: a machine that always runs, and a free port on it [localhost:29500]
+#   RESTARTS   maximum number of restarts [3]
+#   PYTHON     Python interpreter [python]
 #
-# Run it from the repository's root. OUT must be seen by all machines; where it holds a run, that is resumed.
+# Run it from the repository's root. OUT must be on a file system that all machines share; a run in it is resumed.
 #
-# Batch normalisation sees the same parts of a batch on any number of ranks, so that it stays the same run: give
-# --bn-groups, and only NODES whose ranks share its parts evenly. The number of the most ranks there may be is a good
-# one, if every smaller number that may occur divides it; without it a run keeps the number of ranks that it began with,
-# and refuses others that do not divide that. --batch-size is that of all ranks together, and every number of ranks must
-# divide it as well. On another number of ranks sums have another order: the run goes on, but not to the same bits.
+# Ghost batch norm groups must not depend on the number of ranks: give --bn-groups, and NODES such that every possible
+# number of ranks divides it. The maximum number of ranks is a good value if all smaller possible numbers divide it.
+# Without --bn-groups a run keeps the number of groups of its first start and refuses numbers of ranks that do not divide
+# it. Every number of ranks must also divide --batch-size, which is the batch size over all ranks. Another number of
+# ranks sums in another order, so the run continues with other rounding errors.
 set -u
 
 out=${1:?"usage: [NODES=..] [RANKS=..] [ENDPOINT=..] $0 OUT [options of train.pretrain]"}
 shift
 export OUT=$out PYTHON=${PYTHON:-python}
 
-# Asked at every start, as the run that a restart resumes may not have been there at the first.
+# Tested at every restart: the run may not have existed at the first start.
 rank='
     resume=()
     if [ -e "$OUT/config.yaml" ]; then resume=(--resume); fi

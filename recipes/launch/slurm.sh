@@ -1,11 +1,11 @@
 #!/bin/bash
-# Pretrains on the GPUs of several machines under Slurm, and goes on by itself after a time limit or a preemption.
+# Pretrains on the GPUs of several machines under Slurm, and resumes automatically after a time limit or a preemption.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 recipes/launch/slurm.sh OUT [options of train.pretrain]
 #
-# Submit it from the repository's root, in an environment where torchrun is the project's. OUT must be seen by all
-# machines. Where OUT holds a run it is resumed, so the same line starts and continues it. Two minutes before the end
-# the ranks are told to save; they end with code 0, and the job goes back into the queue.
+# Submit it from the repository's root, in an environment with the project's torchrun. OUT must be on a file system that
+# all machines share. A run in OUT is resumed, so the same command starts and continues it. Two minutes before the time
+# limit the ranks receive SIGUSR1; they save and exit with code 0, and the job is requeued.
 #SBATCH --job-name=dspnet-pretrain
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:USR1@120
@@ -20,7 +20,8 @@ if [ -e "$out/config.yaml" ]; then resume=(--resume); fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((29500 + SLURM_JOB_ID % 1000))
 
-# On every machine: torchrun, which would die of USR1, and a shell that hands it to the ranks.
+# On every machine: torchrun, which USR1 would end and which therefore ignores it, and a shell that forwards USR1 to
+# the ranks.
 on_machine='
     (trap "" USR1; exec torchrun "$@") &
     launcher=$!
@@ -34,7 +35,7 @@ srun --kill-on-bad-exit=1 bash -c "$on_machine" machine \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \
     -m train.pretrain "$@" --out "$out" ${resume[@]+"${resume[@]}"} &
 step=$!
-trap 'noticed=1; kill -USR1 $step' USR1 # srun hands it on
+trap 'noticed=1; kill -USR1 $step' USR1 # srun forwards it
 while wait $step; code=$?; [ $code -gt 128 ] && kill -0 $step 2> /dev/null; do :; done
 
 if [ "$noticed" ] && [ $code = 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -47,7 +47,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not a configuration of this version: {error}") from error
     if not isinstance(options, dict):
