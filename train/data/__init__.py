@@ -1,1 +1,1 @@
-"""Images to batches: `datasets` reads images, `views` draws and computes their views, `loader` makes uint8 batches."""
+"""Images to batches: `datasets` reads images, `views` samples and computes views, `loader` makes uint8 batches."""

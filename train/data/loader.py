@@ -148,11 +148,11 @@ class _Views(BatchDataset):
         samples = []
         for epoch, i in items:
             image = load_or_next(self._images, i, self._limit, self._images.load, unreadable)
-            drawn = uniform_numbers(self._seed, epoch, i, len(self._views))
+            numbers = uniform_numbers(self._seed, epoch, i, len(self._views))
             samples.append(
                 [
                     augment(view, sample_view(view, uniform, image.height, image.width), image)
-                    for view, uniform in zip(self._views, drawn, strict=True)
+                    for view, uniform in zip(self._views, numbers, strict=True)
                 ]
             )
         return _stack([pixels for view in zip(*samples, strict=True) for pixels in view])

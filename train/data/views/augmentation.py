@@ -205,16 +205,16 @@ def only(view: ViewSpec, operation: str) -> ViewSpec:
     )
 
 
-def _crop_box(view: ViewSpec, height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
+def _crop_box(view: ViewSpec, height: int, width: int, uniform: Sequence[float]) -> tuple[int, int, int, int]:
     """Top, left, height and width as in torchvision's RandomResizedCrop: area uniform, ratio log-uniform.
 
     The first of `CROP_TRIES` boxes that fits into the image, else the largest centred box of an allowed ratio.
     """
     low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
-    down, right = draws[-2:]
+    down, right = uniform[-2:]
     for i in range(CROP_TRIES):
-        area = height * width * (view.min_scale + (view.max_scale - view.min_scale) * draws[2 * i])
-        ratio = math.exp(low + (high - low) * draws[2 * i + 1])
+        area = height * width * (view.min_scale + (view.max_scale - view.min_scale) * uniform[2 * i])
+        ratio = math.exp(low + (high - low) * uniform[2 * i + 1])
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w

@@ -75,30 +75,30 @@ def view_inputs(samples: Sequence[Sample], views: Sequence[ViewSpec], photometri
     """Return the inputs of `view_pipeline` by name; those of the photometric operations only with `photometric`."""
     inputs = decode_inputs(samples)
     for k, view in enumerate(views):
-        drawn = [sample.views[k] for sample in samples]
-        boxes = np.array([one.box for one in drawn], np.int32)
-        flip = np.array([one.flip for one in drawn])
+        parameters = [sample.views[k] for sample in samples]
+        boxes = np.array([one.box for one in parameters], np.int32)
+        flip = np.array([one.flip for one in parameters])
         top, left = (boxes[:, :2] - inputs["region_start"]).T
         bottom, right = top + boxes[:, 2], left + boxes[:, 3]
         inputs[f"from{k}"] = np.stack([top, np.where(flip, right, left)], 1).astype(np.float32)
         inputs[f"to{k}"] = np.stack([bottom, np.where(flip, left, right)], 1).astype(np.float32)
         if not photometric:
             continue
-        stages = [_stages(one.jitter) for one in drawn]
+        stages = [_stages(one.jitter) for one in parameters]
         for where, side in enumerate(("before", "after")):
             for stage in range(STAGES):
                 chosen = [of_sample[where][stage] for of_sample in stages]
                 inputs[f"kind{k}{side}{stage}"] = np.array([kind for kind, _ in chosen], np.int32)
                 inputs[f"factor{k}{side}{stage}"] = np.array([factor for _, factor in chosen], np.float32)
-        turn = np.array([dict(one.jitter).get("hue", 0.0) for one in drawn])
-        inputs[f"hued{k}"] = turn != 0
+        rotation = np.array([dict(one.jitter).get("hue", 0.0) for one in parameters])
+        inputs[f"rotated{k}"] = rotation != 0
         for channel in range(3):
-            inputs[f"turn{k}{channel}"] = np.array([hue_offset(value, channel) for value in turn], np.float32)
-        inputs[f"grey{k}"] = np.array([one.grey for one in drawn])
+            inputs[f"rotation{k}{channel}"] = np.array([hue_offset(value, channel) for value in rotation], np.float32)
+        inputs[f"grey{k}"] = np.array([one.grey for one in parameters])
         if view.blur_kernel >= 3:
-            inputs[f"blurred{k}"] = np.array([one.sigma > 0 for one in drawn])
-            inputs[f"sigma{k}"] = np.array([one.sigma or 1.0 for one in drawn], np.float32)
-        inputs[f"solarize{k}"] = np.array([one.solarize for one in drawn])
+            inputs[f"blurred{k}"] = np.array([one.sigma > 0 for one in parameters])
+            inputs[f"sigma{k}"] = np.array([one.sigma or 1.0 for one in parameters], np.float32)
+        inputs[f"solarize{k}"] = np.array([one.solarize for one in parameters])
     return inputs
 
 

@@ -88,7 +88,7 @@ def _photometric(pixels: Any, k: int, view: ViewSpec, device: str) -> Any:
     pixels = fn.transpose(fn.cast(pixels, dtype=types.FLOAT), perm=[2, 0, 1])
     for stage in range(STAGES):
         pixels = _adjust(pixels, f"{k}before{stage}", device)
-    if _input(f"hued{k}", dtype=types.BOOL):
+    if _input(f"rotated{k}", dtype=types.BOOL):
         pixels = _rotate_hue(pixels, k, device)
     for stage in range(STAGES):
         pixels = _adjust(pixels, f"{k}after{stage}", device)
@@ -152,6 +152,6 @@ def _rotate_hue(pixels: Any, k: int, device: str) -> Any:
     base, thrice = least - chroma, twice + chroma
     planes = []
     for channel in range(3):
-        offset = math.abs(math.abs(hue + chroma * _scalar(f"turn{k}{channel}", device)) - thrice)
+        offset = math.abs(math.abs(hue + chroma * _scalar(f"rotation{k}{channel}", device)) - thrice)
         planes.append(math.min(math.max(base + offset, least), value))
     return fn.cat(*planes, axis=0)

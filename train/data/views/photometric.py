@@ -15,22 +15,22 @@ from .torchvision_backend import blur_matrix
 LUMA = (0.299, 0.587, 0.114)
 
 
-def hue_offset(turn: float, channel: int) -> float:
-    """Return q of `rotate_hue`: ((5, 3 or 1 for red, green or blue) + 6 turn) modulo 6, minus 5."""
-    return ((5, 3, 1)[channel] + 6 * turn) % 6 - 5
+def hue_offset(rotation: float, channel: int) -> float:
+    """Return q of `rotate_hue`: ((5, 3 or 1 for red, green or blue) + 6 rotation) modulo 6, minus 5."""
+    return ((5, 3, 1)[channel] + 6 * rotation) % 6 - 5
 
 
-def apply_photometric(view: ViewSpec, drawn: ViewParameters, image: Tensor, out: Tensor) -> None:
+def apply_photometric(view: ViewSpec, parameters: ViewParameters, image: Tensor, out: Tensor) -> None:
     """Apply all operations that follow the resize.
 
     Args:
         view: the distribution that the parameters are from.
-        drawn: the parameters.
+        parameters: the sampled parameters.
         image: the resized crop, uint8 [S, S, 3].
         out: receives the result, uint8 [3, S, S].
     """
     pixels = image.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    for name, factor in drawn.jitter:
+    for name, factor in parameters.jitter:
         if name == "brightness":
             pixels.mul_(factor).clamp_(max=255)
         elif name == "contrast":
@@ -41,14 +41,14 @@ def apply_photometric(view: ViewSpec, drawn: ViewParameters, image: Tensor, out:
             pixels.mul_(factor).add_(grey, alpha=1 - factor).clamp_(0, 255)
         else:
             rotate_hue(pixels, factor)
-    if drawn.grey:
+    if parameters.grey:
         pixels.copy_(_luma(pixels).expand_as(pixels))
-    if drawn.sigma:
-        matrix = blur_matrix(view.image_size, view.blur_kernel, drawn.sigma)
+    if parameters.sigma:
+        matrix = blur_matrix(view.image_size, view.blur_kernel, parameters.sigma)
         pixels = matrix @ pixels @ matrix.T
     pixels.add_(0.5)
     out.copy_(pixels)
-    if drawn.solarize:
+    if parameters.solarize:
         torch.where(out >= view.solarize_threshold, 255 - out, out, out=out)
 
 
@@ -57,7 +57,7 @@ def _luma(pixels: Tensor) -> Tensor:
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
-def rotate_hue(pixels: Tensor, turn: float) -> None:
+def rotate_hue(pixels: Tensor, rotation: float) -> None:
     """Rotate the hue of RGB pixels in HSV, in place.
 
     With V = max(R, G, B), M = min(R, G, B) and C = V - M, which rotation keeps, a channel of the result is
@@ -67,7 +67,7 @@ def rotate_hue(pixels: Tensor, turn: float) -> None:
 
     Args:
         pixels: float32 [3, ...].
-        turn: rotation as a fraction of the full circle.
+        rotation: as a fraction of the full circle.
     """
     red, green, blue = pixels
     value = torch.maximum(red, green)
@@ -81,5 +81,5 @@ def rotate_hue(pixels: Tensor, turn: float) -> None:
     hue = torch.where(value == red, first, hue)
     base, thrice = least - chroma, chroma * 3
     for channel in range(3):
-        torch.add(hue, chroma, alpha=hue_offset(turn, channel), out=pixels[channel])
+        torch.add(hue, chroma, alpha=hue_offset(rotation, channel), out=pixels[channel])
         pixels[channel].abs_().sub_(thrice).abs_().add_(base).clamp_(least, value)

@@ -13,29 +13,29 @@ from .augmentation import ViewParameters, ViewSpec, check_image_size
 View = Callable[[Image.Image], torch.Tensor]
 
 
-def augment(view: ViewSpec, drawn: ViewParameters, image: Image.Image) -> torch.Tensor:
+def augment(view: ViewSpec, parameters: ViewParameters, image: Image.Image) -> torch.Tensor:
     """Apply sampled parameters to an image.
 
     Args:
         view: the distribution that the parameters are from.
-        drawn: the parameters.
+        parameters: the sampled parameters.
         image: in mode "L" or "RGB".
 
     Returns:
         uint8 [1 or 3, image_size, image_size].
     """
-    image = _resized_crop(image, drawn.box, (view.image_size, view.image_size))
-    if drawn.flip:
+    image = _resized_crop(image, parameters.box, (view.image_size, view.image_size))
+    if parameters.flip:
         image = F.horizontal_flip(image)
-    for name, factor in drawn.jitter:
+    for name, factor in parameters.jitter:
         if image.mode == "RGB" or name in ("brightness", "contrast"):  # saturation and hue do not change grey
             image = getattr(F, f"adjust_{name}")(image, factor)
-    if drawn.grey and image.mode == "RGB":
+    if parameters.grey and image.mode == "RGB":
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     pixels = F.pil_to_tensor(image)
-    if drawn.sigma:
-        pixels = _gaussian_blur(pixels, view.blur_kernel, drawn.sigma)
-    if drawn.solarize:
+    if parameters.sigma:
+        pixels = _gaussian_blur(pixels, view.blur_kernel, parameters.sigma)
+    if parameters.solarize:
         pixels = F.solarize(pixels, view.solarize_threshold)
     return pixels
 
