@@ -106,5 +106,5 @@ def test_compiles_for_gpus_without_spills(run_python, operator, architecture, tm
         assert line["STACK"] <= NO_SPILL and line["LOCAL"] == 0, f"registers spill: {line}"
         # A thread has two or four channels of a depthwise convolution; a warp has many, and reads them in one piece.
         wide = 8 if "depthwise" in line["kernel"] else 16
-        assert line["widest"] >= wide or not line["constants"].get("WIDE"), f"no load is {wide} bytes wide: {line}"
+        assert line["widest"] >= wide or not line["constants"].get("VECTORIZED"), f"no load is {wide} bytes wide: {line}"
         assert line["REG"] <= 255 and line["shared"] <= SHARED_MEMORY[line["sm"]], line
