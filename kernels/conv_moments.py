@@ -133,7 +133,7 @@ def conv_moments_backward(
 def accepts(x: Tensor, weight: Tensor, groups: int) -> tuple[bool, str]:
     """Whether the kernels support these arguments: (True, "") or (False, reason)."""
     if groups > 1 and weight.shape[-1] > depthwise.LARGEST_KERNEL:
-        return False, f"it serves depthwise kernels up to {depthwise.LARGEST_KERNEL}, not {weight.shape[-1]}"
+        return False, f"it supports depthwise kernels up to {depthwise.LARGEST_KERNEL}, not {weight.shape[-1]}"
     return accepts_dtype(x)
 
 

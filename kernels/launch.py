@@ -178,5 +178,5 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def accepts_dtype(x: Tensor) -> tuple[bool, str]:
     """Whether the kernels support x's dtype: (True, "") or (False, reason)."""
     if x.dtype not in DTYPES:
-        return False, f"it serves float32, float16 and bfloat16, not {x.dtype}"
+        return False, f"it supports float32, float16 and bfloat16, not {x.dtype}"
     return True, ""

@@ -158,7 +158,7 @@ def accepts(*vectors: Tensor | None) -> tuple[bool, str]:
     """Whether the kernels support these tensors, including main_grads: (True, "") or (False, reason)."""
     given = [vector for vector in vectors if vector is not None]
     if any(vector.dtype != torch.float32 for vector in given):
-        return False, "it serves float32 only"
+        return False, "it supports float32 only"
     if any(not vector.is_contiguous() for vector in given if vector.ndim == 1):
-        return False, "it serves contiguous weights and biases only"
+        return False, "it supports contiguous weights and biases only"
     return True, ""

@@ -48,7 +48,7 @@ def slim_linear_backward(
 def accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     """Whether the kernels support these arguments: (True, "") or (False, reason)."""
     if x.dtype != weight.dtype:
-        return False, f"it serves inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
+        return False, f"it supports inputs and weights of one dtype, not {x.dtype} and {weight.dtype}"
     return accepts_dtype(x)
 
 

@@ -32,7 +32,7 @@ ConvShape check_shape(
   const int64_t channels = x.size(1), kernel = weight.size(2);
   TORCH_CHECK(
       groups == 1 || (groups > 0 && groups == channels && groups == out_channels), op, ": ", groups, " groups for ",
-      channels, " channels in and ", out_channels, " out: only 1 and depthwise are served");
+      channels, " channels in and ", out_channels, " out: use 1, or as many as channels for a depthwise convolution");
   TORCH_CHECK(
       out_channels > 0 && out_channels <= weight.size(0) && channels > 0 && channels / groups <= weight.size(1) &&
           (groups == 1 || weight.size(1) == 1),

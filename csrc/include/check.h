@@ -80,12 +80,13 @@ inline CheckedDeferred check_deferred(
   checked.deferred.act = check_act(op, act);
   TORCH_CHECK(views >= 0 && (views == 0 || x.size(0) % views == 0), op, ": ", x.size(0), " images are not ", views,
               " views of equal size");
-  TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift come together, or neither does");
+  TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": give both scale and shift, or neither");
   if (scale) {
     const int64_t rows = scale->dim() == 2 ? scale->size(0) : 0;
     TORCH_CHECK(
-        rows > 0 && x.size(0) % rows == 0 && (views == 0 || rows == 1 || rows == views), op, ": ", rows,
-        " rows of scale and shift for ", x.size(0), " images, ", views, " views");
+        rows > 0 && x.size(0) % rows == 0 && (views == 0 || rows == 1 || rows == views), op,
+        ": scale and shift must have 1 row or one per view, got ", rows, " rows for ", x.size(0), " images and ", views,
+        " views");
     checked.scale = check_matrix(op, "scale", *scale, rows, x.size(1));
     checked.shift = check_matrix(op, "shift", *shift, rows, x.size(1));
     checked.deferred.scale = checked.scale.const_data_ptr<float>();
