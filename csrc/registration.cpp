@@ -1,5 +1,5 @@
-// Every schema of the compiled libraries, in one place. Python reaches them as torch.ops.dspnet_cpp.<operator>; the
-// public operators are dspnet::<operator>, defined in dspnet_fast/ops, which choose these among other providers.
+// The schemas of all compiled operators, torch.ops.dspnet_cpp.<operator> in Python. The public operators are
+// dspnet::<operator>, defined in dspnet_fast/ops; they dispatch to these and to other providers.
 #include <torch/library.h>
 
 #include <optional>
@@ -60,7 +60,7 @@ DSPNET_CPU_BUILDS(
     OptionalTensor weight, Tensor mean, Tensor variance, double eps)
 
 TORCH_LIBRARY(dspnet_cpp, library) {
-  library.def("cuda_problem(int device) -> str"); // why the CUDA library cannot compute on a device, or nothing
+  library.def("cuda_problem(int device) -> str"); // the error message, empty if the device is usable
   library.def(
       "conv_moments(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor weight, int out_channels, "
       "int stride, int padding, int groups, int views) -> (Tensor, Tensor, Tensor)");

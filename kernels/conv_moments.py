@@ -1,10 +1,9 @@
-"""conv_moments, which dspnet_fast/ops specifies, by the kind of convolution.
+"""conv_moments: selects the algorithm for a convolution.
 
-Pointwise and depthwise convolutions have kernels that never write a normalised activation. A dense k x k convolution,
-and a pointwise one with stride or padding, settles its input, uses the library's convolution, and takes the moments of
-its output in one more pass.
+Pointwise and depthwise convolutions have kernels that apply the deferred normalisation while loading. Dense ones,
+k x k or with a stride or padding, write the normalised input, call cuDNN, and read its output again for the moments.
 
-Everything is deterministic: programs leave partial sums, which are added up in a fixed order.
+Results are deterministic: programs write partial sums, which are added up in a fixed order.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
-from .launch import Input, OutputGradient, channels_last, contiguous, takes
+from .launch import Input, OutputGradient, accepts_dtype, channels_last, contiguous
 from .moments import moments
 from .norm_act import materialize_backward, norm_act
 from .output_gradient import output_gradient
@@ -36,21 +35,21 @@ def conv_moments(
     groups: int,
     views: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As dspnet_fast.ops.conv_moments, without main_grad, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.conv_moments, without main_grad, for valid arguments that `accepts` supports."""
     deferred = _input(x, scale, shift, act, gate)
     kernel = weight.shape[2]
-    kind = _kind(kernel, stride, padding, groups)
-    if kind == "dense":
-        h = _settled(deferred)
-        with _library():
+    algorithm = _algorithm(kernel, stride, padding, groups)
+    if algorithm == "dense":
+        h = _materialize(deferred)
+        with _exact_cudnn():
             y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
         if views:
             return y, *moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views)
-        nothing = x.new_empty(0, out_channels, dtype=torch.float32)
-        return y, nothing, nothing.clone()
+        no_moments = x.new_empty(0, out_channels, dtype=torch.float32)
+        return y, no_moments, no_moments.clone()
     size = [(length + 2 * padding - kernel) // stride + 1 for length in x.shape[2:]]
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if kind == "pointwise":
+    if algorithm == "pointwise":
         return y, *pointwise.forward(deferred, weight, y, views)
     return y, *depthwise.forward(deferred, weight, y, stride, padding, views)
 
@@ -71,27 +70,27 @@ def conv_moments_backward(
     stride: int,
     padding: int,
     groups: int,
-    wanted_input: bool,
-    wanted_weight: bool,
+    input_gradient: bool,
+    weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As dspnet_fast.ops.conv_moments_backward, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.conv_moments_backward, for valid arguments that `accepts` supports."""
     deferred = _input(x, scale, shift, act, gate)
     grads = OutputGradient(
         channels_last(grad_y), grad_mean.contiguous(), grad_variance.contiguous(), channels_last(y), mean.contiguous()
     )
     kernel = weight.shape[2]
-    kind = _kind(kernel, stride, padding, groups)
-    of_x, of_weight = x.new_empty(0), weight.new_empty(0)
-    of_scale, of_shift, of_gate = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
+    algorithm = _algorithm(kernel, stride, padding, groups)
+    grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
+    grad_scale, grad_shift, grad_gate = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
     prefix = None
-    if wanted_weight:
-        prefix, of_weight = gradient_prefix(weight, main_grad, y.shape[1], x.shape[1] // groups)
+    if weight_gradient:
+        prefix, grad_weight = gradient_prefix(weight, main_grad, y.shape[1], x.shape[1] // groups)
     partial = None
-    if kind == "dense":
-        with _library():
-            of_h, of_prefix, _ = torch.ops.aten.convolution_backward(
+    if algorithm == "dense":
+        with _exact_cudnn():
+            grad_h, grad_prefix, _ = torch.ops.aten.convolution_backward(
                 output_gradient(grads),
-                _settled(deferred) if wanted_weight else deferred.x,
+                _materialize(deferred) if weight_gradient else deferred.x,
                 weight[: y.shape[1], : x.shape[1]].to(x.dtype),
                 None,
                 [stride, stride],
@@ -100,61 +99,63 @@ def conv_moments_backward(
                 False,
                 [0, 0],
                 1,
-                [wanted_input, wanted_weight, False],
+                [input_gradient, weight_gradient, False],
             )
-        if wanted_input:
-            of_x = channels_last(of_h)
+        if input_gradient:
+            grad_x = channels_last(grad_h)
             if not deferred.materialized:
-                of_x, _, partial = materialize_backward(
-                    of_x, deferred.x, deferred.scale, deferred.shift, act, deferred.gate
+                grad_x, _, partial = materialize_backward(
+                    grad_x, deferred.x, deferred.scale, deferred.shift, act, deferred.gate
                 )
-                to_gate = partial[2]
+                gate_sums = partial[2]
         if prefix is not None:
-            prefix += of_prefix
+            prefix += grad_prefix
     else:
-        of_x = torch.empty_like(deferred.x) if wanted_input else of_x
-        if kind == "depthwise":
-            of_h = of_x if wanted_input else None
-            partial, of_prefix = depthwise.backward(grads, deferred, weight, of_h, stride, padding, wanted_weight)
-            to_gate = partial[2]
+        grad_x = torch.empty_like(deferred.x) if input_gradient else grad_x
+        if algorithm == "depthwise":
+            grad_h = grad_x if input_gradient else None
+            partial, grad_prefix = depthwise.backward(grads, deferred, weight, grad_h, stride, padding, weight_gradient)
+            gate_sums = partial[2]
             if prefix is not None:
-                prefix += of_prefix
+                prefix += grad_prefix
         else:
-            if wanted_input:
-                partial, to_gate = pointwise.input_gradient(grads, deferred, weight, of_x)
+            if input_gradient:
+                partial, gate_sums = pointwise.input_gradient(grads, deferred, weight, grad_x)
             if prefix is not None:
                 add_to_prefix(prefix, pointwise.weight_gradient(grads, deferred))
-    if wanted_input and partial is not None and scale is not None:
-        of_scale, of_shift = sums(partial[0], partial[1], len(scale))
-    if gate is not None and wanted_input:
-        of_gate = to_gate if len(to_gate) == len(x) else sums_per_image(to_gate, len(x))
-    return of_x, of_scale, of_shift, of_gate, of_weight
+    if input_gradient and partial is not None and scale is not None:
+        grad_scale, grad_shift = sums(partial[0], partial[1], len(scale))
+    if gate is not None and input_gradient:
+        grad_gate = gate_sums if len(gate_sums) == len(x) else sums_per_image(gate_sums, len(x))
+    return grad_x, grad_scale, grad_shift, grad_gate, grad_weight
 
 
 def accepts(x: Tensor, weight: Tensor, groups: int) -> tuple[bool, str]:
-    """Whether the kernels take these arguments. Returns (True, "") or (False, why not)."""
+    """Whether the kernels support these arguments: (True, "") or (False, reason)."""
     if groups > 1 and weight.shape[-1] > depthwise.LARGEST_KERNEL:
-        return False, f"it serves depthwise kernels up to {depthwise.LARGEST_KERNEL}, not {weight.shape[-1]}"
-    return takes(x)
+        return False, f"it supports depthwise kernels up to {depthwise.LARGEST_KERNEL}, not {weight.shape[-1]}"
+    return accepts_dtype(x)
 
 
 def _input(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> Input:
-    """The arguments as kernels read them."""
+    """The arguments in the layouts that kernels read."""
     scale, shift, gate = contiguous(scale, shift, gate)
     return Input(channels_last(x), scale, shift, act, gate)
 
 
-def _settled(deferred: Input) -> Tensor:
-    """What a library's convolution can read: x itself if it is deferred nothing."""
+def _materialize(deferred: Input) -> Tensor:
+    """h = act(scale x + shift) * gate; x itself without deferred normalisation."""
     if deferred.materialized:
         return deferred.x
     return norm_act(deferred.x, deferred.scale, deferred.shift, deferred.act, deferred.gate, None, None, None)
 
 
 @contextlib.contextmanager
-def _library() -> Iterator[None]:
-    """Convolutions of cuDNN as exact and as deterministic as our own kernels: torch allows tf32 in them unasked, and
-    sums in any order."""
+def _exact_cudnn() -> Iterator[None]:
+    """Set cuDNN's convolutions to deterministic algorithms and to the precision of the other kernels.
+
+    By default torch allows tf32 and nondeterministic sums in them.
+    """
     cudnn, precision = torch.backends.cudnn, pointwise.precision()
     before = cudnn.conv.fp32_precision, cudnn.deterministic
     if (before[0] == "tf32") == (precision == "tf32") and before[1]:
@@ -167,7 +168,7 @@ def _library() -> Iterator[None]:
         cudnn.conv.fp32_precision, cudnn.deterministic = before
 
 
-def _kind(kernel: int, stride: int, padding: int, groups: int) -> str:
+def _algorithm(kernel: int, stride: int, padding: int, groups: int) -> str:
     if groups > 1:
         return "depthwise"
     return "pointwise" if (kernel, stride, padding) == (1, 1, 0) else "dense"

@@ -1,8 +1,12 @@
-"""conv_moments for depthwise convolutions: bound by memory, if h is formed seldom and what is read is kept.
+"""conv_moments for depthwise convolutions.
 
-A lane is a strip of an image, some columns wide, of a few channels, and walks down its rows. What it has read of a row
-serves all columns of the strip and, in registers, all rows that the taps reach. Sums over positions stay in the lane
-until the program ends.
+    forward: y[o] = sum over taps k of W[k] h[o stride - padding + k], h = act(scale x + shift) * gate; moments of y
+    backward: e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt, dW = sum(h e), dh = sum(W e), dz = dh gate act'(z)
+
+Bound by memory: forward reads x and writes y; backward reads dy, y and x and writes dx. To approach that bound, each h
+must be computed once or twice and each loaded value reused from registers. A lane processes a strip of an image, a few
+columns wide, from top to bottom: the values of a row are used for all columns of the strip, and, in registers, for all
+rows that the taps reach. Sums over positions stay in the lane's registers until the end of the program.
 """
 
 from collections.abc import Sequence
@@ -15,25 +19,26 @@ from torch import Tensor
 from .deferred import (
     activation_gradient,
     apply_activation,
-    columns_of,
     load_moment_gradients,
     load_output_gradient,
     load_row,
     normalized,
+    program_columns,
     store_sums,
 )
 from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums
 from .moments import merge_moments, partial_moments
 
-LARGEST_KERNEL = 7  # whose taps and accumulators the registers hold
-# Of a thread, where as many do: three programs then share a multiprocessor, and work while others wait for memory.
+LARGEST_KERNEL = 7  # larger kernels' taps and accumulators would not fit into registers
+# Per thread, if the kernel does not need more: three programs fit on a multiprocessor and hide each other's latency.
 REGISTERS = 168
 
 
 @triton.jit
-def _load_kernel(taps, column, channels, KERNEL: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Every tap of these channels, for all lanes."""
-    columns = tl.broadcast_to(column[None, :], (BLOCK_P, column.shape[0]))  # loads as wide as those of activations
+def _load_taps(taps, column, channels, KERNEL: tl.constexpr, BLOCK_P: tl.constexpr):
+    """All taps of these channels, each broadcast over the lanes: [BLOCK_P, columns]."""
+    # The layout of activations, for loads of the same width.
+    columns = tl.broadcast_to(column[None, :], (BLOCK_P, column.shape[0]))
     kernel = ()
     for tap in tl.static_range(KERNEL * KERNEL):
         kernel = kernel + (tl.load(taps + tap * channels + columns, mask=columns < channels, other=0.0),)
@@ -41,18 +46,20 @@ def _load_kernel(taps, column, channels, KERNEL: tl.constexpr, BLOCK_P: tl.const
 
 
 @triton.jit
-def _added(items, at: tl.constexpr, product):
-    """The items, with this added to one of them."""
+def _add_at(items, at: tl.constexpr, product):
+    """The tuple items, with product added to items[at]."""
     return items[:at] + (items[at] + product,) + items[at + 1 :]
 
 
 @triton.jit
-def _complete(
+def _store_row(
     accumulators, to_y, row, first, left, inside, out_width, channels, pivot, total, squares,
     MOMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the row of y that no other row of x reaches, if it is one, and adds it to the lanes' moments, whose pivot
-    is the first value of the program's first tile. The next row's accumulators become the first."""
+    """Stores a complete row of y, if row >= 0, adds it to the lanes' moments, and shifts the accumulators by one row.
+
+    The pivot of a lane's moments is the first value that it stores.
+    """
     if row >= 0:
         for c in tl.static_range(COLUMNS):
             valid = (left + c < out_width)[:, None] & inside[None, :]
@@ -62,9 +69,9 @@ def _complete(
                 value = stored.to(tl.float32)
                 if c == 0:
                     pivot = tl.where((first == 0) & (row == 0), value, pivot)
-                apart = tl.where(valid, value - pivot, 0.0)
-                total += apart
-                squares += apart * apart
+                deviations = tl.where(valid, value - pivot, 0.0)
+                total += deviations
+                squares += deviations * deviations
     fresh = (tl.zeros(pivot.shape, tl.float32),)
     return accumulators[COLUMNS:] + fresh * COLUMNS, pivot, total, squares
 
@@ -95,35 +102,35 @@ def conv_moments_depthwise_kernel(
     MOMENTS: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    ROWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE  # of y that a row of x reaches, at most
-    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
+    ROWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE  # rows of y that a row of x reaches, at most
+    channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     segment = program // parts
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     begin = program % parts * images
-    before = (segment * size + begin).to(tl.int64)
+    first_image = (segment * size + begin).to(tl.int64)
     strips = tl.cdiv(out_width, COLUMNS)
     lanes = tl.minimum(images, size - begin) * strips
-    # Of rows of y: the first steps only begin some, the last only complete them.
+    # Steps over rows of y. The first steps complete no row; the last ones only store rows, without reading x.
     end = out_height + ROWS - 1
     bottom = tl.minimum(tl.cdiv(height + padding, STRIDE), end)
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    # Sums of deviations lose nothing where they are from a value of the lane's own.
+    # Each lane has a pivot near its values, so that sums of deviations do not cancel.
     pivot, total, squares = zero, zero, zero
     count = tl.zeros((BLOCK_P,), tl.int32)
     gates = zero
-    kernel = _load_kernel(taps, column, channels, KERNEL, BLOCK_P)
+    kernel = _load_taps(taps, column, channels, KERNEL, BLOCK_P)
     for first in range(0, lanes, BLOCK_P):
         lane = first + tl.arange(0, BLOCK_P)
         image = lane // strips
-        left = tl.where(lane < lanes, lane % strips * COLUMNS, out_width)  # lanes too many are beyond the edge
+        left = tl.where(lane < lanes, lane % strips * COLUMNS, out_width)  # surplus lanes are outside of the image
         left_of_x = tl.where(lane < lanes, left * STRIDE - padding, width)
         count += tl.minimum(out_width - left, COLUMNS) * out_height
-        image = image.to(tl.int64) + before
+        image = image.to(tl.int64) + first_image
         if GATED:
             valid = (lane < lanes)[:, None] & inside[None, :]
             gates = tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
@@ -147,13 +154,13 @@ def conv_moments_depthwise_kernel(
                         if d + (ROWS - 1 - a) * STRIDE < KERNEL:
                             w = kernel[(d + (ROWS - 1 - a) * STRIDE) * KERNEL + kx]
                             for c in tl.static_range(COLUMNS):
-                                accumulators = _added(accumulators, a * COLUMNS + c, hs[c * STRIDE + kx] * w)
-            accumulators, pivot, total, squares = _complete(
+                                accumulators = _add_at(accumulators, a * COLUMNS + c, hs[c * STRIDE + kx] * w)
+            accumulators, pivot, total, squares = _store_row(
                 accumulators, to_y, step - (ROWS - 1), first, left, inside, out_width, channels, pivot, total, squares,
                 MOMENTS, COLUMNS,
             )  # fmt: skip
         for step in range(bottom, end):
-            accumulators, pivot, total, squares = _complete(
+            accumulators, pivot, total, squares = _store_row(
                 accumulators, to_y, step - (ROWS - 1), first, left, inside, out_width, channels, pivot, total, squares,
                 MOMENTS, COLUMNS,
             )  # fmt: skip
@@ -161,12 +168,12 @@ def conv_moments_depthwise_kernel(
         n = count.to(tl.float32)[:, None]
         mean = pivot + total / tl.maximum(n, 1.0)
         average = tl.sum(mean * n, 0) / tl.sum(count, 0)
-        apart = mean - average[None, :]
-        within = squares - total * total / tl.maximum(n, 1.0) + apart * apart * n
+        deviations = mean - average[None, :]
+        within = squares - total * total / tl.maximum(n, 1.0) + deviations * deviations * n
         programs = segments * parts
         to = partial + program * channels + column
         tl.store(to, average, mask=inside)
-        # merge_moments counts images.
+        # merge_moments weights by images instead of elements.
         tl.store(to + programs * channels, tl.sum(within, 0) / (out_height * out_width), mask=inside)
 
 
@@ -174,11 +181,11 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: in
     """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
     images, channels, height, width = deferred.x.shape
     kernel = weight.shape[2]
-    most = 4 if kernel <= 3 else 3 if stride == 1 else 2
-    tile = _tile(channels, y.shape[3], most, 512 if kernel <= 3 and stride == 1 else 256)
+    max_columns = 4 if kernel <= 3 else 3 if stride == 1 else 2
+    tile = _tile(channels, y.shape[3], max_columns, 512 if kernel <= 3 and stride == 1 else 256)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     block = max(1, tile["BLOCK_P"] // triton.cdiv(y.shape[3], tile["COLUMNS"]))
-    rows = Rows.share(images, max(views, deferred.rows), block, blocks, deferred.x.device)
+    rows = Rows.split(images, max(views, deferred.rows), block, blocks, deferred.x.device)
     partial = partial_moments(rows, channels, deferred.x) if views else deferred.x
     launch(
         conv_moments_depthwise_kernel,
@@ -202,22 +209,25 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: in
         MOMENTS=views > 0,
         KERNEL=kernel,
         STRIDE=stride,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         **tile,
         maxnreg=REGISTERS if kernel <= 5 else None,
     )
     if views:
         return merge_moments(partial, rows)
-    nothing = deferred.x.new_empty(0, channels, dtype=torch.float32)
-    return nothing, nothing.clone()
+    no_moments = deferred.x.new_empty(0, channels, dtype=torch.float32)
+    return no_moments, no_moments.clone()
 
 
 @triton.jit
-def _meet(
-    window, kernel, h, to_taps, row: tl.constexpr, column: tl.constexpr, INPUT: tl.constexpr, WEIGHT: tl.constexpr,
+def _backward_element(
+    window, kernel, h, dtaps_sums, row: tl.constexpr, column: tl.constexpr, INPUT: tl.constexpr, WEIGHT: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, REACH: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of an h at (row, column) of its block and strip; what h adds to the taps' gradients, added."""
+    """For one h: its gradient dh, and dtaps_sums with its contributions to the taps' gradients added.
+
+    row, column: the position of h in its STRIDE rows and in its strip.
+    """
     dh = tl.zeros(h.shape, tl.float32)
     for i in tl.static_range(REACH):
         for j in tl.static_range(REACH):
@@ -226,8 +236,8 @@ def _meet(
                 if INPUT:
                     dh += e * kernel[(row + i * STRIDE) * KERNEL + column % STRIDE + j * STRIDE]
                 if WEIGHT:
-                    to_taps = _added(to_taps, (row + i * STRIDE) * KERNEL + column % STRIDE + j * STRIDE, e * h)
-    return dh, to_taps
+                    dtaps_sums = _add_at(dtaps_sums, (row + i * STRIDE) * KERNEL + column % STRIDE + j * STRIDE, e * h)
+    return dh, dtaps_sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -243,9 +253,9 @@ def conv_moments_depthwise_backward_kernel(
     gate,  # [N, C]
     taps,  # [k k, C]
     dx,
-    partial,  # [2, programs, C]: sums for scale, shift
-    of_gate,  # [N, strips, C]
-    of_taps,  # [programs, k k, C]
+    partial,  # [2, programs, C]: sums for scale and shift
+    dgate,  # [N, strips, C]
+    dtaps,  # [programs, k k, C]
     inverse_count,
     channels,
     height,
@@ -267,33 +277,33 @@ def conv_moments_depthwise_backward_kernel(
     WEIGHT: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # x at q STRIDE - padding + d meets e at q - b by the tap d + b STRIDE, in rows and in columns.
+    # The tap d + b STRIDE connects x at q STRIDE - padding + d with e at q - b, in rows and in columns.
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     WINDOW: tl.constexpr = COLUMNS + REACH - 1
-    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
+    channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     segment = program // parts
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
-    centre, to_mean, to_square = load_moment_gradients(
+    center, mean_term, variance_factor = load_moment_gradients(
         mean, dmean, dvariance, segment * views // segments, column, channels, inverse_count, MOMENTS
     )
     begin = program % parts * images
-    before = (segment * size + begin).to(tl.int64)
+    first_image = (segment * size + begin).to(tl.int64)
     edge = padding // STRIDE
     strips = tl.cdiv((width - 1 + padding) // STRIDE - edge + 1, COLUMNS)
     lanes = tl.minimum(images, size - begin) * strips
-    kernel = _load_kernel(taps, column, channels, KERNEL, BLOCK_P)
+    kernel = _load_taps(taps, column, channels, KERNEL, BLOCK_P)
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    to_taps = (zero,) * (KERNEL * KERNEL)
-    of_scale, of_shift, gates = zero, zero, zero
+    dtaps_sums = (zero,) * (KERNEL * KERNEL)
+    dscale, dshift, gates = zero, zero, zero
     for first in range(0, lanes, BLOCK_P):
         lane = first + tl.arange(0, BLOCK_P)
-        image = (lane // strips).to(tl.int64) + before
-        # Lanes too many are beyond every edge.
+        image = (lane // strips).to(tl.int64) + first_image
+        # Surplus lanes are outside of the image.
         left = tl.where(lane < lanes, edge + lane % strips * COLUMNS, width + padding + out_width + REACH)
         left_of_e = left - (REACH - 1)
         left_of_x = left * STRIDE - padding
@@ -303,7 +313,7 @@ def conv_moments_depthwise_backward_kernel(
         in_gate = image[:, None] * channels + column[None, :]
         if GATED:
             gates = tl.load(gate + in_gate, mask=(lane < lanes)[:, None] & inside[None, :], other=0.0)
-        to_gate = zero
+        dgate_sum = zero
         window = (zero,) * (REACH * WINDOW)
         for step in range(edge - (REACH - 1), (height - 1 + padding) // STRIDE + 1):
             window = window[WINDOW:]
@@ -311,7 +321,7 @@ def conv_moments_depthwise_backward_kernel(
             for at in tl.static_range(WINDOW):
                 valid = ((left_of_e + at >= 0) & (left_of_e + at < right))[:, None] & inside[None, :]
                 to = (step * out_width + at) * channels
-                e = load_output_gradient(from_dy, from_y, centre, to_mean, to_square, to, valid, MOMENTS)
+                e = load_output_gradient(from_dy, from_y, center, mean_term, variance_factor, to, valid, MOMENTS)
                 window = window + (e,)
             if step >= edge:
                 for d in tl.static_range(STRIDE):
@@ -323,27 +333,27 @@ def conv_moments_depthwise_backward_kernel(
                         values = tl.load(from_x + to, mask=valid, other=0.0).to(tl.float32)
                         z = normalized(values, factor, offset, DEFERRED)
                         h = apply_activation(z, ACT)
-                        dh, to_taps = _meet(
-                            window, kernel, tl.where(valid, h * gates if GATED else h, 0.0), to_taps, d, at,
+                        dh, dtaps_sums = _backward_element(
+                            window, kernel, tl.where(valid, h * gates if GATED else h, 0.0), dtaps_sums, d, at,
                             INPUT, WEIGHT, KERNEL, STRIDE, REACH, WINDOW,
                         )  # fmt: skip
                         if INPUT:
                             if GATED:
-                                to_gate += tl.where(valid, dh * h, 0.0)
+                                dgate_sum += tl.where(valid, dh * h, 0.0)
                                 dh *= gates
                             dz = tl.where(valid, dh * activation_gradient(z, ACT), 0.0)
-                            of_scale += dz * values
-                            of_shift += dz
+                            dscale += dz * values
+                            dshift += dz
                             tl.store(to_dx + to, (dz * factor).to(dx.dtype.element_ty), mask=valid)
         if INPUT and GATED:
-            to = of_gate + (image * strips + lane % strips)[:, None] * channels + column[None, :]
-            tl.store(to, to_gate, mask=(lane < lanes)[:, None] & inside[None, :])
+            to = dgate + (image * strips + lane % strips)[:, None] * channels + column[None, :]
+            tl.store(to, dgate_sum, mask=(lane < lanes)[:, None] & inside[None, :])
     if INPUT and DEFERRED:
-        store_sums(partial, program, segments * parts, channels, column, tl.sum(of_scale, 0), tl.sum(of_shift, 0))
+        store_sums(partial, program, segments * parts, channels, column, tl.sum(dscale, 0), tl.sum(dshift, 0))
     if WEIGHT:
         for tap in tl.static_range(KERNEL * KERNEL):
-            to = of_taps + (program.to(tl.int64) * (KERNEL * KERNEL) + tap) * channels + column
-            tl.store(to, tl.sum(to_taps[tap], 0), mask=inside)
+            to = dtaps + (program.to(tl.int64) * (KERNEL * KERNEL) + tap) * channels + column
+            tl.store(to, tl.sum(dtaps_sums[tap], 0), mask=inside)
 
 
 def backward(
@@ -353,23 +363,26 @@ def backward(
     dx: Tensor | None,
     stride: int,
     padding: int,
-    wanted_weight: bool,
+    weight_gradient: bool,
 ) -> tuple[Sequence[Tensor], Tensor | None]:
-    """Fills dx, if it is wanted. Returns what programs have summed for scale, shift [programs, C] and gate [strips, C],
-    and the gradient of the weight's prefix, [C, 1, k, k] in fp32, if it is wanted."""
+    """Fills dx, unless it is None.
+
+    Returns the programs' sums for scale and shift [programs, C] and for the gate [N strips, C], and, with
+    weight_gradient, the gradient of the weight's prefix, [C, 1, k, k] in fp32, otherwise None.
+    """
     images, channels, height, width = deferred.x.shape
     kernel = weight.shape[2]
-    columns = (width - 1 + padding) // stride - padding // stride + 1  # of strides, as the kernel has it
-    most = 4 if kernel <= 3 or (kernel <= 5 and stride == 1) else 3
-    tile = _tile(channels, columns, most, 256 if kernel <= 5 else 128)
+    columns = (width - 1 + padding) // stride - padding // stride + 1  # in units of the stride, as in the kernel
+    max_columns = 4 if kernel <= 3 or (kernel <= 5 and stride == 1) else 3
+    tile = _tile(channels, columns, max_columns, 256 if kernel <= 5 else 128)
     strips = triton.cdiv(columns, tile["COLUMNS"])
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     segments = max(grads.views, deferred.rows)
-    rows = Rows.share(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, deferred.x.device)
+    rows = Rows.split(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, deferred.x.device)
     partial = partial_sums(2, rows, channels, deferred.x)
-    of_gate = deferred.x.new_empty(images * strips if deferred.gate is not None else 0, channels, dtype=torch.float32)
-    of_taps = deferred.x.new_empty(
-        rows.programs if wanted_weight else 0, kernel * kernel, channels, dtype=torch.float32
+    dgate = deferred.x.new_empty(images * strips if deferred.gate is not None else 0, channels, dtype=torch.float32)
+    dtaps = deferred.x.new_empty(
+        rows.programs if weight_gradient else 0, kernel * kernel, channels, dtype=torch.float32
     )
     launch(
         conv_moments_depthwise_backward_kernel,
@@ -379,8 +392,8 @@ def backward(
         _taps(weight, channels),
         deferred.x if dx is None else dx,
         partial,
-        of_gate,
-        of_taps,
+        dgate,
+        dtaps,
         grads.inverse_count,
         channels,
         height,
@@ -396,27 +409,27 @@ def backward(
         **deferred.constants,
         MOMENTS=grads.views > 0,
         INPUT=dx is not None,
-        WEIGHT=wanted_weight,
+        WEIGHT=weight_gradient,
         KERNEL=kernel,
         STRIDE=stride,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         **tile,
         maxnreg=REGISTERS if kernel <= 3 else None,
     )
-    of_prefix = of_taps.sum(0).t().reshape(channels, 1, kernel, kernel) if wanted_weight else None
-    return (*partial, of_gate), of_prefix
+    grad_prefix = dtaps.sum(0).t().reshape(channels, 1, kernel, kernel) if weight_gradient else None
+    return (*partial, dgate), grad_prefix
 
 
 def _taps(weight: Tensor, channels: int) -> Tensor:
-    """The weight's prefix [C, 1, k, k] as kernels read it: [k k, C] in fp32."""
+    """The weight's prefix [C, 1, k, k] in the layout of the kernels: [k k, C] in fp32."""
     return weight[:channels].flatten(1).t().float().contiguous()
 
 
 def _tile(channels: int, width: int, columns: int, size: int) -> dict[str, int]:
-    """A lane's columns, at most so many, and a tile's lanes and channels, so that the fewest of them are idle.
+    """The columns of a lane, at most `columns`, and the lanes and channels of a tile, chosen for the fewest idle lanes.
 
-    size: lanes times channels, of which each of the program's threads has an equal share. What a lane holds in
-    registers grows with its columns, the channels of a thread, and the kernel.
+    size: lanes times channels, distributed evenly over the program's threads. The registers of a thread limit it: their
+    number grows with the columns of a lane, the channels of a thread and the kernel.
     """
     columns = min(range(columns, 1, -1), key=lambda n: triton.cdiv(width, n) * n)
     block = min((64, 32, 16), key=lambda n: triton.cdiv(channels, n) * n)

@@ -1,6 +1,6 @@
-"""Deferred normalisation as tiles [rows, channels] see it: h = act(scale x + shift) * gate, and the way back.
+"""Device functions on tiles [rows, channels]: h = act(scale x + shift) * gate, its gradient, sums and moments.
 
-Everything is fp32 but what is stored. ACT is one of dspnet_fast.ops.deferred.ACTS.
+Computation is in fp32. ACT is one of dspnet_fast.ops.deferred.ACTS.
 """
 
 import triton
@@ -8,17 +8,21 @@ import triton.language as tl
 
 
 @triton.jit
-def assume_multiple_of(channels, WIDE: tl.constexpr):
-    """The number of channels, known to the compiler as a multiple of 8 if it is: loads are then up to 16 bytes wide."""
-    if WIDE:
-        channels = channels // 8 * 8  # which says so to the compiler; tl.multiple_of says nothing of arguments
+def assume_multiple_of(channels, VECTORIZED: tl.constexpr):
+    """The number of channels; VECTORIZED states that it is a multiple of 8, which allows loads of up to 16 bytes."""
+    if VECTORIZED:
+        channels = channels // 8 * 8  # a hint to the compiler: tl.multiple_of has no effect on arguments
     return channels
 
 
 @triton.jit
-def columns_of(channels, WIDE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels as `assume_multiple_of` gives them, the program's row block, its columns, and which of them exist."""
-    channels = assume_multiple_of(channels, WIDE)
+def program_columns(channels, VECTORIZED: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The prologue of kernels that process blocks of columns.
+
+    Returns channels as `assume_multiple_of` does, the index of the program among those with the same columns, its
+    columns, and the mask column < channels.
+    """
+    channels = assume_multiple_of(channels, VECTORIZED)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -36,7 +40,7 @@ def apply_activation(z, ACT: tl.constexpr):
 
 @triton.jit
 def activation_gradient(z, ACT: tl.constexpr):
-    """act'(z); at hardswish's kinks that of the middle piece."""
+    """act'(z); at the kinks of hardswish, that of its middle part."""
     result = tl.full(z.shape, 1.0, tl.float32)
     if ACT == "relu":
         result = tl.where(z > 0, 1.0, 0.0)
@@ -47,7 +51,7 @@ def activation_gradient(z, ACT: tl.constexpr):
 
 @triton.jit
 def load_row(scale, shift, row, column, inside, channels, DEFERRED: tl.constexpr):
-    """Scale and shift of these columns, [1, columns]."""
+    """Scale and shift of these columns, [1, columns]; 1 and 0 without deferred normalisation."""
     if DEFERRED:
         factor = tl.load(scale + row * channels + column, mask=inside, other=0.0)[None, :]
         offset = tl.load(shift + row * channels + column, mask=inside, other=0.0)[None, :]
@@ -67,26 +71,26 @@ def normalized(x, factor, offset, DEFERRED: tl.constexpr):
 
 @triton.jit
 def load_moment_gradients(mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS: tl.constexpr):
-    """mean, dmean / cnt and 2 dvariance / cnt of a view's columns, [1, columns]."""
-    centre = tl.full((1, column.shape[0]), 0.0, tl.float32)
-    to_mean = centre
-    to_square = centre
+    """mean, dmean / cnt and 2 dvariance / cnt of a view's columns, [1, columns]; 0 without moments."""
+    center = tl.full((1, column.shape[0]), 0.0, tl.float32)
+    mean_term = center
+    variance_factor = center
     if MOMENTS:
-        of_view = view * channels + column
+        offsets = view * channels + column
         inside = column < channels
-        centre = tl.load(mean + of_view, mask=inside, other=0.0)[None, :]
-        to_mean = inverse_count * tl.load(dmean + of_view, mask=inside, other=0.0)[None, :]
-        to_square = 2 * inverse_count * tl.load(dvariance + of_view, mask=inside, other=0.0)[None, :]
-    return centre, to_mean, to_square
+        center = tl.load(mean + offsets, mask=inside, other=0.0)[None, :]
+        mean_term = inverse_count * tl.load(dmean + offsets, mask=inside, other=0.0)[None, :]
+        variance_factor = 2 * inverse_count * tl.load(dvariance + offsets, mask=inside, other=0.0)[None, :]
+    return center, mean_term, variance_factor
 
 
 @triton.jit
-def load_output_gradient(dy, y, centre, to_mean, to_square, offsets, valid, MOMENTS: tl.constexpr):
+def load_output_gradient(dy, y, center, mean_term, variance_factor, offsets, valid, MOMENTS: tl.constexpr):
     """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt; 0 where not valid."""
     e = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
     if MOMENTS:
-        deviation = tl.load(y + offsets, mask=valid, other=0.0).to(tl.float32) - centre
-        e = tl.where(valid, e + to_mean + deviation * to_square, 0.0)
+        deviation = tl.load(y + offsets, mask=valid, other=0.0).to(tl.float32) - center
+        e = tl.where(valid, e + mean_term + deviation * variance_factor, 0.0)
     return e
 
 
@@ -94,28 +98,31 @@ def load_output_gradient(dy, y, centre, to_mean, to_square, offsets, valid, MOME
 def materialize_gradient(
     dh, x, factor, offset, gates, valid, ACT: tl.constexpr, DEFERRED: tl.constexpr, GATED: tl.constexpr
 ):
-    """From dh to dz, 0 where not valid, and the sum over the tile's rows that is the gate's gradient."""
+    """dz, 0 where not valid, from dh; and the sum over the tile's rows of dh act(z), for the gate."""
     z = normalized(x, factor, offset, DEFERRED)
-    of_gate = tl.zeros((dh.shape[1],), tl.float32)
+    dgate = tl.zeros((dh.shape[1],), tl.float32)
     if GATED:
-        of_gate = tl.sum(tl.where(valid, dh * apply_activation(z, ACT), 0.0), 0)
+        dgate = tl.sum(tl.where(valid, dh * apply_activation(z, ACT), 0.0), 0)
         dh *= gates
-    return tl.where(valid, dh * activation_gradient(z, ACT), 0.0), of_gate
+    return tl.where(valid, dh * activation_gradient(z, ACT), 0.0), dgate
 
 
 @triton.jit
-def store_sums(partial, program, programs, channels, column, of_scale, of_shift):
-    """What a program has summed for scale and shift, into the first two of partial [kinds, programs, C]."""
+def store_sums(partial, program, programs, channels, column, dscale, dshift):
+    """Stores a program's sums for scale and shift in partial[0] and partial[1], [programs, C] each."""
     inside = column < channels
     to = partial + program * channels + column
-    tl.store(to, of_scale, mask=inside)
-    tl.store(to + programs * channels, of_shift, mask=inside)
+    tl.store(to, dscale, mask=inside)
+    tl.store(to + programs * channels, dshift, mask=inside)
 
 
 @triton.jit
-def folded(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Room for the sums of tiles' columns as threads hold them: `unfold` adds them up once, when all tiles are in."""
-    if ROWS < 64:  # products without tensor cores, whose tiles are small
+def zero_column_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """An accumulator for the column sums of tiles [ROWS, COLUMNS].
+
+    It has a partial sum per column and thread, so that threads exchange values only once, in `reduce_column_sums`.
+    """
+    if ROWS < 64:  # small tiles: fp32, without tensor cores
         sums = tl.zeros((1, ROWS, COLUMNS), tl.float32)
     else:
         sums = tl.zeros((ROWS // 16, 8, COLUMNS), tl.float32)
@@ -123,8 +130,11 @@ def folded(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def fold(x):
-    """What a tile [rows, columns] adds to `folded`: of an accumulator of tensor cores, a thread holds rows 8 apart."""
+def partial_column_sums(x):
+    """The partial sums of a tile [rows, columns], to be added to an accumulator of `zero_column_sums`.
+
+    It adds up rows 8 apart, which a single thread holds in tensor cores' accumulator layout.
+    """
     ROWS: tl.constexpr = x.shape[0]
     if ROWS < 64:
         x = tl.expand_dims(x, 0)
@@ -134,17 +144,17 @@ def fold(x):
 
 
 @triton.jit
-def unfold(sums):
-    """[columns]."""
+def reduce_column_sums(sums):
+    """The sums [columns] of an accumulator of `zero_column_sums`."""
     return tl.sum(tl.sum(sums, 1), 0)
 
 
 @triton.jit
 def deviation(y, pivot, first, begin, size):
-    """The pivot of a program's moments and the deviations from it of a tile, whose rows begin at `first`.
+    """The pivot of a program's moments, and the deviations from it of a tile whose rows begin at `first`.
 
-    y: 0 in rows from `size` on. The pivot is the mean of the program's first tile, which begins at `begin`. So it lies
-    among what it is subtracted from, and sums of deviations and of their squares lose nothing by it.
+    y: 0 in rows from `size` on. The pivot is the mean of the program's first tile, which begins at `begin`. It is near
+    the values, so sums of deviations and of their squares do not cancel.
     """
     ROWS: tl.constexpr = y.shape[0]
     if first == begin:
@@ -157,7 +167,7 @@ def deviation(y, pivot, first, begin, size):
 
 @triton.jit
 def moments_from(pivot, sums, squares, count):
-    """Mean and sum of squared deviations, of `count` rows' sums of deviations from a pivot and of their squares."""
-    apart = sums / count
-    squares -= sums * apart
-    return pivot + apart, tl.where(squares < 0, 0.0, squares)
+    """Mean and sum of squared deviations of `count` rows, from sums of deviations from a pivot and of their squares."""
+    delta = sums / count
+    squares -= sums * delta
+    return pivot + delta, tl.where(squares < 0, 0.0, squares)

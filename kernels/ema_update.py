@@ -1,10 +1,9 @@
 """xi <- tau xi + (1 - tau) theta over a whole list of tensors in one launch.
 
-Bound by memory: 3 x the element size per element (read xi and theta, write xi). A list of a few hundred tensors costs
-more in launches than in memory traffic, so there is one launch for all: a table on the device holds, per tensor, the
-two addresses and the size, and per block the tensor it works on and its place there. 4096 elements a block on 8 warps
-are 16 a thread: 4 independent 16-byte loads of each operand in fp32, enough to keep the memory busy, and small tensors
-waste little.
+Bound by memory: 3 x the element size per element (read xi and theta, write xi). For a list of a few hundred tensors,
+launches would cost more than memory traffic, so one launch updates all. Tables on the device contain the two addresses
+and the size of each tensor, and the tensor and first element of each block. 4096 elements per block of 8 warps are 16
+per thread: 4 independent 16-byte loads of each operand in fp32, enough loads in flight, and small tensors waste little.
 """
 
 import functools
@@ -24,7 +23,7 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def _step(target, online, inside, weight, FROM_TARGET: tl.constexpr):
     xi = tl.load(target, mask=inside).to(tl.float32)
     theta = tl.load(online, mask=inside).to(tl.float32)
-    # Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
+    # Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
     stepped = xi + weight * (theta - xi) if FROM_TARGET else theta + weight * (xi - theta)
     tl.store(target, stepped.to(target.dtype.element_ty), mask=inside)
 
@@ -33,10 +32,10 @@ def _step(target, online, inside, weight, FROM_TARGET: tl.constexpr):
 def ema_update_kernel(
     tensors,  # int64 [tensors, 3]: address of the target, address of the online tensor, number of elements
     blocks,  # int64 [blocks, 2]: tensor, first element in it
-    weight,  # fp32: 1 - tau, or tau if that is the smaller
-    FROM_TARGET: tl.constexpr,  # whether the step starts at the target, that is, whether weight is 1 - tau
+    weight,  # fp32: 1 - tau if FROM_TARGET, otherwise tau
+    FROM_TARGET: tl.constexpr,  # whether to interpolate from the target, with weight 1 - tau
     DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # whether all addresses are multiples of 16: then loads are 16 bytes wide
+    ALIGNED: tl.constexpr,  # whether all addresses are multiples of 16, which allows 16-byte loads
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -48,9 +47,9 @@ def ema_update_kernel(
     if ALIGNED:
         target = tl.multiple_of(target, 16)
         online = tl.multiple_of(online, 16)
-    # BLOCK divides `first`, which the compiler must be told to widen the loads.
+    # A hint to the compiler that BLOCK divides `first`: without it, loads are not vectorised.
     offsets = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
-    # Only the last block of a tensor has a mask: loads under one that may end anywhere are not widened.
+    # Only the last block of a tensor has a mask: loads with a mask of any length are not vectorised.
     if first + BLOCK <= size:
         _step(target + offsets, online + offsets, None, weight, FROM_TARGET)
     else:
@@ -59,13 +58,13 @@ def ema_update_kernel(
 
 @functools.lru_cache(maxsize=16)
 def _tables(layout: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The kernel's tables. A pure function of addresses and sizes, which repeat from step to step."""
+    """The kernel's tables, cached: addresses and sizes are the same in every step."""
     blocks = [(i, first) for i, (_, _, size) in enumerate(layout) for first in range(0, size, BLOCK)]
     return torch.tensor(layout, device=device), torch.tensor(blocks, device=device)
 
 
 def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
-    """As dspnet_fast.ops.ema_update, for arguments that `accepts` takes."""
+    """dspnet_fast.ops.ema_update, for arguments that `accepts` supports."""
     layout = tuple((t.data_ptr(), o.data_ptr(), t.numel()) for t, o in zip(targets, onlines, strict=True) if t.numel())
     if not layout:
         return
@@ -86,7 +85,7 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
 
 
 def accepts(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> tuple[bool, str]:
-    """Whether the kernel takes these arguments. Returns (True, "") or (False, why not)."""
+    """Whether the kernel supports these arguments: (True, "") or (False, reason)."""
     if not 0 <= tau <= 1:
         return False, f"tau must lie in [0, 1], got {tau}"
     if len(targets) != len(onlines):

@@ -1,4 +1,4 @@
-"""Where kernels meet tensors: how rows are shared out among programs, and the launch itself."""
+"""The host's side of the kernels: arguments, the distribution of rows among programs, and launches."""
 
 import functools
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WAVES = 8  # programs per multiprocessor: enough to fill it several times over, few enough to keep partial sums small
+WAVES = 8  # programs per multiprocessor: enough to occupy it, few enough to keep partial sums small
 
-# Arguments of kernels that say how much there is of something. Triton would compile a kernel anew where one of them is
-# 1 or a multiple of 16, hundreds of times for a family; what widens loads, kernels say by themselves
+# Integer arguments that Triton must not specialise: it would compile a kernel again for values of 1 and for multiples
+# of 16, hundreds of times for a family. Kernels state explicitly which sizes allow vectorised loads
 # (deferred.assume_multiple_of).
 SIZES = (
     "channels",
@@ -39,14 +39,14 @@ SIZES = (
     "views",
 )
 
-# Called instead of the launch if set, with (kernel, arguments, options): to compile for a GPU that is not there.
+# If set, called as observer(kernel, arguments, options) instead of launching: to compile without a GPU.
 observer: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a matrix: `segments` parts of equal size that are never mixed, each worked on by `parts` programs of
-    `tiles` tiles of `block` rows."""
+    """The distribution of a matrix's rows: `segments` segments of equal size, each processed by `parts` programs of
+    `tiles` tiles of `block` rows. No program processes rows of two segments."""
 
     segments: int
     size: int  # rows in a segment
@@ -55,11 +55,11 @@ class Rows:
     tiles: int
 
     @staticmethod
-    def share(rows: int, segments: int, block: int, others: int, device: torch.device) -> "Rows":
-        """others: programs that work on the same rows, such as those on other columns."""
+    def split(rows: int, segments: int, block: int, blocks: int, device: torch.device) -> "Rows":
+        """blocks: programs per tile of rows, one for each block of columns."""
         size = check_row_count(rows) // segments
         needed = triton.cdiv(size, block)
-        parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * max(others, 1))))
+        parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * max(blocks, 1))))
         tiles = triton.cdiv(needed, max(parts, 1))
         return Rows(segments, size, block, triton.cdiv(needed, max(tiles, 1)), tiles)
 
@@ -69,13 +69,13 @@ class Rows:
 
     @property
     def arguments(self) -> tuple[int, int, int, int]:
-        """size, parts, tiles, segments, as kernels take them."""
+        """size, parts, tiles, segments, in the order of the kernels' parameters."""
         return self.size, self.parts, self.tiles, self.segments
 
 
 @dataclass(frozen=True)
 class Input:
-    """An activation x [N, C, H, W], channels-last, and what it is deferred, all contiguous."""
+    """An activation x [N, C, H, W], channels-last, and its deferred normalisation, contiguous."""
 
     x: Tensor
     scale: Tensor | None
@@ -85,17 +85,17 @@ class Input:
 
     @property
     def rows(self) -> int:
-        """Of scale and shift; 1 where there are none."""
+        """Rows of scale and shift; 1 without them."""
         return 1 if self.scale is None else len(self.scale)
 
     @property
     def materialized(self) -> bool:
-        """Whether nothing is deferred."""
+        """Whether x has no deferred normalisation."""
         return self.scale is None and self.act == "identity" and self.gate is None
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
-        """x, scale, shift, gate, as kernels take them: where one is absent, something that they do not read."""
+        """x, scale, shift, gate, in the order of the kernels' parameters; x replaces absent ones."""
         return self.x, *(self.x if tensor is None else tensor for tensor in (self.scale, self.shift, self.gate))
 
     @property
@@ -106,7 +106,10 @@ class Input:
 
 @dataclass(frozen=True)
 class OutputGradient:
-    """What reaches a convolution's output y [N, C, H, W], channels-last, and its moments [views, C]; all contiguous."""
+    """A convolution's output y [N, C, H, W], its mean [views, C], and the gradients of y, mean and variance.
+
+    y and dy are channels-last, the others contiguous.
+    """
 
     dy: Tensor
     dmean: Tensor
@@ -120,24 +123,24 @@ class OutputGradient:
 
     @property
     def inverse_count(self) -> float:
-        """One over the elements per channel and view; 0 without moments."""
+        """1 / (elements per channel and view); 0 without moments."""
         return self.views * self.y.shape[1] / max(self.y.numel(), 1)
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
-        """dy, dmean, dvariance, y, mean, as kernels take them."""
+        """dy, dmean, dvariance, y, mean, in the order of the kernels' parameters."""
         return self.dy, self.dmean, self.dvariance, self.y, self.mean
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 132 if device.type == "meta" else 1  # interpreted, or compiled for another machine
+        return 132 if device.type == "meta" else 1  # meta: compilation for a GPU of another machine; cpu: interpreted
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-    """Runs `grid` programs on the current stream of the device of the first argument, a tensor."""
+    """Launch `grid` programs on the current stream of the first argument's device."""
     if observer is not None:
         observer(kernel, args, {"num_warps": num_warps, "num_stages": num_stages, **constants})
     elif grid:
@@ -146,34 +149,34 @@ def launch(kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: i
 
 
 def check_row_count(rows: int) -> int:
-    """The number of rows, which kernels count in 32 bits (of elements, in 64), with room for the last tile."""
+    """Return rows; raise InputError if the kernels' 32-bit row indices, including the last tile, would overflow."""
     if rows > 2**31 - 2**16:
         raise InputError(f"kernels take less than 2^31 rows (images times positions), not {rows}: split the batch")
     return rows
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """The tensor with its channels adjacent in memory; itself if they are."""
+    """The tensor in the channels-last memory format; copied only if it is in another."""
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
-    """The block size for `size` columns."""
+    """The smallest power of two >= size within [least, most]: the block size for `size` columns."""
     return max(least, min(most, triton.next_power_of_2(size)))
 
 
-def partial_sums(kinds: int, rows: Rows, channels: int, like: Tensor) -> Tensor:
-    """Room for what the programs of a backward sum up, for scale and shift and more: [kinds, programs, C]."""
-    return like.new_empty(kinds, rows.programs, channels, dtype=torch.float32)
+def partial_sums(count: int, rows: Rows, channels: int, like: Tensor) -> Tensor:
+    """An empty buffer for `count` sums per program of a backward kernel: [count, programs, C]."""
+    return like.new_empty(count, rows.programs, channels, dtype=torch.float32)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors that are there, contiguous: scale, shift and gate are read without strides."""
+    """The tensors, contiguous, since kernels read scale, shift and gate without strides; None stays None."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def takes(x: Tensor) -> tuple[bool, str]:
-    """Whether kernels on activations take x's dtype."""
+def accepts_dtype(x: Tensor) -> tuple[bool, str]:
+    """Whether the kernels support x's dtype: (True, "") or (False, reason)."""
     if x.dtype not in DTYPES:
-        return False, f"it serves float32, float16 and bfloat16, not {x.dtype}"
+        return False, f"it supports float32, float16 and bfloat16, not {x.dtype}"
     return True, ""

@@ -1,14 +1,14 @@
-"""Moments of channels: merged from those of programs, or taken of a stored tensor."""
+"""Moments of channels: merged from partial moments of programs, or computed from a stored tensor."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import columns_of, deviation, moments_from
+from .deferred import deviation, moments_from, program_columns
 from .launch import SIZES, Rows, launch, power_of_two
 
-BLOCK_C = 8  # columns of partial moments, few so that many programs share the work: a sector of memory
+BLOCK_C = 8  # columns of partial moments per program: one memory sector, to use as many programs as possible
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -20,39 +20,39 @@ def merge_moments_kernel(
     views,
     size,  # rows of a view
     parts,
-    part_rows,  # rows of a part, the last of which may have fewer
-    WIDE: tl.constexpr,
+    part_rows,  # rows of a part; the last part may have fewer
+    VECTORIZED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, view, column, inside = columns_of(channels, WIDE, BLOCK_C)
+    channels, view, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     means = partial + view * parts * channels + column
-    before = 0.0  # rows
+    rows_before = 0.0
     average = tl.zeros((BLOCK_C,), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, parts, BLOCK_P):  # once, but for many programs of one view
+    for first in range(0, parts, BLOCK_P):  # usually a single iteration
         part = first + tl.arange(0, BLOCK_P)
         valid = (part < parts)[:, None] & inside[None, :]
-        of_part = means[None, :] + part[:, None] * channels
-        m = tl.load(of_part, mask=valid, other=0.0)
-        within = tl.load(of_part + views * parts * channels, mask=valid, other=0.0)
+        to_part = means[None, :] + part[:, None] * channels
+        m = tl.load(to_part, mask=valid, other=0.0)
+        within = tl.load(to_part + views * parts * channels, mask=valid, other=0.0)
         count = tl.where(part < parts, tl.minimum(part_rows, size - part * part_rows), 0).to(tl.float32)[:, None]
         total = (tl.minimum(tl.minimum(first + BLOCK_P, parts) * part_rows, size) - first * part_rows).to(tl.float32)
-        # Differences from a mean that is near all of them lose nothing when they are added.
+        # The sum of differences from one of the means does not cancel.
         pivot = tl.load(means + first * channels, mask=inside, other=0.0)
         block_average = pivot + tl.sum((m - pivot[None, :]) * count, 0) / total
-        apart = m - block_average[None, :]
+        deviations = m - block_average[None, :]
         delta = block_average - average
-        share = total / (before + total)
+        share = total / (rows_before + total)
         average += delta * share
-        squares += tl.sum(within + apart * apart * count, 0) + delta * delta * (before * share)
-        before += total
+        squares += tl.sum(within + deviations * deviations * count, 0) + delta * delta * (rows_before * share)
+        rows_before += total
     tl.store(mean + view * channels + column, average, mask=inside)
     tl.store(variance + view * channels + column, squares / size, mask=inside)
 
 
 def partial_moments(rows: Rows, channels: int, like: Tensor) -> Tensor:
-    """Room for what `merge_moments` takes: [2, programs, C], means and sums of squared deviations of each program."""
+    """An empty buffer for `merge_moments`: [2, programs, C], each program's means and sums of squared deviations."""
     return like.new_empty(2, rows.programs, channels, dtype=torch.float32)
 
 
@@ -72,7 +72,7 @@ def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         rows.size,
         rows.parts,
         rows.tiles * rows.block,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         BLOCK_P=block,
         BLOCK_C=BLOCK_C,
         num_warps=8 if block > 256 else 4,
@@ -89,11 +89,11 @@ def moments_kernel(
     parts,
     tiles,
     programs,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
+    channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     segment = program // parts
     pivot = tl.zeros((BLOCK_C,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -104,20 +104,20 @@ def moments_kernel(
         valid = (row < size)[:, None] & inside[None, :]
         offsets = (segment.to(tl.int64) * size + row)[:, None] * channels + column[None, :]
         values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-        pivot, apart = deviation(values, pivot, first, begin, size)
-        sums += apart
-        squares += apart * apart
+        pivot, deviations = deviation(values, pivot, first, begin, size)
+        sums += deviations
+        squares += deviations * deviations
     count = tl.minimum(tiles * BLOCK_M, size - begin)
-    mean, of_squares = moments_from(pivot, tl.sum(sums, 0), tl.sum(squares, 0), count)
+    mean, squared_deviations = moments_from(pivot, tl.sum(sums, 0), tl.sum(squares, 0), count)
     tl.store(partial + program * channels + column, mean, mask=inside)
-    tl.store(partial + (programs + program) * channels + column, of_squares, mask=inside)
+    tl.store(partial + (programs + program) * channels + column, squared_deviations, mask=inside)
 
 
 def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [views, C] of x [rows, C], whose rows are `views` parts of equal size."""
+    """Mean and biased variance [views, C] of x [rows, C], whose rows are those of `views` views of equal size."""
     channels = x.shape[1]
     block = power_of_two(channels, 16, 64)
-    rows = Rows.share(len(x), views, 64, triton.cdiv(channels, block), x.device)
+    rows = Rows.split(len(x), views, 64, triton.cdiv(channels, block), x.device)
     partial = partial_moments(rows, channels, x)
     launch(
         moments_kernel,
@@ -129,7 +129,7 @@ def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
         rows.parts,
         rows.tiles,
         rows.programs,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         BLOCK_M=rows.block,
         BLOCK_C=block,
     )

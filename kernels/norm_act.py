@@ -1,6 +1,10 @@
-"""norm_act and norm_act_pool's backward, which is the same with a gradient that all positions of an image share.
+"""norm_act, its backward, and that of norm_act_pool, whose gradient is the same for all positions of an image.
 
-Bound by memory: x and the residual read once, the output written once; backward as much again and the gradient.
+    z = scale x + shift + (residual_scale residual + residual_shift)    out = act(z) * gate
+    dz = d gate act'(z)    dx = scale dz    dscale = sum(dz x)    dshift = sum(dz)    dgate = sum(d act(z))
+
+Bound by memory: forward reads x and the residual and writes the output; backward also reads d, and writes dx and
+dresidual. A program of the backward processes several tiles of 64 rows, to keep the partial sums small.
 """
 
 import math
@@ -10,26 +14,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import apply_activation, columns_of, load_row, materialize_gradient, normalized, store_sums
-from .launch import SIZES, Rows, channels_last, check_row_count, contiguous, launch, partial_sums, power_of_two, takes
+from .deferred import apply_activation, load_row, materialize_gradient, normalized, program_columns, store_sums
+from .launch import (
+    SIZES,
+    Rows,
+    accepts_dtype,
+    channels_last,
+    check_row_count,
+    contiguous,
+    launch,
+    partial_sums,
+    power_of_two,
+)
 from .sums import sums, sums_per_image
 
 BLOCK_M = 64
 
 
 @triton.jit
-def _load_sum(
+def _load_z(
     x, residual, factor, offset, residual_factor, residual_offset, offsets, valid,
-    DEFERRED: tl.constexpr, ADDED: tl.constexpr, ADDED_OWED: tl.constexpr,
+    DEFERRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RESIDUAL_DEFERRED: tl.constexpr,
 ):  # fmt: skip
-    """x, the residual, and what the activation is taken of."""
+    """x, the residual, and z, the input of the activation."""
     values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
     z = normalized(values, factor, offset, DEFERRED)
-    added = values
-    if ADDED:
-        added = tl.load(residual + offsets, mask=valid, other=0.0).to(tl.float32)
-        z += normalized(added, residual_factor, residual_offset, ADDED_OWED)
-    return values, added, z
+    residual_values = values
+    if HAS_RESIDUAL:
+        residual_values = tl.load(residual + offsets, mask=valid, other=0.0).to(tl.float32)
+        z += normalized(residual_values, residual_factor, residual_offset, RESIDUAL_DEFERRED)
+    return values, residual_values, z
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -52,28 +66,38 @@ def norm_act_kernel(
     ACT: tl.constexpr,
     DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
-    ADDED: tl.constexpr,
-    ADDED_OWED: tl.constexpr,
-    WIDE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL_DEFERRED: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
+    channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     segment = program // parts
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     residual_factor, residual_offset = load_row(
-        residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED
+        residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, RESIDUAL_DEFERRED
     )
     in_segment = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = (in_segment < size)[:, None] & inside[None, :]
     row = segment.to(tl.int64) * size + in_segment
     offsets = row[:, None] * channels + column[None, :]
-    _, _, z = _load_sum(
-        x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, DEFERRED, ADDED, ADDED_OWED
+    _, _, z = _load_z(
+        x,
+        residual,
+        factor,
+        offset,
+        residual_factor,
+        residual_offset,
+        offsets,
+        valid,
+        DEFERRED,
+        HAS_RESIDUAL,
+        RESIDUAL_DEFERRED,
     )
     value = apply_activation(z, ACT)
     if GATED:
-        image = (segment * size + in_segment) // positions  # in 32 bits: 64-bit divisions are calls
+        image = (segment * size + in_segment) // positions  # in 32 bits: 64-bit divisions are function calls
         value *= tl.load(gate + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=valid)
 
@@ -88,7 +112,7 @@ def norm_act(
     residual_scale: Tensor | None,
     residual_shift: Tensor | None,
 ) -> Tensor:
-    """As dspnet_fast.ops.norm_act, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.norm_act, for valid arguments that `accepts` supports."""
     x, residual = channels_last(x), None if residual is None else channels_last(residual)
     scale, shift, gate = contiguous(scale, shift, gate)
     residual_scale, residual_shift = contiguous(residual_scale, residual_shift)
@@ -113,9 +137,9 @@ def norm_act(
         ACT=act,
         DEFERRED=scale is not None,
         GATED=gate is not None,
-        ADDED=residual is not None,
-        ADDED_OWED=residual_scale is not None,
-        WIDE=channels % 8 == 0,
+        HAS_RESIDUAL=residual is not None,
+        RESIDUAL_DEFERRED=residual_scale is not None,
+        VECTORIZED=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )
@@ -124,7 +148,7 @@ def norm_act(
 
 @triton.jit(do_not_specialize=SIZES)
 def norm_act_backward_kernel(
-    grad,  # [rows, C], or [N, C] if it is shared by all positions of an image
+    grad,  # [rows, C], or [N, C] if POOLED
     x,  # [rows, C]
     scale,  # [scale_rows, C]
     shift,
@@ -147,19 +171,19 @@ def norm_act_backward_kernel(
     ACT: tl.constexpr,
     DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
-    ADDED: tl.constexpr,
-    ADDED_OWED: tl.constexpr,
-    OF_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL_DEFERRED: tl.constexpr,
+    RESIDUAL_GRADIENT: tl.constexpr,
     POOLED: tl.constexpr,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, program, column, inside = columns_of(channels, WIDE, BLOCK_C)
+    channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     segment = program // parts
     factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
     residual_factor, residual_offset = load_row(
-        residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, ADDED_OWED
+        residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, RESIDUAL_DEFERRED
     )
     gates = tl.full((1, BLOCK_C), 1.0, tl.float32)
     if GATED:
@@ -174,15 +198,25 @@ def norm_act_backward_kernel(
         valid = (in_segment < size)[:, None] & inside[None, :]
         row = segment.to(tl.int64) * size + in_segment
         offsets = row[:, None] * channels + column[None, :]
-        values, added, z = _load_sum(
-            x, residual, factor, offset, residual_factor, residual_offset, offsets, valid, DEFERRED, ADDED, ADDED_OWED
+        values, residual_values, z = _load_z(
+            x,
+            residual,
+            factor,
+            offset,
+            residual_factor,
+            residual_offset,
+            offsets,
+            valid,
+            DEFERRED,
+            HAS_RESIDUAL,
+            RESIDUAL_DEFERRED,
         )
         if POOLED:
             image = (segment * size + in_segment) // positions
             dh = tl.load(grad + image[:, None] * channels + column[None, :], mask=valid, other=0.0)
         else:
             dh = tl.load(grad + offsets, mask=valid, other=0.0)
-        # z is all that the activation is taken of, so nothing more is deferred.
+        # z already contains scale and shift, so DEFERRED is False here.
         dz, to_gate = materialize_gradient(
             dh.to(tl.float32) * grad_factor, z, factor, offset, gates, valid, ACT, False, GATED
         )
@@ -190,15 +224,15 @@ def norm_act_backward_kernel(
         of_scale += tl.sum(dz * values, 0)
         of_shift += tl.sum(dz, 0)
         tl.store(dx + offsets, (dz * factor).to(dx.dtype.element_ty), mask=valid)
-        if OF_RESIDUAL:
-            of_residual_scale += tl.sum(dz * added, 0)
+        if RESIDUAL_GRADIENT:
+            of_residual_scale += tl.sum(dz * residual_values, 0)
             tl.store(dresidual + offsets, (dz * residual_factor).to(dx.dtype.element_ty), mask=valid)
     programs = segments * parts
-    if DEFERRED or ADDED_OWED:
+    if DEFERRED or RESIDUAL_DEFERRED:
         store_sums(partial, program, programs, channels, column, of_scale, of_shift)
     if GATED:
         tl.store(partial + (2 * programs + program) * channels + column, of_gate, mask=inside)
-    if OF_RESIDUAL and ADDED_OWED:
+    if RESIDUAL_GRADIENT and RESIDUAL_DEFERRED:
         tl.store(partial + (3 * programs + program) * channels + column, of_residual_scale, mask=inside)
 
 
@@ -214,15 +248,16 @@ def materialize_backward(
     residual_shift: Tensor | None = None,
     residual_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual, and what programs have summed for scale, shift, gate and residual_scale, [4, programs, C].
+    """dx, dresidual, and the programs' sums for scale, shift, gate and residual_scale, [4, programs, C].
 
-    grad: like x, or [N, C] for the mean over positions. Activations are channels-last, everything else contiguous.
+    grad: like x, or [N, C], the gradient of the mean over positions. Activations are channels-last, the other tensors
+    contiguous.
     """
     pooled = grad.ndim == 2
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     block = power_of_two(channels, 16, 64)
     segments = _segments(scale, residual_scale) if gate is None else max(len(x), 1)
-    rows = Rows.share(len(x) * positions, segments, BLOCK_M, triton.cdiv(channels, block), x.device)
+    rows = Rows.split(len(x) * positions, segments, BLOCK_M, triton.cdiv(channels, block), x.device)
     dx, partial = torch.empty_like(x), partial_sums(4, rows, channels, x)
     dresidual = torch.empty_like(x) if residual_gradient else x.new_empty(0)
     launch(
@@ -243,11 +278,11 @@ def materialize_backward(
         ACT=act,
         DEFERRED=scale is not None,
         GATED=gate is not None,
-        ADDED=residual is not None,
-        ADDED_OWED=residual_scale is not None,
-        OF_RESIDUAL=residual_gradient,
+        HAS_RESIDUAL=residual is not None,
+        RESIDUAL_DEFERRED=residual_scale is not None,
+        RESIDUAL_GRADIENT=residual_gradient,
         POOLED=pooled,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )
@@ -266,7 +301,7 @@ def norm_act_backward(
     residual_shift: Tensor | None,
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As dspnet_fast.ops.norm_act_backward, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.norm_act_backward, for valid arguments that `accepts` supports."""
     x = channels_last(x)
     dx, dresidual, partial = materialize_backward(
         channels_last(grad),
@@ -291,10 +326,10 @@ def norm_act_backward(
 
 
 def accepts(x: Tensor) -> tuple[bool, str]:
-    """Whether the kernels take this. Returns (True, "") or (False, why not)."""
-    return takes(x)
+    """Whether the kernels support x: (True, "") or (False, reason)."""
+    return accepts_dtype(x)
 
 
 def _segments(*rows: Tensor | None) -> int:
-    """The fewest parts of the batch that have one row each of scale and shift and of the residual's."""
+    """The smallest number of segments of the batch such that each has one row of scale and of residual_scale."""
     return math.lcm(*(1 if tensor is None else len(tensor) for tensor in rows))

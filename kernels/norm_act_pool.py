@@ -1,12 +1,16 @@
-"""norm_act_pool: x is read once. Its backward is norm_act's, with a gradient that the positions of an image share."""
+"""norm_act_pool: the mean over positions of act(scale x + shift).
+
+Bound by memory: x is read once, by a program per image and block of channels. The backward is norm_act's, with a
+gradient that is the same for all positions of an image.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import apply_activation, columns_of, load_row, normalized
-from .launch import SIZES, channels_last, contiguous, launch, power_of_two, takes
+from .deferred import apply_activation, load_row, normalized, program_columns
+from .launch import SIZES, accepts_dtype, channels_last, contiguous, launch, power_of_two
 from .norm_act import materialize_backward
 from .sums import sums
 
@@ -23,11 +27,11 @@ def norm_act_pool_kernel(
     scale_rows,
     ACT: tl.constexpr,
     DEFERRED: tl.constexpr,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, image, column, inside = columns_of(channels, WIDE, BLOCK_C)
+    channels, image, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     factor, offset = load_row(scale, shift, image * scale_rows // images, column, inside, channels, DEFERRED)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, positions, BLOCK_M):
@@ -40,7 +44,7 @@ def norm_act_pool_kernel(
 
 
 def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
-    """As dspnet_fast.ops.norm_act_pool, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.norm_act_pool, for valid arguments that `accepts` supports."""
     x = channels_last(x)
     scale, shift = contiguous(scale, shift)
     images, channels = x.shape[:2]
@@ -59,7 +63,7 @@ def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
         1 if scale is None else len(scale),
         ACT=act,
         DEFERRED=scale is not None,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         BLOCK_M=power_of_two(positions, 16, 64),
         BLOCK_C=block,
     )
@@ -69,7 +73,7 @@ def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
 def norm_act_pool_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As dspnet_fast.ops.norm_act_pool_backward, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.norm_act_pool_backward, for valid arguments that `accepts` supports."""
     dx, _, partial = materialize_backward(grad.contiguous(), channels_last(x), *contiguous(scale, shift), act, None)
     if scale is None:
         return dx, grad.new_empty(0), grad.new_empty(0)
@@ -77,5 +81,5 @@ def norm_act_pool_backward(
 
 
 def accepts(x: Tensor) -> tuple[bool, str]:
-    """Whether the kernels take this. Returns (True, "") or (False, why not)."""
-    return takes(x)
+    """Whether the kernels support x: (True, "") or (False, reason)."""
+    return accepts_dtype(x)

@@ -1,11 +1,16 @@
-"""What reaches a convolution's output through itself and through its moments, for the library's convolution."""
+"""The gradient of a convolution's output, including that of its moments, for cuDNN's convolutions.
+
+    e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt
+
+Bound by memory: dy and y are read once, e is written once.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import columns_of, load_moment_gradients, load_output_gradient
+from .deferred import load_moment_gradients, load_output_gradient, program_columns
 from .launch import SIZES, OutputGradient, launch, power_of_two
 
 BLOCK_M = 64
@@ -23,26 +28,26 @@ def output_gradient_kernel(
     channels,
     size,
     parts,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, program, column, _ = columns_of(channels, WIDE, BLOCK_C)
+    channels, program, column, _ = program_columns(channels, VECTORIZED, BLOCK_C)
     view = program // parts
     in_view = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = in_view < size
+    row_inside = in_view < size
     row = view.to(tl.int64) * size + in_view
-    centre, to_mean, to_square = load_moment_gradients(
+    center, mean_term, variance_factor = load_moment_gradients(
         mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS=True
     )
-    valid = there[:, None] & (column < channels)[None, :]
+    valid = row_inside[:, None] & (column < channels)[None, :]
     offsets = row[:, None] * channels + column[None, :]
-    values = load_output_gradient(dy, y, centre, to_mean, to_square, offsets, valid, MOMENTS=True)
-    tl.store(e + offsets, values.to(e.dtype.element_ty), mask=valid)
+    gradient = load_output_gradient(dy, y, center, mean_term, variance_factor, offsets, valid, MOMENTS=True)
+    tl.store(e + offsets, gradient.to(e.dtype.element_ty), mask=valid)
 
 
 def output_gradient(grads: OutputGradient) -> Tensor:
-    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt, like y; dy itself without moments."""
+    """e, like y; dy itself without moments."""
     views, channels = grads.mean.shape
     if not views:
         return grads.dy
@@ -59,7 +64,7 @@ def output_gradient(grads: OutputGradient) -> Tensor:
         channels,
         size,
         parts,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
     )

@@ -1,4 +1,4 @@
-"""The gradient of a prefix of a weight, added to where it belongs."""
+"""Adds the gradient of a prefix of a weight to main_grad or to a new full-size gradient."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .deferred import assume_multiple_of
 from .launch import SIZES, launch
-from .sums import add_up, blocks
+from .sums import blocks, sum_parts
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -19,20 +19,20 @@ def add_to_prefix_kernel(
     programs,
     stride_o,
     stride_i,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    size = assume_multiple_of(size, WIDE)
+    size = assume_multiple_of(size, VECTORIZED)
     element = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = element < size
     to = prefix + element // channels * stride_o + element % channels * stride_i
-    total = tl.load(to, mask=inside, other=0.0).to(tl.float32) + add_up(partial, programs, size, element, BLOCK_P)
+    total = tl.load(to, mask=inside, other=0.0).to(tl.float32) + sum_parts(partial, programs, size, element, BLOCK_P)
     tl.store(to, total.to(prefix.dtype.element_ty), mask=inside)
 
 
 def add_to_prefix(prefix: Tensor, partial: Tensor) -> None:
-    """prefix [O, C], or [O, C, 1, 1], += the sum of partial [programs, O, C] over programs."""
+    """Add the sum of partial [programs, O, C] over programs to prefix, [O, C] or [O, C, 1, 1]."""
     if torch._debug_has_internal_overlap(prefix) == 1:  # programs would race
         raise RuntimeError("main_grad: several of its elements are a single memory location; clone it first")
     programs, out_channels, channels = partial.shape
@@ -46,7 +46,7 @@ def add_to_prefix(prefix: Tensor, partial: Tensor) -> None:
         channels,
         programs,
         *prefix.stride()[:2],
-        WIDE=out_channels * channels % 8 == 0,
+        VECTORIZED=out_channels * channels % 8 == 0,
         BLOCK_P=block_p,
         BLOCK_C=block_c,
     )
@@ -55,7 +55,7 @@ def add_to_prefix(prefix: Tensor, partial: Tensor) -> None:
 def gradient_prefix(
     weight: Tensor, main_grad: Tensor | None, out_channels: int, channels: int
 ) -> tuple[Tensor, Tensor]:
-    """The prefix that a gradient is added to, and what a backward returns for the weight: nothing with main_grad."""
+    """The prefix to add a gradient to, and the gradient that a backward returns: empty with main_grad."""
     if main_grad is not None:
         return main_grad[:out_channels, :channels], weight.new_empty(0)
     zeros = torch.zeros_like(weight)

@@ -1,4 +1,9 @@
-"""scale_shift: a few thousand numbers a layer, so what counts is that it is one launch."""
+"""scale_shift: scale = weight r and shift = bias - mean scale, r = rsqrt(variance + eps), and their gradients.
+
+With g = dscale - mean dshift: dmean = -dshift weight r, dvariance = -g weight r^3 / 2, dweight = sum(g r),
+dbias = sum(dshift). A layer has a few thousand elements, so the number of launches dominates the cost: one for forward,
+one for backward. A program processes its channels of all views, so sums over views need no second launch.
+"""
 
 import torch
 import triton
@@ -31,9 +36,9 @@ def scale_shift_kernel(
     beta = tl.load(bias + column, mask=inside, other=0.0) if HAS_BIAS else 0.0
     for view in range(views):
         offsets = view * channels + column
-        of_view = gamma / tl.sqrt_rn(tl.load(variance + offsets, mask=inside, other=1.0) + eps)
-        tl.store(scale + offsets, of_view, mask=inside)
-        tl.store(shift + offsets, beta - tl.load(mean + offsets, mask=inside, other=0.0) * of_view, mask=inside)
+        scale_of_view = gamma / tl.sqrt_rn(tl.load(variance + offsets, mask=inside, other=1.0) + eps)
+        tl.store(scale + offsets, scale_of_view, mask=inside)
+        tl.store(shift + offsets, beta - tl.load(mean + offsets, mask=inside, other=0.0) * scale_of_view, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -57,28 +62,28 @@ def scale_shift_backward_kernel(
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
     gamma = tl.load(weight + column, mask=inside, other=0.0) if HAS_WEIGHT else 1.0
-    of_weight = tl.zeros((BLOCK_C,), tl.float32)
-    of_bias = tl.zeros((BLOCK_C,), tl.float32)
+    weight_sum = tl.zeros((BLOCK_C,), tl.float32)
+    bias_sum = tl.zeros((BLOCK_C,), tl.float32)
     for view in range(views):
         offsets = view * channels + column
         rsqrt = 1 / tl.sqrt_rn(tl.load(variance + offsets, mask=inside, other=1.0) + eps)
-        to_shift = tl.load(dshift + offsets, mask=inside, other=0.0)
+        grad_shift_of_view = tl.load(dshift + offsets, mask=inside, other=0.0)
         grad = tl.load(dscale + offsets, mask=inside, other=0.0)
-        grad -= tl.load(mean + offsets, mask=inside, other=0.0) * to_shift
-        tl.store(dmean + offsets, -to_shift * gamma * rsqrt, mask=inside)
+        grad -= tl.load(mean + offsets, mask=inside, other=0.0) * grad_shift_of_view
+        tl.store(dmean + offsets, -grad_shift_of_view * gamma * rsqrt, mask=inside)
         tl.store(dvariance + offsets, -grad * gamma * rsqrt * rsqrt * rsqrt / 2, mask=inside)
-        of_weight += grad * rsqrt
-        of_bias += to_shift
+        weight_sum += grad * rsqrt
+        bias_sum += grad_shift_of_view
     if HAS_WEIGHT:
-        tl.store(dweight + column, tl.load(dweight + column, mask=inside) + of_weight, mask=inside)
+        tl.store(dweight + column, tl.load(dweight + column, mask=inside) + weight_sum, mask=inside)
     if HAS_BIAS:
-        tl.store(dbias + column, tl.load(dbias + column, mask=inside) + of_bias, mask=inside)
+        tl.store(dbias + column, tl.load(dbias + column, mask=inside) + bias_sum, mask=inside)
 
 
 def scale_shift(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As dspnet_fast.ops.scale_shift, without main_grads, which are the gradient's."""
+    """dspnet_fast.ops.scale_shift, without the main_grads, which only the backward uses."""
     mean, variance = mean.contiguous(), variance.contiguous()
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     views, channels = mean.shape
@@ -112,11 +117,11 @@ def scale_shift_backward(
     bias_main_grad: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As dspnet_fast.ops.scale_shift_backward."""
+    """dspnet_fast.ops.scale_shift_backward."""
     views, channels = mean.shape
     grad_mean, grad_variance = (torch.empty(views, channels, device=mean.device) for _ in range(2))
-    grad_weight, to_weight = _added_to(weight, weight_main_grad, mean)
-    grad_bias, to_bias = _added_to(bias, bias_main_grad, mean)
+    grad_weight, weight_buffer = _gradient_buffer(weight, weight_main_grad, mean)
+    grad_bias, bias_buffer = _gradient_buffer(bias, bias_main_grad, mean)
     launch(
         scale_shift_backward_kernel,
         triton.cdiv(channels, BLOCK_C),
@@ -127,8 +132,8 @@ def scale_shift_backward(
         mean if weight is None else weight,
         grad_mean,
         grad_variance,
-        to_weight,
-        to_bias,
+        weight_buffer,
+        bias_buffer,
         channels,
         views,
         eps,
@@ -139,8 +144,8 @@ def scale_shift_backward(
     return grad_mean, grad_variance, grad_weight, grad_bias
 
 
-def _added_to(vector: Tensor | None, main_grad: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient to return, empty if there is none, and the memory that the kernel adds it to."""
+def _gradient_buffer(vector: Tensor | None, main_grad: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient to return, empty with main_grad or without a vector, and the buffer that the kernel adds to."""
     if vector is None:
         return other.new_empty(0), other
     if main_grad is None:
@@ -150,10 +155,10 @@ def _added_to(vector: Tensor | None, main_grad: Tensor | None, other: Tensor) ->
 
 
 def accepts(*vectors: Tensor | None) -> tuple[bool, str]:
-    """Whether the kernels take these tensors, main_grads among them. Returns (True, "") or (False, why not)."""
-    there = [vector for vector in vectors if vector is not None]
-    if any(vector.dtype != torch.float32 for vector in there):
-        return False, "it serves float32 only"
-    if any(not vector.is_contiguous() for vector in there if vector.ndim == 1):
-        return False, "it serves contiguous weights and biases only"
+    """Whether the kernels support these tensors, including main_grads: (True, "") or (False, reason)."""
+    given = [vector for vector in vectors if vector is not None]
+    if any(vector.dtype != torch.float32 for vector in given):
+        return False, "it supports float32 only"
+    if any(not vector.is_contiguous() for vector in given if vector.ndim == 1):
+        return False, "it supports contiguous weights and biases only"
     return True, ""

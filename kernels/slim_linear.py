@@ -1,16 +1,15 @@
-"""slim_linear: a pointwise convolution of 1 x 1 images that are deferred nothing; its kernels read the prefix in
-place."""
+"""slim_linear: calls the pointwise convolution's kernels, which read the weight's prefix in place, on 1 x 1 images."""
 
 import torch
 from torch import Tensor
 
 from . import conv_moments_pointwise as pointwise
-from .launch import Input, OutputGradient, takes
+from .launch import Input, OutputGradient, accepts_dtype
 from .prefix import add_to_prefix, gradient_prefix
 
 
 def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """As dspnet_fast.ops.slim_linear, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.slim_linear, for valid arguments that `accepts` supports."""
     rows = _images(x)
     y = torch.empty(len(rows), out_features, 1, 1, dtype=x.dtype, device=x.device)
     pointwise.forward(Input(rows, None, None, "identity", None), weight, y, 0)
@@ -27,30 +26,30 @@ def slim_linear_backward(
     weight_gradient: bool,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As dspnet_fast.ops.slim_linear_backward, for arguments that are valid and that `accepts` takes."""
+    """dspnet_fast.ops.slim_linear_backward, for valid arguments that `accepts` supports."""
     rows, grads = _images(x), _images(grad)
-    nothing = x.new_empty(0, grads.shape[1], dtype=torch.float32)
-    of_output, deferred = (
-        OutputGradient(grads, nothing, nothing, grads, nothing),
+    no_moments = x.new_empty(0, grads.shape[1], dtype=torch.float32)
+    output_gradient, deferred = (
+        OutputGradient(grads, no_moments, no_moments, grads, no_moments),
         Input(rows, None, None, "identity", None),
     )
-    of_x, of_weight, of_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
+    grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
     if input_gradient:
-        of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        pointwise.input_gradient(of_output, deferred, weight, of_x)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        pointwise.input_gradient(output_gradient, deferred, weight, grad_x)
     if weight_gradient:
-        prefix, of_weight = gradient_prefix(weight, main_grad, grads.shape[1], rows.shape[1])
-        add_to_prefix(prefix, pointwise.weight_gradient(of_output, deferred))
+        prefix, grad_weight = gradient_prefix(weight, main_grad, grads.shape[1], rows.shape[1])
+        add_to_prefix(prefix, pointwise.weight_gradient(output_gradient, deferred))
     if bias_gradient:
-        of_bias = grads.sum((0, 2, 3))
-    return of_x, of_weight, of_bias
+        grad_bias = grads.sum((0, 2, 3))
+    return grad_x, grad_weight, grad_bias
 
 
 def accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
-    """Whether the kernels take these arguments. Returns (True, "") or (False, why not)."""
+    """Whether the kernels support these arguments: (True, "") or (False, reason)."""
     if x.dtype != weight.dtype:
-        return False, f"it serves inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
-    return takes(x)
+        return False, f"it supports inputs and weights of one dtype, not {x.dtype} and {weight.dtype}"
+    return accepts_dtype(x)
 
 
 def _images(x: Tensor) -> Tensor:

@@ -1,18 +1,18 @@
-"""What programs have left as partial sums, added up: in a fixed order, so that the same input gives the same bits."""
+"""Adds up the partial sums of programs, in a fixed order, so that results are reproducible bit by bit."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import columns_of
+from .deferred import program_columns
 from .launch import SIZES, launch, power_of_two
 
 BLOCK = 4096  # partial sums that a program reads at a time
 
 
 @triton.jit
-def add_up(partial, parts, columns, column, BLOCK_P: tl.constexpr):
-    """[parts, columns], one after another, added up to [columns]."""
+def sum_parts(partial, parts, columns, column, BLOCK_P: tl.constexpr):
+    """The sum of partial [parts, columns] over parts, in order: [columns]."""
     inside = column < columns
     total = tl.zeros((BLOCK_P, column.shape[0]), tl.float32)
     for first in range(0, parts, BLOCK_P):
@@ -26,50 +26,50 @@ def add_up(partial, parts, columns, column, BLOCK_P: tl.constexpr):
 def sums_kernel(
     first,  # [rows * parts, C]
     second,
-    of_first,  # [rows, C]
-    of_second,
+    first_sums,  # [rows, C]
+    second_sums,
     channels,
     parts,
-    WIDE: tl.constexpr,
+    VECTORIZED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, row, column, _ = columns_of(channels, WIDE, BLOCK_C)
-    before = row.to(tl.int64) * parts * channels
+    channels, row, column, _ = program_columns(channels, VECTORIZED, BLOCK_C)
+    row_offset = row.to(tl.int64) * parts * channels
     to = row * channels + column
-    tl.store(of_first + to, add_up(first + before, parts, channels, column, BLOCK_P), mask=column < channels)
-    tl.store(of_second + to, add_up(second + before, parts, channels, column, BLOCK_P), mask=column < channels)
+    tl.store(first_sums + to, sum_parts(first + row_offset, parts, channels, column, BLOCK_P), mask=column < channels)
+    tl.store(second_sums + to, sum_parts(second + row_offset, parts, channels, column, BLOCK_P), mask=column < channels)
 
 
 def sums(first: Tensor, second: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Two of [programs, C], in the order of their segments, to [rows, C]: the sums over each row's programs."""
+    """The sums of two tensors [programs, C] over each row's programs: [rows, C]. Programs are in the order of rows."""
     programs, channels = first.shape
-    of_first, of_second = (first.new_empty(rows, channels) for _ in range(2))
+    first_sums, second_sums = (first.new_empty(rows, channels) for _ in range(2))
     block_p, block_c = blocks(programs // rows)
     launch(
         sums_kernel,
         rows * triton.cdiv(channels, block_c),
         first,
         second,
-        of_first,
-        of_second,
+        first_sums,
+        second_sums,
         channels,
         programs // rows,
-        WIDE=channels % 8 == 0,
+        VECTORIZED=channels % 8 == 0,
         BLOCK_P=block_p,
         BLOCK_C=block_c,
     )
-    return of_first, of_second
+    return first_sums, second_sums
 
 
 def sums_per_image(partial: Tensor, images: int) -> Tensor:
-    """One of [programs, C], each of which has worked within one image, to [images, C]."""
+    """The sums of partial [programs, C] over each image's programs: [images, C]."""
     if not len(partial):
         return partial.new_zeros(images, partial.shape[1])
     return partial.unflatten(0, (images, -1)).sum(1)
 
 
 def blocks(parts: int) -> tuple[int, int]:
-    """Parts and columns that a program of `add_up` reads at a time: few columns where there are many parts."""
+    """Parts and columns that a program of `sum_parts` reads at a time: the more parts, the fewer columns."""
     block = power_of_two(parts, 16, 512)
     return block, BLOCK // block

@@ -1,4 +1,5 @@
-// conv_moments and its gradient: checks the arguments, allocates the results and hands them to the kind of convolution.
+// conv_moments and its gradient: checks the arguments, allocates the results, and calls the pointwise, depthwise or
+// dense implementation.
 #include "conv_moments.h"
 
 #include <ATen/Functions.h>
@@ -30,13 +31,13 @@ ConvShape check_shape(
       ": weight must be [O, I, k, k] of float32, got ", weight.sizes(), " ", weight.scalar_type());
   const int64_t channels = x.size(1), kernel = weight.size(2);
   TORCH_CHECK(
-      groups == 1 || (groups > 0 && groups == channels && groups == out_channels), op, ": ", groups, " groups for ", channels,
-      " channels in and ", out_channels, " out: only 1 and depthwise are served");
+      groups == 1 || (groups > 0 && groups == channels && groups == out_channels), op, ": ", groups, " groups for ",
+      channels, " channels in and ", out_channels, " out: use 1, or as many as channels for a depthwise convolution");
   TORCH_CHECK(
       out_channels > 0 && out_channels <= weight.size(0) && channels > 0 && channels / groups <= weight.size(1) &&
           (groups == 1 || weight.size(1) == 1),
       op, ": a weight of ", weight.sizes(), " has no prefix of ", out_channels, " x ", channels / groups);
-  constexpr int64_t limit = 1 << 20; // far beyond any use, far below overflow
+  constexpr int64_t limit = 1 << 20; // larger than any real value, small enough not to overflow
   TORCH_CHECK(
       stride > 0 && stride < limit && padding >= 0 && padding < limit && kernel > 0 && x.numel() > 0 &&
           x.size(2) + 2 * padding >= kernel && x.size(3) + 2 * padding >= kernel,
@@ -55,11 +56,11 @@ ConvShape check_shape(
       views};
 }
 
-Prefix prefix_of(const at::Tensor& weight) {
+Prefix strided_prefix(const at::Tensor& weight) {
   return {weight.mutable_data_ptr<float>(), weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
 }
 
-// Kinds by their shape; depthwise where there are groups, and where one channel makes both the same.
+// For groups = 1. Groups > 1 are depthwise.
 bool is_pointwise(const ConvShape& shape) {
   return shape.kernel == 1 && shape.stride == 1 && shape.padding == 0;
 }
@@ -81,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_moments(
   const at::NoGradGuard no_grad;
   const char* op = "conv_moments";
   const ConvShape shape = check_shape(op, x, weight, out_channels, stride, padding, groups, views);
-  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, gate, views);
+  const CheckedDeferred checked = check_deferred(op, x, scale, shift, act, gate, views);
   const at::Tensor input = channels_last(x);
   const at::Tensor y = at::empty(
       {shape.images, shape.out_channels, shape.out_height, shape.out_width},
@@ -90,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_moments(
   const at::Tensor variance = at::empty_like(mean);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     const Forward<scalar_t> args{
-        input.const_data_ptr<scalar_t>(), deferred.deferred, prefix_of(weight), y.mutable_data_ptr<scalar_t>(),
+        input.const_data_ptr<scalar_t>(), checked.deferred, strided_prefix(weight), y.mutable_data_ptr<scalar_t>(),
         mean.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>()};
     if (groups > 1) {
       depthwise_forward(shape, args);
@@ -128,7 +129,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
   TORCH_CHECK(mean.dim() == 2, op, ": mean must be [views, ", y.size(1), "], got ", mean.sizes());
   const int64_t views = mean.size(0);
   const ConvShape shape = check_shape(op, x, weight, y.size(1), stride, padding, groups, views);
-  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, gate, views);
+  const CheckedDeferred checked = check_deferred(op, x, scale, shift, act, gate, views);
   check_like(op, "grad_y", grad_y, y);
   TORCH_CHECK(
       y.scalar_type() == x.scalar_type() && y.size(0) == shape.images && y.size(2) == shape.out_height &&
@@ -143,21 +144,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
 
   const at::Tensor input = channels_last(x), output = channels_last(y), grad_output = channels_last(grad_y);
   const at::Tensor grad_x = input_gradient ? empty_channels_last(x) : at::empty({0}, x.options());
-  const int64_t rows = deferred.deferred.rows;
-  const at::Tensor grad_scale = empty_small(x, input_gradient && rows > 0, {rows, shape.channels});
-  const at::Tensor grad_shift = empty_small(x, input_gradient && rows > 0, {rows, shape.channels});
-  const at::Tensor grad_gate = empty_small(x, input_gradient && gate, {shape.images, shape.channels});
+  const int64_t rows = checked.deferred.rows;
+  const at::Tensor grad_scale = empty_fp32(x, input_gradient && rows > 0, {rows, shape.channels});
+  const at::Tensor grad_shift = empty_fp32(x, input_gradient && rows > 0, {rows, shape.channels});
+  const at::Tensor grad_gate = empty_fp32(x, input_gradient && gate, {shape.images, shape.channels});
   const bool returned = weight_gradient && !main_grad;
-  const at::Tensor grad_weight = returned ? at::zeros_like(weight) : empty_small(x, false, {});
+  const at::Tensor grad_weight = returned ? at::zeros_like(weight) : empty_fp32(x, false, {});
 
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     const Backward<scalar_t> args{
         grad_output.const_data_ptr<scalar_t>(), grad_means.const_data_ptr<float>(),
-        grad_variances.const_data_ptr<float>(), input.const_data_ptr<scalar_t>(), deferred.deferred, prefix_of(weight),
-        output.const_data_ptr<scalar_t>(), means.const_data_ptr<float>(),
-        input_gradient ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, pointer_of(grad_scale), pointer_of(grad_shift),
-        pointer_of(grad_gate),
-        weight_gradient ? prefix_of(main_grad ? *main_grad : grad_weight) : Prefix{nullptr, 0, 0, 0, 0}};
+        grad_variances.const_data_ptr<float>(), input.const_data_ptr<scalar_t>(), checked.deferred,
+        strided_prefix(weight), output.const_data_ptr<scalar_t>(), means.const_data_ptr<float>(),
+        input_gradient ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, data_or_null(grad_scale),
+        data_or_null(grad_shift), data_or_null(grad_gate),
+        weight_gradient ? strided_prefix(main_grad ? *main_grad : grad_weight) : Prefix{nullptr, 0, 0, 0, 0}};
     if (groups > 1) {
       depthwise_backward(shape, args);
     } else if (is_pointwise(shape)) {

@@ -1,8 +1,9 @@
 // conv_moments, dense, backward, band by band (dense.h).
 //
-// e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt is formed like h. dW sums h^T e for every kernel row. dh is the
-// convolution of e with the taps that reach an input position. Which these are depends on the position modulo the
-// stride: each such class has a packed weight of its own. Then dx and the sums for dscale, dshift, dgate.
+// e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt, the gradient of y, is computed into scratch like h. For every
+// kernel row, dW is the sum of h^T e. dh is the convolution of e with the taps that reach an input position. These taps
+// depend on the position modulo the stride, its phase, so each phase has a separate packed weight. dh then gives dx and
+// the sums for dscale, dshift and dgate.
 #include <utility>
 
 #include "dense.h"
@@ -13,7 +14,7 @@ inline namespace CPU_CAPABILITY {
 namespace dense {
 namespace {
 
-constexpr int64_t kOuterRows = 128; // that a weight gradient is summed over in registers
+constexpr int64_t kOuterRows = 128; // rows that a weight gradient sums in registers
 
 struct PartialWeight;
 struct PartialGate;
@@ -21,7 +22,7 @@ struct FormedOutput;
 struct BandInput;
 
 // The input positions (y, x), (y + stride, x), (y, x + stride), ..., and the taps that reach them.
-struct Class {
+struct Phase {
   int64_t y, x; // less than the stride
   int64_t first_row, first_column, rows, columns; // taps: ky = first_row, first_row + stride, ... and kx likewise
   float* weight; // packed, depth [ky, kx from the last to the first, output channel]; columns are input channels
@@ -31,35 +32,35 @@ struct Class {
   }
 };
 
-// Those that any tap reaches.
-std::vector<Class> classes_of(const ConvShape& shape, const Prefix& weight, const Panels& panels) {
+// The phases that at least one tap reaches.
+std::vector<Phase> phases_of(const ConvShape& shape, const Prefix& weight, const Panels& panels) {
   const int64_t stride = shape.stride, channels = shape.out_channels;
   float* to = scratch<PackedWeight>(panels.padded() * shape.kernel * shape.kernel * channels);
-  std::vector<Class> classes;
+  std::vector<Phase> phases;
   for (int64_t y = 0; y < std::min(stride, shape.height); ++y) {
     for (int64_t x = 0; x < std::min(stride, shape.width); ++x) {
       const int64_t row = (y + shape.padding) % stride, column = (x + shape.padding) % stride;
       if (std::max(row, column) < shape.kernel) {
         const int64_t rows = (shape.kernel - row - 1) / stride + 1, columns = (shape.kernel - column - 1) / stride + 1;
-        classes.push_back({y, x, row, column, rows, columns, to});
+        phases.push_back({y, x, row, column, rows, columns, to});
         to += panels.padded() * rows * columns * channels;
       }
     }
   }
-  for (const Class& each : classes) {
-    in_parallel(panels.count * each.taps(), kPanelVectors * kVec * channels, [&](int64_t i) {
-      const int64_t p = i / each.taps(), tap = i % each.taps();
-      const int64_t ky = each.first_row + tap / each.columns * stride;
-      const int64_t kx = each.first_column + (each.columns - 1 - tap % each.columns) * stride;
+  for (const Phase& phase : phases) {
+    in_parallel(panels.count * phase.taps(), kPanelVectors * kVec * channels, [&](int64_t i) {
+      const int64_t p = i / phase.taps(), tap = i % phase.taps();
+      const int64_t ky = phase.first_row + tap / phase.columns * stride;
+      const int64_t kx = phase.first_column + (phase.columns - 1 - tap % phase.columns) * stride;
       pack_panel(
-          each.weight + panels.offset(p, each.taps() * channels) + tap * channels * panels.width(p), panels, p,
+          phase.weight + panels.offset(p, phase.taps() * channels) + tap * channels * panels.width(p), panels, p,
           &weight.at(0, 0, ky, kx), weight.out, weight.in, channels);
     });
   }
-  return classes;
+  return phases;
 }
 
-// dy, and what else makes e of it.
+// dy and the factors that e is computed from.
 template <typename scalar_t>
 struct OutputGradient {
   const ConvShape& shape;
@@ -77,14 +78,14 @@ struct OutputGradient {
     }
   }
 
-  // Rows that reach input rows [begin, end), and [band.begin, band.end) themselves.
+  // Scratch for the rows of e that reach input rows [begin, end), and for rows [band.begin, band.end).
   FormedRows rows(const Band& band, int64_t begin, int64_t end, float* data) const {
-    const int64_t low = (begin + shape.padding - shape.kernel) / shape.stride; // or one less than needed
+    const int64_t low = (begin + shape.padding - shape.kernel) / shape.stride; // may be one row too low
     const int64_t high = (end - 1 + shape.padding) / shape.stride + 1;
     return {data, shape.out_channels, shape.out_width, left(), right(),
             std::clamp<int64_t>(low, 0, band.begin), std::clamp(high, band.end, shape.out_height)};
   }
-  int64_t floats(const Bands& bands) const { // that rows() needs at most
+  int64_t floats(const Bands& bands) const { // an upper bound on the scratch of rows()
     const int64_t more = 2 * (shape.kernel + shape.padding) / shape.stride + 4;
     return formed_floats(
         rows(bands.at(0), 0, 0, nullptr), bands.images, std::min(bands.rows + more, shape.out_height));
@@ -132,7 +133,7 @@ struct OutputGradient {
   }
 };
 
-// Epilogue: whole vectors.
+// Epilogue: stores whole vectors.
 struct StoreRows {
   float* to;
   int64_t stride;
@@ -152,11 +153,11 @@ struct StoreRows {
 
 // Pairs of matrices whose products are summed: rows of h and of e at the same output positions.
 struct Pairs {
-  std::vector<std::pair<const float*, const float*>> first; // of each pair
+  std::vector<std::pair<const float*, const float*>> first; // the first rows of each pair
   int64_t rows, stride, other_stride;
 };
 
-// As multiply_outer_panel, summed over all pairs.
+// Like multiply_outer_panel, summed over all pairs.
 template <int V, int R, typename Epilogue>
 void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, const Epilogue& epilogue) {
   for (; i + R <= end; i += R) {
@@ -179,7 +180,8 @@ void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, 
   }
 }
 
-// From dh to dx for some positions of one image, and sums of dz, dz x and dh act(z), [C] each.
+// Computes dx from dh for positions of one image, and adds the sums of dz, dz x and dh act(z), [C] each, to grad_shift,
+// grad_scale and grad_gate.
 template <Act act, bool gated, typename P, typename scalar_t>
 void finish_panel(
     const P& panel,
@@ -190,18 +192,18 @@ void finish_panel(
     const scalar_t* x,
     scalar_t* grad_x,
     int64_t positions,
-    float* of_z,
-    float* of_x,
-    float* of_gate) {
+    float* grad_shift,
+    float* grad_scale,
+    float* grad_gate) {
   const int64_t channels = input.shape.channels;
   Vec scale[P::vectors], shift[P::vectors], gate[P::vectors];
-  Vec sum_z[P::vectors], sum_x[P::vectors], sum_gate[P::vectors];
+  Vec shift_sum[P::vectors], scale_sum[P::vectors], gate_sum[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
     scale[v] = panel.get_or(input.scale(n), v, 1);
     shift[v] = panel.get_or(input.shift(n), v, 0);
     gate[v] = panel.get_or(input.gate(n), v, 1);
-    sum_z[v] = sum_x[v] = sum_gate[v] = Vec(0);
+    shift_sum[v] = scale_sum[v] = gate_sum[v] = Vec(0);
   }
   for (int64_t i = 0; i < positions; ++i, grad_h += stride, x += channels, grad_x += channels) {
 #pragma GCC unroll 2
@@ -209,21 +211,21 @@ void finish_panel(
       const Vec value = panel.get(x, v), z = at::vec::fmadd(value, scale[v], shift[v]);
       Vec dz = panel.get(grad_h, v);
       if constexpr (gated) {
-        sum_gate[v] = at::vec::fmadd(dz, activate<act>(z), sum_gate[v]);
+        gate_sum[v] = at::vec::fmadd(dz, activate<act>(z), gate_sum[v]);
         dz = dz * gate[v];
       }
       dz = dz * activation_gradient<act>(z);
-      sum_z[v] = sum_z[v] + dz;
-      sum_x[v] = at::vec::fmadd(dz, value, sum_x[v]);
+      shift_sum[v] = shift_sum[v] + dz;
+      scale_sum[v] = at::vec::fmadd(dz, value, scale_sum[v]);
       panel.put(grad_x, v, dz * scale[v]);
     }
   }
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    panel.add(of_z, v, sum_z[v]);
-    panel.add(of_x, v, sum_x[v]);
+    panel.add(grad_shift, v, shift_sum[v]);
+    panel.add(grad_scale, v, scale_sum[v]);
     if constexpr (gated) {
-      panel.add(of_gate, v, sum_gate[v]);
+      panel.add(grad_gate, v, gate_sum[v]);
     }
   }
 }
@@ -236,10 +238,10 @@ struct BackwardPass {
   OutputGradient<scalar_t> output;
   Bands bands;
   Panels in;
-  std::vector<Class> classes;
+  std::vector<Phase> phases;
   int64_t run; // k C: the taps of one kernel row
-  bool vectors_of_h; // the weight gradient has whole vectors of h, otherwise of e
-  Panels weight_columns; // of the weight gradient of one kernel row, which has weight_rows rows
+  bool h_in_columns; // the columns of the weight gradient are those of h, otherwise those of e
+  Panels weight_columns; // of the weight gradient of one kernel row, [weight_rows, weight_columns]
   int64_t weight_rows;
 
   BackwardPass(const ConvShape& shape, const Backward<scalar_t>& args)
@@ -254,15 +256,15 @@ struct BackwardPass {
                 (output.left() + shape.out_width + output.right()) * shape.out_channels),
         in(shape.channels),
         run(shape.kernel * shape.channels),
-        vectors_of_h(Panels(run).waste() <= Panels(shape.out_channels).waste()),
-        weight_columns(vectors_of_h ? run : shape.out_channels),
-        weight_rows(vectors_of_h ? shape.out_channels : run) {
+        h_in_columns(Panels(run).waste() <= Panels(shape.out_channels).waste()),
+        weight_columns(h_in_columns ? run : shape.out_channels),
+        weight_rows(h_in_columns ? shape.out_channels : run) {
     if (args.grad_x) {
-      classes = classes_of(shape, args.weight, in);
+      phases = phases_of(shape, args.weight, in);
     }
   }
 
-  // The input rows of each image that a band is to give gradients for.
+  // The input rows of each image whose gradients a band computes.
   int64_t input_begin(const Band& band) const {
     return band.begin == 0 ? 0 : std::min(band.begin * shape.stride, shape.height);
   }
@@ -274,10 +276,11 @@ struct BackwardPass {
     return shape.kernel * weight_rows * weight_columns.padded();
   }
 
-  // Adds a band's weight gradient to matrices [kernel rows, weight_rows, padded columns], or begins them.
+  // Adds a band's weight gradient to matrices [kernel rows, weight_rows, padded columns], or, with `begins`, overwrites
+  // them.
   void weight_gradient(const Band& band, const FormedRows& h, const FormedRows& e, float* to, bool begins) const {
     const int64_t positions = (band.end - band.begin) * shape.out_width;
-    const int64_t images = std::max<int64_t>(kOuterRows / positions, 1); // as many as stay in the L1 cache, if possible
+    const int64_t images = std::max<int64_t>(kOuterRows / positions, 1); // fits into the L1 cache, if possible
     for (int64_t first = 0; first < band.images; first += images) {
       for (int64_t ky = 0; ky < shape.kernel; ++ky) {
         const Pairs pairs = pairs_of(band, first, std::min(first + images, band.images), ky, h, e);
@@ -292,7 +295,7 @@ struct BackwardPass {
     }
   }
 
-  // The output rows that a kernel row reaches, with what it reaches them from.
+  // The rows of e that a kernel row reaches, each with the row of h that it reads.
   Pairs pairs_of(
       const Band& band, int64_t first, int64_t last, int64_t ky, const FormedRows& h, const FormedRows& e) const {
     Pairs pairs{{}, shape.out_width, shape.stride * shape.channels, shape.out_channels};
@@ -301,63 +304,63 @@ struct BackwardPass {
         const int64_t row = y * shape.stride - shape.padding + ky;
         if (row >= 0 && row < shape.height) {
           pairs.first.emplace_back(h.pixel(i, row, -shape.padding), e.pixel(i, y, 0));
-          if (vectors_of_h) {
+          if (h_in_columns) {
             std::swap(pairs.first.back().first, pairs.first.back().second);
           }
         }
       }
     }
-    if (vectors_of_h) {
+    if (h_in_columns) {
       std::swap(pairs.stride, pairs.other_stride);
     }
     return pairs;
   }
 
-  // dh of the band's images [first, last), [image, positions of the band, in.padded()].
+  // Computes dh of the band's images [first, last): [image, positions of the band, in.padded()].
   void input_gradient(const Band& band, const FormedRows& e, int64_t first, int64_t last, float* grad_h) const {
     const int64_t begin = input_begin(band), end = input_end(band), width = shape.width, stride = shape.stride;
-    const int64_t of_image = (end - begin) * width * in.padded();
+    const int64_t image_stride = (end - begin) * width * in.padded();
     const bool by_images = by_image(shape, last - first);
-    if (static_cast<int64_t>(classes.size()) < std::min(stride, shape.height) * std::min(stride, width)) {
-      std::fill_n(grad_h, (last - first) * of_image, 0.f); // there are positions that no tap reaches
+    if (static_cast<int64_t>(phases.size()) < std::min(stride, shape.height) * std::min(stride, width)) {
+      std::fill_n(grad_h, (last - first) * image_stride, 0.f); // some positions are reached by no tap
     }
-    for (const Class& each : classes) {
-      const int64_t depth = each.taps() * shape.out_channels, depth_step = each.columns * shape.out_channels;
-      const int64_t last_kx = each.first_column + (each.columns - 1) * stride;
-      const int64_t left = (each.x + shape.padding - last_kx) / stride; // the first output pixel that reaches each.x
+    for (const Phase& phase : phases) {
+      const int64_t depth = phase.taps() * shape.out_channels, depth_step = phase.columns * shape.out_channels;
+      const int64_t last_kx = phase.first_column + (phase.columns - 1) * stride;
+      const int64_t left = (phase.x + shape.padding - last_kx) / stride; // the first output pixel that reaches phase.x
       Products<float> products{
           by_images ? e.image_floats() : shape.out_channels, -e.row_floats(), depth_step,
-          by_images ? of_image : stride * in.padded()};
-      for (int64_t y = begin + ((each.y - begin) % stride + stride) % stride; y < end; y += stride) {
-        // Kernel row r comes from output row bottom - r.
-        const int64_t bottom = (y + shape.padding - each.first_row) / stride;
+          by_images ? image_stride : stride * in.padded()};
+      for (int64_t y = begin + ((phase.y - begin) % stride + stride) % stride; y < end; y += stride) {
+        // Kernel row r reads output row bottom - r.
+        const int64_t bottom = (y + shape.padding - phase.first_row) / stride;
         const int64_t r = std::max<int64_t>(bottom - shape.out_height + 1, 0);
-        const int64_t runs = std::min(each.rows, bottom + 1) - r;
-        float* to = grad_h + ((y - begin) * width + each.x) * in.padded();
+        const int64_t runs = std::min(phase.rows, bottom + 1) - r;
+        float* to = grad_h + ((y - begin) * width + phase.x) * in.padded();
         if (by_images) {
-          for (int64_t x = each.x, from = left; x < width; x += stride, ++from, to += stride * in.padded()) {
+          for (int64_t x = phase.x, from = left; x < width; x += stride, ++from, to += stride * in.padded()) {
             const int64_t skip = std::max<int64_t>(-from, 0);
-            const int64_t pixels = std::min(each.columns, shape.out_width - from) - skip;
+            const int64_t pixels = std::min(phase.columns, shape.out_width - from) - skip;
             products.add(
                 e.pixel(first, bottom - r, from + skip), runs, pixels * shape.out_channels,
                 r * depth_step + skip * shape.out_channels, last - first, to);
           }
         } else {
-          for (int64_t i = first; i < last; ++i, to += of_image) {
+          for (int64_t i = first; i < last; ++i, to += image_stride) {
             products.add(
-                e.pixel(i, bottom - r, left), runs, depth_step, r * depth_step, (width - each.x - 1) / stride + 1, to);
+                e.pixel(i, bottom - r, left), runs, depth_step, r * depth_step, (width - phase.x - 1) / stride + 1, to);
           }
         }
       }
-      multiply_all(products, each.weight, depth, in, [&](const Product<float>& product) {
+      multiply_all(products, phase.weight, depth, in, [&](const Product<float>& product) {
         return StoreRows{product.to, products.to_stride};
       });
     }
   }
 
-  // dx for positions from `first` on, in whole x, which may be of several images.
-  template <typename Pending>
-  void finish(int64_t first, int64_t count, const float* grad_h, float* gates, Pending& pending) const {
+  // Computes dx for `count` positions from `first` on, counted over all images.
+  template <typename Buffered>
+  void finish(int64_t first, int64_t count, const float* grad_h, float* gate_sums, Buffered& buffered) const {
     const int64_t per_image = shape.height * shape.width, channels = shape.channels, stride = in.padded();
     for (int64_t at = first; at < first + count;) {
       const int64_t n = at / per_image, positions = std::min((n + 1) * per_image, first + count) - at;
@@ -373,14 +376,16 @@ struct BackwardPass {
           });
         }
       } else {
-        const auto& [of_z, of_x] = pending.next(positions, args.deferred.row(n, shape.images));
-        float* of_gate = gates ? gates + (bands.parts > 1 ? 0 : n * channels) : nullptr;
+        const auto& [grad_shift, grad_scale] = buffered.reserve(positions, args.deferred.row(n, shape.images));
+        float* grad_gate = gate_sums ? gate_sums + (bands.per_image > 1 ? 0 : n * channels) : nullptr;
         with_act(args.deferred.act, [&](auto act) {
           for_panels(channels, [&](const auto& panel) {
-            if (of_gate) {
-              finish_panel<act, true>(panel, input, n, from, stride, x, to, positions, of_z, of_x, of_gate);
+            if (grad_gate) {
+              finish_panel<act, true>(
+                  panel, input, n, from, stride, x, to, positions, grad_shift, grad_scale, grad_gate);
             } else {
-              finish_panel<act, false>(panel, input, n, from, stride, x, to, positions, of_z, of_x, of_gate);
+              finish_panel<act, false>(
+                  panel, input, n, from, stride, x, to, positions, grad_shift, grad_scale, grad_gate);
             }
           });
         });
@@ -389,7 +394,7 @@ struct BackwardPass {
     }
   }
 
-  // Adds up the threads' matrices into the prefix.
+  // Adds the threads' matrices to the prefix.
   void merge_weights(const float* weights, const std::vector<char>& used) const {
     const int64_t stride = weight_columns.padded(), channels = shape.channels;
     in_parallel(shape.kernel * weight_rows, stride, [&](int64_t row) {
@@ -403,8 +408,8 @@ struct BackwardPass {
       }
       const int64_t ky = row / weight_rows, i = row % weight_rows;
       for (int64_t j = 0; j < weight_columns.columns; ++j) {
-        const int64_t o = vectors_of_h ? i : j, of_run = vectors_of_h ? j : i;
-        args.grad_weight.at(o, of_run % channels, ky, of_run / channels) += sum[j];
+        const int64_t o = h_in_columns ? i : j, in_run = h_in_columns ? j : i;
+        args.grad_weight.at(o, in_run % channels, ky, in_run / channels) += sum[j];
       }
     });
   }
@@ -413,18 +418,18 @@ struct BackwardPass {
     const int64_t threads = at::get_num_threads(), channels = shape.channels;
     float* weights = args.grad_weight.data ? scratch<PartialWeight>(threads * weight_size()) : nullptr;
     std::vector<char> used(threads, 0);
-    ThreadSums sums_z(args.deferred.rows, channels), sums_x(args.deferred.rows, channels);
-    // Of each band if several make an image, otherwise of each image.
-    const bool gated = args.grad_x && args.deferred.gate, in_parts = gated && bands.parts > 1;
-    float* gate_parts = in_parts ? scratch<PartialGate>(bands.count() * channels) : nullptr;
+    ThreadSums shift_sums(args.deferred.rows, channels), scale_sums(args.deferred.rows, channels);
+    // If an image consists of several bands, each band has sums for the gate, which are added up at the end.
+    const bool gated = args.grad_x && args.deferred.gate, has_gate_parts = gated && bands.per_image > 1;
+    float* gate_parts = has_gate_parts ? scratch<PartialGate>(bands.count() * channels) : nullptr;
 
     at::parallel_for(0, bands.count(), 1, [&](int64_t b, int64_t last) {
       const int64_t thread = at::get_thread_num();
       float* formed_h = scratch<FormedInput>(input.floats(bands));
       float* formed_e = scratch<FormedOutput>(output.floats(bands));
-      auto pending = pending_sums<2>(channels, int64_t{0}, [&](int64_t row, const auto& sums) {
-        sums_z.add(row, sums[0]);
-        sums_x.add(row, sums[1]);
+      auto buffered = buffered_sums<2>(channels, int64_t{0}, [&](int64_t row, const auto& sums) {
+        shift_sums.add(row, sums[0]);
+        scale_sums.add(row, sums[1]);
       });
       for (; b < last; ++b) {
         const Band band = bands.at(b);
@@ -437,43 +442,43 @@ struct BackwardPass {
           used[thread] = 1;
         }
         if (args.grad_x) {
-          float* gates = in_parts ? gate_parts + b * channels : args.grad_gate;
+          float* gate_sums = has_gate_parts ? gate_parts + b * channels : args.grad_gate;
           if (gated) {
-            std::fill_n(in_parts ? gates : gates + band.image * channels, band.images * channels, 0.f);
+            std::fill_n(has_gate_parts ? gate_sums : gate_sums + band.image * channels, band.images * channels, 0.f);
           }
-          input_gradients(band, e, gates, pending);
+          input_gradients(band, e, gate_sums, buffered);
         }
       }
-      pending.flush();
+      buffered.flush();
     });
 
     if (weights) {
       merge_weights(weights, used);
     }
     if (args.grad_x) {
-      sums_z.write(args.grad_shift);
-      sums_x.write(args.grad_scale);
+      shift_sums.write(args.grad_shift);
+      scale_sums.write(args.grad_scale);
     }
-    if (in_parts) {
+    if (has_gate_parts) {
       std::fill_n(args.grad_gate, shape.images * channels, 0.f);
       for (int64_t i = 0; i < bands.count() * channels; ++i) {
-        args.grad_gate[i / channels / bands.parts * channels + i % channels] += gate_parts[i];
+        args.grad_gate[i / channels / bands.per_image * channels + i % channels] += gate_parts[i];
       }
     }
   }
 
-  // dx of a band.
-  template <typename Pending>
-  void input_gradients(const Band& band, const FormedRows& e, float* gates, Pending& pending) const {
+  // Computes dx of a band.
+  template <typename Buffered>
+  void input_gradients(const Band& band, const FormedRows& e, float* gate_sums, Buffered& buffered) const {
     const int64_t begin = input_begin(band), positions = (input_end(band) - begin) * shape.width;
     const int64_t limit = kBandBytes / 2 / std::max<int64_t>(positions * in.padded() * sizeof(float), 1);
     const int64_t images = by_image(shape, band.images) ? band.images : std::clamp<int64_t>(limit, 1, band.images);
     float* grad_h = scratch<BandInput>(images * positions * in.padded());
     for (int64_t first = 0; first < band.images; first += images) {
-      const int64_t some = std::min(images, band.images - first);
-      input_gradient(band, e, first, first + some, grad_h);
-      const int64_t line = (band.image + first) * shape.height + begin; // of all images: the band's are consecutive
-      finish(line * shape.width, some * positions, grad_h, gates, pending);
+      const int64_t count = std::min(images, band.images - first);
+      input_gradient(band, e, first, first + count, grad_h);
+      const int64_t line = (band.image + first) * shape.height + begin; // a row, counted over all images
+      finish(line * shape.width, count * positions, grad_h, gate_sums, buffered);
     }
   }
 };

@@ -1,7 +1,6 @@
-// conv_moments, dense, forward: k x k kernels of any stride and padding, as matrix products over formed bands
-// (dense.h).
+// conv_moments, dense, forward: k x k kernels of any stride and padding, as matrix products over bands of h (dense.h).
 //
-// The epilogue stores y and sums it for the moments. Per position: 2 k k C O flops, C stride^2 + O values read or
+// The epilogue stores y and sums it for the moments. Per position of y: 2 k k C O flops, C stride^2 + O values read or
 // written.
 #include "conv_output.h"
 #include "dense.h"
@@ -12,9 +11,9 @@ inline namespace CPU_CAPABILITY {
 namespace dense {
 namespace {
 
-constexpr int64_t kMomentRows = 192; // whose fp32 sums are exact enough
+constexpr int64_t kMomentRows = 192; // rows summed in fp32
 
-// The weight for y: depth [ky, kx, channel], columns are output channels.
+// Packs the weight: depth [ky, kx, channel], columns are output channels.
 const float* pack_forward(const ConvShape& shape, const Prefix& weight, const Panels& panels) {
   const int64_t taps = shape.kernel * shape.kernel, depth = taps * shape.channels;
   float* to = scratch<PackedWeight>(panels.padded() * depth);
@@ -27,7 +26,7 @@ const float* pack_forward(const ConvShape& shape, const Prefix& weight, const Pa
   return to;
 }
 
-// Multiplies for y, and sums it for the moments of a view.
+// Computes products of y and sums them for the moments of a view.
 template <typename scalar_t>
 class OutputRows {
  public:
@@ -42,20 +41,20 @@ class OutputRows {
     pivot_ = memory;
   }
 
-  // view: ignored where no moments are wanted.
+  // view: ignored without moments.
   void multiply(const Products<scalar_t>& products, int64_t view) {
-    Products<scalar_t> some = products;
+    Products<scalar_t> chunk = products;
     auto next = products.all.begin();
     while (next != products.all.end()) {
       const bool has_pivot = shape_.views == 0 || moments_[view].to_pivot(pivot_);
-      some.all.clear();
+      chunk.all.clear();
       int64_t rows = 0;
       do {
         rows += next->rows;
-        some.all.push_back(*next++);
-        // Few rows for a mean that is a good pivot.
+        chunk.all.push_back(*next++);
+        // Without a pivot, a single product: the mean of few rows is a sufficient pivot for the rest.
       } while (has_pivot && next != products.all.end() && rows + next->rows <= kMomentRows);
-      multiply_some(some, has_pivot);
+      multiply_some(chunk, has_pivot);
       if (shape_.views) {
         moments_[view].merge(rows, shape_.out_channels, pivot_, epilogue_.sum, epilogue_.square);
       }
@@ -83,19 +82,19 @@ class OutputRows {
   float* pivot_;
 };
 
-// The products for y of a band.
+// The products for the y of a band.
 template <typename scalar_t>
 Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const FormedRows& h, scalar_t* y) {
   const int64_t kernel = shape.kernel, channels = shape.channels, out_channels = shape.out_channels;
-  const int64_t of_image = shape.positions() * out_channels, depth_step = kernel * channels;
+  const int64_t image_stride = shape.positions() * out_channels, depth_step = kernel * channels;
   const bool by_images = by_image(shape, band.images);
   Products<scalar_t> products{
       by_images ? h.image_floats() : shape.stride * channels, h.row_floats(), depth_step,
-      by_images ? of_image : out_channels};
+      by_images ? image_stride : out_channels};
   for (int64_t row = band.begin; row < band.end; ++row) {
     const int64_t top = row * shape.stride - shape.padding, ky = std::max<int64_t>(-top, 0);
     const int64_t runs = std::min(kernel, shape.height - top) - ky;
-    scalar_t* to = y + band.image * of_image + row * shape.out_width * out_channels;
+    scalar_t* to = y + band.image * image_stride + row * shape.out_width * out_channels;
     if (by_images) {
       for (int64_t x = 0; x < shape.out_width; ++x, to += out_channels) {
         const int64_t left = x * shape.stride - shape.padding, kx = std::max<int64_t>(-left, 0);
@@ -104,7 +103,7 @@ Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const F
             h.pixel(0, top + ky, left + kx), runs, pixels * channels, ky * depth_step + kx * channels, band.images, to);
       }
     } else {
-      for (int64_t i = 0; i < band.images; ++i, to += of_image) {
+      for (int64_t i = 0; i < band.images; ++i, to += image_stride) {
         products.add(h.pixel(i, top + ky, -shape.padding), runs, depth_step, ky * depth_step, shape.out_width, to);
       }
     }

@@ -1,13 +1,13 @@
 // conv_moments, depthwise, backward, in one pass:
 //
-//   e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt        h = act(z) gate, z = scale x + shift, formed anew
+//   e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt        h = act(z) gate, z = scale x + shift, recomputed
 //   dW[ky, kx] = sum(h[q] e[o])  and  dh[q] = sum(W[ky, kx] e[o])  over the pairs q = o stride + k, q padded positions
 //   dz = dh gate act'(z)    dx = scale dz    dscale = sum(dz x)    dshift = sum(dz)    dgate = sum(dh act(z))
 //
-// It reads dy, y and x and writes dx, 8 bytes per pixel of x and of y in fp32, for 4 k^2 flops. Rows of x are taken one
-// by one: the rows of e that see a row of x are in a ring of scratch, and every e that is loaded serves both sums. With
-// a stride, positions are split into phases by their remainder: in a phase the taps of one remainder are a convolution
-// without a stride, so only pairs that exist are multiplied.
+// It reads dy, y and x and writes dx, 8 bytes per pixel of x and of y in fp32, for 4 k^2 flops. Rows of x are processed
+// in order. The rows of e that a row of x reaches are in a ring buffer, and every loaded e contributes to dW and to dh.
+// With a stride, positions are split into phases by their remainder modulo the stride. In a phase, the taps form a
+// convolution without a stride, so no products with zeros are computed.
 #include "depthwise.h"
 
 namespace dspnet {
@@ -15,8 +15,8 @@ inline namespace CPU_CAPABILITY {
 namespace depthwise {
 namespace {
 
-constexpr int64_t kAdds = 256; // in fp32, of a tile's sums, before they go to a sum in double
-constexpr int64_t kGateAdds = 64; // for the gate's: terms of one image alone, too few for errors to average out
+constexpr int64_t kAdds = 256; // additions of tile sums in fp32 before the sum is added to one in double
+constexpr int64_t kGateAdds = 64; // fewer for the gate, whose sums are over one image: rounding errors average out less
 
 struct BackwardSums {
   std::vector<double> scale, shift; // [rows][channels of the group]
@@ -34,25 +34,26 @@ struct BackwardSums {
   }
 };
 
-// One row of x in one group: what the convolution reads and writes.
+// One row of x in one group: the inputs and outputs of the convolution.
 struct InputRow {
   Channels channels;
-  const float* const* e; // rows of e that see this row of x, column 0
+  const float* const* e; // rows of e that this row of x reaches, at column 0
   int64_t rows;
-  int64_t first_tap; // of the kernel's rows, for e[0]; the next is `stride` further
+  int64_t first_tap; // kernel row for e[0]; e[r] has first_tap + r stride
   int64_t kernel, stride;
-  int64_t e_of_vector, of_vector, of_phase; // floats of scratch
+  int64_t e_vector_stride, vector_stride, phase_stride; // of scratch
   const float* weight;
   float* grad_weight;
   const float* h; // padded rows
   float* grad_h;
 };
 
-// dh of `tile` positions from `first` on of one phase, which `taps` taps see, and their part of dW. -1: any number.
+// Computes dh at `tile` positions of one phase from `first` on, and their contribution to dW. taps: kernel columns in
+// the phase; -1: any number.
 template <int taps, int stride, int tile>
 DSPNET_INLINE void input_tile(const InputRow& row, int64_t v, int64_t phase, int64_t first) {
-  const int64_t at = v * row.of_vector + phase * row.of_phase + first * kVec;
-  const int64_t step = (stride > 0 ? stride : row.stride) * kVec; // between the taps of a phase
+  const int64_t at = v * row.vector_stride + phase * row.phase_stride + first * kVec;
+  const int64_t step = (stride > 0 ? stride : row.stride) * kVec; // between taps of a phase
   std::array<Vec, tile> h, grad;
 #pragma GCC unroll 8
   for (int t = 0; t < tile; ++t) {
@@ -60,7 +61,7 @@ DSPNET_INLINE void input_tile(const InputRow& row, int64_t v, int64_t phase, int
     grad[t] = Vec(0);
   }
   for (int64_t r = 0; r < row.rows; ++r) {
-    const float* e = row.e[r] + v * row.e_of_vector + first * kVec;
+    const float* e = row.e[r] + v * row.e_vector_stride + first * kVec;
     const int64_t tap = ((v * row.kernel + row.first_tap + r * row.stride) * row.kernel + phase) * kVec;
     const float* weight = row.weight + tap;
     float* grad_weight = row.grad_weight + tap;
@@ -106,10 +107,10 @@ DSPNET_INLINE void input_tile(const InputRow& row, int64_t v, int64_t phase, int
   }
 }
 
-// `tiles` tiles of one phase of a row of x from `first` on.
+// Computes `tiles` tiles of one phase of a row of x from `first` on.
 template <int taps, int stride, int tile>
 void input_tiles(const InputRow& shared, int64_t phase, int64_t first, int64_t tiles) {
-  const InputRow row = shared; // GCC takes it that a store of a vector may change what is behind a reference
+  const InputRow row = shared; // a copy: see form_h_row
   for (int64_t v = 0; v < row.channels.vectors; ++v) {
     for (int64_t i = 0; i < tiles; ++i) {
       input_tile<taps, stride, tile>(row, v, phase, first + i * tile);
@@ -135,7 +136,7 @@ InputKernel input_kernel(int64_t kernel, int64_t stride, int64_t phase, int64_t 
 
 // The positions of x in one phase of a padded row.
 struct Phase {
-  int64_t first; // position
+  int64_t first; // first position
   Tiles tiles;
   InputKernel larger, smaller;
 };
@@ -146,10 +147,10 @@ struct BackwardCall {
   const Backward<scalar_t>& args;
   PaddedRow padded; // of h and dh
   int64_t ring; // rows of e
-  int64_t e_before, e_columns; // zeros before column 0, and all columns of a row in the ring
+  int64_t e_before, e_columns; // zeros before column 0; columns of a row in the ring
   Groups groups;
   std::vector<Phase> phases;
-  std::vector<int64_t> column, e_column; // of x and y, in scratch
+  std::vector<int64_t> column, e_column; // offsets of the columns of x and y in scratch
 
   BackwardCall(const ConvShape& shape, const Backward<scalar_t>& args)
       : shape(shape),
@@ -158,7 +159,7 @@ struct BackwardCall {
         ring((shape.kernel - 1) / shape.stride + 1),
         e_before(ring - 1),
         e_columns(e_before + std::max(shape.out_width, padded.columns)),
-        groups(shape.channels, shape.images, of_rows(), of_weight()),
+        groups(shape.channels, shape.images, row_scratch(), weight_scratch()),
         column(shape.width),
         e_column(shape.out_width) {
     for (const auto i : c10::irange(shape.width)) {
@@ -185,11 +186,11 @@ struct BackwardCall {
     return shape.kernel * shape.kernel;
   }
 
-  int64_t of_rows() const { // floats of scratch that a vector takes: e, h and dh
-    return ring * e_columns * kVec + 2 * padded.of_vector();
+  int64_t row_scratch() const { // floats per vector, for e, h and dh
+    return ring * e_columns * kVec + 2 * padded.vector_stride();
   }
 
-  int64_t of_weight() const { // and its gradient
+  int64_t weight_scratch() const { // floats per vector, for the weight and its gradient
     return 2 * taps() * kVec;
   }
 
@@ -197,8 +198,8 @@ struct BackwardCall {
     const Channels channels(groups, group);
     const auto rows = [&](const std::vector<double>& from, float* to) {
       for (int64_t row = 0; row < args.deferred.rows; ++row) {
-        const double* of_row = from.data() + row * channels.vectors * kVec;
-        std::copy_n(of_row, channels.count, to + row * shape.channels + channels.first);
+        const double* row_sums = from.data() + row * channels.vectors * kVec;
+        std::copy_n(row_sums, channels.count, to + row * shape.channels + channels.first);
       }
     };
     if (args.grad_scale) {
@@ -235,19 +236,19 @@ class BackwardWorker {
         size_(call.groups.size * kVec),
         scratch_(
             DeferredChannels::floats(call.groups.size) + 6 * size_ +
-            call.groups.size * (call.of_rows() + call.of_weight())),
+            call.groups.size * (call.row_scratch() + call.weight_scratch())),
         deferred_(scratch_, call.groups.size),
         mean_(scratch_.take(size_)),
         constant_(scratch_.take(size_)),
-        slope_(scratch_.take(size_)),
+        factor_(scratch_.take(size_)),
         grad_scale_(scratch_.take(size_)),
         grad_shift_(scratch_.take(size_)),
         grad_gate_(scratch_.take(size_)),
         weight_(scratch_.take(size_ * call.taps())),
         grad_weight_(scratch_.take(size_ * call.taps())),
-        h_(scratch_.take(call.groups.size * call.padded.of_vector())),
-        grad_h_(scratch_.take(call.groups.size * call.padded.of_vector())),
-        ring_(scratch_.take(call.ring * of_ring_row())),
+        h_(scratch_.take(call.groups.size * call.padded.vector_stride())),
+        grad_h_(scratch_.take(call.groups.size * call.padded.vector_stride())),
+        ring_(scratch_.take(call.ring * ring_row_floats())),
         gate_sums_(size_),
         e_(call.ring) {}
 
@@ -274,11 +275,11 @@ class BackwardWorker {
     for (int64_t iy = 0; iy < shape_.height; ++iy) {
       input_row(n, iy);
       const int64_t adds = at::divup(shape_.width, kTile);
-      pending_ += adds;
-      gate_pending_ += adds;
-      if (pending_ >= kAdds) {
+      unflushed_ += adds;
+      gate_unflushed_ += adds;
+      if (unflushed_ >= kAdds) {
         flush_sums();
-      } else if (args_.grad_gate && gate_pending_ >= kGateAdds) {
+      } else if (args_.grad_gate && gate_unflushed_ >= kGateAdds) {
         flush_gate();
       }
     }
@@ -301,7 +302,7 @@ class BackwardWorker {
   int64_t size_; // lanes of a group
   Scratch scratch_;
   DeferredChannels deferred_;
-  float *mean_, *constant_, *slope_; // e = dy + constant + slope (y - mean)
+  float *mean_, *constant_, *factor_; // e = dy + constant + factor (y - mean)
   float *grad_scale_, *grad_shift_, *grad_gate_;
   float *weight_, *grad_weight_;
   float *h_, *grad_h_;
@@ -310,20 +311,20 @@ class BackwardWorker {
   std::vector<const float*> e_;
   Channels channels_;
   Sums sums_;
-  int64_t row_ = 0; // of scale and shift, whose sums are pending
-  int64_t pending_ = 0, gate_pending_ = 0; // additions
-  int64_t next_row_ = 0; // of e, to form
+  int64_t row_ = 0; // row of scale and shift of the unflushed sums
+  int64_t unflushed_ = 0, gate_unflushed_ = 0; // additions to the fp32 sums
+  int64_t next_row_ = 0; // next row of e to compute
 
-  int64_t of_ring_row() const { // floats
+  int64_t ring_row_floats() const {
     return call_.groups.size * call_.e_columns * kVec;
   }
 
   float* ring_row(int64_t oy) {
-    return ring_ + oy % call_.ring * of_ring_row();
+    return ring_ + oy % call_.ring * ring_row_floats();
   }
 
   void flush_sums() {
-    if (pending_ == 0) {
+    if (unflushed_ == 0) {
       return;
     }
     const int64_t lanes = channels_.vectors * kVec;
@@ -331,12 +332,12 @@ class BackwardWorker {
     flush(grad_shift_, lanes, sums_.shift.data() + row_ * lanes);
     flush(grad_weight_, lanes * call_.taps(), sums_.weight.data());
     flush_gate();
-    pending_ = 0;
+    unflushed_ = 0;
   }
 
   void flush_gate() {
     flush(grad_gate_, channels_.vectors * kVec, gate_sums_.data());
-    gate_pending_ = 0;
+    gate_unflushed_ = 0;
   }
 
   void read_moments(int64_t view) {
@@ -345,9 +346,9 @@ class BackwardWorker {
     for (int64_t c = 0; c < channels_.count; ++c) {
       mean_[c] = args_.mean[at + c];
       constant_[c] = args_.grad_mean[at + c] * part;
-      slope_[c] = 2 * args_.grad_variance[at + c] * part;
+      factor_[c] = 2 * args_.grad_variance[at + c] * part;
     }
-    for (float* values : {mean_, constant_, slope_}) {
+    for (float* values : {mean_, constant_, factor_}) {
       std::fill(values + channels_.count, values + size_, 0.f);
     }
   }
@@ -358,7 +359,7 @@ class BackwardWorker {
     const int64_t first = std::max<int64_t>(nearest + 1 - call_.taps_of(q % shape_.stride), 0);
     next_row_ = std::max(next_row_, first);
     for (; next_row_ <= last; ++next_row_) {
-      form_error_row(n, next_row_);
+      form_e_row(n, next_row_);
     }
     for (int64_t oy = last; oy >= first; --oy) {
       e_[last - oy] = ring_row(oy) + call_.e_before * kVec;
@@ -366,15 +367,15 @@ class BackwardWorker {
     const int64_t at = (n * shape_.height + iy) * shape_.width * shape_.channels + channels_.first;
     const InputRow row{
         channels_, e_.data(), std::max<int64_t>(last - first + 1, 0), q - last * shape_.stride, shape_.kernel,
-        shape_.stride, call_.e_columns * kVec, call_.padded.of_vector(), call_.padded.of_phase(), weight_,
+        shape_.stride, call_.e_columns * kVec, call_.padded.vector_stride(), call_.padded.phase_stride(), weight_,
         grad_weight_, h_, grad_h_};
     with_act(args_.deferred.act, [&](auto act) {
-      materialize_row<act>(
-          args_.x + at, shape_.channels, shape_.width, channels_, deferred_, call_.column.data(), call_.padded.of_vector(),
-          h_, shape_.width * shape_.channels);
+      form_h_row<act>(
+          args_.x + at, shape_.channels, shape_.width, channels_, deferred_, call_.column.data(),
+          call_.padded.vector_stride(), h_, shape_.width * shape_.channels);
       convolve_row(row);
       if (args_.grad_x) {
-        materialize_gradient_row<act>(args_.x + at, args_.grad_x + at);
+        finish_row<act>(args_.x + at, args_.grad_x + at);
       }
     });
   }
@@ -391,35 +392,35 @@ class BackwardWorker {
     }
   }
 
-  void form_error_row(int64_t n, int64_t oy) {
+  void form_e_row(int64_t n, int64_t oy) {
     const int64_t at = (n * shape_.out_height + oy) * shape_.out_width * shape_.channels + channels_.first;
     if (shape_.views > 0) {
-      form_error_row<true>(args_.grad_y + at, args_.y + at, ring_row(oy));
+      form_e_row<true>(args_.grad_y + at, args_.y + at, ring_row(oy));
     } else {
-      form_error_row<false>(args_.grad_y + at, args_.y + at, ring_row(oy));
+      form_e_row<false>(args_.grad_y + at, args_.y + at, ring_row(oy));
     }
   }
 
   template <bool moments>
-  void form_error_row(const scalar_t* grad_y, const scalar_t* y, float* e) const {
+  void form_e_row(const scalar_t* grad_y, const scalar_t* y, float* e) const {
     const Channels channels = channels_;
-    const float *means = mean_, *constants = constant_, *slopes = slope_;
-    const int64_t pixel = shape_.channels, ahead = shape_.out_width * pixel, of_vector = call_.e_columns * kVec;
+    const float *means = mean_, *constants = constant_, *factors = factor_;
+    const int64_t pixel = shape_.channels, ahead = shape_.out_width * pixel, vector_stride = call_.e_columns * kVec;
     e += call_.e_before * kVec;
     for_pixels(shape_.out_width, [&](auto pixels, int64_t first) __attribute__((always_inline)) {
       constexpr int count = pixels;
       for_vectors(channels, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
         const Vec mean = Vec::loadu(means + v * kVec), constant = Vec::loadu(constants + v * kVec);
-        const Vec slope = Vec::loadu(slopes + v * kVec);
+        const Vec factor = Vec::loadu(factors + v * kVec);
         const scalar_t *from_grad = grad_y + first * pixel + v * kVec, *from = y + first * pixel + v * kVec;
-        float* to = e + v * of_vector + first * kVec;
+        float* to = e + v * vector_stride + first * kVec;
 #pragma GCC unroll 4
         for (int p = 0; p < count; ++p) {
           prefetch(from_grad + ahead);
           Vec value = load_lanes(from_grad, lanes);
           if constexpr (moments) {
             prefetch(from + ahead);
-            value = at::vec::fmadd(load_lanes(from, lanes) - mean, slope, value + constant);
+            value = at::vec::fmadd(load_lanes(from, lanes) - mean, factor, value + constant);
           }
           value.store(to + p * kVec);
           from_grad += pixel;
@@ -429,15 +430,15 @@ class BackwardWorker {
     });
   }
 
-  // From dh to dx and the sums over the row.
+  // Computes dx from dh for a row, and adds up the sums for dscale, dshift and dgate.
   template <Act act>
-  void materialize_gradient_row(const scalar_t* x, scalar_t* grad_x) const {
+  void finish_row(const scalar_t* x, scalar_t* grad_x) const {
     const Channels channels = channels_;
     const DeferredChannels deferred = deferred_;
     float *grad_scales = grad_scale_, *grad_shifts = grad_shift_, *grad_gates = grad_gate_;
     const float* grad_h = grad_h_;
     const int64_t* column = call_.column.data();
-    const int64_t pixel = shape_.channels, ahead = shape_.width * pixel, of_vector = call_.padded.of_vector();
+    const int64_t pixel = shape_.channels, ahead = shape_.width * pixel, vector_stride = call_.padded.vector_stride();
     for_pixels(shape_.width, [&](auto pixels, int64_t first) __attribute__((always_inline)) {
       constexpr int count = pixels;
       std::array<const float*, count> from;
@@ -452,7 +453,7 @@ class BackwardWorker {
         for (int p = 0; p < count; ++p) {
           const int64_t at = (first + p) * pixel + v * kVec;
           prefetch(grad_x + at + ahead);
-          const Vec raw = load_lanes(x + at, lanes), grad = Vec::loadu(from[p] + v * of_vector);
+          const Vec raw = load_lanes(x + at, lanes), grad = Vec::loadu(from[p] + v * vector_stride);
           const Vec z = at::vec::fmadd(raw, scale, shift);
           grad_gate = at::vec::fmadd(grad, activate<act>(z), grad_gate);
           const Vec grad_z = grad * gate * activation_gradient<act>(z);

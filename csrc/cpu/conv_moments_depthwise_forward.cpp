@@ -1,8 +1,8 @@
 // conv_moments, depthwise, forward: y = depthwise(act(scale x + shift) * gate) and its moments.
 //
 // Bound by memory for kernels of 3 and 5: it reads x and writes y once, 8 bytes per pixel in fp32, for 2 k^2 flops. A
-// row of h is formed once, into a ring of as many rows as the kernel is high, which stays in the cache. Rows above and
-// below the image are left out, columns beside it are zeros of the scratch.
+// row of h is computed once, into a ring buffer of k rows that stays in the cache. Rows above and below the image are
+// skipped; columns beside it are zeros in scratch.
 #include "depthwise.h"
 
 namespace dspnet {
@@ -10,9 +10,9 @@ inline namespace CPU_CAPABILITY {
 namespace depthwise {
 namespace {
 
-constexpr int64_t kRows = 16; // whose sums are added up in fp32 before they go to a sum in double
+constexpr int64_t kRows = 16; // rows summed in fp32 before their sum is added to one in double
 
-// Sums of y - pivot of one view, with a pivot near the mean: the error grows with the square of their distance.
+// Sums of y - pivot of one view. The pivot is near the mean: rounding errors grow with the square of their distance.
 struct ShiftedSums {
   double count = 0;
   std::vector<float> pivot;
@@ -56,19 +56,19 @@ struct ForwardSums {
 template <typename scalar_t>
 struct OutputRow {
   Channels channels;
-  const float* const* rows; // of h, by tap
-  int64_t first_tap, last_tap; // those inside the image
+  const float* const* rows; // of h, by kernel row
+  int64_t first_tap, last_tap; // kernel rows inside the image
   int64_t kernel, stride;
-  int64_t of_vector, of_phase; // floats of scratch
+  int64_t vector_stride, phase_stride; // of h in scratch
   const float* weight;
   scalar_t* y;
-  int64_t pixel; // between pixels of y
+  int64_t pixel; // stride between pixels of y
   float *pivot, *sum, *square;
   bool choose_pivot;
-  int64_t ahead; // elements, to what will be written next
+  int64_t ahead; // prefetch distance, in elements of y
 };
 
-// sums[t] += the taps of phase `phase` in one row of the kernel.
+// Adds the taps of one phase in one kernel row to sums[t].
 template <int kernel, int stride, int tile, int phase>
 DSPNET_INLINE void add_phase(std::array<Vec, tile>& sums, const float* h, const float* weight) {
   constexpr int taps = (kernel - phase + stride - 1) / stride;
@@ -89,24 +89,24 @@ DSPNET_INLINE void add_phase(std::array<Vec, tile>& sums, const float* h, const 
   }
 }
 
-// The convolution at `tile` outputs from column `first` on. kernel 0: any kernel and stride.
+// The convolution at `tile` outputs from column `first` on. kernel = 0: any kernel and stride.
 template <int kernel, int stride, int tile, typename scalar_t>
 DSPNET_INLINE std::array<Vec, tile> convolve(const OutputRow<scalar_t>& row, int64_t v, int64_t first) {
   std::array<Vec, tile> sums;
   sums.fill(Vec(0));
   const int64_t size = kernel > 0 ? kernel : row.kernel;
   for (int64_t ky = row.first_tap; ky < row.last_tap; ++ky) {
-    const float* h = row.rows[ky] + v * row.of_vector + first * kVec;
+    const float* h = row.rows[ky] + v * row.vector_stride + first * kVec;
     const float* weight = row.weight + (v * size + ky) * size * kVec;
     if constexpr (kernel > 0) {
       add_phase<kernel, stride, tile, 0>(sums, h, weight);
       if constexpr (stride == 2) {
-        add_phase<kernel, stride, tile, 1>(sums, h + row.of_phase, weight);
+        add_phase<kernel, stride, tile, 1>(sums, h + row.phase_stride, weight);
       }
     } else {
       for (int64_t kx = 0; kx < size; ++kx) {
         const Vec w = Vec::loadu(weight + kx * kVec);
-        const float* from = h + kx % row.stride * row.of_phase + kx / row.stride * kVec;
+        const float* from = h + kx % row.stride * row.phase_stride + kx / row.stride * kVec;
 #pragma GCC unroll 8
         for (int t = 0; t < tile; ++t) {
           sums[t] = at::vec::fmadd(w, Vec::loadu(from + t * kVec), sums[t]);
@@ -127,10 +127,10 @@ DSPNET_INLINE Vec mean_of(const std::array<Vec, count>& values) {
   return sum * Vec(1.f / count);
 }
 
-// `tiles` tiles of a row of y from column `first` on, with their moments.
+// Computes `tiles` tiles of a row of y from column `first` on, with their moments.
 template <int kernel, int stride, int tile, typename scalar_t>
 void output_tiles(const OutputRow<scalar_t>& shared, int64_t first, int64_t tiles) {
-  const OutputRow<scalar_t> row = shared; // GCC takes it that a store of a vector may change what is behind a reference
+  const OutputRow<scalar_t> row = shared; // a copy: see form_h_row
   for_vectors(row.channels, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     Vec sum[2] = {Vec(0), Vec(0)}, square[2] = {Vec(0), Vec(0)};
     for (int64_t column = first; column < first + tiles * tile; column += tile) {
@@ -171,13 +171,13 @@ OutputKernel<scalar_t> output_kernel(int64_t kernel, int64_t stride, int64_t til
   return chosen;
 }
 
-// What all threads share.
+// The state shared by all threads.
 template <typename scalar_t>
 struct ForwardCall {
   const ConvShape& shape;
   const Forward<scalar_t>& args;
   PaddedRow padded;
-  int64_t width; // columns of x that any output sees
+  int64_t width; // columns of x that reach an output
   int64_t ring; // rows
   Groups groups;
   Tiles tiles;
@@ -192,7 +192,7 @@ struct ForwardCall {
             (shape.out_width - 1) * shape.stride + shape.kernel - shape.padding, 0, shape.width)),
         ring(std::min(shape.kernel, shape.height)),
         groups(
-            shape.channels, shape.images, ring * padded.of_vector(), shape.kernel * shape.kernel * kVec),
+            shape.channels, shape.images, ring * padded.vector_stride(), shape.kernel * shape.kernel * kVec),
         tiles(shape.out_width),
         column(width),
         larger(output_kernel<scalar_t>(shape.kernel, shape.stride, tiles.size + 1)),
@@ -205,14 +205,14 @@ struct ForwardCall {
   void finish(int64_t group, const ForwardSums& sums) const {
     const Channels channels(groups, group);
     for (const auto view : c10::irange(shape.views)) {
-      const ShiftedSums& of_view = sums.views[view];
-      const double part = 1 / of_view.count;
+      const ShiftedSums& view_sums = sums.views[view];
+      const double part = 1 / view_sums.count;
       float* mean = args.mean + view * shape.channels + channels.first;
       float* variance = args.variance + view * shape.channels + channels.first;
       for (const auto c : c10::irange(channels.count)) {
-        const double shifted = of_view.sum[c] * part;
-        mean[c] = static_cast<float>(of_view.pivot[c] + shifted);
-        variance[c] = static_cast<float>(std::max(0., of_view.square[c] * part - shifted * shifted));
+        const double shifted = view_sums.sum[c] * part;
+        mean[c] = static_cast<float>(view_sums.pivot[c] + shifted);
+        variance[c] = static_cast<float>(std::max(0., view_sums.square[c] * part - shifted * shifted));
       }
     }
   }
@@ -232,7 +232,7 @@ class ForwardWorker {
         pivot_(scratch_.take(call.groups.size * kVec)),
         sum_(scratch_.take(2 * call.groups.size * kVec)),
         square_(sum_ + call.groups.size * kVec),
-        ring_(scratch_.take(call.ring * of_row())),
+        ring_(scratch_.take(call.ring * row_floats())),
         rows_(shape_.kernel) {}
 
   void start(int64_t group) {
@@ -245,13 +245,13 @@ class ForwardWorker {
   void image(int64_t n) {
     const int64_t view = shape_.views > 0 ? n / (shape_.images / shape_.views) : 0;
     if (view != view_) {
-      open(view);
+      start_view(view);
     }
     deferred_.read(shape_, call_.args.deferred, channels_, n);
     next_row_ = 0;
     for (int64_t oy = 0; oy < shape_.out_height; ++oy) {
       output_row(n, oy);
-      if (++pending_ == kRows) {
+      if (++unflushed_ == kRows) {
         flush_sums();
       }
     }
@@ -271,25 +271,27 @@ class ForwardWorker {
   std::vector<const float*> rows_;
   Channels channels_;
   Sums sums_;
-  int64_t view_ = -1; // whose sums are pending
-  int64_t pending_ = 0; // rows
-  int64_t next_row_ = 0; // of h, to form
+  int64_t view_ = -1; // view of the unflushed sums
+  int64_t unflushed_ = 0; // rows in the fp32 sums
+  int64_t next_row_ = 0; // next row of h to compute
 
   int64_t taps() const {
     return shape_.kernel * shape_.kernel;
   }
 
-  int64_t of_row() const { // floats
-    return call_.groups.size * call_.padded.of_vector();
+  int64_t row_floats() const {
+    return call_.groups.size * call_.padded.vector_stride();
   }
 
   static int64_t floats(const ForwardCall<scalar_t>& call) {
-    const int64_t of_vector = (call.shape.kernel * call.shape.kernel + 3) * kVec + call.ring * call.padded.of_vector();
-    return DeferredChannels::floats(call.groups.size) + call.groups.size * of_vector;
+    const int64_t vector_floats =
+        (call.shape.kernel * call.shape.kernel + 3) * kVec + call.ring * call.padded.vector_stride();
+    return DeferredChannels::floats(call.groups.size) + call.groups.size * vector_floats;
   }
 
-  // Starts the sums of a view. Its first outputs give its pivot, which the first sums improve.
-  void open(int64_t view) {
+  // Starts the sums of a view. The mean of its first outputs is the first pivot; flush_sums moves it to the mean of
+  // more.
+  void start_view(int64_t view) {
     flush_sums();
     view_ = view;
     ShiftedSums& sums = sums_.views[view];
@@ -299,14 +301,14 @@ class ForwardWorker {
   }
 
   void flush_sums() {
-    if (pending_ == 0) {
+    if (unflushed_ == 0) {
       return;
     }
     ShiftedSums& sums = sums_.views[view_];
     const bool first = sums.count == 0;
     flush(sum_, sums.sum.size(), sums.sum.data());
     flush(square_, sums.square.size(), sums.square.data());
-    sums.count += static_cast<double>(std::exchange(pending_, 0) * shape_.out_width);
+    sums.count += static_cast<double>(std::exchange(unflushed_, 0) * shape_.out_width);
     if (first) {
       std::copy_n(pivot_, sums.pivot.size(), sums.pivot.begin());
       sums.move_pivot_to_mean();
@@ -319,16 +321,16 @@ class ForwardWorker {
     const int64_t first_tap = std::clamp<int64_t>(-top, 0, shape_.kernel);
     const int64_t last_tap = std::clamp<int64_t>(shape_.height - top, first_tap, shape_.kernel);
     for (int64_t ky = first_tap; ky < last_tap; ++ky) {
-      rows_[ky] = ring_ + (top + ky) % call_.ring * of_row();
+      rows_[ky] = ring_ + (top + ky) % call_.ring * row_floats();
     }
     next_row_ = std::max(next_row_, top + first_tap);
     for (; next_row_ < top + last_tap; ++next_row_) {
-      form_row(n, next_row_);
+      materialize_row(n, next_row_);
     }
-    const bool choose_pivot = oy == 0 && pending_ == 0 && sums_.views[view_].count == 0;
+    const bool choose_pivot = oy == 0 && unflushed_ == 0 && sums_.views[view_].count == 0;
     const OutputRow<scalar_t> row{
-        channels_, rows_.data(), first_tap, last_tap, shape_.kernel, shape_.stride, call_.padded.of_vector(),
-        call_.padded.of_phase(), weight_,
+        channels_, rows_.data(), first_tap, last_tap, shape_.kernel, shape_.stride, call_.padded.vector_stride(),
+        call_.padded.phase_stride(), weight_,
         call_.args.y + (n * shape_.out_height + oy) * shape_.out_width * shape_.channels + channels_.first,
         shape_.channels, pivot_, sum_, square_, choose_pivot, shape_.out_width * shape_.channels};
     if (call_.tiles.larger > 0) {
@@ -337,12 +339,12 @@ class ForwardWorker {
     call_.smaller(row, call_.tiles.larger * (call_.tiles.size + 1), call_.tiles.smaller);
   }
 
-  void form_row(int64_t n, int64_t iy) {
+  void materialize_row(int64_t n, int64_t iy) {
     const scalar_t* x = call_.args.x + (n * shape_.height + iy) * shape_.width * shape_.channels + channels_.first;
-    float* h = ring_ + iy % call_.ring * of_row();
+    float* h = ring_ + iy % call_.ring * row_floats();
     with_act(call_.args.deferred.act, [&](auto act) {
-      materialize_row<act>(
-          x, shape_.channels, call_.width, channels_, deferred_, call_.column.data(), call_.padded.of_vector(), h,
+      form_h_row<act>(
+          x, shape_.channels, call_.width, channels_, deferred_, call_.column.data(), call_.padded.vector_stride(), h,
           shape_.width * shape_.channels);
     });
   }

@@ -1,10 +1,10 @@
-// conv_moments, pointwise, backward, in one pass: a block's e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt and h
-// (pointwise.h) are formed once; then dW += e^T h, and dh = e W, whose epilogue goes on to dx and the sums for dscale,
-// dshift and dgate. Per row of K channels in and N out 4 K N flops, 2 N + 2 K values; without dx, or without dW, half
-// the flops.
+// conv_moments, pointwise, backward, in one pass: e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt and h
+// (pointwise.h) of a block are computed once. Then dW += e^T h and dh = e W, whose epilogue computes dx and the sums
+// for dscale, dshift and dgate. Per row with K input and N output channels: 4 K N flops, 2 N + 2 K values read or
+// written; without dx, or without dW, half the flops.
 //
-// To have threads take columns of dW and dx instead, of e and h formed whole, saves the merge of their weight gradients
-// but was slower on every map from 12x12 down to 3x3: e and h then come from the outer caches once per panel.
+// Distributing columns of dW and dx over the threads instead would make the merge of the threads' dW unnecessary. It
+// was slower on all maps from 12x12 to 3x3, since every panel then reads e and h from the outer caches.
 #include <functional>
 #include <type_traits>
 #include <utility>
@@ -16,20 +16,20 @@ inline namespace CPU_CAPABILITY {
 namespace pointwise {
 namespace {
 
-constexpr int64_t kBackwardBytes = 96 << 10; // of formed rows in a block
-constexpr int64_t kBackwardRows = 480; // whose fp32 sums are exact enough
+constexpr int64_t kBackwardBytes = 96 << 10; // of e and h in a block
+constexpr int64_t kBackwardRows = 480; // rows summed in fp32
 
 struct PartialWeight;
 struct PartialGate;
 struct FormedOutput;
 struct RowImages;
 
-// dy, and what else makes e of it.
+// dy and the factors that e is computed from.
 template <typename scalar_t>
 struct OutputGradient {
   const scalar_t* grad_y;
   const scalar_t* y;
-  int64_t channels, stride, views; // stride: of formed rows
+  int64_t channels, stride, views; // stride: between rows of e in scratch
   std::vector<float> mean, constant, factor; // e = dy + constant + factor (y - mean), [views, stride]
 
   OutputGradient(const ConvShape& shape, const Backward<scalar_t>& args)
@@ -91,19 +91,20 @@ DSPNET_INLINE void add_to(float* to, const Vec& value, int64_t count) {
   store(to, load(to, count) + value, count);
 }
 
-// From a block's dh to dx, sums of dz x and dz for dscale and dshift, and sums of dh act(z) over an image for dgate.
+// Epilogue: computes dx from a block's dh, the block's sums of dz x and dz for dscale and dshift, and adds dh act(z) to
+// dgate.
 template <typename scalar_t, Act act, bool deferred>
 struct StoreInputGradient {
-  const scalar_t* x; // the block's first row
+  const scalar_t* x; // at the block's first row
   scalar_t* grad_x;
   int64_t channels;
   const float* scale; // of the block's segment
   const float* shift;
-  float* grad_scale; // the block's sums
+  float* grad_scale; // sums of the block
   float* grad_shift;
   const float* gate; // [images, channels], or null
-  float* grad_gate; // added to
-  const int32_t* image; // of every row in the block
+  float* grad_gate; // accumulated into
+  const int32_t* image; // the image of each row in the block
 
   template <int R, int V>
   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
@@ -130,19 +131,19 @@ struct StoreInputGradient {
         store(to + r * channels, grad_h[r], count...);
       }
     } else if (gate) {
-      through<true>(row, c, grad_h, count...);
+      finish_deferred<true>(row, c, grad_h, count...);
     } else {
-      through<false>(row, c, grad_h, count...);
+      finish_deferred<false>(row, c, grad_h, count...);
     }
   }
 
   template <bool gated, int R, typename... Count>
-  DSPNET_INLINE void through(int64_t row, int64_t c, const Vec (&grad_h)[R], Count... count) const {
+  DSPNET_INLINE void finish_deferred(int64_t row, int64_t c, const Vec (&grad_h)[R], Count... count) const {
     const scalar_t* from = x + row * channels + c;
     scalar_t* to = grad_x + row * channels + c;
     const Vec a = Vec::loadu(scale + c), b = Vec::loadu(shift + c);
     const bool one_image = gated && image[row] == image[row + R - 1];
-    Vec of_scale(0), of_shift(0), of_gate(0);
+    Vec scale_sum(0), shift_sum(0), gate_sum(0);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec value = load(from + r * channels, count...);
@@ -152,7 +153,7 @@ struct StoreInputGradient {
         const int64_t at = image[row + r] * channels + c;
         const Vec part = grad * activate<act>(z);
         if (one_image) {
-          of_gate = of_gate + part;
+          gate_sum = gate_sum + part;
         } else {
           add_to(grad_gate + at, part, count...);
         }
@@ -160,18 +161,18 @@ struct StoreInputGradient {
       }
       grad = grad * activation_gradient<act>(z);
       store(to + r * channels, grad * a, count...);
-      of_scale = at::vec::fmadd(grad, value, of_scale);
-      of_shift = of_shift + grad;
+      scale_sum = at::vec::fmadd(grad, value, scale_sum);
+      shift_sum = shift_sum + grad;
     }
     if (one_image) {
-      add_to(grad_gate + image[row] * channels + c, of_gate, count...);
+      add_to(grad_gate + image[row] * channels + c, gate_sum, count...);
     }
     if (row > 0) {
-      of_scale = of_scale + Vec::loadu(grad_scale + c);
-      of_shift = of_shift + Vec::loadu(grad_shift + c);
+      scale_sum = scale_sum + Vec::loadu(grad_scale + c);
+      shift_sum = shift_sum + Vec::loadu(grad_shift + c);
     }
-    of_scale.store(grad_scale + c);
-    of_shift.store(grad_shift + c);
+    scale_sum.store(grad_scale + c);
+    shift_sum.store(grad_shift + c);
   }
 };
 
@@ -183,7 +184,7 @@ struct BackwardPass {
   OutputGradient<scalar_t> output;
   Blocks blocks;
   Panels in, out;
-  bool vectors_of_h; // the weight gradient has whole vectors of input channels, otherwise of output channels
+  bool h_in_columns; // the columns of the weight gradient are input channels, otherwise output channels
   const float* weight; // packed for dh = e W
 
   BackwardPass(const ConvShape& shape, const Backward<scalar_t>& args)
@@ -198,22 +199,22 @@ struct BackwardPass {
                 kBackwardRows, kBackwardBytes / ((input.stride + output.stride) * sizeof(float)))),
         in(shape.channels),
         out(shape.out_channels),
-        vectors_of_h(in.waste() <= out.waste()),
+        h_in_columns(in.waste() <= out.waste()),
         weight(
             args.grad_x ? pack(in, args.weight.data, args.weight.out, args.weight.in, shape.out_channels) : nullptr) {}
 
   const Panels& weight_panels() const {
-    return vectors_of_h ? in : out;
+    return h_in_columns ? in : out;
   }
-  // Rows of the weight gradient, as it is computed.
+  // Rows of the weight gradient in the layout that h_in_columns selects.
   int64_t weight_height() const {
-    return vectors_of_h ? shape.out_channels : shape.channels;
+    return h_in_columns ? shape.out_channels : shape.channels;
   }
 
-  // e and h of a block, in `to` or where they are already.
+  // e and h of a block: in `to`, or the tensors themselves if they are equal to e or h.
   Matrix form_e(const Blocks::Block& block, float* to) const {
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (output.views == 0 && (vectors_of_h || output.channels == output.stride)) {
+      if (output.views == 0 && (h_in_columns || output.channels == output.stride)) {
         return {args.grad_y + block.begin * output.channels, output.channels};
       }
     }
@@ -222,7 +223,7 @@ struct BackwardPass {
   }
   Matrix form_h(const Blocks::Block& block, float* to) const {
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (!input.is_deferred() && (!vectors_of_h || input.channels == input.stride)) {
+      if (!input.is_deferred() && (!h_in_columns || input.channels == input.stride)) {
         return {args.x + block.begin * input.channels, input.channels};
       }
     }
@@ -230,7 +231,7 @@ struct BackwardPass {
     return {to, input.stride};
   }
 
-  // dx of a block, and its sums into `sums`, [2, input.stride], and `grad_gate`.
+  // Computes dx of a block, and its sums in `sums`, [2, input.stride], and `grad_gate`.
   void input_gradient(const Blocks::Block& block, const Matrix& e, float* sums, float* grad_gate) const {
     int32_t* images = nullptr;
     if (args.deferred.gate) {
@@ -256,21 +257,21 @@ struct BackwardPass {
 
   void weight_gradient(const Matrix& e, const Matrix& h, int64_t rows, const AddToMatrix& epilogue) const {
     const Panels& panels = weight_panels();
-    if (vectors_of_h) {
+    if (h_in_columns) {
       multiply_outer(e, weight_height(), h, panels, 0, panels.count, rows, epilogue);
     } else {
       multiply_outer(h, weight_height(), e, panels, 0, panels.count, rows, epilogue);
     }
   }
 
-  // Threads take blocks; their weight gradients and sums are merged.
+  // Distributes blocks over the threads and merges their weight gradients and sums.
   void run() const {
     const int64_t threads = at::get_num_threads(), sum_rows = std::max<int64_t>(args.deferred.rows, 1);
     const int64_t weight_size = weight_height() * weight_panels().padded();
     const int64_t gate_size = shape.images * shape.channels;
-    const bool sums_gate = args.grad_x && args.deferred.gate;
+    const bool has_gate = args.grad_x && args.deferred.gate;
     float* weights = args.grad_weight.data ? scratch<PartialWeight>(threads * weight_size) : nullptr;
-    float* gates = sums_gate && threads > 1 ? scratch<PartialGate>((threads - 1) * gate_size) : nullptr;
+    float* gates = has_gate && threads > 1 ? scratch<PartialGate>((threads - 1) * gate_size) : nullptr;
     std::vector<double> sums(args.grad_x ? threads * sum_rows * 2 * input.stride : 0);
     std::vector<char> used(threads, 0);
 
@@ -280,7 +281,7 @@ struct BackwardPass {
       float* formed_h = scratch<FormedInput>(blocks.rows * input.stride);
       float* block_sums = scratch<BlockSums>(2 * input.stride);
       float* gate = nullptr;
-      if (sums_gate) {
+      if (has_gate) {
         gate = thread == 0 ? args.grad_gate : gates + (thread - 1) * gate_size;
         std::fill_n(gate, gate_size, 0.f);
       }
@@ -305,7 +306,7 @@ struct BackwardPass {
     if (weights) {
       merge_weights(weights, weight_size, used);
     }
-    for (int64_t thread = 1; sums_gate && thread < threads; ++thread) {
+    for (int64_t thread = 1; has_gate && thread < threads; ++thread) {
       const float* part = gates + (thread - 1) * gate_size;
       if (used[thread]) {
         std::transform(part, part + gate_size, args.grad_gate, args.grad_gate, std::plus<float>());
@@ -317,19 +318,19 @@ struct BackwardPass {
         double* to = sums.data() + row * 2 * input.stride;
         std::transform(part, part + 2 * input.stride, to, to, std::plus<double>());
       }
-      const double* of_scale = sums.data() + row * 2 * input.stride;
-      const double* of_shift = of_scale + input.stride;
+      const double* scale_sums = sums.data() + row * 2 * input.stride;
+      const double* shift_sums = scale_sums + input.stride;
       for (int64_t c = 0; c < shape.channels; ++c) {
-        args.grad_scale[row * shape.channels + c] = static_cast<float>(of_scale[c]);
-        args.grad_shift[row * shape.channels + c] = static_cast<float>(of_shift[c]);
+        args.grad_scale[row * shape.channels + c] = static_cast<float>(scale_sums[c]);
+        args.grad_shift[row * shape.channels + c] = static_cast<float>(shift_sums[c]);
       }
     }
   }
 
   void merge_weights(const float* weights, int64_t size, const std::vector<char>& used) const {
     const Prefix& gradient = args.grad_weight;
-    const int64_t to_row = vectors_of_h ? gradient.out : gradient.in;
-    const int64_t to_column = vectors_of_h ? gradient.in : gradient.out;
+    const int64_t to_row = h_in_columns ? gradient.out : gradient.in;
+    const int64_t to_column = h_in_columns ? gradient.in : gradient.out;
     const int64_t stride = weight_panels().padded(), columns = weight_panels().columns;
     constexpr int64_t kGrain = 1 << 15; // floats
     at::parallel_for(0, weight_height(), kGrain / stride + 1, [&](int64_t first, int64_t last) {

@@ -1,7 +1,7 @@
 // conv_moments, pointwise, forward: y = h W^T over the positions of all images as rows.
 //
-// A block of formed rows (pointwise.h) is multiplied by the packed weight; the epilogue stores y and sums it for the
-// moments. Per row of K channels in and N out: 2 K N flops, K + N values read or written.
+// A block of rows of h (pointwise.h) is multiplied by the packed weight; the epilogue stores y and sums it for the
+// moments. Per row with K input and N output channels: 2 K N flops, K + N values read or written.
 #include <type_traits>
 
 #include "conv_output.h"
@@ -13,8 +13,8 @@ inline namespace CPU_CAPABILITY {
 namespace pointwise {
 namespace {
 
-constexpr int64_t kForwardBytes = 48 << 10; // of formed rows in a block
-constexpr int64_t kForwardRows = 192; // whose fp32 sums are exact enough
+constexpr int64_t kForwardBytes = 48 << 10; // of h in a block
+constexpr int64_t kForwardRows = 192; // rows summed in fp32
 
 template <typename scalar_t>
 void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
@@ -50,7 +50,7 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
       epilogue.square = sums + 2 * panels.padded();
       for (int64_t done = 0, some; done < rows; done += some) {
         epilogue.has_pivot = view.to_pivot(sums);
-        some = epilogue.has_pivot ? rows - done : std::min(rows, kRowMultiple); // few for a mean that is a good pivot
+        some = epilogue.has_pivot ? rows - done : std::min(rows, kRowMultiple); // few rows suffice for a pivot
         epilogue.y = args.y + (begin + done) * out_channels;
         multiply(h.from(done), some, weight, panels, 0, panels.count, epilogue);
         view.merge(some, out_channels, epilogue.pivot, epilogue.sum, epilogue.square);

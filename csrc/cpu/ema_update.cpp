@@ -1,9 +1,9 @@
 // xi <- tau xi + (1 - tau) theta, in place, over a whole list of tensors.
 //
-// Bound by memory: 3 x the element size per element (read xi and theta, write xi; fp32: 12 bytes) for 3 operations.
-// A network's list mixes tensors of a few and of millions of elements. So there is one parallel region, which splits
-// the elements of all tensors laid end to end: every thread moves the same number of bytes, and a list of 300 tensors
-// costs one fork and join. A thread finds its first tensor by binary search.
+// Bound by memory: 3 x the element size per element (read xi and theta, write xi; fp32: 12 bytes) for 3 operations. A
+// network's tensors have from a few to millions of elements. One parallel region therefore splits the concatenation of
+// all tensors: every thread moves the same number of bytes, and a list of 300 tensors costs one fork and join. A thread
+// finds its first tensor by binary search.
 //
 // 16-bit tensors are computed in fp32 and rounded once.
 #include <ATen/OpMathType.h>
@@ -22,13 +22,13 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 32768; // elements: less than this is not worth waking a thread
+constexpr int64_t kGrain = 32768; // elements per thread at least
 
-// A pair of tensors that are one run of memory each, in the same element order.
+// A pair of dense tensors with the same strides.
 struct Run {
   char* target;
   const char* online;
-  int64_t begin; // of its elements in the list laid end to end
+  int64_t begin; // index of its first element in the concatenation of all tensors
   at::ScalarType dtype;
 };
 
@@ -38,7 +38,7 @@ void update(const Run& run, int64_t from, int64_t count, double tau) {
   using Vec = at::vec::Vectorized<compute_t>;
   auto* xi = reinterpret_cast<scalar_t*>(run.target) + from;
   const auto* theta = reinterpret_cast<const scalar_t*>(run.online) + from;
-  // Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
+  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
   if (tau > 0.5) {
     const Vec weight(static_cast<compute_t>(1 - tau));
     at::vec::map2<scalar_t>([=](Vec x, Vec t) { return at::vec::fmadd(weight, t - x, x); }, xi, xi, theta, count);

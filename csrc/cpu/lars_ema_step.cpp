@@ -1,16 +1,16 @@
-// One LARS step and the target's step after it, in place on flat buffers:
+// One LARS step and the following EMA update of the target, in place on flat buffers:
 //
 //   adapted segments: g' = g + wd p, q = eta |p| / |g'| (1 if either is 0); every other element: g' = g, q = 1
 //   m = mu m + q g'        p = p - lr m        xi = tau xi + (1 - tau) p        g = 0
 //
-// and with `apply` false only g = 0.
+// If `apply` is false, only g = 0.
 //
 // Bound by memory, fp32: pass 1 reads p and g, 8 bytes per element, for the norms; pass 2 reads p, g, m, xi and writes
-// them, 32 bytes. q needs the whole segment, so fewer passes are not possible unless a segment fits into the cache.
+// them, 32 bytes. q depends on the whole segment, so one pass is possible only if a segment fits into the cache.
 //
-// Pass 1 cuts every segment into blocks of kBlock elements. A thread takes whole blocks, and the blocks' sums are added
-// up in their order: the result does not depend on the number of threads. Sums are double: squares of small fp32
-// gradients would underflow. Pass 2 splits all elements evenly over the threads, wherever segments begin and end.
+// Pass 1 splits every segment into blocks of kBlock elements, distributes whole blocks over the threads, and adds up
+// the blocks' sums in order, so the result does not depend on the number of threads. Sums are double, since squares of
+// small fp32 gradients would underflow. Pass 2 splits all elements evenly over the threads, independent of segments.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -29,7 +29,7 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 32768; // elements: less than this is not worth waking a thread
+constexpr int64_t kGrain = 32768; // elements per thread at least
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kLanes = 16;
 
@@ -39,14 +39,14 @@ struct Buffers {
   scalar_t* g;
   scalar_t* m;
   scalar_t* xi;
-  int64_t targets; // elements of xi
+  int64_t target_size; // elements of xi
 };
 
 struct Scalars {
   double lr, tau, weight_decay, momentum, eta;
 };
 
-// The elements from `begin` to the next region's are all in one adapted segment or all in none.
+// An adapted segment, or the elements between two of them. A region ends where the next one begins.
 struct Region {
   int64_t begin;
   bool adapted;
@@ -58,15 +58,15 @@ struct Squares {
   double g = 0; // of g'
 };
 
-// Lanes in a loop that the compiler vectorises: at::vec has no conversion from float to double that stays in registers.
+// Sums in lanes, which the compiler vectorises: at::vec has no conversion from float to double in registers.
 template <typename scalar_t>
 Squares squares(const scalar_t* p, const scalar_t* g, int64_t count, scalar_t weight_decay) {
-  std::array<double, kLanes> of_p{}, of_g{};
+  std::array<double, kLanes> p_squares{}, g_squares{};
   const auto add = [&](int64_t lane, int64_t i) {
     const double weight = p[i];
     const double update = g[i] + weight_decay * p[i];
-    of_p[lane] += weight * weight;
-    of_g[lane] += update * update;
+    p_squares[lane] += weight * weight;
+    g_squares[lane] += update * update;
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -79,17 +79,17 @@ Squares squares(const scalar_t* p, const scalar_t* g, int64_t count, scalar_t we
   }
   Squares sum;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum.p += of_p[lane];
-    sum.g += of_g[lane];
+    sum.p += p_squares[lane];
+    sum.g += g_squares[lane];
   }
   return sum;
 }
 
-// Pass 1: the regions of all elements, in their order.
+// Pass 1: the regions of all elements, in order.
 template <typename scalar_t>
 std::vector<Region> regions(
     const Buffers<scalar_t>& buffers, at::IntArrayRef starts, at::IntArrayRef sizes, const Scalars& scalars) {
-  std::vector<int64_t> first_block{0}; // of every segment, and the number of blocks
+  std::vector<int64_t> first_block{0}; // of every segment; last, the number of blocks
   for (const int64_t size : sizes) {
     first_block.push_back(first_block.back() + at::divup(size, kBlock));
   }
@@ -125,14 +125,14 @@ std::vector<Region> regions(
   return result;
 }
 
-// Pass 2, for elements of one region that all have a target or all have none.
+// Pass 2, for elements of one region, either all or none of which have a target.
 template <typename scalar_t, bool adapted, bool has_target>
 void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
   using Vec = at::vec::Vectorized<scalar_t>;
   const auto all = [](double value) { return Vec(static_cast<scalar_t>(value)); };
   const Vec zero = all(0), q = all(trust), weight_decay = all(scalars.weight_decay), momentum = all(scalars.momentum);
   const Vec minus_lr = all(-scalars.lr);
-  // Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
+  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
   const bool from_target = scalars.tau > 0.5;
   const Vec weight = all(from_target ? 1 - scalars.tau : scalars.tau);
   for (int64_t i = begin; i < end; i += Vec::size()) {
@@ -158,7 +158,7 @@ void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double
 
 template <typename scalar_t, bool adapted>
 void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
-  const int64_t split = std::clamp(buffers.targets, begin, end);
+  const int64_t split = std::clamp(buffers.target_size, begin, end);
   update<scalar_t, adapted, true>(buffers, begin, split, trust, scalars);
   update<scalar_t, adapted, false>(buffers, split, end, trust, scalars);
 }

@@ -1,10 +1,11 @@
-// norm_act, out = act(z) * gate with z = scale x + shift + (residual_scale residual + residual_shift), and its gradient:
+// norm_act, out = act(z) * gate with z = scale x + shift + (residual_scale residual + residual_shift), and its
+// gradient:
 //
 //   dz = d gate act'(z)    dx = scale dz    dscale = sum(dz x)    dshift = sum(dz)    dgate = sum(d act(z))
 //
-// and for the residual as for x. Bound by memory: forward reads x (and the residual) and writes the output; backward
-// reads d, x (and the residual) and writes dx (and dresidual). With the identity and no gate z is not needed, so x is
-// read for dscale alone and the residual for its own scale alone.
+// with d the gradient of out; the residual's gradients are analogous. Bound by memory: forward reads x (and the
+// residual) and writes the output; backward reads d, x (and the residual) and writes dx (and dresidual). For the
+// identity without a gate, z is not computed: x is read only for dscale, and the residual only for dresidual_scale.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -33,7 +34,7 @@ struct Tensors {
   scalar_t* grad_residual;
 };
 
-// Pointers to one image's [C] coefficients; null stands for scales and gates of 1, shifts of 0.
+// One image's coefficients, [C] each. Null: scales and gates of 1, shifts of 0.
 struct Coefficients {
   const float* scale = nullptr;
   const float* shift = nullptr;
@@ -42,20 +43,20 @@ struct Coefficients {
   const float* gate = nullptr;
 };
 
-// One image's sums, [C] each. residual: of dz residual, null if there is none.
+// Sums over positions of dz, dz x, dz residual and d act(z), [C] each. dz_residual is null without a residual.
 struct Sums {
-  float* z;
-  float* x;
-  float* residual;
+  float* dz;
+  float* dz_x;
+  float* dz_residual;
   float* gate;
 };
 
 struct Problem {
   int64_t images, positions, channels;
   Deferred deferred;
-  Deferred residual_deferred; // rows = 0 without one, too
+  Deferred residual_deferred; // rows = 0 also without a residual
 
-  Coefficients of(int64_t n) const {
+  Coefficients coefficients(int64_t n) const {
     Coefficients c;
     if (deferred.rows) {
       c.scale = deferred.scale + deferred.row(n, images) * channels;
@@ -73,7 +74,7 @@ struct Problem {
 template <Act act, bool gated, bool residual, typename P, typename scalar_t>
 void forward_panel(
     const P& panel,
-    const Coefficients& of,
+    const Coefficients& coefficients,
     const Tensors<scalar_t>& t,
     int64_t channels,
     int64_t begin,
@@ -81,10 +82,10 @@ void forward_panel(
   Vec scale[P::vectors], shift[P::vectors], residual_scale[P::vectors], gate[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    scale[v] = panel.get_or(of.scale, v, 1);
-    shift[v] = panel.get_or(of.shift, v, 0) + panel.get_or(of.residual_shift, v, 0);
-    residual_scale[v] = panel.get_or(of.residual_scale, v, 1);
-    gate[v] = panel.get_or(of.gate, v, 1);
+    scale[v] = panel.get_or(coefficients.scale, v, 1);
+    shift[v] = panel.get_or(coefficients.shift, v, 0) + panel.get_or(coefficients.residual_shift, v, 0);
+    residual_scale[v] = panel.get_or(coefficients.residual_scale, v, 1);
+    gate[v] = panel.get_or(coefficients.gate, v, 1);
   }
   for (int64_t at = begin * channels; at < (begin + rows) * channels; at += channels) {
 #pragma GCC unroll 2
@@ -105,7 +106,7 @@ void forward_panel(
 template <Act act, bool gated, bool residual, typename P, typename scalar_t>
 void backward_panel(
     const P& panel,
-    const Coefficients& of,
+    const Coefficients& coefficients,
     const Sums& sums,
     const Tensors<scalar_t>& t,
     int64_t channels,
@@ -113,14 +114,14 @@ void backward_panel(
     int64_t rows) {
   constexpr bool needs_z = act != Act::identity || gated;
   Vec scale[P::vectors], shift[P::vectors], residual_scale[P::vectors], gate[P::vectors];
-  Vec sum_z[P::vectors], sum_x[P::vectors], sum_residual[P::vectors], sum_gate[P::vectors];
+  Vec dz_sum[P::vectors], dz_x_sum[P::vectors], dz_residual_sum[P::vectors], gate_sum[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    scale[v] = panel.get_or(of.scale, v, 1);
-    shift[v] = panel.get_or(of.shift, v, 0) + panel.get_or(of.residual_shift, v, 0);
-    residual_scale[v] = panel.get_or(of.residual_scale, v, 1);
-    gate[v] = panel.get_or(of.gate, v, 1);
-    sum_z[v] = sum_x[v] = sum_residual[v] = sum_gate[v] = Vec(0);
+    scale[v] = panel.get_or(coefficients.scale, v, 1);
+    shift[v] = panel.get_or(coefficients.shift, v, 0) + panel.get_or(coefficients.residual_shift, v, 0);
+    residual_scale[v] = panel.get_or(coefficients.residual_scale, v, 1);
+    gate[v] = panel.get_or(coefficients.gate, v, 1);
+    dz_sum[v] = dz_x_sum[v] = dz_residual_sum[v] = gate_sum[v] = Vec(0);
   }
   const bool stores_residual = residual && t.grad_residual;
   for (int64_t at = begin * channels; at < (begin + rows) * channels; at += channels) {
@@ -138,18 +139,18 @@ void backward_panel(
           z = at::vec::fmadd(from_residual, residual_scale[v], z);
         }
         if constexpr (gated) {
-          sum_gate[v] = at::vec::fmadd(dz, activate<act>(z), sum_gate[v]);
+          gate_sum[v] = at::vec::fmadd(dz, activate<act>(z), gate_sum[v]);
           dz = dz * gate[v];
         }
         if constexpr (act != Act::identity) {
           dz = dz * activation_gradient<act>(z);
         }
       }
-      sum_z[v] = sum_z[v] + dz;
-      sum_x[v] = at::vec::fmadd(dz, x, sum_x[v]);
+      dz_sum[v] = dz_sum[v] + dz;
+      dz_x_sum[v] = at::vec::fmadd(dz, x, dz_x_sum[v]);
       panel.put(t.grad_x + at, v, dz * scale[v]);
       if constexpr (residual) {
-        sum_residual[v] = at::vec::fmadd(dz, from_residual, sum_residual[v]);
+        dz_residual_sum[v] = at::vec::fmadd(dz, from_residual, dz_residual_sum[v]);
         if (stores_residual) {
           panel.put(t.grad_residual + at, v, dz * residual_scale[v]);
         }
@@ -158,18 +159,18 @@ void backward_panel(
   }
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    panel.add(sums.z, v, sum_z[v]);
-    panel.add(sums.x, v, sum_x[v]);
+    panel.add(sums.dz, v, dz_sum[v]);
+    panel.add(sums.dz_x, v, dz_x_sum[v]);
     if constexpr (residual) {
-      panel.add(sums.residual, v, sum_residual[v]);
+      panel.add(sums.dz_residual, v, dz_residual_sum[v]);
     }
     if constexpr (gated) {
-      panel.add(sums.gate, v, sum_gate[v]);
+      panel.add(sums.gate, v, gate_sum[v]);
     }
   }
 }
 
-// Calls run(act, gated, residual), all of them integral constants.
+// Calls run(act, gated, residual) with integral constants.
 template <typename Run>
 void with_variant(Act act, bool gated, bool residual, const Run& run) {
   const auto with_bool = [](bool value, const auto& then) {
@@ -191,9 +192,9 @@ void forward(const Problem& problem, const Tensors<scalar_t>& tensors) {
     at::parallel_for(0, problem.images * positions, kGrainElements / channels + 1, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t n = begin / positions, stop = std::min(end, (n + 1) * positions);
-        const Coefficients of = problem.of(n);
+        const Coefficients coefficients = problem.coefficients(n);
         for_blocks(begin, stop, channels, [&](const auto& panel, int64_t first, int64_t rows) {
-          forward_panel<act(), gated(), residual()>(panel, of, tensors, channels, first, rows);
+          forward_panel<act(), gated(), residual()>(panel, coefficients, tensors, channels, first, rows);
         });
         begin = stop;
       }
@@ -201,7 +202,7 @@ void forward(const Problem& problem, const Tensors<scalar_t>& tensors) {
   });
 }
 
-struct SmallGradients { // null: not wanted
+struct SmallGradients { // null if not wanted
   float* scale;
   float* shift;
   float* gate;
@@ -213,42 +214,44 @@ template <typename scalar_t>
 void backward(const Problem& problem, const Tensors<scalar_t>& tensors, const SmallGradients& small) {
   const int64_t channels = problem.channels;
   const Parts parts(problem.images, problem.positions, at::get_num_threads());
-  ThreadSums z(problem.deferred.rows, channels), x(problem.deferred.rows, channels);
-  ThreadSums residual_z(problem.residual_deferred.rows, channels), residual_x(problem.residual_deferred.rows, channels);
-  std::vector<float> gate_parts(small.gate && parts.parts > 1 ? parts.size() * channels : 0);
-  float* gates = gate_parts.empty() ? small.gate : gate_parts.data();
+  ThreadSums dz(problem.deferred.rows, channels), dz_x(problem.deferred.rows, channels);
+  ThreadSums residual_dz(problem.residual_deferred.rows, channels);
+  ThreadSums dz_residual(problem.residual_deferred.rows, channels);
+  std::vector<float> gate_parts(small.gate && parts.per_image > 1 ? parts.size() * channels : 0);
+  float* gate_sums = gate_parts.empty() ? small.gate : gate_parts.data();
   with_variant(problem.deferred.act, problem.deferred.gate, tensors.residual, [&](auto act, auto gated, auto residual) {
     at::parallel_for(0, parts.size(), parts.grain(channels), [&](int64_t part, int64_t end) {
-      auto pending = pending_sums<3>(channels, std::make_pair(int64_t{0}, int64_t{0}), [&](auto rows, const auto& sums) {
-        z.add(rows.first, sums[0]);
-        x.add(rows.first, sums[1]);
-        residual_z.add(rows.second, sums[0]);
-        residual_x.add(rows.second, sums[2]);
+      const auto first_rows = std::make_pair(int64_t{0}, int64_t{0});
+      auto buffered = buffered_sums<3>(channels, first_rows, [&](auto rows, const auto& sums) {
+        dz.add(rows.first, sums[0]);
+        dz_x.add(rows.first, sums[1]);
+        residual_dz.add(rows.second, sums[0]);
+        dz_residual.add(rows.second, sums[2]);
       });
       for (; part < end; ++part) {
-        float* gate = gates ? gates + part * channels : nullptr;
+        float* gate = gate_sums ? gate_sums + part * channels : nullptr;
         if (gate) {
           std::fill_n(gate, channels, 0.f);
         }
         const int64_t n = parts.image(part), first = parts.begin(part), stop = parts.end(part);
         const auto rows_of_n = std::make_pair(
             problem.deferred.row(n, problem.images), problem.residual_deferred.row(n, problem.images));
-        const auto& [sum_z, sum_x, sum_residual] = pending.next(stop - first, rows_of_n);
-        const Sums sums{sum_z, sum_x, sum_residual, gate};
-        const Coefficients of = problem.of(n);
+        const auto& [dz_sum, dz_x_sum, dz_residual_sum] = buffered.reserve(stop - first, rows_of_n);
+        const Sums sums{dz_sum, dz_x_sum, dz_residual_sum, gate};
+        const Coefficients coefficients = problem.coefficients(n);
         for_blocks(first, stop, channels, [&](const auto& panel, int64_t row, int64_t rows) {
-          backward_panel<act(), gated(), residual()>(panel, of, sums, tensors, channels, row, rows);
+          backward_panel<act(), gated(), residual()>(panel, coefficients, sums, tensors, channels, row, rows);
         });
       }
-      pending.flush();
+      buffered.flush();
     });
   });
-  z.write(small.shift);
-  x.write(small.scale);
-  residual_z.write(small.residual_shift);
-  residual_x.write(small.residual_scale);
+  dz.write(small.shift);
+  dz_x.write(small.scale);
+  residual_dz.write(small.residual_shift);
+  dz_residual.write(small.residual_scale);
   if (!gate_parts.empty()) {
-    add_parts(gates, parts, channels, small.gate);
+    add_parts(gate_sums, parts, channels, small.gate);
   }
 }
 
@@ -275,7 +278,8 @@ Checked check(
   } else {
     TORCH_CHECK(!residual_scale && !residual_shift, op, ": residual_scale and residual_shift without a residual");
   }
-  checked.problem = {x.size(0), x.size(2) * x.size(3), x.size(1), checked.deferred.deferred, checked.residual_deferred.deferred};
+  checked.problem = {
+      x.size(0), x.size(2) * x.size(3), x.size(1), checked.deferred.deferred, checked.residual_deferred.deferred};
   return checked;
 }
 
@@ -324,14 +328,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   Checked checked = check(op, x, scale, shift, act, gate, residual, residual_scale, residual_shift);
   check_like(op, "grad", grad, x);
   Problem& problem = checked.problem;
-  const int64_t channels = problem.channels, rows = problem.deferred.rows, residual_rows = problem.residual_deferred.rows;
-  const bool of_residual = residual && residual_gradient;
+  const int64_t channels = problem.channels, rows = problem.deferred.rows;
+  const int64_t residual_rows = problem.residual_deferred.rows;
+  const bool residual_gradient_wanted = residual && residual_gradient;
   const at::Tensor grad_x = empty_channels_last(x);
-  const at::Tensor grad_residual = of_residual ? empty_channels_last(x) : at::empty({0}, x.options());
-  const at::Tensor grad_scale = empty_small(x, rows > 0, {rows, channels}), grad_shift = at::empty_like(grad_scale);
-  const at::Tensor grad_gate = empty_small(x, gate.has_value(), {x.size(0), channels});
+  const at::Tensor grad_residual = residual_gradient_wanted ? empty_channels_last(x) : at::empty({0}, x.options());
+  const at::Tensor grad_scale = empty_fp32(x, rows > 0, {rows, channels}), grad_shift = at::empty_like(grad_scale);
+  const at::Tensor grad_gate = empty_fp32(x, gate.has_value(), {x.size(0), channels});
   const at::Tensor grad_residual_scale =
-      empty_small(x, of_residual && residual_rows > 0, {residual_rows, channels});
+      empty_fp32(x, residual_gradient_wanted && residual_rows > 0, {residual_rows, channels});
   const at::Tensor grad_residual_shift = at::empty_like(grad_residual_scale);
   const auto results = [&] {
     return std::make_tuple(
@@ -345,10 +350,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   }
 
   const bool needs_z = problem.deferred.act != Act::identity || gate;
-  const bool reads_residual = residual && (needs_z || (of_residual && residual_rows > 0));
+  const bool reads_residual = residual && (needs_z || (residual_gradient_wanted && residual_rows > 0));
   if (!reads_residual) {
     problem.residual_deferred = {};
-    if (of_residual) {
+    if (residual_gradient_wanted) {
       grad_residual.copy_(grad);
     }
     if (!needs_z && rows == 0) {
@@ -365,12 +370,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     tensors.grad_x = grad_x.mutable_data_ptr<scalar_t>();
     if (reads_residual) {
       tensors.residual = added.const_data_ptr<scalar_t>();
-      tensors.grad_residual = of_residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr;
+      tensors.grad_residual = residual_gradient_wanted ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr;
     }
     backward(
         problem, tensors,
-        {pointer_of(grad_scale), pointer_of(grad_shift), pointer_of(grad_gate), pointer_of(grad_residual_scale),
-         pointer_of(grad_residual_shift)});
+        {data_or_null(grad_scale), data_or_null(grad_shift), data_or_null(grad_gate), data_or_null(grad_residual_scale),
+         data_or_null(grad_residual_shift)});
   });
   return results();
 }

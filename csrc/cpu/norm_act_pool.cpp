@@ -2,8 +2,8 @@
 //
 //   dz = d act'(z) / positions    dx = scale dz    dscale = sum(dz x)    dshift = sum(dz)
 //
-// Bound by memory: forward reads x; backward reads x and writes dx, and where nothing is deferred and the activation is the
-// identity it only writes.
+// Bound by memory: forward reads x; backward reads x and writes dx. Without deferred normalisation and with the
+// identity, backward only writes.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -25,7 +25,7 @@ struct Problem {
   int64_t images, positions, channels;
   Deferred deferred;
 
-  const float* scale(int64_t n) const { // of one image, [C], or null
+  const float* scale(int64_t n) const { // [C] of image n, or null
     return deferred.rows ? deferred.scale + deferred.row(n, images) * channels : nullptr;
   }
   const float* shift(int64_t n) const {
@@ -62,7 +62,7 @@ void sum_panel(
   }
 }
 
-// grad: the image's [C], not yet divided. sum_z, sum_x: [C] each.
+// grad: the gradient of the image's mean, [C]. dz_sum, dz_x_sum: [C] each.
 template <Act act, typename P, typename scalar_t>
 void backward_panel(
     const P& panel,
@@ -73,32 +73,32 @@ void backward_panel(
     scalar_t* grad_x,
     int64_t begin,
     int64_t rows,
-    float* sum_z,
-    float* sum_x) {
+    float* dz_sum,
+    float* dz_x_sum) {
   const int64_t channels = problem.channels;
   const Vec part(1.f / static_cast<float>(problem.positions));
-  Vec scale[P::vectors], shift[P::vectors], of_each[P::vectors], z_total[P::vectors], x_total[P::vectors];
+  Vec scale[P::vectors], shift[P::vectors], grad_h[P::vectors], dz_total[P::vectors], dz_x_total[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
     scale[v] = panel.get_or(problem.scale(n), v, 1);
     shift[v] = panel.get_or(problem.shift(n), v, 0);
-    of_each[v] = panel.get(grad, v) * part;
-    z_total[v] = x_total[v] = Vec(0);
+    grad_h[v] = panel.get(grad, v) * part;
+    dz_total[v] = dz_x_total[v] = Vec(0);
   }
   for (int64_t at = begin * channels; at < (begin + rows) * channels; at += channels) {
 #pragma GCC unroll 2
     for (int v = 0; v < P::vectors; ++v) {
       const Vec value = panel.get(x + at, v);
-      const Vec dz = of_each[v] * activation_gradient<act>(at::vec::fmadd(value, scale[v], shift[v]));
-      z_total[v] = z_total[v] + dz;
-      x_total[v] = at::vec::fmadd(dz, value, x_total[v]);
+      const Vec dz = grad_h[v] * activation_gradient<act>(at::vec::fmadd(value, scale[v], shift[v]));
+      dz_total[v] = dz_total[v] + dz;
+      dz_x_total[v] = at::vec::fmadd(dz, value, dz_x_total[v]);
       panel.put(grad_x + at, v, dz * scale[v]);
     }
   }
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    panel.add(sum_z, v, z_total[v]);
-    panel.add(sum_x, v, x_total[v]);
+    panel.add(dz_sum, v, dz_total[v]);
+    panel.add(dz_x_sum, v, dz_x_total[v]);
   }
 }
 
@@ -106,8 +106,8 @@ template <typename scalar_t>
 void forward(const Problem& problem, const scalar_t* x, float* out) {
   const int64_t channels = problem.channels;
   const Parts parts(problem.images, problem.positions, at::get_num_threads());
-  std::vector<float> of_parts(parts.parts > 1 ? parts.size() * channels : 0);
-  float* sums = of_parts.empty() ? out : of_parts.data();
+  std::vector<float> part_sums(parts.per_image > 1 ? parts.size() * channels : 0);
+  float* sums = part_sums.empty() ? out : part_sums.data();
   const float positions = static_cast<float>(problem.positions);
   with_act(problem.deferred.act, [&](auto act) {
     at::parallel_for(0, parts.size(), parts.grain(channels), [&](int64_t part, int64_t end) {
@@ -124,7 +124,7 @@ void forward(const Problem& problem, const scalar_t* x, float* out) {
       }
     });
   });
-  if (!of_parts.empty()) {
+  if (!part_sums.empty()) {
     add_parts(sums, parts, channels, out);
   }
 }
@@ -139,28 +139,28 @@ void backward(
     float* grad_shift) {
   const int64_t channels = problem.channels;
   const Parts parts(problem.images, problem.positions, at::get_num_threads());
-  ThreadSums z(problem.deferred.rows, channels), zx(problem.deferred.rows, channels);
+  ThreadSums dz(problem.deferred.rows, channels), dz_x(problem.deferred.rows, channels);
   with_act(problem.deferred.act, [&](auto act) {
     at::parallel_for(0, parts.size(), parts.grain(channels), [&](int64_t part, int64_t end) {
-      auto pending = pending_sums<2>(channels, int64_t{0}, [&](int64_t row, const auto& sums) {
-        z.add(row, sums[0]);
-        zx.add(row, sums[1]);
+      auto buffered = buffered_sums<2>(channels, int64_t{0}, [&](int64_t row, const auto& sums) {
+        dz.add(row, sums[0]);
+        dz_x.add(row, sums[1]);
       });
       for (; part < end; ++part) {
         const int64_t n = parts.image(part), first = parts.begin(part), stop = parts.end(part);
-        const auto [sum_z, sum_x] = pending.next(stop - first, problem.deferred.row(n, problem.images));
+        const auto [dz_sum, dz_x_sum] = buffered.reserve(stop - first, problem.deferred.row(n, problem.images));
         for_blocks(first, stop, channels, [&](const auto& panel, int64_t row, int64_t rows) {
-          backward_panel<act()>(panel, problem, n, grad + n * channels, x, grad_x, row, rows, sum_z, sum_x);
+          backward_panel<act()>(panel, problem, n, grad + n * channels, x, grad_x, row, rows, dz_sum, dz_x_sum);
         });
       }
-      pending.flush();
+      buffered.flush();
     });
   });
-  z.write(grad_shift);
-  zx.write(grad_scale);
+  dz.write(grad_shift);
+  dz_x.write(grad_scale);
 }
 
-// Where nothing is deferred and the activation is the identity, every position gets the same.
+// Without deferred normalisation and with the identity, all positions of an image have the same gradient.
 template <typename scalar_t>
 void broadcast_gradient(const Problem& problem, const float* grad, scalar_t* grad_x) {
   const int64_t channels = problem.channels;
@@ -193,14 +193,14 @@ at::Tensor norm_act_pool(
   const char* op = "norm_act_pool";
   check_activation(op, "x", x);
   check_positions(op, x);
-  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, std::nullopt, 0);
-  const at::Tensor out = empty_small(x, true, {x.size(0), x.size(1)});
+  const CheckedDeferred checked = check_deferred(op, x, scale, shift, act, std::nullopt, 0);
+  const at::Tensor out = empty_fp32(x, true, {x.size(0), x.size(1)});
   if (x.numel() == 0) {
     return out;
   }
   const at::Tensor input = channels_last(x);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
-    forward(problem_of(x, deferred.deferred), input.const_data_ptr<scalar_t>(), out.mutable_data_ptr<float>());
+    forward(problem_of(x, checked.deferred), input.const_data_ptr<scalar_t>(), out.mutable_data_ptr<float>());
   });
   return out;
 }
@@ -215,25 +215,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act_pool_backward(
   const char* op = "norm_act_pool_backward";
   check_activation(op, "x", x);
   check_positions(op, x);
-  const CheckedDeferred deferred = check_deferred(op, x, scale, shift, act, std::nullopt, 0);
+  const CheckedDeferred checked = check_deferred(op, x, scale, shift, act, std::nullopt, 0);
   const at::Tensor grads = check_matrix(op, "grad", grad, x.size(0), x.size(1));
-  const int64_t rows = deferred.deferred.rows;
+  const int64_t rows = checked.deferred.rows;
   const at::Tensor grad_x = empty_channels_last(x);
-  const at::Tensor grad_scale = empty_small(x, rows > 0, {rows, x.size(1)}), grad_shift = at::empty_like(grad_scale);
+  const at::Tensor grad_scale = empty_fp32(x, rows > 0, {rows, x.size(1)}), grad_shift = at::empty_like(grad_scale);
   if (x.numel() == 0) {
     grad_scale.zero_();
     grad_shift.zero_();
     return {grad_x, grad_scale, grad_shift};
   }
-  const Problem problem = problem_of(x, deferred.deferred);
+  const Problem problem = problem_of(x, checked.deferred);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
     const float* from = grads.const_data_ptr<float>();
-    if (rows == 0 && deferred.deferred.act == Act::identity) {
+    if (rows == 0 && checked.deferred.act == Act::identity) {
       broadcast_gradient(problem, from, to);
     } else {
       const at::Tensor input = channels_last(x);
-      backward(problem, from, input.const_data_ptr<scalar_t>(), to, pointer_of(grad_scale), pointer_of(grad_shift));
+      backward(problem, from, input.const_data_ptr<scalar_t>(), to, data_or_null(grad_scale), data_or_null(grad_shift));
     }
   });
   return {grad_x, grad_scale, grad_shift};

@@ -1,9 +1,9 @@
-// scale = weight rsqrt(variance + eps) and shift = bias - mean scale, and their gradients. With r = rsqrt(variance + eps)
-// and g = dscale - mean dshift,
+// scale = weight r and shift = bias - mean scale with r = rsqrt(variance + eps), and their gradients. With
+// g = dscale - mean dshift,
 //
 //   dmean = -dshift weight r        dvariance = -g weight r^3 / 2        dweight = sum(g r)        dbias = sum(dshift)
 //
-// A few thousand numbers: what it costs is to be called, once instead of a dozen times. One thread.
+// The tensors have a few thousand elements, so call overhead dominates: one call replaces a dozen, on one thread.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
@@ -19,20 +19,20 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-void check_prefix_of(const char* op, const char* name, const at::Tensor& vector, int64_t channels) {
+void check_prefix(const char* op, const char* name, const at::Tensor& vector, int64_t channels) {
   check_cpu(op, name, vector);
   TORCH_CHECK(
       vector.dim() == 1 && vector.size(0) >= channels && vector.scalar_type() == at::kFloat, op, ": ", name,
       " must be a float32 vector of ", channels, " or more, got ", vector.sizes(), " ", vector.scalar_type());
 }
 
-// A vector of which a prefix is used, or nothing, which stands for a constant.
+// A prefix of a vector, or a constant if there is no vector.
 class Affine {
  public:
   Affine(const char* op, const char* name, const OptionalTensor& vector, int64_t channels, float constant)
       : constant_(constant) {
     if (vector) {
-      check_prefix_of(op, name, *vector, channels);
+      check_prefix(op, name, *vector, channels);
       vector_ = vector->contiguous();
       data_ = vector_.const_data_ptr<float>();
     }
@@ -47,13 +47,13 @@ class Affine {
   float constant_;
 };
 
-// Where the gradient of a vector is added: its main_grad, or a new full-size one, or nowhere.
+// The buffer for the gradient of a vector: its main_grad, or a new full-size tensor, or none without a vector.
 class Gradient {
  public:
   Gradient(
       const char* op, const char* name, const OptionalTensor& vector, const OptionalTensor& main_grad,
       const at::Tensor& like) {
-    TORCH_CHECK(!main_grad || vector, op, ": ", name, " must come with the vector that it is of");
+    TORCH_CHECK(!main_grad || vector, op, ": ", name, " given without its vector");
     if (main_grad) {
       check_main_grad(op, name, *main_grad, *vector);
     }
@@ -97,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor> scale_shift(
 
   const float *m = means.const_data_ptr<float>(), *v = variances.const_data_ptr<float>();
   float *to_scale = scale.mutable_data_ptr<float>(), *to_shift = shift.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < views * channels;) { // not by views, which may be any number where there are no channels
+  for (int64_t i = 0; i < views * channels;) { // not a loop over views: they may be any number if channels = 0
     for (int64_t channel = 0; channel < channels; ++channel, ++i) {
       to_scale[i] = weights[channel] / std::sqrt(v[i] + static_cast<float>(eps));
       to_shift[i] = biases[channel] - m[i] * to_scale[i];
@@ -127,8 +127,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> scale_shift_backward(
   const at::Tensor means = matrix("mean", mean), variances = matrix("variance", variance);
   const at::Tensor grad_scales = matrix("grad_scale", grad_scale), grad_shifts = matrix("grad_shift", grad_shift);
   const Affine weights(op, "weight", weight, channels, 1), biases(op, "bias", bias, channels, 0);
-  const Gradient of_weight(op, "weight_main_grad", weight, weight_main_grad, mean);
-  const Gradient of_bias(op, "bias_main_grad", bias, bias_main_grad, mean);
+  const Gradient grad_weight(op, "weight_main_grad", weight, weight_main_grad, mean);
+  const Gradient grad_bias(op, "bias_main_grad", bias, bias_main_grad, mean);
   const at::Tensor grad_mean = at::empty_like(means), grad_variance = at::empty_like(means);
 
   const float *m = means.const_data_ptr<float>(), *v = variances.const_data_ptr<float>();
@@ -144,10 +144,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> scale_shift_backward(
       weight_sum += grad * rsqrt;
       bias_sum += dshift[i];
     }
-    of_weight.add(channel, weight_sum);
-    of_bias.add(channel, bias_sum);
+    grad_weight.add(channel, weight_sum);
+    grad_bias.add(channel, bias_sum);
   }
-  return {grad_mean, grad_variance, of_weight.returned, of_bias.returned};
+  return {grad_mean, grad_variance, grad_weight.returned, grad_bias.returned};
 }
 
 } // namespace CPU_CAPABILITY

@@ -1,10 +1,10 @@
-// slim_batch_norm: y = (x - mean) rsqrt(variance + eps) weight + bias by each view's own moments, and its gradient
+// slim_batch_norm: y = (x - mean) rsqrt(variance + eps) weight + bias with the moments of each view, and its gradient
 //
 //   dx = weight r dy + (dmean - weight r dbias) / cnt + 2 (x - mean) (dvariance - weight r^2 dweight / 2) / cnt
 //
-// with r = rsqrt(variance + eps), dbias = sum(dy), dweight = r sum(dy (x - mean)). x is [rows, C]: [N, C], or [N, C, H, W]
-// in the channels-last format. Bound by memory: forward reads x twice (for the moments, then to normalise) and writes y,
-// backward reads dy and x twice and writes dx. A view's moments need all of it, so fewer passes are not possible.
+// with r = rsqrt(variance + eps), dbias = sum(dy), dweight = r sum(dy (x - mean)). x is [rows, C]: [N, C], or
+// channels-last [N, C, H, W]. Bound by memory: forward reads x twice, for the moments and to normalise, and writes y;
+// backward reads dy and x twice and writes dx. The moments depend on the whole view, so one pass is not possible.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -25,9 +25,9 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Rows in blocks that do not straddle two views.
+// Splits rows into blocks; no block contains rows of two views.
 struct Batch {
-  static constexpr int64_t kRows = 128; // of a block; their sums are kept in fp32
+  static constexpr int64_t kRows = 128; // rows of a block, summed in fp32
 
   int64_t views, view_rows, channels;
 
@@ -51,7 +51,7 @@ struct Batch {
   }
 };
 
-// Adds x - pivot and its square to sum and square, [C] each; without a square only the first.
+// Adds x - pivot to sum and, if `squared`, its square to square, [C] each.
 template <bool squared, typename P, typename scalar_t>
 void add_differences(
     const P& panel, const scalar_t* x, int64_t rows, int64_t channels, const float* pivot, float* sum, float* square) {
@@ -78,7 +78,7 @@ void add_differences(
   }
 }
 
-// A pivot where nothing is known yet: the mean of a few rows.
+// The first pivot: the mean of a few rows.
 template <typename scalar_t>
 void first_pivot(const scalar_t* x, int64_t rows, int64_t channels, float* pivot) {
   std::fill_n(pivot, channels, 0.f);
@@ -93,29 +93,29 @@ void first_pivot(const scalar_t* x, int64_t rows, int64_t channels, float* pivot
 template <typename scalar_t>
 void moments(const Batch& batch, const scalar_t* x, float* mean, float* variance) {
   const int64_t channels = batch.channels;
-  std::vector<ChannelMoments> parts(at::get_num_threads() * batch.views); // [thread, view]
+  std::vector<ChannelMoments> partial(at::get_num_threads() * batch.views); // [thread, view]
   at::parallel_for(0, batch.blocks(), batch.grain(), [&](int64_t block, int64_t last) {
     std::vector<float> memory(3 * channels);
     float *pivot = memory.data(), *sum = pivot + channels, *square = sum + channels;
     for (; block < last; ++block) {
-      ChannelMoments& part = parts[at::get_thread_num() * batch.views + batch.view(block)];
+      ChannelMoments& moments_of_thread = partial[at::get_thread_num() * batch.views + batch.view(block)];
       const int64_t begin = batch.begin(block), end = batch.end(block);
-      if (!part.to_pivot(pivot)) {
+      if (!moments_of_thread.to_pivot(pivot)) {
         first_pivot(x + begin * channels, std::min<int64_t>(16, end - begin), channels, pivot);
       }
       std::fill_n(sum, 2 * channels, 0.f);
       for_blocks(begin, end, channels, [&](const auto& panel, int64_t row, int64_t rows) {
         add_differences<true>(panel, x + row * channels, rows, channels, pivot, sum, square);
       });
-      part.merge(end - begin, channels, pivot, sum, square);
+      moments_of_thread.merge(end - begin, channels, pivot, sum, square);
     }
   });
-  write_moments(parts, batch.views, channels, mean, variance);
+  write_moments(partial, batch.views, channels, mean, variance);
 }
 
-// means, scales, shifts: [C]; null stands for shifts of 0.
+// means, scales, shifts: [C]; shifts may be null, for 0.
 template <typename P, typename scalar_t>
-void normalise_panel(
+void normalize_panel(
     const P& panel,
     const scalar_t* x,
     scalar_t* y,
@@ -160,13 +160,13 @@ void forward(
       const float* means = mean + batch.view(block) * channels;
       const float* scales = scale.data() + batch.view(block) * channels;
       for_blocks(batch.begin(block), batch.end(block), channels, [&](const auto& panel, int64_t row, int64_t rows) {
-        normalise_panel(panel, x + row * channels, y + row * channels, rows, channels, means, scales, bias);
+        normalize_panel(panel, x + row * channels, y + row * channels, rows, channels, means, scales, bias);
       });
     }
   });
 }
 
-// Adds dy and dy (x - mean) to [C] each.
+// Adds dy to sum and dy (x - mean) to sum_centred, [C] each.
 template <typename P, typename scalar_t>
 void sum_panel(
     const P& panel,
@@ -198,12 +198,12 @@ void sum_panel(
   }
 }
 
-// One view's factors, [C] each: dx = to_grad dy + constant + to_centred (x - mean).
+// One view's factors, [C] each: dx = grad_factor dy + constant + centred_factor (x - mean).
 struct Factors {
   const float* mean;
-  const float* to_grad;
+  const float* grad_factor;
   const float* constant;
-  const float* to_centred;
+  const float* centred_factor;
 };
 
 template <typename P, typename scalar_t>
@@ -215,19 +215,19 @@ void gradient_panel(
     int64_t rows,
     int64_t channels,
     const Factors& factors) {
-  Vec mean[P::vectors], to_grad[P::vectors], constant[P::vectors], to_centred[P::vectors];
+  Vec mean[P::vectors], grad_factor[P::vectors], constant[P::vectors], centred_factor[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
     mean[v] = panel.get(factors.mean, v);
-    to_grad[v] = panel.get(factors.to_grad, v);
+    grad_factor[v] = panel.get(factors.grad_factor, v);
     constant[v] = panel.get(factors.constant, v);
-    to_centred[v] = panel.get(factors.to_centred, v);
+    centred_factor[v] = panel.get(factors.centred_factor, v);
   }
   for (int64_t row = 0; row < rows; ++row, dy += channels, x += channels, dx += channels) {
 #pragma GCC unroll 2
     for (int v = 0; v < P::vectors; ++v) {
-      const Vec of_moments = at::vec::fmadd(panel.get(x, v) - mean[v], to_centred[v], constant[v]);
-      panel.put(dx, v, at::vec::fmadd(panel.get(dy, v), to_grad[v], of_moments));
+      const Vec from_moments = at::vec::fmadd(panel.get(x, v) - mean[v], centred_factor[v], constant[v]);
+      panel.put(dx, v, at::vec::fmadd(panel.get(dy, v), grad_factor[v], from_moments));
     }
   }
 }
@@ -254,43 +254,45 @@ void backward(
   const int64_t channels = batch.channels, size = batch.views * channels;
   ThreadSums sums(batch.views, channels), sums_centred(batch.views, channels);
   at::parallel_for(0, batch.blocks(), batch.grain(), [&](int64_t block, int64_t last) {
-    auto pending = pending_sums<2>(channels, int64_t{0}, [&](int64_t view, const auto& places) {
-      sums.add(view, places[0]);
-      sums_centred.add(view, places[1]);
+    auto buffered = buffered_sums<2>(channels, int64_t{0}, [&](int64_t view, const auto& sums_of_view) {
+      sums.add(view, sums_of_view[0]);
+      sums_centred.add(view, sums_of_view[1]);
     });
     for (; block < last; ++block) {
       const int64_t begin = batch.begin(block), end = batch.end(block);
       const float* mean = vectors.mean + batch.view(block) * channels;
-      const auto& [sum, sum_centred] = pending.next(end - begin, batch.view(block));
+      const auto& [sum, sum_centred] = buffered.reserve(end - begin, batch.view(block));
       for_blocks(begin, end, channels, [&](const auto& panel, int64_t row, int64_t rows) {
         sum_panel(panel, dy + row * channels, x + row * channels, rows, channels, mean, sum, sum_centred);
       });
     }
-    pending.flush();
+    buffered.flush();
   });
 
-  std::vector<float> of_bias(size), of_weight(size), to_grad(size), constant(size), to_centred(size);
-  sums.write(of_bias.data());
-  sums_centred.write(of_weight.data());
+  std::vector<float> view_grad_bias(size), view_grad_weight(size);
+  std::vector<float> grad_factor(size), constant(size), centred_factor(size);
+  sums.write(view_grad_bias.data());
+  sums_centred.write(view_grad_weight.data());
   std::fill_n(grad_bias, channels, 0.f);
   std::fill_n(grad_weight, channels, 0.f);
   const float count = static_cast<float>(batch.view_rows);
   for (int64_t i = 0; i < size; ++i) {
     const int64_t c = i % channels;
     const float rsqrt = 1.f / std::sqrt(vectors.variance[i] + eps);
-    of_weight[i] *= rsqrt;
-    to_grad[i] = vectors.weight ? vectors.weight[c] * rsqrt : rsqrt;
-    constant[i] = (vectors.grad_mean[i] - to_grad[i] * of_bias[i]) / count;
-    to_centred[i] = 2 * (vectors.grad_variance[i] - to_grad[i] * rsqrt * of_weight[i] / 2) / count;
-    grad_bias[c] += of_bias[i];
-    grad_weight[c] += of_weight[i];
+    view_grad_weight[i] *= rsqrt;
+    grad_factor[i] = vectors.weight ? vectors.weight[c] * rsqrt : rsqrt;
+    constant[i] = (vectors.grad_mean[i] - grad_factor[i] * view_grad_bias[i]) / count;
+    centred_factor[i] = 2 * (vectors.grad_variance[i] - grad_factor[i] * rsqrt * view_grad_weight[i] / 2) / count;
+    grad_bias[c] += view_grad_bias[i];
+    grad_weight[c] += view_grad_weight[i];
   }
 
   at::parallel_for(0, batch.blocks(), batch.grain(), [&](int64_t block, int64_t last) {
     for (; block < last; ++block) {
-      const int64_t row_of = batch.view(block) * channels;
+      const int64_t view_offset = batch.view(block) * channels;
       const Factors factors{
-          vectors.mean + row_of, to_grad.data() + row_of, constant.data() + row_of, to_centred.data() + row_of};
+          vectors.mean + view_offset, grad_factor.data() + view_offset, constant.data() + view_offset,
+          centred_factor.data() + view_offset};
       for_blocks(batch.begin(block), batch.end(block), channels, [&](const auto& panel, int64_t row, int64_t rows) {
         const int64_t at = row * channels;
         gradient_panel(panel, dy + at, x + at, dx + at, rows, channels, factors);
@@ -334,7 +336,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_batch_norm(
   const at::Tensor weights = check_vector(op, "weight", weight, batch.channels);
   const at::Tensor biases = check_vector(op, "bias", bias, batch.channels);
   const at::Tensor y = at::empty_like(x);
-  const at::Tensor mean = empty_small(x, true, {views, batch.channels}), variance = at::empty_like(mean);
+  const at::Tensor mean = empty_fp32(x, true, {views, batch.channels}), variance = at::empty_like(mean);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     forward(
         batch, x.const_data_ptr<scalar_t>(), pointer_or_null(weights), pointer_or_null(biases),
@@ -368,7 +370,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_backward(
   const at::Tensor weights = check_vector(op, "weight", weight, batch.channels);
   const at::Tensor grads = x.dim() == 4 ? channels_last(grad_y) : grad_y.contiguous();
   const at::Tensor grad_x = at::empty_like(x);
-  const at::Tensor grad_weight = empty_small(x, true, {batch.channels}), grad_bias = at::empty_like(grad_weight);
+  const at::Tensor grad_weight = empty_fp32(x, true, {batch.channels}), grad_bias = at::empty_like(grad_weight);
   const Vectors vectors{
       grad_means.const_data_ptr<float>(), grad_variances.const_data_ptr<float>(), pointer_or_null(weights),
       means.const_data_ptr<float>(), variances.const_data_ptr<float>()};

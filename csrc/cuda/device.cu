@@ -1,10 +1,10 @@
-// What this library can do on a device.
+// Selects a device, and checks whether this library can run on it.
 #include "cuda_launch.h"
 
 namespace dspnet::cuda {
-inline namespace device_kernels { // not without a name: NVRTC drops kernels that no other file can see
+inline namespace device_kernels { // named: NVRTC drops kernels in anonymous namespaces
 
-// Every .cu file is compiled for the same architectures: if a device runs this, it runs the others.
+// All .cu files are compiled for the same architectures: if a device can run this kernel, it can run all.
 __global__ void probe() {}
 
 } // namespace device_kernels
@@ -12,7 +12,7 @@ __global__ void probe() {}
 #ifndef __CUDACC_RTC__
 
 const char* use_device(int device) {
-  return text_of(cudaSetDevice(device));
+  return error_text(cudaSetDevice(device));
 }
 
 const char* problem(int device) {
@@ -27,7 +27,7 @@ const char* problem(int device) {
     }
   }
   (void)cudaGetLastError();
-  return text_of(error);
+  return error_text(error);
 }
 
 #endif

@@ -1,21 +1,21 @@
 // xi <- tau xi + (1 - tau) theta, in place, over a whole list of tensors.
 //
-// Bound by memory: 3 x the element size per element (read xi and theta, write xi). A list of a few hundred tensors
-// costs more in launches than in traffic, so a launch takes 120 pairs of tensors of any size: their addresses travel as
-// the kernel's parameters, of which there are 4 KB, so there is no table to copy and a CUDA graph keeps them. A block
-// finds its pair by binary search. Its tile is 4 packs of 16 bytes a thread: enough loads in flight, and small tensors
-// waste little.
+// Bound by memory: 3 x the element size per element (read xi and theta, write xi). For a list of a few hundred tensors,
+// launches would cost more than memory traffic, so a launch updates 120 pairs of tensors of any size. Their addresses
+// are kernel parameters, limited to 4 KB, so no table is copied to the device, and a CUDA graph stores them. A block
+// finds its pair by binary search. Its tile is 4 packs of 16 bytes per thread: enough loads in flight, little waste on
+// small tensors.
 //
 // 16-bit tensors are computed in fp32 and rounded once.
 #include "cuda_kernel.h"
 #include "cuda_launch.h"
 
 namespace dspnet::cuda {
-inline namespace ema_update_kernels { // not without a name: NVRTC drops kernels that no other file can see
+inline namespace ema_update_kernels { // named: NVRTC drops kernels in anonymous namespaces
 
 constexpr int kPairs = 120;
 template <typename scalar_t>
-constexpr int64_t kTile = 4 * kThreads * kWidest<scalar_t>; // elements
+constexpr int64_t kTile = 4 * kThreads * kPackWidth<scalar_t>; // elements
 
 struct Pairs {
   void* target[kPairs];
@@ -24,14 +24,14 @@ struct Pairs {
   int64_t first_block[kPairs + 1];
   int count;
 };
-static_assert(sizeof(Pairs) <= 4096 - 64, "the parameters of a kernel");
+static_assert(sizeof(Pairs) <= 4096 - 64, "exceeds the size of kernel parameters");
 
-// from_target: whether the step starts at the target, that is, whether weight is 1 - tau and not tau.
+// from_target: interpolate from the target, with weight = 1 - tau; otherwise from online, with weight = tau.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     ema_update_kernel(const __grid_constant__ Pairs pairs, compute_t<scalar_t> weight, bool from_target) {
   using compute = compute_t<scalar_t>;
-  constexpr int widest = kWidest<scalar_t>;
+  constexpr int pack_width = kPackWidth<scalar_t>;
   const int pair = last_at_most(pairs.first_block, pairs.count, blockIdx.x);
   const int64_t size = pairs.size[pair];
   const int64_t begin = (blockIdx.x - pairs.first_block[pair]) * kTile<scalar_t>;
@@ -45,15 +45,15 @@ __global__ void __launch_bounds__(kThreads)
     const Pack<scalar_t, width> theta = load<width>(online + i);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      const compute x = widen(xi.at[j]), t = widen(theta.at[j]);
-      // Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
-      narrow(from_target ? multiply_add(weight, t - x, x) : multiply_add(weight, x - t, t), xi.at[j]);
+      const compute x = upcast(xi.at[j]), t = upcast(theta.at[j]);
+      // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
+      downcast(from_target ? multiply_add(weight, t - x, x) : multiply_add(weight, x - t, t), xi.at[j]);
     }
     store(target + i, xi);
   };
   const int aligned = first_aligned(target);
   if (aligned == first_aligned(online)) {
-    for_range<widest>(begin, end, aligned, step);
+    for_range<pack_width>(begin, end, aligned, step);
   } else {
     for_range<1>(begin, end, 0, step);
   }
@@ -95,7 +95,7 @@ const char* update(const EmaPair* pairs, int64_t count, double tau, cudaStream_t
 
 #else
 
-// NVRTC compiles only what is used.
+// NVRTC compiles instantiated templates only.
 template __global__ void ema_update_kernel<double>(const __grid_constant__ Pairs, double, bool);
 template __global__ void ema_update_kernel<float>(const __grid_constant__ Pairs, float, bool);
 template __global__ void ema_update_kernel<__half>(const __grid_constant__ Pairs, float, bool);
@@ -107,13 +107,13 @@ template __global__ void ema_update_kernel<__nv_bfloat16>(const __grid_constant_
 
 #ifndef __CUDACC_RTC__
 
-const char* ema_update(Kind kind, const EmaPair* pairs, int64_t count, double tau, cudaStream_t stream) {
-  switch (kind) {
-    case Kind::f64:
+const char* ema_update(DType dtype, const EmaPair* pairs, int64_t count, double tau, cudaStream_t stream) {
+  switch (dtype) {
+    case DType::f64:
       return update<double>(pairs, count, tau, stream);
-    case Kind::f32:
+    case DType::f32:
       return update<float>(pairs, count, tau, stream);
-    case Kind::f16:
+    case DType::f16:
       return update<__half>(pairs, count, tau, stream);
     default:
       return update<__nv_bfloat16>(pairs, count, tau, stream);

@@ -1,25 +1,24 @@
-// One LARS step and the target's step after it, in place on flat buffers:
+// One LARS step and the following EMA update of the target, in place on flat buffers:
 //
 //   adapted segments: g' = g + wd p, q = eta |p| / |g'| (1 if either is 0); every other element: g' = g, q = 1
 //   m = mu m + q g'        p = p - lr m        xi = tau xi + (1 - tau) p        g = 0
 //
-// and with `apply` false only g = 0.
+// If `apply` is false, only g = 0.
 //
 // Bound by memory, fp32: pass 1 reads p and g, 8 bytes per element, for the norms; pass 2 reads p, g, m, xi and writes
 // them, 32 bytes.
 //
-// The buffers are cut into regions, a segment or the gap between two, and regions into tiles of 4096 elements: a tile
-// is a block, so all of its elements have one q, and a block finds its region by binary search. The regions travel as
-// the kernels' parameters, of which there are 4 KB, up to 220 at a time: there is no table on the device to be made,
-// kept or copied, and a CUDA graph keeps them.
+// The buffers are split into regions, each a segment or the gap between two, and regions into tiles of 4096 elements. A
+// block processes one tile, whose elements share one q, and finds its region by binary search. Up to 220 regions are
+// kernel parameters, limited to 4 KB, so no table is copied to the device, and a CUDA graph stores them.
 //
-// Sums are double, since squares of small fp32 gradients would underflow: one of each tile, added up in their order by
-// one block per region, so the result is the same each time.
+// Sums are double, since squares of small fp32 gradients would underflow. One block per region adds up the tiles' sums
+// in a fixed order, so results are reproducible.
 #include "cuda_kernel.h"
 #include "cuda_launch.h"
 
 namespace dspnet::cuda {
-inline namespace lars_ema_step_kernels { // not without a name: NVRTC drops kernels that no other file can see
+inline namespace lars_ema_step_kernels { // named: NVRTC drops kernels in anonymous namespaces
 
 constexpr int kRegions = 220;
 constexpr int64_t kTile = 4096;
@@ -30,7 +29,7 @@ struct Regions {
   bool adapted[kRegions];
   int count;
 };
-static_assert(sizeof(Regions) <= 4096 - 128, "the parameters of a kernel");
+static_assert(sizeof(Regions) <= 4096 - 128, "exceeds the size of kernel parameters");
 
 struct Tile {
   int region;
@@ -49,7 +48,7 @@ struct Squares {
   double g; // of g'
 };
 
-// Pass 1. width: of the loads. aligned: the first index that they may start at.
+// Pass 1. width: elements per load. aligned: the first index at which all buffers are aligned to 16 bytes.
 template <typename scalar_t, int width>
 __global__ void __launch_bounds__(kThreads) squares_kernel(
     const __grid_constant__ Regions regions,
@@ -57,12 +56,12 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(
     const scalar_t* __restrict__ grads,
     int aligned,
     scalar_t weight_decay,
-    Squares* __restrict__ sums) { // of each block
+    Squares* __restrict__ sums) { // per block
   const Tile tile = tile_of(regions, blockIdx.x);
   if (!regions.adapted[tile.region]) {
     return;
   }
-  double of_p = 0, of_g = 0;
+  double p_squares = 0, g_squares = 0;
   for_range<width>(tile.begin, tile.end, aligned, [&](auto constant, int64_t i) {
     constexpr int loaded = decltype(constant)::width;
     const Pack<scalar_t, loaded> p = load<loaded>(params + i), g = load<loaded>(grads + i);
@@ -70,38 +69,38 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(
     for (int j = 0; j < loaded; ++j) {
       const double weight = p.at[j];
       const double update = multiply_add(weight_decay, p.at[j], g.at[j]);
-      of_p += weight * weight;
-      of_g += update * update;
+      p_squares += weight * weight;
+      g_squares += update * update;
     }
   });
   __shared__ double parts_p[kThreads / kWarp];
   __shared__ double parts_g[kThreads / kWarp];
-  of_p = block_sum(of_p, parts_p);
-  of_g = block_sum(of_g, parts_g);
+  p_squares = block_sum(p_squares, parts_p);
+  g_squares = block_sum(g_squares, parts_g);
   if (threadIdx.x == 0) {
-    sums[blockIdx.x] = {of_p, of_g};
+    sums[blockIdx.x] = {p_squares, g_squares};
   }
 }
 
-// q of every region, one block each.
+// Computes q of every region, one block per region.
 __global__ void __launch_bounds__(kThreads) trust_kernel(
     const __grid_constant__ Regions regions, const Squares* __restrict__ sums, double eta, double* __restrict__ trust) {
   const int region = static_cast<int>(blockIdx.x);
   if (!regions.adapted[region]) {
     return;
   }
-  double of_p = 0, of_g = 0;
+  double p_squares = 0, g_squares = 0;
   for (int64_t i = regions.first_block[region] + threadIdx.x; i < regions.first_block[region + 1]; i += kThreads) {
-    of_p += sums[i].p;
-    of_g += sums[i].g;
+    p_squares += sums[i].p;
+    g_squares += sums[i].g;
   }
   __shared__ double parts_p[kThreads / kWarp];
   __shared__ double parts_g[kThreads / kWarp];
-  of_p = block_sum(of_p, parts_p);
-  of_g = block_sum(of_g, parts_g);
+  p_squares = block_sum(p_squares, parts_p);
+  g_squares = block_sum(g_squares, parts_g);
   if (threadIdx.x == 0) {
-    const bool either_is_zero = of_p == 0 || of_g == 0;
-    trust[region] = either_is_zero ? 1 : eta * sqrt(of_p) / sqrt(of_g);
+    const bool either_is_zero = p_squares == 0 || g_squares == 0;
+    trust[region] = either_is_zero ? 1 : eta * sqrt(p_squares) / sqrt(g_squares);
   }
 }
 
@@ -111,7 +110,7 @@ struct Buffers {
   scalar_t* g;
   scalar_t* m;
   scalar_t* xi;
-  int64_t with_target;
+  int64_t target_size; // elements of xi
 };
 
 // Pass 2.
@@ -122,11 +121,12 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
     int aligned,
     DeviceScalar lr,
     DeviceScalar tau_on_device,
-    const bool* __restrict__ apply, // null is true
+    const bool* __restrict__ apply, // null means true
     const double* __restrict__ trust,
     scalar_t weight_decay,
     scalar_t momentum) {
-  const Tile tile = tile_of(regions, gridDim.x - 1 - blockIdx.x); // what pass 1 read last is still in the L2
+  // In reverse order: the tiles that pass 1 read last are still in the L2 cache.
+  const Tile tile = tile_of(regions, gridDim.x - 1 - blockIdx.x);
   if (apply && !*apply) {
     for_range<width>(tile.begin, tile.end, aligned, [&](auto constant, int64_t i) {
       constexpr int stored = decltype(constant)::width;
@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
   const scalar_t decay = adapted ? weight_decay : scalar_t(0);
   const scalar_t minus_lr = static_cast<scalar_t>(-read(lr));
   const double tau = read(tau_on_device);
-  // Stepping from the nearer end keeps the rounding error small, and tau of 0 and 1 exact.
+  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
   const bool from_target = tau > 0.5;
   const scalar_t weight = static_cast<scalar_t>(from_target ? 1 - tau : tau);
 
-  // None of them overlaps another.
+  // The buffers do not overlap.
   scalar_t* __restrict__ const p = buffers.p;
   scalar_t* __restrict__ const g = buffers.g;
   scalar_t* __restrict__ const m = buffers.m;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
 #pragma unroll
       for (int j = 0; j < loaded; ++j) {
         scalar_t step = grads.at[j];
-        if (adapted) { // not 1 and 0 for q and decay: 0 times a weight that is no number is none either
+        if (adapted) { // a branch instead of decay = 0 and q = 1: 0 times a weight that is NaN is NaN
           step = q * multiply_add(decay, weights.at[j], step);
         }
         momenta.at[j] = multiply_add(momentum, momenta.at[j], step);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
       }
     });
   };
-  const int64_t targets_end = buffers.with_target;
+  const int64_t targets_end = buffers.target_size;
   const int64_t split = targets_end < tile.begin ? tile.begin : targets_end < tile.end ? targets_end : tile.end;
   if (split > tile.begin) {
     update(tile.begin, split, Constant<1>{});
@@ -196,7 +196,7 @@ constexpr int64_t kTrustBytes = (kRegions * sizeof(double) + 15) / 16 * 16;
 template <typename scalar_t>
 struct Step {
   Buffers<scalar_t> buffers;
-  int aligned; // the same for all buffers, or -1
+  int aligned; // first aligned index if the same for all buffers, else -1
   LarsOptions options;
   double* trust;
   Squares* sums;
@@ -227,11 +227,11 @@ struct Step {
   }
 
   const char* operator()(const Regions& regions) const {
-    return aligned < 0 ? run<1>(regions) : run<kWidest<scalar_t>>(regions);
+    return aligned < 0 ? run<1>(regions) : run<kPackWidth<scalar_t>>(regions);
   }
 };
 
-// All regions in their order, kRegions at a time. They cover [0, size).
+// Calls run(regions) for all regions in order, up to kRegions at a time. Together they cover [0, size).
 template <typename Run>
 const char* for_regions(int64_t size, const LarsSegments& segments, const Run& run) {
   Regions regions;
@@ -281,10 +281,10 @@ const char* step(
       static_cast<scalar_t*>(buffers.grads),
       static_cast<scalar_t*>(buffers.momenta),
       static_cast<scalar_t*>(buffers.targets),
-      buffers.with_target};
+      buffers.target_size};
   int aligned = first_aligned(typed.p);
   if (first_aligned(typed.g) != aligned || first_aligned(typed.m) != aligned ||
-      (typed.with_target > 0 && first_aligned(typed.xi) != aligned)) {
+      (typed.target_size > 0 && first_aligned(typed.xi) != aligned)) {
     aligned = -1;
   }
   auto* trust = static_cast<double*>(workspace);
@@ -294,7 +294,7 @@ const char* step(
 
 #else
 
-// NVRTC compiles only what is used.
+// NVRTC compiles instantiated templates only.
 #define DSPNET_KERNELS_OF(scalar_t, width)                                                                   \
   template __global__ void squares_kernel<scalar_t, width>(                                                  \
       const __grid_constant__ Regions, const scalar_t*, const scalar_t*, int, scalar_t, Squares*);           \
@@ -317,13 +317,13 @@ int64_t lars_ema_step_workspace(int64_t size) {
 }
 
 const char* lars_ema_step(
-    Kind kind,
+    DType dtype,
     const LarsBuffers& buffers,
     const LarsSegments& segments,
     const LarsOptions& options,
     void* workspace,
     cudaStream_t stream) {
-  return kind == Kind::f64 ? step<double>(buffers, segments, options, workspace, stream)
+  return dtype == DType::f64 ? step<double>(buffers, segments, options, workspace, stream)
                            : step<float>(buffers, segments, options, workspace, stream);
 }
 

@@ -1,6 +1,6 @@
-// The CUDA key of dspnet_cpp's operators, whose schemas are in csrc/registration.cpp: checks, memory, stream, launch.
-// The kernels know nothing of torch, and this file needs nothing of CUDA: it builds against any torch, and the library
-// loads where there is no driver.
+// The CUDA implementations of dspnet_cpp's operators: checks arguments, allocates results and workspaces, and calls the
+// launchers on torch's current stream. csrc/registration.cpp has the schemas. The kernels do not depend on torch, and
+// this file does not depend on CUDA's headers, so it builds with any torch, and the library loads without a driver.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
@@ -28,31 +28,31 @@ void check_cuda(const char* op, const char* error) {
   TORCH_CHECK(!error, op, ": CUDA reports: ", error);
 }
 
-// While it lives, a tensor's device is the current one, for torch and for the kernels.
+// Sets the current device, of torch and of the launchers, to a tensor's device; restores torch's on destruction.
 class OnDevice {
  public:
   OnDevice(const char* op, const at::Tensor& tensor) : guard_(tensor.device()) {
     check_cuda(op, cuda::use_device(tensor.device().index()));
-    const c10::impl::VirtualGuardImpl of_device(tensor.device().type());
-    stream = static_cast<cudaStream_t>(of_device.getStream(tensor.device()).native_handle());
+    const c10::impl::VirtualGuardImpl guard_impl(tensor.device().type());
+    stream = static_cast<cudaStream_t>(guard_impl.getStream(tensor.device()).native_handle());
   }
 
-  cudaStream_t stream; // torch's current one
+  cudaStream_t stream; // torch's current stream
 
  private:
   c10::DeviceGuard guard_;
 };
 
-cuda::Kind kind_of(const char* op, at::ScalarType dtype) {
+cuda::DType dtype_of(const char* op, at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble:
-      return cuda::Kind::f64;
+      return cuda::DType::f64;
     case at::kFloat:
-      return cuda::Kind::f32;
+      return cuda::DType::f32;
     case at::kHalf:
-      return cuda::Kind::f16;
+      return cuda::DType::f16;
     case at::kBFloat16:
-      return cuda::Kind::bf16;
+      return cuda::DType::bf16;
     default:
       TORCH_CHECK(false, op, ": ", dtype, " is not fp64, fp32, fp16 or bf16");
   }
@@ -70,10 +70,10 @@ void ema_update(at::TensorList targets, at::TensorList onlines, double tau) {
     at::Tensor first;
     std::vector<cuda::EmaPair> pairs;
   };
-  std::unordered_map<int, Group> groups; // of one dtype on one device
+  std::unordered_map<int, Group> groups; // by device and dtype
   for (const size_t i : update_all_but_runs(targets, onlines, tau)) {
     const at::Tensor& target = targets[i];
-    Group& group = groups[target.device().index() * 4 + static_cast<int>(kind_of(op, target.scalar_type()))];
+    Group& group = groups[target.device().index() * 4 + static_cast<int>(dtype_of(op, target.scalar_type()))];
     if (group.pairs.empty()) {
       group.first = target;
     }
@@ -82,7 +82,8 @@ void ema_update(at::TensorList targets, at::TensorList onlines, double tau) {
   for (const auto& [key, group] : groups) {
     const OnDevice on(op, group.first);
     const auto count = static_cast<int64_t>(group.pairs.size());
-    check_cuda(op, cuda::ema_update(kind_of(op, group.first.scalar_type()), group.pairs.data(), count, tau, on.stream));
+    const cuda::DType dtype = dtype_of(op, group.first.scalar_type());
+    check_cuda(op, cuda::ema_update(dtype, group.pairs.data(), count, tau, on.stream));
   }
 }
 
@@ -103,8 +104,8 @@ void lars_ema_step(
   const at::NoGradGuard no_grad;
   check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, apply, at::kCUDA);
   const cuda::LarsOptions options{
-      {lr.const_data_ptr(), kind_of(op, lr.scalar_type())},
-      {tau.const_data_ptr(), kind_of(op, tau.scalar_type())},
+      {lr.const_data_ptr(), dtype_of(op, lr.scalar_type())},
+      {tau.const_data_ptr(), dtype_of(op, tau.scalar_type())},
       weight_decay,
       momentum,
       eta,
@@ -125,10 +126,10 @@ void lars_ema_step(
   check_cuda(
       op,
       cuda::lars_ema_step(
-          kind_of(op, params.scalar_type()), buffers, segments, options, workspace.mutable_data_ptr(), on.stream));
+          dtype_of(op, params.scalar_type()), buffers, segments, options, workspace.mutable_data_ptr(), on.stream));
 }
 
-// The kernels take p and z of one dtype.
+// The kernels require p and z of one dtype.
 void check_matrices(const char* op, const at::Tensor& p, const at::Tensor& z) {
   check_rows(op, p, z, at::kCUDA);
   TORCH_CHECK(
@@ -145,13 +146,13 @@ at::Tensor normalized_mse(const at::Tensor& p, const at::Tensor& z) {
   if (p.size(0) == 0) {
     return at::full({}, std::numeric_limits<double>::quiet_NaN(), options);
   }
-  const at::Tensor of_p = p.contiguous(), of_z = z.contiguous(), loss = at::empty({}, options);
-  const cuda::Matrices matrices{of_p.const_data_ptr(), of_z.const_data_ptr(), p.size(0), p.size(1)};
+  const at::Tensor dense_p = p.contiguous(), dense_z = z.contiguous(), loss = at::empty({}, options);
+  const cuda::Matrices matrices{dense_p.const_data_ptr(), dense_z.const_data_ptr(), p.size(0), p.size(1)};
   const at::Tensor workspace = bytes_on(p, cuda::normalized_mse_workspace(p.size(0)));
   check_cuda(
       op,
       cuda::normalized_mse(
-          kind_of(op, p.scalar_type()), matrices, loss.mutable_data_ptr(), workspace.mutable_data_ptr(), on.stream));
+          dtype_of(op, p.scalar_type()), matrices, loss.mutable_data_ptr(), workspace.mutable_data_ptr(), on.stream));
   return loss;
 }
 
@@ -162,15 +163,15 @@ std::tuple<at::Tensor, at::Tensor> normalized_mse_backward(
   check_matrices(op, p, z);
   check_grad(op, grad, p, z);
   const OnDevice on(op, p);
-  const at::Tensor of_p = p.contiguous(), of_z = z.contiguous();
-  const at::Tensor grad_p = p_gradient ? at::empty_like(of_p) : at::empty({0}, p.options());
-  const at::Tensor grad_z = z_gradient ? at::empty_like(of_z) : at::empty({0}, z.options());
+  const at::Tensor dense_p = p.contiguous(), dense_z = z.contiguous();
+  const at::Tensor grad_p = p_gradient ? at::empty_like(dense_p) : at::empty({0}, p.options());
+  const at::Tensor grad_z = z_gradient ? at::empty_like(dense_z) : at::empty({0}, z.options());
   if (p.numel() > 0 && (p_gradient || z_gradient)) {
-    const cuda::Matrices matrices{of_p.const_data_ptr(), of_z.const_data_ptr(), p.size(0), p.size(1)};
+    const cuda::Matrices matrices{dense_p.const_data_ptr(), dense_z.const_data_ptr(), p.size(0), p.size(1)};
     check_cuda(
         op,
         cuda::normalized_mse_backward(
-            kind_of(op, p.scalar_type()),
+            dtype_of(op, p.scalar_type()),
             matrices,
             grad.const_data_ptr(),
             p_gradient ? grad_p.mutable_data_ptr() : nullptr,
@@ -195,7 +196,7 @@ TORCH_LIBRARY_IMPL(dspnet_cpp, CUDA, library) {
   library.impl("normalized_mse_backward", &dspnet::normalized_mse_backward);
 }
 
-// It has no tensor that a device could be read from.
+// cuda_problem has no tensor argument to dispatch on.
 TORCH_LIBRARY_IMPL(dspnet_cpp, CompositeExplicitAutograd, library) {
   library.impl("cuda_problem", &dspnet::cuda_problem);
 }

@@ -1,4 +1,4 @@
-// Activations as the operators take and give them: [N, C, H, W], dense and channels-last, float32 or bfloat16.
+// Helpers for activations, the operators' inputs and outputs: [N, C, H, W], channels-last, float32 or bfloat16.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -15,7 +15,7 @@ inline at::Tensor empty_channels_last(const at::Tensor& like) {
   return at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-// Calls run with a value of the type that activations of this dtype are stored in.
+// Calls run(scalar_t{}), with scalar_t the C++ type of this dtype.
 template <typename Run>
 void with_scalar(at::ScalarType type, const Run& run) {
   if (type == at::kFloat) {
@@ -25,14 +25,14 @@ void with_scalar(at::ScalarType type, const Run& run) {
   }
 }
 
-// A float32 result of these sizes, [0] where it is not wanted.
-inline at::Tensor empty_small(const at::Tensor& x, bool wanted, at::IntArrayRef sizes) {
+// A float32 tensor of these sizes; of size [0] if the result is not wanted.
+inline at::Tensor empty_fp32(const at::Tensor& x, bool wanted, at::IntArrayRef sizes) {
   return at::empty(wanted ? sizes : at::IntArrayRef({0}), x.options().dtype(at::kFloat));
 }
 
-// Where such a result goes: null where it is not wanted.
-inline float* pointer_of(const at::Tensor& small) {
-  return small.numel() > 0 ? small.mutable_data_ptr<float>() : nullptr;
+// The data of a tensor from empty_fp32; null if the result is not wanted.
+inline float* data_or_null(const at::Tensor& result) {
+  return result.numel() > 0 ? result.mutable_data_ptr<float>() : nullptr;
 }
 
 } // namespace CPU_CAPABILITY

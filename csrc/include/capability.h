@@ -1,7 +1,7 @@
 // Every source in csrc/cpu is compiled once per CPU capability, each build in the namespace that CPU_CAPABILITY names.
-// DSPNET_CPU_BUILDS declares the builds of one kernel, DSPNET_CPU_BUILD picks the one for this process. It is picked
-// once, when the library is loaded, so a call pays nothing for it. ATEN_CPU_CAPABILITY=default|avx2 asks for less.
-// DSPNET_CAPABILITY is defined where there is one build alone.
+// DSPNET_CPU_BUILDS declares the builds of one kernel; DSPNET_CPU_BUILD selects one when the library is loaded, so
+// calls have no dispatch cost. ATEN_CPU_CAPABILITY=default|avx2 selects a lower capability than the processor's.
+// DSPNET_CAPABILITY names the only build of a library that is compiled for a single capability.
 #pragma once
 
 #include <ATen/Version.h>
@@ -11,12 +11,12 @@
 namespace dspnet {
 
 template <typename Kernel>
-Kernel* for_this_cpu(Kernel* by_default, [[maybe_unused]] Kernel* avx2, [[maybe_unused]] Kernel* avx512) {
+Kernel* select_build(Kernel* default_build, [[maybe_unused]] Kernel* avx2, [[maybe_unused]] Kernel* avx512) {
   const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512") {
     return avx512;
   }
-  return capability == "AVX2" ? avx2 : by_default;
+  return capability == "AVX2" ? avx2 : default_build;
 }
 
 } // namespace dspnet
@@ -33,7 +33,7 @@ Kernel* for_this_cpu(Kernel* by_default, [[maybe_unused]] Kernel* avx2, [[maybe_
   namespace AVX512 { result kernel(__VA_ARGS__); }            \
   }
 #define DSPNET_CPU_BUILD(kernel) \
-  dspnet::for_this_cpu(&dspnet::DEFAULT::kernel, &dspnet::AVX2::kernel, &dspnet::AVX512::kernel)
+  dspnet::select_build(&dspnet::DEFAULT::kernel, &dspnet::AVX2::kernel, &dspnet::AVX512::kernel)
 #else
 #define DSPNET_CPU_BUILDS(result, kernel, ...) \
   namespace dspnet { namespace DSPNET_CAPABILITY { result kernel(__VA_ARGS__); } }

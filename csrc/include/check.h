@@ -1,4 +1,4 @@
-// Checks that every operator makes before it touches memory: nothing that a caller passes may crash the process.
+// Argument checks of the CPU operators, made before any memory access: no argument may crash the process.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -36,13 +36,13 @@ inline void check_like(const char* op, const char* name, const at::Tensor& tenso
       other.sizes(), " ", other.scalar_type(), ", got ", tensor.sizes(), " ", tensor.scalar_type());
 }
 
-// A tensor that is added to, not two of its elements at one address.
+// main_grad is accumulated into, so its elements must not share addresses.
 inline void check_main_grad(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& other) {
   check_like(op, name, tensor, other);
   at::assert_no_internal_overlap(tensor);
 }
 
-// A float32 matrix of this shape; returns it contiguous.
+// Checks for a float32 matrix of this shape; returns a contiguous version.
 inline at::Tensor check_matrix(
     const char* op, const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
   check_cpu(op, name, tensor);
@@ -56,18 +56,18 @@ inline at::Tensor check_matrix(
 
 inline Act check_act(const char* op, std::string_view act) {
   TORCH_CHECK(
-      act == "identity" || act == "relu" || act == "hardswish", op, ": act must be one of identity, relu, hardswish, not ",
-      std::string(act));
+      act == "identity" || act == "relu" || act == "hardswish", op,
+      ": act must be one of identity, relu, hardswish, not ", std::string(act));
   return act == "relu" ? Act::relu : act == "hardswish" ? Act::hardswish : Act::identity;
 }
 
-// Deferred with the tensors that keep its memory alive.
+// The deferred normalisation and the tensors that own its memory.
 struct CheckedDeferred {
   at::Tensor scale, shift, gate;
   Deferred deferred;
 };
 
-// views: rows of moments that the operator forms, 0 for none.
+// views: rows of moments that the operator computes; 0 if it computes none.
 inline CheckedDeferred check_deferred(
     const char* op,
     const at::Tensor& x,
@@ -80,12 +80,13 @@ inline CheckedDeferred check_deferred(
   checked.deferred.act = check_act(op, act);
   TORCH_CHECK(views >= 0 && (views == 0 || x.size(0) % views == 0), op, ": ", x.size(0), " images are not ", views,
               " views of equal size");
-  TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift come together, or neither does");
+  TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": give both scale and shift, or neither");
   if (scale) {
     const int64_t rows = scale->dim() == 2 ? scale->size(0) : 0;
     TORCH_CHECK(
-        rows > 0 && x.size(0) % rows == 0 && (views == 0 || rows == 1 || rows == views), op, ": ", rows,
-        " rows of scale and shift for ", x.size(0), " images, ", views, " views");
+        rows > 0 && x.size(0) % rows == 0 && (views == 0 || rows == 1 || rows == views), op,
+        ": scale and shift must have 1 row or one per view, got ", rows, " rows for ", x.size(0), " images and ", views,
+        " views");
     checked.scale = check_matrix(op, "scale", *scale, rows, x.size(1));
     checked.shift = check_matrix(op, "shift", *shift, rows, x.size(1));
     checked.deferred.scale = checked.scale.const_data_ptr<float>();

@@ -1,5 +1,6 @@
-// What the kinds of conv_moments have in common: their arguments after validation, as plain pointers and numbers.
-// dspnet_fast/ops/conv_moments.py is the specification; csrc/cpu/conv_moments.cpp validates and chooses the kind.
+// The arguments of conv_moments after validation, as plain pointers and numbers, and its pointwise, depthwise and dense
+// implementations. dspnet_fast/ops/conv_moments.py is the specification; csrc/cpu/conv_moments.cpp validates and
+// dispatches.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +14,14 @@ struct ConvShape {
   int64_t images, channels, height, width; // of x
   int64_t out_channels, out_height, out_width; // of y
   int64_t kernel, stride, padding;
-  int64_t views; // rows of mean and variance: 0 where no moments are wanted
+  int64_t views; // rows of mean and variance; 0 without moments
 
   int64_t positions() const { // of y, in one image
     return out_height * out_width;
   }
 };
 
-// A prefix of a weight or of its gradient, [O, I, k, k] by strides. Depthwise weights have I = 1.
+// A strided prefix of a weight or of its gradient, [O, I, k, k]. Depthwise weights have I = 1.
 struct Prefix {
   float* data;
   int64_t out, in, row, column; // strides, in elements
@@ -41,7 +42,7 @@ struct Forward {
   float* variance;
 };
 
-// Every output is written whole, except grad_weight, which is added to. Null: not wanted.
+// Outputs are overwritten, except grad_weight, which is accumulated into. Outputs that are not wanted are null.
 template <typename scalar_t>
 struct Backward {
   const scalar_t* grad_y;
@@ -53,13 +54,13 @@ struct Backward {
   const scalar_t* y;
   const float* mean;
   scalar_t* grad_x;
-  float* grad_scale; // [deferred.rows, channels]; wanted whenever grad_x is and deferred.rows > 0
+  float* grad_scale; // [deferred.rows, channels]; required if grad_x is not null and deferred.rows > 0
   float* grad_shift;
-  float* grad_gate; // [images, channels]; wanted whenever grad_x is and deferred.gate is there
-  Prefix grad_weight; // data is null: not wanted
+  float* grad_gate; // [images, channels]; required if grad_x and deferred.gate are not null
+  Prefix grad_weight; // data is null if not wanted
 };
 
-// One source each. Each is a template instantiated there for float and at::BFloat16.
+// Each is defined in a source of its name and instantiated there for float and at::BFloat16.
 template <typename scalar_t>
 void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args);
 template <typename scalar_t>

@@ -1,4 +1,4 @@
-// What convolutions as matrix products do with a tile of y: store it, and sum it for the moments.
+// The epilogue of convolutions computed as matrix products: stores a tile of y and sums it for the moments.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,17 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-// An epilogue of multiply(). pivot, sum, square: [padded channels] each, as ChannelMoments::merge wants them, or null.
+// An epilogue of multiply(). pivot, sum, square: [padded channels], the arguments of ChannelMoments::merge, or null.
 template <typename scalar_t>
 struct StoreOutput {
   scalar_t* y; // of the first row
-  int64_t stride; // from row to row
+  int64_t stride; // between rows
   int64_t channels;
   float* pivot = nullptr;
   float* sum = nullptr;
   float* square = nullptr;
   bool has_pivot = false;
-  bool begins = true; // the sums; otherwise adds to them
+  bool begins = true; // overwrites the sums; otherwise adds to them
 
   template <int R, int V>
   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const {
@@ -42,8 +42,8 @@ struct StoreOutput {
     }
   }
 
-  // Sums of a tile first: adding every row to the block's sum would round it as often. Without a pivot yet, it is the
-  // mean of the first tile: near the block's mean, whatever that is.
+  // Sums a tile in registers first: adding each row to the block's sum would round that sum once per row. If no pivot
+  // exists yet, the mean of the first tile becomes the pivot, since it is near the block's mean.
   template <int R>
   DSPNET_INLINE void add_up(bool first, int64_t c, const Vec (&out)[R]) const {
     if (first && !has_pivot) {

@@ -1,4 +1,4 @@
-// What the kernels share: element types, 16-byte loads, a walk over a range, sums over a block. For NVRTC too.
+// Device code shared by the kernels: dtype conversion, 16-byte loads, range loops, block sums. NVRTC compiles it too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,61 +11,61 @@ typedef unsigned long uintptr_t;
 #include <cstdint>
 #endif
 
-#include "cuda_kind.h"
+#include "cuda_dtype.h"
 
 namespace dspnet::cuda {
 
 constexpr int kThreads = 256; // of every block
 constexpr int kWarp = 32;
 
-// --- Elements: 16-bit ones are computed in fp32 and rounded once -----------------------------------------------------
+// --- Dtype conversion: 16-bit elements are computed in fp32 and rounded once -----------------------------------------
 template <typename scalar_t>
-struct ComputedIn {
+struct ComputeType {
   using type = float;
 };
 template <>
-struct ComputedIn<double> {
+struct ComputeType<double> {
   using type = double;
 };
 template <typename scalar_t>
-using compute_t = typename ComputedIn<scalar_t>::type;
+using compute_t = typename ComputeType<scalar_t>::type;
 
-__device__ inline float widen(float value) {
+__device__ inline float upcast(float value) {
   return value;
 }
-__device__ inline double widen(double value) {
+__device__ inline double upcast(double value) {
   return value;
 }
-__device__ inline float widen(__half value) {
+__device__ inline float upcast(__half value) {
   return __half2float(value);
 }
-__device__ inline float widen(__nv_bfloat16 value) {
+__device__ inline float upcast(__nv_bfloat16 value) {
   return __bfloat162float(value);
 }
 
-__device__ inline void narrow(float value, float& to) {
+__device__ inline void downcast(float value, float& to) {
   to = value;
 }
-__device__ inline void narrow(double value, double& to) {
+__device__ inline void downcast(double value, double& to) {
   to = value;
 }
-__device__ inline void narrow(float value, __half& to) {
+__device__ inline void downcast(float value, __half& to) {
   to = __float2half_rn(value);
 }
-__device__ inline void narrow(float value, __nv_bfloat16& to) {
+__device__ inline void downcast(float value, __nv_bfloat16& to) {
   to = __float2bfloat16_rn(value);
 }
 
 __device__ inline double read(const DeviceScalar& scalar) {
-  switch (scalar.kind) {
-    case Kind::f64:
-      return *static_cast<const double*>(scalar.at);
-    case Kind::f32:
-      return *static_cast<const float*>(scalar.at);
-    case Kind::f16:
-      return widen(*static_cast<const __half*>(scalar.at));
+  switch (scalar.dtype) {
+    case DType::f64:
+      return *static_cast<const double*>(scalar.data);
+    case DType::f32:
+      return *static_cast<const float*>(scalar.data);
+    case DType::f16:
+      return upcast(*static_cast<const __half*>(scalar.data));
     default:
-      return widen(*static_cast<const __nv_bfloat16*>(scalar.at));
+      return upcast(*static_cast<const __nv_bfloat16*>(scalar.data));
   }
 }
 
@@ -76,9 +76,9 @@ __device__ inline double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-// --- Neighbours that are loaded and stored as one --------------------------------------------------------------------
+// --- Vectorised loads and stores -------------------------------------------------------------------------------------
 template <typename scalar_t>
-constexpr int kWidest = 16 / sizeof(scalar_t);
+constexpr int kPackWidth = 16 / sizeof(scalar_t); // elements in a 16-byte load
 
 template <typename scalar_t, int width>
 struct alignas(sizeof(scalar_t) * width) Pack {
@@ -94,10 +94,10 @@ __device__ inline void store(scalar_t* to, const Pack<scalar_t, width>& pack) {
   *reinterpret_cast<Pack<scalar_t, width>*>(to) = pack;
 }
 
-// The first index from a pointer on that is aligned to 16 bytes.
+// The index of the first element at or after a pointer that is aligned to 16 bytes.
 template <typename scalar_t>
 __host__ __device__ inline int first_aligned(const scalar_t* pointer) {
-  constexpr int width = kWidest<scalar_t>;
+  constexpr int width = kPackWidth<scalar_t>;
   return (width - static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(scalar_t) % width)) % width;
 }
 
@@ -106,8 +106,9 @@ struct Constant {
   static constexpr int width = value;
 };
 
-// A block's walk over the indices [begin, end): run(Constant<width>, i) for i .. i + width - 1 where i is `aligned` plus
-// a multiple of width, and run(Constant<1>, i) for the fewer than width indices at either end.
+// Distributes the indices [begin, end) over the threads of a block: calls run(Constant<width>, i) for i .. i + width -
+// 1, with i equal to `aligned` plus a multiple of width, and run(Constant<1>, i) for the remaining indices at either
+// end.
 template <int width, typename Run>
 __device__ inline void for_range(int64_t begin, int64_t end, int aligned, const Run& run) {
   const int64_t skipped = begin + ((aligned - begin) & (width - 1));
@@ -128,12 +129,12 @@ __device__ inline void for_range(int64_t begin, int64_t end, int aligned, const 
   }
 }
 
-// The last of `count` ascending firsts, the first of which is <= value, that is <= value.
-__device__ inline int last_at_most(const int64_t* firsts, int count, int64_t value) {
-  int low = 0, high = count; // firsts[low] <= value < firsts[high]
+// The index of the last of `count` ascending values that is <= value; values[0] must be.
+__device__ inline int last_at_most(const int64_t* values, int count, int64_t value) {
+  int low = 0, high = count; // values[low] <= value < values[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (firsts[middle] <= value) {
+    if (values[middle] <= value) {
       low = middle;
     } else {
       high = middle;
@@ -142,8 +143,8 @@ __device__ inline int last_at_most(const int64_t* firsts, int count, int64_t val
   return low;
 }
 
-// --- Sums, always in the same order ----------------------------------------------------------------------------------
-// Over a warp, in every lane.
+// --- Sums in a fixed order: results are reproducible -----------------------------------------------------------------
+// The sum over a warp, in every lane.
 __device__ inline double warp_sum(double value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(0xffffffffu, value, distance);
@@ -151,7 +152,7 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
-// Over a block, in thread 0. To be called by all threads; `parts` in shared memory, one call each.
+// The sum over a block, in thread 0. All threads must call it. `parts` is shared memory that no other call uses.
 __device__ inline double block_sum(double value, double (&parts)[kThreads / kWarp]) {
   const int lane = threadIdx.x % kWarp;
   value = warp_sum(value);

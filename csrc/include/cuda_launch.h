@@ -1,4 +1,4 @@
-// The host's side of a kernel: launching it, and the choice of a template by what is known at run time.
+// Launches kernels from the host.
 #pragma once
 
 #ifndef __CUDACC_RTC__
@@ -11,7 +11,7 @@
 
 namespace dspnet::cuda {
 
-inline const char* text_of(cudaError_t error) {
+inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -20,7 +20,7 @@ struct Identity {
   using type = T;
 };
 
-// Blocks of kThreads threads. Returns null or what CUDA reports of this launch.
+// Launches `blocks` blocks of kThreads threads. Returns null, or the error message of this launch.
 template <typename... Parameters>
 const char* launch(
     void (*kernel)(Parameters...),
@@ -31,16 +31,16 @@ const char* launch(
     return nullptr;
   }
   if (blocks > INT_MAX) {
-    return text_of(cudaErrorInvalidConfiguration);
+    return error_text(cudaErrorInvalidConfiguration);
   }
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   const cudaError_t error =
       cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, 0, stream);
   if (error != cudaSuccess) {
-    (void)cudaGetLastError(); // it was reported: the next launch must not report it again
+    (void)cudaGetLastError(); // clears the error, or the next launch would report it again
   }
-  return text_of(error);
+  return error_text(error);
 }
 
 } // namespace dspnet::cuda

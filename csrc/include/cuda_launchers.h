@@ -1,21 +1,23 @@
-// What the .cu files offer to csrc/cuda/operators.cpp: raw pointers, sizes and a stream, so that they know nothing of
-// torch, and it nothing of CUDA's headers. Arguments have been checked. Launchers return at once, and give null or what
-// CUDA reports; they neither allocate nor wait, so a CUDA graph may record them.
+// The interface between the .cu files and csrc/cuda/operators.cpp. It consists of raw pointers, sizes and a stream, so
+// the .cu files do not include torch, and operators.cpp does not include CUDA's headers. operators.cpp has checked the
+// arguments. Launchers return null or CUDA's error message; they neither allocate nor synchronize, so CUDA graphs can
+// capture them.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda_kind.h"
+#include "cuda_dtype.h"
 
 typedef struct CUstream_st* cudaStream_t; // as in CUDA's own headers
 
 namespace dspnet::cuda {
 
 // --- device.cu -------------------------------------------------------------------------------------------------------
-// Why this library cannot compute on this device, or null.
+// The error message if this library cannot run on this device, or null.
 const char* problem(int device);
 
-// The runtime linked into this library keeps a current device of its own, for each thread.
+// Sets the device of the calling thread. The CUDA runtime is linked statically, so torch's current device does not
+// apply.
 const char* use_device(int device);
 
 // --- ema_update.cu ---------------------------------------------------------------------------------------------------
@@ -25,8 +27,8 @@ struct EmaPair {
   int64_t size; // elements
 };
 
-// No target may share memory with another tensor, except with its own online if they are the same.
-const char* ema_update(Kind kind, const EmaPair* pairs, int64_t count, double tau, cudaStream_t stream);
+// A target must not share memory with another tensor, except if it is identical to its online tensor.
+const char* ema_update(DType dtype, const EmaPair* pairs, int64_t count, double tau, cudaStream_t stream);
 
 // --- lars_ema_step.cu ------------------------------------------------------------------------------------------------
 struct LarsBuffers {
@@ -34,11 +36,11 @@ struct LarsBuffers {
   void* grads;
   void* momenta;
   void* targets;
-  int64_t size; // of the first three
-  int64_t with_target; // of the last
+  int64_t size; // elements of params, grads and momenta
+  int64_t target_size; // elements of targets
 };
 
-// The adapted segments, ascending and apart.
+// The adapted segments, in ascending order, not overlapping.
 struct LarsSegments {
   const int64_t* starts;
   const int64_t* sizes;
@@ -48,13 +50,13 @@ struct LarsSegments {
 struct LarsOptions {
   DeviceScalar lr, tau;
   double weight_decay, momentum, eta;
-  const bool* apply; // on the device; null is true
+  const bool* apply; // on the device; null means true
 };
 
 int64_t lars_ema_step_workspace(int64_t size); // bytes, aligned to 16
 
 const char* lars_ema_step(
-    Kind kind, // f32 or f64
+    DType dtype, // f32 or f64
     const LarsBuffers& buffers,
     const LarsSegments& segments,
     const LarsOptions& options,
@@ -70,11 +72,11 @@ struct Matrices {
 
 int64_t normalized_mse_workspace(int64_t rows); // bytes, aligned to 8
 
-// loss: one number, double for f64, otherwise float.
-const char* normalized_mse(Kind kind, const Matrices& matrices, void* loss, void* workspace, cudaStream_t stream);
+// loss: a scalar on the device, double for f64, otherwise float.
+const char* normalized_mse(DType dtype, const Matrices& matrices, void* loss, void* workspace, cudaStream_t stream);
 
-// grad: as loss. grad_p, grad_z: either may be null.
+// grad: a scalar of the same type as loss. grad_p, grad_z: either may be null.
 const char* normalized_mse_backward(
-    Kind kind, const Matrices& matrices, const void* grad, void* grad_p, void* grad_z, cudaStream_t stream);
+    DType dtype, const Matrices& matrices, const void* grad, void* grad_p, void* grad_z, cudaStream_t stream);
 
 } // namespace dspnet::cuda

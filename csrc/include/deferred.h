@@ -1,5 +1,5 @@
-// Deferred normalisation, as dspnet_fast/ops/deferred.py specifies it: h = act(scale x + shift) * gate, formed while x is read.
-// Everything here computes in fp32; activations are stored as scalar_t, float or at::BFloat16.
+// Deferred normalisation (dspnet_fast/ops/deferred.py): operators compute h = act(scale x + shift) * gate while loading
+// x. Computation is in fp32; activations are stored as scalar_t, float or at::BFloat16.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-// Only what is inlined takes vectors in registers.
+// Functions pass vectors in registers only if they are inlined.
 #define DSPNET_INLINE inline __attribute__((always_inline))
 
 namespace dspnet {
@@ -30,7 +30,7 @@ struct Deferred {
   Act act = Act::identity;
   const float* gate = nullptr;
 
-  // The row that serves image n of `images`.
+  // The row for image n of `images`.
   int64_t row(int64_t n, int64_t images) const {
     return rows > 1 ? n / (images / rows) : 0;
   }
@@ -69,7 +69,7 @@ DSPNET_INLINE Vec activation_gradient(const Vec& z) {
   }
 }
 
-// Calls run(std::integral_constant<Act, act>) for the act known only at run time.
+// Calls run(std::integral_constant<Act, act>) for an act known only at run time.
 template <typename Run>
 auto with_act(Act act, const Run& run) {
   switch (act) {
@@ -82,7 +82,7 @@ auto with_act(Act act, const Run& run) {
   }
 }
 
-// kVec stored values as fp32.
+// Loads kVec values as fp32.
 DSPNET_INLINE Vec load(const float* from) {
   return Vec::loadu(from);
 }
@@ -94,15 +94,15 @@ DSPNET_INLINE Vec load(const at::BFloat16* from) {
   return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(
       _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16)));
 #else
-  float wide[kVec];
+  float upcast[kVec];
   for (int64_t i = 0; i < kVec; ++i) {
-    wide[i] = from[i];
+    upcast[i] = from[i];
   }
-  return Vec::loadu(wide);
+  return Vec::loadu(upcast);
 #endif
 }
 
-// The first `count` <= kVec of them; the rest are zero.
+// Loads `count` <= kVec values as fp32; the other lanes are zero.
 DSPNET_INLINE Vec load(const float* from, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
   return Vec(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
@@ -134,9 +134,9 @@ DSPNET_INLINE void store(float* to, const Vec& value, int64_t count) {
 #endif
 }
 #if defined(CPU_CAPABILITY_AVX512)
-// bfloat16 of each, in the lower half. Rounds to the nearest even. NaN stays NaN.
+// Rounds to bfloat16, nearest even, in the lower half of each lane. NaN stays NaN.
 DSPNET_INLINE __m512i to_bfloat16(const Vec& value) {
-  // The forms with a mask: GCC 12 warns of its own header in the others.
+  // Masked intrinsics: GCC 12 warns about its own header in the others.
   constexpr __mmask16 all = 0xffff;
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(all, bits, 16), _mm512_set1_epi32(1));
@@ -150,15 +150,15 @@ DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVe
   const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, to_bfloat16(value));
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
 #else
-  float wide[kVec];
-  value.store(wide);
+  float upcast[kVec];
+  value.store(upcast);
   for (int64_t i = 0; i < count; ++i) {
-    to[i] = wide[i];
+    to[i] = upcast[i];
   }
 #endif
 }
 
-// What load() reads after store().
+// The value that load() returns after store().
 template <typename scalar_t>
 DSPNET_INLINE Vec as_stored(const Vec& value) {
   if constexpr (std::is_same_v<scalar_t, float>) {

@@ -1,10 +1,10 @@
-// What the forward and the backward of the dense conv_moments have in common: bands, how x is formed for them, and
-// products over all taps of a kernel row.
+// Shared by the forward and the backward of the dense conv_moments: bands, the formation of h for a band, and products
+// over all taps of a kernel row.
 //
-// A band, some images or some rows of one, is formed once into scratch: h = act(scale x + shift) * gate, its rows with
-// zeros on both sides. The k taps of one kernel row are then k C floats in a row, so a product needs no copy of
-// patches: its rows are the positions of one output row, or, where those are few, one position of many images. Taps
-// outside the image are left out.
+// A band is some images, or some rows of one image. Its h = act(scale x + shift) * gate is computed once, into scratch,
+// with zeros on both sides of each row. The k taps of one kernel row are then k C consecutive floats, so products need
+// no copies of patches (no im2col). The rows of a product are the positions of one output row, or, if output rows are
+// short, one position of many images. Taps outside the image are skipped.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -21,23 +21,24 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace dense {
 
-constexpr int64_t kBandBytes = 512 << 10; // of formed rows
-constexpr int64_t kNarrow = 8; // output rows shorter than this are too short for tiles
+constexpr int64_t kBandBytes = 512 << 10; // of h, for a band
+constexpr int64_t kNarrow = 8; // output rows shorter than this do not fill a tile
 
 struct PackedWeight;
 struct FormedInput;
 struct BlockSums;
 
-// Some images, whole, or some output rows [begin, end) of one.
+// Some whole images, or the output rows [begin, end) of one image.
 struct Band {
   int64_t segment, image, images, begin, end;
 };
 
-// Images are in segments, those of one view or of one row of scale and shift. No band straddles two.
+// Splits the images into bands. A segment is the images of one view, or of one row of scale and shift; no band contains
+// images of two segments.
 struct Bands {
-  int64_t segments, segment_images, height, images, rows, parts; // parts: of an image, if it is more than one
+  int64_t segments, segment_images, height, images, rows, per_image; // images, rows: of a band; per_image: bands
 
-  // floats: to be formed for an output row.
+  // floats: scratch for one output row.
   Bands(const ConvShape& shape, const Deferred& deferred, int64_t floats)
       : segments(std::max<int64_t>({shape.views, deferred.rows, 1})),
         segment_images(shape.images / segments),
@@ -45,26 +46,26 @@ struct Bands {
     const int64_t image_bytes = height * floats * static_cast<int64_t>(sizeof(float)), threads = at::get_num_threads();
     const int64_t wanted = std::max((image_bytes + kBandBytes - 1) / kBandBytes, 2 * threads / shape.images);
     rows = std::clamp<int64_t>((height + wanted - 1) / wanted, 1, height);
-    parts = (height + rows - 1) / rows;
+    per_image = (height + rows - 1) / rows;
     const int64_t limit = std::min({kBandBytes / image_bytes, shape.images / (4 * threads), kRowMultiple});
-    images = parts > 1 ? 1 : std::clamp<int64_t>(limit, 1, segment_images);
+    images = per_image > 1 ? 1 : std::clamp<int64_t>(limit, 1, segment_images);
   }
 
   int64_t per_segment() const {
-    return (segment_images + images - 1) / images * parts;
+    return (segment_images + images - 1) / images * per_image;
   }
   int64_t count() const {
     return segments * per_segment();
   }
   Band at(int64_t b) const {
-    const int64_t segment = b / per_segment(), within = b % per_segment(), part = within % parts;
-    const int64_t first = within / parts * images;
+    const int64_t segment = b / per_segment(), within = b % per_segment(), part = within % per_image;
+    const int64_t first = within / per_image * images;
     return {segment, segment * segment_images + first, std::min(images, segment_images - first), part * rows,
             std::min((part + 1) * rows, height)};
   }
 };
 
-// Rows [low, high) of a band's images in scratch, with zero pixels on both sides.
+// Scratch for rows [low, high) of a band's images, with `left` and `right` zero pixels beside each row.
 struct FormedRows {
   float* data;
   int64_t channels, width, left, right, low, high;
@@ -72,25 +73,25 @@ struct FormedRows {
   int64_t row_floats() const {
     return (left + width + right) * channels;
   }
-  // An odd number of cache lines: the same position of many images then falls into different sets of the cache.
+  // An odd number of cache lines, so that the same position of several images maps to different cache sets.
   int64_t image_floats() const {
     constexpr int64_t line = 16;
     return (round_up((high - low) * row_floats(), line) / line | 1) * line;
   }
-  // Of the image itself, x < 0 being the zeros before it.
+  // Pixel (y, x) of an image; x < 0 addresses the zeros on the left.
   float* pixel(int64_t image, int64_t y, int64_t x) const {
     return data + image * image_floats() + (y - low) * row_floats() + (left + x) * channels;
   }
 };
 
-// What `images` of them need; vectors may be read from the last pixel on.
+// The scratch for `images` images, in floats; includes space for a vector load that starts at the last pixel.
 inline int64_t formed_floats(FormedRows rows, int64_t images, int64_t height) {
   rows.low = 0;
   rows.high = height;
   return images * rows.image_floats() + kPanelVectors * kVec;
 }
 
-// Calls form(to, image, y) for the pixels of all rows, and makes the zeros.
+// Calls form(to, image, y) for all rows, and writes the zeros beside them.
 template <typename Form>
 void form_rows(const FormedRows& formed, int64_t images, const Form& form) {
   for (int64_t i = 0; i < images; ++i) {
@@ -103,8 +104,8 @@ void form_rows(const FormedRows& formed, int64_t images, const Form& form) {
   }
 }
 
-// The positions of one row in one image, or one position of several images: rows by the packed weight. Their taps are
-// `runs` runs of `run` floats; in the weight, the first one's rows begin at `depth`.
+// One product: `rows` rows, the positions of one output row of an image or one position of several images, by the
+// packed weight. A row consists of `runs` runs of `run` floats. The first run's rows of the weight begin at `depth`.
 template <typename out_t>
 struct Product {
   const float* from;
@@ -113,11 +114,11 @@ struct Product {
   out_t* to;
 };
 
-// Products that differ in no more than that.
+// Products that share their strides.
 template <typename out_t>
 struct Products {
-  int64_t stride, row_step, depth_step; // from row to row of A; from run to run, there and in the weight
-  int64_t to_stride; // from row to row of the result
+  int64_t stride, row_step, depth_step; // between rows of A; between runs in A; between runs in the weight
+  int64_t to_stride; // between rows of the result
   std::vector<Product<out_t>> all{};
 
   void add(const float* from, int64_t runs, int64_t run, int64_t depth, int64_t rows, out_t* to) {
@@ -125,7 +126,7 @@ struct Products {
   }
 };
 
-// As multiply_rows, but where a tile and a small rest would be left, two tiles of about the same size.
+// Like multiply_rows, but replaces a last full tile and a small remainder by two tiles of about the same size.
 template <int V, typename Epilogue>
 void multiply_evenly(const Rows& a, int64_t rows, const float* panel, int64_t column, const Epilogue& epilogue) {
   constexpr int R = kTileRows<V>, middle = R == 12 ? 8 : R == 6 ? 4 : R / 2;
@@ -138,11 +139,15 @@ void multiply_evenly(const Rows& a, int64_t rows, const float* panel, int64_t co
   }
 }
 
-// depth: of the whole packed weight, of which a product may use a part. Panel after panel, so that each stays in the
-// cache for all products. epilogue_of(product): one of multiply()'s.
+// Computes all products, panel by panel, so that a panel of the weight stays in the cache for all products. depth: of
+// the whole packed weight; a product may use a part of it. epilogue_of(product): an epilogue as for multiply().
 template <typename out_t, typename EpilogueOf>
 void multiply_all(
-    const Products<out_t>& products, const float* packed, int64_t depth, const Panels& panels, const EpilogueOf& epilogue_of) {
+    const Products<out_t>& products,
+    const float* packed,
+    int64_t depth,
+    const Panels& panels,
+    const EpilogueOf& epilogue_of) {
   std::vector<int64_t> taps, depths;
   for (int64_t p = 0; p < panels.count; ++p) {
     with_vectors(panels.width(p), [&](auto v) {
@@ -154,13 +159,14 @@ void multiply_all(
           depths[r] = product.depth + r * products.depth_step;
         }
         const Rows rows{product.from, products.stride, product.run, taps.data(), product.runs, depths.data()};
-        multiply_evenly<v>(rows, product.rows, packed + panels.offset(p, depth), panels.column(p), epilogue_of(product));
+        multiply_evenly<v>(
+            rows, product.rows, packed + panels.offset(p, depth), panels.column(p), epilogue_of(product));
       }
     });
   }
 }
 
-// x and what it is deferred.
+// x and its deferred normalisation.
 template <typename scalar_t>
 struct Input {
   const ConvShape& shape;
@@ -180,14 +186,14 @@ struct Input {
     return deferred.gate ? deferred.gate + n * shape.channels : nullptr;
   }
 
-  // The input rows that the band's output rows need.
+  // Scratch for the input rows that the band's output rows depend on.
   FormedRows rows(const Band& band, float* data) const {
     const int64_t low = std::clamp<int64_t>(band.begin * shape.stride - shape.padding, 0, shape.height);
     const int64_t high = (band.end - 1) * shape.stride - shape.padding + shape.kernel;
     return {data, shape.channels, shape.width, shape.padding, shape.padding, low,
             std::clamp<int64_t>(high, low, shape.height)};
   }
-  int64_t floats(const Bands& bands) const { // that rows() needs at most
+  int64_t floats(const Bands& bands) const { // an upper bound on the scratch of rows()
     return formed_floats(
         rows(bands.at(0), nullptr), bands.images,
         std::min((bands.rows - 1) * shape.stride + shape.kernel, shape.height));
@@ -202,7 +208,7 @@ struct Input {
         const int64_t n = band.image + i;
         const scalar_t* from = x + (n * shape.height + y) * shape.width * shape.channels;
         if (!is_deferred()) {
-          form_as_is(from, to);
+          copy_row(from, to);
         } else if (deferred.gate) {
           form_row<act, true>(n, from, to);
         } else {
@@ -212,15 +218,15 @@ struct Input {
     });
   }
 
-  // A kernel of one tap leaves out rows and pixels if it has a stride.
+  // A 1 x 1 kernel with a stride reads every stride-th row and pixel only.
   int64_t pixel_step() const {
     return shape.kernel == 1 ? shape.stride : 1;
   }
-  int64_t first_pixel() const { // and row
+  int64_t first_pixel() const { // also the first row
     return (pixel_step() - shape.padding % pixel_step()) % pixel_step();
   }
 
-  void form_as_is(const scalar_t* from, float* to) const {
+  void copy_row(const scalar_t* from, float* to) const {
     const int64_t floats = shape.width * shape.channels;
     for_panels(floats, [&]<typename P>(const P& panel) {
       for (int v = 0; v < P::vectors; ++v) {
@@ -254,15 +260,15 @@ struct Input {
   }
 };
 
-// Whether a product's rows are one position of many images.
+// Whether the rows of a product are one position of several images.
 inline bool by_image(const ConvShape& shape, int64_t images) {
   return shape.out_width < kNarrow && images > shape.out_width;
 }
 
-// Calls run(index) for [0, count) in parallel.
+// Calls run(index) in parallel for all indices in [0, count).
 template <typename Run>
 void in_parallel(int64_t count, int64_t floats_each, const Run& run) {
-  constexpr int64_t kGrain = 1 << 15; // floats: less is not worth waking a thread
+  constexpr int64_t kGrain = 1 << 15; // floats per thread at least
   at::parallel_for(0, count, kGrain / std::max<int64_t>(floats_each, 1) + 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       run(i);

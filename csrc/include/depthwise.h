@@ -1,9 +1,10 @@
-// What the forward and the backward of the depthwise conv_moments have in common: how channels and pixels are cut, how
-// scratch is laid out, and how the sums of several threads become one.
+// Shared by the forward and the backward of the depthwise conv_moments: the split of channels and pixels, the layout of
+// scratch, and the merge of the threads' sums.
 //
-// Channels are taken in vectors of kVec, vectors in groups whose scratch stays in the L2 cache. A unit of work is one
-// image of one group; a thread takes units in a row, group by group, so that at most its first and its last group are
-// shared with others. Inside a unit rows of pixels stream through scratch: every activation is read and written once.
+// Channels form vectors of kVec, and vectors form groups whose scratch stays in the L2 cache. A unit of work is one
+// image of one group. A thread processes consecutive units, ordered by group, so it shares at most its first and its
+// last group with other threads. Within a unit, rows of pixels stream through scratch: every activation is read and
+// written once.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,17 +23,17 @@ inline namespace CPU_CAPABILITY {
 namespace depthwise {
 
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int64_t kTile = 8; // pixels whose sums a loop holds in registers
+constexpr int64_t kTile = 8; // pixels whose sums stay in registers
 #else
 constexpr int64_t kTile = 4;
 #endif
-constexpr int64_t kPixels = 4; // that share one load of a channel's parameters
-constexpr int64_t kGrain = 16384; // elements of x: less than this is not worth waking a thread
+constexpr int64_t kPixels = 4; // pixels per load of a channel's parameters
+constexpr int64_t kGrain = 16384; // elements of x per thread at least
 
-// `count` pixels in as few tiles of up to kTile as possible, which differ by one pixel at most.
+// Splits `count` pixels into the fewest tiles of at most `most` pixels; tile sizes differ by at most one.
 struct Tiles {
-  int64_t size; // of the smaller ones, which come last
-  int64_t larger, smaller; // how many
+  int64_t size; // pixels of the smaller tiles, which come last
+  int64_t larger, smaller; // numbers of tiles
 
   explicit Tiles(int64_t count, int64_t most = kTile) {
     const int64_t tiles = std::max<int64_t>(at::divup(count, most), 1);
@@ -42,7 +43,7 @@ struct Tiles {
   }
 };
 
-// run(std::integral_constant<int, size>) for a size in 1..most known only at run time.
+// Calls run(std::integral_constant<int, size>) for a size in [1, most] known only at run time.
 template <int most = kTile, typename Run>
 DSPNET_INLINE void with_size(int64_t size, const Run& run) {
   if constexpr (most > 1) {
@@ -53,7 +54,7 @@ DSPNET_INLINE void with_size(int64_t size, const Run& run) {
   run(std::integral_constant<int, most>{});
 }
 
-// run(std::integral_constant<int, n>, first pixel) over all of `count` pixels, n up to kPixels.
+// Calls run(std::integral_constant<int, n>, first pixel), n <= kPixels, for all of `count` pixels.
 template <typename Run>
 DSPNET_INLINE void for_pixels(int64_t count, const Run& run) {
   int64_t first = 0;
@@ -66,17 +67,18 @@ DSPNET_INLINE void for_pixels(int64_t count, const Run& run) {
 }
 
 struct Groups {
-  int64_t channels, vectors; // of all
-  int64_t size; // vectors of a group; the last may have less
+  int64_t channels, vectors; // in total
+  int64_t size; // vectors of a group; the last group may have fewer
   int64_t count;
 
-  // rows, weight: floats of scratch that a vector takes. What is read for every row is to stay in L1 if it is much.
+  // rows, weight: floats of scratch per vector. If the weight, which is read for every row, needs about as much scratch
+  // as the rows or more, scratch must fit into the L1 cache, otherwise into the L2 cache.
   Groups(int64_t channels, int64_t images, int64_t rows, int64_t weight)
       : channels(channels), vectors(at::divup(channels, kVec)) {
     const int64_t scratch = (5 * weight >= 4 * rows ? 24 << 10 : 256 << 10) / static_cast<int64_t>(sizeof(float));
     const int64_t threads = at::get_num_threads();
     const int64_t fit = std::clamp<int64_t>(scratch / (rows + weight), 1, vectors);
-    // Threads take whole images while there are enough: pieces of pixels are read slower.
+    // Channels are split among threads only if images are few: reading a part of the channels is slower.
     const int64_t for_all_threads = images < 2 * threads ? std::min(2 * threads, vectors) : 1;
     size = at::divup(vectors, std::max(at::divup(vectors, fit), for_all_threads));
     count = at::divup(vectors, size);
@@ -94,12 +96,12 @@ struct Channels {
         count(std::min(groups.size * kVec, groups.channels - first)),
         vectors(at::divup(count, kVec)) {}
 
-  int64_t lanes(int64_t vector) const { // in use
+  int64_t lanes(int64_t vector) const { // lanes with a channel
     return std::min(kVec, count - vector * kVec);
   }
 };
 
-// run(vector, lanes) with lanes a constant wherever all are in use.
+// Calls run(vector, lanes); lanes is a compile-time constant for full vectors.
 template <typename Run>
 DSPNET_INLINE void for_vectors(const Channels& channels, const Run& run) {
   const int64_t whole = channels.count / kVec;
@@ -128,7 +130,7 @@ DSPNET_INLINE void store_lanes(scalar_t* to, const Vec& value, int64_t lanes) {
   store(to, value, lanes);
 }
 
-// Into the L2 cache: while rows are computed from scratch, the processor has no reads to guess the next ones from.
+// Prefetches into the L2 cache: the hardware prefetcher does not detect reads that alternate with work on scratch.
 template <typename scalar_t>
 DSPNET_INLINE void prefetch(const scalar_t* from) {
   __builtin_prefetch(from, 0, 2);
@@ -138,25 +140,25 @@ DSPNET_INLINE void add_to(float* sum, const Vec& value) {
   (Vec::loadu(sum) + value).store(sum);
 }
 
-// A row of pixels in scratch, [vector][phase][column][kVec]: column q of the padded row is column q / stride of phase
-// q % stride, so that a convolution with a stride is a sum of convolutions without one.
+// The layout of a row of pixels in scratch: [vector][phase][column][kVec]. Column q of the padded row is column q /
+// stride of phase q % stride, so a convolution with a stride is a sum of convolutions without one.
 struct PaddedRow {
-  int64_t stride, columns; // columns: of a phase
+  int64_t stride, columns; // of the convolution; of a phase
 
   PaddedRow(int64_t stride, int64_t padded_width) : stride(stride), columns(at::divup(padded_width, stride)) {}
 
-  int64_t of_phase() const { // floats
+  int64_t phase_stride() const { // floats between phases
     return columns * kVec;
   }
-  int64_t of_vector() const {
-    return stride * of_phase();
+  int64_t vector_stride() const { // floats between vectors
+    return stride * phase_stride();
   }
   int64_t at(int64_t q) const {
-    return (q % stride) * of_phase() + q / stride * kVec;
+    return (q % stride) * phase_stride() + q / stride * kVec;
   }
 };
 
-// Zeroed memory of this thread, aligned to a vector. What it held is lost with every call.
+// Zeroed thread-local memory, aligned to a vector. Every construction reuses and clears the same memory.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
@@ -177,7 +179,7 @@ class Scratch {
   float* next_;
 };
 
-// What the channels of a group are deferred in one image. Lanes without a channel hold zeros.
+// Scale, shift and gate of the channels of a group for one image. Lanes without a channel are zero.
 struct DeferredChannels {
   float *scale, *shift, *gate;
 
@@ -189,11 +191,11 @@ struct DeferredChannels {
   }
 
   void read(const ConvShape& shape, const Deferred& deferred, const Channels& channels, int64_t n) {
-    const auto fill = [&](float* to, const float* from, int64_t row, float otherwise) {
+    const auto fill = [&](float* to, const float* from, int64_t row, float constant) {
       if (from) {
         std::copy_n(from + row * shape.channels + channels.first, channels.count, to);
       } else {
-        std::fill_n(to, channels.count, otherwise);
+        std::fill_n(to, channels.count, constant);
       }
       std::fill(to + channels.count, to + channels.vectors * kVec, 0.f);
     };
@@ -203,19 +205,19 @@ struct DeferredChannels {
   }
 };
 
-// Scratch of a row of h = act(scale x + shift) * gate: columns of x from `x` on, to where `column` says.
+// Computes a row of h = act(scale x + shift) * gate into scratch; column[i]: offset of pixel i in scratch.
 template <Act act, typename scalar_t>
-void materialize_row(
+void form_h_row(
     const scalar_t* x,
-    int64_t pixel, // between pixels of x
+    int64_t pixel, // stride between pixels of x
     int64_t width,
     const Channels& channels,
     const DeferredChannels& deferred,
-    const int64_t* column, // floats from the start of a vector's row
-    int64_t of_vector,
+    const int64_t* column,
+    int64_t vector_stride,
     float* h,
-    int64_t ahead) { // elements of x, to what will be read next
-  const Channels local = channels; // GCC takes it that a store of a vector may change what is behind a reference
+    int64_t ahead) { // prefetch distance, in elements of x
+  const Channels local = channels; // a copy: GCC assumes that vector stores may modify referenced objects
   const float *scales = deferred.scale, *shifts = deferred.shift, *gates = deferred.gate;
   for_pixels(width, [&](auto pixels, int64_t first) __attribute__((always_inline)) {
     constexpr int count = pixels;
@@ -232,13 +234,13 @@ void materialize_row(
       for (int p = 0; p < count; ++p) {
         prefetch(from[p] + v * kVec + ahead);
         const Vec z = at::vec::fmadd(load_lanes(from[p] + v * kVec, lanes), scale, shift);
-        (activate<act>(z) * gate).store(to[p] + v * of_vector);
+        (activate<act>(z) * gate).store(to[p] + v * vector_stride);
       }
     });
   });
 }
 
-// [vector][tap][kVec] from the weight's prefix. Lanes without a channel hold zeros.
+// Packs the weight's prefix to [vector][tap][kVec]. Lanes without a channel are zero.
 inline void pack_weight(const Prefix& weight, int64_t kernel, const Channels& channels, float* packed) {
   const int64_t taps = kernel * kernel;
   std::fill_n(packed, channels.vectors * taps * kVec, 0.f);
@@ -252,7 +254,7 @@ inline void pack_weight(const Prefix& weight, int64_t kernel, const Channels& ch
   }
 }
 
-// Adds sums of fp32 to sums in double, and starts them anew.
+// Adds sums in fp32 to sums in double, and clears them.
 inline void flush(float* from, int64_t count, double* to) {
   for (int64_t i = 0; i < count; ++i) {
     to[i] += from[i];
@@ -260,21 +262,22 @@ inline void flush(float* from, int64_t count, double* to) {
   }
 }
 
-// All units over the threads. A Worker is made per thread from `call` and has
-//     Sums start(group): begins a group with sums of zero        image(n): one unit, into the sums
-//     Sums stop(): the sums of the group
-// and `call` has finish(group, sums): to the outputs. Sums of a group that threads share are merged in their order.
+// Distributes all units over the threads. Each thread constructs a Worker from `call`. A Worker has
+//     void start(group): begins a group, with sums of zero       void image(n): processes one unit
+//     Sums stop(): returns the sums of the group
+// and `call` has finish(group, sums), which writes the outputs. If threads share a group, their sums are merged in the
+// order of the threads.
 template <typename Worker, typename Call>
-void run_groups(const Call& call, const Groups& groups, int64_t images, int64_t elements_of_a_unit) {
-  struct Part {
-    int64_t group = -1;
+void run_groups(const Call& call, const Groups& groups, int64_t images, int64_t unit_elements) {
+  struct GroupSums {
+    int64_t group = -1; // -1: unused
     typename Worker::Sums sums;
   };
-  std::vector<Part> parts(2 * at::get_num_threads());
-  const int64_t grain = at::divup(kGrain, elements_of_a_unit);
+  std::vector<GroupSums> shared(2 * at::get_num_threads());
+  const int64_t grain = at::divup(kGrain, unit_elements);
   at::parallel_for(0, groups.count * images, grain, [&](int64_t unit, int64_t end) {
     Worker worker(call);
-    Part* part = &parts[2 * at::get_thread_num()];
+    GroupSums* next_shared = &shared[2 * at::get_thread_num()];
     while (unit < end) {
       const int64_t group = unit / images, first = unit;
       worker.start(group);
@@ -285,21 +288,21 @@ void run_groups(const Call& call, const Groups& groups, int64_t images, int64_t 
       if (unit - first == images) {
         call.finish(group, sums);
       } else {
-        *part++ = {group, std::move(sums)};
+        *next_shared++ = {group, std::move(sums)};
       }
     }
   });
-  for (size_t i = 0; i < parts.size();) {
-    Part& part = parts[i++];
-    if (part.group < 0) {
+  for (size_t i = 0; i < shared.size();) {
+    GroupSums& merged = shared[i++];
+    if (merged.group < 0) {
       continue;
     }
-    for (; i < parts.size() && (parts[i].group == part.group || parts[i].group < 0); ++i) {
-      if (parts[i].group >= 0) {
-        part.sums.merge(parts[i].sums);
+    for (; i < shared.size() && (shared[i].group == merged.group || shared[i].group < 0); ++i) {
+      if (shared[i].group >= 0) {
+        merged.sums.merge(shared[i].sums);
       }
     }
-    call.finish(part.group, part.sums);
+    call.finish(merged.group, merged.sums);
   }
 }
 

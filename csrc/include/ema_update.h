@@ -1,4 +1,4 @@
-// What the implementations of ema_update share on every device: the checks, and the pairs that are no simple runs.
+// The parts of ema_update that are the same on every device: argument checks, and pairs that the kernels cannot update.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -49,7 +49,8 @@ inline void check_ema(at::TensorList targets, at::TensorList onlines, double tau
   }
 }
 
-// Whether a target may share memory with any tensor but its own online: then updates must go in the list's order.
+// Whether a target may share memory with a tensor other than its online tensor. If so, updates must be made in the
+// list's order.
 inline bool may_share_memory(std::vector<Span> written, std::vector<Span> read) {
   const auto by_address = [](const Span& a, const Span& b) { return std::less<>()(a.first, b.first); };
   std::sort(written.begin(), written.end(), by_address);
@@ -71,8 +72,9 @@ inline bool may_share_memory(std::vector<Span> written, std::vector<Span> read) 
   return false;
 }
 
-// Returns the pairs that are one run of memory each, in the same element order, and share none with another pair. The
-// others are updated here by ATen, which walks whatever strides there are; all of them in their order if any share.
+// Returns the pairs that the kernels can update: both tensors dense, with the same strides, and no memory shared
+// between pairs. ATen updates the other pairs here, since it supports any strides; if any memory is shared, it updates
+// all pairs, in the list's order.
 inline std::vector<size_t> update_all_but_runs(at::TensorList targets, at::TensorList onlines, double tau) {
   std::vector<size_t> runs, others;
   std::vector<Span> written, read;

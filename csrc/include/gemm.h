@@ -5,15 +5,16 @@
 //
 // multiply() is a convolution (A: the input's rows, B: the weight) or its input gradient (A: the output gradient's
 // rows, B: the weight transposed); multiply_outer() is a weight gradient. Both keep a tile of kTileRows<V> x V vectors
-// in registers, begin it at zero and hand it to an epilogue, which stores it: what a convolution owes or is asked for
-// besides is done there, where it costs no pass over memory. An epilogue is a functor with
+// in registers, initialise it to zero and pass it to an epilogue, which stores it. Operations on the output, such as
+// moments, are part of the epilogue, so they need no further pass over memory. An epilogue is a functor with
 //
 //   template <int R, int V>
 //   DSPNET_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[R][V]) const
 //
-// where sums[r][v] holds the columns column + v kVec and following of row + r. Columns past the last are to be ignored:
-// the last vector of the last panel may have some. DSPNET_INLINE is needed: only inlined, the tile stays in registers.
-// A loop over an array of vectors needs `#pragma GCC unroll 16`, or GCC 12 keeps the array on the stack.
+// where sums[r][v] holds the columns from column + v kVec on of row + r. The last vector of the last panel may hold
+// columns past the last, which epilogues must ignore. DSPNET_INLINE is required: the tile stays in registers only if
+// the call is inlined. A loop over an array of vectors needs `#pragma GCC unroll 16`, or GCC 12 keeps the array on the
+// stack.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -39,13 +40,13 @@ constexpr int64_t kRegisters = 16;
 constexpr int kPanelVectors = 2;
 template <int V>
 constexpr int kTileRows = V == 1 ? 12 : 6;
-#else // no vectors of this width: small tiles, since each is unrolled to single numbers and takes the compiler long
+#else // no SIMD vectors of this width: vectors are unrolled to scalars, so larger tiles would take long to compile
 constexpr int64_t kRegisters = 16;
 constexpr int kPanelVectors = 1;
 template <int V>
 constexpr int kTileRows = 4;
 #endif
-constexpr int64_t kRowMultiple = 48; // a multiple of every kTileRows: rows in blocks of it leave no smaller tiles
+constexpr int64_t kRowMultiple = 48; // a multiple of every kTileRows: blocks of this many rows divide into whole tiles
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -75,14 +76,15 @@ struct Panels {
   int64_t offset(int64_t p, int64_t depth) const {
     return column(p) * depth;
   }
-  // Multiplications per one that is needed; a single vector loads too much for those.
+  // Executed multiplications per useful one. The factor 1.2 accounts for the loads of single-vector panels.
   double waste() const {
     return static_cast<double>(padded()) / columns * (vectors == 1 ? 1.2 : 1);
   }
 };
 
-// Packs `depth` rows of panel p, element (k, column) = from[k * depth_stride + column * column_stride]. With several
-// taps call it for each, `to` at its first row: offset(p, taps * depth) + tap * depth * width(p).
+// Packs `depth` rows of panel p, element (k, column) = from[k * depth_stride + column * column_stride]. For a matrix of
+// several taps, call it once per tap, with `to` at the tap's first row: offset(p, taps * depth) + tap * depth *
+// width(p).
 inline void pack_panel(
     float* to,
     const Panels& panels,
@@ -115,9 +117,10 @@ inline void pack_panel(
   }
 }
 
-// The rows of A: element (row, tap t, k) = data[row * stride + taps[t] + k], k < depth. No taps: one, at 0. For a dense
-// convolution: the pixels of one output row, `stride` the convolution's times the channels, a tap for each (ky, kx). A
-// tap's rows of B begin at depths[t], or without depths where those of the tap before end.
+// The rows of A: element (row, tap t, k) = data[row * stride + taps[t] + k], k < depth. Without taps: one tap, at 0.
+// For a dense convolution, rows are the pixels of one output row, `stride` is the convolution's stride times the
+// channels, and each kernel row is a tap. A tap's rows of B begin at depths[t], or, without depths, where those of the
+// previous tap end.
 struct Rows {
   const float* data;
   int64_t stride;
@@ -162,8 +165,8 @@ DSPNET_INLINE void add_product(Vec (&sums)[R][V], const float* a, int64_t row_st
   }
 }
 
-// Memory of the calling thread that is kept from call to call, because fresh pages are slow. `Use` tells apart what is
-// in use at the same time. The contents are whatever was there.
+// Thread-local memory that is reused between calls, because the first access to new pages is slow. Each `Use` has
+// separate memory. The contents are undefined.
 template <typename Use>
 float* scratch(int64_t floats) {
   constexpr int64_t kAlign = 16; // floats in a cache line
@@ -176,7 +179,7 @@ float* scratch(int64_t floats) {
   return memory.data() + (round_up(address, kAlign * sizeof(float)) - address) / sizeof(float);
 }
 
-// A longer sum is put together from parts: rounding errors grow with the number of additions one after another.
+// Longer sums are split into partial sums of this length: rounding errors grow with the length of a chain of additions.
 constexpr int64_t kChain = 256;
 struct ParkedTile;
 
@@ -237,7 +240,7 @@ void multiply_tile(
   epilogue(row, column, sums);
 }
 
-// Tiles of R rows from `row` on, then smaller ones for what is left.
+// Multiplies tiles of R rows, then smaller tiles for the remaining rows.
 template <int V, int R, typename Epilogue>
 void multiply_rows(
     const Rows& a,
@@ -257,7 +260,7 @@ void multiply_rows(
   }
 }
 
-// Calls run(std::integral_constant<int, V>) for a panel of this width.
+// Calls run(std::integral_constant<int, V>), V the vectors of a panel of this width.
 template <int V = kPanelVectors, typename Run>
 void with_vectors(int64_t width, const Run& run) {
   if constexpr (V > 1) {
@@ -268,8 +271,8 @@ void with_vectors(int64_t width, const Run& run) {
   run(std::integral_constant<int, V>{});
 }
 
-// `rows` rows of A by the panels [first, last) of B, packed with depth a.tap_count * a.depth. Tiles come in the order
-// of panels, then rows: within a panel the first tile holds row 0.
+// Multiplies `rows` rows of A by the panels [first, last) of B, packed with depth a.tap_count * a.depth. The order of
+// tiles is by panel, then by row: the first tile of a panel holds row 0.
 template <typename Epilogue>
 void multiply(
     const Rows& a,
@@ -288,8 +291,8 @@ void multiply(
   }
 }
 
-// For epilogues: calls run() for a vector whose lanes are all there, as is known if `whole`, and run(count) for one
-// with fewer. With masks run(count) serves both, and half the code is enough.
+// For epilogues: calls run() for a full vector, which `whole` states at compile time, and run(count) for a partial one.
+// AVX-512 always calls run(count): masked stores handle both, which halves the code.
 template <typename Run>
 DSPNET_INLINE void with_lanes([[maybe_unused]] bool whole, int64_t count, const Run& run) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -303,7 +306,7 @@ DSPNET_INLINE void with_lanes([[maybe_unused]] bool whole, int64_t count, const 
 #endif
 }
 
-// Some rows of a matrix, each `stride` floats after the one before. As B of multiply_outer it is read in whole vectors.
+// Rows of a matrix, `stride` floats apart. multiply_outer reads its B in whole vectors.
 struct Matrix {
   const float* data;
   int64_t stride;
@@ -337,7 +340,7 @@ void multiply_outer_panel(
   }
 }
 
-// The products of A's columns [0, height) with B's columns in panels [first, last), summed over `rows` rows of both.
+// Multiplies A's columns [0, height) by B's columns in panels [first, last), summed over `rows` rows of both.
 template <typename Epilogue>
 void multiply_outer(
     const Matrix& a,
@@ -355,7 +358,7 @@ void multiply_outer(
   }
 }
 
-// Epilogue: adds to a matrix in whole vectors, or begins it.
+// Epilogue: adds a tile to a matrix in whole vectors, or, with `begins`, overwrites it.
 struct AddToMatrix {
   float* to;
   int64_t stride;

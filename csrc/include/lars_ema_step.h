@@ -1,4 +1,4 @@
-// The checks of lars_ema_step, the same on every device.
+// Argument checks of lars_ema_step, the same on every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>

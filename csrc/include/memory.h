@@ -1,4 +1,4 @@
-// Where tensors lie in memory, on any device.
+// The memory of tensors, on any device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,8 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-// Storages can be resized under their tensors, and strides set at will: whether all elements lie inside.
+// Whether all elements lie inside the storage. They may not, since storages can be resized and strides set to any
+// value.
 inline bool has_memory(const at::Tensor& tensor) {
   if (tensor.numel() == 0) {
     return true;

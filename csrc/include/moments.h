@@ -1,5 +1,6 @@
-// Mean and variance that stay exact where |mean| is large against the standard deviation: sums of differences from a
-// pivot near the mean, merged over blocks as Chan et al. (1979) do. Never E[y^2] - E[y]^2 of raw values.
+// Mean and variance per channel, accurate also if |mean| is much larger than the standard deviation. Sums are of
+// differences from a pivot near the mean, merged over blocks (Chan et al., 1979). E[y^2] - E[y]^2 of raw values would
+// cancel.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +10,12 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-// Count, and per channel mean and sum of squared deviations, of some values.
+// The number of rows, and per channel the mean and the sum of squared deviations.
 struct ChannelMoments {
   double count = 0;
   std::vector<double> mean, squares;
 
-  // Of `rows` rows: sums of differences from a pivot and of their squares.
+  // Merges the sums over `rows` rows of differences from a pivot and of their squares.
   void merge(int64_t rows, int64_t channels, const float* pivot, const float* sum, const float* square) {
     mean.resize(channels);
     squares.resize(channels);
@@ -44,7 +45,7 @@ struct ChannelMoments {
     count = total;
   }
 
-  // The mean so far is the best pivot for what follows. False if there is none yet.
+  // Writes the current mean, the best pivot for the following rows. Returns false if there are no rows yet.
   bool to_pivot(float* pivot) const {
     for (size_t c = 0; c < mean.size(); ++c) {
       pivot[c] = static_cast<float>(mean[c]);

@@ -1,4 +1,4 @@
-// The checks of normalized_mse and its gradient, the same on every device.
+// Argument checks of normalized_mse and its gradient, the same on every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-inline bool is_served(at::ScalarType dtype) {
+inline bool is_supported(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
 }
 
@@ -25,7 +25,7 @@ inline void check_rows(const char* op, const at::Tensor& p, const at::Tensor& z,
         op, ": p and z must be dense tensors with memory, on one device of type ", device);
   }
   TORCH_CHECK(
-      p.dim() == 2 && p.sizes() == z.sizes() && is_served(p.scalar_type()) && is_served(z.scalar_type()), op,
+      p.dim() == 2 && p.sizes() == z.sizes() && is_supported(p.scalar_type()) && is_supported(z.scalar_type()), op,
       ": p and z must be fp32, fp64, fp16 or bf16 and both [N, D], got ", p.sizes(), " ", p.scalar_type(), " and ",
       z.sizes(), " ", z.scalar_type());
 }

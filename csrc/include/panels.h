@@ -1,5 +1,5 @@
-// Walking rows of C channels, as memory-bound operators do: a block of rows that stays in the L1 cache, in it panels of
-// one or two vectors of channels whose coefficients and sums stay in registers while they go down the block's rows.
+// Loops over rows of C channels for memory-bound operators. A block of rows stays in the L1 cache; within a block,
+// panels of one or two vectors of channels keep their coefficients and sums in registers for all rows of the block.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,15 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kGrainElements = 32768; // less than this is not worth waking a thread
+constexpr int64_t kGrainElements = 32768; // per thread at least: less costs more to start than to compute
 
-// `vectors` whole vectors, or the last channels that do not fill one.
+// `vectors` whole vectors, or, if `tail`, the last channels, fewer than a vector.
 template <int vectors_, bool tail_>
 struct Panel {
   static constexpr int vectors = vectors_;
   static constexpr bool tail = tail_;
-  int64_t channel; // the first one
-  int64_t count; // of channels in a tail
+  int64_t channel; // first channel
+  int64_t count; // channels in a tail
 
   template <typename scalar_t>
   Vec get(const scalar_t* row, int v) const {
@@ -63,7 +63,7 @@ void for_panels(int64_t channels, const Run& run) {
   }
 }
 
-// Calls run(panel, first row, number of rows), block after block: few rows, because their sums are rounded as often.
+// Calls run(panel, first row, number of rows) for each block. Blocks are short: their sums are in fp32.
 template <typename Run>
 void for_blocks(int64_t begin, int64_t end, int64_t channels, const Run& run) {
   const int64_t block = std::clamp<int64_t>(2048 / channels, 4, 32);
@@ -73,39 +73,41 @@ void for_blocks(int64_t begin, int64_t end, int64_t channels, const Run& run) {
   }
 }
 
-// Images cut into equal parts of their positions, for the threads to share: more than one each only where images are
-// few. Sums over an image then have as many parts.
+// Splits images into parts of about equal size for the threads: several per image only if there are fewer than four
+// images per thread. Sums over an image are then sums of part sums.
 struct Parts {
-  int64_t images, positions, parts;
+  int64_t images, positions, per_image; // per_image: parts of an image
 
   Parts(int64_t images, int64_t positions, int64_t threads)
       : images(images),
         positions(positions),
-        parts(images >= 4 * threads ? 1 : std::clamp<int64_t>(4 * threads / images, 1, std::max<int64_t>(positions, 1))) {}
+        per_image(
+            images >= 4 * threads ? 1
+                                  : std::clamp<int64_t>(4 * threads / images, 1, std::max<int64_t>(positions, 1))) {}
 
   int64_t size() const {
-    return images * parts;
+    return images * per_image;
   }
   int64_t image(int64_t part) const {
-    return part / parts;
+    return part / per_image;
   }
-  int64_t begin(int64_t part) const { // in rows, of all images
-    return image(part) * positions + positions * (part % parts) / parts;
+  int64_t begin(int64_t part) const { // a row, counted over all images
+    return image(part) * positions + positions * (part % per_image) / per_image;
   }
   int64_t end(int64_t part) const {
-    return image(part) * positions + positions * (part % parts + 1) / parts;
+    return image(part) * positions + positions * (part % per_image + 1) / per_image;
   }
   int64_t grain(int64_t channels) const {
-    return std::max<int64_t>(1, kGrainElements * parts / std::max<int64_t>(positions * channels, 1));
+    return std::max<int64_t>(1, kGrainElements * per_image / std::max<int64_t>(positions * channels, 1));
   }
 };
 
-// The sums over images, [images, channels], of the sums over their parts.
-inline void add_parts(const float* of_parts, const Parts& parts, int64_t channels, float* to) {
+// Adds up part_sums, [parts, channels], to the sums over images, [images, channels].
+inline void add_parts(const float* part_sums, const Parts& parts, int64_t channels, float* to) {
   std::fill_n(to, parts.images * channels, 0.f);
   for (int64_t part = 0; part < parts.size(); ++part) {
     for (int64_t c = 0; c < channels; ++c) {
-      to[parts.image(part) * channels + c] += of_parts[part * channels + c];
+      to[parts.image(part) * channels + c] += part_sums[part * channels + c];
     }
   }
 }

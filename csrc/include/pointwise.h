@@ -1,8 +1,8 @@
-// What the forward and the backward of the pointwise conv_moments have in common: blocks of rows, how x is formed for
-// them, and how a weight is packed.
+// Shared by the forward and the backward of the pointwise conv_moments: blocks of rows, the formation of h for a block,
+// and the packing of the weight.
 //
-// Rows are the positions of all images, taken in blocks. A block's h = act(scale x + shift) * gate is formed once, into
-// scratch that stays in cache.
+// Rows are the positions of all images. They are processed in blocks: a block's h = act(scale x + shift) * gate is
+// computed once, into scratch that stays in the cache.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,7 +22,8 @@ struct PackedWeight;
 struct FormedInput;
 struct BlockSums;
 
-// Rows of all images, one after another, in blocks. Those of one view make a segment, and no block straddles two.
+// Splits the rows of all images into blocks. A segment is the rows of one view, or of one row of scale and shift; no
+// block contains rows of two segments.
 struct Blocks {
   struct Block {
     int64_t segment, begin, rows;
@@ -30,7 +31,7 @@ struct Blocks {
 
   int64_t segments, segment_rows, rows, per_segment;
 
-  // At most `limit` rows in a block, or kRowMultiple.
+  // limit: rows in a block at most; rounded to a multiple of kRowMultiple, at least one.
   Blocks(const ConvShape& shape, const Deferred& deferred, int64_t limit)
       : segments(std::max<int64_t>({shape.views, deferred.rows, 1})),
         segment_rows(shape.images / segments * shape.positions()),
@@ -46,22 +47,22 @@ struct Blocks {
   }
 };
 
-// Rows of C floats as rows of whole vectors, filled up with zeros; without rows, one of `absent`.
-inline std::vector<float> padded_rows(const float* from, int64_t rows, int64_t columns, float absent = 0) {
+// Copies rows of C floats to rows of whole vectors, padded with zeros. Without rows: one row of `fill`.
+inline std::vector<float> padded_rows(const float* from, int64_t rows, int64_t columns, float fill = 0) {
   const int64_t stride = round_up(columns, kVec);
-  std::vector<float> padded(std::max<int64_t>(rows, 1) * stride, from ? 0.f : absent);
+  std::vector<float> padded(std::max<int64_t>(rows, 1) * stride, from ? 0.f : fill);
   for (int64_t r = 0; r < rows; ++r) {
     std::copy_n(from + r * columns, columns, padded.begin() + r * stride);
   }
   return padded;
 }
 
-// x and what it is deferred.
+// x and its deferred normalisation.
 template <typename scalar_t>
 struct Input {
   const scalar_t* x;
   Deferred deferred;
-  int64_t channels, stride, positions; // stride: of formed rows
+  int64_t channels, stride, positions; // stride: between rows of h in scratch
   std::vector<float> scale, shift; // [max(rows, 1), stride]
 
   Input(const ConvShape& shape, const scalar_t* x, const Deferred& deferred)
@@ -80,7 +81,7 @@ struct Input {
     return deferred.rows > 1 ? segment : 0;
   }
 
-  // h of some rows of one segment.
+  // Computes h for rows of one segment.
   void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
     with_act(deferred.act, [&](auto act) {
       if (!is_deferred()) {
@@ -137,11 +138,11 @@ struct Input {
   }
 };
 
-// The columns of a matrix, element (k, column) = from[k * depth_stride + column * column_stride], packed in panels.
+// Packs a matrix into panels; element (k, column) = from[k * depth_stride + column * column_stride].
 inline const float* pack(
     const Panels& panels, const float* from, int64_t depth_stride, int64_t column_stride, int64_t depth) {
   float* to = scratch<PackedWeight>(panels.padded() * depth);
-  constexpr int64_t kGrain = 1 << 16; // floats: less is not worth waking a thread
+  constexpr int64_t kGrain = 1 << 16; // floats per thread at least
   at::parallel_for(0, panels.count, kGrain / (depth * kVec * kPanelVectors) + 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       pack_panel(to + panels.offset(p, depth), panels, p, from, depth_stride, column_stride, depth);

@@ -1,4 +1,4 @@
-// Sums of per-channel quantities by view, over threads: fp32 sums of some hundred rows, merged in double.
+// Sums of per-channel quantities for each view, over all threads: fp32 sums of up to 256 positions, merged in double.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,13 +11,13 @@
 namespace dspnet {
 inline namespace CPU_CAPABILITY {
 
-// [threads, rows, channels], rows as Deferred has them.
+// Sums in double, [threads, rows, channels]; rows: those of Deferred.
 class ThreadSums {
  public:
   ThreadSums(int64_t rows, int64_t channels)
       : channels_(channels), size_(rows * channels), sums_(at::get_num_threads() * size_) {}
 
-  // To be called in a parallel region. values: [channels].
+  // For calls inside parallel regions. values: [channels].
   void add(int64_t row, const float* values) {
     if (size_ == 0) {
       return;
@@ -44,49 +44,51 @@ class ThreadSums {
   std::vector<double> sums_;
 };
 
-// One thread's fp32 sums of some quantities over consecutive images that belong to the same rows of ThreadSums.
-// sink(rows, sums) takes them, sums[quantity] being [channels].
-template <size_t quantities, typename Rows, typename Sink>
-class PendingSums {
+// One thread's fp32 sums of several quantities over consecutive images with the same rows of ThreadSums. flush() calls
+// flush_to(rows, sums) with sums[quantity] of [channels] and clears them.
+template <size_t quantities, typename Rows, typename FlushTo>
+class BufferedSums {
  public:
-  using Places = std::array<float*, quantities>;
+  using Accumulators = std::array<float*, quantities>;
 
-  PendingSums(int64_t channels, Rows rows, Sink sink) : sink_(sink), rows_(rows), values_(quantities * channels) {
+  BufferedSums(int64_t channels, Rows rows, FlushTo flush_to)
+      : flush_to_(flush_to), rows_(rows), values_(quantities * channels) {
     for (size_t q = 0; q < quantities; ++q) {
-      places_[q] = values_.data() + q * channels;
+      accumulators_[q] = values_.data() + q * channels;
     }
   }
 
-  // Where to add the sums over `count` more positions.
-  const Places& next(int64_t count, const Rows& rows) {
-    constexpr int64_t limit = 256; // positions summed in fp32
+  // Returns the accumulators for `count` more positions; flushes first if the rows change or fp32 would round too
+  // often.
+  const Accumulators& reserve(int64_t count, const Rows& rows) {
+    constexpr int64_t limit = 256; // positions that are summed in fp32
     if (count_ + count > limit || rows != rows_) {
       flush();
     }
     count_ += count;
     rows_ = rows;
-    return places_;
+    return accumulators_;
   }
 
   void flush() {
     if (count_ > 0) {
-      sink_(rows_, places_);
+      flush_to_(rows_, accumulators_);
     }
     std::fill(values_.begin(), values_.end(), 0.f);
     count_ = 0;
   }
 
  private:
-  Sink sink_;
+  FlushTo flush_to_;
   Rows rows_;
   std::vector<float> values_;
-  Places places_;
+  Accumulators accumulators_;
   int64_t count_ = 0;
 };
 
-template <size_t quantities, typename Rows, typename Sink>
-PendingSums<quantities, Rows, Sink> pending_sums(int64_t channels, Rows rows, Sink sink) {
-  return {channels, rows, sink};
+template <size_t quantities, typename Rows, typename FlushTo>
+BufferedSums<quantities, Rows, FlushTo> buffered_sums(int64_t channels, Rows rows, FlushTo flush_to) {
+  return {channels, rows, flush_to};
 }
 
 } // namespace CPU_CAPABILITY

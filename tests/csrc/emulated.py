@@ -1,6 +1,6 @@
-"""The kernels of csrc/cuda on the CPU, as functions of the operators' signatures: see emulator/emulator.h.
+"""Python functions with the operators' signatures that run the kernels of csrc/cuda on the CPU (emulator/emulator.h).
 
-A wide load that is not aligned ends the process, so tests use this in one of their own.
+A misaligned vector load ends the process, so tests call these functions in a subprocess.
 """
 
 import ctypes
@@ -16,19 +16,19 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent.parent
 EMULATOR = Path(__file__).parent / "emulator"
-# CUDA's headers for 16-bit numbers, which every C++ compiler takes, come with Triton but for one.
+# CUDA's headers for 16-bit types, which any C++ compiler accepts. Triton contains all but one.
 HEADERS = [
     Path(triton.__file__).parent / "backends/nvidia/include",
     *(Path(root, "cuda_cccl/include") for root in nvidia.__path__),
 ]
-KINDS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 GUARD = 64  # bytes after a workspace
 
 library: ctypes.CDLL
 
 
-def build(compiler: str, into: Path) -> None:
-    """Compiles the kernels, with the sanitizers that DSPNET_SANITIZE names; `load` takes the folder then."""
+def build(compiler: str, folder: Path) -> None:
+    """Compile the kernels to a library in a folder for `load`, with the sanitizers in DSPNET_SANITIZE."""
     kernels = [ROOT / f"csrc/cuda/{name}.cu" for name in ("ema_update", "lars_ema_step", "normalized_mse")]
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
     sanitizers = os.environ.get("DSPNET_SANITIZE")
@@ -37,9 +37,9 @@ def build(compiler: str, into: Path) -> None:
     else:
         command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     command += ["-include", EMULATOR / "emulator.h", "-I", EMULATOR, "-I", ROOT / "csrc/include"]
-    command += [option for folder in HEADERS for option in ("-isystem", folder)]
-    command += ["-o", into / "emulated.so", "-x", "c++", *kernels, EMULATOR / "launchers.cpp"]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of a sanitizer
+    command += [option for headers in HEADERS for option in ("-isystem", headers)]
+    command += ["-o", folder / "emulated.so", "-x", "c++", *kernels, EMULATOR / "launchers.cpp"]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's runtime
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -60,7 +60,7 @@ def _long(value: int) -> ctypes.c_int64:
 
 
 class _Workspace:
-    """Filled with NaN, with a guard behind it."""
+    """A workspace filled with NaN, and a guard after it that must not be written."""
 
     def __init__(self, operator: str, size: int):
         self.bytes = getattr(library, f"emulated_{operator}_workspace")(_long(size))
@@ -70,14 +70,14 @@ class _Workspace:
         return _address(self.memory)
 
     def __exit__(self, *_) -> None:
-        assert self.memory[-(-self.bytes // 8) :].isnan().all(), "written behind the workspace"
+        assert self.memory[-(-self.bytes // 8) :].isnan().all(), "an operator wrote past the end of its workspace"
 
 
 def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
-    """For tensors of one dtype that are runs of memory in the same order."""
+    """Update dense tensors of one dtype with the same strides."""
     count = len(targets)
     library.emulated_ema_update(
-        KINDS[targets[0].dtype],
+        DTYPES[targets[0].dtype],
         _long(count),
         (ctypes.c_void_p * count)(*(t.data_ptr() for t in targets)),
         (ctypes.c_void_p * count)(*(t.data_ptr() for t in onlines)),
@@ -91,7 +91,7 @@ def lars_ema_step(
 ) -> None:
     with _Workspace("lars_ema_step", len(params)) as workspace:
         library.emulated_lars_ema_step(
-            KINDS[params.dtype],
+            DTYPES[params.dtype],
             *(_address(buffer) for buffer in (params, grads, momenta, targets)),
             _long(len(params)),
             _long(len(targets)),
@@ -99,9 +99,9 @@ def lars_ema_step(
             (ctypes.c_int64 * len(sizes))(*sizes),
             _long(len(starts)),
             _address(lr),
-            KINDS[lr.dtype],
+            DTYPES[lr.dtype],
             _address(tau),
-            KINDS[tau.dtype],
+            DTYPES[tau.dtype],
             *(ctypes.c_double(value) for value in (weight_decay, momentum, eta)),
             _address(apply),
             workspace,
@@ -112,16 +112,16 @@ def normalized_mse(p: Tensor, z: Tensor) -> Tensor:
     loss = p.new_full((), float("nan"), dtype=torch.promote_types(p.dtype, torch.float32))
     with _Workspace("normalized_mse", len(p)) as workspace:
         shape = _long(p.shape[0]), _long(p.shape[1])
-        library.emulated_normalized_mse(KINDS[p.dtype], _address(p), _address(z), *shape, _address(loss), workspace)
+        library.emulated_normalized_mse(DTYPES[p.dtype], _address(p), _address(z), *shape, _address(loss), workspace)
     return loss
 
 
 def normalized_mse_backward(grad: Tensor, p: Tensor, z: Tensor, p_gradient: bool, z_gradient: bool):
     grad_p, grad_z = (
-        torch.full_like(v, float("nan")) if wanted else None for v, wanted in ((p, p_gradient), (z, z_gradient))
+        torch.full_like(v, float("nan")) if needed else None for v, needed in ((p, p_gradient), (z, z_gradient))
     )
     shape = _long(p.shape[0]), _long(p.shape[1])
     library.emulated_normalized_mse_backward(
-        KINDS[p.dtype], _address(p), _address(z), *shape, _address(grad), _address(grad_p), _address(grad_z)
+        DTYPES[p.dtype], _address(p), _address(z), *shape, _address(grad), _address(grad_p), _address(grad_z)
     )
     return grad_p, grad_z

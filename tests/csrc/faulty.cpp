@@ -1,4 +1,4 @@
-// Errors on purpose: test_sanitized.py shows that the sanitizers end the process at each.
+// Deliberate errors: test_sanitized.py checks that the sanitizers abort the process at each.
 #include <cstdint>
 
 extern "C" float read_at(const float* values, int64_t index) {

@@ -1,4 +1,4 @@
-"""The CUDA library as far as no GPU is needed: where it is built, what is in it, and that it loads without a driver."""
+"""Checks of the compiled CUDA library without a GPU: its presence, kernel resources, and loading without a driver."""
 
 import ctypes
 import importlib.util
@@ -14,8 +14,8 @@ import torch
 from dspnet_fast.ops import cuda
 
 ROOT = Path(__file__).parent.parent.parent
-# Kernels in each file. ema_update: 4 dtypes; lars_ema_step: 2 dtypes, 2 widths and 2 passes, and one for the ratios;
-# normalized_mse: 4 dtypes, 2 widths and 2 directions, and 2 means; device: a probe.
+# Kernels in each file. ema_update: 4 dtypes; lars_ema_step: 2 dtypes x 2 widths x 2 passes, and the trust ratios;
+# normalized_mse: 4 dtypes x 2 widths x 2 directions, and 2 means; device: a probe.
 KERNELS = {"device": 1, "ema_update": 4, "lars_ema_step": 9, "normalized_mse": 18}
 
 needs_library = pytest.mark.skipif(not cuda.load()[0], reason=cuda.load()[1])
@@ -29,17 +29,17 @@ def setup(monkeypatch):
     return runpy.run_path("setup.py")
 
 
-def test_the_library_is_in_the_tree_where_it_could_be_built(setup):
+def test_library_exists_wherever_nvcc_could_compile_it(setup):
     if os.environ.get("DSPNET_CUDA") == "0" or os.environ.get("DSPNET_CUDA_ARCHITECTURES"):
-        pytest.skip("the environment asks for no library, or for a narrower one")
-    if lacking := setup["missing_cuda"]():
-        pytest.skip(lacking)
+        pytest.skip("DSPNET_CUDA=0 or DSPNET_CUDA_ARCHITECTURES is set")
+    if reason := setup["missing_cuda"]():
+        pytest.skip(reason)
     assert cuda.load() == (True, "")
     assert {"sm_80", "sm_90"} <= set(cuda.built().split())
 
 
-def compiler(folder: Path, release: str) -> str:
-    """Something that says that it is nvcc of this release."""
+def fake_nvcc(folder: Path, release: str) -> str:
+    """Write a script that prints the version of this release of nvcc. Returns its path."""
     path = folder / "nvcc"
     path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
     path.chmod(0o755)
@@ -47,25 +47,26 @@ def compiler(folder: Path, release: str) -> str:
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
-def test_why_it_is_not_built(setup, tmp_path, monkeypatch):
+def test_missing_cuda_gives_the_reason(setup, tmp_path, monkeypatch):
     major = int(torch.version.cuda.split(".")[0])
-    monkeypatch.setenv("CUDACXX", compiler(tmp_path, f"{major}.7"))
+    monkeypatch.setenv("CUDACXX", fake_nvcc(tmp_path, f"{major}.7"))
     assert setup["missing_cuda"]() == ""
-    monkeypatch.setenv("CUDACXX", compiler(tmp_path, f"{major - 1}.4"))
+    monkeypatch.setenv("CUDACXX", fake_nvcc(tmp_path, f"{major - 1}.4"))
     assert f"is of CUDA {major - 1}.4, but torch was built with CUDA {torch.version.cuda}" in setup["missing_cuda"]()
-    compiler(tmp_path, "unknown")
+    fake_nvcc(tmp_path, "unknown")
     assert "does not say its version" in setup["missing_cuda"]()
     monkeypatch.setattr(setup["missing_cuda"].__globals__["shutil"], "which", lambda *_, **__: None)
     assert "nvcc was not found" in setup["missing_cuda"]()
 
 
-WITHOUT_A_DRIVER = """
+CALLS_WITHOUT_A_DRIVER = """
 import torch
 from dspnet_fast.ops import cuda
 assert cuda.load() == (True, "")
 problem = torch.ops.dspnet_cpp.cuda_problem(0)
 assert "driver" in problem or "device" in problem, problem
-on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # there is no tensor on a GPU that would lead there
+# Without a tensor on a GPU, only redispatch selects the CUDA key.
+on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 x, one = torch.randn(3, 4), torch.tensor(1.0)
 flat = [torch.randn(9) for _ in range(4)]
 for name, arguments in {
@@ -80,32 +81,32 @@ for name, arguments in {
         assert f"{name}: " in str(error) and "of type cuda" in str(error).lower(), error
     else:
         raise AssertionError(name)
-print("refused")
+print("raised")
 """
 
 
 @needs_library
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver and a device")
-def test_it_loads_without_a_driver_and_says_what_is_missing(run_python):
-    assert run_python("-c", WITHOUT_A_DRIVER).strip() == "refused"
+def test_library_loads_without_a_driver_and_reports_it(run_python):
+    assert run_python("-c", CALLS_WITHOUT_A_DRIVER).strip() == "raised"
     assert cuda.supported() == (False, "no CUDA device")
 
 
 def tool(name: str) -> Path:
-    """One of NVIDIA's tools that come with Triton."""
+    """The path of one of NVIDIA's tools that Triton contains."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
-        pytest.skip("Triton, which has the tools, is not installed")
+        pytest.skip("Triton, which contains the tools, is not installed")
     return Path(spec.origin).parent / "backends/nvidia/bin" / name
 
 
 @needs_library
 def test_no_kernel_spills_registers():
     usage = subprocess.run([tool("cuobjdump"), "-res-usage", cuda.LIBRARY], capture_output=True, text=True)
-    figures = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout)
+    usages = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout)
     architectures = len(cuda.built().split()) - 2
-    assert len(figures) == architectures * sum(KERNELS.values()), usage.stdout + usage.stderr
-    for kernel, registers, stack, local in figures:
+    assert len(usages) == architectures * sum(KERNELS.values()), usage.stdout + usage.stderr
+    for kernel, registers, stack, local in usages:
         assert int(stack) == int(local) == 0, f"{kernel} spills"
         assert int(registers) <= 80, f"{kernel} uses {registers} registers: fewer than 3 blocks of 256 threads fit"
 
@@ -116,27 +117,27 @@ def test_loads_and_stores_are_16_bytes_wide():
     kernels = {part.split("\n", 1)[0].strip(): part for part in sass.stdout.split("Function : ")[1:]}
     streaming = {name: code for name, code in kernels.items() if re.search("ema_update_kernel|squares|update_k", name)}
     streaming |= {name: code for name, code in kernels.items() if re.search("(for|back)ward_kernel", name)}
-    wide = {name for name, code in streaming.items() if "LDG.E.128" in code}
-    # All of ema_update's, and those of the others that are the wide one of two.
-    assert len(streaming) == 4 + 8 + 16 and len(wide) == 4 + 4 + 8, sorted(wide)
-    assert all("STG.E.128" in kernels[name] for name in wide if not re.search("squares|forward", name))
+    vectorized = {name for name, code in streaming.items() if "LDG.E.128" in code}
+    # ema_update has vectorized kernels only; the others have a vectorized and a scalar kernel each.
+    assert len(streaming) == 4 + 8 + 16 and len(vectorized) == 4 + 4 + 8, sorted(vectorized)
+    assert all("STG.E.128" in kernels[name] for name in vectorized if not re.search("squares|forward", name))
 
 
-def nvidia(part: str) -> Path | None:
-    """The folder of one of NVIDIA's packages for CUDA 12."""
+def nvidia_folder(part: str) -> Path | None:
+    """The folder of one of NVIDIA's packages for CUDA 12, if it is installed."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(root, part) for root in (spec.submodule_search_locations or ())] if spec else []
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def test_every_file_is_known():
+def test_kernel_counts_cover_every_source():
     assert {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} == set(KERNELS)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_compiles_for_v100(name):
-    """For compute capability 7.0, which CUDA 13 no longer knows: by the run-time compiler of CUDA 12.9."""
-    runtime_compiler, headers = nvidia("cuda_nvrtc"), nvidia("cuda_runtime")
+    """Compute capability 7.0 is not supported by CUDA 13, so NVRTC of CUDA 12.9 compiles the kernels."""
+    runtime_compiler, headers = nvidia_folder("cuda_nvrtc"), nvidia_folder("cuda_runtime")
     if runtime_compiler is None or headers is None:
         pytest.skip("nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12 are not installed: pip install -e '.[test]'")
     nvrtc = ctypes.CDLL(str(runtime_compiler / "lib/libnvrtc.so.12"))

@@ -1,11 +1,11 @@
-"""The CUDA kernels, run on the CPU (emulator/emulator.h), by the rules that providers of their operators must keep."""
+"""The CUDA kernels, run on the CPU (emulator/emulator.h), pass the tests of their operators."""
 
 import shutil
 
 import pytest
 
 for package in ("triton", "nvidia.cuda_cccl"):
-    pytest.importorskip(package, reason="the emulator needs headers of Triton and of nvidia-cuda-cccl-cu12")
+    pytest.importorskip(package, reason="the emulator requires headers of Triton and of nvidia-cuda-cccl-cu12")
 
 import emulated  # noqa: E402
 
@@ -20,7 +20,7 @@ def kernels(tmp_path_factory):
     return folder
 
 
-BEGIN = """
+SETUP = """
 import sys
 import torch
 from tests.csrc import emulated
@@ -34,24 +34,24 @@ sizes = [size for size in SIZES if size] + [0, 2048, 2049, 4096, 8192, 8193]
 for dtype in DTYPES:
     for tau in TAUS:
         check(emulated.ema_update, dtype, tau, *pairs(dtype, sizes if tau == 0.996 else SIZES[:4]))
-    # Every misalignment of the two: of pairs that can be loaded widely after all, and of pairs that cannot.
+    # All misalignments: vector loads are possible only if target and online are misaligned by the same offset.
     for shift in range(9):
         target, online = torch.full((1200,), 5.0).to(dtype), torch.randn(1200).to(dtype)
         inside = target[shift : shift + 1000].normal_()
         for offset in (shift, 3):
             check(emulated.ema_update, dtype, 0.9, [inside], [online[offset : offset + 1000]])
         assert target[:shift].eq(5).all() and target[shift + 1000 :].eq(5).all()
-    # More pairs than a launch takes.
+    # Just below, at and above 120, the number of pairs per launch.
     for count in (119, 120, 121, 301):
         check(emulated.ema_update, dtype, 0.3, *pairs(dtype, [i % 11 for i in range(count)]))
 t = torch.randn(50)
 kept = t.clone()
 emulated.ema_update([t], [t], 0.3)
 torch.testing.assert_close(t, kept)
-for tau, want in ((1.0, 0.0), (0.0, 1.0)):
+for tau, expected in ((1.0, 0.0), (0.0, 1.0)):
     t = torch.zeros(1000)
     emulated.ema_update([t], [torch.ones(1000)], tau)
-    assert t.eq(want).all()
+    assert t.eq(expected).all()
 """
 
 LARS_EMA_STEP = """
@@ -59,21 +59,21 @@ from tests.ops import test_lars_ema_step as rules
 step = emulated.lars_ema_step
 layouts = dict(rules.LAYOUTS)
 layouts["ends of tiles"] = ([(4096, True), (4095, False), (4097, True), (1, True), (8192, False), (3, True)], 16385)
-# More regions than a launch takes: 1 to 6 elements each, some of them segments without a gap between them.
+# More than the 220 regions per launch, of 1 to 6 elements, some of them adjacent segments.
 layouts["many"] = ([(i % 6 + 1, i % 7 > 0) for i in range(700)], 1500)
-layouts["as many as a launch takes"] = ([(i % 6 + 1, i % 2 == 0) for i in range(220)], 700)
-layouts["one more"] = ([(i % 6 + 1, i % 2 == 0) for i in range(221)], 700)
+layouts["one full launch"] = ([(i % 6 + 1, i % 2 == 0) for i in range(220)], 700)
+layouts["one region more than a launch"] = ([(i % 6 + 1, i % 2 == 0) for i in range(221)], 700)
 rules.LAYOUTS = layouts
 for dtype in rules.DTYPES:
     for layout in layouts:
         for tau in (0.0, 0.3, 0.996, 1.0) if layout == "odd sizes" else (0.996,):
             rules.check(layout, rules.make(layout, dtype) | {"tau": torch.tensor(tau)}, step)
         rules.check_apply(layout, rules.make(layout, dtype), step)
-# Numbers on the device may be of any kind.
-for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    scalars = {"lr": torch.tensor(0.375, dtype=kind), "tau": torch.tensor(0.75, dtype=kind)}
+# lr and tau may have any floating-point dtype.
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    scalars = {"lr": torch.tensor(0.375, dtype=dtype), "tau": torch.tensor(0.75, dtype=dtype)}
     rules.check("odd sizes", rules.make("odd sizes", torch.float32) | scalars, step)
-# Every misalignment, the same for all buffers or not.
+# All misalignments, the same for all buffers and different ones.
 for dtype in rules.DTYPES:
     for shift in range(5):
         for offsets in ((shift,) * 4, (shift, shift, shift, 1), (shift, 2, shift, shift)):
@@ -81,13 +81,13 @@ for dtype in rules.DTYPES:
             memory = {name: torch.full((10_200,), 5.0, dtype=dtype) for name in rules.BUFFERS}
             for name, offset in zip(rules.BUFFERS, offsets):
                 arguments[name] = memory[name][offset : offset + len(arguments[name])].copy_(arguments[name])
-            want = rules.expected("odd sizes", arguments)
+            expected = rules.expected("odd sizes", arguments)
             step(**arguments, **rules.OPTIONS)
             for name, offset in zip(rules.BUFFERS, offsets):
-                torch.testing.assert_close(arguments[name].double(), want[name], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(arguments[name].double(), expected[name], rtol=1e-5, atol=1e-6)
                 assert memory[name][:offset].eq(5).all()
                 assert memory[name][offset + len(arguments[name]) :].eq(5).all()
-# Norms that are 0, tiny, or no numbers.
+# Norms that are 0, tiny, infinite or NaN.
 for name in ("params", "grads"):
     for decay in (0.0, 0.03):
         arguments = rules.make("odd sizes", torch.float32)
@@ -109,7 +109,7 @@ for poison in (float("nan"), float("inf")):
         assert arguments[name][1000].isnan()
         arguments[name][segment] = clean[name][segment]
     assert all(torch.equal(arguments[name], clean[name]) for name in rules.BUFFERS)
-# A weight that is no number, where no decay touches it, stays alone; the momentum does not see it.
+# Without weight decay, a NaN weight does not change its momentum or any other element.
 arguments = rules.make("none adapted", torch.float32)
 arguments["params"][5] = float("nan")
 step(**arguments, **rules.OPTIONS)
@@ -123,10 +123,10 @@ forward, backward = emulated.normalized_mse, emulated.normalized_mse_backward
 for dtype in DTYPES:
     for shape in (*SHAPES[:4], (17, 256), (8, 64), (1, 32), (9, 8)):
         check(*inputs(shape, dtype), forward, backward)
-    for shift in (1, 2, 4):  # rows that are not aligned
+    for shift in (1, 2, 4):  # misaligned rows
         p, z = (torch.randn(9 * 64 + shift).to(dtype)[shift:].view(9, 64) for _ in range(2))
         check(p, z, forward, backward)
-check(*inputs((8300, 4), torch.float32), forward, backward)  # blocks take several rows, warps different numbers of them
+check(*inputs((8300, 4), torch.float32), forward, backward)  # more rows than blocks: several per block
 p, z = inputs((7, 40), torch.float32, requires_grad=False)
 one = torch.tensor(1.0)
 dp, dz = backward(one, p, z, True, True)
@@ -134,7 +134,7 @@ assert torch.equal(backward(one, p, z, True, False)[0], dp) and torch.equal(back
 assert forward(torch.zeros(2, 5), torch.randn(2, 5)) == 2 and forward(torch.empty(3, 0), torch.empty(3, 0)) == 2
 assert backward(one, torch.zeros(2, 5), torch.randn(2, 5), True, True)[0].isfinite().all()
 unit = torch.nn.functional.normalize
-short = EPS / 10 * unit(torch.randn(7, 40))  # below the shortest length the divisor is constant
+short = EPS / 10 * unit(torch.randn(7, 40))  # lengths below EPS are replaced by EPS
 torch.testing.assert_close(forward(short, z), (2 - 2 * (short / EPS * unit(z)).sum(1)).mean())
 torch.testing.assert_close(backward(one, short, z, True, False)[0], -2 / 7 / EPS * unit(z))
 torch.testing.assert_close(backward(one, z, short, False, True)[1], -2 / 7 / EPS * unit(z))
@@ -156,12 +156,12 @@ def serve(operator, kernel):
         calls.append(operator.name)
         return kernel(*arguments)
 def backward(grad, p, z, *wanted):
-    found = emulated.normalized_mse_backward(grad, p.contiguous(), z.contiguous(), *wanted)
-    return tuple(p.new_empty(0) if gradient is None else gradient for gradient in found)
+    gradients = emulated.normalized_mse_backward(grad, p.contiguous(), z.contiguous(), *wanted)
+    return tuple(p.new_empty(0) if gradient is None else gradient for gradient in gradients)
 serve(lars_ema_step, emulated.lars_ema_step)
 serve(normalized_mse, lambda p, z: emulated.normalized_mse(p.contiguous(), z.contiguous()))
 serve(normalized_mse_backward, backward)
-del registry.operators["ema_update"].providers["cuda"]  # no part of a step
+del registry.operators["ema_update"].providers["cuda"]  # not called in a training step
 training.check_fp32("mobilenet_v3_large", "cuda")
 counts = {name: calls.count(name) for name in set(calls)}
 steps = training.STEPS
@@ -174,10 +174,10 @@ assert counts == {"lars_ema_step": steps, "normalized_mse": 2 * steps, "normaliz
     [EMA_UPDATE, LARS_EMA_STEP, NORMALIZED_MSE],
     ids=["ema_update", "lars_ema_step", "normalized_mse"],
 )
-def test_kernels(kernels, run_python, cases):
-    run_python("-c", BEGIN + cases, str(kernels))
+def test_emulated_kernels_satisfy_the_rules(kernels, run_python, cases):
+    run_python("-c", SETUP + cases, str(kernels))
 
 
 @pytest.mark.parametrize("steps", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_training(kernels, run_python, steps):
-    run_python("-c", BEGIN + TRAINING, str(kernels), DSPNET_TEST_STEPS=str(steps))
+def test_training_with_emulated_kernels_matches_native(kernels, run_python, steps):
+    run_python("-c", SETUP + TRAINING, str(kernels), DSPNET_TEST_STEPS=str(steps))

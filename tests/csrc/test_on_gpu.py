@@ -1,4 +1,4 @@
-"""The provider `cuda` on a GPU: the error rule, streams, CUDA graphs, no waiting, what it refuses."""
+"""The provider `cuda` on a GPU: numerical errors, streams, CUDA graphs, synchronisation, rejected arguments."""
 
 import pytest
 import torch
@@ -13,17 +13,17 @@ from tests.ops import test_normalized_mse as mse_rules
 
 pytestmark = pytest.mark.skipif(not cuda.supported()[0], reason=cuda.supported()[1])
 
-ONE = {"device": "cuda", "dtype": torch.float32}
+FP32 = {"device": "cuda", "dtype": torch.float32}
 
 
 @pytest.fixture(autouse=True)
-def by_cuda(policy):
+def cuda_provider(policy):
     policy("cuda")
 
 
 @pytest.fixture
-def no_waiting():
-    """Any call that waits for the device is an error, from when the fixture's value is called."""
+def forbid_synchronization():
+    """A function after whose call every synchronisation with the device raises an error."""
     torch.cuda.synchronize()
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
@@ -41,55 +41,55 @@ def lars_buffers(arguments: dict) -> list[Tensor]:
     return [arguments[name] for name in lars_rules.BUFFERS]
 
 
-# --- The error rule ---------------------------------------------------------------------------------------------------
+# --- Numerical errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tau", ema_rules.TAUS)
 @pytest.mark.parametrize("dtype", ema_rules.DTYPES, ids=str)
-def test_ema_update(dtype, tau):
-    shapes = [*ema_rules.SIZES, *range(1, 150), (6, 5, 3, 3)]  # more than a launch takes
+def test_ema_update_matches_reference(dtype, tau):
+    shapes = [*ema_rules.SIZES, *range(1, 150), (6, 5, 3, 3)]  # more than the pairs of one launch
     targets, onlines = map(on_gpu, ema_rules.pairs(dtype, shapes))
     ema_rules.check(ema_update, dtype, tau, targets, onlines)
 
 
 @pytest.mark.parametrize("dtype", ema_rules.DTYPES, ids=str)
-def test_ema_update_with_any_strides_and_alignments(dtype):
+def test_ema_update_supports_any_strides_and_alignments(dtype):
     memory = torch.randn(50, 33, device="cuda").to(dtype)
     targets = [torch.randn(7, 9, device="cuda").to(dtype).t(), memory[:40, 1:30], memory[41, 1:30], memory[42]]
     onlines = [torch.randn(t.shape, device="cuda").to(dtype) for t in targets]
     ema_rules.check(ema_update, dtype, 0.9, targets, onlines)
 
 
-def test_ema_update_of_several_dtypes_and_of_shared_memory():
+def test_ema_update_supports_mixed_dtypes_and_shared_memory():
     pairs = [ema_rules.pairs(dtype, [769]) for dtype in ema_rules.DTYPES]
     targets, onlines = ([pair[i][0].cuda() for pair in pairs] for i in range(2))
     want = [t.clone().lerp_(o, 0.1) for t, o in zip(targets, onlines)]
     ema_update(targets, onlines, 0.9)
     torch.testing.assert_close(targets, want)
-    target, online = torch.zeros(50_000, **ONE), torch.ones(50_000, **ONE)
+    target, online = torch.zeros(50_000, **FP32), torch.ones(50_000, **FP32)
     ema_update([target, target], [online, online], 0.5)
     assert target.eq(0.75).all()
 
 
 @pytest.mark.parametrize("layout", lars_rules.LAYOUTS)
 @pytest.mark.parametrize("dtype", lars_rules.DTYPES, ids=str)
-def test_lars_ema_step(dtype, layout):
+def test_lars_ema_step_matches_reference(dtype, layout):
     for tau in (0.0, 0.3, 0.996, 1.0):
-        lars_rules.check(layout, lars_arguments(layout, dtype) | {"tau": torch.tensor(tau, **ONE)})
+        lars_rules.check(layout, lars_arguments(layout, dtype) | {"tau": torch.tensor(tau, **FP32)})
     lars_rules.check_apply(layout, lars_arguments(layout, dtype))
 
 
 @pytest.mark.parametrize("dtype", lars_rules.DTYPES, ids=str)
-def test_lars_ema_step_of_more_regions_than_a_launch_takes(dtype, monkeypatch):
+def test_lars_ema_step_supports_more_regions_than_one_launch(dtype, monkeypatch):
     layout = [(i % 6 + 1 if i % 100 else 20_000, i % 7 > 0) for i in range(700)]
     monkeypatch.setitem(lars_rules.LAYOUTS, "many", (layout, 100_000))
     lars_rules.check("many", lars_arguments("many", dtype))
 
 
 @pytest.mark.parametrize("offsets", [(1, 1, 1, 1), (1, 2, 3, 1), (4, 4, 4, 2)], ids=str)
-def test_lars_ema_step_on_buffers_that_are_not_aligned(offsets):
+def test_lars_ema_step_supports_misaligned_buffers(offsets):
     arguments = lars_arguments()
-    memory = {name: torch.full((10_200,), 5.0, **ONE) for name in lars_rules.BUFFERS}
+    memory = {name: torch.full((10_200,), 5.0, **FP32) for name in lars_rules.BUFFERS}
     for name, offset in zip(lars_rules.BUFFERS, offsets):
         arguments[name] = memory[name][offset : offset + len(arguments[name])].copy_(arguments[name])
     want = lars_rules.expected("odd sizes", arguments)
@@ -99,14 +99,14 @@ def test_lars_ema_step_on_buffers_that_are_not_aligned(offsets):
         assert memory[name][:offset].eq(5).all() and memory[name][offset + len(arguments[name]) :].eq(5).all()
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_lars_ema_step_takes_lr_and_tau_of_any_kind(kind):
-    scalars = {"lr": torch.tensor(0.375, dtype=kind).cuda(), "tau": torch.tensor(0.75, dtype=kind).cuda()}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_lars_ema_step_accepts_lr_and_tau_of_any_dtype(dtype):
+    scalars = {"lr": torch.tensor(0.375, dtype=dtype).cuda(), "tau": torch.tensor(0.75, dtype=dtype).cuda()}
     lars_rules.check("odd sizes", lars_arguments() | scalars)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_shows_in_its_segment_and_nowhere_else(poison):
+def test_nonfinite_gradient_changes_only_its_segment(poison):
     arguments = lars_arguments("split between threads")
     clean = lars_rules.copy(arguments)
     lars_ema_step(**clean, **lars_rules.OPTIONS)
@@ -121,42 +121,42 @@ def test_a_gradient_that_is_no_number_shows_in_its_segment_and_nowhere_else(pois
 
 @pytest.mark.parametrize("dtype", mse_rules.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*mse_rules.SHAPES, (8192, 256), (2048, 4096)], ids=str)
-def test_normalized_mse(shape, dtype, nan_filled):
+def test_normalized_mse_matches_reference(shape, dtype, nan_filled):
     mse_rules.check(*on_gpu(mse_rules.inputs(shape, dtype)))
 
 
-def test_normalized_mse_of_strided_empty_and_zero_inputs():
-    mse_rules.check(torch.randn(10, 20, **ONE)[:, :7], torch.randn(7, 10, **ONE).t())
-    assert normalized_mse(torch.empty(0, 5, **ONE), torch.empty(0, 5, **ONE)).isnan()
-    assert normalized_mse(torch.empty(3, 0, **ONE), torch.empty(3, 0, **ONE)) == 2
-    p = torch.zeros(2, 5, **ONE, requires_grad=True)
-    loss = normalized_mse(p, torch.randn(2, 5, **ONE))
+def test_normalized_mse_supports_strided_empty_and_zero_inputs():
+    mse_rules.check(torch.randn(10, 20, **FP32)[:, :7], torch.randn(7, 10, **FP32).t())
+    assert normalized_mse(torch.empty(0, 5, **FP32), torch.empty(0, 5, **FP32)).isnan()
+    assert normalized_mse(torch.empty(3, 0, **FP32), torch.empty(3, 0, **FP32)) == 2
+    p = torch.zeros(2, 5, **FP32, requires_grad=True)
+    loss = normalized_mse(p, torch.randn(2, 5, **FP32))
     loss.backward()
     assert loss == 2 and p.grad.isfinite().all()
-    short, z = EPS / 10 * normalize(torch.randn(7, 40, **ONE)), torch.randn(7, 40, **ONE)
+    short, z = EPS / 10 * normalize(torch.randn(7, 40, **FP32)), torch.randn(7, 40, **FP32)
     gradient, _ = normalized_mse_backward(loss.detach(), short, z, True, False)
     torch.testing.assert_close(gradient, loss.detach() * -2 / 7 / EPS * normalize(z))
 
 
-def test_opcheck():
-    one, (p, z) = torch.ones((), **ONE), on_gpu(mse_rules.inputs((7, 9), torch.float32))
+def test_operators_pass_opcheck():
+    one, (p, z) = torch.ones((), **FP32), on_gpu(mse_rules.inputs((7, 9), torch.float32))
     torch.library.opcheck(torch.ops.dspnet.normalized_mse.default, (p, z))
     torch.library.opcheck(torch.ops.dspnet.normalized_mse_backward.default, (one, p.detach(), z.detach(), True, False))
     torch.library.opcheck(torch.ops.dspnet.ema_update.default, ([p.detach()], [z], 0.9))
     torch.library.opcheck(torch.ops.dspnet.lars_ema_step.default, (), {**lars_arguments(), **lars_rules.OPTIONS})
 
 
-# --- The same bits each time, on any stream, in a graph, without waiting ----------------------------------------------
+# --- Reproducibility, streams, CUDA graphs, synchronisation -----------------------------------------------------------
 
 
-class Everything:
-    """One call of each operator on inputs that stay where they are."""
+class AllOperators:
+    """One call of each operator on tensors with fixed addresses."""
 
     def __init__(self) -> None:
         self.lars = lars_arguments("split between threads")
         self.targets, self.onlines = map(on_gpu, ema_rules.pairs(torch.float32, ema_rules.SIZES))
         self.p, self.z = (v.detach() for v in on_gpu(mse_rules.inputs((130, 256), torch.float32)))
-        self.one = torch.ones((), **ONE)
+        self.one = torch.ones((), **FP32)
         self.written = [*lars_buffers(self.lars), *self.targets]
         self.start = [tensor.clone() for tensor in self.written]
         self.results: tuple[Tensor, ...] = ()
@@ -171,7 +171,7 @@ class Everything:
         loss = normalized_mse(self.p, self.z)
         self.results = (loss, *normalized_mse_backward(self.one, self.p, self.z, True, True))
 
-    def bits(self) -> list[Tensor]:
+    def outputs(self) -> list[Tensor]:
         return [tensor.clone() for tensor in (*self.written, *self.results)]
 
 
@@ -179,65 +179,65 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-def test_the_same_bits_each_time():
-    everything = Everything()
-    everything.run()
-    once = everything.bits()
-    everything.reset()
-    everything.run()
-    assert equal(everything.bits(), once)
+def test_results_are_bitwise_reproducible():
+    operators = AllOperators()
+    operators.run()
+    expected = operators.outputs()
+    operators.reset()
+    operators.run()
+    assert equal(operators.outputs(), expected)
 
 
-def test_on_torchs_current_stream():
-    everything = Everything()
-    everything.run()
-    once = everything.bits()
-    for tensor in everything.written:
+def test_kernels_run_on_the_current_stream():
+    operators = AllOperators()
+    operators.run()
+    expected = operators.outputs()
+    for tensor in operators.written:
         tensor.fill_(float("nan"))
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # a kernel on another stream would run before the values are there
-        everything.reset()
-        everything.run()
-        bits = everything.bits()
+        torch.cuda._sleep(50_000_000)  # delays the inputs: a kernel on another stream would read NaN
+        operators.reset()
+        operators.run()
+        outputs = operators.outputs()
     stream.synchronize()
-    assert equal(bits, once)
+    assert equal(outputs, expected)
 
 
-def test_a_graph_replays_with_other_rates_and_values():
-    everything = Everything()
-    everything.run()  # loads what is loaded at the first call
+def test_cuda_graph_replays_with_changed_inputs():
+    operators = AllOperators()
+    operators.run()  # warm-up: the first call loads the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        everything.run()
+        operators.run()
     for lr, tau in ((0.4, 0.99), (0.2, 0.3), (0.0, 1.0)):
-        everything.lars["lr"].fill_(lr)
-        everything.lars["tau"].fill_(tau)
-        everything.p.normal_()
-        everything.reset()
+        operators.lars["lr"].fill_(lr)
+        operators.lars["tau"].fill_(tau)
+        operators.p.normal_()
+        operators.reset()
         graph.replay()
-        replayed = everything.bits()
-        captured, everything.results = everything.results, ()
-        everything.reset()
-        everything.run()
-        assert equal(replayed, everything.bits()), (lr, tau)
-        everything.results = captured
+        replayed = operators.outputs()
+        captured, operators.results = operators.results, ()
+        operators.reset()
+        operators.run()
+        assert equal(replayed, operators.outputs()), (lr, tau)
+        operators.results = captured
 
 
-def test_nothing_waits_for_the_device(no_waiting):
-    everything = Everything()
-    no_waiting()
-    everything.run()
-    p = everything.p.requires_grad_()
-    normalized_mse(p, everything.z).backward()
+def test_operators_do_not_synchronize(forbid_synchronization):
+    operators = AllOperators()
+    forbid_synchronization()
+    operators.run()
+    p = operators.p.requires_grad_()
+    normalized_mse(p, operators.z).backward()
 
 
-def test_more_than_2_to_the_31_elements():
+def test_tensors_may_exceed_2_to_the_31_elements():
     size = 2**31 + 9
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("too little memory is free")
+        pytest.skip("requires 16 GiB of free GPU memory")
     target, online = (torch.full((size,), value, device="cuda", dtype=torch.bfloat16) for value in (0.0, 1.0))
     ema_update([target], [online], 0.5)
     assert all(part.eq(0.5).all() for part in target.split(2**28))
@@ -248,19 +248,19 @@ def test_more_than_2_to_the_31_elements():
     torch.testing.assert_close(loss.item(), 4 / (2**24 + 3), rtol=1e-4, atol=0)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
-def test_on_a_device_that_is_not_the_current_one():
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="requires two devices")
+def test_tensors_may_be_on_a_device_that_is_not_current():
     p, z = (v.detach().to("cuda:1") for v in mse_rules.inputs((130, 256), torch.float32))
     mse_rules.check(p, z)
     ema_rules.check(ema_update, torch.float32, 0.9, [p.clone(), p.cuda(0)], [z, z.cuda(0)])
     assert torch.cuda.current_device() == 0
 
 
-# --- What it refuses --------------------------------------------------------------------------------------------------
+# --- Rejected arguments -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", lars_rules.REFUSED)
-def test_lars_ema_step_refuses(case):
+def test_lars_ema_step_rejects_invalid_arguments(case):
     arguments = lars_arguments()
     before = lars_rules.copy(arguments)
     changed = {n: v.cuda() if isinstance(v, Tensor) else v for n, v in lars_rules.REFUSED[case](arguments).items()}
@@ -270,10 +270,10 @@ def test_lars_ema_step_refuses(case):
 
 
 @pytest.mark.parametrize("name", [*lars_rules.BUFFERS, "lr", "tau"])
-@pytest.mark.parametrize("how", ["on the CPU", "memory taken away"])
-def test_lars_ema_step_refuses_a_tensor(how, name):
+@pytest.mark.parametrize("fault", ["on the CPU", "storage of size 0"])
+def test_lars_ema_step_rejects_tensor_without_gpu_memory(fault, name):
     arguments = lars_arguments()
-    if how == "on the CPU":
+    if fault == "on the CPU":
         arguments[name] = arguments[name].cpu()
     else:
         arguments[name].untyped_storage().resize_(0)
@@ -282,27 +282,27 @@ def test_lars_ema_step_refuses_a_tensor(how, name):
 
 
 @pytest.mark.parametrize("case", ema_rules.REFUSED)
-def test_ema_update_refuses(case):
+def test_ema_update_rejects_invalid_arguments(case):
     with pytest.raises((RuntimeError, NotImplementedError)):
-        ema_update(*ema_rules.REFUSED[case](torch.randn(4, 6, **ONE), torch.randn(4, 6, **ONE)))
+        ema_update(*ema_rules.REFUSED[case](torch.randn(4, 6, **FP32), torch.randn(4, 6, **FP32)))
 
 
 @pytest.mark.parametrize("case", mse_rules.REFUSED)
-def test_normalized_mse_refuses(case):
+def test_normalized_mse_rejects_invalid_arguments(case):
     with pytest.raises(RuntimeError, match="normalized_mse"):
         normalized_mse(*on_gpu(mse_rules.REFUSED[case]))
 
 
-def test_two_dtypes_are_left_to_the_native_body(policy):
-    p, z = torch.randn(9, 77, **ONE), torch.randn(9, 77, **ONE).half()
+def test_normalized_mse_of_two_dtypes_falls_back_to_native(policy):
+    p, z = torch.randn(9, 77, **FP32), torch.randn(9, 77, **FP32).half()
     with pytest.raises(RuntimeError, match="one dtype"):
         torch.ops.dspnet_cpp.normalized_mse(p, z)
     policy("auto")
     mse_rules.check(p, z)
 
 
-def test_tensors_on_two_devices_are_refused():
-    x = torch.randn(4, 6, **ONE)
+def test_tensors_on_two_devices_are_rejected():
+    x = torch.randn(4, 6, **FP32)
     for call in (
         lambda: torch.ops.dspnet_cpp.ema_update([x], [x.cpu()], 0.5),
         lambda: torch.ops.dspnet_cpp.normalized_mse(x, x.cpu()),

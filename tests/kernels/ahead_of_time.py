@@ -1,10 +1,9 @@
-"""Compiles what an operator's Triton kernels would be launched with, for GPUs that need not be there.
+"""Compiles an operator's Triton kernels for a GPU, without a GPU.
 
     python tests/kernels/ahead_of_time.py conv_moments 90
 
-calls the operator's launchers on the shapes of benchmarks/ops/layers.py, without data, and compiles each different
-launch for compute capability 9.0. Prints a line of JSON for each: registers, stack (where registers spill to) and
-shared memory.
+calls the operator's launchers with meta tensors of the shapes in benchmarks/ops/layers.py, and compiles each distinct
+launch for compute capability 9.0. Prints a line of JSON for each: registers, stack (spilled registers), shared memory.
 """
 
 import json
@@ -32,12 +31,12 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without data."""
+    """A meta tensor."""
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     return tensor.to(memory_format=torch.channels_last) if len(shape) == 4 else tensor
 
 
-def deferred(layer: Conv, dtype: torch.dtype) -> tuple[Any, ...]:
+def layer_input(layer: Conv, dtype: torch.dtype) -> tuple[Any, ...]:
     """x, scale, shift, act, gate of a layer's input."""
     rows = [None if layer.act is None else empty(VIEWS, layer.channels) for _ in range(2)]
     gate = empty(IMAGES, layer.channels) if layer.gated else None
@@ -49,19 +48,19 @@ def call_conv_moments(layer: Conv, dtype: torch.dtype) -> None:
     kernels = provider.kernels("conv_moments")
     weight = empty(*layer.full, layer.kernel, layer.kernel)
     geometry = layer.stride, layer.kernel // 2, layer.groups
-    for views in (VIEWS, 0) if layer.channels == 64 else (VIEWS,):  # one without moments shows what they cost
-        kernels.conv_moments(*deferred(layer, dtype), weight, layer.out_channels, *geometry, views)
+    for views in (VIEWS, 0) if layer.channels == 64 else (VIEWS,):  # one layer also without moments, to compare
+        kernels.conv_moments(*layer_input(layer, dtype), weight, layer.out_channels, *geometry, views)
     y = empty(IMAGES, layer.out_channels, layer.out_size, layer.out_size, dtype=dtype)
     moments = [empty(VIEWS, layer.out_channels) for _ in range(3)]
     kernels.conv_moments_backward(
-        y, *moments[:2], *deferred(layer, dtype), weight, weight, y, moments[2], *geometry, True, True
+        y, *moments[:2], *layer_input(layer, dtype), weight, weight, y, moments[2], *geometry, True, True
     )
 
 
 def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
-    """The end of a block: added to a residual that is settled, and to one that is not."""
+    """With a plain residual, with a residual that has a deferred normalisation, and without a residual."""
     kernels = provider.kernels("norm_act")
-    x, *rest = deferred(layer, dtype)
+    x, *rest = layer_input(layer, dtype)
     residual, rows = empty(*x.shape, dtype=dtype), [empty(VIEWS, layer.channels) for _ in range(2)]
     for other in ((residual, None, None), (residual, *rows), (None, None, None)):
         kernels.norm_act(x, *rest, *other)
@@ -71,13 +70,13 @@ def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
 def call_norm_act_pool(layer: Conv, dtype: torch.dtype) -> None:
     """Forward and backward."""
     kernels = provider.kernels("norm_act_pool")
-    x, scale, shift, act, _ = deferred(layer, dtype)
+    x, scale, shift, act, _ = layer_input(layer, dtype)
     kernels.norm_act_pool(x, scale, shift, act)
     kernels.norm_act_pool_backward(empty(*x.shape[:2]), x, scale, shift, act)
 
 
 def call_scale_shift(layer: Conv, dtype: torch.dtype) -> None:
-    """Forward and backward, of a slice of a layer's normalisation."""
+    """Forward and backward, with a prefix of a layer's weight and bias."""
     kernels = provider.kernels("scale_shift")
     moments, affine = empty(VIEWS, layer.out_channels), empty(layer.full[0])
     kernels.scale_shift(moments, moments, affine, affine, 1e-5)
@@ -87,13 +86,13 @@ def call_scale_shift(layer: Conv, dtype: torch.dtype) -> None:
 def call_slim_batch_norm(layer: Conv, dtype: torch.dtype) -> None:
     """Forward and backward."""
     kernels = provider.kernels("slim_batch_norm")
-    x, affine = deferred(layer, dtype)[0], empty(layer.channels)
+    x, affine = layer_input(layer, dtype)[0], empty(layer.channels)
     _, mean, variance = kernels.slim_batch_norm(x, affine, affine, 1e-5, VIEWS)
     kernels.slim_batch_norm_backward(x, mean, variance, x, affine, mean, variance, 1e-5)
 
 
 def call_slim_linear(layer: Conv, dtype: torch.dtype) -> None:
-    """A matrix product of the layer's channels by a sliced weight."""
+    """Forward and backward, with a prefix of a weight."""
     kernels = provider.kernels("slim_linear")
     x, weight = empty(IMAGES, layer.channels, dtype=dtype), empty(layer.full[0], layer.channels + 8, dtype=dtype)
     y = kernels.slim_linear(x, weight, None, layer.out_channels)
@@ -104,10 +103,10 @@ CALLS = {name.removeprefix("call_"): function for name, function in globals().it
 
 
 def launches(operator: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict, dict[str, int]]]:
-    """Every different launch: kernel, signature, constants, attributes, options, as Triton specialises them."""
-    seen: dict[str, Any] = {}
+    """All distinct launches: kernel, signature, constants, attributes and options, as in Triton's specialisation."""
+    launches_seen: dict[str, Any] = {}
 
-    def remember(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def record(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         compile_options = {
             name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options
         }
@@ -126,27 +125,27 @@ def launches(operator: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any
                 attributes[(position,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(options, "constexpr")
         key = repr((kernel.fn.__name__, signature, constants, attributes, compile_options))
-        seen.setdefault(key, (kernel, signature, constants, attributes, compile_options))
+        launches_seen.setdefault(key, (kernel, signature, constants, attributes, compile_options))
 
-    launch.observer = remember
+    launch.observer = record
     for layer in (MOBILENET | RESNET).values():
         for dtype in DTYPES:
             CALLS[operator](layer, dtype)
     launch.observer = None
-    yield from seen.values()
+    yield from launches_seen.values()
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers, bytes of stack and so on, of a compiled kernel."""
+    """The registers and the bytes of stack, local and shared memory of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", done.stdout)}
+        result = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", result.stdout)}
 
 
 def widest(ptx: str) -> int:
-    """Bytes of the widest load from global memory, into registers or on the way past them into shared memory."""
+    """Bytes of the widest load from global memory, to registers or (cp.async) to shared memory."""
     loads = re.findall(r"\bld\.global(?:\.[a-z:]\w*)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
     copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
     return max([int(words or 1) * int(bits) // 8 for words, bits in loads] + [int(size, 0) for size in copies])
@@ -159,8 +158,8 @@ def main() -> None:
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         found = usage(compiled.asm["cubin"])
         line = {"kernel": kernel.fn.__name__, "sm": architecture, **options, "shared": compiled.metadata.shared}
-        shown = {name: value for name, value in constants.items() if name.isupper()}
-        print(json.dumps(line | found | {"constants": shown, "widest": widest(compiled.asm["ptx"])}), flush=True)
+        constexprs = {name: value for name, value in constants.items() if name.isupper()}
+        print(json.dumps(line | found | {"constants": constexprs, "widest": widest(compiled.asm["ptx"])}), flush=True)
 
 
 if __name__ == "__main__":

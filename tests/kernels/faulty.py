@@ -1,4 +1,4 @@
-"""Kernels with one fault each that Triton's interpreter lets pass: prints, as JSON, what the strict one says of each.
+"""Kernels with one fault each that Triton's interpreter does not detect. Prints the strict one's messages as JSON.
 
 TRITON_INTERPRET=1 python tests/kernels/faulty.py
 """
@@ -19,7 +19,7 @@ def copy_kernel(x, y, size, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fold_kernel(x, y, BLOCK: tl.constexpr):
+def write_twice_kernel(x, y, BLOCK: tl.constexpr):
     tl.store(y + tl.arange(0, BLOCK) // 2, tl.load(x + tl.arange(0, BLOCK)))
 
 
@@ -30,7 +30,7 @@ def read_back_kernel(x, y, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def far_kernel(x, y, stride, BLOCK: tl.constexpr):
+def overflow_kernel(x, y, stride, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK) * stride
     tl.store(y + tl.arange(0, BLOCK), tl.load(x + offsets, mask=offsets < 1, other=0.0))
 
@@ -46,29 +46,29 @@ def main() -> None:
     strict_interpreter.install()
     x, y = torch.randn(64), torch.empty(256)
     cases = {
-        "right": lambda: copy_kernel[(3,)](x, y, 48, 16, BLOCK=16),
+        "correct": lambda: copy_kernel[(3,)](x, y, 48, 16, BLOCK=16),
         "reads outside": lambda: copy_kernel[(3,)](x[:40], y, 48, 16, BLOCK=16),
         "writes outside": lambda: copy_kernel[(3,)](x, y[:40], 48, 16, BLOCK=16),
-        "two write": lambda: copy_kernel[(3,)](x, y, 48, 15, BLOCK=16),
-        "reads another's": lambda: copy_kernel[(3,)](x, x[16:], 48, 16, BLOCK=16),
-        "writes twice": lambda: fold_kernel[(1,)](x, y, BLOCK=16),
+        "write conflict": lambda: copy_kernel[(3,)](x, y, 48, 15, BLOCK=16),
+        "read conflict": lambda: copy_kernel[(3,)](x, x[16:], 48, 16, BLOCK=16),
+        "writes twice": lambda: write_twice_kernel[(1,)](x, y, BLOCK=16),
         "reads back": lambda: read_back_kernel[(1,)](x, y, BLOCK=16),
-        "overflows": lambda: far_kernel[(1,)](x, y, 1 << 28, BLOCK=16),
+        "overflows": lambda: overflow_kernel[(1,)](x, y, 1 << 28, BLOCK=16),
         "small product": lambda: product_kernel[(1,)](x, y, BLOCK=16, DEPTH=4),
     }
-    said = {}
+    messages = {}
     for name, launch in cases.items():
         try:
             launch()
-            said[name] = ""
+            messages[name] = ""
         except Exception as error:
-            said[name] = str(error)
+            messages[name] = str(error)
     values = torch.randn(16, 16)
     for dtype in (torch.float16, torch.bfloat16):
         narrow, product = values.to(dtype), torch.empty(16, 16, dtype=dtype)
         product_kernel[(1,)](narrow, product, BLOCK=16, DEPTH=16)
         assert torch.equal(product, (narrow.float() @ narrow.float().t()).to(dtype)), dtype
-    print(json.dumps(said))
+    print(json.dumps(messages))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Triton's interpreter, held to what a GPU does.
+"""Triton's interpreter with the restrictions of a GPU.
 
-The interpreter runs a launch's programs one after another on ordinary memory, and takes bf16 for the integers that it
-is stored as. So it lets pass what a GPU does not: an access outside the launch's tensors, two programs that write to
-one place or of which one reads what the other writes, sums of 32-bit offsets that overflow, products of tiles that
-tensor cores do not have. `install` makes each of these an error, and bf16 right. It also takes half of the time off.
+The interpreter runs a launch's programs sequentially on host memory, and treats bf16 as 16-bit integers. It therefore
+does not detect out-of-bounds accesses, races between programs, overflow of 32-bit offsets, and products of tiles too
+small for tensor cores. `install` makes these errors, computes bf16 correctly, and halves the run time.
 """
 
 import functools
@@ -25,7 +24,7 @@ def fp32_of_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def bf16_of_fp32(values: np.ndarray) -> np.ndarray:
-    """Rounded to the nearest, as GPUs do."""
+    """Rounds to the nearest even, like GPUs."""
     rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
     return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
 
@@ -37,58 +36,58 @@ class Launch:
         self.name = name
         self.patched: set[int] = set()  # ids of modules
         self.extents = {
-            argument: (t.data_ptr(), t.data_ptr() + _span(t) * t.element_size())
+            argument: (t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size())
             for argument, t in tensors.items()
             if t.numel()
         }
-        self.loads: list[tuple[int, np.ndarray]] = []  # program, addresses; in the order of time
+        self.loads: list[tuple[int, np.ndarray]] = []  # (program, addresses), in order of execution
         self.stores: list[tuple[int, np.ndarray]] = []
 
     def load(self, program: int, addresses: np.ndarray, size: int) -> None:
-        self._stay_inside(program, addresses, size, "reads")
+        self._check_bounds(program, addresses, size, "reads")
         written = list(itertools.takewhile(lambda store: store[0] == program, reversed(self.stores)))
         if written and np.isin(addresses, np.concatenate([stored for _, stored in written])).any():
-            # Between a program's threads, nothing but a barrier would order the two.
-            raise AssertionError(f"{self.name}: program {program} reads back {self._place(addresses[0])}")
+            # On a GPU, only a barrier would order a write and a read by different threads of the program.
+            raise AssertionError(f"{self.name}: program {program} reads back {self._describe(addresses[0])}")
         self.loads.append((program, np.unique(addresses)))
 
     def store(self, program: int, addresses: np.ndarray, size: int) -> None:
-        self._stay_inside(program, addresses, size, "writes")
+        self._check_bounds(program, addresses, size, "writes")
         unique = np.unique(addresses)
         if len(unique) < len(addresses):
-            raise AssertionError(f"{self.name}: program {program} writes twice to {self._place(unique[0])}")
+            raise AssertionError(f"{self.name}: program {program} writes twice to {self._describe(unique[0])}")
         self.stores.append((program, unique))
 
-    def judge(self) -> None:
-        """After the last program: whether any two would race."""
+    def check_races(self) -> None:
+        """After the last program: raise AssertionError if two programs race."""
         if not self.stores:
             return
-        at, by = _flat(self.stores)
-        order = np.argsort(at, kind="stable")
-        at, by = at[order], by[order]
-        clash = np.flatnonzero((at[1:] == at[:-1]) & (by[1:] != by[:-1]))
-        if len(clash):
-            first, second = by[clash[0]], by[clash[0] + 1]
-            place = self._place(at[clash[0]])
+        stored, writers = _flatten(self.stores)
+        order = np.argsort(stored, kind="stable")
+        stored, writers = stored[order], writers[order]
+        conflicts = np.flatnonzero((stored[1:] == stored[:-1]) & (writers[1:] != writers[:-1]))
+        if len(conflicts):
+            first, second = writers[conflicts[0]], writers[conflicts[0] + 1]
+            place = self._describe(stored[conflicts[0]])
             raise AssertionError(f"{self.name}: programs {first} and {second} write to {place}")
         if not self.loads:
             return
-        read_at, read_by = _flat(self.loads)
-        found = np.minimum(np.searchsorted(at, read_at), len(at) - 1)
-        clash = np.flatnonzero((at[found] == read_at) & (by[found] != read_by))
-        if len(clash):
-            reader, writer = read_by[clash[0]], by[found[clash[0]]]
-            place = self._place(read_at[clash[0]])
+        read_addresses, readers = _flatten(self.loads)
+        positions = np.minimum(np.searchsorted(stored, read_addresses), len(stored) - 1)
+        conflicts = np.flatnonzero((stored[positions] == read_addresses) & (writers[positions] != readers))
+        if len(conflicts):
+            reader, writer = readers[conflicts[0]], writers[positions[conflicts[0]]]
+            place = self._describe(read_addresses[conflicts[0]])
             raise AssertionError(f"{self.name}: program {reader} reads {place}, which program {writer} writes")
 
-    def _stay_inside(self, program: int, addresses: np.ndarray, size: int, what: str) -> None:
+    def _check_bounds(self, program: int, addresses: np.ndarray, size: int, what: str) -> None:
         inside = np.zeros(len(addresses), dtype=bool)
         for begin, end in self.extents.values():
             inside |= (addresses >= begin) & (addresses + size <= end)
         if not inside.all():
             raise AssertionError(f"{self.name}: program {program} {what} outside the tensors of its launch")
 
-    def _place(self, address: int) -> str:
+    def _describe(self, address: int) -> str:
         for argument, (begin, end) in self.extents.items():
             if begin <= address < end:
                 return f"{argument}, byte {address - begin}"
@@ -96,11 +95,11 @@ class Launch:
 
 
 current: Launch | None = None
-in_tables: list[torch.Tensor] = []  # what launches reach by addresses in a table, not by an argument: for tests to set
+table_tensors: list[torch.Tensor] = []  # tensors whose addresses are in a table, not in an argument; set by tests
 
 
 def install() -> None:
-    """For all launches of this process from now on. Once is enough."""
+    """Check all further launches of this process. Repeated calls have no effect."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     if hasattr(builder, "strict"):
         return
@@ -114,27 +113,27 @@ def install() -> None:
     interpreter._patch_lang = functools.partial(_patch_once, interpreter._patch_lang)
 
 
-def _replace(owner: type, name: str, by: Callable[..., Any]) -> None:
-    """The method becomes by(original, self, ...)."""
+def _replace(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method by wrapper(original, self, ...)."""
     original = getattr(owner, name)
-    setattr(owner, name, lambda self, *args, **kwargs: by(original, self, *args, **kwargs))
+    setattr(owner, name, lambda self, *args, **kwargs: wrapper(original, self, *args, **kwargs))
 
 
 def _launch(original: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> None:
     global current
     named = {**dict(zip(executor.arg_names, args)), **kwargs}
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-    tensors |= {f"number {i} of the table": tensor for i, tensor in enumerate(in_tables)}
+    tensors |= {f"number {i} of the table": tensor for i, tensor in enumerate(table_tensors)}
     current = Launch(executor.fn.__name__, tensors)
     try:
         original(executor, *args, **kwargs)
-        current.judge()
+        current.check_races()
     finally:
         current = None
 
 
 def _patch_once(original: Callable[..., Any], function: Any) -> Any:
-    """Puts the interpreter's functions into triton.language once a launch, not for each function a kernel calls."""
+    """Patch triton.language once per launch, instead of for every function that a kernel calls."""
     named = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
     if current is not None and named <= current.patched:
         return interpreter._LangPatchScope()
@@ -144,19 +143,19 @@ def _patch_once(original: Callable[..., Any], function: Any) -> Any:
 
 
 def _load(original: Callable[..., Any], builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-    _touch(Launch.load, builder, ptrs, mask)
+    _record(Launch.load, builder, ptrs, mask)
     return original(builder, ptrs, mask, *rest)
 
 
 def _store(original: Callable[..., Any], builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-    _touch(Launch.store, builder, ptrs, mask)
+    _record(Launch.store, builder, ptrs, mask)
     return original(builder, ptrs, value, mask, *rest)
 
 
-def _touch(how: Callable[..., None], builder: Any, ptrs: Any, mask: Any) -> None:
+def _record(record: Callable[..., None], builder: Any, ptrs: Any, mask: Any) -> None:
     addresses = np.broadcast_to(ptrs.data, np.broadcast_shapes(ptrs.data.shape, mask.data.shape))[mask.data]
     if len(addresses):
-        how(current, builder.grid_idx[0], addresses.astype(np.int64), ptrs.get_element_ty().primitive_bitwidth // 8)
+        record(current, builder.grid_idx[0], addresses.astype(np.int64), ptrs.get_element_ty().primitive_bitwidth // 8)
 
 
 def _cast(original: Callable[..., Any], builder: Any, source: Any, to: Any) -> Any:
@@ -186,12 +185,12 @@ def _binary(original: Callable[..., Any], builder: Any, left: Any, right: Any, o
     return original(builder, left, right, op)
 
 
-def _span(tensor: torch.Tensor) -> int:
-    """Elements from the first to the last."""
+def _extent(tensor: torch.Tensor) -> int:
+    """The number of elements from the first to the last in memory."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
-def _flat(accesses: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """All addresses, and the program of each."""
+def _flatten(accesses: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """All addresses, and the program of each address."""
     programs = np.repeat([program for program, _ in accesses], [len(addresses) for _, addresses in accesses])
     return np.concatenate([addresses for _, addresses in accesses]), programs

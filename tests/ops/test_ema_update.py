@@ -225,7 +225,7 @@ from tests.ops.test_ema_update import SIZES, check, pairs
 strict_interpreter.install()
 torch.manual_seed(0)
 def update(targets, onlines, tau):
-    strict_interpreter.in_tables[:] = [*targets, *onlines]
+    strict_interpreter.table_tensors[:] = [*targets, *onlines]
     ema_update(targets, onlines, tau)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for tau in (0.0, 0.3, 0.996, 1.0):

@@ -1,4 +1,4 @@
-// Stands in for csrc/include/cuda_launch.h: a launch runs the kernel here and now.
+// Replaces csrc/include/cuda_launch.h: a launch runs the kernel synchronously in the emulator.
 #pragma once
 
 #include "cuda_kernel.h"

@@ -1,8 +1,8 @@
-// Runs the kernels of csrc/cuda on the CPU, for tests without a GPU: one block after another, its threads as fibers
-// that take turns at __syncthreads and at shuffles. To be included before anything else (-include).
+// Runs the kernels of csrc/cuda on the CPU, for tests without a GPU. Blocks run sequentially; the threads of a block
+// are fibers that switch at __syncthreads and at shuffles. Include it before all other headers (-include).
 //
-// What it shows: every index, every barrier, every sum, and with -fsanitize=alignment every wide load. What it does
-// not: races between threads that no barrier separates, nor anything about speed.
+// Detects wrong indices, barriers and sums, and, with -fsanitize=alignment, misaligned vector loads. Does not detect
+// races between threads that no barrier separates.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,7 +25,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static // blocks run one after another
+#define __shared__ static // blocks run sequentially
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -48,7 +48,7 @@ inline std::vector<Fiber> fibers(kThreads);
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline int current;
-inline int64_t passed; // barriers and ends: without any in a round, threads wait for each other for ever
+inline int64_t progress; // completed barriers and fibers: a round without any is a deadlock
 
 inline void yield() {
   swapcontext(&fibers[current].context, &scheduler);
@@ -60,28 +60,28 @@ struct Barrier {
   int64_t generation = 0;
 
   void wait() {
-    const int64_t mine = generation;
+    const int64_t waiting_for = generation;
     if (++arrived == expected) {
       arrived = 0;
       ++generation;
-      ++passed;
+      ++progress;
     }
-    while (generation == mine) {
+    while (generation == waiting_for) {
       yield();
     }
   }
 };
 
-inline Barrier of_block{kThreads};
-inline std::vector<Barrier> of_warps(kThreads / kWarp, Barrier{kWarp});
-inline double exchanged[kThreads];
+inline Barrier block_barrier{kThreads};
+inline std::vector<Barrier> warp_barriers(kThreads / kWarp, Barrier{kWarp});
+inline double shuffled[kThreads];
 
 } // namespace emulator
 
 inline emulator::Index threadIdx, blockIdx, gridDim;
 
 inline void __syncthreads() {
-  emulator::of_block.wait();
+  emulator::block_barrier.wait();
 }
 
 inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
@@ -89,20 +89,20 @@ inline double __shfl_xor_sync(unsigned mask, double value, int distance) {
   if (mask != 0xffffffffu) {
     std::abort();
   }
-  emulator::Barrier& barrier = emulator::of_warps[thread / emulator::kWarp];
-  emulator::exchanged[thread] = value;
+  emulator::Barrier& barrier = emulator::warp_barriers[thread / emulator::kWarp];
+  emulator::shuffled[thread] = value;
   barrier.wait();
-  value = emulator::exchanged[thread ^ static_cast<unsigned>(distance)];
+  value = emulator::shuffled[thread ^ static_cast<unsigned>(distance)];
   barrier.wait();
   return value;
 }
 
 namespace emulator {
 
-inline void enter() {
+inline void run_fiber() {
   body();
   fibers[current].done = true;
-  ++passed;
+  ++progress;
 }
 
 inline void run(int64_t blocks, std::function<void()> kernel) {
@@ -116,10 +116,10 @@ inline void run(int64_t blocks, std::function<void()> kernel) {
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = fiber.stack.size();
       fiber.context.uc_link = &scheduler;
-      makecontext(&fiber.context, enter, 0);
+      makecontext(&fiber.context, run_fiber, 0);
     }
-    for (int64_t before = -1; before != passed;) {
-      before = passed;
+    for (int64_t before = -1; before != progress;) {
+      before = progress;
       for (current = 0; current < kThreads; ++current) {
         if (!fibers[current].done) {
           threadIdx.x = static_cast<unsigned>(current);
@@ -129,7 +129,7 @@ inline void run(int64_t blocks, std::function<void()> kernel) {
     }
     for (const Fiber& fiber : fibers) {
       if (!fiber.done) {
-        std::fprintf(stderr, "a thread waits at a barrier that others never reach\n");
+        std::fprintf(stderr, "deadlock: a thread waits at a barrier that others never reach\n");
         std::abort();
       }
     }

@@ -1,4 +1,4 @@
-// The launchers, as ctypes calls them.
+// Wraps the launchers in C functions for ctypes.
 #include <vector>
 
 #include "cuda_launchers.h"
@@ -8,12 +8,12 @@ using namespace dspnet::cuda;
 extern "C" {
 
 void emulated_ema_update(
-    int kind, int64_t count, void** targets, const void** onlines, const int64_t* sizes, double tau) {
+    int dtype, int64_t count, void** targets, const void** onlines, const int64_t* sizes, double tau) {
   std::vector<EmaPair> pairs;
   for (int64_t i = 0; i < count; ++i) {
     pairs.push_back({targets[i], onlines[i], sizes[i]});
   }
-  ema_update(static_cast<Kind>(kind), pairs.data(), count, tau, nullptr);
+  ema_update(static_cast<DType>(dtype), pairs.data(), count, tau, nullptr);
 }
 
 int64_t emulated_lars_ema_step_workspace(int64_t size) {
@@ -21,15 +21,15 @@ int64_t emulated_lars_ema_step_workspace(int64_t size) {
 }
 
 void emulated_lars_ema_step(
-    int kind, void* params, void* grads, void* momenta, void* targets, int64_t size, int64_t with_target,
-    const int64_t* starts, const int64_t* sizes, int64_t count, const void* lr, int kind_of_lr, const void* tau,
-    int kind_of_tau, double weight_decay, double momentum, double eta, const bool* apply,
+    int dtype, void* params, void* grads, void* momenta, void* targets, int64_t size, int64_t target_size,
+    const int64_t* starts, const int64_t* sizes, int64_t count, const void* lr, int lr_dtype, const void* tau,
+    int tau_dtype, double weight_decay, double momentum, double eta, const bool* apply,
     void* workspace) {
   lars_ema_step(
-      static_cast<Kind>(kind),
-      {params, grads, momenta, targets, size, with_target},
+      static_cast<DType>(dtype),
+      {params, grads, momenta, targets, size, target_size},
       {starts, sizes, count},
-      {{lr, static_cast<Kind>(kind_of_lr)}, {tau, static_cast<Kind>(kind_of_tau)}, weight_decay, momentum, eta, apply},
+      {{lr, static_cast<DType>(lr_dtype)}, {tau, static_cast<DType>(tau_dtype)}, weight_decay, momentum, eta, apply},
       workspace,
       nullptr);
 }
@@ -39,14 +39,14 @@ int64_t emulated_normalized_mse_workspace(int64_t rows) {
 }
 
 void emulated_normalized_mse(
-    int kind, const void* p, const void* z, int64_t rows, int64_t columns, void* loss, void* workspace) {
-  normalized_mse(static_cast<Kind>(kind), {p, z, rows, columns}, loss, workspace, nullptr);
+    int dtype, const void* p, const void* z, int64_t rows, int64_t columns, void* loss, void* workspace) {
+  normalized_mse(static_cast<DType>(dtype), {p, z, rows, columns}, loss, workspace, nullptr);
 }
 
 void emulated_normalized_mse_backward(
-    int kind, const void* p, const void* z, int64_t rows, int64_t columns, const void* grad, void* grad_p,
+    int dtype, const void* p, const void* z, int64_t rows, int64_t columns, const void* grad, void* grad_p,
     void* grad_z) {
-  normalized_mse_backward(static_cast<Kind>(kind), {p, z, rows, columns}, grad, grad_p, grad_z, nullptr);
+  normalized_mse_backward(static_cast<DType>(dtype), {p, z, rows, columns}, grad, grad_p, grad_z, nullptr);
 }
 
 } // extern "C"
