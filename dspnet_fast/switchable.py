@@ -74,8 +74,11 @@ class Switchable(nn.Module):
             network: a key of `models.NETWORKS`.
             stem: "standard" or "small".
             family: the networks.
-            tensors: `weights/<parameter>` of the full network; `<subnet>/<layer>.running_mean` and `.running_var` of each.
-            image_size, normalization, class_names: see the attributes.
+            tensors: `weights/<parameter>` of the full network; `<subnet>/<layer>.running_mean` and `.running_var` of
+                each.
+            image_size: height and width of the images that the family was pretrained on.
+            normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+            class_names: names of the logits; empty for networks that return features.
         """
         super().__init__()
         self.network, self.stem, self.family = network, stem, family
@@ -102,7 +105,9 @@ class Switchable(nn.Module):
         Args:
             model: a slimmable model with post-statistics of all networks of `family`.
             family: the networks.
-            image_size, normalization, class_names: see the attributes.
+            image_size: height and width of the images that the family was pretrained on.
+            normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+            class_names: names of the logits; empty for networks that return features.
 
         Raises:
             RuntimeError: if no statistics were measured for a network.

@@ -226,9 +226,7 @@ class _Sum(torch.autograd.Function):
 class SlimBatchNorm2d(SlimBatchNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` over the first C of `num_features` channels of [N, C, H, W].
 
-    Args:
-        num_features: channels of the full network.
-        eps, momentum, affine, track_running_stats, device, dtype: as of `torch.nn.BatchNorm2d`.
+    The constructor takes the arguments of `torch.nn.BatchNorm2d`; `num_features` is that of the full network.
 
     Example:
         >>> norm = SlimBatchNorm2d(16)
@@ -240,9 +238,7 @@ class SlimBatchNorm2d(SlimBatchNorm, nn.BatchNorm2d):
 class SlimBatchNorm1d(SlimBatchNorm, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` over the first C of `num_features` features of [N, C] or [N, C, L].
 
-    Args:
-        num_features: features of the full network.
-        eps, momentum, affine, track_running_stats, device, dtype: as of `torch.nn.BatchNorm1d`.
+    The constructor takes the arguments of `torch.nn.BatchNorm1d`; `num_features` is that of the full network.
 
     Example:
         >>> norm = SlimBatchNorm1d(16)

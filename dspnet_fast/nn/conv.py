@@ -16,9 +16,8 @@ class SlimConv2d(Sized, nn.Conv2d):
     A grouped convolution keeps its channels per group and uses as many groups as the input has, so `size` has no
     effect on it; in a depthwise convolution the outputs are as many as the inputs.
 
-    Args:
-        in_channels, out_channels: channels of the full network.
-        kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as of `torch.nn.Conv2d`.
+    The constructor takes the arguments of `torch.nn.Conv2d`; `in_channels` and `out_channels` are those of the full
+    network.
 
     Example:
         >>> conv = SlimConv2d(16, 32, kernel_size=3, padding=1)

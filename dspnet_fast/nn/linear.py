@@ -9,9 +9,8 @@ from .sized import Sized, main_grad
 class SlimLinear(Sized, nn.Linear):
     """`torch.nn.Linear` that uses the prefix `weight[:size, :C]` for an input of C features.
 
-    Args:
-        in_features, out_features: features of the full network.
-        bias, device, dtype: as of `torch.nn.Linear`.
+    The constructor takes the arguments of `torch.nn.Linear`; `in_features` and `out_features` are those of the full
+    network.
 
     Example:
         >>> linear = SlimLinear(16, 4)

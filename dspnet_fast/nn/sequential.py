@@ -8,9 +8,6 @@ from .sized import Sized
 class SlimSequential(Sized, nn.Sequential):
     """`torch.nn.Sequential` that runs its first `size` modules: the depth dimension of a family.
 
-    Args:
-        modules: as of `torch.nn.Sequential`.
-
     Example:
         >>> blocks = SlimSequential(nn.ReLU(), nn.Flatten())
         >>> blocks.active_size = 1

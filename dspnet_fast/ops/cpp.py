@@ -63,7 +63,7 @@ def stores(x: torch.Tensor) -> tuple[bool, str]:
 
 
 def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None) -> None:
-    """Makes the library's function of an operator's name its provider `cpp`."""
+    """Register the library's function with the operator's name as its provider `cpp`."""
 
     def run(*args: Any) -> Any:
         return getattr(torch.ops.dspnet_cpp, operator.name)(*args)

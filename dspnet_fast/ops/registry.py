@@ -115,10 +115,21 @@ class Operator(Generic[P, R]):
         unproven: str = "",
         only_by_name: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorates the implementation `name` of this operator, a function with the operator's parameters, or `*args`.
+        """Register the decorated function as this operator's provider.
 
-        `accepts` receives the arguments that its parameters name; as `*args` it receives all. Raises TypeError for
-        parameters that the operator does not have.
+        Args:
+            name: one of PROVIDERS but `native`.
+            devices: supported device types.
+            supported: whether this machine can run it; called once, when first needed.
+            accepts: whether it supports a call's arguments; gets those that its parameters name, or all as `*args`.
+            unproven: reason why `auto` does not choose it, or empty.
+            only_by_name: reason why neither `auto` nor `any` chooses it, or empty.
+
+        Returns:
+            A decorator of a function with the operator's parameters, or `*args`.
+
+        Raises:
+            TypeError: if a function has parameters that the operator does not have.
         """
         assert name in PROVIDERS and name != "native"
         places = self._places(accepts)
@@ -149,7 +160,7 @@ class Operator(Generic[P, R]):
         self._function = type(self.name, (torch.autograd.Function,), members)
 
     def _places(self, function: Callable[..., Any]) -> tuple[int, ...]:
-        """Which of the operator's arguments a function takes by its parameters' names; those that are left by *args."""
+        """Positions of the operator's arguments that a function takes, by parameter name; `*args` are the remaining."""
         places: list[int] = []
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:

@@ -161,7 +161,7 @@ scale_shift.register_autograd(_backward, _setup_context)
 
 def _accepts(*args: Any) -> tuple[bool, str]:
     if any(isinstance(arg, Tensor) and arg.dtype != torch.float32 for arg in args):
-        return False, "it serves float32 only"
+        return False, "it supports float32 only"
     return True, ""
 
 
@@ -179,7 +179,7 @@ def _cpp(
     bias_main_grad: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_main_grad("weight", weight, weight_main_grad)  # the forward itself has no use for them
+    _check_main_grad("weight", weight, weight_main_grad)  # the compiled forward does not take them
     _check_main_grad("bias", bias, bias_main_grad)
     return torch.ops.dspnet_cpp.scale_shift(mean, variance, weight, bias, eps)
 

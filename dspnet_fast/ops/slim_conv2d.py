@@ -33,7 +33,9 @@ def slim_conv2d(
         main_grad: buffer like weight to which the gradient of the prefix is added, or None to return a full-size
             gradient to autograd.
         out_channels: number of output channels.
-        stride, padding, dilation: two numbers each, for height and width.
+        stride: strides in height and width.
+        padding: zero padding in height and width.
+        dilation: dilations in height and width.
         groups: number of groups.
 
     Returns:
@@ -142,13 +144,13 @@ def _is_conv_moments(
     groups: int,
 ) -> tuple[bool, str]:
     if not (x.ndim == weight.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return False, "it serves channels-last inputs"
+        return False, "it supports channels-last inputs"
     if x.dtype != weight.dtype:
-        return False, f"it serves inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
+        return False, f"it supports inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
     if groups != 1 and not groups == x.shape[1] == out_channels:
-        return False, "it serves dense and depthwise convolutions"
+        return False, "it supports dense and depthwise convolutions"
     if weight.shape[2] != weight.shape[3] or len({*stride}) > 1 or len({*padding}) > 1 or {*dilation} != {1}:
-        return False, "it serves square kernels, strides and paddings without dilation"
+        return False, "it supports square kernels, strides and paddings without dilation"
     return True, ""
 
 

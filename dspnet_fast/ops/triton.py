@@ -41,7 +41,7 @@ def kernels(operator: str) -> ModuleType:
 
 
 def serve(operator: Any, accepts: Callable[..., tuple[bool, str]], check: Callable[..., None] | None = None) -> None:
-    """Makes the kernels' function of an operator's name its provider `triton`; `check` gets its arguments before."""
+    """Register the kernels' function with the operator's name as its provider `triton`; `check` validates arguments."""
     module = operator.name.removesuffix("_backward")
 
     def run(*args: Any) -> Any:
