@@ -1,7 +1,7 @@
 """One file with all networks of a family: the weights of the largest, and the batch normalisation statistics of each.
 
     runtime = Switchable.load("switchable.safetensors")
-    runtime.measure(batch_size=1)                  # not needed if the file's latencies are of such a machine
+    runtime.measure(batch_size=1)                  # not needed if the file has latencies of such a machine
     runtime.use(runtime.choose(budget_ms=12))
     features = runtime(images)
 

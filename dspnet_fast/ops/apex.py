@@ -56,7 +56,7 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
         return
     of_targets, of_onlines = (list(tensors) for tensors in zip(*pairs, strict=True))
     overflow = torch.zeros(1, dtype=torch.int32, device=of_targets[0].device)  # set by infinite inputs, and ignored
-    check_both = -1  # inputs for overflow
+    check_both = -1  # check both inputs for overflow
     lists = [of_targets, of_onlines, of_targets]
     with torch.cuda.device_of(of_targets[0]):
         importlib.import_module("amp_C").multi_tensor_axpby(CHUNK, overflow, lists, tau, 1 - tau, check_both)

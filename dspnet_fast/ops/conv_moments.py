@@ -278,9 +278,8 @@ def _cpp(
 )
 def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(*args)
-    return triton.kernels("conv_moments").conv_moments(
-        *args[:6], *args[7:]
-    )  # without main_grad, which only the backward uses
+    # args[6] is main_grad, which only the backward uses.
+    return triton.kernels("conv_moments").conv_moments(*args[:6], *args[7:])
 
 
 cpp.serve(conv_moments_backward, _accepts)

@@ -45,7 +45,7 @@ def per_image(rows: Tensor, images: int) -> Tensor:
 
 
 def normalized(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """z = scale * x + shift, upcast; x upcast without scale and shift."""
+    """z = scale * x + shift, upcast; without scale and shift, x upcast."""
     x = upcast(x)
     if scale is None or shift is None:
         return x
