@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic file writing: a file has its old content or the whole new one, also after a crash."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 def is_for_lack_of_room(error: BaseException | None) -> bool:
-    """Whether the disk, or the user's share of it, was full when this error or one that it came from was raised."""
+    """Whether an error, or one of its causes, was raised because the disk or the user's quota was full."""
     while error is not None:
-        if any(reason in str(error) for reason in NO_ROOM):  # libraries keep the words, but not always the number
+        if any(reason in str(error) for reason in NO_ROOM):  # libraries may drop errno, but keep the message
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -24,7 +24,7 @@ def is_for_lack_of_room(error: BaseException | None) -> bool:
 
 @contextmanager
 def needs_room(path: Path) -> Iterator[None]:
-    """What is done inside writes to `path`; InputError if there is no room for it."""
+    """Raise InputError if the body, which writes to `path`, fails because the disk is full."""
     try:
         yield
     except Exception as error:
@@ -37,7 +37,7 @@ def needs_room(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,9 +46,14 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)` and move the result to `path`: readers see the old file or the whole new one.
+    """Call `write(temporary path)` and move the result to `path`.
 
-    InputError if the disk is full; the old file is still there then.
+    Args:
+        path: the file; its folder is created if missing.
+        write: function that writes the content to the path it is given.
+
+    Raises:
+        InputError: if the disk is full; the old file is then unchanged.
     """
     with needs_room(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +64,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)  # the rename itself must survive a power cut
+        sync(path.parent)  # the rename must survive a power failure
 
 
 def write_bytes(path: Path, content: bytes) -> None:

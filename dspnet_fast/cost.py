@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""Parameters and multiply-accumulates of a network."""
 
 import copy
 
@@ -13,9 +13,21 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def mac_count(model: nn.Module, image_size: int) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image [3, image_size, image_size]."""
-    ghost = copy.deepcopy(model).to("meta").eval()
+    """Count the multiply-accumulates of convolutions and matrix products for one image.
+
+    Args:
+        model: a network of images; not changed.
+        image_size: height and width of the image [1, 3, image_size, image_size].
+
+    Returns:
+        The number of multiply-accumulates.
+
+    Example:
+        >>> mac_count(nn.Conv2d(3, 8, 1), image_size=10)
+        2400
+    """
+    meta_copy = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        ghost(torch.zeros(1, 3, image_size, image_size, device="meta"))
+        meta_copy(torch.zeros(1, 3, image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2

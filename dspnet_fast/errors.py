@@ -1,5 +1,5 @@
-"""The one exception that means: what the user gave cannot be used, and here is what to do about it."""
+"""The exception for invalid input."""
 
 
 class InputError(ValueError):
-    """Wrong usage or input. Its message, one line, says what is wrong and how to mend it; commands exit with 2."""
+    """Invalid arguments or input. Its message, one line, states the problem and the remedy; commands exit with 2."""

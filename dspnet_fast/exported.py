@@ -1,8 +1,7 @@
-"""Networks on disk: model.safetensors with the weights and manifest.json that says in plain data what they are.
+"""Exported networks on disk: model.safetensors with the weights, and manifest.json, which describes the network.
 
-Weights have timm's names, those of a classifier's linear layer too.
-
-Where they were converted (`dspnet_fast.onnx_file`) there is model.onnx as well.
+Weights have timm's names, including a classifier's linear layer. A network converted to ONNX (`dspnet_fast.onnx_file`)
+also has model.onnx.
 """
 
 from __future__ import annotations
@@ -37,21 +36,23 @@ def save(
     converted: bytes | None = None,
     classes: Sequence[str] = (),
 ) -> None:
-    """Write a network that `slim` cut out of one of our models; existing files are replaced whole.
+    """Write a network cut out by `slim` to a directory; existing files are replaced atomically.
 
     Args:
         directory: created if missing.
-        network: a plain MobileNetV3 or ResNet of `subnet`, or a classifier on one.
-        extra: what else the manifest shall say (JSON values).
-        converted: the network as ONNX. Without it an ONNX file that is there, of other weights perhaps, is removed.
+        network: a MobileNetV3 or ResNet of `subnet` in torch.nn layers, or a classifier with one as encoder.
+        subnet: the network's subnet.
+        extra: additional entries of the manifest (JSON values).
+        converted: the network as ONNX. Without it an existing ONNX file, perhaps of other weights, is deleted.
         classes: names of a classifier's classes.
 
-    Raises ValueError if there are not as many names as classes.
+    Raises:
+        ValueError: if the number of names is not the number of classes.
     """
     encoder = encoder_of(network)
     count = network.head.out_features if isinstance(network, Classifier) else 0
     if len(classes) != count:
-        raise ValueError(f"{len(classes)} names for {count} classes")
+        raise ValueError(f"classes has {len(classes)} names, but the network has {count} classes")
     directory.mkdir(parents=True, exist_ok=True)
     stem = "small" if encoder.small_stem else "standard"
     manifest = {
@@ -78,13 +79,24 @@ def save(
 
 
 def load(directory: str | os.PathLike[str]) -> nn.Module:
-    """Rebuild an exported network: torch.nn layers, images [N, 3, H, W] to features [N, F], in evaluation mode.
+    """Load an exported network as torch.nn layers, in evaluation mode.
 
-    Images are RGB, float32 from 0 to 1, less the mean and divided by the std of the manifest's `normalization`:
-    torchvision.transforms.functional.normalize(images, **manifest["normalization"]).
-    A classifier gives logits [N, classes], in the order of the manifest's `class_names`.
+    Args:
+        directory: the network's folder, written by `save` or `dspnet-export`.
 
-    Raises InputError if the folder holds no exported network, or one whose weights and manifest disagree.
+    Returns:
+        A module from images [N, 3, H, W] to features [N, F], or for a classifier to logits [N, classes] in the order of
+        the manifest's `class_names`. Images are RGB, float32 from 0 to 1, normalised by
+        torchvision.transforms.functional.normalize(images, **manifest["normalization"]).
+
+    Raises:
+        InputError: if the folder contains no exported network, or the weights do not fit the manifest.
+
+    Example:
+        >>> network = plain("resnet", Subnet("c8-d1111", (8, 8, 16, 32, 64), (1, 1, 1, 1)), "small")
+        >>> save(folder, network, network.full, {})
+        >>> load(folder)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 64])
     """
     folder = Path(directory)
     try:
@@ -95,21 +107,28 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
         tensors = load_file(folder / WEIGHTS)
         network.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()})
     except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no exported network: {error.filename or error} is missing") from error
-    except Exception as error:  # JSON, safetensors and shape errors all mean that the files are not ours or damaged
+        raise InputError(f"{folder} contains no exported network: {error.filename or error} is missing") from error
+    except Exception as error:  # any error here means foreign or damaged files
         reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
-        raise InputError(f"{folder} holds no valid exported network: {reason}") from error
+        raise InputError(f"{folder} contains no valid exported network: {reason}") from error
     return network
 
 
 def plain(network: str, subnet: Subnet, stem: str, classes: int = 0) -> nn.Module:
-    """A new network of torch.nn layers of these sizes, of images to features or with `classes` to logits."""
+    """A new network of torch.nn layers.
+
+    Args:
+        network: a key of `models.NETWORKS`.
+        subnet: its size.
+        stem: "standard" or "small".
+        classes: number of classes of a classifier; 0 for a network that returns features.
+    """
     encoder = build(network, subnet, stem)
     return slim(Classifier(encoder, classes) if classes else encoder, None)
 
 
 def _timm_name(network: nn.Module, name: str) -> str:
-    """What timm calls a layer or tensor of a network."""
+    """timm's name of a layer or tensor of a network."""
     if not isinstance(network, Classifier):
         return name
     part, dot, rest = name.partition(".")
@@ -117,7 +136,7 @@ def _timm_name(network: nn.Module, name: str) -> str:
 
 
 def layers(network: nn.Module) -> list[dict[str, Any]]:
-    """Every layer that computes, in order of definition: its name, torch.nn type and constructor arguments."""
+    """The layers without children, in order of definition: name, torch.nn type and constructor arguments."""
     described = []
     for name, module in network.named_modules():
         if any(module.children()) or isinstance(module, nn.Identity):
@@ -135,7 +154,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _loads_into(network: str, subnet: Subnet, stem: str, classes: int) -> dict[str, str]:
-    """Constructors of other libraries' networks that take these weights, and what to change in them then.
+    """Constructors of timm's and torchvision's networks that take these weights, and the changes to them that are
+    needed.
 
     See docs/export.md.
     """
@@ -146,7 +166,7 @@ def _loads_into(network: str, subnet: Subnet, stem: str, classes: int) -> dict[s
         targets["timm"] = timm
         if stem == "small":
             changes.append("conv_stem.stride = (1, 1)")
-        if classes:  # timm has another layer before the classifier
+        if classes:  # timm has an additional layer before the classifier
             changes.append("conv_head = torch.nn.Identity(); act2 = torch.nn.Identity()")
             changes.append(f"classifier = torch.nn.Linear({subnet.channels[-1]}, {classes})")
     elif subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels

@@ -1,4 +1,4 @@
-"""What this machine can run, and why not the rest: `python -m dspnet_fast.info [--json]`."""
+"""The machine, and the providers that it can run: `python -m dspnet_fast.info [--json]`."""
 
 import argparse
 import importlib.metadata
@@ -15,10 +15,12 @@ from .ops import apex, cuda, registry
 
 
 def collect() -> dict[str, Any]:
-    """All that the command shows.
+    """Collect the command's output.
 
-    {"machine": {name: text}, "ops": registry.describe(), "policy": the policy in force, "serving": registry.serving()};
-    if the policy asks for a provider that cannot serve, "serving" is empty and "error" says why.
+    Returns:
+        {"machine": {name: text}, "ops": registry.describe(), "policy": registry.get_policy(), "serving":
+        registry.serving()}. If the policy names a provider that cannot run, "serving" is empty and "error" is the
+        reason.
     """
     facts = {"machine": _machine(), "ops": registry.describe(), "policy": registry.get_policy(), "serving": {}}
     try:
@@ -35,7 +37,7 @@ def _machine() -> dict[str, str]:
         "cpu": cpu_model(),
         "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "dspnet-fast": _version("dspnet-fast") or "not installed: run from its source folder",
+        "dspnet-fast": _version("dspnet-fast") or "not installed: running from the source folder",
         "torch": torch.__version__,
         "torchvision": _version("torchvision") or "absent",
         "triton": _version("triton", "pytorch-triton", "triton-windows") or "absent",
@@ -59,7 +61,7 @@ def _usable_cores() -> int | None:
 
 
 def _version(*distributions: str) -> str:
-    """The version of the first of these that is installed, or an empty string. Imports nothing."""
+    """The version of the first of these distributions that is installed, or an empty string. Imports nothing."""
     for name in distributions:
         try:
             return importlib.metadata.version(name)
@@ -83,7 +85,7 @@ def _dali() -> str:
 
 
 def _show(facts: dict[str, Any]) -> None:
-    from rich.console import Console  # only here: --json need not wait for it
+    from rich.console import Console  # imported here, because --json does not need it
     from rich.table import Table
     from rich.text import Text
 
@@ -94,19 +96,21 @@ def _show(facts: dict[str, Any]) -> None:
     console.print(machine)
 
     table = Table(title=f"operators, policy {facts['policy']}", title_justify="left", title_style="bold", box=None)
-    for heading, style in (("operator", ""), ("chosen", "green"), ("available", ""), ("not here", "dim")):
+    for heading, style in (("operator", ""), ("chosen", "green"), ("available", ""), ("unavailable", "dim")):
         table.add_column(heading, header_style="dim", style=style)
     for operator, providers in facts["ops"].items():
         chosen = facts["serving"].get(operator, "")
-        rest = {
-            here: [name for name, state in _existing(providers) if name != chosen and state["available"] == here]
-            for here in (True, False)
+        others = {
+            available: ", ".join(
+                name for name, state in _existing(providers) if name != chosen and state["available"] == available
+            )
+            for available in (True, False)
         }
-        table.add_row(operator, chosen, ", ".join(rest[True]), ", ".join(rest[False]))
+        table.add_row(operator, chosen, others[True], others[False])
     console.print()
     console.print(table)
 
-    reasons = Table(title="why not", title_justify="left", title_style="bold", box=None, show_header=False)
+    reasons = Table(title="reasons", title_justify="left", title_style="bold", box=None, show_header=False)
     for provider, why in _reasons(facts["ops"]):
         reasons.add_row(provider, Text(why))
     if reasons.rows:
@@ -115,7 +119,9 @@ def _show(facts: dict[str, Any]) -> None:
     if "error" in facts:
         console.print(Text(facts["error"], style="red"))
     if facts["policy"] == "native":
-        console.print("\nThe policy is native: --fast-kernels or DSPNET_KERNELS=auto chooses the fastest available.")
+        console.print(
+            "\nThe policy is native: use --fast-kernels or DSPNET_KERNELS=auto for the fastest available provider."
+        )
 
 
 def _existing(providers: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -123,7 +129,7 @@ def _existing(providers: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _reasons(operators: dict[str, Any]) -> list[tuple[str, str]]:
-    """Providers, and why they do not serve; each reason once, with its operators where a provider has several."""
+    """Pairs of provider and reason for not using it, with operator names if a provider has several reasons."""
     found: dict[str, dict[str, list[str]]] = {}
     for operator, providers in operators.items():
         for name, state in _existing(providers):
@@ -137,9 +143,11 @@ def _reasons(operators: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command. arguments: by default those of the process."""
-    parser = argparse.ArgumentParser(prog="dspnet-info", description="What this machine can run, and why not the rest.")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    """Run the command. arguments: by default those of the process."""
+    parser = argparse.ArgumentParser(
+        prog="dspnet-info", description="The machine, its kernel providers, and the reasons why others are not used."
+    )
+    parser.add_argument("--json", action="store_true", help="JSON output")
     options = parser.parse_args(arguments)
     facts = collect()
     if options.json:

@@ -1,4 +1,4 @@
-"""How long a call takes on this machine."""
+"""Latency of function calls on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ ROUNDS, CALLS = 3, 10
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one call: the median, what nine of ten calls stay within, and of how many calls."""
+    """Latency of one call.
+
+    Attributes:
+        median_ms: median, in milliseconds.
+        p90_ms: 90th percentile, in milliseconds.
+        calls: number of calls measured.
+    """
 
     median_ms: float
     p90_ms: float
@@ -32,14 +38,24 @@ def measure(
     rounds: int = ROUNDS,
     calls: int = CALLS,
 ) -> dict[str, Latency]:
-    """Time every subject, `rounds` times `calls` calls of it.
+    """Measure the latency of each subject over `rounds` x `calls` calls.
 
-    A round takes all subjects in turn, so that what else the machine does falls on all of them; before the calls of a
-    turn comes one that is not counted, so that nobody pays for what the one before left in the caches.
+    Rounds alternate between subjects, so that other load on the machine affects all of them alike. One uncounted call
+    before each group of calls warms the caches.
 
     Args:
-        subjects: what to call, by name; each returns when its result is there.
-        threads: of PyTorch while this measures, by default as many as it has now.
+        subjects: functions to call, by name; each must return after its result is complete.
+        threads: PyTorch threads during the measurement; by default the current number.
+        rounds: number of rounds.
+        calls: calls per subject and round.
+
+    Returns:
+        The latency of each subject, by name.
+
+    Example:
+        >>> found = measure({"sort": lambda: torch.rand(100).sort()}, rounds=1, calls=5)
+        >>> found["sort"].calls
+        5
     """
     before = torch.get_num_threads()
     milliseconds: dict[str, list[float]] = {name: [] for name in subjects}
@@ -63,7 +79,7 @@ def _summary(milliseconds: list[float]) -> Latency:
 
 
 def conditions(device: torch.device, threads: int | None, batch_size: int, image_size: int) -> dict[str, Any]:
-    """What a latency holds for, as JSON values."""
+    """The conditions of a latency measurement, as JSON values."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "threads": threads or torch.get_num_threads(),

@@ -1,11 +1,11 @@
-"""The machine that this runs on, as it calls itself."""
+"""The machine's processor."""
 
 import platform
 from pathlib import Path
 
 
 def cpu_model() -> str:
-    """What the processor calls itself."""
+    """The processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

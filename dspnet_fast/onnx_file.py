@@ -1,6 +1,6 @@
-"""A network as ONNX, and the proof by onnxruntime that it computes what PyTorch computes.
+"""Conversion of a network to ONNX, and its verification against PyTorch with onnxruntime.
 
-Needs the extra of that name: pip install 'dspnet-fast[onnx]'.
+Needs the extra `onnx`: pip install 'dspnet-fast[onnx]'.
 """
 
 from __future__ import annotations
@@ -23,28 +23,41 @@ CONSTANTS_BYTES, NODE_BYTES = 4096, 1024
 
 
 def require() -> None:
-    """InputError if a package that this needs is missing."""
+    """Raise InputError if a required package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"ONNX needs {', '.join(missing)}, not installed here: pip install 'dspnet-fast[onnx]'")
 
 
 def convert(network: nn.Module, image_size: int, output: str = "features") -> bytes:
-    """Convert a network that `slim` cut out: images float32 [batch, 3, S, S], batch free, to [batch, F].
+    """Convert a network cut out by `slim` to ONNX, from images float32 [batch, 3, S, S] to [batch, F], with any batch
+    size.
 
-    What comes out is called `output`: features, or the logits of a classifier.
+    Batch normalisation is folded into the convolutions. The exporter's notes about the source code, which contain
+    paths, are removed.
 
-    Batch normalisation is folded into the convolutions. What the exporter notes about the source code, its paths among
-    it, is left out.
+    Args:
+        network: a network of torch.nn layers; set to evaluation mode.
+        image_size: height and width S of the images.
+        output: name of the output: "features", or "logits" for a classifier.
+
+    Returns:
+        The content of the ONNX file.
 
     Raises:
         InputError: if a package is missing.
-        RuntimeError: if the file is not as large as the parameters say.
+        RuntimeError: if the file's size does not fit the number of parameters.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> session = Session(convert(network, image_size=16))
+        >>> session(torch.zeros(4, 3, 16, 16)).shape
+        torch.Size([4, 8])
     """
     require()
     program = torch.onnx.export(
         network.eval(),
-        (torch.zeros(2, 3, image_size, image_size),),  # an example of one would fix the batch at one
+        (torch.zeros(2, 3, image_size, image_size),),  # a batch of one would be exported as a constant
         dynamo=True,
         verbose=False,
         opset_version=OPSET,
@@ -66,7 +79,7 @@ def convert(network: nn.Module, image_size: int, output: str = "features") -> by
 
 
 def _check_size(network: nn.Module, model: Any, size: int) -> None:
-    """Weights once and in the file itself: a parameter is 4 bytes, only those of batch normalisation are folded."""
+    """Check that weights are stored once and inline: 4 bytes per parameter, with batch normalisation folded."""
     parameters = parameter_count(network)
     folded = sum(2 * norm.num_features for norm in network.modules() if isinstance(norm, _BatchNorm))
     weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
@@ -74,7 +87,7 @@ def _check_size(network: nn.Module, model: Any, size: int) -> None:
     if not (least <= weights <= most and size - weights <= NODE_BYTES * len(model.graph.node)):
         raise RuntimeError(
             f"a network of {parameters:,} parameters became {size:,} bytes of ONNX with {weights:,} bytes of weights, "
-            f"not {least:,} to {most:,}: this version of torch or onnxscript converts in another way than was expected"
+            f"expected {least:,} to {most:,}: this version of torch or onnxscript is not supported"
         )
 
 
@@ -82,8 +95,8 @@ class Session:
     """onnxruntime on the CPU with a converted network: float32 [N, 3, S, S] to [N, F], both on the CPU.
 
     Args:
-        model: a file's bytes.
-        threads: of onnxruntime, by default as many as PyTorch has.
+        model: content of the ONNX file.
+        threads: threads of onnxruntime; by default PyTorch's number.
     """
 
     def __init__(self, model: bytes, threads: int | None = None) -> None:
@@ -97,26 +110,35 @@ class Session:
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of images, or logits."""
+        """Features or logits of images."""
         (result,) = self._session.run(None, {INPUT: images.numpy()})
         return torch.from_numpy(result)
 
 
 @torch.no_grad()
 def verify(session: Session, network: nn.Module, images: Tensor) -> float:
-    """The largest difference between what onnxruntime and PyTorch make of `images`, as one batch and one by one.
+    """Compare a converted network with PyTorch on `images`, as one batch and image by image.
+
+    Args:
+        session: the converted network.
+        network: the original network.
+        images: normalised images, float32 [N, 3, S, S], on the CPU.
+
+    Returns:
+        The largest absolute difference between the outputs of onnxruntime and PyTorch.
 
     Raises:
-        RuntimeError: if one is more than 1e-4 apart from PyTorch's, or than 1e-4 of it where it is larger than 1.
+        RuntimeError: if a difference exceeds 1e-4, or 1e-4 of PyTorch's value where that is larger than 1.
     """
     expected = network.eval()(images)
     largest = 0.0
     for batch in (images, *images.split(1)):
         result, wanted = session(batch), expected if len(batch) == len(images) else network(batch)
         difference = (result - wanted).abs()
-        if not (difference <= TOLERANCE * wanted.abs().clamp(min=1)).all():  # NaN is not
+        if not (difference <= TOLERANCE * wanted.abs().clamp(min=1)).all():  # false for NaN too
             raise RuntimeError(
-                f"onnxruntime's results differ from PyTorch's by {difference.max().item():.2g}: not kept"
+                f"onnxruntime's outputs differ from PyTorch's by up to {difference.max().item():.2g}: "
+                "the ONNX file is not kept"
             )
         largest = max(largest, difference.max().item())
     return largest

@@ -1,4 +1,4 @@
-"""Cut one subnet out of a slimmable model: an ordinary network of torch.nn layers, smaller and on its own."""
+"""Cut a subnet out of a slimmable model, as an ordinary, smaller network of torch.nn layers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from .subnets import Subnet
 
 
 def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Tensor | None = None) -> nn.Module:
-    """Return a copy of `model` that holds only the weights of the subnet `dn`, in plain torch.nn layers.
+    """Copy the subnet `dn` of a slimmable model into a network of torch.nn layers.
 
     Args:
         model: a model of slimmable layers; not changed.
-        dn: a subnet as `activate` takes it.
-        example: an input of the model, to find each layer's input channels; by default images [2, 3, 64, 64].
+        dn: the subnet, in a form that `activate` takes.
+        example: an input of the model, used to find the input channels of each layer; by default images [2, 3, 64, 64].
 
     Returns:
-        The network in evaluation mode. Parameter names are the model's; dropped blocks are gone. Batch normalisation
-        has the statistics measured for the subnet, which for the full network may be its running ones.
+        The network in evaluation mode, with only the subnet's weights. Parameter names are the model's; inactive blocks
+        are left out. Batch normalisation has the statistics measured for the subnet, or for an unmeasured full network
+        its running statistics.
 
     Raises:
         RuntimeError: if no statistics were measured for the subnet (`dspnet_fast.statistics.post_statistics`).
+
+    Example:
+        >>> model = SlimConv2d(3, 16, kernel_size=1)
+        >>> slim(model, 0.5)
+        Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
     """
     with activate(model, dn):
         channels = _input_channels(model, torch.zeros(2, 3, 64, 64) if example is None else example)
@@ -39,10 +45,10 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Ten
 
 
 def _input_channels(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Channels that reach each slimmable layer which runs; found on a copy without data, so that it costs nothing."""
-    ghost = copy.deepcopy(model).to("meta").train()
+    """The number of input channels of each slimmable layer, found by running a copy on the meta device."""
+    meta_copy = copy.deepcopy(model).to("meta").train()
     channels: dict[str, int] = {}
-    for path, module in ghost.named_modules():
+    for path, module in meta_copy.named_modules():
         if isinstance(module, SlimConv2d | SlimLinear | SlimBatchNorm):
             dim = -1 if isinstance(module, SlimLinear) else 1
             module.register_forward_pre_hook(
@@ -50,7 +56,7 @@ def _input_channels(model: nn.Module, example: Tensor) -> dict[str, int]:
             )
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        ghost(example.to(device="meta", dtype=dtype))
+        meta_copy(example.to(device="meta", dtype=dtype))
     return channels
 
 
@@ -83,7 +89,7 @@ def _like(module: nn.Module) -> dict:
 
 
 def _copy_prefixes(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Fill the target's parameters with the leading part of the source's parameters of the same names."""
+    """Fill the target's parameters with the prefixes of the source's parameters of the same names."""
     with torch.no_grad():
         for name, parameter in target.named_parameters():
             full = source.get_parameter(name)

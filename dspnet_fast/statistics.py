@@ -1,8 +1,8 @@
 """Post-statistics: batch normalisation statistics of each subnet, measured after training.
 
-During training every subnet normalises by its own batches, so no running average fits any of them. Here each subnet
-sees the same batches once more; the moments of every normalised layer are merged exactly, the variance between
-batches included (Chan et al. 1979), and kept by the subnet's name.
+In training every subnet normalises by the moments of its batches, so no single running average fits all subnets. After
+training, each subnet processes the same batches once more. The moments of every batch normalisation layer are merged
+exactly, including the variance between batches (Chan et al. 1979), and stored by the subnet's name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from .subnets import Subnet
 
 
 class Moments:
-    """Count, mean and sum of squared deviations per channel of all values seen, in float64."""
+    """Running count, mean and sum of squared deviations per channel, in float64.
+
+    Attributes:
+        count: number of values per channel.
+        mean: mean, [C].
+        squares: sum of squared deviations from the mean, [C].
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -27,7 +33,7 @@ class Moments:
         self.squares: Tensor | float = 0.0
 
     def add(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Merge in the mean and biased variance [C] of `count` values per channel."""
+        """Merge the mean [C] and biased variance [C] of `count` values per channel."""
         mean, squares = mean.double(), variance.double() * count
         delta = mean - self.mean
         total = self.count + count
@@ -55,15 +61,23 @@ def _adding_to(moments: dict[tuple[str, str | None], Moments], path: str, norm: 
 
 @torch.no_grad()
 def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None], batches: Iterable[Tensor]) -> int:
-    """Measure the statistics of all `dns` in one pass over `batches` and keep them in the model for evaluation.
+    """Measure the batch normalisation statistics of subnets in one pass over `batches`, and store them in the model.
 
     Args:
         model: a model of slimmable layers; left in evaluation mode.
-        dns: subnets as `activate` takes them.
-        batches: inputs of the model, at least one; each normalises by itself.
+        dns: the subnets, in forms that `activate` takes.
+        batches: inputs of the model, at least one; each is normalised by its own moments.
 
     Returns:
-        The number of inputs seen.
+        The number of inputs processed.
+
+    Raises:
+        ValueError: if `batches` is empty.
+
+    Example:
+        >>> model = nn.Sequential(SlimConv2d(3, 16, 1), SlimBatchNorm2d(16))
+        >>> post_statistics(model, [0.5, None], [torch.randn(8, 3, 4, 4)])
+        8
     """
     dns = list(dns)
     norms = _batch_norms(model)
@@ -92,7 +106,15 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
 
 
 def measured_statistics(model: nn.Module, dns: Iterable[Subnet]) -> dict[str, Tensor]:
-    """The kept statistics as a flat dictionary: `<subnet>/<layer>.running_mean` and `.running_var`, each [C]."""
+    """The stored statistics as a flat dictionary.
+
+    Args:
+        model: a model of slimmable layers.
+        dns: the subnets.
+
+    Returns:
+        Copies of the tensors `<subnet>/<layer>.running_mean` and `<subnet>/<layer>.running_var`, each [C].
+    """
     flat = {}
     for dn in dns:
         with activate(model, dn):
@@ -105,7 +127,13 @@ def measured_statistics(model: nn.Module, dns: Iterable[Subnet]) -> dict[str, Te
 
 
 def load_statistics(model: nn.Module, dns: Iterable[Subnet], flat: dict[str, Tensor]) -> None:
-    """Put what `measured_statistics` returned back into a model."""
+    """Store the result of `measured_statistics` in a model.
+
+    Args:
+        model: a model of slimmable layers.
+        dns: the subnets.
+        flat: the dictionary; subnets and layers not in it are left unchanged.
+    """
     for dn in dns:
         with activate(model, dn):
             for path, norm in _batch_norms(model).items():

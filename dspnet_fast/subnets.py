@@ -1,4 +1,4 @@
-"""Subnets (desired networks, DNs), the family they form, and which of them a training step uses."""
+"""Subnets (desired networks, DNs), families of them, and the choice of subnets for a training step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import InputError
 
 
 def make_divisible(channels: float) -> int:
-    """Round to a multiple of 8, up where rounding down would lose more than a tenth (MobileNet's rule)."""
+    """Round to a multiple of 8, upwards if rounding down would remove more than a tenth (MobileNet's rule)."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
@@ -28,9 +28,14 @@ class Subnet:
     """One desired network: a prefix of the channels and of the blocks of every stage.
 
     Attributes:
-        name: what it is, for example "w0.50" or "c64-d2222".
+        name: for example "w0.50" or "c64-d2222".
         channels: output channels of the stem and of each stage, in the network's order.
         depths: number of blocks of each stage.
+
+    Example:
+        >>> small, large = Subnet("c8-d1", (8, 8), (1,)), Subnet("c16-d2", (16, 16), (2,))
+        >>> small.within(large), large.within(small)
+        (True, False)
     """
 
     name: str
@@ -47,9 +52,18 @@ class Subnet:
 
 
 class Family(Sequence[Subnet]):
-    """The subnets that share one set of weights, smallest first; all are prefixes of the last, the full network.
+    """Subnets that share one set of weights, smallest first; each is a prefix of the last, the full network.
 
-    Raises InputError if the list is empty, names a network twice or does not nest.
+    Args:
+        subnets: the subnets, in any order.
+
+    Raises:
+        InputError: if the list is empty, contains a network twice, or no subnet contains all others.
+
+    Example:
+        >>> family = Family([Subnet("c16-d2", (16, 16), (2,)), Subnet("c8-d1", (8, 8), (1,))])
+        >>> family.names, family.full.name
+        (('c8-d1', 'c16-d2'), 'c16-d2')
     """
 
     def __init__(self, subnets: Iterable[Subnet]) -> None:
@@ -78,7 +92,7 @@ class Family(Sequence[Subnet]):
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names, smallest first."""
+        """The subnets' names, smallest first."""
         return tuple(subnet.name for subnet in self._subnets)
 
     @overload
@@ -96,7 +110,7 @@ class Family(Sequence[Subnet]):
         return iter(self._subnets)
 
     def find(self, name: str) -> Subnet:
-        """Return the subnet of that name; InputError lists the names there are."""
+        """Return the subnet with this name; InputError lists the existing names."""
         for subnet in self._subnets:
             if subnet.name == name:
                 return subnet
@@ -104,22 +118,38 @@ class Family(Sequence[Subnet]):
 
 
 def _weight_estimate(subnet: Subnet) -> tuple[int, int]:
-    """Order by the size of the largest convolutions: sum over stages of depth x channels^2; ties by channels."""
+    """Sort key, an estimate of the weights: sum over stages of depth x channels^2, then the sum of channels."""
     stages = subnet.channels[-len(subnet.depths) :]
     return sum(d * c * c for d, c in zip(subnet.depths, stages, strict=True)), sum(subnet.channels)
 
 
 def sandwich(family: Family, count: int, seed: int, step: int) -> list[Subnet]:
-    """The subnets of one training step: smallest, `count` - 2 random others, and the full network last.
+    """Draw the subnets of a training step: the smallest, `count` - 2 random others, and the full network last.
 
-    A pure function of (seed, step): the same on every rank and after a resume (Yu & Huang 2019, sandwich rule;
-    DSPNet section 4.1). The random ones are drawn without replacement from those between smallest and full;
-    a family with fewer members than `count` is used whole.
+    A pure function of (seed, step), so it is the same on every rank and after a resume (sandwich rule, Yu & Huang 2019;
+    DSPNet section 4.1). The random ones are drawn without replacement.
+
+    Args:
+        family: the family to draw from.
+        count: number of subnets; a family with fewer members is used whole.
+        seed: the run's seed.
+        step: the training step.
+
+    Returns:
+        The subnets, from the smallest to the full network.
+
+    Raises:
+        InputError: if `count` is less than 2 for a family of several subnets.
+
+    Example:
+        >>> family = Family([Subnet(f"c{c}-d1", (c, c), (1,)) for c in (8, 12, 16, 20)])
+        >>> [subnet.name for subnet in sandwich(family, 2, seed=0, step=0)]
+        ['c8-d1', 'c20-d1']
     """
     if len(family) == 1:
         return [family.full]
     if count < 2:
-        raise InputError(f"a step takes the smallest and the full network at least, not {count} subnets")
+        raise InputError(f"a step needs at least 2 subnets, the smallest and the full network, got {count}")
     between = family[1:-1]
     random = np.random.Generator(np.random.Philox(key=(seed, step)))
     drawn = random.permutation(len(between))[: count - 2]

@@ -1,12 +1,12 @@
-"""One file, all networks of a family: the weights of the largest once, and the statistics of each.
+"""One file with all networks of a family: the weights of the largest, and the batch normalisation statistics of each.
 
     runtime = Switchable.load("switchable.safetensors")
-    runtime.measure(batch_size=1)                  # or trust the latencies in the file, if it is from such a machine
+    runtime.measure(batch_size=1)                  # not needed if the file has latencies of such a machine
     runtime.use(runtime.choose(budget_ms=12))
     features = runtime(images)
 
-Every network is made of torch.nn layers whose weights are views into the largest's, so that a switch costs nothing and
-all of them together need hardly more memory than one.
+Every network consists of torch.nn layers whose weights are views of the largest network's, so switching costs nothing
+and all networks together need little more memory than the largest.
 """
 
 from __future__ import annotations
@@ -37,20 +37,25 @@ WEIGHTS = "weights/"
 
 
 class Switchable(nn.Module):
-    """Images [N, 3, H, W] to features [N, F] by the network in use, at first the largest; for inference.
+    """Images [N, 3, H, W] to features [N, F], or logits [N, classes] for classifiers, by the active network of a
+    family.
 
-    A family of classifiers gives logits [N, classes].
-
-    `load` reads one, `of` makes one of a family. Weights carry no gradient; `dspnet_fast.exported` has networks to
-    train.
+    The largest network is active at first. For inference only: weights have no gradients. To train an exported network,
+    use `dspnet_fast.exported.load`. Make a Switchable with `load` or `of`.
 
     Attributes:
         family: the networks, smallest first.
         image_size: height and width of the images that the family was pretrained on.
-        normalization: {"mean": 3 numbers, "std": 3 numbers} of what the networks expect, for values from 0 to 1.
-        class_names: of the logits; empty if there are none.
-        latency: by name, as `measure` or the file has it; empty if nothing was measured.
-        conditions: for which device, threads, batch and image size `latency` holds.
+        normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+        class_names: names of the logits; empty for networks that return features.
+        latency: latency of each network by name, from `measure` or the file; empty if not measured.
+        conditions: device, threads, batch size and image size of `latency`.
+
+    Example:
+        >>> full = Subnet("c8-d1111", (8, 8, 16, 32, 64), (1, 1, 1, 1))
+        >>> runtime = Switchable.of(build("resnet", full, "small"), Family([full]), 32, {"mean": [0.5], "std": [0.2]})
+        >>> runtime.use("c8-d1111")(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 64])
     """
 
     def __init__(
@@ -63,7 +68,18 @@ class Switchable(nn.Module):
         normalization: Mapping[str, Any],
         class_names: Sequence[str] = (),
     ) -> None:
-        """`tensors`: `weights/<parameter>` of the full network, `<dn>/<layer>.running_mean` and `.running_var`."""
+        """Make a Switchable of tensors; `load` and `of` call this.
+
+        Args:
+            network: a key of `models.NETWORKS`.
+            stem: "standard" or "small".
+            family: the networks.
+            tensors: `weights/<parameter>` of the full network; `<subnet>/<layer>.running_mean` and `.running_var` of
+                each.
+            image_size: height and width of the images that the family was pretrained on.
+            normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+            class_names: names of the logits; empty for networks that return features.
+        """
         super().__init__()
         self.network, self.stem, self.family = network, stem, family
         self.image_size, self.normalization = image_size, dict(normalization)
@@ -84,7 +100,18 @@ class Switchable(nn.Module):
         normalization: Mapping[str, Any],
         class_names: Sequence[str] = (),
     ) -> Switchable:
-        """The networks of `family`, all within `model` and with post-statistics; copies what it needs."""
+        """Make a Switchable of a pretrained model; the tensors are copied.
+
+        Args:
+            model: a slimmable model with post-statistics of all networks of `family`.
+            family: the networks.
+            image_size: height and width of the images that the family was pretrained on.
+            normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+            class_names: names of the logits; empty for networks that return features.
+
+        Raises:
+            RuntimeError: if no statistics were measured for a network.
+        """
         networks = {dn: slim(model, dn).cpu() for dn in family}
         tensors = {f"{WEIGHTS}{name}": weight.detach() for name, weight in networks[family.full].named_parameters()}
         for dn, network in networks.items():
@@ -95,9 +122,13 @@ class Switchable(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Switchable:
-        """Read a file that `save` or `dspnet-export OUT --switchable` wrote; nothing in it is executed.
+        """Read a file written by `save` or `dspnet-export OUT --switchable`. Nothing in the file is executed.
 
-        Raises InputError if it is none, is damaged or is of another version.
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: if the file is not of this kind, damaged, or of another version.
         """
         tensors, manifest = _read(Path(path))
         try:
@@ -114,14 +145,18 @@ class Switchable(nn.Module):
             made.latency = {name: Latency(**taken) for name, taken in manifest["latency"].items()}
             made.conditions = dict(manifest["conditions"])
             if made.latency and (set(made.latency) != set(made.names) or "batch_size" not in made.conditions):
-                raise InputError("its latencies are not of its networks")
-        except Exception as error:  # whatever does not fit: names, shapes, types, missing keys
+                raise InputError("its latencies do not belong to its networks")
+        except Exception as error:  # wrong names, shapes or types, missing keys
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
             raise InputError(f"{path} is damaged: {reason}") from error
         return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything, the latencies included, to one file; an existing one is replaced whole."""
+        """Write the weights, statistics and latencies to one file; an existing file is replaced atomically.
+
+        Args:
+            path: the file; its folder is created if missing.
+        """
         manifest = {
             "network": self.network,
             "stem": self.stem,
@@ -143,26 +178,43 @@ class Switchable(nn.Module):
 
     @property
     def active(self) -> str:
-        """Name of the network in use."""
+        """Name of the active network."""
         return self._active
 
     def use(self, name: str) -> Self:
-        """Compute as the network `name` from now on; InputError lists the names there are."""
+        """Make a network active.
+
+        Args:
+            name: one of `names`.
+
+        Returns:
+            This Switchable.
+
+        Raises:
+            InputError: if the family has no network of this name.
+        """
         self._active = self.family.find(name).name
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Represent images [N, 3, H, W], normalised, by [N, F] of the network in use, or classify them."""
+        """Compute the active network.
+
+        Args:
+            images: normalised images, [N, 3, H, W].
+
+        Returns:
+            Features [N, F], or logits [N, classes] for a family of classifiers.
+        """
         return self._networks[self._active](images)
 
     @torch.no_grad()
     def measure(self, batch_size: int = 1, image_size: int | None = None, threads: int | None = None) -> None:
-        """Time every network here, on the device that this is on, and keep it in `latency` for `choose`.
+        """Measure the latency of every network on the current device and store it in `latency`, for `choose`.
 
         Args:
-            batch_size: images a call.
-            image_size: their height and width, by default those of the pretraining.
-            threads: of PyTorch while this measures, by default as many as it has now.
+            batch_size: images per call.
+            image_size: height and width of the images; by default those of the pretraining.
+            threads: PyTorch threads during the measurement; by default the current number.
         """
         size = image_size or self.image_size
         weight = next(iter(self._tensors.values()))
@@ -181,41 +233,49 @@ class Switchable(nn.Module):
         self.conditions = latency.conditions(images.device, threads, batch_size, size)
 
     def choose(self, budget_ms: float) -> str:
-        """Name of the largest network whose median latency is at most `budget_ms` milliseconds; `use` takes it.
+        """Name of the largest network whose median latency is within a budget; pass it to `use`.
 
-        Raises InputError if nothing was measured, or if no network is as fast as that.
+        Args:
+            budget_ms: the budget, in milliseconds per call.
+
+        Returns:
+            The network's name.
+
+        Raises:
+            InputError: if nothing was measured, or every network is slower.
         """
         if not self.latency:
-            raise InputError("no latencies to choose by: call measure() first, on the machine that this will run on")
+            raise InputError("no latencies: call measure() first, on the target machine")
         within = [name for name in self.names if self.latency[name].median_ms <= budget_ms]
         if not within:
             fastest = min(self.latency, key=lambda name: self.latency[name].median_ms)
             raise InputError(
-                f"no network takes at most {budget_ms:g} ms: the fastest, {fastest}, takes "
+                f"no network is within {budget_ms:g} ms: the fastest, {fastest}, takes "
                 f"{self.latency[fastest].median_ms:.3g} ms for a batch of {self.conditions['batch_size']}"
             )
         return within[-1]
 
     def train(self, mode: bool = True) -> Self:
-        """Refuses to train: the networks are views of each other, with fixed statistics."""
+        """Reject training: the networks share weights as views and have fixed statistics."""
         if mode:
             raise InputError("a Switchable is for inference: train a network of dspnet_fast.exported.load")
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert the one set of tensors; the networks become views of the new ones."""
+        """Move or convert the shared tensors, and rebuild the networks as views of them."""
         self._tensors = {name: fn(tensor) for name, tensor in self._tensors.items()}
         self._build()
         return self
 
     def _build(self) -> None:
-        """Make the networks without memory of their own, and lay the tensors under them."""
-        # in a dictionary, which torch.nn does not look into: as submodules they would be moved one by one
+        """Build the networks on the meta device and assign the shared tensors to them."""
+        # A plain dictionary: torch.nn would move the shared tensors of submodules one by one.
         self._networks = {dn.name: self._network(dn) for dn in self.family}
         used = {f"{WEIGHTS}{name}" for name, _ in self._networks[self.family.full.name].named_parameters()}
         used |= {f"{dn}/{name}" for dn, network in self._networks.items() for name in _statistics(network)}
         if used != self._tensors.keys():
-            raise InputError(f"it holds tensors of no network: {', '.join(sorted(self._tensors.keys() - used)[:3])}")
+            unknown = ", ".join(sorted(self._tensors.keys() - used)[:3])
+            raise InputError(f"it contains tensors that belong to no network: {unknown}")
 
     def _network(self, dn: Subnet) -> nn.Module:
         with torch.device("meta"):
@@ -247,18 +307,18 @@ def _statistics(network: nn.Module) -> set[str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and manifest of a file; InputError if it is not one of ours."""
+    """Tensors and manifest of a file; InputError if it is not a switchable family."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
                 raise InputError(
-                    f"{path} holds no switchable family, which dspnet-export OUT --switchable writes; "
+                    f"{path} contains no switchable family, which dspnet-export OUT --switchable writes; "
                     "a single network is read by dspnet_fast.exported.load"
                 )
             if metadata.get("version") != str(FORMAT):
                 raise InputError(
-                    f"{path} has format {metadata.get('version')}, this version of dspnet-fast reads {FORMAT}: "
+                    f"{path} has format {metadata.get('version')}, but this version of dspnet-fast reads {FORMAT}: "
                     "export the family again"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -268,7 +328,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
     if not isinstance(manifest, dict):
-        raise InputError(f"{path} is damaged: its manifest is no object")
+        raise InputError(f"{path} is damaged: its manifest is not a JSON object")
     return tensors, manifest

@@ -1,4 +1,4 @@
-"""What all tests share. A test that wants Triton, interpreted or compiled, starts a process of its own for it."""
+"""Fixtures of all tests. Tests of Triton, interpreted or compiled, start a new process."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Every test draws the same numbers, whatever ran before it; DSPNET_TEST_SEED draws others."""
+    """Seed every test, by DSPNET_TEST_SEED or 0."""
     torch.manual_seed(int(os.environ.get("DSPNET_TEST_SEED", "0")))
 
 
@@ -22,14 +22,14 @@ THREADS = torch.get_num_threads()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Operators are tested with all threads, everything else with one: test processes share the cores, and threads
-    that wait for each other make a millisecond's work take a second there."""
+    """Test operators with all threads and everything else with one: test processes share the cores, and threads that
+    wait for each other would slow small operations a thousandfold."""
     torch.set_num_threads(THREADS if "ops" in item.path.parts else 1)
 
 
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
-    """torch.empty gives NaN instead of whatever was there: a kernel that leaves an output unwritten shows."""
+    """torch.empty returns NaN, so that outputs a kernel left unwritten are found."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -38,11 +38,11 @@ def nan_filled() -> Iterator[None]:
 
 @pytest.fixture
 def run_python(request: pytest.FixtureRequest) -> Callable[..., str]:
-    """Runs Python in a process of its own, in the repository root, and returns what it printed.
+    """Run Python in a new process, in the repository root, and return its output.
 
-    run_python(*arguments, **environment): an environment variable given as None is unset.
+    run_python(*arguments, **environment): an environment variable of None is unset.
     """
-    patience = 3600 if request.node.get_closest_marker("slow") else 600  # seconds
+    timeout = 3600 if request.node.get_closest_marker("slow") else 600  # seconds
 
     def run(*arguments: str, **environment: str | None) -> str:
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
@@ -52,7 +52,7 @@ def run_python(request: pytest.FixtureRequest) -> Callable[..., str]:
             env={name: value for name, value in env.items() if value is not None},
             capture_output=True,
             text=True,
-            timeout=patience,
+            timeout=timeout,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -62,7 +62,7 @@ def run_python(request: pytest.FixtureRequest) -> Callable[..., str]:
 
 @pytest.fixture
 def policy() -> Iterator[Callable[[str], None]]:
-    """Sets the kernel policy for one test."""
+    """Set the kernel policy for one test."""
     from dspnet_fast.ops import registry
 
     before = registry.get_policy()

@@ -1,4 +1,4 @@
-"""What the documentation and the recipes say, works."""
+"""The documentation's code, links and options, and the recipes, are valid."""
 
 import ast
 import builtins
@@ -25,15 +25,15 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
-def test_recipe_is_called_what_it_is(recipe):
+def test_recipe_name_gives_kind_and_epochs(recipe):
     config = to_config(PretrainConfig, make_parser().parse_args(["--config", str(recipe)]))
     assert recipe.stem.startswith("byol_" if len(config.names()) == 1 else "dspnet_")
     assert recipe.stem.endswith(f"_{config.epochs}e")
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
-def test_recipe_can_be_counted_without_run_and_images(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # where no folder is called imagenet
+def test_dry_run_of_a_recipe_needs_no_images(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # contains no folder named imagenet
     monkeypatch.delenv("DSPNET_DATA", raising=False)
     with pytest.raises(SystemExit) as end:
         pretrain.main(["--config", str(recipe), "--dry-run"])
@@ -44,7 +44,7 @@ def test_recipe_can_be_counted_without_run_and_images(recipe, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
-def test_recipe_of_a_comparison_can_be_counted_without_images(recipe, tmp_path, monkeypatch):
+def test_comparison_recipe_gives_steps_and_images_without_data(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DSPNET_DATA", raising=False)
     comparison = compare.comparison_of(compare.make_parser().parse_args(["--config", str(recipe)]))
@@ -54,7 +54,7 @@ def test_recipe_of_a_comparison_can_be_counted_without_images(recipe, tmp_path, 
 
 
 @pytest.mark.parametrize("recipe", EVALUATIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_recipe_of_an_evaluation_holds_valid_options(recipe):
+def test_evaluation_recipe_has_valid_options(recipe):
     given = ["--config", str(recipe)]
     if recipe.parent.name == "evaluate":
         protocol = recipe.stem.split("_")[0]
@@ -69,8 +69,8 @@ def test_recipe_of_an_evaluation_holds_valid_options(recipe):
 
 
 @pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
-def test_recipe_of_a_comparison_is_that_of_a_family(recipe):
-    """But for what it says it changes."""
+def test_comparison_recipe_equals_the_pretraining_recipe(recipe):
+    """Except for the options that the comparison varies."""
     name = "_".join(recipe.stem.split("_")[1:])
     shorter = name.endswith("_1e")
     name = name.replace("_1e", "_10e")
@@ -85,7 +85,7 @@ def test_recipe_of_a_comparison_is_that_of_a_family(recipe):
     assert kind == "sampled" or len(mine["dns"].split(",")) == int(count)
 
 
-def test_the_layers_page_runs(policy):  # which puts back what the page sets
+def test_code_of_the_layers_page_runs(policy):  # the fixture restores the policy that the page sets
     text = (ROOT / "docs" / "layers.md").read_text()
     code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
     names: dict = {}
@@ -94,7 +94,7 @@ def test_the_layers_page_runs(policy):  # which puts back what the page sets
 
 
 def python_of(text: str) -> Iterator[ast.Module]:
-    """The indented blocks of a page that are Python; others are commands, output or formulas."""
+    """The indented blocks of a page that are Python and not commands, output or formulas."""
     for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE):
         try:
             yield ast.parse("\n".join(line[4:] for line in block.splitlines()))
@@ -103,9 +103,9 @@ def python_of(text: str) -> Iterator[ast.Module]:
 
 
 def unresolved(text: str) -> list[str]:
-    """The attributes, in the Python of a page, of modules that it does not import or that do not have them.
+    """Attributes in a page's Python that do not exist, or whose modules the page does not import.
 
-    A page that imports nothing shows lines out of modules.
+    A page without imports shows excerpts of modules and is not checked.
     """
     names: dict = {}
     imported, bound, wrong = set(), set(dir(builtins)), []
@@ -126,7 +126,7 @@ def unresolved(text: str) -> list[str]:
                 continue
             found = names.get(root)
             for part in parts:
-                # a submodule of ours is there after its import only, though another page or test may have imported it
+                # a submodule must be imported by this page, even if another page or test has imported it
                 found = getattr(found, part, None)
                 if isinstance(found, types.ModuleType) and root == "dspnet_fast" and found.__name__ not in imported:
                     found = None
@@ -136,7 +136,7 @@ def unresolved(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_python_imports_what_it_uses(page):
+def test_code_imports_the_modules_it_uses(page):
     assert unresolved(page.read_text()) == []
 
 
@@ -151,14 +151,14 @@ def test_python_imports_what_it_uses(page):
         ("    pip install torchvision.models\n", []),
     ],
 )
-def test_python_that_does_not_is_found(code, wrong):
-    import dspnet_fast.switchable  # noqa: F401  (as another test may have done)
+def test_unresolved_attributes_are_found(code, wrong):
+    import dspnet_fast.switchable  # noqa: F401  (another test may have imported it)
 
     found = unresolved(code)
     assert len(found) == wrong if isinstance(wrong, int) else found == wrong
 
 
-def test_python_that_imports_nothing_there_is_found():
+def test_failing_import_is_found():
     with pytest.raises(ImportError):
         unresolved("    from dspnet_fast.switchable import Switchables\n")
 
@@ -178,7 +178,7 @@ def test_options_exist(page):
     commands = (make_parser(), finetune.make_parser(), compare.make_parser(), detect.make_parser())
     parsers = (*commands, *evaluate.make_parsers().values())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # of the other commands
+    known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # options of other commands
     known |= {
         "--no-build-isolation",
         "--inplace",
@@ -190,6 +190,6 @@ def test_options_exist(page):
         "--max-restarts",
         "--nodes",
         "--gpus-per-node",
-    }  # of pip, pytest, torchrun, sbatch and others
+    }  # options of pip, pytest, torchrun, sbatch and others
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
         assert option in known, option

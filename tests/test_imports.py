@@ -1,4 +1,4 @@
-"""Modules import in one direction, as docs/architecture.md says: no cycles, and the library nothing of the commands."""
+"""Modules import in one direction (docs/architecture.md): no cycles, and the library imports no commands."""
 
 import ast
 import graphlib
@@ -42,7 +42,7 @@ def part_of(module: str) -> int | None:
     return next((at for at, part in enumerate(ORDER) if module == part or module.startswith(f"{part}.")), None)
 
 
-def test_every_part_was_found():
+def test_all_packages_are_found():
     assert {part_of(module) for module in MODULES} == {*range(len(ORDER)), None}
     assert IMPORTS["train.pretraining.trainer"] >= {
         "train.pretraining.flat_buffers",
@@ -51,12 +51,12 @@ def test_every_part_was_found():
     }
 
 
-def test_no_module_needs_itself():
+def test_imports_have_no_cycles():
     assert len(list(graphlib.TopologicalSorter(IMPORTS).static_order())) == len(MODULES)
 
 
 @pytest.mark.parametrize("at", range(len(ORDER)), ids=ORDER)
-def test_one_direction(at):
+def test_package_imports_only_earlier_packages(at):
     upwards = [
         f"{module} imports {other}"
         for module, others in IMPORTS.items()
@@ -66,6 +66,6 @@ def test_one_direction(at):
     assert not upwards
 
 
-def test_the_library_needs_no_command():
+def test_library_imports_no_command():
     found = [module for module, others in IMPORTS.items() for other in others if other.split(".")[0] == "train"]
     assert all(module.split(".")[0] == "train" for module in found)

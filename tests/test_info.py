@@ -1,4 +1,4 @@
-"""python -m dspnet_fast.info: complete, parseable, and never stopped by what it is to report."""
+"""python -m dspnet_fast.info: complete, parseable, and working with an invalid policy."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from dspnet_fast import info
 from dspnet_fast.ops import apex, registry
 
 
-def test_json(run_python):
+def test_json_lists_machine_operators_and_providers(run_python):
     facts = json.loads(run_python("-m", "dspnet_fast.info", "--json", DSPNET_KERNELS=None))
     assert set(facts["ops"]) == set(registry.operators)
     for providers in facts["ops"].values():
@@ -32,10 +32,10 @@ def test_table_has_a_row_for_each_operator_and_a_line_for_each_reason(capsys, mo
             reason = providers[provider]["reason"]
             assert not reason or any(line[:1] == [provider] and reason in " ".join(line) for line in lines)
     assert not any("no implementation" in " ".join(line) for line in lines)
-    assert any({"operator", "chosen", "available", "not"} <= set(line) for line in lines)
+    assert any({"operator", "chosen", "available", "unavailable"} <= set(line) for line in lines)
 
 
-def test_reasons_that_differ_name_their_operators():
+def test_several_reasons_of_a_provider_name_their_operators():
     def states(cpp, triton):
         return {"cpp": {"available": not cpp, "reason": cpp}, "triton": {"available": False, "reason": triton}}
 
@@ -47,27 +47,27 @@ def test_reasons_that_differ_name_their_operators():
     assert info._reasons(operators) == [("triton", "no device"), ("cpp", "two: old"), ("cpp", "three: older")]
 
 
-def test_a_policy_that_cannot_serve_is_shown(run_python):
+def test_invalid_policy_is_reported(run_python):
     facts = json.loads(run_python("-m", "dspnet_fast.info", "--json", DSPNET_KERNELS="cudo"))
-    assert "no kernel provider is called 'cudo'" in facts["error"] and facts["ops"]
-    assert "no kernel provider is called 'cudo'" in run_python("-m", "dspnet_fast.info", DSPNET_KERNELS="cudo")
+    assert "unknown kernel provider 'cudo'" in facts["error"] and facts["ops"]
+    assert "unknown kernel provider 'cudo'" in run_python("-m", "dspnet_fast.info", DSPNET_KERNELS="cudo")
 
 
 @pytest.mark.parametrize(
-    "folder, said", [("multi_tensor_apply", ""), ("i18n", "unrelated web toolkit"), (None, "absent")]
+    "folder, message", [("multi_tensor_apply", ""), ("i18n", "unrelated web toolkit"), (None, "absent")]
 )
-def test_the_other_apex_is_recognised(tmp_path, monkeypatch, folder, said):
+def test_unrelated_apex_is_recognised(tmp_path, monkeypatch, folder, message):
     if folder:
         (tmp_path / "apex" / folder).mkdir(parents=True)
         (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
         monkeypatch.syspath_prepend(tmp_path)
     else:
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    there, reason = apex.installed()
-    assert there == (not said) and said in reason
+    installed, reason = apex.installed()
+    assert installed == (not message) and message in reason
 
 
-def test_the_placeholder_dali_is_recognised(monkeypatch):
+def test_placeholder_dali_is_recognised(monkeypatch):
     installed = {"nvidia-dali": "0.0.1"}
     monkeypatch.setattr(info, "_version", lambda *names: next((installed[n] for n in names if n in installed), ""))
     assert "placeholder" in info._dali()

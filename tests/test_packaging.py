@@ -1,4 +1,4 @@
-"""What an install puts where, with and without a compiler."""
+"""Contents of a wheel, with and without a compiler, and the reasons for missing libraries."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what the repository holds: a build must neither use nor leave anything in the real one."""
+    """A copy of the repository: a build must neither use nor leave other files in the original."""
     copy = tmp_path_factory.mktemp("packaging") / "source"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in"):
@@ -46,7 +46,7 @@ def contents(out: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
-def test_wheel(source, tmp_path):
+def test_wheel_contains_all_packages_recipes_and_commands(source, tmp_path):
     done = pip_wheel(source, tmp_path, DSPNET_BUILD="0")
     assert done.returncode == 0, done.stdout + done.stderr
     wheel = contents(tmp_path)
@@ -73,7 +73,7 @@ def test_wheel(source, tmp_path):
     assert len(entries) == 10 and all(entry in scripts for entry in entries)
 
 
-def test_a_failed_build_costs_only_speed(source, tmp_path):
+def test_failed_compilation_is_reported_and_fatal_only_on_demand(source, tmp_path):
     broken = {"CXX": "false"}
     done = pip_wheel(source, tmp_path, DSPNET_BUILD="auto", **broken)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,36 +86,36 @@ def test_a_failed_build_costs_only_speed(source, tmp_path):
     assert demanded.returncode != 0 and reason in demanded.stdout + demanded.stderr
 
 
-def test_cuda_that_is_demanded_and_cannot_be_built_is_an_error(source, tmp_path):
+def test_cuda_on_demand_without_compiler_is_an_error(source, tmp_path):
     done = pip_wheel(source, tmp_path, DSPNET_BUILD="0", DSPNET_CUDA="1")
     assert done.returncode != 0 and "the CUDA operators were not built" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("variable", ["DSPNET_BUILD", "DSPNET_CUDA"])
-def test_a_word_that_is_no_build_mode_is_refused(source, tmp_path, variable):
+def test_unknown_build_mode_is_rejected(source, tmp_path, variable):
     done = pip_wheel(source, tmp_path, **{variable: "yes"})
     assert done.returncode != 0 and "must be 0, 1 or auto" in done.stdout + done.stderr
 
 
-def test_the_library_is_in_the_tree_where_it_could_be_built():
+def test_library_is_built_where_a_compiler_exists():
     if not (shutil.which("cmake") and shutil.which(os.environ.get("CXX", "c++"))):
         pytest.skip("no compiler or no cmake")
     assert cpp.load() == (True, "")
 
 
 @pytest.mark.parametrize(
-    "note, why",
+    "note, message",
     [
-        (None, "is not there"),
-        ("{", "is not there"),
+        (None, "is missing"),
+        ("{", "is missing"),
         ('{"reason": "no C++ compiler was found"}', "was not built: no C++ compiler was found"),
         ('{"torch": "1.0"}', f"was built for torch 1.0, not {torch.__version__}"),
         (f'{{"torch": "{torch.__version__}"}}', "cannot be loaded"),
     ],
 )
-def test_why_there_is_no_library(tmp_path, note, why):
+def test_reason_for_a_missing_library(tmp_path, note, message):
     if note is not None:
         (tmp_path / "_C.json").write_text(note)
     (tmp_path / "_C.so").write_text("not a library")
     loaded, reason = cpp.load_into(tmp_path / "_C.so", "the compiled library")
-    assert not loaded and why in reason
+    assert not loaded and message in reason

@@ -1,4 +1,4 @@
-"""slim() gives an ordinary network that computes what the subnet computed; exports survive a round trip."""
+"""slim() returns a torch.nn network equal to the subnet; exported networks load here, in timm and in torchvision."""
 
 import json
 
@@ -26,7 +26,7 @@ RESNET = ("resnet", ["c16-d1111", "c64-d2222", "c64-d2232"])
 
 
 def measured(network, names, stem="standard"):
-    """A family whose batch normalisation is nowhere trivial, and images."""
+    """A family with measured statistics and random affine parameters, and images."""
     torch.manual_seed(0)
     made = family(network, names)
     model = build(network, made.full, stem)
@@ -39,7 +39,7 @@ def measured(network, names, stem="standard"):
 
 
 def assert_same_features(features, model, images, network=None):
-    """Every feature equal to 1e-5 in float32, and in float64 far closer: only rounding differs."""
+    """Compare features, within 1e-5 in float32 and 1e-9 in float64: only rounding may differ."""
     torch.testing.assert_close(features(images), model(images), rtol=1e-5, atol=1e-5)
     (network or features).double(), model.double()
     torch.testing.assert_close(features(images.double()), model(images.double()), rtol=1e-9, atol=1e-9)
@@ -49,7 +49,7 @@ def assert_same_features(features, model, images, network=None):
 @pytest.mark.parametrize(("network", "names"), [MOBILENET, RESNET])
 @pytest.mark.parametrize("stem", ["standard", "small"])
 @torch.no_grad()
-def test_slim_is_the_subnet_without_our_layers(network, names, stem):
+def test_slim_network_equals_the_subnet_in_torch_nn_layers(network, names, stem):
     made, model, images = measured(network, names, stem)
     for dn in made:
         plain = slim(model, dn)
@@ -60,12 +60,12 @@ def test_slim_is_the_subnet_without_our_layers(network, names, stem):
     full = slim(model, made.full)
     assert list(full.state_dict()) == list(model.state_dict())
     full.conv1.weight.zero_() if network == "resnet" else full.conv_stem.weight.zero_()
-    assert model.get_parameter("conv1.weight" if network == "resnet" else "conv_stem.weight").any(), "a copy"
+    assert model.get_parameter("conv1.weight" if network == "resnet" else "conv_stem.weight").any(), "not a copy"
 
 
 @torch.no_grad()
-def test_slim_takes_other_peoples_networks():
-    class Foreign(nn.Module):
+def test_slim_cuts_networks_without_layer_sizes():
+    class CustomNetwork(nn.Module):
         def __init__(self):
             super().__init__()
             self.scale = nn.Parameter(torch.tensor(2.0))
@@ -80,7 +80,7 @@ def test_slim_takes_other_peoples_networks():
         def forward(self, x):
             return self.head((self.scale * self.body(x)).mean((2, 3)))
 
-    model, x = Foreign(), torch.randn(4, 3, 9, 9)
+    model, x = CustomNetwork(), torch.randn(4, 3, 9, 9)
     post_statistics(model, [0.5], [x])
     plain = slim(model, 0.5, example=x)
     assert (plain.body[0].out_channels, plain.body[1].groups, plain.head.in_features) == (8, 2, 16)
@@ -90,7 +90,7 @@ def test_slim_takes_other_peoples_networks():
     assert len(shallow.body) == 1
 
 
-def test_slim_refuses_a_subnet_without_statistics():
+def test_slim_rejects_a_subnet_without_statistics():
     made = family(*MOBILENET)
     with pytest.raises(RuntimeError, match="post_statistics"):
         slim(build(MOBILENET[0], made.full), "w0.50")
@@ -127,7 +127,7 @@ def small(network, stem):
     + [(*RESNET, "c64-d2222", torchvision_resnet18), (*RESNET, "c64-d2222", timm_resnet18)],
 )
 @torch.no_grad()
-def test_round_trip_into_timm_and_torchvision(network, names, dn, foreign, stem, tmp_path):
+def test_exported_weights_load_into_timm_and_torchvision(network, names, dn, foreign, stem, tmp_path):
     made, model, images = measured(network, names, stem)
     subnet = made.find(dn)
     exported.save(tmp_path, slim(model, subnet), subnet, {})
@@ -160,18 +160,18 @@ def test_classifiers_load_into_timm_and_torchvision_as_the_manifest_says(network
             torch.testing.assert_close(other.eval()(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_classes_must_be_as_many_as_logits(tmp_path):
+def test_number_of_class_names_must_be_the_number_of_classes(tmp_path):
     subnet = family("resnet", ["c8-d1111"]).full
-    with pytest.raises(ValueError, match="2 names for 3 classes"):
+    with pytest.raises(ValueError, match="has 2 names, but the network has 3 classes"):
         exported.save(tmp_path, exported.plain("resnet", subnet, "small", 3), subnet, {}, classes=["a", "b"])
-    with pytest.raises(ValueError, match="1 names for 0 classes"):
+    with pytest.raises(ValueError, match="has 1 names, but the network has 0 classes"):
         exported.save(tmp_path, exported.plain("resnet", subnet, "small"), subnet, {}, classes=["a"])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("network", "names"), [MOBILENET, RESNET])
 @torch.no_grad()
-def test_exported_networks_load_without_a_run(network, names, tmp_path):
+def test_exported_networks_equal_their_subnets(network, names, tmp_path):
     made, model, images = measured(network, names)
     for dn in made:
         exported.save(tmp_path / dn.name, slim(model, dn), dn, {"note": 1})
@@ -182,15 +182,15 @@ def test_exported_networks_load_without_a_run(network, names, tmp_path):
     assert manifest["note"] == 1 and manifest["channels"] == list(made[0].channels)
     convolutions = [layer for layer in manifest["layers"] if layer["type"] == "Conv2d"]
     assert convolutions[0]["in_channels"] == 3 and convolutions[0]["out_channels"] == made[0].channels[0]
-    for layer in manifest["layers"]:  # the arguments are the constructor's
+    for layer in manifest["layers"]:  # the arguments must be the constructor's
         getattr(nn, layer["type"])(**{key: value for key, value in layer.items() if key not in ("name", "type")})
     if network == "resnet":
         assert "torchvision.models.resnet18" in str(json.loads((tmp_path / "c64-d2222/manifest.json").read_text()))
 
 
-def test_damaged_exports_are_refused(tmp_path):
+def test_missing_or_damaged_exports_are_rejected(tmp_path):
     made, model, _ = measured("resnet", ["c8-d1111", "c16-d1111"])
-    with pytest.raises(InputError, match="holds no exported network"):
+    with pytest.raises(InputError, match="contains no exported network"):
         exported.load(tmp_path / "nothing")
     exported.save(tmp_path / "a", slim(model, made[0]), made[0], {})
     exported.save(tmp_path / "b", slim(model, made[1]), made[1], {})
@@ -202,7 +202,7 @@ def test_damaged_exports_are_refused(tmp_path):
         exported.load(tmp_path / "b")
 
 
-def test_cost_of_known_networks():
+def test_parameters_and_macs_of_known_networks():
     full = slim(build("mobilenet_v3_large", family("mobilenet_v3_large", ["w1.00"]).full), None)
     assert parameter_count(full) == 2_971_952  # timm's 5,483,032 less conv_head and classifier
     assert abs(mac_count(full, 224) / 214.1e6 - 1) < 0.001

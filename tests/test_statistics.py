@@ -1,4 +1,4 @@
-"""Post-statistics are the moments of all data, kept by subnet."""
+"""Post-statistics are the moments of all data, stored by subnet."""
 
 import copy
 
@@ -12,7 +12,7 @@ from dspnet_fast.statistics import Moments, load_statistics, measured_statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_merge_is_exact_also_for_batches_with_different_means(dtype):
+def test_merged_moments_are_exact_for_batches_with_different_means(dtype):
     batches = [torch.randn(n, 3, 5, 4, dtype=dtype) * n + 100 * n for n in (1, 7, 32, 0, 2)]
     moments = Moments()
     for batch in batches:
@@ -25,7 +25,7 @@ def test_merge_is_exact_also_for_batches_with_different_means(dtype):
     torch.testing.assert_close(variance, everything.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
 
 
-def test_two_subnets_with_equal_channel_counts_keep_their_own():
+def test_subnets_with_equal_channel_counts_have_separate_statistics():
     model = nn.Sequential(SlimConv2d(3, 8, 1), SlimConv2d(8, 4, 1), SlimBatchNorm2d(4)).double()
     batches = [torch.randn(6, 3, 4, 4).double() + shift for shift in range(3)]
     narrow = {"0": 2}
@@ -38,7 +38,7 @@ def test_two_subnets_with_equal_channel_counts_keep_their_own():
             torch.testing.assert_close(variance, y.var((0, 2, 3), correction=0))
 
 
-def test_one_pass_serves_all_subnets_and_leaves_training_state_alone():
+def test_one_pass_measures_all_subnets_and_keeps_the_training_state():
     made = family("resnet", ["c8-d1111", "c8-d2111", "c16-d2111"])
     model = build("resnet", made.full, "small")
     before = copy.deepcopy(model.state_dict())
@@ -51,7 +51,7 @@ def test_one_pass_serves_all_subnets_and_leaves_training_state_alone():
             assert model(torch.randn(1, 3, 8, 8)).isfinite().all()
 
 
-def test_training_forgets_them():
+def test_training_deletes_measured_statistics():
     model = nn.Sequential(SlimConv2d(3, 32, 1), SlimBatchNorm2d(32))
     post_statistics(model, [0.5], [torch.randn(4, 3, 2, 2)])
     model.train()(torch.randn(4, 3, 2, 2))
@@ -59,7 +59,7 @@ def test_training_forgets_them():
         model(torch.randn(4, 3, 2, 2))
 
 
-def test_they_survive_a_round_trip():
+def test_statistics_are_restored_from_a_flat_dictionary():
     made = family("resnet", ["c8-d1111", "c16-d1121"])
     model = build("resnet", made.full, "small")
     post_statistics(model, made, [torch.randn(4, 3, 8, 8)])
@@ -74,6 +74,6 @@ def test_they_survive_a_round_trip():
             torch.testing.assert_close(model(x), twin(x), rtol=0, atol=0)
 
 
-def test_no_batch_is_an_error():
+def test_empty_batches_are_rejected():
     with pytest.raises(ValueError, match="at least one batch"):
         post_statistics(build("resnet", family("resnet", ["c8-d1111"]).full), [None], [])

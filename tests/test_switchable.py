@@ -1,4 +1,4 @@
-"""The switchable runtime: every network of a family out of one file, the same as cut out; choosing by latency."""
+"""Switchable: all networks of a family from one file equal those of slim(); choice by latency; damaged files."""
 
 import json
 import pickle
@@ -19,13 +19,13 @@ from dspnet_fast.switchable import Switchable
 
 NORMALIZATION = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
 FAMILIES = {
-    "mobilenet_v3_large": ["w0.60", "w0.66"],  # which share channel counts in some layers
-    "resnet": ["c8-d1111", "c8-d2121", "c16-d1112", "c16-d2222"],  # which drop blocks
+    "mobilenet_v3_large": ["w0.60", "w0.66"],  # equal channel counts in some layers
+    "resnet": ["c8-d1111", "c8-d2121", "c16-d1112", "c16-d2222"],  # with fewer blocks
 }
 
 
 def measured(network, stem="small"):
-    """A family whose batch normalisation is nowhere trivial, and images."""
+    """A family with measured statistics and random affine parameters, and images."""
     torch.manual_seed(0)
     made = family(network, FAMILIES[network])
     model = build(network, made.full, stem)
@@ -55,7 +55,7 @@ def resnet(tmp_path_factory):
     ("network", "stem"), [("mobilenet_v3_large", "standard"), ("resnet", "standard"), ("resnet", "small")]
 )
 @torch.no_grad()
-def test_every_network_is_the_one_cut_out(network, stem, tmp_path):
+def test_every_network_equals_the_one_cut_out_by_slim(network, stem, tmp_path):
     made, model, images = measured(network, stem)
     runtime = Switchable.of(model, made, 24, NORMALIZATION)
     runtime.save(tmp_path / "new" / "family.safetensors")
@@ -63,7 +63,7 @@ def test_every_network_is_the_one_cut_out(network, stem, tmp_path):
     assert loaded.names == made.names and loaded.active == made.full.name
     assert (loaded.image_size, loaded.normalization) == (24, NORMALIZATION)
     plain = {dn.name: slim(model, dn) for dn in made}
-    for name in (*made.names, *reversed(made.names)):  # back and forth: a switch leaves nothing behind
+    for name in (*made.names, *reversed(made.names)):  # in both directions: a switch must leave no state
         expected = plain[name](images)
         for one in (runtime, loaded):
             torch.testing.assert_close(one.use(name)(images), expected, rtol=0, atol=1e-6)
@@ -72,7 +72,7 @@ def test_every_network_is_the_one_cut_out(network, stem, tmp_path):
 
 
 @torch.no_grad()
-def test_weights_are_there_once(resnet):
+def test_file_and_runtime_hold_the_weights_once(resnet):
     path, made, model, images = resnet
     full = slim(model, made.full)
     tensors, _ = parts(path)
@@ -84,12 +84,12 @@ def test_weights_are_there_once(resnet):
 
     runtime = Switchable.load(path)
     before = runtime.use("c8-d1111")(images)
-    runtime._tensors["weights/conv1.weight"].mul_(2)  # what all of them compute with
+    runtime._tensors["weights/conv1.weight"].mul_(2)  # shared by all networks
     assert not torch.equal(runtime(images), before)
 
 
 @torch.no_grad()
-def test_moves_and_conversions_take_all_networks_along(resnet):
+def test_moves_and_conversions_apply_to_all_networks(resnet):
     path, made, model, images = resnet
     runtime = Switchable.load(path).double()
     for dn in made:
@@ -100,7 +100,7 @@ def test_moves_and_conversions_take_all_networks_along(resnet):
     assert runtime.to("meta").use("c8-d1111")(images.to("meta")).shape == (6, 64)
 
 
-def test_it_is_for_inference(resnet):
+def test_training_and_unknown_networks_are_rejected(resnet):
     runtime = Switchable.load(resnet[0])
     assert not runtime.eval().training and not runtime(resnet[3]).requires_grad
     with pytest.raises(InputError, match="exported.load"):
@@ -117,21 +117,21 @@ def test_it_is_for_inference(resnet):
         ((1, 2, 3, 4), 3.999, "c16-d1112"),
         ((1, 2, 3, 4), 100, "c16-d2222"),
         ((1, 2, 3, 4), 1, "c8-d1111"),
-        ((2, 1, 5, 4), 4, "c16-d2222"),  # a larger one that is faster
+        ((2, 1, 5, 4), 4, "c16-d2222"),  # the larger network is faster
         ((2, 1, 5, 4), 1.5, "c8-d2121"),
     ],
 )
-def test_the_largest_network_within_the_budget_is_chosen(resnet, milliseconds, budget, chosen):
+def test_choose_returns_the_largest_network_within_the_budget(resnet, milliseconds, budget, chosen):
     runtime = Switchable.load(resnet[0])
     runtime.latency = {name: Latency(ms, 10 * ms, 30) for name, ms in zip(runtime.names, milliseconds)}
     runtime.conditions = {"batch_size": 4}
     assert runtime.choose(budget) == chosen
-    assert runtime.active == "c16-d2222", "choosing does not switch"
+    assert runtime.active == "c16-d2222", "choose must not switch"
     with pytest.raises(InputError, match=r"the fastest, c8-d\d\d\d1, takes 1 ms for a batch of 4"):
         runtime.choose(0.99)
 
 
-def test_measured_latencies_are_kept_with_the_file(resnet, tmp_path):
+def test_measured_latencies_are_saved_in_the_file(resnet, tmp_path):
     runtime = Switchable.load(resnet[0])
     with pytest.raises(InputError, match=r"call measure\(\) first"):
         runtime.choose(1000)
@@ -140,14 +140,14 @@ def test_measured_latencies_are_kept_with_the_file(resnet, tmp_path):
     for taken in runtime.latency.values():
         assert 0 < taken.median_ms <= taken.p90_ms and taken.calls == latency.ROUNDS * latency.CALLS
     assert {"threads": 1, "batch_size": 2, "image_size": 16}.items() <= runtime.conditions.items()
-    runtime.save(tmp_path / "kept.safetensors")
-    again = Switchable.load(tmp_path / "kept.safetensors")
+    runtime.save(tmp_path / "measured.safetensors")
+    again = Switchable.load(tmp_path / "measured.safetensors")
     assert (again.latency, again.conditions) == (runtime.latency, runtime.conditions)
     slowest = max(taken.median_ms for taken in again.latency.values())
     assert again.choose(slowest) == again.family.full.name
 
 
-def test_latency_is_of_counted_calls_alone(monkeypatch):
+def test_latency_excludes_warm_up_calls_and_restores_threads(monkeypatch):
     clock, calls = [0.0], []
 
     def call(name, durations):
@@ -166,7 +166,7 @@ def test_latency_is_of_counted_calls_alone(monkeypatch):
     assert torch.get_num_threads() == before
 
 
-def test_neither_train_nor_the_packages_of_an_extra_are_imported(run_python):
+def test_import_needs_neither_train_nor_onnx(run_python):
     code = (
         "import sys; sys.modules.update(onnx=None, onnxruntime=None, onnxscript=None); "
         "import dspnet_fast.switchable, dspnet_fast.onnx_file; "
@@ -176,17 +176,17 @@ def test_neither_train_nor_the_packages_of_an_extra_are_imported(run_python):
 
 
 class Bomb:
-    """What runs if it is unpickled."""
+    """Exits the process if it is unpickled."""
 
     def __reduce__(self):
         return sys.exit, ("unpickled",)
 
 
-def a_pickle(path):
+def write_pickle(path):
     path.write_bytes(pickle.dumps(Bomb()))
 
 
-def a_checkpoint(path):
+def write_checkpoint(path):
     torch.save({"weights": Bomb()}, path)
 
 
@@ -195,13 +195,13 @@ def a_checkpoint(path):
     [
         (lambda path: None, "No such file"),
         (lambda path: path.mkdir(), "cannot be read|damaged"),
-        (lambda path: path.write_bytes(b""), "damaged or no safetensors file"),
-        (lambda path: path.write_text("weights" * 100), "damaged or no safetensors file"),
-        (a_pickle, "damaged or no safetensors file"),
-        (a_checkpoint, "damaged or no safetensors file"),
+        (lambda path: path.write_bytes(b""), "damaged or not a safetensors file"),
+        (lambda path: path.write_text("weights" * 100), "damaged or not a safetensors file"),
+        (write_pickle, "damaged or not a safetensors file"),
+        (write_checkpoint, "damaged or not a safetensors file"),
     ],
 )
-def test_what_is_no_safetensors_file_is_refused(tmp_path, write, message):
+def test_other_files_are_rejected(tmp_path, write, message):
     path = tmp_path / "family.safetensors"
     write(path)
     with pytest.raises(InputError, match=message) as raised:
@@ -209,15 +209,15 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, write, message):
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_truncated_file_is_refused(resnet, tmp_path):
+def test_truncated_file_is_rejected(resnet, tmp_path):
     whole = resnet[0].read_bytes()
     for length in (4, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(InputError, match="damaged or no safetensors file"):
+        with pytest.raises(InputError, match="damaged or not a safetensors file"):
             Switchable.load(tmp_path / "cut")
 
 
-def test_a_single_network_is_refused_and_named(resnet, tmp_path):
+def test_single_network_is_rejected_with_a_hint(resnet, tmp_path):
     _, made, model, _ = resnet
     exported.save(tmp_path, slim(model, made[0]), made[0], {})
     with pytest.raises(InputError, match="single network is read by dspnet_fast.exported.load"):
@@ -237,11 +237,11 @@ CONV, NORM = "weights/layer1.0.conv1.weight", "c8-d1111/layer1.0.bn1.running_mea
         (lambda tensors: tensors.update({CONV: tensors[CONV].repeat(2, 1, 1, 1)}), "larger than the full network's"),
         (lambda tensors: tensors.update({NORM: torch.zeros(9)}), r"c8-d1111 is \[9\]"),
         (lambda tensors: tensors.update({NORM: torch.zeros(8, dtype=torch.int32)}), "torch.int32"),
-        (lambda tensors: tensors.update({"weights/fc.weight": torch.zeros(2)}), "no network: weights/fc.weight"),
-        (lambda tensors: tensors.update({"w0.50/bn1.running_mean": torch.zeros(2)}), "no network: w0.50/bn1"),
+        (lambda tensors: tensors.update({"weights/fc.weight": torch.zeros(2)}), "to no network: weights/fc.weight"),
+        (lambda tensors: tensors.update({"w0.50/bn1.running_mean": torch.zeros(2)}), "to no network: w0.50/bn1"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(resnet, tmp_path, change, message):
+def test_unfit_tensors_are_rejected(resnet, tmp_path, change, message):
     tensors, metadata = parts(resnet[0])
     change(tensors)
     save_file(tensors, tmp_path / "changed", metadata)
@@ -255,19 +255,19 @@ def test_tensors_that_do_not_fit_are_refused(resnet, tmp_path, change, message):
     [
         (lambda manifest: manifest.pop("dns"), "it has no 'dns'"),
         (lambda manifest: manifest.pop("latency"), "it has no 'latency'"),
-        (lambda manifest: manifest.update(network="vgg"), "no network 'vgg'"),
-        (lambda manifest: manifest.update(stem="tiny"), "no stem 'tiny'"),
+        (lambda manifest: manifest.update(network="vgg"), "unknown network 'vgg'"),
+        (lambda manifest: manifest.update(stem="tiny"), "unknown stem 'tiny'"),
         (lambda manifest: manifest.update(dns="c8-d1111"), "damaged"),
         (lambda manifest: manifest["dns"][0].update(depths=[1, 1, 1]), "damaged"),
         (lambda manifest: manifest["dns"][0].update(depths=[1, 1, 1, 9]), "does not nest"),
         (lambda manifest: manifest["dns"][0].pop("channels"), "it has no 'channels'"),
         (lambda manifest: manifest.update(dns=manifest["dns"][:2]), "larger than the full network's"),
-        (lambda manifest: manifest["dns"].pop(0), "tensors of no network: c8-d1111/"),
+        (lambda manifest: manifest["dns"].pop(0), "to no network: c8-d1111/"),
         (lambda manifest: manifest.update(latency={"w0.50": {"median_ms": 1, "p90_ms": 1, "calls": 1}}), "latencies"),
         (lambda manifest: manifest.update(latency={"c8-d1111": {"ms": 1}}), "damaged"),
     ],
 )
-def test_manifests_that_do_not_fit_are_refused(resnet, tmp_path, change, message):
+def test_unfit_manifests_are_rejected(resnet, tmp_path, change, message):
     tensors, metadata = parts(resnet[0])
     manifest = json.loads(metadata["manifest"])
     change(manifest)
@@ -280,13 +280,13 @@ def test_manifests_that_do_not_fit_are_refused(resnet, tmp_path, change, message
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"version": "2"}, "has format 2, this version of dspnet-fast reads 1"),
+        ({"version": "2"}, "has format 2, but this version of dspnet-fast reads 1"),
         ({"manifest": "{"}, "damaged"),
-        ({"manifest": "[]"}, "its manifest is no object"),
-        ({"kind": "other"}, "holds no switchable family"),
+        ({"manifest": "[]"}, "its manifest is not a JSON object"),
+        ({"kind": "other"}, "contains no switchable family"),
     ],
 )
-def test_metadata_that_do_not_fit_are_refused(resnet, tmp_path, entry, message):
+def test_unfit_metadata_are_rejected(resnet, tmp_path, entry, message):
     tensors, metadata = parts(resnet[0])
     save_file(tensors, tmp_path / "changed", {**metadata, **entry})
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Slimmable networks, by name. Their parameter names are timm's (and torchvision's, for ResNet)."""
+"""Slimmable networks by name. Their parameters have timm's names, which for ResNet are torchvision's too."""
 
 from collections.abc import Sequence
 
@@ -30,28 +30,60 @@ __all__ = [
 
 def _network(name: str) -> type[Network]:
     if name not in NETWORKS:
-        raise InputError(f"no network {name!r}: there are {', '.join(NETWORKS)}")
+        raise InputError(f"unknown network {name!r}: use one of {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 
 def subnet(network: str, dn: str) -> Subnet:
-    """The subnet `dn` ("w0.50", "c64-d2222") of `network`; InputError if the name says nothing to that network."""
+    """The subnet of a network by name.
+
+    Args:
+        network: a key of `NETWORKS`.
+        dn: the subnet's name, for example "w0.50" or "c64-d2222".
+
+    Raises:
+        InputError: if the network or the subnet's name is unknown.
+
+    Example:
+        >>> subnet("resnet", "c64-d2222").channels
+        (64, 64, 128, 256, 512)
+    """
     return _network(network).subnet(dn)
 
 
 def family(network: str, dns: Sequence[str]) -> Family:
-    """The family of the named subnets of `network`; InputError if one is unknown or they do not nest."""
+    """The family of a network's subnets by name.
+
+    Args:
+        network: a key of `NETWORKS`.
+        dns: the subnets' names.
+
+    Raises:
+        InputError: if a name is unknown or the subnets do not nest.
+
+    Example:
+        >>> family("resnet", ["c64-d2222", "c32-d1111"]).names
+        ('c32-d1111', 'c64-d2222')
+    """
     return Family(subnet(network, dn) for dn in dns)
 
 
 def build(network: str, full: Subnet, stem: str = "standard") -> Network:
-    """A slimmable network with the weights of `full`, which is active.
+    """Build a slimmable network, with the full network active.
 
     Args:
         network: a key of `NETWORKS`.
-        full: the largest subnet.
-        stem: "standard" as published; "small" keeps the resolution in the stem, for images below about 64 px.
+        full: the largest subnet, for which weights are allocated.
+        stem: "standard" as published, or "small", which keeps the resolution, for images below about 64 px.
+
+    Raises:
+        InputError: if the network or stem is unknown.
+
+    Example:
+        >>> network = build("resnet", subnet("resnet", "c8-d1111"), "small")
+        >>> network(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
     """
     if stem not in STEMS:
-        raise InputError(f"no stem {stem!r}: there are {', '.join(STEMS)}")
+        raise InputError(f"unknown stem {stem!r}: use one of {', '.join(STEMS)}")
     return _network(network)(full, small_stem=stem == "small")

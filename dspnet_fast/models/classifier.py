@@ -1,4 +1,4 @@
-"""An encoder with a linear layer on its representation: images to logits."""
+"""A classifier: an encoder with a linear layer on its features."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from .network import Network
 
 
 class Classifier(nn.Module):
-    """Images [N, 3, H, W] to logits [N, classes], by an encoder and a linear layer on as many features as it has.
+    """Images [N, 3, H, W] to logits [N, classes]. Its subnets are those of the encoder.
 
-    A subnet of the encoder is one of the classifier: smaller ones use a prefix of the linear layer's columns.
+    Args:
+        encoder: a slimmable network.
+        classes: number of classes. The linear layer uses as many of its columns as the active subnet has features.
     """
 
     def __init__(self, encoder: Network, classes: int) -> None:
@@ -22,15 +24,15 @@ class Classifier(nn.Module):
         self.head = SlimLinear(encoder.num_features, classes)
 
     def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
-        """Name of the subnet and the size of each of its slimmable modules."""
+        """The subnet's name, and the size of each slimmable module."""
         name, sizes = self.encoder.layer_sizes(dn)
         return name, {f"encoder.{path}": size for path, size in sizes.items()}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify."""
+        """Logits of images."""
         return self.head(self.encoder(images))
 
 
 def encoder_of(model: Network | Classifier) -> Network:
-    """The model itself, or what its linear layer stands on."""
+    """The encoder of a classifier, or the network itself."""
     return model.encoder if isinstance(model, Classifier) else model

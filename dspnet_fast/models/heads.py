@@ -1,4 +1,4 @@
-"""The multi-layer perceptron that BYOL uses as projector and as predictor."""
+"""The multi-layer perceptron used as BYOL's projector and predictor."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,14 @@ from ..nn import SlimBatchNorm1d, SlimLinear
 
 
 class MLP(nn.Module):
-    """Linear - BN - ReLU - Linear, [N, F] -> [N, out_features] (DSPNet appendix A.1: 4096 hidden, 256 out).
+    """Linear - BN - ReLU - Linear, [N, F] -> [N, out_features].
 
-    The first layer uses as many of its `in_features` columns as the input has features; everything after it is shared
-    by all subnets.
+    The first layer uses as many columns as the input has features; all subnets share everything after it.
+
+    Args:
+        in_features: features of the full network.
+        hidden_features: hidden units; 4096 in DSPNet, appendix A.1.
+        out_features: output features; 256 in DSPNet.
     """
 
     def __init__(self, in_features: int, hidden_features: int = 4096, out_features: int = 256) -> None:

@@ -1,8 +1,8 @@
-"""Slimmable MobileNetV3-Large (Howard et al. 2019), a family over widths; names and channels as in timm.
+"""Slimmable MobileNetV3-Large (Howard et al. 2019), a family over widths, with timm's names and channels.
 
-A subnet's channels follow from its width w: every stage has make_divisible(w x full channels), the expanded and the
-squeezed channels inside a block follow from the block's own input. The stem keeps 16 channels below w = 0.75, as timm
-has it, so that each subnet is the network that timm builds with that channel multiplier.
+A subnet's channels follow from its width w: every stage has make_divisible(w x full channels), and the expanded and
+squeezed channels of a block follow from its input channels. Below w = 0.75 the stem keeps 16 channels, so each subnet
+is the network that timm builds with that channel multiplier.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STAGES = (
     Stage(160, (Block(6, 5, 2, True, HS),) + 2 * (Block(6, 5, 1, True, HS),)),
 )
 FEATURE_CHANNELS = 960
-LAST_OF_RESOLUTION = (1, 2, 4, 6)  # stages, the feature convolution being the one after the last
+LAST_OF_RESOLUTION = (1, 2, 4, 6)  # stages; 6 is the feature convolution
 
 
 class SqueezeExcite(nn.Module):
@@ -69,7 +69,7 @@ class SqueezeExcite(nn.Module):
 
     @staticmethod
     def layer_sizes(channels: int) -> dict[str, int]:
-        """Output channels of the convolutions for that many channels to gate."""
+        """Output channels of the convolutions, to gate `channels` channels."""
         return {"conv_reduce": make_divisible(channels / 4), "conv_expand": channels}
 
     def forward(self, x: Activation) -> Activation:
@@ -79,7 +79,7 @@ class SqueezeExcite(nn.Module):
 
 
 class DepthwiseSeparable(nn.Module):
-    """Depthwise convolution, then pointwise without activation; residual where shapes allow it."""
+    """Depthwise convolution, then pointwise without activation; residual if input and output have one shape."""
 
     def __init__(self, in_channels: int, out_channels: int, block: Block) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class DepthwiseSeparable(nn.Module):
 
     @staticmethod
     def layer_sizes(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
-        """Output channels of the convolutions for that many channels in and out."""
+        """Output channels of the convolutions, by name."""
         return {"conv_pw": out_channels}
 
     def forward(self, x: Activation) -> Activation:
@@ -106,7 +106,7 @@ class DepthwiseSeparable(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Pointwise expansion, depthwise, squeeze-and-excite, pointwise projection; residual where shapes allow it."""
+    """Pointwise expansion, depthwise, squeeze-and-excite, projection; residual if input and output have one shape."""
 
     def __init__(self, in_channels: int, out_channels: int, block: Block) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class InvertedResidual(nn.Module):
 
     @staticmethod
     def layer_sizes(in_channels: int, out_channels: int, block: Block) -> dict[str, int]:
-        """Output channels of the convolutions for that many channels in and out."""
+        """Output channels of the convolutions, by name."""
         mid = make_divisible(in_channels * block.expand)
         squeeze = {f"se.{name}": size for name, size in SqueezeExcite.layer_sizes(mid).items()} if block.squeeze else {}
         return {"conv_pw": mid, **squeeze, "conv_pwl": out_channels}
@@ -139,7 +139,7 @@ class InvertedResidual(nn.Module):
 
 
 class Feature(nn.Module):
-    """The last pointwise convolution, whose pooled output is the representation."""
+    """The last pointwise convolution, whose pooled output is the features."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def _block_type(stage: int) -> type[DepthwiseSeparable] | type[InvertedResidual]
 
 
 class MobileNetV3(Network):
-    """Images [N, 3, H, W] to pooled features [N, 960 w].
+    """Images [N, 3, H, W] to pooled features [N, F], F = 960 x width.
 
     Args:
         full: the largest subnet, for which weights are allocated.
@@ -187,11 +187,13 @@ class MobileNetV3(Network):
 
     @staticmethod
     def subnet(name: str) -> Subnet:
-        """The subnet of a width multiplier: "w0.50" has half the channels."""
+        """The subnet of a width multiplier: "w0.50" has half of the channels."""
         match = re.fullmatch(r"w(\d*\.?\d+)", name)
         width = float(match.group(1)) if match else 0.0
         if width <= 0:
-            raise InputError(f"{name!r} is no MobileNetV3 subnet: they are named by width, such as w0.50 or w1.00")
+            raise InputError(
+                f"{name!r} is not a MobileNetV3 subnet: they are named by width, for example w0.50 or w1.00"
+            )
         stem = STEM_CHANNELS if width < 0.75 else make_divisible(STEM_CHANNELS * width)
         channels = [make_divisible(stage.channels * width) for stage in STAGES]
         return Subnet(
@@ -214,7 +216,7 @@ class MobileNetV3(Network):
         return subnet.name, sizes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Represent images [N, 3, H, W] by [N, features]."""
+        """Images [N, 3, H, W] to features [N, F]."""
         return pool(self.blocks(conv_norm_act(x, self.conv_stem, self.bn1, self.act1)))
 
     @property

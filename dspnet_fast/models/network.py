@@ -1,4 +1,4 @@
-"""What the slimmable networks have in common."""
+"""Base class of the slimmable networks."""
 
 from abc import ABC, abstractmethod
 
@@ -9,14 +9,14 @@ from ..subnets import Subnet
 
 
 class Network(nn.Module, ABC):
-    """An encoder of images [N, 3, H, W] to pooled features [N, F], of which every subnet is a prefix.
+    """An encoder of images [N, 3, H, W] to pooled features [N, F], whose subnets are prefixes.
 
     Attributes:
-        name: what `dspnet_fast.models.build` knows it by.
-        head_name: what timm calls the linear layer of a classifier.
+        name: key in `dspnet_fast.models.NETWORKS`.
+        head_name: timm's name of a classifier's linear layer.
         full: the largest subnet, for which weights are allocated.
         small_stem: whether the stem keeps the resolution, for images below about 64 px.
-        stages: names of the modules that follow the stem one after another, each given what the one before gives.
+        stages: names of the modules after the stem, which run one after another.
     """
 
     name: str
@@ -30,17 +30,17 @@ class Network(nn.Module, ABC):
 
     @property
     def num_features(self) -> int:
-        """Features of the full network's representation."""
+        """Number of features of the full network."""
         return self.full.channels[-1]
 
     @staticmethod
     @abstractmethod
     def subnet(name: str) -> Subnet:
-        """The subnet of that name; InputError if the name says nothing to this network."""
+        """The subnet with this name; InputError if the network has no such subnet."""
 
     @abstractmethod
     def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
-        """Name of the subnet and the size of each of its slimmable modules."""
+        """The subnet's name, and the size of each slimmable module."""
 
     @property
     @abstractmethod
@@ -49,7 +49,12 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """What a feature pyramid is built on: [N, C, H/r, W/r] for r = 4, 8, 16, 32, smaller r with a small stem.
+        """The last feature map of each resolution, for feature pyramids.
 
-        Each is the last of its resolution; the representation is the last one's mean over H and W.
+        Args:
+            x: images, [N, 3, H, W].
+
+        Returns:
+            Maps [N, C, H/r, W/r] for r = 4, 8, 16, 32, or smaller r with a small stem. The mean of the last map over H
+            and W is the network's output.
         """

@@ -1,4 +1,5 @@
-"""Slimmable ResNet of basic blocks (He et al. 2016), a family over widths and depths; names as in timm and torchvision.
+"""Slimmable ResNet of basic blocks (He et al. 2016), a family over widths and depths, with the names of timm and
+torchvision.
 
 `c64-d2222` has stages of 64, 128, 256, 512 channels and 2, 2, 2, 2 blocks: ResNet-18.
 """
@@ -21,7 +22,7 @@ STAGE_MULTIPLIERS = (1, 2, 4, 8)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a residual; a strided 1x1 convolution brings the residual to another shape."""
+    """Two 3x3 convolutions and a residual, with a strided 1x1 convolution where the shapes differ."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -45,11 +46,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(Network):
-    """Images [N, 3, H, W] to pooled features [N, 8 x the first stage's channels].
+    """Images [N, 3, H, W] to pooled features [N, F], F = 8 x channels of the first stage.
 
     Args:
         full: the largest subnet, for which weights are allocated.
-        small_stem: a 3x3 convolution of stride 1 and no pooling, instead of 7x7 of stride 2 and max pooling.
+        small_stem: a 3x3 convolution of stride 1 without pooling, instead of 7x7 of stride 2 with max pooling.
     """
 
     name = "resnet"
@@ -81,7 +82,7 @@ class ResNet(Network):
         match = re.fullmatch(r"c([1-9]\d*)-d([1-9]{4}|(?:[1-9]\d*\.){3}[1-9]\d*)", name)
         if not match:
             raise InputError(
-                f"{name!r} is no ResNet subnet: they are named by channels and blocks, such as c64-d2222 or c96-d3463"
+                f"{name!r} is not a ResNet subnet: they are named by channels and blocks, for example c64-d2222"
             )
         base, depths = int(match.group(1)), match.group(2)
         blocks = tuple(int(depth) for depth in (depths.split(".") if "." in depths else depths))
@@ -99,7 +100,7 @@ class ResNet(Network):
         return subnet.name, sizes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Represent images [N, 3, H, W] by [N, features]."""
+        """Images [N, 3, H, W] to features [N, F]."""
         return pool(self.feature_maps(x)[-1])
 
     @property

@@ -1,11 +1,17 @@
-"""Slimmable drop-ins for torch.nn layers: same constructor arguments, same state_dict names and shapes.
+"""Slimmable replacements of torch.nn layers, with the same constructor arguments, state_dict names and shapes.
 
-A layer computes with a prefix of its channels. How long the prefix of the *outputs* is, `activate` sets;
-how long the prefix of the *inputs* is, the input itself says.
+A layer computes with a prefix of its channels. `activate` sets the number of output channels; the number of input
+channels is taken from the input.
 """
 
 from .activate import ActiveSubnet, activate
-from .batch_norm import MomentumBatchNorm1d, MomentumBatchNorm2d, SlimBatchNorm1d, SlimBatchNorm2d
+from .batch_norm import (
+    MomentumBatchNorm1d,
+    MomentumBatchNorm2d,
+    SlimBatchNorm1d,
+    SlimBatchNorm2d,
+    configure_batch_norm,
+)
 from .conv import SlimConv2d
 from .convert import slimmable
 from .linear import SlimLinear
@@ -21,5 +27,6 @@ __all__ = [
     "SlimLinear",
     "SlimSequential",
     "activate",
+    "configure_batch_norm",
     "slimmable",
 ]

@@ -1,13 +1,13 @@
-"""Choose which subnet of a slimmable model computes."""
+"""Select the subnet that a slimmable model computes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from ..subnets import Subnet, make_divisible, width_name
+from .attributes import AttributeChanges
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
 from .sized import Sized
@@ -15,38 +15,44 @@ from .sized import Sized
 Sizes = Mapping[str, int]
 
 
-class ActiveSubnet:
-    """The state that `activate` replaced; as a context manager it puts that state back on exit."""
+class ActiveSubnet(AttributeChanges):
+    """Result of `activate`; as a context manager it restores the previously active subnet on exit.
+
+    Attributes:
+        name: name of the active subnet.
+    """
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
-        self._before: list[tuple[nn.Module, str, Any]] = []
-
-    def set(self, module: nn.Module, attribute: str, value: Any) -> None:
-        """Set an attribute of a module and remember what it was."""
-        self._before.append((module, attribute, getattr(module, attribute)))
-        setattr(module, attribute, value)
-
-    def __enter__(self) -> ActiveSubnet:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for module, attribute, value in self._before:
-            setattr(module, attribute, value)
 
 
 def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views: int = 1) -> ActiveSubnet:
-    """Make `model` compute as the subnet `dn` from now on; `with activate(model, dn): ...` only inside the block.
+    """Make `model` compute as the subnet `dn`: permanently, or inside a `with` block only.
 
     Args:
-        model: any module with slimmable layers in it.
-        dn: what the model's own `layer_sizes(dn)` method takes (a `Subnet` or its name), if it has one. For other
-            models a width between 0 and 1 by which every ungrouped `SlimConv2d` is scaled, or a mapping from the names
-            of modules to sizes; what a mapping does not name is full. None is the full network.
-        views: batches hold this many augmented views one after another; batch normalisation treats each by itself.
+        model: any module that contains slimmable layers.
+        dn: the subnet, in one of these forms:
+
+            - a `Subnet` or its name, for models with a method `layer_sizes(dn)` (all of `dspnet_fast.models`);
+            - for other models, a width from 0 to 1 by which the output channels of every ungrouped `SlimConv2d` are
+              multiplied, or a mapping from module names to sizes, where modules not in the mapping keep their full
+              size;
+            - None for the full network.
+        views: number of equal, consecutive parts of the batch that batch normalisation normalises separately in
+            training: the augmented views, times `bn_groups` where a view is split further.
+
+    Returns:
+        A context manager that restores the previous subnet on exit.
 
     Raises:
-        ValueError: for a subnet that the model does not contain.
+        ValueError: if the model does not contain the subnet.
+
+    Example:
+        >>> layer = SlimConv2d(3, 16, kernel_size=1)
+        >>> with activate(layer, 0.5):
+        ...     layer(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 8, 8])
     """
     name, sizes = _resolve(model, dn)
     active = ActiveSubnet(name)
@@ -56,14 +62,17 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
             size = left.pop(path, None)
             if size is not None and not 0 <= size <= module.full_size:
                 active.__exit__()
-                raise ValueError(f"{name} wants {size} of the {module.full_size} units of {path}")
+                raise ValueError(
+                    f"subnet {name} needs {size} units of {path}, which has {module.full_size}: "
+                    "choose a subnet within the full network"
+                )
             active.set(module, "active_size", size)
         elif isinstance(module, SlimBatchNorm):
             active.set(module, "active_dn", name if sizes else None)
             active.set(module, "views", views)
     if left:
         active.__exit__()
-        raise ValueError(f"{name} names modules that the model does not have: {', '.join(left)}")
+        raise ValueError(f"subnet {name} has sizes for modules that the model does not have: {', '.join(left)}")
     return active
 
 
@@ -78,7 +87,7 @@ def _resolve(model: nn.Module, dn: Subnet | str | float | Sizes | None) -> tuple
         name, sizes = layer_sizes(dn)
     elif isinstance(dn, float | int):
         if not 0 < dn <= 1:
-            raise ValueError(f"a width is more than 0 and at most 1, not {dn}")
+            raise ValueError(f"a width must be more than 0 and at most 1, got {dn}")
         name = width_name(dn)
         sizes = {
             path: min(make_divisible(module.full_size * dn), module.full_size)

@@ -1,17 +1,18 @@
 """Batch normalisation over a prefix of the channels, with statistics per view and per subnet.
 
-Affine parameters are shared by all subnets. Running statistics belong to the full network alone: an average over
-subnets would describe none of them. A subnet is evaluated with statistics measured for it (`dspnet_fast.statistics`),
-kept by its name, since subnets of different widths can share a layer's channel count.
+All subnets share the affine parameters. Only the full network updates the running statistics, because an average over
+subnets would fit none of them. The other subnets are evaluated with statistics that
+`dspnet_fast.statistics.post_statistics` measures and stores by the subnet's name: subnets of different widths can have
+the same number of channels in a layer.
 
-Whatever the statistics are, normalisation is a scale and a shift per channel: gamma / sqrt(var + eps) and beta - mean
-scale. The kinds of batch normalisation differ only in the mean and the variance that they put there, `_statistics`.
+Normalisation is a scale and a shift per channel, gamma / sqrt(var + eps) and beta - mean * scale. Subclasses override
+`_statistics` to use another mean and variance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, overload
+from typing import Any, Self, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -20,25 +21,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import scale_shift, slim_batch_norm
+from .attributes import AttributeChanges
 from .deferred import ConvOutput, Deferred
 from .sized import main_grad
 
-# Called with mean and biased variance [V, C] of each view, and the number of values that each was taken from.
+# Called with the mean and biased variance [V, C] of each view and the number of values per channel and view.
 Observer = Callable[[Tensor, Tensor, int], None]
 
 
 class SlimBatchNorm(_BatchNorm):
-    """What SlimBatchNorm1d and SlimBatchNorm2d share; the number of channels is taken from the input.
+    """Base class of SlimBatchNorm1d and SlimBatchNorm2d; the number of channels is taken from the input.
 
     Attributes:
-        active_dn: the subnet that computes; None is the full network.
-        views: batches hold this many views, each normalised by itself in training.
-        bn_groups: so many neighbouring views are parts of one, as ranks have parts of a batch: running statistics take
-            their mean as one step.
-        process_group: where set, statistics are those of the whole batch over these ranks (synchronised batch
-            normalisation); every rank must have as many images. Not while there is an observer: what one rank measures
-            is its own.
-        observer: where set, it gets the moments of every batch instead of the running statistics.
+        active_dn: name of the active subnet; None for the full network. Set by `activate`.
+        views: number of equal, consecutive parts of the batch that are normalised separately in training: the augmented
+            views times `bn_groups`. Set by `activate`.
+        bn_groups: number of ghost-batch-norm groups per view. The running statistics are updated once per view, with
+            the mean over its groups.
+        process_group: ranks that normalise by the moments of their batches together (synchronised batch
+            normalisation); every rank must have the same number of images. None for the rank's batch alone. Ignored
+            while `observer` is set.
+        observer: called with the moments of every batch instead of updating the running statistics.
+        measured: mean [C] and variance [C] for evaluation, by subnet name. Training deletes them.
     """
 
     active_dn: str | None = None
@@ -58,16 +62,20 @@ class SlimBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.measured: dict[str | None, tuple[Tensor, Tensor]] = {}  # active_dn -> mean [C], variance [C]
+        self.measured: dict[str | None, tuple[Tensor, Tensor]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.measured = {dn: (fn(mean), fn(variance)) for dn, (mean, variance) in self.measured.items()}
         return super()._apply(fn, recurse)
 
     def evaluation_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [C] for the active subnet in evaluation: measured for it, or the running ones if full.
+        """Mean and variance for the active subnet in evaluation: measured, or for the full network the running ones.
 
-        Raises RuntimeError for a subnet that has not been measured.
+        Returns:
+            Mean [C] and variance [C].
+
+        Raises:
+            RuntimeError: if no statistics were measured for the subnet.
         """
         if self.active_dn in self.measured:
             return self.measured[self.active_dn]
@@ -80,7 +88,7 @@ class SlimBatchNorm(_BatchNorm):
 
     @property
     def batch_views(self) -> int:
-        """Views of which moments are wanted; 0 where kept statistics are used instead."""
+        """Number of views to compute moments of; 0 if stored statistics are used instead."""
         if self.training:
             return self.views
         return 0 if self.track_running_stats or self.active_dn in self.measured else 1
@@ -91,13 +99,21 @@ class SlimBatchNorm(_BatchNorm):
     def forward(self, x: ConvOutput) -> Deferred: ...
 
     def forward(self, x: Any) -> Any:
-        """Normalise [N, C, ...] per channel: by each view's own batch in training, by kept statistics otherwise.
+        """Normalise by the moments of each view in training, and by stored statistics in evaluation.
 
-        A `ConvOutput` becomes an `Deferred`: its normalisation is computed, but left to whoever reads it.
+        Args:
+            x: a Tensor [N, C, ...], or a `ConvOutput`, whose normalisation is deferred.
+
+        Returns:
+            A Tensor like x, or a `Deferred` for a `ConvOutput`.
+
+        Raises:
+            RuntimeError: in evaluation, if no statistics were measured for the active subnet.
+            ValueError: if the number of channels or images does not fit.
         """
         channels = x.shape[1]
         if channels > self.num_features:
-            raise ValueError(f"{type(self).__name__} has {self.num_features} channels, the input has {channels}")
+            raise ValueError(f"{type(self).__name__} has {self.num_features} channels, but the input has {channels}")
         if isinstance(x, ConvOutput):
             return Deferred(x.y, *self._scale_shift(x))
         self._check_input_dim(x)
@@ -105,40 +121,40 @@ class SlimBatchNorm(_BatchNorm):
         bias = None if self.bias is None else self.bias[:channels]
         views = self.batch_views
         if not views:
-            mean, variance = self._kept_statistics(channels)
+            mean, variance = self._stored_statistics(channels)
             return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
         if len(x) % views:
-            raise ValueError(f"a batch of {len(x)} is not {views} views of equal size")
+            raise ValueError(f"a batch of {len(x)} is not {views} views of equal size: see activate(views=)")
         y, mean, variance = slim_batch_norm(x, weight, bias, self.eps, views)
-        if not self._own_statistics:
+        if not self._changes_moments:
             self._observe(mean, variance, self._count(x.shape, views))
             return y
         scale, shift = self._scale_shift(ConvOutput(x, mean, variance))
-        spread = len(scale), 1, channels, *(x.ndim - 2) * [1]
-        return (x.unflatten(0, (views, -1)) * scale.view(spread) + shift.view(spread)).flatten(0, 1).to(x.dtype)
+        shape = len(scale), 1, channels, *(x.ndim - 2) * [1]
+        return (x.unflatten(0, (views, -1)) * scale.view(shape) + shift.view(shape)).flatten(0, 1).to(x.dtype)
 
-    def _scale_shift(self, raw: ConvOutput) -> tuple[Tensor, Tensor]:
-        """scale and shift [V, C] of the deferred normalisation; one row with kept statistics."""
-        if len(raw.mean):
-            mean, variance = self._statistics(raw.mean, raw.variance, self._count(raw.shape, len(raw.mean)))
+    def _scale_shift(self, x: ConvOutput) -> tuple[Tensor, Tensor]:
+        """Scale and shift [V, C] of the deferred normalisation; a single row with stored statistics."""
+        if len(x.mean):
+            mean, variance = self._statistics(x.mean, x.variance, self._count(x.shape, len(x.mean)))
         else:
-            mean, variance = (kept[None] for kept in self._kept_statistics(raw.shape[1]))
+            mean, variance = (stored[None] for stored in self._stored_statistics(x.shape[1]))
         return scale_shift(
             mean, variance, self.weight, main_grad(self.weight), self.bias, main_grad(self.bias), self.eps
         )
 
     @property
-    def _own_statistics(self) -> bool:
-        """Whether `_statistics` is more than the moments of this rank's batch."""
+    def _changes_moments(self) -> bool:
+        """Whether `_statistics` returns anything but the moments of this rank's batch."""
         return self._group is not None
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
-        """The ranks whose batch this one's is a part of."""
+        """The ranks to synchronise moments with, if any."""
         return self.process_group if self.observer is None else None
 
     def _statistics(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """What to normalise a batch by, given its moments [V, C] over `count` values each."""
+        """Mean and variance [V, C] to normalise by, from a batch's moments [V, C] of `count` values per channel."""
         if self._group is not None:
             mean, variance = _over_ranks(mean, variance, self._group)
             count *= self._group.size()
@@ -146,7 +162,7 @@ class SlimBatchNorm(_BatchNorm):
         return mean, variance
 
     def _count(self, shape: torch.Size, views: int) -> int:
-        """Values per channel and view; ValueError for a single one, which has no variance."""
+        """Number of values per channel and view; ValueError in training for one, which has no unbiased variance."""
         count = shape.numel() // (shape[1] * views)
         if count < 2 and self.training:
             raise ValueError(
@@ -156,10 +172,10 @@ class SlimBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Tell the observer, or else update the running statistics if the full network computes, view by view."""
+        """Call the observer, or update the running statistics once per view if the full network is active."""
         if not self.training:
             return
-        self.measured.clear()  # they described weights that training is about to change
+        self.measured.clear()  # stale once training changes the weights
         if self.observer is not None:
             self.observer(mean, variance, count)
             return
@@ -174,23 +190,24 @@ class SlimBatchNorm(_BatchNorm):
             self.running_mean.lerp_(view_mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(view_variance.to(self.running_var.dtype), momentum)
 
-    def _kept_statistics(self, channels: int) -> tuple[Tensor, Tensor]:
+    def _stored_statistics(self, channels: int) -> tuple[Tensor, Tensor]:
         mean, variance = self.evaluation_statistics()
         if len(mean) != channels:
             raise ValueError(
-                f"statistics of {len(mean)} channels for an input of {channels}: activate(model, dn) the subnet first"
+                f"the statistics have {len(mean)} channels, but the input has {channels}: "
+                "call activate(model, dn) for the subnet first"
             )
         return mean, variance
 
 
 def _over_ranks(mean: Tensor, variance: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Moments of the ranks' batches together, all of one size, by two all-reduces of vectors; differentiable."""
-    together = _Sum.apply(mean, group) / group.size()
-    return together, _Sum.apply(variance + (mean - together).square(), group) / group.size()
+    """Moments of the union of the ranks' batches, which have equal size, by two all-reduces; differentiable."""
+    total_mean = _Sum.apply(mean, group) / group.size()
+    return total_mean, _Sum.apply(variance + (mean - total_mean).square(), group) / group.size()
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks. What each of them makes of it depends on every term, so gradients are summed as well."""
+    """Sum over ranks. Every rank's loss depends on every rank's term, so the backward pass sums the gradients too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -207,37 +224,59 @@ class _Sum(torch.autograd.Function):
 
 
 class SlimBatchNorm2d(SlimBatchNorm, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` over the first C of `num_features` channels of [N, C, H, W]."""
+    """`torch.nn.BatchNorm2d` over the first C of `num_features` channels of [N, C, H, W].
+
+    The constructor takes the arguments of `torch.nn.BatchNorm2d`; `num_features` is that of the full network.
+
+    Example:
+        >>> norm = SlimBatchNorm2d(16)
+        >>> norm(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+    """
 
 
 class SlimBatchNorm1d(SlimBatchNorm, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` over the first C of `num_features` features of [N, C] or [N, C, L]."""
+    """`torch.nn.BatchNorm1d` over the first C of `num_features` features of [N, C] or [N, C, L].
+
+    The constructor takes the arguments of `torch.nn.BatchNorm1d`; `num_features` is that of the full network.
+
+    Example:
+        >>> norm = SlimBatchNorm1d(16)
+        >>> norm(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
 
 class MomentumBatchNorm(SlimBatchNorm):
     """Batch normalisation with momentum statistics, for the target network (Momentum^2 Teacher, Li et al. 2021).
 
-    View v with mean m_v and unbiased variance s_v is normalised by
+    View v with mean m_v and unbiased variance s_v is normalised with
 
         mu = alpha m_v + (1 - alpha) M        var = alpha s_v + (1 - alpha) V
 
-    and after all views of a batch  M <- alpha mean_v(m_v) + (1 - alpha) M, V likewise with s_v. M and V are the
-    buffers `running_mean` and `running_var`; `num_batches_tracked` counts batches. `alpha` goes from 1 to 0 over a
-    training run and is set from outside, as a number or as a scalar on the device. It is not slimmable: the target is
-    always the full network. With `double_correction` the variance is multiplied by n / (n - 1) a second time, as the
-    published code does.
+    and after all views of a batch  M <- alpha mean_v(m_v) + (1 - alpha) M, and V likewise from s_v. M and V are the
+    buffers `running_mean` and `running_var`; `num_batches_tracked` counts batches. The layer is not slimmable, because
+    the target is always the full network.
+
+    Attributes:
+        alpha: weight of the batch's moments, from 1 at the start of a training run to 0 at its end; a number or a
+            scalar tensor on the layer's device. Set it with `configure_batch_norm`.
+        double_correction: multiply the variance by n / (n - 1) a second time, as the published code does.
     """
 
     alpha: float | Tensor = 1.0
     double_correction: bool = False
 
     @property
-    def _own_statistics(self) -> bool:
+    def _changes_moments(self) -> bool:
         return True
 
     def _count(self, shape: torch.Size, views: int) -> int:
         if shape[1] != self.num_features:
-            raise ValueError(f"momentum batch normalisation of {self.num_features} channels is not slimmable")
+            raise ValueError(
+                f"momentum batch normalisation is not slimmable: the input must have {self.num_features} channels, "
+                f"got {shape[1]}"
+            )
         return super()._count(shape, views)
 
     @torch.no_grad()
@@ -257,8 +296,55 @@ class MomentumBatchNorm(SlimBatchNorm):
 
 
 class MomentumBatchNorm2d(MomentumBatchNorm, nn.BatchNorm2d):
-    """`MomentumBatchNorm` of [N, C, H, W]."""
+    """`MomentumBatchNorm` of [N, C, H, W].
+
+    Example:
+        >>> norm = MomentumBatchNorm2d(8)
+        >>> norm(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+    """
 
 
 class MomentumBatchNorm1d(MomentumBatchNorm, nn.BatchNorm1d):
-    """`MomentumBatchNorm` of [N, C] or [N, C, L]."""
+    """`MomentumBatchNorm` of [N, C] or [N, C, L].
+
+    Example:
+        >>> norm = MomentumBatchNorm1d(8)
+        >>> norm(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
+
+
+class BatchNormSettings(TypedDict, total=False):
+    """Settings of `configure_batch_norm`: the attributes of the same names."""
+
+    bn_groups: int
+    process_group: dist.ProcessGroup | None
+    alpha: float | Tensor
+
+
+def configure_batch_norm(model: nn.Module, **settings: Unpack[BatchNormSettings]) -> AttributeChanges:
+    """Set attributes of all slimmable batch normalisation layers in a model: permanently, or inside a `with` block
+    only.
+
+    Args:
+        model: any module.
+        settings: `bn_groups` and `process_group` for all layers, `alpha` for momentum batch normalisation, as
+            documented at `SlimBatchNorm` and `MomentumBatchNorm`. Attributes not named here keep their values.
+
+    Returns:
+        A context manager that restores the previous values on exit.
+
+    Example:
+        >>> norm = SlimBatchNorm2d(16)
+        >>> with configure_batch_norm(norm, bn_groups=2):
+        ...     norm.bn_groups
+        2
+    """
+    changes = AttributeChanges()
+    for module in model.modules():
+        if isinstance(module, SlimBatchNorm):
+            for name, value in settings.items():
+                if name != "alpha" or isinstance(module, MomentumBatchNorm):
+                    changes.set(module, name, value)
+    return changes

@@ -1,4 +1,4 @@
-"""2-d convolution whose input and output channels are prefixes of the weight's."""
+"""2-d convolution with a prefix of the weight's input and output channels."""
 
 from typing import Any, overload
 
@@ -11,13 +11,18 @@ from .sized import Sized, main_grad
 
 
 class SlimConv2d(Sized, nn.Conv2d):
-    """`torch.nn.Conv2d` that uses `weight[:size, :input channels]`.
+    """`torch.nn.Conv2d` that uses the prefix `weight[:size, :C]` for an input of C channels.
 
-    Input [N, C, H, W] with C at most `in_channels`; output [N, size, H', W'].
-    A grouped convolution keeps its channels per group and drops whole groups, so its output follows its input
-    (depthwise is the case of one channel per group) and its `size` is not used.
+    A grouped convolution keeps its channels per group and uses as many groups as the input has, so `size` has no
+    effect on it; in a depthwise convolution the outputs are as many as the inputs.
 
-    Raises ValueError for an input with more channels than `in_channels`, or one that cuts a group in two.
+    The constructor takes the arguments of `torch.nn.Conv2d`; `in_channels` and `out_channels` are those of the full
+    network.
+
+    Example:
+        >>> conv = SlimConv2d(16, 32, kernel_size=3, padding=1)
+        >>> conv(torch.randn(2, 8, 10, 10)).shape
+        torch.Size([2, 32, 10, 10])
     """
 
     @property
@@ -31,8 +36,19 @@ class SlimConv2d(Sized, nn.Conv2d):
     def forward(self, x: Deferred, views: int) -> ConvOutput: ...
 
     def forward(self, x: Any, views: int = 0) -> Any:
-        """Convolve [N, C, H, W] with the active prefix of the weight; an `Deferred` with the moments of `views`
-        views."""
+        """Convolve with the active prefix of the weight.
+
+        Args:
+            x: a Tensor [N, C, H, W] or [C, H, W], C at most `in_channels`, or a `Deferred`.
+            views: number of views to compute the output's moments of; for a `Deferred` only.
+
+        Returns:
+            A Tensor [N, size, H', W'], or a `ConvOutput` of this shape for a `Deferred`.
+
+        Raises:
+            ValueError: if the input has more than `in_channels` channels or ends within a group, or if the layer does
+                not support a `Deferred`.
+        """
         if len(x.shape) == 3:
             return self.forward(x[None])[0]
         groups, out_channels = self._active(x.shape[1])
@@ -50,22 +66,22 @@ class SlimConv2d(Sized, nn.Conv2d):
         return slim_conv2d(x, weight, bias, grad, out_channels, self.stride, padding, self.dilation, groups)
 
     def _active(self, channels: int) -> tuple[int, int]:
-        """Groups and output channels for that many input channels."""
+        """Groups and output channels for `channels` input channels."""
         if channels > self.in_channels:
-            raise ValueError(f"SlimConv2d has {self.in_channels} input channels, the input has {channels}")
+            raise ValueError(f"SlimConv2d has {self.in_channels} input channels, but the input has {channels}")
         if self.groups == 1:
             return 1, self.size
         group_channels = self.in_channels // self.groups
         groups, rest = divmod(channels, group_channels)
         if rest:
-            raise ValueError(f"an input of {channels} channels cuts a group of {group_channels} in two")
+            raise ValueError(f"an input of {channels} channels is not a whole number of groups of {group_channels}")
         return groups, groups * (self.out_channels // self.groups)
 
     def _conv_moments(self, deferred: Deferred, out_channels: int, groups: int, views: int) -> ConvOutput:
         square = self.stride[0] == self.stride[1] and self.padding[0] == self.padding[1]
         plain = self.dilation == (1, 1) and self.bias is None and self.padding_mode == "zeros"
         if isinstance(self.padding, str) or not (square and plain and self.groups in (1, self.in_channels)):
-            raise ValueError(f"no conv_moments of {self}: settle its input first")
+            raise ValueError(f"conv_moments does not support {self}: materialize its input first")
         return ConvOutput(
             *conv_moments(
                 deferred.x,

@@ -18,26 +18,35 @@ SLIMMABLE: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def slimmable(model: nn.Module) -> nn.Module:
-    """Turn every convolution, linear layer and batch normalisation of `model` into its slimmable kind.
+    """Replace every convolution, linear layer and batch normalisation of `model` by its slimmable counterpart, in
+    place.
 
-    Parameters, buffers, hooks and names stay what they are, so an optimizer that holds the parameters goes on holding
-    them, and as long as nothing is activated the model computes what it did, up to rounding.
+    Parameters, buffers, hooks and names stay the same, so existing optimizers keep working. Until a subnet is
+    activated, the model's outputs change by rounding only.
+
+    Args:
+        model: a network of torch.nn layers.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: for a layer with weights per channel that has no slimmable kind; nothing is changed then.
+        TypeError: if a layer with weights has no slimmable counterpart; the model is then unchanged.
+
+    Example:
+        >>> model = slimmable(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)))
+        >>> type(model[0]).__name__
+        'SlimConv2d'
     """
     layers = [module for module in model.modules() if isinstance(module, _ConvNd | nn.Linear | _BatchNorm)]
     layers = [module for module in layers if not isinstance(module, Sized | SlimBatchNorm)]
     unknown = sorted({type(module).__name__ for module in layers if type(module) not in SLIMMABLE})
     if unknown:
         known = ", ".join(kind.__name__ for kind in SLIMMABLE)
-        raise TypeError(f"no slimmable kind of {', '.join(unknown)}: there are those of {known}")
+        raise TypeError(f"no slimmable counterpart of {', '.join(unknown)}: the supported layers are {known}")
     for module in layers:
         kind = SLIMMABLE[type(module)]
-        module.__class__ = kind  # type: ignore[assignment]  # the same attributes, another forward
+        module.__class__ = kind  # type: ignore[assignment]  # only forward differs
         if isinstance(module, SlimBatchNorm):
             module.measured = {}
     return model

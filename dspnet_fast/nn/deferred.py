@@ -1,6 +1,7 @@
-"""Activations that are deferred their normalisation: what a convolution left in memory, and what the next operator
-applies
-as it reads (docs/formulation.md).
+"""Activations with deferred normalisation (docs/formulation.md).
+
+A convolution's output is stored raw. The scale, shift, activation function and gate that follow it are applied by the
+next operator while it loads the tensor, so that the normalised activation is never written to memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ConvOutput:
-    """Output [N, C, H, W] of a convolution and its moments per view, mean and biased variance [V, C]."""
+    """A convolution's output with its moments per view.
+
+    Attributes:
+        y: the output, [N, C, H, W].
+        mean: mean of each view, [V, C]; [0, C] if no moments were computed.
+        variance: biased variance of each view, of the same shape.
+    """
 
     y: Tensor
     mean: Tensor
@@ -27,10 +34,14 @@ class ConvOutput:
 
 @dataclass(frozen=True)
 class Deferred:
-    """act(scale x + shift) * gate, not yet formed.
+    """The activation act(scale * x + shift) * gate, not yet computed; `functional.materialize` computes it.
 
-    x: [N, C, H, W], channels-last. scale, shift: [V, C], a row for each of V views or one for all, or None.
-    act: one of dspnet_fast.ops.deferred.ACTS. gate: [N, C] or None.
+    Attributes:
+        x: raw output of a convolution, [N, C, H, W], channels-last.
+        scale: [V, C], a row for each of V views or one row for all, or None for no normalisation.
+        shift: like scale.
+        act: activation function, one of `dspnet_fast.ops.deferred.ACTS`.
+        gate: factor per image and channel, [N, C], or None.
     """
 
     x: Tensor

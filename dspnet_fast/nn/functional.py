@@ -1,10 +1,7 @@
-"""The steps that networks made of deferred activations are written in.
+"""Building blocks of networks with deferred normalisation: `conv_norm_act`, `materialize`, `pool` and `gated`.
 
-`conv_norm_act`, `materialize`, `pool` and `gated` take and give either kind of activation. With slimmable layers it is
-an
-`Deferred`: what a convolution left in memory, and what the next operator applies as it reads (docs/formulation.md).
-With
-torch.nn's own layers, as in a network that `slim` cut out, it is a Tensor and the steps are the ordinary ones.
+Each takes a `Deferred` or a Tensor. With slimmable layers activations are `Deferred` (docs/formulation.md). With
+torch.nn layers, as in a network cut out by `slim`, they are Tensors and the functions are the ordinary PyTorch ones.
 """
 
 from __future__ import annotations
@@ -22,18 +19,40 @@ ACTS: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.ReLU: "relu", nn
 
 
 def act_name(act: nn.Module | None) -> str:
-    """What the operators call an activation module; ValueError for one that they do not have."""
+    """The operators' name of an activation module; None is the identity.
+
+    Raises:
+        ValueError: for a module without an entry in `ACTS`.
+    """
     if act is None:
         return "identity"
     if type(act) not in ACTS:
-        raise ValueError(f"no fused {type(act).__name__}: there are {', '.join(kind.__name__ for kind in ACTS)}")
+        supported = ", ".join(kind.__name__ for kind in ACTS)
+        raise ValueError(f"the operators do not support the activation {type(act).__name__}: use one of {supported}")
     return ACTS[type(act)]
 
 
 def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Module | None = None) -> Activation:
-    """act(norm(conv(x))). With slimmable layers, one operator and arithmetic on vectors of channels.
+    """Convolution, batch normalisation and activation function: act(norm(conv(x))).
 
-    conv: ungrouped or depthwise, without bias, with square kernel, stride and zero padding, undilated.
+    Args:
+        x: input, [N, C, H, W].
+        conv: a `SlimConv2d` without bias, ungrouped or depthwise, with square kernel, stride and zero padding and
+            without dilation; or any torch.nn layer.
+        norm: the batch normalisation of its output.
+        act: an `nn.ReLU`, `nn.Hardswish` or `nn.Identity`; None for no activation function.
+
+    Returns:
+        A `Deferred` of shape [N, C', H', W'] for slimmable layers, a Tensor for torch.nn layers.
+
+    Raises:
+        ValueError: if `conv` or `act` is not supported.
+
+    Example:
+        >>> conv, norm = SlimConv2d(3, 8, 3, padding=1, bias=False), SlimBatchNorm2d(8)
+        >>> y = conv_norm_act(torch.randn(2, 3, 16, 16), conv, norm, nn.ReLU())
+        >>> materialize(y).shape
+        torch.Size([2, 8, 16, 16])
     """
     if not (isinstance(conv, SlimConv2d) and isinstance(norm, SlimBatchNorm)):
         y = norm(conv(x))
@@ -43,7 +62,22 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
 
 
 def materialize(x: Activation, shortcut: Activation | None = None, act: nn.Module | None = None) -> Tensor:
-    """The activation itself; with a shortcut, act(x + shortcut)."""
+    """Compute an activation as a tensor; with a shortcut, act(x + shortcut).
+
+    Args:
+        x: activation, [N, C, H, W].
+        shortcut: the residual to add, of the same shape, or None.
+        act: activation function of the sum; not applied to a `Deferred` without shortcut, which holds its own.
+
+    Returns:
+        The activation, [N, C, H, W].
+
+    Example:
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> y = materialize(Deferred(x, torch.ones(1, 8), torch.zeros(1, 8), "relu"))
+        >>> torch.equal(y, x.relu())
+        True
+    """
     if isinstance(x, Tensor) and not isinstance(shortcut, Deferred):
         y = x if shortcut is None else x + shortcut
         return y if act is None else act(y)
@@ -59,7 +93,19 @@ def materialize(x: Activation, shortcut: Activation | None = None, act: nn.Modul
 
 
 def pool(x: Activation) -> Tensor:
-    """The mean over H and W, [N, C]; of an Deferred in fp32 at least."""
+    """Global average pooling: the mean over H and W.
+
+    Args:
+        x: activation, [N, C, H, W].
+
+    Returns:
+        [N, C]; for a `Deferred` in fp32, or fp64 if its tensor is fp64.
+
+    Example:
+        >>> x = Deferred(torch.randn(2, 8, 4, 4), act="relu")
+        >>> pool(x).shape
+        torch.Size([2, 8])
+    """
     if isinstance(x, Tensor):
         return x.mean((2, 3))
     if x.gate is not None:
@@ -68,7 +114,20 @@ def pool(x: Activation) -> Tensor:
 
 
 def gated(x: Activation, gate: Tensor) -> Activation:
-    """x * gate, for a gate [N, C]."""
+    """Multiply an activation by a factor per image and channel, as squeeze-and-excite does.
+
+    Args:
+        x: activation, [N, C, H, W].
+        gate: factors, [N, C].
+
+    Returns:
+        The product, of the same type as x.
+
+    Example:
+        >>> x, gate = torch.randn(2, 8, 4, 4), torch.rand(2, 8)
+        >>> torch.equal(materialize(gated(Deferred(x), gate)), gated(x, gate))
+        True
+    """
     if isinstance(x, Tensor):
         return x * gate[:, :, None, None]
     return replace(x, gate=gate if x.gate is None else x.gate * gate)

@@ -1,4 +1,4 @@
-"""Linear layer whose input and output features are prefixes of the weight's."""
+"""Linear layer with a prefix of the weight's input and output features."""
 
 from torch import Tensor, nn
 
@@ -7,10 +7,15 @@ from .sized import Sized, main_grad
 
 
 class SlimLinear(Sized, nn.Linear):
-    """`torch.nn.Linear` that uses `weight[:size, :input features]`.
+    """`torch.nn.Linear` that uses the prefix `weight[:size, :C]` for an input of C features.
 
-    Input [..., C] with C at most `in_features`; output [..., size].
-    Raises ValueError for an input with more features than `in_features`.
+    The constructor takes the arguments of `torch.nn.Linear`; `in_features` and `out_features` are those of the full
+    network.
+
+    Example:
+        >>> linear = SlimLinear(16, 4)
+        >>> linear(torch.randn(2, 8)).shape
+        torch.Size([2, 4])
     """
 
     @property
@@ -19,9 +24,19 @@ class SlimLinear(Sized, nn.Linear):
         return self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply [..., C] by the active prefix of the weight."""
+        """Multiply by the active prefix of the weight.
+
+        Args:
+            x: [..., C], C at most `in_features`.
+
+        Returns:
+            [..., size].
+
+        Raises:
+            ValueError: if the input has more than `in_features` features.
+        """
         features = x.shape[-1]
         if features > self.in_features:
-            raise ValueError(f"SlimLinear has {self.in_features} input features, the input has {features}")
+            raise ValueError(f"SlimLinear has {self.in_features} input features, but the input has {features}")
         bias = None if self.bias is None else self.bias[: self.size]
         return slim_linear(x, self.weight, bias, main_grad(self.weight), self.size)

@@ -1,4 +1,4 @@
-"""A sequence of blocks of which the last ones can be dropped."""
+"""A sequence of modules whose last ones can be dropped."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,14 @@ from .sized import Sized
 
 
 class SlimSequential(Sized, nn.Sequential):
-    """`torch.nn.Sequential` that runs its first `size` modules: the depth dimension of a family."""
+    """`torch.nn.Sequential` that runs its first `size` modules: the depth dimension of a family.
+
+    Example:
+        >>> blocks = SlimSequential(nn.ReLU(), nn.Flatten())
+        >>> blocks.active_size = 1
+        >>> blocks(torch.ones(2, 3, 4)).shape
+        torch.Size([2, 3, 4])
+    """
 
     @property
     def full_size(self) -> int:

@@ -1,16 +1,16 @@
-"""What every layer that can be cut to a prefix has in common."""
+"""Base class of modules that can be reduced to a prefix of their units."""
 
 from torch import Tensor, nn
 
 
 class Sized(nn.Module):
-    """A module of `full_size` units (output channels, output features or blocks) of which the first `size` are used."""
+    """A module of `full_size` units (output channels, output features or blocks) that uses the first `size` of them."""
 
-    active_size: int | None = None  # None: all of them
+    active_size: int | None = None  # None: full_size
 
     @property
     def full_size(self) -> int:
-        """Number of units the parameters are allocated for."""
+        """Number of units of the full network."""
         raise TypeError(f"{type(self).__name__} must define full_size")
 
     @property
@@ -20,9 +20,9 @@ class Sized(nn.Module):
 
 
 def main_grad(parameter: Tensor | None) -> Tensor | None:
-    """The full-size buffer that operators add the gradient of a prefix to, if the parameter carries one.
+    """The parameter's attribute `main_grad`: a buffer of its shape to which operators add the gradient of a prefix.
 
-    `train/pretraining/flat_buffers.py` sets it to a view of one flat tensor. Without it, autograd receives full-size
+    `train/pretraining/flat_buffers.py` sets it to a view of a flat buffer. Without it, autograd receives full-size
     gradients that are zero outside the prefix, so the layers work in any training code.
     """
     return getattr(parameter, "main_grad", None)

@@ -1,4 +1,4 @@
-"""Operators, one file each: a plain PyTorch body that is the specification, and faster providers of the same thing."""
+"""Operators, one file each: a body in plain PyTorch, which is the specification, and faster providers."""
 
 from . import registry
 from .conv_moments import conv_moments

@@ -1,7 +1,8 @@
-"""conv_moments: a convolution that settles its input's deferred normalisation and returns its output's moments.
+"""conv_moments: a convolution that applies the deferred normalisation of its input while loading it, and returns the
+moments of its output.
 
-The heart of the fast path, derived in docs/formulation.md: between two convolutions a normalised activation is never
-written. Batch normalisation is arithmetic on [V, C] moments outside, so its gradient needs no code of its own.
+Between two convolutions a normalised activation is never written to memory (docs/formulation.md). Batch normalisation
+becomes arithmetic on [V, C] moments outside the operator, which autograd differentiates.
 """
 
 import functools
@@ -40,20 +41,38 @@ def conv_moments(
     groups: int,
     views: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = conv(h, weight[:out_channels, :C / groups]) with h = act(scale x + shift) * gate, and the moments of y.
+    """Convolution of a deferred activation, and the moments of its output.
 
-    x: [N, C, H, W], raw. scale, shift: [V, C], V = 1 or as many as there are views, or neither. act: one of
-    deferred.ACTS. gate: [N, C] or None. weight: [O, I, k, k], of which a prefix is used. main_grad: a buffer like
-    weight
-    that the gradient of that prefix is added to; without one, a full-size gradient is returned to autograd.
-    groups: 1, or C for a depthwise convolution, which has out_channels = C.
+    y = conv(h, weight[:out_channels, :C / groups]) with h = act(scale * x + shift) * gate.
 
-    x is floating point and may be narrower than fp32; h and the weight are then rounded to x's dtype and sums are fp32.
-    scale, shift, gate are fp32, or fp64 if x is. weight may be wider than x.
+    Args:
+        x: raw output of the previous convolution, [N, C, H, W], floating point.
+        scale: [V, C], V = 1 or one row per view, or None for no normalisation; fp32, or fp64 if x is.
+        shift: like scale; None if scale is.
+        act: activation function, one of `deferred.ACTS`.
+        gate: factor per image and channel, [N, C], or None; dtype as of scale.
+        weight: full weight, [O, I, k, k], of which a prefix is used; its dtype may be wider than that of x.
+        main_grad: buffer like weight to which the gradient of the prefix is added, or None to return a full-size
+            gradient to autograd.
+        out_channels: number of output channels; C for a depthwise convolution.
+        stride: stride in both dimensions.
+        padding: zero padding on all sides.
+        groups: 1, or C for a depthwise convolution.
+        views: number of equal, consecutive parts of the batch to compute moments of; 0 for none.
 
-    Returns y [N, out_channels, H', W'] in x's dtype and the channels-last memory format, and mean and biased variance
-    of y over each view's images and positions, [views, out_channels] in fp32, or fp64 if x is; [0, out_channels] for
-    views = 0. Raises RuntimeError for anything else, and for an output without positions.
+    Returns:
+        y [N, out_channels, H', W'], channels-last, in the dtype of x, and the mean and biased variance of y over each
+        view's images and positions, [views, out_channels] in fp32, or fp64 if x is. If x is narrower than fp32, h and
+        the weight are rounded to its dtype and sums are in fp32.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit, or the output has no positions.
+
+    Example:
+        >>> x, weight = torch.randn(4, 8, 6, 6), torch.randn(32, 16, 3, 3)
+        >>> y, mean, variance = conv_moments(x, None, None, "relu", None, weight, None, 24, 1, 1, 1, 2)
+        >>> y.shape, mean.shape
+        (torch.Size([4, 24, 6, 6]), torch.Size([2, 24]))
     """
     _check(x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views)
     h = materialize(x, scale, shift, act, gate).to(x.dtype)
@@ -90,7 +109,7 @@ def _check(
         groups == 1 or 0 < groups == channels == out_channels,
         lambda: (
             f"conv_moments: {groups} groups for {channels} channels in and {out_channels} out: "
-            "only 1 and depthwise are served"
+            "use 1, or as many as channels for a depthwise convolution"
         ),
     )
     torch._check(
@@ -129,13 +148,14 @@ def conv_moments_backward(
     """The gradients of conv_moments. With cnt elements per channel and view,
 
         e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt
-        dW = conv_weight_gradient(h, e), with h formed anew from x        dh = conv_transpose(e, W)
+        dW = conv_weight_gradient(h, e), with h recomputed from x        dh = conv_transpose(e, W)
         dz = dh gate act'(z), z = scale x + shift        dx = scale dz
         dscale = sum(dz x), dshift = sum(dz), over each view        dgate = sum over positions of dh act(z)
 
-    Returns dx like x (channels-last), dscale, dshift [V, C], dgate [N, C], dW like the full weight, zero outside the
-    prefix. Empty: those whose input is absent; all but dW without input_gradient; dW without weight_gradient, and with
-    main_grad, to whose prefix it is added instead.
+    Returns:
+        dx like x (channels-last), dscale and dshift [V, C], dgate [N, C], and dW like the full weight, zero outside the
+        prefix. A gradient is an empty tensor if its input is None, for all but dW without input_gradient, for dW
+        without weight_gradient, and for dW with main_grad, to whose prefix it is added instead.
     """
     upcast_y = upcast(y)
     views = len(mean)
@@ -183,7 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, scale, shift, act, gate, weight, main_grad, _, stride, padding, groups, _ = inputs
     y, mean, _ = output
     ctx.save_for_backward(x, scale, shift, gate, weight, y, mean)
-    ctx.main_grad = main_grad  # not saved: it changes before the backward, and is only added to
+    ctx.main_grad = main_grad  # not saved for backward: autograd rejects a saved tensor that was changed in place
     ctx.act, ctx.geometry = act, (stride, padding, groups)
 
 
@@ -226,7 +246,7 @@ conv_moments.register_autograd(_backward, _setup_context)
 
 def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
-        return False, f"it serves float32 and bfloat16 by float32 weights, not {x.dtype} by {weight.dtype}"
+        return False, f"it supports float32 and bfloat16 inputs with float32 weights, not {x.dtype} with {weight.dtype}"
     return True, ""
 
 
@@ -245,7 +265,7 @@ def _cpp(
     main_grad: Tensor | None,
     *rest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_main_grad("conv_moments", weight, main_grad)  # the forward itself has no use for it
+    check_main_grad("conv_moments", weight, main_grad)  # the compiled forward does not take it
     return torch.ops.dspnet_cpp.conv_moments(x, scale, shift, act, gate, weight, *rest)
 
 
@@ -258,7 +278,8 @@ def _cpp(
 )
 def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(*args)
-    return triton.kernels("conv_moments").conv_moments(*args[:6], *args[7:])  # main_grad is the backward's
+    # args[6] is main_grad, which only the backward uses.
+    return triton.kernels("conv_moments").conv_moments(*args[:6], *args[7:])
 
 
 cpp.serve(conv_moments_backward, _accepts)

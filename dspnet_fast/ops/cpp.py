@@ -1,6 +1,6 @@
-"""The compiled library, csrc/, as the provider `cpp`: loads it once, and says why where it cannot.
+"""The compiled library (csrc/) as the provider `cpp`: loads it once, and gives the reason if it cannot.
 
-DSPNET_LIBRARY is the path of another build of it, such as that of `make sanitize`.
+DSPNET_LIBRARY is the path of another build of the library, for example that of `make sanitize`.
 """
 
 import functools
@@ -20,7 +20,7 @@ LIBRARY = Path(os.environ.get("DSPNET_LIBRARY") or PACKAGE / "_C.so")
 
 @functools.cache
 def load() -> tuple[bool, str]:
-    """Loads the library, once. Returns (True, "") or (False, why not)."""
+    """Load the library once. Returns (True, "") or (False, reason)."""
     loaded, reason = load_into(LIBRARY, "the compiled library")
     if loaded:
         for full in torch._C._dispatch_get_all_op_names():
@@ -31,15 +31,15 @@ def load() -> tuple[bool, str]:
 
 
 def load_into(library: Path, name: str) -> tuple[bool, str]:
-    """Loads a library into torch.ops.dspnet_cpp. Returns (True, "") or (False, why not), calling it by its name."""
+    """Load a library, called `name` in messages, into torch.ops.dspnet_cpp. Returns (True, "") or (False, reason)."""
     try:
         note = json.loads(library.with_suffix(".json").read_text())
     except (OSError, ValueError):
-        return False, f"{name} is not there: install the project (pip install -e . --no-build-isolation)"
+        return False, f"{name} is missing: install the project (pip install -e . --no-build-isolation)"
     if "reason" in note:
         return False, f"{name} was not built: {note['reason']}"
     if note["torch"] != torch.__version__:
-        return False, f"{name} was built for torch {note['torch']}, not {torch.__version__}: install again"
+        return False, f"{name} was built for torch {note['torch']}, not {torch.__version__}: install the project again"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -48,7 +48,7 @@ def load_into(library: Path, name: str) -> tuple[bool, str]:
 
 
 def has(operator: str) -> tuple[bool, str]:
-    """Whether the library can be loaded and holds this operator, which one from an older source may not."""
+    """Whether the library can be loaded and contains the operator. Returns (True, "") or (False, reason)."""
     loaded, reason = load()
     if loaded and not hasattr(torch.ops.dspnet_cpp, operator):
         return False, "the compiled library is older than this operator: install the project again"
@@ -56,14 +56,14 @@ def has(operator: str) -> tuple[bool, str]:
 
 
 def stores(x: torch.Tensor) -> tuple[bool, str]:
-    """Whether the operators on activations serve x's dtype."""
+    """Whether the operators on activations support the dtype of x. Returns (True, "") or (False, reason)."""
     if x.dtype not in (torch.float32, torch.bfloat16):
-        return False, f"it serves float32 and bfloat16, not {x.dtype}"
+        return False, f"it supports float32 and bfloat16, not {x.dtype}"
     return True, ""
 
 
 def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None) -> None:
-    """Makes the library's function of an operator's name its provider `cpp`."""
+    """Register the library's function with the operator's name as its provider `cpp`."""
 
     def run(*args: Any) -> Any:
         return getattr(torch.ops.dspnet_cpp, operator.name)(*args)

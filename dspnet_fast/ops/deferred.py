@@ -1,8 +1,8 @@
-"""Deferred normalisation in plain PyTorch: what the native bodies of the operators share.
+"""Deferred normalisation in plain PyTorch, shared by the native bodies of the operators.
 
-An activation x [N, C, H, W] is stored raw, as a convolution left it, and deferred  h = act(scale x + shift) * gate.
-Its N
-images are V views of equal size one after another, each with a row of scale and shift [V, C]; one row serves all.
+An activation x [N, C, H, W] is stored as the convolution wrote it, and h = act(scale * x + shift) * gate is applied by
+the operator that loads it. The N images are V views of equal size, one after another; scale and shift are [V, C], a row
+for each view, or a single row for all.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def _relu_gradient(z: Tensor) -> Tensor:
 
 
 def _hardswish_gradient(z: Tensor) -> Tensor:
-    """Of z clamp(z + 3, 0, 6) / 6; at the kinks, as autograd has it, that of the middle piece."""
+    """Derivative of z clamp(z + 3, 0, 6) / 6; at the kinks that of the middle piece, as in autograd."""
     return torch.where((z < -3) | (z > 3), (z > 3).to(z.dtype), z / 3 + 0.5)
 
 
@@ -33,19 +33,19 @@ _GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the dtype that is computed in: fp32 for anything narrower."""
+    """x in the dtype of the computation: fp32 for narrower dtypes."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def per_image(rows: Tensor, images: int) -> Tensor:
-    """[V, C] -> [images, C, 1, 1], or [1, C, 1, 1] if one row serves all."""
+    """[V, C] -> [images, C, 1, 1], or [1, C, 1, 1] for a single row."""
     if len(rows) > 1:
         rows = rows.repeat_interleave(images // len(rows), 0)
     return rows[:, :, None, None]
 
 
 def normalized(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """z = scale x + shift, wide; x itself if it is deferred nothing."""
+    """z = scale * x + shift, upcast; without scale and shift, x upcast."""
     x = upcast(x)
     if scale is None or shift is None:
         return x
@@ -58,7 +58,7 @@ def apply_activation(z: Tensor, act: str) -> Tensor:
 
 
 def materialize(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> Tensor:
-    """h = act(scale x + shift) * gate, wide."""
+    """h = act(scale * x + shift) * gate, upcast."""
     h = apply_activation(normalized(x, scale, shift), act)
     return h if gate is None else h * gate[:, :, None, None]
 
@@ -71,9 +71,9 @@ def activation_gradient(z: Tensor, act: str) -> Tensor:
 def normalization_gradients(
     grad_z: Tensor, x: Tensor, scale: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From dL/dz with z = scale x + shift, wide: dL/dx in x's dtype, dL/dscale and dL/dshift [V, C].
+    """From dL/dz with z = scale * x + shift, upcast: dL/dx in the dtype of x, dL/dscale and dL/dshift [V, C].
 
-    The last two are empty if x is deferred nothing.
+    The last two are empty without scale and shift.
     """
     if scale is None:
         return grad_z.to(x.dtype), grad_z.new_empty(0), grad_z.new_empty(0)
@@ -89,9 +89,9 @@ def sum_per_view(x: Tensor, views: int) -> Tensor:
 def check_deferred(
     operator: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None, views: int = 0
 ) -> None:
-    """Raise RuntimeError unless x, scale, shift, act and gate are as this module's docstring says.
+    """Raise RuntimeError unless x, scale, shift, act and gate are as described at the top of this module.
 
-    views: the number of views that the operator forms moments for, if any.
+    views: the number of views that the operator computes moments of; 0 for none.
     """
     torch._check(
         x.ndim == 4 and x.is_floating_point(), lambda: f"{operator}: x must be [N, C, H, W], floating point, {_of(x)}"
@@ -101,9 +101,7 @@ def check_deferred(
         views >= 0 and (views == 0 or len(x) % views == 0),
         lambda: f"{operator}: {len(x)} images are not {views} views of equal size",
     )
-    torch._check(
-        (scale is None) == (shift is None), lambda: f"{operator}: scale and shift come together, or neither does"
-    )
+    torch._check((scale is None) == (shift is None), lambda: f"{operator}: give both scale and shift, or neither")
     if scale is not None and shift is not None:
         for name, rows in (("scale", scale), ("shift", shift)):
             torch._check(
@@ -118,7 +116,8 @@ def check_deferred(
             and len(x) % len(scale) == 0
             and (views == 0 or len(scale) in (1, views)),
             lambda: (
-                f"{operator}: {len(scale)} and {len(shift)} rows of scale and shift for {len(x)} images, {views} views"
+                f"{operator}: scale and shift must have 1 row or one per view, got {len(scale)} and {len(shift)} rows "
+                f"for {len(x)} images and {views} views"
             ),
         )
     if gate is not None:

@@ -1,4 +1,4 @@
-"""ema_update: xi <- tau xi + (1 - tau) theta, the target network's step (BYOL, arXiv:2006.07733, eq. 1)."""
+"""ema_update: xi <- tau xi + (1 - tau) theta, the update of the target network (BYOL, arXiv:2006.07733, eq. 1)."""
 
 import functools
 from collections.abc import Sequence
@@ -12,11 +12,23 @@ from .registry import operator
 
 @operator(mutates=("targets",))
 def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
-    """Moves every target towards its online tensor, in place: target = tau * target + (1 - tau) * online.
+    """Move every target towards its online tensor, in place: target = tau * target + (1 - tau) * online.
 
-    targets, onlines: as many floating-point tensors each, of any strides, pair by pair of one shape, dtype and device;
-    fp16 and bf16 are computed in fp32 and rounded once. tau: in [0, 1]; 1 leaves the targets, 0 copies the onlines.
-    Raises RuntimeError for anything else. Nothing is recorded for gradients.
+    fp16 and bf16 are computed in fp32 and rounded once. Autograd records nothing.
+
+    Args:
+        targets: floating-point tensors of any strides; changed in place.
+        onlines: as many tensors, each of the shape, dtype and device of its target.
+        tau: decay rate in [0, 1]; 1 leaves the targets unchanged, 0 copies the onlines.
+
+    Raises:
+        RuntimeError: if the tensors do not match pair by pair or tau is outside [0, 1].
+
+    Example:
+        >>> target, online = torch.zeros(2), torch.ones(2)
+        >>> ema_update([target], [online], tau=0.75)
+        >>> target
+        tensor([0.2500, 0.2500])
     """
     _check(targets, onlines, tau)
     if targets:

@@ -1,4 +1,4 @@
-"""lars_ema_step: everything between the last backward and the next forward, on flat buffers (You et al. 2017; BYOL)."""
+"""lars_ema_step: the optimizer step with LARS and the target update, on flat buffers (You et al. 2017; BYOL)."""
 
 import functools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def lars_ema_step(
     eta: float,
     apply: Tensor | None = None,
 ) -> None:
-    """One step of LARS for the online network, then of the target towards it, in place. For every adapted segment:
+    """One LARS step of the online network and one EMA step of the target network, in place. For every adapted segment:
 
         g' = g + weight_decay p        q = eta |p| / |g'|, or 1 if either norm is 0
 
@@ -34,13 +34,34 @@ def lars_ema_step(
 
         m = momentum m + q g'        p = p - lr m        target = tau target + (1 - tau) p        g = 0
 
-    params, grads, momenta: [N], targets: [T], T <= N, moving towards the first T of params; all contiguous, of one
-    device, float32 or float64, without shared memory. starts, sizes: the adapted segments, in ascending order and apart
-    from each other: the tensors of more than one dimension. Biases, batch normalisation and padding lie between them.
-    lr, tau: scalars on the same device, floating point, so that a recorded graph can be replayed with other values;
-    tau in [0, 1] is up to the caller, since to test it would be to wait for the device. A gradient of NaN or infinity
-    shows as NaN in its segment and nowhere else. apply: a bool scalar on the same device; where it is false, nothing
-    happens but g = 0. Raises RuntimeError for anything else. No host synchronisation.
+    Does not synchronise with the device. A NaN or infinite gradient element gives NaN in its segment and nowhere else.
+
+    Args:
+        params: parameters of the online network, [N], contiguous, float32 or float64.
+        grads: their gradients, [N]; set to zero.
+        momenta: their momenta, [N].
+        targets: parameters of the target network, [T] with T <= N, which follow the first T of params. All four buffers
+            have one dtype and device and share no memory.
+        starts: first elements of the adapted segments, the tensors of more than one dimension, in ascending order.
+            Biases, batch normalisation and padding lie between them.
+        sizes: numbers of elements of the adapted segments, which do not overlap.
+        lr: learning rate, a floating-point scalar on the same device, so that a captured CUDA graph can be replayed
+            with another value.
+        tau: decay rate of the target, likewise. It must be in [0, 1], which is not checked, as that would synchronise.
+        weight_decay: factor of the parameters in g'.
+        momentum: factor of the previous momenta.
+        eta: trust coefficient.
+        apply: bool scalar on the same device; if it is false, only the gradients are set to zero.
+
+    Raises:
+        RuntimeError: if buffers, segments or scalars do not fit.
+
+    Example:
+        >>> params, grads, momenta, targets = torch.ones(4), torch.ones(4), torch.zeros(4), torch.zeros(4)
+        >>> lr, tau = torch.tensor(0.5), torch.tensor(0.5)
+        >>> lars_ema_step(params, grads, momenta, targets, [], [], lr, tau, 0.0, 0.9, 1e-3)
+        >>> params, targets
+        (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([0.2500, 0.2500, 0.2500, 0.2500]))
     """
     _check(params, grads, momenta, targets, starts, sizes, lr, tau, apply)
     changing = (params, momenta, targets)

@@ -1,8 +1,8 @@
-"""Tensors that note "negated" or "conjugated" instead of holding the numbers, such as `z.conj().imag`.
+"""Lazy views: tensors marked "negated" or "conjugated" whose memory holds other numbers, such as `z.conj().imag`.
 
-PyTorch works them out before an operator sees them, and where the operator writes to one it copies the result back. It
-takes for granted that the operator returns the one argument that it writes to; any other fails in a way that nobody can
-read, or drops one reference too many and takes the process with it.
+PyTorch resolves them before calling an operator and copies the result back to a written one, assuming that the operator
+returns its one written argument. For any other operator that fails with an obscure error, or decrements a reference
+count too often and crashes the process; so our operators reject lazy views as written arguments.
 """
 
 from typing import Any
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_libraries: list[torch.library.Library] = []  # what is registered lasts as long as they do
+_libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library object
 
 
 def refuse_where_written(operator: torch._ops.OpOverload) -> None:
-    """From now on an operator that writes to arguments raises RuntimeError if such a tensor is one of those."""
+    """Make an operator raise RuntimeError if a lazy view is passed for an argument that it writes to."""
     arguments = operator._schema.arguments
     if not any(argument.is_write for argument in arguments):
         return
 
     def call(*values: Any) -> Any:
         ready = []
-        for argument, value in zip(arguments, values, strict=False):  # the last ones may be left to their defaults
+        for argument, value in zip(arguments, values, strict=False):  # trailing arguments may be omitted
             several = isinstance(value, (list, tuple))
             tensors = [each for each in (value if several else [value]) if isinstance(each, Tensor)]
             if argument.is_write and any(map(is_lazy, tensors)):
                 raise RuntimeError(
-                    f"{operator._schema.name}: {argument.name} is written to, and a lazily negated or conjugated view "
-                    "cannot be: give it tensor.resolve_neg().resolve_conj()"
+                    f"{operator._schema.name}: {argument.name} is written to, so it must not be a lazily negated or "
+                    "conjugated view: pass tensor.resolve_neg().resolve_conj()"
                 )
             ready.append([_resolved(each) for each in value] if several else _resolved(value))
         return operator(*ready)
@@ -40,7 +40,7 @@ def refuse_where_written(operator: torch._ops.OpOverload) -> None:
 
 
 def is_lazy(tensor: Tensor) -> bool:
-    """Whether it is one of these."""
+    """Whether a tensor is a lazily negated or conjugated view."""
     return tensor.is_neg() or tensor.is_conj()
 
 

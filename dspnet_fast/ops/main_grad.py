@@ -1,5 +1,5 @@
-"""main_grad: a buffer like a weight, to whose prefix gradients are added in place. Where there is none, autograd gets
-a gradient of full size, zero outside the prefix.
+"""main_grad: an optional buffer of a weight's shape to which the gradient of a prefix is added in place. Without it,
+autograd gets a full-size gradient that is zero outside the prefix.
 """
 
 import torch
@@ -7,22 +7,25 @@ from torch import Tensor
 
 
 def alike(main_grad: Tensor | None, weight: Tensor | None) -> bool:
-    """Whether the buffer, if there is one, has the weight's shape and dtype."""
+    """Whether main_grad is None or has the weight's shape and dtype."""
     if main_grad is None:
         return True
     return weight is not None and main_grad.shape == weight.shape and main_grad.dtype == weight.dtype
 
 
 def check_main_grad(operator: str, weight: Tensor, main_grad: Tensor | None) -> None:
-    """Raise RuntimeError unless they are alike."""
+    """Raise RuntimeError unless main_grad is None or has the weight's shape and dtype."""
     torch._check(
         alike(main_grad, weight),
-        lambda: f"{operator}: main_grad must be like weight, {list(weight.shape)} {weight.dtype}",
+        lambda: f"{operator}: main_grad must have the shape and dtype of weight, {list(weight.shape)} {weight.dtype}",
     )
 
 
 def gradient_buffer(weight: Tensor, main_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the gradient of a prefix is added to, and what a backward returns: an empty tensor if that is main_grad."""
+    """The buffer to add the gradient of a prefix to, and the gradient to return.
+
+    With main_grad these are main_grad and an empty tensor; otherwise both are the same new tensor of zeros.
+    """
     if main_grad is not None:
         return main_grad, weight.new_empty(0)
     zeros = torch.zeros_like(weight)

@@ -1,4 +1,4 @@
-"""norm_act: settle an deferred normalisation, at the end of a block, with the residual added."""
+"""norm_act: materialise an activation with deferred normalisation, with the residual added at the end of a block."""
 
 from typing import Any
 
@@ -21,16 +21,34 @@ def norm_act(
     residual_scale: Tensor | None,
     residual_shift: Tensor | None,
 ) -> Tensor:
-    """act(scale x + shift + r) * gate with r = residual_scale residual + residual_shift.
+    """Compute act(scale * x + shift + r) * gate with r = residual_scale * residual + residual_shift.
 
-    x, residual: [N, C, H, W] of one dtype and shape. scale, shift, residual_scale, residual_shift: [V, C], each pair
-    with as many rows as there are views, or 1, or absent. gate: [N, C] or None. All small ones fp32, or fp64 if x is.
-    Returns x's shape and dtype, channels-last, computed in fp32 at least. Raises RuntimeError for anything else.
+    Args:
+        x: raw output of a convolution, [N, C, H, W].
+        scale: [V, C], a row per view or a single one, or None for no normalisation; fp32, or fp64 if x is.
+        shift: like scale; None if scale is.
+        act: activation function, one of `deferred.ACTS`.
+        gate: factor per image and channel, [N, C], or None; dtype as of scale.
+        residual: tensor of the shape and dtype of x, or None.
+        residual_scale: as scale, for the residual; its number of rows may differ.
+        residual_shift: as shift, for the residual.
+
+    Returns:
+        A new tensor of the shape and dtype of x, channels-last, computed in fp32, or fp64 if x is.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit.
+
+    Example:
+        >>> x, residual = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+        >>> y = norm_act(x, None, None, "relu", None, residual, None, None)
+        >>> torch.equal(y, (x + residual).relu())
+        True
     """
     _check(x, scale, shift, act, gate, residual, residual_scale, residual_shift)
     value = apply_activation(_sum(x, scale, shift, residual, residual_scale, residual_shift), act)
     value = value if gate is None else value * gate[:, :, None, None]
-    # A copy even where nothing is deferred: an operator's output is never its input.
+    # Always a copy: an operator's output must not alias its input.
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(value)
 
 
@@ -48,7 +66,7 @@ def _check(
     if residual is None:
         torch._check(
             residual_scale is None and residual_shift is None,
-            lambda: "norm_act: residual_scale and residual_shift without a residual",
+            lambda: "norm_act: residual_scale and residual_shift need a residual",
         )
         return
     torch._check(
@@ -86,13 +104,14 @@ def norm_act_backward(
     residual_shift: Tensor | None,
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of norm_act. With z the sum that the activation is taken of,
+    """The gradients of norm_act. With z the argument of the activation function,
 
         dz = d gate act'(z)        dx = scale dz, dscale = sum(dz x), dshift = sum(dz) over each view
         dgate = sum over positions of d act(z)        and for the residual as for x
 
-    Returns dx, dscale, dshift, dgate, dresidual, dresidual_scale, dresidual_shift, the large ones channels-last. Empty:
-    those whose input is absent, and the last three without residual_gradient.
+    Returns:
+        dx, dscale, dshift, dgate, dresidual, dresidual_scale, dresidual_shift; dx and dresidual are channels-last. A
+        gradient is an empty tensor if its input is None; the last three also without residual_gradient.
     """
     z = _sum(x, scale, shift, residual, residual_scale, residual_shift)
     grad_z, grad_gate = grad.to(z.dtype), z.new_empty(0)
@@ -119,7 +138,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, scale, shift, gate, residual, residual_scale, residual_shift = ctx.saved_tensors
     inputs = (x, scale, shift, gate, residual, residual_scale, residual_shift)
-    # Where nothing but an addition lies between, the residual's gradient is the output's: no operator, no copy.
+    # If the residual is only added, its gradient is the output's gradient: skip the operator and the copy.
     passed_on = residual is not None and residual_scale is None and ctx.act == "identity" and gate is None
     wanted = residual is not None and not passed_on
     gradients = norm_act_backward(

@@ -1,4 +1,6 @@
-"""norm_act_pool: the mean over all positions of an deferred activation, for squeeze-and-excite and the last pooling."""
+"""norm_act_pool: global average pooling of an activation with deferred normalisation, for squeeze-and-excite and the
+last layer.
+"""
 
 from typing import Any
 
@@ -12,10 +14,25 @@ from .registry import operator
 
 @operator()
 def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
-    """mean over H and W of act(scale x + shift).
+    """Compute the mean over H and W of act(scale * x + shift).
 
-    x: [N, C, H, W]. scale, shift: [V, C] with as many rows as there are views, or 1, or absent; fp32, or fp64 if x is.
-    Returns [N, C] in fp32, or fp64 if x is. Raises RuntimeError for anything else, and for x without positions.
+    Args:
+        x: raw output of a convolution, [N, C, H, W].
+        scale: [V, C], a row per view or a single one, or None for no normalisation; fp32, or fp64 if x is.
+        shift: like scale; None if scale is.
+        act: activation function, one of `deferred.ACTS`.
+
+    Returns:
+        [N, C] in fp32, or fp64 if x is.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit, or x has no positions.
+
+    Example:
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> y = norm_act_pool(x, None, None, "relu")
+        >>> torch.allclose(y, x.relu().mean((2, 3)))
+        True
     """
     _check(x, scale, shift, act)
     return materialize(x, scale, shift, act, None).mean((2, 3))
@@ -32,7 +49,8 @@ def norm_act_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of norm_act_pool: dz = d act'(z) / (H W), and dx = scale dz, dscale = sum(dz x), dshift = sum(dz).
 
-    Returns dx (channels-last), dscale, dshift; the last two empty if x is deferred nothing.
+    Returns:
+        dx (channels-last), dscale and dshift; the last two empty without scale and shift.
     """
     z = normalized(x, scale, shift)
     grad_z = (grad / (x.shape[2] * x.shape[3]))[:, :, None, None] * activation_gradient(z, act)

@@ -10,17 +10,30 @@ from torch.nn import functional as F
 from . import cpp, cuda
 from .registry import operator
 
-# The shortest length that a vector is divided by. BYOL's code bounds the squared length by 1e-12.
+# Lower bound of a vector's length in a division. BYOL's code bounds the squared length by 1e-12.
 EPS = 1e-6
 
 
 @operator()
 def normalized_mse(p: Tensor, z: Tensor) -> Tensor:
-    """The squared distance of p and z after both were scaled to unit length, averaged over the batch.
+    """Squared distance of p and z, each scaled to unit length, averaged over the batch.
 
-    p, z: [N, D], floating point, of one shape. Returns a scalar in [0, 4], computed and returned in fp32, or in fp64
-    if an input is. Differentiable in both. A zero vector has cosine 0; N = 0 gives NaN, as a mean over nothing does.
-    Raises RuntimeError for other shapes or integers.
+    The cosine of a zero vector is 0. N = 0 gives NaN, the mean of no values.
+
+    Args:
+        p: predictions, [N, D], floating point.
+        z: targets, [N, D], floating point.
+
+    Returns:
+        A scalar in [0, 4], in fp32, or fp64 if an input is. Differentiable twice in both inputs.
+
+    Raises:
+        RuntimeError: if the inputs are not floating point or not of one shape [N, D].
+
+    Example:
+        >>> p, z = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+        >>> normalized_mse(p, z)  # 2 - 2 cos(90 degrees)
+        tensor(2.)
     """
     torch._check(
         p.ndim == 2 and p.shape == z.shape and p.is_floating_point() and z.is_floating_point(),
@@ -42,17 +55,19 @@ def _upcast(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 def normalized_mse_backward(
     grad: Tensor, p: Tensor, z: Tensor, p_gradient: bool, z_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of normalized_mse, in the dtypes of p and z. With d the gradient of the loss, a scalar like it,
+    """The gradients of normalized_mse. With d the gradient of the loss, a scalar in its dtype,
 
         dp = -2 d / (N |p|) (z / |z| - cos p / |p|)        and for z likewise
 
-    A length below EPS counts as the constant EPS, and the term with the cosine is gone. Returns dp, dz; empty: the one
-    that is not asked for.
+    A length below EPS is replaced by the constant EPS, so the term with the cosine vanishes.
+
+    Returns:
+        dp and dz; an empty tensor for a gradient that is not requested.
     """
     inputs = p, z
-    wide = _upcast(p, z)
-    lengths = [v.norm(dim=1, keepdim=True) for v in wide]
-    units = [v / length.clamp_min(EPS) for v, length in zip(wide, lengths, strict=True)]
+    upcast = _upcast(p, z)
+    lengths = [v.norm(dim=1, keepdim=True) for v in upcast]
+    units = [v / length.clamp_min(EPS) for v, length in zip(upcast, lengths, strict=True)]
     cosine = (units[0] * units[1]).sum(1, keepdim=True)
 
     def gradient(own: int, other: int) -> Tensor:
@@ -68,7 +83,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    # For a gradient of the gradient, autograd must see the formula.
+    # Double backward: only the native body is differentiable.
     function = normalized_mse_backward.native if torch.is_grad_enabled() else normalized_mse_backward
     gradients = function(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
     dp, dz = (g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
@@ -79,7 +94,7 @@ normalized_mse.register_autograd(_backward, _setup_context)
 
 
 def _cuda_accepts(p: Tensor, z: Tensor) -> tuple[bool, str]:
-    return p.dtype == z.dtype, f"it serves two inputs of one dtype, not {p.dtype} and {z.dtype}"
+    return p.dtype == z.dtype, f"it supports two inputs of one dtype, not {p.dtype} and {z.dtype}"
 
 
 @normalized_mse.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "normalized_mse"))

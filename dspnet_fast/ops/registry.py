@@ -1,6 +1,6 @@
-"""Operators and their providers: what may run where, what runs now, and why not something else.
+"""Operators and their providers: registration, and the choice of a provider for each call.
 
-An operator is one Python function whose body, in plain PyTorch, is its specification, its documentation, its fake (the
+An operator is one Python function whose body, in plain PyTorch, is its specification, its fake implementation (the
 shapes under torch.compile) and its provider `native`. `@operator` makes it a torch.library operator in the namespace
 `dspnet`. A provider is a faster implementation with the same signature:
 
@@ -10,13 +10,13 @@ shapes under torch.compile) and its provider `native`. `@operator` makes it a to
     @ema_update.provider("cpp", devices=("cpu",), supported=lambda: (True, ""), accepts=lambda tau: (True, ""))
     def _(targets, onlines, tau): ...
 
-Which provider serves a call is decided at run time inside the operator, so a compiled graph holds only the operator. An
-ordinary eager call takes the same way without the dispatcher. A gradient that providers are to serve is an operator of
-its own, called by the one given to `register_autograd`.
+The operator chooses the provider of each call at run time, so a compiled graph contains only the operator. Plain eager
+calls choose the same way, but bypass the dispatcher. A gradient with providers is a separate operator, called by the
+backward function passed to `register_autograd`.
 
-The policy is `native`, `auto` (per device the first of PRIORITY that accepts the arguments), `any` (the same, with the
-providers that nobody has measured yet), or a provider's name. It starts as DSPNET_KERNELS, read once at import, and is
-`native` without it.
+The policy is `native`, `auto` (for each device the first of PRIORITY that accepts the arguments), `any` (like `auto`,
+with the providers that were not yet measured), or a provider's name. It is initialised from DSPNET_KERNELS at import,
+and is `native` if that is unset.
 """
 
 import functools
@@ -35,7 +35,7 @@ from . import lazy_views
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Verdict = tuple[bool, str]  # (yes, "") or (no, why)
+Verdict = tuple[bool, str]  # (True, "") or (False, reason)
 
 PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 CHOOSING = ("auto", "any")  # policies that choose among providers
@@ -52,9 +52,15 @@ operators: dict[str, "Operator[Any, Any]"] = {}
 class Provider:
     """One implementation of one operator.
 
-    devices: the device types it serves. supported: whether this machine can run it, asked once, when first needed.
-    accepts: whether it takes the arguments at `places`, asked on every call. unproven: why `auto` does not choose it,
-    if so. only_by_name: why `any` does not either.
+    Attributes:
+        name: one of PROVIDERS.
+        run: the implementation, called with the operator's arguments.
+        devices: supported device types.
+        supported: whether this machine can run it; called once, when first needed.
+        accepts: whether it supports the arguments at `places`; called on every call.
+        places: positions of the arguments that `accepts` takes.
+        unproven: reason why `auto` does not choose it, or empty.
+        only_by_name: reason why neither `auto` nor `any` chooses it, or empty.
     """
 
     name: str
@@ -72,7 +78,7 @@ def _yes() -> Verdict:
 
 
 class Operator(Generic[P, R]):
-    """A torch.library operator that hands each call to a provider. Call it like the function that it was made from."""
+    """A torch.library operator that passes each call to a provider. Call it like the function it was made from."""
 
     def __init__(self, native: Callable[P, R], mutates: Sequence[str]):
         self.name = native.__name__
@@ -94,7 +100,7 @@ class Operator(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._returns or kwargs or not _is_plain_eager(args):
             return self._call(*args, **kwargs)
-        # The dispatcher's way through autograd costs three times as much as a small convolution.
+        # Autograd through the dispatcher takes three times as long as a small convolution.
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
             return self._run(*args)
         return self._call(*args) if self._function is None else self._function.apply(*args)  # type: ignore[call-arg]
@@ -109,10 +115,21 @@ class Operator(Generic[P, R]):
         unproven: str = "",
         only_by_name: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorates the implementation `name` of this operator, a function with the operator's parameters, or `*args`.
+        """Register the decorated function as this operator's provider.
 
-        `accepts` receives the arguments that its parameters name; as `*args` it receives all. Raises TypeError for
-        parameters that the operator does not have.
+        Args:
+            name: one of PROVIDERS but `native`.
+            devices: supported device types.
+            supported: whether this machine can run it; called once, when first needed.
+            accepts: whether it supports a call's arguments; gets those that its parameters name, or all as `*args`.
+            unproven: reason why `auto` does not choose it, or empty.
+            only_by_name: reason why neither `auto` nor `any` chooses it, or empty.
+
+        Returns:
+            A decorator of a function with the operator's parameters, or `*args`.
+
+        Raises:
+            TypeError: if a function has parameters that the operator does not have.
         """
         assert name in PROVIDERS and name != "native"
         places = self._places(accepts)
@@ -129,11 +146,11 @@ class Operator(Generic[P, R]):
         return register
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """Registers the gradient, as torch.library.register_autograd does."""
+        """Register the gradient, as torch.library.register_autograd does."""
         self._custom.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            # An output that a provider made as a view would be one for autograd, which lets nobody write to it.
+            # Otherwise autograd would track an output that is a view as one, and forbid in-place writes to it.
             with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
                 output = self._run(*args)
             setup_context(ctx, args, output)
@@ -143,7 +160,7 @@ class Operator(Generic[P, R]):
         self._function = type(self.name, (torch.autograd.Function,), members)
 
     def _places(self, function: Callable[..., Any]) -> tuple[int, ...]:
-        """Which of the operator's arguments a function takes by its parameters' names; those that are left by *args."""
+        """Positions of the operator's arguments that a function takes, by parameter name; `*args` are the remaining."""
         places: list[int] = []
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
@@ -165,15 +182,15 @@ class Operator(Generic[P, R]):
             if accepted:
                 return provider.run(*args)
             if _policy not in CHOOSING:
-                raise InputError(f"{self.name}: {provider.name} was asked for by name, but {reason}")
+                raise InputError(f"{self.name}: {provider.name} was chosen by name, but {reason}")
             if provider.name not in self._reported:
                 self._reported.add(provider.name)
-                log.warning("%s: not by %s, because %s (reported once)", self.name, provider.name, reason)
+                log.warning("%s: %s is not used, because %s (reported once)", self.name, provider.name, reason)
         return self.native(*args)
 
 
 def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Makes `dspnet::<name>` out of a function. mutates: the arguments that it writes to."""
+    """Make the operator `dspnet::<name>` from a function. mutates: names of the arguments that it writes to."""
 
     def register(native: Callable[P, R]) -> Operator[P, R]:
         made = Operator(native, mutates)
@@ -184,9 +201,10 @@ def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Opera
 
 
 def set_policy(policy: str) -> None:
-    """Chooses among providers from now on: `native`, `auto`, `any`, or a provider's name, for operators that have it.
+    """Set the policy: `native`, `auto`, `any`, or a provider's name, for the operators that have it.
 
-    Raises InputError if there is no such provider, or if this machine cannot run it.
+    Raises:
+        InputError: if no such provider exists, or this machine cannot run it.
     """
     _check(policy)
     global _policy
@@ -195,34 +213,34 @@ def set_policy(policy: str) -> None:
 
 
 def get_policy() -> str:
-    """The policy in force."""
+    """The current policy."""
     return _policy
 
 
 def fast_kernels() -> dict[str, str]:
-    """What a command's --fast-kernels means: `auto`, unless DSPNET_KERNELS says otherwise. Returns serving().
+    """Apply a command's --fast-kernels: set the policy `auto`, unless DSPNET_KERNELS names another. Returns serving().
 
-    Warns of providers that could serve this machine's accelerator and that `auto` leaves out.
+    Logs a warning for each provider that could run on this machine's accelerator but that `auto` does not choose.
     """
     set_policy(_policy_of_environment or "auto")
     if _policy == "auto":
         able = (provider for name in operators for provider in _able(name, _accelerator()))
         for provider, reason in sorted({(p.name, p.unproven) for p in able if p.unproven}):
-            log.warning("--fast-kernels leaves out %s: %s", provider, reason)
+            log.warning("--fast-kernels does not use %s: %s", provider, reason)
     return serving()
 
 
 def serving(device: str | None = None) -> dict[str, str]:
-    """The provider that comes first for each operator on a device type, by default that of the machine's accelerator.
+    """The provider with the highest priority for each operator on a device type, by default that of the accelerator.
 
-    A call whose arguments that provider does not accept goes to the next one. Raises InputError as set_policy does.
+    A call whose arguments that provider rejects goes to the next one. Raises InputError as set_policy does.
     """
     device = device or _accelerator()
     return {name: next((p.name for p in _candidates(name, device)), "native") for name in operators}
 
 
 def describe() -> dict[str, dict[str, dict[str, Any]]]:
-    """{operator: {provider: {"available": bool, "reason": str}}}: the reason says why not, or why only by name."""
+    """{operator: {provider: {"available": bool, "reason": str}}}: why it is unavailable, or not chosen by `auto`."""
     return {name: {provider: _describe(op, provider) for provider in PROVIDERS} for name, op in operators.items()}
 
 
@@ -238,7 +256,7 @@ def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
 
 @functools.cache
 def _candidates(name: str, device: str) -> tuple[Provider, ...]:
-    """The providers to ask, in order, before the native body."""
+    """The providers to try, in order, before the native body."""
     providers = operators[name].providers
     if _policy == "native":
         return ()
@@ -250,12 +268,12 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     provider = providers[_policy]
     if device not in provider.devices:
         serves = " and ".join(provider.devices)
-        raise InputError(f"{name}: {_policy} was asked for by name, but it serves {serves}, not {device}")
+        raise InputError(f"{name}: {_policy} was chosen by name, but it runs on {serves}, not {device}")
     return (provider,)
 
 
 def _able(name: str, device: str) -> Iterator[Provider]:
-    """The providers that can be chosen on this device type of this machine, in order."""
+    """The providers that this machine can run on a device type, in order of priority."""
     providers = operators[name].providers
     ordered = (providers[p] for p in PRIORITY.get(device, ()) if p in providers)
     return (p for p in ordered if not p.only_by_name and device in p.devices and p.supported()[0])
@@ -270,18 +288,18 @@ def _check(policy: str) -> None:
     if policy in ("native", *CHOOSING):
         return
     if policy not in PROVIDERS:
-        raise InputError(f"no kernel provider is called {policy!r}: use {', '.join((*CHOOSING, *PROVIDERS))}")
+        raise InputError(f"unknown kernel provider {policy!r}: use {', '.join((*CHOOSING, *PROVIDERS))}")
     having = {name: op.providers[policy] for name, op in operators.items() if policy in op.providers}
     if not having:
-        raise InputError(f"{policy} was asked for by name, but no operator has a {policy} implementation")
+        raise InputError(f"{policy} was chosen by name, but no operator has a {policy} implementation")
     for name, provider in having.items():
         supported, reason = provider.supported()
         if not supported:
-            raise InputError(f"{name}: {policy} was asked for by name, but {reason}")
+            raise InputError(f"{name}: {policy} was chosen by name, but {reason}")
 
 
 def _device_type(args: tuple[Any, ...]) -> str | None:
-    """That of the first tensor among the arguments. None, as for empty lists, leaves the call to the native body."""
+    """The device type of the first tensor among the arguments; None without tensors, which selects the native body."""
     for arg in args:
         if isinstance(arg, (list, tuple)) and arg:
             arg = arg[0]
@@ -291,7 +309,7 @@ def _device_type(args: tuple[Any, ...]) -> str | None:
 
 
 def _is_plain_eager(args: tuple[Any, ...]) -> bool:
-    """Whether nobody but autograd wants to see this call: no compiler, mode, transform, subclass, fake or lazy view."""
+    """Whether only autograd observes this call: no compiler, mode, transform, subclass, fake tensor or lazy view."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -306,4 +324,4 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
 
 
 _policy_of_environment = os.environ.get("DSPNET_KERNELS", "")
-_policy = _policy_of_environment or "native"  # a wrong name is reported by the first use, so that `info` still starts
+_policy = _policy_of_environment or "native"  # validated at first use, so that `info` still starts

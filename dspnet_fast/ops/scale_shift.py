@@ -1,4 +1,4 @@
-"""scale_shift: batch normalisation as what it does to every channel, made of moments; a dozen small steps in one."""
+"""scale_shift: batch normalisation as a scale and a shift per channel, computed from moments by one operator."""
 
 import functools
 from typing import Any
@@ -21,12 +21,30 @@ def scale_shift(
     bias_main_grad: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """scale = weight[:C] rsqrt(variance + eps) and shift = bias[:C] - mean scale: x scale + shift is x normalised.
+    """Compute scale and shift such that x * scale + shift is the batch normalisation of x.
 
-    mean, variance: [V, C] of V views, floating point of one dtype. weight, bias: vectors of at least C elements, or
-    None for 1 and 0. Their main_grads: buffers like them that the gradients of the prefixes are added to; without, a
-    full-size gradient is returned to autograd. Returns two [V, C] in the dtype of mean. Raises RuntimeError for
-    anything else.
+    scale = weight[:C] / sqrt(variance + eps) and shift = bias[:C] - mean * scale.
+
+    Args:
+        mean: mean of each of V views, [V, C], floating point.
+        variance: biased variance, of the same shape and dtype.
+        weight: gamma, a vector of at least C elements, or None for 1.
+        weight_main_grad: buffer like weight to which the gradient of the prefix is added, or None to return a full-size
+            gradient to autograd.
+        bias: beta, a vector of at least C elements, or None for 0.
+        bias_main_grad: as weight_main_grad, for the bias.
+        eps: added to the variance.
+
+    Returns:
+        scale and shift, [V, C] in the dtype of mean.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit.
+
+    Example:
+        >>> mean, variance = torch.ones(1, 3), torch.full((1, 3), 4.0)
+        >>> scale_shift(mean, variance, None, None, None, None, 0.0)
+        (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[-0.5000, -0.5000, -0.5000]]))
     """
     _check(mean, variance, weight, weight_main_grad, bias, bias_main_grad)
     scale = (variance + eps).rsqrt()
@@ -60,7 +78,9 @@ def _check(
 
 
 def _check_main_grad(name: str, vector: Tensor | None, main_grad: Tensor | None) -> None:
-    torch._check(alike(main_grad, vector), lambda: f"scale_shift: {name}_main_grad must be like {name}")
+    torch._check(
+        alike(main_grad, vector), lambda: f"scale_shift: {name}_main_grad must have the shape and dtype of {name}"
+    )
 
 
 def _prefix(vector: Tensor, mean: Tensor) -> Tensor:
@@ -84,8 +104,10 @@ def scale_shift_backward(
         dmean = -dshift weight r        dvariance = -g weight r^3 / 2
         dweight = sum over views of g r        dbias = sum over views of dshift
 
-    Returns dmean, dvariance [V, C], and dweight, dbias like the full vectors, zero outside the prefix. Empty: those
-    whose vector is absent, or has a main_grad, to whose prefix it is added instead.
+    Returns:
+        dmean and dvariance [V, C], and dweight and dbias like the full vectors, zero outside the prefix. dweight or
+        dbias is an empty tensor if its vector is None or has a main_grad, to whose prefix the gradient is added
+        instead.
     """
     channels = mean.shape[1]
     rsqrt = (variance + eps).rsqrt()
@@ -109,13 +131,13 @@ def scale_shift_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     mean, variance, weight, weight_main_grad, bias, bias_main_grad, ctx.eps = inputs
     ctx.save_for_backward(mean, variance, weight, bias)
-    ctx.main_grads = weight_main_grad, bias_main_grad  # not saved: they change before the backward
+    ctx.main_grads = weight_main_grad, bias_main_grad  # not saved for backward: autograd rejects changed tensors
 
 
 def _backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Any, ...]:
     mean, variance, weight, bias = ctx.saved_tensors
     of_mean, of_variance, of_weight, _, of_bias, _, _ = ctx.needs_input_grad
-    # A vector without a gradient is not added to its main_grad.
+    # A frozen vector's main_grad must not change.
     weight_main_grad, bias_main_grad = (
         main_grad if wanted else None for main_grad, wanted in zip(ctx.main_grads, (of_weight, of_bias), strict=True)
     )
@@ -138,7 +160,7 @@ scale_shift.register_autograd(_backward, _setup_context)
 
 def _accepts(*args: Any) -> tuple[bool, str]:
     if any(isinstance(arg, Tensor) and arg.dtype != torch.float32 for arg in args):
-        return False, "it serves float32 only"
+        return False, "it supports float32 only"
     return True, ""
 
 
@@ -156,7 +178,7 @@ def _cpp(
     bias_main_grad: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_main_grad("weight", weight, weight_main_grad)  # the forward itself has no use for them
+    _check_main_grad("weight", weight, weight_main_grad)  # the compiled forward does not take them
     _check_main_grad("bias", bias, bias_main_grad)
     return torch.ops.dspnet_cpp.scale_shift(mean, variance, weight, bias, eps)
 

@@ -1,4 +1,4 @@
-"""slim_batch_norm: batch normalisation of every view by itself, with its moments as outputs, for the drop-in layers."""
+"""slim_batch_norm: batch normalisation of each view separately, with moments as outputs; for the drop-in layers."""
 
 from typing import Any
 
@@ -15,17 +15,32 @@ from .scale_shift import scale_shift
 def slim_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = (x - mean) rsqrt(variance + eps) weight + bias, by the moments of each of `views` parts of the batch.
+    """Normalise each view by its own moments: y = (x - mean) / sqrt(variance + eps) * weight + bias.
 
-    x: [N, C, ...], whose N is a multiple of `views`, not empty. weight, bias: [C] or None. Returns y like x, and mean
-    and biased variance [views, C] in fp32, or fp64 if x is. Differentiable in all three outputs. Raises RuntimeError
-    for anything else.
+    Args:
+        x: [N, C, ...], floating point and not empty; N is a multiple of `views`.
+        weight: gamma, [C], or None for 1.
+        bias: beta, [C], or None for 0.
+        eps: added to the variance.
+        views: number of equal, consecutive parts of the batch.
+
+    Returns:
+        y like x, and the mean and biased variance [views, C] in fp32, or fp64 if x is. Differentiable in all three.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit.
+
+    Example:
+        >>> x = torch.randn(8, 3, 5, 5)
+        >>> y, mean, variance = slim_batch_norm(x, None, None, 1e-5, 2)
+        >>> y.shape, mean.shape
+        (torch.Size([8, 3, 5, 5]), torch.Size([2, 3]))
     """
     _check(x, weight, bias, views)
     rows = upcast(x).unflatten(0, (views, -1))
     variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
     scale, shift = scale_shift.native(mean, variance, weight, None, bias, None, eps)
-    y = torch.empty_like(x).copy_((rows * _spread(scale, rows) + _spread(shift, rows)).flatten(0, 1))
+    y = torch.empty_like(x).copy_((rows * _broadcast(scale, rows) + _broadcast(shift, rows)).flatten(0, 1))
     return y, mean, variance
 
 
@@ -33,7 +48,8 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) ->
     torch._check(
         x.ndim >= 2 and x.is_floating_point() and x.numel() > 0 and views > 0 and len(x) % views == 0,
         lambda: (
-            f"slim_batch_norm: x must be [N, C, ...], of {views} views of equal size, got {list(x.shape)} {x.dtype}"
+            f"slim_batch_norm: x must be [N, C, ...], floating point, with N a multiple of {views} views, "
+            f"got {list(x.shape)} {x.dtype}"
         ),
     )
     for name, vector in (("weight", weight), ("bias", bias)):
@@ -44,11 +60,11 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) ->
 
 
 def _reduced(rows: Tensor) -> tuple[int, ...]:
-    """The dimensions of [views, N, C, ...] that moments are taken over."""
+    """The dimensions of [views, N, C, ...] to reduce for moments."""
     return 1, *range(3, rows.ndim)
 
 
-def _spread(vectors: Tensor, rows: Tensor) -> Tensor:
+def _broadcast(vectors: Tensor, rows: Tensor) -> Tensor:
     """[views, C] -> [views, 1, C, 1, ...]."""
     return vectors.view(len(vectors), 1, -1, *(rows.ndim - 3) * [1])
 
@@ -69,19 +85,22 @@ def slim_batch_norm_backward(
         dbias = sum(dy)        dweight = r sum(dy (x - mean))
         dx = weight r dy + (dmean - weight r dbias) / cnt + 2 (x - mean) (dvariance - weight r^2 dweight / 2) / cnt
 
-    the sums over each view, and dweight, dbias over all of them. Returns dx like x, dweight and dbias [C].
+    with sums over each view; the returned dweight and dbias are summed over all views.
+
+    Returns:
+        dx like x, dweight and dbias [C].
     """
     rows = upcast(x).unflatten(0, (len(mean), -1))
     grads = upcast(grad_y).unflatten(0, (len(mean), -1))
     count = rows.numel() // mean.numel()
-    centred = rows - _spread(mean, rows)
+    centred = rows - _broadcast(mean, rows)
     rsqrt = (variance + eps).rsqrt()
     scale = rsqrt if weight is None else rsqrt * weight
     of_bias = grads.sum(_reduced(rows))
     of_weight = rsqrt * (grads * centred).sum(_reduced(rows))
     to_mean = (grad_mean - scale * of_bias) / count
     to_variance = 2 * (grad_variance - scale * rsqrt * of_weight / 2) / count
-    of_x = grads * _spread(scale, rows) + _spread(to_mean, rows) + centred * _spread(to_variance, rows)
+    of_x = grads * _broadcast(scale, rows) + _broadcast(to_mean, rows) + centred * _broadcast(to_variance, rows)
     return torch.empty_like(x).copy_(of_x.flatten(0, 1)), of_weight.sum(0), of_bias.sum(0)
 
 
@@ -110,9 +129,9 @@ slim_batch_norm.register_autograd(_backward, _setup_context)
 def _accepts(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> tuple[bool, str]:
     dense = x.is_contiguous() if x.ndim == 2 else x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not dense:
-        return False, "it serves [N, C], contiguous, and [N, C, H, W], channels-last"
+        return False, "it supports [N, C], contiguous, and [N, C, H, W], channels-last"
     if any(vector is not None and vector.dtype != torch.float32 for vector in (weight, bias)):
-        return False, "it serves weights and biases of float32 only"
+        return False, "it supports weights and biases of float32 only"
     return cpp.stores(x)
 
 

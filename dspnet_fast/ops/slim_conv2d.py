@@ -1,4 +1,4 @@
-"""slim_conv2d: an ordinary convolution by a prefix of a weight, read and given its gradient in place."""
+"""slim_conv2d: a convolution with a prefix of a weight, which it reads and whose gradient it writes in place."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,12 +24,30 @@ def slim_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """conv2d(x, weight[:out_channels, :C / groups], bias).
+    """Compute conv2d(x, weight[:out_channels, :C / groups], bias).
 
-    x: [N, C, H, W]. weight: [O, I, kh, kw], of which a prefix is used. bias: [out_channels] or None. main_grad: a
-    buffer like weight that the gradient of the prefix is added to; without one, a full-size gradient is returned to
-    autograd. stride, padding, dilation: two numbers each. Returns [N, out_channels, H', W'] in x's dtype. Raises
-    RuntimeError for shapes that torch.nn.functional.conv2d refuses, and for a prefix that the weight does not have.
+    Args:
+        x: input, [N, C, H, W].
+        weight: full weight, [O, I, kh, kw], of which a prefix is used.
+        bias: [out_channels], or None.
+        main_grad: buffer like weight to which the gradient of the prefix is added, or None to return a full-size
+            gradient to autograd.
+        out_channels: number of output channels.
+        stride: strides in height and width.
+        padding: zero padding in height and width.
+        dilation: dilations in height and width.
+        groups: number of groups.
+
+    Returns:
+        [N, out_channels, H', W'] in the dtype of x.
+
+    Raises:
+        RuntimeError: if torch.nn.functional.conv2d rejects the shapes, or the weight has no such prefix.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8, 6, 6), torch.randn(32, 16, 3, 3)
+        >>> slim_conv2d(x, weight, None, None, 24, [1, 1], [1, 1], [1, 1], 1).shape
+        torch.Size([2, 24, 6, 6])
     """
     _check(x, weight, main_grad, out_channels, groups)
     return torch.conv2d(x, _prefix(x, weight, out_channels, groups), bias, stride, padding, dilation, groups)
@@ -68,9 +86,11 @@ def slim_conv2d_backward(
     weight_gradient: bool,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of slim_conv2d for x, weight (full size, zero outside the prefix) and bias.
+    """The gradients of slim_conv2d.
 
-    Empty: those not asked for, and weight's with main_grad, to whose prefix it is added instead.
+    Returns:
+        The gradients of x, of weight (full size, zero outside the prefix) and of bias. A gradient is an empty tensor if
+        it is not requested; that of weight also with main_grad, to whose prefix it is added instead.
     """
     prefix = _prefix(x, weight, grad.shape[1], groups)
     of_x, of_prefix, of_bias = torch.ops.aten.convolution_backward(
@@ -124,13 +144,13 @@ def _is_conv_moments(
     groups: int,
 ) -> tuple[bool, str]:
     if not (x.ndim == weight.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return False, "it serves channels-last inputs"
+        return False, "it supports channels-last inputs"
     if x.dtype != weight.dtype:
-        return False, f"it serves inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
+        return False, f"it supports inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
     if groups != 1 and not groups == x.shape[1] == out_channels:
-        return False, "it serves dense and depthwise convolutions"
+        return False, "it supports dense and depthwise convolutions"
     if weight.shape[2] != weight.shape[3] or len({*stride}) > 1 or len({*padding}) > 1 or {*dilation} != {1}:
-        return False, "it serves square kernels, strides and paddings without dilation"
+        return False, "it supports square kernels, strides and paddings without dilation"
     return True, ""
 
 
@@ -146,7 +166,7 @@ def _by_conv_moments(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """A convolution of an input that is deferred nothing, without moments."""
+    """slim_conv2d by a provider's conv_moments, without normalisation and moments."""
     _check(x, weight, main_grad, out_channels, groups)
     torch._check(
         bias is None or (bias.shape == (out_channels,) and bias.dtype == x.dtype),
@@ -172,21 +192,21 @@ def _by_conv_moments_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     prefix = _prefix(x, weight, grad.shape[1], groups)
-    narrow, of_prefix = None, None
+    buffer_prefix, of_prefix = None, None
     if weight_gradient:
         buffer, of_weight = gradient_buffer(weight, main_grad)
         of_prefix = _prefix(x, buffer, grad.shape[1], groups)
         if of_prefix.dtype != torch.float32:
-            narrow, of_prefix = of_prefix, torch.zeros_like(prefix, dtype=torch.float32)
+            buffer_prefix, of_prefix = of_prefix, torch.zeros_like(prefix, dtype=torch.float32)
     else:
         of_weight = weight.new_empty(0)
-    nothing = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
+    no_moments = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
     of_x, *_ = conv_moments_backward(
-        *(grad, nothing, nothing, x, None, None, "identity", None, prefix.float(), of_prefix, grad, nothing),
+        *(grad, no_moments, no_moments, x, None, None, "identity", None, prefix.float(), of_prefix, grad, no_moments),
         *(stride[0], padding[0], groups, input_gradient, weight_gradient),
     )
-    if narrow is not None and of_prefix is not None:
-        narrow += of_prefix
+    if buffer_prefix is not None and of_prefix is not None:
+        buffer_prefix += of_prefix
     return of_x, of_weight, grad.sum((0, 2, 3)) if bias_gradient else x.new_empty(0)
 
 

@@ -1,7 +1,7 @@
-"""slim_linear: a linear layer by a prefix of a weight, read and given its gradient in place.
+"""slim_linear: a linear layer with a prefix of a weight, which it reads and whose gradient it writes in place.
 
-The native body hands the prefix to the BLAS by its strides, and the BLAS adds the gradient to main_grad's prefix:
-little is left for another provider to save.
+The native body passes the prefix to the BLAS as a strided matrix, and the BLAS adds the gradient to the prefix of
+main_grad in place, so another provider can save little.
 """
 
 from typing import Any
@@ -17,12 +17,26 @@ from .registry import operator
 
 @operator()
 def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
-    """x weight[:out_features, :I]^T + bias.
+    """Compute x @ weight[:out_features, :I].T + bias.
 
-    x: [..., I]. weight: [O, I'], or [O, I', 1, 1] as pointwise convolutions have it, of which a prefix is used.
-    bias: [out_features] or None. main_grad: a buffer like weight that the gradient of the prefix is added to; without
-    one, a full-size gradient is returned to autograd. Returns [..., out_features] in x's dtype. Raises RuntimeError for
-    other shapes and for a prefix that the weight does not have.
+    Args:
+        x: input, [..., I].
+        weight: full weight, [O, I'] or, as of a pointwise convolution, [O, I', 1, 1], of which a prefix is used.
+        bias: [out_features], or None.
+        main_grad: buffer like weight to which the gradient of the prefix is added, or None to return a full-size
+            gradient to autograd.
+        out_features: number of output features.
+
+    Returns:
+        [..., out_features] in the dtype of x.
+
+    Raises:
+        RuntimeError: if shapes do not fit, or the weight has no such prefix.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8), torch.randn(32, 16)
+        >>> slim_linear(x, weight, None, None, 24).shape
+        torch.Size([2, 24])
     """
     _check(x, weight, bias, main_grad, out_features)
     return F.linear(x, _prefix(weight, out_features, x.shape[-1]), bias)
@@ -58,9 +72,11 @@ def slim_linear_backward(
     weight_gradient: bool,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of slim_linear for x, weight (full size, zero outside the prefix) and bias.
+    """The gradients of slim_linear.
 
-    Empty: those not asked for, and weight's with main_grad, to whose prefix it is added instead.
+    Returns:
+        The gradients of x, of weight (full size, zero outside the prefix) and of bias. A gradient is an empty tensor if
+        it is not requested; that of weight also with main_grad, to whose prefix it is added instead.
     """
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     of_x, of_bias = x.new_empty(0), x.new_empty(0)
@@ -106,7 +122,7 @@ def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=_accepts,
-    only_by_name="the BLAS reads the prefix in place as well, so only by name",
+    only_by_name="the BLAS reads the prefix in place as well: choose it with DSPNET_KERNELS=triton",
 )
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
     _check(x, weight, bias, main_grad, out_features)
@@ -118,7 +134,7 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | 
     devices=triton.DEVICES,
     supported=triton.supported,
     accepts=_accepts,
-    only_by_name="the BLAS reads the prefix in place as well, so only by name",
+    only_by_name="the BLAS reads the prefix in place as well: choose it with DSPNET_KERNELS=triton",
 )
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton.kernels("slim_linear").slim_linear_backward(*args)

@@ -1,7 +1,7 @@
-"""Triton kernels, kernels/, as the provider `triton`: nothing imports Triton before a GPU wants a kernel.
+"""Triton kernels (kernels/) as the provider `triton`. Triton is imported when a kernel is first needed.
 
-With TRITON_INTERPRET=1 Triton runs kernels in Python instead, to test and debug them: then they serve the CPU as well,
-very slowly, and only by name.
+With TRITON_INTERPRET=1 Triton interprets kernels in Python, for tests and debugging; then they run on the CPU as well,
+very slowly, and only if chosen by name.
 """
 
 import functools
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-UNPROVEN = "not yet measured on a GPU, so only by DSPNET_KERNELS=any or =triton"
+UNPROVEN = "not yet measured on a GPU: choose it with DSPNET_KERNELS=any or =triton"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 @functools.cache
 def supported() -> tuple[bool, str]:
-    """Whether this machine has what the kernels need. Returns (True, "") or (False, why not)."""
+    """Whether this machine can run the kernels. Returns (True, "") or (False, reason)."""
     if not INTERPRETED:
         if not torch.cuda.is_available():
             return False, "no CUDA device"
@@ -30,18 +30,18 @@ def supported() -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     if importlib.util.find_spec("dspnet_fast.kernels") is None:
-        return False, "dspnet_fast.kernels is not there: install the project (pip install -e . --no-build-isolation)"
+        return False, "dspnet_fast.kernels is missing: install the project (pip install -e . --no-build-isolation)"
     return True, ""
 
 
 @functools.cache
 def kernels(operator: str) -> ModuleType:
-    """The module of an operator's kernels. They are installed under the library: see ROOTS in setup.py."""
+    """The module of an operator's kernels, which are installed as dspnet_fast.kernels (see ROOTS in setup.py)."""
     return importlib.import_module(f"dspnet_fast.kernels.{operator}")
 
 
 def serve(operator: Any, accepts: Callable[..., tuple[bool, str]], check: Callable[..., None] | None = None) -> None:
-    """Makes the kernels' function of an operator's name its provider `triton`; `check` gets its arguments before."""
+    """Register the kernels' function with the operator's name as its provider `triton`; `check` validates arguments."""
     module = operator.name.removesuffix("_backward")
 
     def run(*args: Any) -> Any:

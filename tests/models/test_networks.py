@@ -1,4 +1,4 @@
-"""Each subnet computes what the plain network of timm or torchvision computes with the sliced weights."""
+"""Each subnet equals the network of timm or torchvision with the prefix of the weights."""
 
 import pytest
 import timm
@@ -16,7 +16,7 @@ MOBILENET = "mobilenet_v3_large"
 
 
 def slice_into(model, plain):
-    """Load the leading part of every tensor into the plain network; returns the names it has no source for."""
+    """Load the prefix of every tensor into the plain network; returns the modules that have no source."""
     target = plain.state_dict()
     source = model.state_dict()
     sliced = {
@@ -28,7 +28,7 @@ def slice_into(model, plain):
 
 
 def randomize(model):
-    """Give batch normalisation affine parameters that matter."""
+    """Give batch normalisation affine parameters other than 1 and 0."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data.uniform_(0.5, 1.5) if name.endswith("weight") else parameter.data.normal_(0, 0.1)
@@ -36,7 +36,7 @@ def randomize(model):
 
 
 def compare(model, dn, plain, features, x):
-    """Outputs and weight gradients of the active prefix equal the plain network's."""
+    """Compare outputs and weight gradients of the active prefix with the plain network."""
     with activate(model, dn):
         actual = model(x)
         actual.square().sum().backward()
@@ -51,7 +51,7 @@ def compare(model, dn, plain, features, x):
 
 
 @pytest.mark.parametrize("width", [0.35, 0.5, 0.625, 0.6875, 0.75, 1.0])
-def test_mobilenet_v3_is_timms(width):
+def test_mobilenet_v3_equals_timm(width):
     model = randomize(build(MOBILENET, subnet(MOBILENET, "w1.00")))
     plain = _gen_mobilenet_v3("mobilenetv3_large_100", width, num_classes=0)
     assert slice_into(model, plain) == {"conv_head"}
@@ -64,7 +64,7 @@ def test_mobilenet_v3_is_timms(width):
 
 @pytest.mark.parametrize(("dn", "plain"), [("c64-d2222", "resnet18"), ("c64-d3463", "resnet34")])
 @pytest.mark.parametrize("library", [torchvision.models, timm.models.resnet])
-def test_resnet_is_torchvisions_and_timms(dn, plain, library):
+def test_resnet_equals_torchvision_and_timm(dn, plain, library):
     made = family("resnet", ["c64-d2222", "c64-d3463", "c72-d3463"])
     model = randomize(build("resnet", made.full))
     network = getattr(library, plain)()
@@ -74,7 +74,7 @@ def test_resnet_is_torchvisions_and_timms(dn, plain, library):
     compare(model, made.find(dn), network, lambda n, x: n(x), torch.randn(3, 3, 40, 40).double())
 
 
-def test_resnet_depth_is_a_prefix_of_each_stage():
+def test_resnet_depth_uses_the_first_blocks_of_each_stage():
     made = family("resnet", ["c8-d1111", "c8-d2132", "c16-d2132"])
     model = build("resnet", made.full, "small")
     for dn in made:
@@ -98,23 +98,22 @@ def test_small_stem_keeps_the_resolution(network, dn):
     assert sizes == ([2, 4] if network == MOBILENET else [2, 8])
 
 
-def test_features_have_the_width_of_the_subnet():
+def test_number_of_features_follows_the_active_subnet():
     model = build(MOBILENET, subnet(MOBILENET, "w1.00"))
     assert model.num_features == 960
     with activate(model, "w0.50"):
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 480)
 
 
-def test_unknown_networks_and_stems():
-    with pytest.raises(InputError, match="there are mobilenet_v3_large, resnet"):
+def test_unknown_network_or_stem_is_rejected():
+    with pytest.raises(InputError, match="unknown network 'vgg': use one of mobilenet_v3_large, resnet"):
         subnet("vgg", "w1.00")
-    with pytest.raises(InputError, match="there are standard, small"):
+    with pytest.raises(InputError, match="unknown stem 'tiny': use one of standard, small"):
         build("resnet", subnet("resnet", "c8-d1111"), "tiny")
 
 
 @pytest.mark.parametrize(("network", "dns"), [(MOBILENET, ("w0.50", "w1.00")), ("resnet", ("c8-d1121", "c16-d2222"))])
-def test_feature_maps(network, dns):
-    """Of every resolution the last; slimmable and cut out the same; the representation is the last one's mean."""
+def test_feature_maps_have_resolutions_4_to_32_and_equal_those_of_the_slim_network(network, dns):
     model = randomize(build(network, subnet(network, dns[1])))
     x = torch.randn(2, 3, 64, 96).double()
     post_statistics(model, dns, [x])

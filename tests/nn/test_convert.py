@@ -1,4 +1,4 @@
-"""Networks of other people become slimmable where they stand."""
+"""slimmable() converts networks of torch.nn layers in place."""
 
 import copy
 
@@ -13,7 +13,7 @@ from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
 
 
-def test_nothing_changes_until_a_subnet_is_activated():
+def test_outputs_and_state_are_unchanged_until_a_subnet_is_activated():
     plain = torchvision.models.resnet18(num_classes=5).double()
     network = slimmable(copy.deepcopy(plain))
     x = torch.randn(3, 3, 32, 32).double()
@@ -23,7 +23,7 @@ def test_nothing_changes_until_a_subnet_is_activated():
 
 
 def train(model, optimizer, batches):
-    """A training loop of somebody who has never heard of subnets."""
+    """An ordinary training loop."""
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
@@ -34,9 +34,11 @@ def train(model, optimizer, batches):
     return losses
 
 
-def test_an_unmodified_training_loop_trains_a_subnet_and_leaves_the_rest_alone():
+def test_ordinary_training_loop_changes_only_the_active_subnet():
     network = torchvision.models.resnet18(num_classes=2)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.02)  # made before: the parameters stay the same objects
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.02
+    )  # before slimmable(), which must keep the parameter objects
     assert slimmable(network) is network
     before = copy.deepcopy(network.state_dict())
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
@@ -56,16 +58,16 @@ def test_an_unmodified_training_loop_trains_a_subnet_and_leaves_the_rest_alone()
         torch.testing.assert_close(small(images), network(images), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_without_a_slimmable_kind_are_refused_before_anything_changes():
+def test_unsupported_layer_is_rejected_before_any_change():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 8, 1))
-    with pytest.raises(TypeError, match="no slimmable kind of ConvTranspose2d"):
+    with pytest.raises(TypeError, match="no slimmable counterpart of ConvTranspose2d"):
         slimmable(model)
     assert type(model[0]) is nn.Conv2d
     with pytest.raises(TypeError, match="BatchNormAct2d"):
         slimmable(timm.create_model("mobilenetv3_small_050"))
 
 
-def test_layers_that_are_slimmable_already_stay():
+def test_slimmable_layers_are_kept():
     model = nn.Sequential(SlimConv2d(3, 8, 1), SlimBatchNorm2d(8), nn.Conv2d(8, 8, 1))
     model[1].measured["w0.50"] = (torch.zeros(4), torch.ones(4))
     slimmable(model)

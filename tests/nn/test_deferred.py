@@ -1,4 +1,4 @@
-"""The steps that networks are written in mean the same for deferred activations as for tensors."""
+"""nn.functional gives the same results with deferred normalisation as with torch.nn layers."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ACTS = [None, nn.ReLU(), nn.Hardswish()]
 
 
 class Block(nn.Module):
-    """Every step once: expansion, depthwise, gate, projection, shortcuts of three kinds."""
+    """Every function of nn.functional: expansion, depthwise, gate, projection, shortcuts of three kinds."""
 
     def __init__(self, act: nn.Module | None) -> None:
         super().__init__()
@@ -29,16 +29,19 @@ class Block(nn.Module):
         y = conv_norm_act(y, self.conv2, self.bn2, self.act)
         y = gated(gated(y, pool(y).sigmoid()), pool(y).tanh())
         y = conv_norm_act(y, self.conv3, self.bn3)
-        to_tensor = materialize(y, x, self.act)
-        to_deferred = materialize(conv_norm_act(to_tensor, self.conv4, self.bn4), y)
-        to_active = materialize(
-            conv_norm_act(to_deferred, self.conv4, self.bn4), conv_norm_act(x, self.conv4, self.bn4, self.act)
+        tensor_shortcut = materialize(y, x, self.act)
+        deferred_shortcut = materialize(conv_norm_act(tensor_shortcut, self.conv4, self.bn4), y)
+        activated_shortcut = materialize(
+            conv_norm_act(deferred_shortcut, self.conv4, self.bn4), conv_norm_act(x, self.conv4, self.bn4, self.act)
         )
-        return materialize(conv_norm_act(to_active, self.conv4, self.bn4, self.act)) + pool(to_active)[:, :, None, None]
+        return (
+            materialize(conv_norm_act(activated_shortcut, self.conv4, self.bn4, self.act))
+            + pool(activated_shortcut)[:, :, None, None]
+        )
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The same weights in torch.nn's layers."""
+    """The same weights in torch.nn layers."""
     twin = Block(model.act)
     for name, module in model.named_children():
         if isinstance(module, SlimConv2d):
@@ -59,7 +62,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("act", ACTS, ids=str)
-def test_deferred_is_what_tensors_are(act):
+def test_deferred_normalisation_equals_torch_nn_layers(act):
     model = Block(act).double()
     twin = plain(model)
     x = torch.randn(4, 6, 5, 4).double()
@@ -76,7 +79,7 @@ def test_deferred_is_what_tensors_are(act):
     torch.testing.assert_close(model.eval()(x), twin.eval()(x))
 
 
-def test_subnets_and_what_is_cut_out_of_them():
+def test_slim_network_equals_the_active_subnet():
     model = Block(nn.ReLU()).double()
     x = torch.randn(4, 6, 5, 4).double()
     sizes = {"conv1": 11}
@@ -87,7 +90,7 @@ def test_subnets_and_what_is_cut_out_of_them():
         torch.testing.assert_close(model(x), small(x))
 
 
-def test_nothing_is_normalised_before_it_is_read():
+def test_conv_norm_act_stores_the_raw_convolution_output():
     conv, norm = SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8)
     x = torch.randn(4, 3, 5, 5)
     deferred = conv_norm_act(x, conv, norm, nn.ReLU())
@@ -96,13 +99,13 @@ def test_nothing_is_normalised_before_it_is_read():
     torch.testing.assert_close(materialize(deferred), norm(conv(x)).relu())
 
 
-def test_an_activation_without_operator_is_refused():
-    with pytest.raises(ValueError, match="no fused GELU"):
+def test_unsupported_activation_is_rejected():
+    with pytest.raises(ValueError, match="do not support the activation GELU"):
         conv_norm_act(torch.randn(2, 3, 4, 4), SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8), nn.GELU())
 
 
 @pytest.mark.parametrize("options", [{"bias": True}, {"dilation": 2}, {"stride": (1, 2)}, {"padding": "same"}])
-def test_a_convolution_without_operator_is_refused(options):
+def test_unsupported_convolution_is_rejected(options):
     conv = SlimConv2d(3, 8, 3, **{"bias": False, **options})
-    with pytest.raises(ValueError, match="no conv_moments"):
+    with pytest.raises(ValueError, match="conv_moments does not support"):
         conv_norm_act(torch.randn(2, 3, 8, 8), conv, SlimBatchNorm2d(8))

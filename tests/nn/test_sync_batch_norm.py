@@ -1,18 +1,17 @@
-"""Synchronised batch normalisation: two ranks with half of the batch each compute what one with all of it does."""
+"""Synchronised batch normalisation: two ranks with half of the batch each equal one rank with the whole batch."""
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dspnet_fast.nn import MomentumBatchNorm2d, SlimBatchNorm2d, SlimConv2d
-from dspnet_fast.nn.batch_norm import SlimBatchNorm
+from dspnet_fast.nn import MomentumBatchNorm2d, SlimBatchNorm2d, SlimConv2d, configure_batch_norm
 from dspnet_fast.nn.functional import conv_norm_act, materialize
 
 RANKS, VIEWS = 2, 2
 
 
 class Layers(torch.nn.Module):
-    """An deferred normalisation, one that is computed at once, and one with momentum statistics."""
+    """A deferred normalisation, an immediate one, and one with momentum statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,16 +45,14 @@ def one_rank(rank: int, file: str, results: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS)
     layers, images, cotangent = make()
-    for norm in layers.modules():
-        if isinstance(norm, SlimBatchNorm):
-            norm.process_group = dist.group.WORLD
+    configure_batch_norm(layers, process_group=dist.group.WORLD)
     part = slice(2 * rank, 2 * rank + 2)
     got = run(layers, images[:, part], cotangent[:, part])
     results[rank] = {name: value.numpy() for name, value in got.items()}
     dist.destroy_process_group()
 
 
-def test_two_ranks_are_one_batch(tmp_path):
+def test_two_ranks_equal_one_rank_with_the_whole_batch(tmp_path):
     layers, images, cotangent = make()
     want = run(layers, images, cotangent)
     with mp.Manager() as manager:

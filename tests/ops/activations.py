@@ -1,4 +1,4 @@
-"""What norm_act and norm_act_pool are tested with: activation functions, and sizes of activations."""
+"""Activation functions and sizes of activations for the tests of norm_act and norm_act_pool."""
 
 import pytest
 import torch.nn.functional as F
@@ -17,5 +17,5 @@ CASES = {
     "one channel": (2, 1, 3, 3, 1),
     "one image": (1, 35, 9, 7, 1),
 }
-# The one of many images is for the threads of a CPU.
+# The case of many images tests the threads of a CPU.
 NAMES = [pytest.param(name, marks=SLOW_INTERPRETED if name == "wide, small maps" else []) for name in CASES]

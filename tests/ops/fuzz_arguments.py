@@ -1,6 +1,6 @@
-"""Arguments for fuzzing.py: nearly those that an operator takes, or any that its schema allows, or not even those.
+"""Arguments for fuzzing.py: nearly valid ones, any that the schema allows, and some that it does not.
 
-Everything is derived from the schemas but for FORMS, the shapes that belong together.
+All are derived from the schemas and from FORMS, the shapes that belong together.
 """
 
 import math
@@ -55,7 +55,7 @@ FORMS: dict[str, dict[str, str]] = {
     "slim_linear": LINEAR | {"out_features": "O"},
     "slim_linear_backward": LINEAR,
 }
-STORED = {"normalized_mse": 4, "ema_update": 4, "lars_ema_step": 2}  # how many of these dtypes; of activations, 3
+STORED = {"normalized_mse": 4, "ema_update": 4, "lars_ema_step": 2}  # number of KINDS in use; otherwise ACTIVATIONS are
 KINDS = ("float32", "float64", "bfloat16", "float16")
 ACTIVATIONS = ("float32", "float32", "bfloat16")
 
@@ -66,7 +66,7 @@ lengths = st.one_of(st.integers(1, 6), st.sampled_from((8, 13)))
 
 @st.composite
 def sizes(draw: Callable) -> dict[str, int]:
-    """Sizes that belong together. Sometimes one of them is 0, 1 or 2 wherever it occurs."""
+    """Sizes that belong together. Sometimes one is replaced by 0, 1 or 2 wherever it occurs."""
     size = {name: draw(few) for name in "VMSP"} | {name: draw(several) for name in "COT"}
     size |= {name: draw(lengths) for name in "HW"}
     size |= {"K": draw(st.sampled_from((1, 1, 2, 3, 5, 7))), "P": size["P"] - 1, "extra": size["M"] - 1}
@@ -86,8 +86,8 @@ def sizes(draw: Callable) -> dict[str, int]:
 
 
 @st.composite
-def right(draw: Callable, name: str, schema: Any) -> dict[str, Any]:
-    """Arguments that the operator takes, or would but for sizes. A tensor without a form is of any kind."""
+def valid(draw: Callable, name: str, schema: Any) -> dict[str, Any]:
+    """Arguments that the operator accepts, except for some sizes. A tensor without a form is arbitrary."""
     size, forms = draw(sizes()), FORMS.get(name, {})
     kinds = KINDS[: STORED.get(name.removesuffix("_backward"), 0)] or ACTIVATIONS
     stored, one_row, flat = draw(st.sampled_from(kinds)), draw(st.booleans()), draw(st.integers(0, 4)) == 0
@@ -95,20 +95,20 @@ def right(draw: Callable, name: str, schema: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for argument in schema.arguments:
         kind, form = str(argument.type), forms.get(argument.name, "").split()
-        what = [size[part] for part in form if part not in "*+"]
+        shape = [size[part] for part in form if part not in "*+"]
         if argument.name not in forms or "bool" in kind:
-            values[argument.name] = draw(random_value(kind, like_right=True))
+            values[argument.name] = draw(random_value(kind, valid_only=True))
         elif kind == "int":
-            values[argument.name] = what[0]
+            values[argument.name] = shape[0]
         elif kind == "List[int]":
-            values[argument.name] = what
+            values[argument.name] = shape
         else:
             dtype = stored if "*" in form else "float64" if "+" in form and stored == "float64" else "float32"
             if one_row and form == ["V", "C"] and name.startswith(("norm", "conv")):
-                what[0] = 1
+                shape[0] = 1
             if "slim_batch_norm" in name and flat and form == IMAGES.split():
-                what = what[:2]
-            tensor = dense(*what, dtype=dtype, channels_last=len(what) == 4 and "*" in form)
+                shape = shape[:2]
+            tensor = dense(*shape, dtype=dtype, channels_last=len(shape) == 4 and "*" in form)
             values[argument.name] = [tensor] * size["V"] if kind.startswith("List") else tensor
             stems = [stem for stem in absent if stem in argument.name.replace("shift", "scale")]
             if kind.startswith("Optional") and any(absent[stem] for stem in stems):
@@ -120,7 +120,7 @@ INTEGERS = (0, 1, -1, 2, 3, 7, 2**20 - 1, 2**20, 2**31 - 1, 2**31, -(2**31), 2**
 inf, nan = math.inf, math.nan
 FLOATS = (0.0, 1e-5, 0.5, 0.99, 1.0, -0.0, -1.0, 1e-310, 3e38, 1e308, inf, -inf, nan)
 STRINGS = (*ACTS, "", "gelu", "ReLU", "relu ", "relu\0", "identity" * 1000, "é", "\N{SNOWMAN}")
-# A sanitizer ends the process where memory cannot be had, instead of raising an exception, and needs much for itself.
+# A sanitizer ends the process if an allocation fails, instead of raising an exception, and needs much memory itself.
 VAST_TENSORS = "libasan" not in os.environ.get("LD_PRELOAD", "")
 
 
@@ -133,7 +133,7 @@ def random_tensor(draw: Callable) -> Made:
 
 @st.composite
 def laid_out(draw: Callable, made: Made) -> Made:
-    """The same shape, differently in memory."""
+    """The same shape with another memory layout."""
     dims = [*range(len(made.shape))]
     strides = list(made.strides)
     match draw(st.sampled_from(("order", "steps", "offset", "repeated", "overlapping", "channels last", "begin"))):
@@ -160,7 +160,7 @@ def laid_out(draw: Callable, made: Made) -> Made:
 
 @st.composite
 def reshaped(draw: Callable, made: Made) -> Made:
-    """Nearly the same shape."""
+    """A similar shape."""
     shape = list(made.shape)
     place = draw(st.integers(0, max(len(shape) - 1, 0)))
     what = draw(st.sampled_from(("add", "drop", "swap", "resize", "vast")))
@@ -183,24 +183,24 @@ def reshaped(draw: Callable, made: Made) -> Made:
     return changed if changed.fits() else made
 
 
-def random_value(kind: str, like_right: bool = False) -> st.SearchStrategy:
-    """Of a schema's type. like_right: such as an operator usually takes."""
+def random_value(kind: str, valid_only: bool = False) -> st.SearchStrategy:
+    """A value of a schema's type. valid_only: one that operators usually accept."""
     if kind.startswith("Optional["):
-        return st.one_of(st.none(), random_value(kind[9:-1], like_right))
+        return st.one_of(st.none(), random_value(kind[9:-1], valid_only))
     if kind.startswith("List["):
-        return st.lists(random_value(kind[5:-1], like_right), max_size=4)
+        return st.lists(random_value(kind[5:-1], valid_only), max_size=4)
     return {
         "Tensor": random_tensor(),
-        "int": few if like_right else st.one_of(st.sampled_from(INTEGERS), st.integers()),
-        "float": st.sampled_from(FLOATS[:5]) if like_right else st.one_of(st.sampled_from(FLOATS), st.floats()),
+        "int": few if valid_only else st.one_of(st.sampled_from(INTEGERS), st.integers()),
+        "float": st.sampled_from(FLOATS[:5]) if valid_only else st.one_of(st.sampled_from(FLOATS), st.floats()),
         "bool": st.booleans(),
-        "str": st.sampled_from(ACTS) if like_right else st.one_of(st.sampled_from(STRINGS), st.text(max_size=8)),
+        "str": st.sampled_from(ACTS) if valid_only else st.one_of(st.sampled_from(STRINGS), st.text(max_size=8)),
     }[kind]
 
 
 @st.composite
 def changed_value(draw: Callable, kind: str, value: Any, tensors: Sequence[str]) -> Any:
-    """Nearly the same value of a schema's type, or quite another."""
+    """A similar value of a schema's type, or an arbitrary one."""
     if isinstance(value, Made):
         match draw(st.sampled_from(("layout", "layout", "shape", "shape", "dtype", "state", "same", "other"))):
             case "layout":
@@ -229,11 +229,11 @@ def changed_value(draw: Callable, kind: str, value: Any, tensors: Sequence[str])
 
 @st.composite
 def calls(draw: Callable, name: str, schema: Any) -> dict[str, Any]:
-    """Arguments by name: mostly those that the operator takes with up to three of them changed."""
+    """Arguments by name: mostly valid ones with up to three of them changed."""
     kinds = {argument.name: str(argument.type) for argument in schema.arguments}
     if draw(st.integers(0, 9)) == 0:
         return {argument: draw(random_value(kind)) for argument, kind in kinds.items()}
-    values = draw(right(name, schema))
+    values = draw(valid(name, schema))
     tensors = [argument for argument, value in values.items() if isinstance(value, Made)]
     for _ in range(draw(st.sampled_from((0, 0, 1, 1, 1, 2, 2, 3)))):
         argument = draw(st.sampled_from(sorted(values)))

@@ -1,4 +1,4 @@
-"""Tensors for fuzzing.py, written down by what makes them, in memory that tells who touches it and may not."""
+"""Descriptions of tensors for fuzzing.py, and tensors made from them between guard pages."""
 
 import ctypes
 import mmap
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 MOST = 1 << 22  # elements of a tensor
-VAST = 1 << 41  # a size that no memory holds, of elements at one address
+VAST = 1 << 41  # elements at one address, more than memory holds
 DTYPES = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "uint8", "bool", "complex64")
-# What a tensor can be besides numbers in memory.
-LACKING = ("emptied", "shrunk")  # the storage was resized under it
+# States of tensors other than numbers in memory.
+LACKING = ("emptied", "shrunk")  # the storage was resized to less than the tensor
 STATES = (*LACKING, "requires grad", "meta", "sparse", "sparse rows", "mkldnn", "negative", "conjugate", "zero")
 
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor by what makes it. Between its memory's start and its first element lie `offset` elements."""
+    """Description of a tensor. Its first element is `offset` elements after the start of its memory."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str = "float32"
     offset: int = 0
     state: str = ""
-    at_end: bool = True  # it ends where the forbidden memory begins; otherwise it begins where that ends
+    at_end: bool = True  # it ends at the guard page after it; otherwise it begins at the one before it
 
     def span(self) -> int:
-        """Elements of its memory."""
+        """Number of elements of its memory."""
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
         return self.offset + last + 1 if all(self.shape) else self.offset
 
@@ -68,13 +68,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Same:
-    """The very tensor of another argument."""
+    """The same tensor as another argument."""
 
     argument: str
 
 
 def dense(*shape: int, dtype: str = "float32", channels_last: bool = False) -> Made:
-    """In the order of its dimensions, or channels-last."""
+    """A contiguous or channels-last tensor."""
     order = [*range(len(shape))]
     if channels_last:
         order = [0, 2, 3, 1]
@@ -89,7 +89,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(numbers: Tensor, at_end: bool, written: bool) -> Tensor:
-    """A copy that ends, or begins, where memory is that nobody may touch. Unless `written`, nobody may write to it."""
+    """A copy that ends or begins at an inaccessible page; read-only unless `written`."""
     if not numbers.numel():
         return numbers
     page = mmap.PAGESIZE

@@ -1,10 +1,10 @@
-"""Calls every operator with arguments that are nearly right, or not right at all, as test_fuzz.py asks it to.
+"""Calls every operator with invalid and nearly valid arguments in guard-paged buffers; test_fuzz.py runs this.
 
-A call may succeed or raise an exception. It may not end the process, nor read or write outside its arguments' memory,
-nor write to an argument that its schema does not say it writes to. So tensors lie in memory of their own between pages
-that nobody may touch, and those that are only read lie in memory that nobody may write to: a call that does ends this
-process, and the file that it was written to before says which one it was, as Python to paste. What a call returns must
-have the shapes and dtypes that the operator's body gives for tensors without data.
+A call may succeed or raise an exception. It must not end the process, read or write outside its arguments' memory, or
+write to an argument that its schema does not mark as written. Each tensor lies between two inaccessible pages, and
+tensors that are only read lie in read-only memory, so an invalid access ends this process. Each call is first written
+to a file, as Python code, which reproduces the crash. Outputs must have the shapes and dtypes that the operator's body
+returns on the meta device.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from torch import Tensor
 
 from dspnet_fast.ops import cpp, cuda, registry
 
-inf, nan = float("inf"), float("nan")  # as they are written in a recorded call
-MEMORY = 4 << 30  # bytes that all calls may have together
-SECONDS = 120  # for one call
+inf, nan = float("inf"), float("nan")  # names in recorded calls
+MEMORY = 4 << 30  # bytes available to all calls together
+SECONDS = 120  # per call
 OUTCOMES = ("succeeded", "refused", "not made")
-IN_PYTHON = ("native", "by cpp")  # ways to call an operator that lead through Python
+IN_PYTHON = ("native", "by cpp")  # targets called through Python
 
 
 @dataclass
 class Target:
-    """Operator `name` by one way to reach it."""
+    """Operator `name`, called in one way."""
 
     way: str  # cpp: the compiled one; native, by cpp: the public one by a policy; cuda: the CUDA kernel's checks
     name: str
@@ -56,7 +56,7 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """All operators that are registered, by every way there is."""
+    """All registered operators, in every way to call them."""
     compiled, _ = cpp.load()
     cuda.load()
     found = []
@@ -74,20 +74,20 @@ def targets() -> list[Target]:
 
 
 def call(way: str, name: str, values: dict[str, Any]) -> str:
-    """Makes a call and returns its outcome. Raises AssertionError if it did what no call may do."""
+    """Make a call and return its outcome. Raises AssertionError if it broke a rule."""
     target = Target(way, name)
     tensors = flattened(values.values(), Made)
     if way in IN_PYTHON and any(tensor.state in LACKING or VAST in tensor.shape for tensor in tensors):
-        return "not made"  # torch's own operators would read what is not there, and sum 2^41 numbers if asked to
+        return "not made"  # torch's operators would read beyond the storage, or sum 2^41 numbers
     arguments = target.operator._schema.arguments
-    # a main_grad that an operator hands to its gradient is written to by that
+    # the backward writes to main_grad
     written = {argument.name for argument in arguments if argument.is_write or argument.name.endswith("main_grad")}
     torch.manual_seed(0)
     try:
-        made = realised(values, written)
-    except (RuntimeError, IndexError):  # torch has no such tensor
+        made = materialized(values, written)
+    except (RuntimeError, IndexError):  # torch cannot make such a tensor
         return "not made"
-    returned = bodys(name, made)
+    returned = body_returns(name, made)
     if isinstance(returned, tuple) and any(tensor.numel() > MOST for tensor in returned):
         return "not made"
     try:
@@ -96,13 +96,13 @@ def call(way: str, name: str, values: dict[str, Any]) -> str:
         assert not isinstance(error, SystemError) and (way != "cpp" or "INTERNAL ASSERT" not in str(error)), error
         return "refused"
     given = flattened(made.values())
-    assert way != "cuda" or not given, "taken for a tensor on a GPU"
+    assert way != "cuda" or not given, "treated a CPU tensor as a GPU tensor"
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs if isinstance(outputs, tuple) else ()
     if isinstance(returned, tuple):
         got, want = ([(tuple(o.shape), o.dtype) for o in of] for of in (outputs, returned))
         assert got == want, f"returned {got}, the body returns {want}"
     elif outputs and all(tensor.layout == torch.strided for tensor in given):
-        raise AssertionError(f"took what the body refuses: {returned}")
+        raise AssertionError(f"accepted arguments that the body rejects: {returned}")
     assert not storages(outputs) & storages(given), "an output is an input"
     if any(output.requires_grad for output in outputs):
         with contextlib.suppress(Exception):
@@ -119,8 +119,8 @@ def storages(tensors: Sequence[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in real} - {0}
 
 
-def realised(values: dict[str, Any], written: set[str]) -> dict[str, Any]:
-    """With tensors for what makes them."""
+def materialized(values: dict[str, Any], written: set[str]) -> dict[str, Any]:
+    """The values, with tensors made from their descriptions."""
     shared = {value.argument for value in flattened(values.values(), Same)}
     made: dict[str, Any] = {}
 
@@ -146,8 +146,8 @@ def flattened(values: Any, kind: type = Tensor) -> list:
     return found
 
 
-def bodys(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Exception | None:
-    """What the operator's body returns for tensors without data, or its refusal; None if there is no telling."""
+def body_returns(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Exception | None:
+    """Outputs or exception of the operator's body on the meta device; None for operators or tensors without one."""
     operator = registry.operators.get(name)
     if operator is None or any(tensor.layout != torch.strided for tensor in flattened(made.values())):
         return None
@@ -169,7 +169,7 @@ def bodys(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Exception | N
 
 
 def fuzz(target: Target, count: int, first: int, record: Path) -> collections.Counter[str]:
-    """Makes so many calls. Returns how many had which outcome."""
+    """Make `count` calls. Returns the number of each outcome."""
     outcomes: collections.Counter[str] = collections.Counter()
 
     @seed(first)
@@ -193,14 +193,14 @@ def fuzz(target: Target, count: int, first: int, record: Path) -> collections.Co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Calls every operator with arguments that are nearly right, or not.")
-    parser.add_argument("--calls", type=int, default=600, help="calls of all operators together")
-    parser.add_argument("--seed", type=int, default=0, help="other calls for another number")
-    parser.add_argument("--only", default="", help="operators whose names contain this")
-    parser.add_argument("--record", type=Path, required=True, help="a file that each call is written to before")
+    parser = argparse.ArgumentParser(description="Fuzz every operator with invalid and nearly valid arguments.")
+    parser.add_argument("--calls", type=int, default=600, help="total number of calls")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the calls")
+    parser.add_argument("--only", default="", help="only operators whose names contain this")
+    parser.add_argument("--record", type=Path, required=True, help="file to write each call to beforehand")
     options = parser.parse_args()
     faulthandler.enable()
-    warnings.simplefilter("ignore")  # of torch, about kinds of tensors
+    warnings.simplefilter("ignore")  # torch's, about tensor states
     torch.set_num_threads(1)
     if VAST_TENSORS:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
@@ -221,7 +221,7 @@ def main() -> None:
             idle.append(target)
     faulthandler.cancel_dump_traceback_later()
     if failed or idle:
-        raise SystemExit(f"failed: {failed}; nothing that they are given is right, see FORMS: {idle}")
+        raise SystemExit(f"failed: {failed}; without a successful call, see FORMS: {idle}")
 
 
 if __name__ == "__main__":

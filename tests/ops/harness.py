@@ -1,9 +1,9 @@
-"""What the tests of all operators share: which providers to run, where, with which gradients, and the error rule.
+"""Shared parts of the operators' tests: providers, devices, gradients, and the error rule.
 
-A provider may be off from float64 by twice what the native body of the same dtype is off by, in gradients by three
-times as much, and by a few units in the last place of the largest value. That value is the largest of the result
-itself, in its own dtype, and of all results, in fp32. The latter because sums may cancel to almost nothing, and the
-native body may then be right by luck: what fp32 loses is a share of the terms.
+The error rule: a provider's error against float64 is at most twice the error of the native body in the same dtype,
+three times for gradients, plus a few units in the last place of the largest value. That value is the largest of the
+result, in its dtype, or of all results, in fp32: sums may cancel to almost nothing, where the rounding of their terms
+remains and the native body may be exact by chance.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,22 +16,22 @@ from torch import Tensor
 from dspnet_fast.ops import registry, triton
 from dspnet_fast.ops.registry import Operator
 
-# What a scalar loss weighs an operator's outputs with, or what makes it of the outputs.
+# Weights of an operator's outputs in a scalar loss, or a function that makes them from the outputs.
 Cotangents = tuple[Tensor, ...] | Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 OUTPUT, GRADIENT = 2, 3
-# Units in the last place. Triton's interpreter adds up the rows of a tile one after another, a GPU in pairs.
+# Units in the last place. Triton's interpreter sums the rows of a tile sequentially, a GPU pairwise.
 UNITS = 16 if triton.INTERPRETED else 4
-# Marks of what the interpreter takes long for, though it says little more: only make test-kernels waits for that.
+# Marks of cases that are slow in the interpreter and add little: only make test-kernels runs them.
 SLOW_INTERPRETED = [pytest.mark.slow] if triton.INTERPRETED else []
-# What activations are stored in: parameters of tests, without those that a provider does not serve (conftest.py).
-NARROW = [  # nothing of ours trains in fp16
+# Dtypes of activations, as test parameters; conftest.py skips those that a provider does not support.
+NARROW = [  # training does not use fp16
     pytest.param(torch.float16, id="fp16", marks=[pytest.mark.not_by("native", "cpp"), *SLOW_INTERPRETED]),
     pytest.param(torch.bfloat16, id="bf16"),
 ]
 DTYPES = [pytest.param(torch.float32, id="fp32"), *NARROW]
 
-torch.backends.cudnn.allow_tf32 = False  # the native body's convolutions, which the rule compares with
+torch.backends.cudnn.allow_tf32 = False  # of the native body, the reference of the error rule
 if triton.INTERPRETED:
     from tests.kernels import strict_interpreter
 
@@ -39,7 +39,7 @@ if triton.INTERPRETED:
 
 
 def providers(operator: Operator) -> list[Any]:
-    """Parameters of a fixture: the native body, and every provider, skipped with its reason where it cannot run."""
+    """Fixture parameters: the native body and every provider, skipped with the reason if it cannot run."""
     params: list[Any] = ["native"]
     for provider in operator.providers.values():
         supported, reason = provider.supported()
@@ -48,12 +48,12 @@ def providers(operator: Operator) -> list[Any]:
 
 
 def device() -> str:
-    """Where the provider in force runs: Triton's interpreter runs kernels for GPUs on the CPU."""
+    """Device of the active provider; Triton's interpreter runs GPU kernels on the CPU."""
     return "cuda" if registry.get_policy() in ("triton", "cuda") and not triton.INTERPRETED else "cpu"
 
 
 def to_device(arguments: dict) -> dict:
-    """The arguments where the provider in force runs."""
+    """The arguments on the device of the active provider."""
     return {name: value.to(device()) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
@@ -75,14 +75,14 @@ def random_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def run(
     op: Callable[..., Any], arguments: dict, cotangents: Cotangents = random_like
 ) -> tuple[tuple, tuple[Tensor, ...], tuple]:
-    """Outputs, the cotangents that were used, and the gradients of all `differentiable` arguments, on the CPU."""
+    """Outputs, cotangents used, and gradients of all `differentiable` arguments, on the CPU."""
     wanted = differentiable(arguments)
     leaves = to_device(arguments)
     leaves |= {name: leaves[name].detach().requires_grad_() for name in wanted}
     outputs = op(*leaves.values())
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if isinstance(op, Operator):
-        assert not any(output._is_view() for output in outputs), "autograd does not let a caller write to a view"
+        assert not any(output._is_view() for output in outputs), "autograd forbids in-place writes to a view"
     cotangents = cotangents if isinstance(cotangents, tuple) else cotangents(outputs)
     loss = sum((o * c.to(o.device, o.dtype)).sum() for o, c in zip(outputs, cotangents, strict=True))
     grads = torch.autograd.grad(loss, [leaves[name] for name in wanted])
@@ -95,18 +95,18 @@ def check(
     arguments: dict,
     cotangents: Cotangents = random_like,
 ) -> tuple[tuple, tuple]:
-    """Judge the provider in force by the error rule; returns its outputs and gradients.
+    """Check the active provider by the error rule; returns its outputs and gradients.
 
-    outputs: names of the outputs to judge, the first ones.
+    outputs: names of the first outputs, which are checked.
     """
-    in_force = registry.get_policy()
+    active = registry.get_policy()
     got, cotangents, grads = run(op, arguments, cotangents)
     registry.set_policy("native")
     exact, _, exact_grads = run(op, double(arguments), cotangents)
     native, _, native_grads = run(op, arguments, cotangents)
-    registry.set_policy(in_force)
-    judged = len(outputs)
-    check_errors(outputs, got[:judged], native[:judged], exact[:judged], OUTPUT)
+    registry.set_policy(active)
+    checked = len(outputs)
+    check_errors(outputs, got[:checked], native[:checked], exact[:checked], OUTPUT)
     names = [f"gradient of {name}" for name in differentiable(arguments)]
     check_errors(names, grads, native_grads, exact_grads, GRADIENT)
     return got, grads
@@ -115,7 +115,7 @@ def check(
 def check_errors(
     names: Sequence[str], got: Sequence[Tensor], native: Sequence[Tensor], exact: Sequence[Tensor], factor: int
 ) -> None:
-    """Apply the rule to each result; all three sequences hold the same results, `exact` in float64."""
+    """Apply the error rule to each result, given by the provider, by the native body, and in float64."""
     largest = max((truth.abs().max().item() for truth in exact if truth.numel()), default=0.0)
     fp32_unit = torch.finfo(torch.float32).eps * largest
     for name, ours, eager, truth in zip(names, got, native, exact, strict=True):
@@ -129,9 +129,9 @@ def check_errors(
 
 
 def check_every_build(run_python: Callable[..., str], module: str, calls: str) -> None:
-    """Run a test module's function calls with the compiled library's builds for lesser processors.
+    """Run statements with the compiled library's builds for older processors.
 
-    calls: statements in which the module is `t`; they run in a process of their own, with the seed of all tests.
+    calls: statements in which the test module is `t`; they run in a new process, with the seed of all tests.
     """
     for capability in ("avx2", "default"):
         program = (

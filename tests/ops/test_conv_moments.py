@@ -1,4 +1,4 @@
-"""conv_moments: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
+"""conv_moments: its formulas by autograd in float64, every provider by the error rule, rejected arguments."""
 
 import harness
 import pytest
@@ -61,11 +61,11 @@ CASES = {
 }
 
 
-if triton.INTERPRETED:  # which takes seconds for what takes milliseconds
+if triton.INTERPRETED:  # a thousand times slower
     FEW = ("pointwise odd", "pointwise 1x1 maps", "pointwise many views", "depthwise 3 stride 2", "dense 3", "stem")
     CASES = {name: CASES[name] for name in ("pointwise", "depthwise 3", "depthwise tiny maps", *FEW)}
 
-# For which Triton's tiles of fp16 and bf16 are others, or made otherwise of images.
+# Cases with other Triton tiles in fp16 and bf16, or other numbers of images per tile.
 TILES = {
     "many channels in": (2, 520, 3, 2, 72, (80, 528), 1, 1, 0, 1, 2),
     "many channels out": (2, 72, 3, 2, 264, (264, 72), 1, 1, 0, 1, 2),
@@ -75,7 +75,7 @@ TILES = {
 
 
 def some(*names: str) -> list[str]:
-    """Those of these cases that are there."""
+    """The cases of these names that exist."""
     return [name for name in names if name in CASES]
 
 
@@ -89,7 +89,7 @@ def provider(request, policy):
 
 
 def make(case: str, act: str = "relu", deferred: bool = True, gated: bool = False, dtype=torch.float32) -> dict:
-    """The operator's arguments, with values that `dtype` holds exactly."""
+    """The operator's arguments, with values exactly representable in `dtype`."""
     images, channels, height, width, out_channels, full, kernel, stride, padding, groups, views = (CASES | TILES)[case]
     rows = {"scale": 1 + torch.rand(views, channels), "shift": torch.randn(views, channels)}
     return {
@@ -109,7 +109,7 @@ def make(case: str, act: str = "relu", deferred: bool = True, gated: bool = Fals
 
 
 def composed(x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views):
-    """The formulas by ordinary layers, one view after another."""
+    """The formulas in ordinary PyTorch operations, view by view."""
     outputs = []
     for view, part in enumerate(x.chunk(max(views, 1))):
         if scale is not None:
@@ -127,14 +127,14 @@ def composed(x, scale, shift, act, gate, weight, main_grad, out_channels, stride
 
 
 def cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Random ones; moments' are larger, so that they matter beside y's, of which there are many more."""
+    """Random cotangents; those of the moments are larger, as y has many more elements."""
     counts = outputs[0].numel() / max(outputs[1].numel(), 1)
     of_y, *of_moments = random_like(outputs)
     return of_y, *(counts**0.5 * of_moment for of_moment in of_moments)
 
 
 def check(arguments: dict) -> None:
-    """The provider in force: y and gradients by the error rule; the moments are those of y as it is stored."""
+    """Check y and gradients of the active provider by the error rule, and the moments against those of the stored y."""
     (y, mean, variance), _ = harness.check(conv_moments, ("y",), arguments, cotangents)
     if arguments["views"]:
         of_view = y.double().unflatten(0, (arguments["views"], -1))
@@ -149,7 +149,7 @@ def check(arguments: dict) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
-def test_formulas_by_autograd(case, act, gated):
+def test_native_body_equals_the_formulas(case, act, gated):
     arguments = double(make(case, act, gated=gated))
     got, used, grads = run(conv_moments, arguments, cotangents)
     want, _, want_grads = run(composed, arguments, used)
@@ -160,12 +160,12 @@ def test_formulas_by_autograd(case, act, gated):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
-def test_error_rule(provider, nan_filled, case, act, gated):
+def test_provider_satisfies_the_error_rule(provider, nan_filled, case, act, gated):
     check(make(case, act, gated=gated))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_error_rule_settled_input(provider, nan_filled, case):
+def test_error_rule_for_inputs_without_normalisation(provider, nan_filled, case):
     check(make(case, "identity", deferred=False))
     check(make(case, "relu", deferred=False, gated=True))
 
@@ -173,15 +173,15 @@ def test_error_rule_settled_input(provider, nan_filled, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("dtype", NARROW)
-def test_error_rule_narrow(provider, nan_filled, case, gated, dtype):
+def test_error_rule_in_narrow_dtypes(provider, nan_filled, case, gated, dtype):
     if case == "pointwise one row":
-        pytest.skip("the deviation of a single value is what rounding it has left, or nothing")
+        pytest.skip("the deviation of a single value is only its rounding error")
     check(make(case, "hardswish", gated=gated, dtype=dtype))
 
 
 @pytest.mark.parametrize("case", TILES)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
-def test_tiles_of_tensor_cores(provider, nan_filled, case, gated):
+def test_error_rule_for_tensor_core_tiles(provider, nan_filled, case, gated):
     check(make(case, "hardswish", gated=gated, dtype=torch.bfloat16))
 
 
@@ -189,7 +189,7 @@ def test_tiles_of_tensor_cores(provider, nan_filled, case, gated):
 @pytest.mark.parametrize(
     "case", some("pointwise many rows", "depthwise 3", "depthwise 3x3 maps", "depthwise one image", "dense 3")
 )
-def test_any_number_of_threads(provider, nan_filled, case, threads):
+def test_results_with_any_number_of_threads_are_correct_and_repeatable(provider, nan_filled, case, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -204,7 +204,7 @@ def test_any_number_of_threads(provider, nan_filled, case, threads):
 
 
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
-def test_one_row_of_scale_serves_all_views_and_no_moments(provider, nan_filled, case):
+def test_single_row_of_scale_with_and_without_moments(provider, nan_filled, case):
     arguments = make(case)
     arguments |= {"scale": arguments["scale"][:1], "shift": arguments["shift"][:1]}
     check(arguments)
@@ -212,7 +212,7 @@ def test_one_row_of_scale_serves_all_views_and_no_moments(provider, nan_filled, 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
+def test_gradient_is_added_to_the_prefix_of_main_grad(provider, case):
     arguments = to_device(make(case))
     arguments["weight"].requires_grad_()
     y, mean, variance = conv_moments(*arguments.values())
@@ -229,12 +229,12 @@ def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
 
 
 @pytest.mark.parametrize("case", some("pointwise", "pointwise many rows", "depthwise 3", "dense 3"))
-def test_moments_far_from_zero(provider, case):
-    """|mean| / std = 1000, where E[y^2] - E[y]^2 in fp32 is wrong by more than the variance itself."""
+def test_moments_are_exact_for_means_far_from_zero(provider, case):
+    """|mean| / std = 1000, where the error of E[y^2] - E[y]^2 in fp32 exceeds the variance."""
     arguments = make(case, "identity", deferred=False)
     x, groups = arguments["x"], arguments["groups"]
     weight = torch.zeros_like(arguments["weight"])
-    for channel in range(arguments["out_channels"]):  # every output copies one input: the centre tap alone
+    for channel in range(arguments["out_channels"]):  # only the centre tap: every output copies one input
         centre = weight.shape[2] // 2
         weight[channel, 0 if groups > 1 else channel % x.shape[1], centre, centre] = 1
     arguments |= {"weight": weight, "x": (x + 1000).contiguous(memory_format=torch.channels_last)}
@@ -247,7 +247,7 @@ def test_moments_far_from_zero(provider, case):
 
 
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
-def test_other_memory_formats(provider, case):
+def test_other_memory_formats_give_equal_results(provider, case):
     arguments = make(case)
     want, used, grads = run(conv_moments, arguments)
     arguments["x"] = arguments["x"].contiguous()
@@ -258,7 +258,7 @@ def test_other_memory_formats(provider, case):
 
 
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
-def test_nothing_is_formed_that_nobody_wants(provider, case):
+def test_gradient_of_weight_or_input_alone(provider, case):
     arguments = to_device(make(case))
     arguments["weight"].requires_grad_()
     y, _, _ = conv_moments(*arguments.values())
@@ -309,15 +309,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(provider, reason):
+def test_invalid_arguments_are_rejected(provider, reason):
     arguments = to_device(make("pointwise", gated=True))
     arguments |= REFUSED[reason](arguments)
-    with pytest.raises((RuntimeError, InputError)):  # InputError: by name, a provider of other dtypes
+    with pytest.raises((RuntimeError, InputError)):  # InputError: the chosen provider does not support the dtype
         conv_moments(*arguments.values())
 
 
 @pytest.mark.parametrize("name", ["native", pytest.param("cpp", marks=needs_cpp)])
-def test_main_grad_that_overlaps_itself_is_refused(policy, name):
+def test_main_grad_that_overlaps_itself_is_rejected(policy, name):
     policy(name)
     arguments = make("pointwise")
     arguments["weight"].requires_grad_()
@@ -329,7 +329,7 @@ def test_main_grad_that_overlaps_itself_is_refused(policy, name):
 
 @needs_cpp
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule."""
+    """The library's builds for older processors, by the error rule."""
     check_every_build(
         run_python,
         "test_conv_moments",

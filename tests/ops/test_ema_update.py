@@ -1,4 +1,4 @@
-"""ema_update: every provider against a float64 reference, and what it refuses."""
+"""ema_update: every provider against a float64 reference, and rejected arguments."""
 
 import importlib.util
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import apex, cpp, ema_update, registry
 
-SIZES = (1, 7, 769, 5125, 0, 40_000)  # the last is split between threads
+SIZES = (1, 7, 769, 5125, 0, 40_000)  # the last is split among threads
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TAUS = (0.0, 0.3, 0.5, 0.996, 1.0)
 
@@ -26,9 +26,9 @@ def provider(request, policy):
 
 
 def check(update, dtype: torch.dtype, tau: float, targets: list[Tensor], onlines: list[Tensor]) -> None:
-    """The error rule: at most twice the error of eager PyTorch in the same dtype, and one unit in the last place.
+    """The error rule: at most twice the error of eager PyTorch in the same dtype, plus one unit in the last place.
 
-    That is one of the inputs: where they cancel, the result is smaller than the rounding of its terms.
+    The unit is that of the inputs: where they cancel, the result is smaller than the rounding errors of its terms.
     """
     exact = [tau * t.double() + (1 - tau) * o.double() for t, o in zip(targets, onlines, strict=True)]
     eager = [t.clone().lerp_(o, 1 - tau) for t, o in zip(targets, onlines, strict=True)]
@@ -52,17 +52,17 @@ def pairs(dtype: torch.dtype, shapes) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_list_of_odd_sizes(provider, dtype, tau):
+def test_error_rule_for_lists_of_odd_sizes(provider, dtype, tau):
     check(ema_update, dtype, tau, *pairs(dtype, SIZES))
 
 
-def test_each_step_moves_by_one_part_in_a_thousand(provider):
+def test_target_moves_by_one_minus_tau(provider):
     target, online = torch.full((9,), 2.0), torch.full((9,), 3.0)
     ema_update([target], [online], 0.999)
     torch.testing.assert_close(target, torch.full((9,), 2.001))
 
 
-def test_ends_are_exact(provider):
+def test_tau_of_0_and_1_is_exact(provider):
     target, online = torch.randn(1000), torch.randn(1000) * 1e4
     kept = target.clone()
     ema_update([target], [online], 1.0)
@@ -72,13 +72,13 @@ def test_ends_are_exact(provider):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides(provider, dtype):
-    wide = torch.randn(33, 50).to(dtype)
-    outside = wide[:, 40:].clone()
+def test_error_rule_for_any_strides(provider, dtype):
+    full = torch.randn(33, 50).to(dtype)
+    outside = full[:, 40:].clone()
     targets = [
         torch.randn(6, 5, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last),
         torch.randn(6, 5, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last),
-        wide[:, :40],  # the prefix of a slimmable weight
+        full[:, :40],  # the prefix of a slimmable weight
         torch.randn(7, 9).to(dtype).t(),
         torch.randn(20).to(dtype)[::2],
         torch.randn(()).to(dtype),
@@ -86,10 +86,10 @@ def test_any_strides(provider, dtype):
     onlines = [torch.randn(t.shape).to(dtype) for t in targets]
     onlines[0] = onlines[0].contiguous(memory_format=torch.channels_last)
     check(ema_update, dtype, 0.9, targets, onlines)
-    assert torch.equal(wide[:, 40:], outside)
+    assert torch.equal(full[:, 40:], outside)
 
 
-def test_views_of_one_buffer_are_independent(provider):
+def test_views_of_one_buffer_are_updated_independently(provider):
     flat, online = torch.randn(2, 5125), torch.randn(2, 5125)
     sizes = [1, 7, 769, 4348]
     check(ema_update, torch.float32, 0.99, list(flat[0].split(sizes)), list(online[0].split(sizes)))
@@ -97,7 +97,7 @@ def test_views_of_one_buffer_are_independent(provider):
     check(ema_update, torch.float32, 0.99, [columns[:, 0], columns[:, 1]], [torch.randn(100), torch.randn(100)])
 
 
-def test_shared_memory_is_updated_in_the_order_of_the_list(provider):
+def test_shared_memory_is_updated_in_list_order(provider):
     target, online = torch.zeros(50_000), torch.ones(50_000)
     ema_update([target, target], [online, online], 0.5)
     assert torch.equal(target, torch.full_like(target, 0.75))
@@ -106,14 +106,14 @@ def test_shared_memory_is_updated_in_the_order_of_the_list(provider):
     assert torch.equal(second, torch.full_like(second, 0.75))
 
 
-def test_a_target_may_be_its_own_online(provider):
+def test_target_may_be_its_online_tensor(provider):
     target = torch.randn(50)
     kept = target.clone()
     ema_update([target], [target], 0.3)
     torch.testing.assert_close(target, kept)
 
 
-def test_dtypes_may_differ_from_pair_to_pair(provider):
+def test_pairs_may_have_different_dtypes(provider):
     targets, onlines = zip(*(pairs(dtype, [769]) for dtype in DTYPES), strict=True)
     targets, onlines = [t[0] for t in targets], [o[0] for o in onlines]
     want = [t.clone().lerp_(o, 0.1) for t, o in zip(targets, onlines, strict=True)]
@@ -122,13 +122,13 @@ def test_dtypes_may_differ_from_pair_to_pair(provider):
 
 
 @pytest.mark.parametrize("shapes", [[], [(0,)], [(0, 3), (2, 0)]], ids=str)
-def test_nothing_to_do(provider, shapes):
+def test_empty_lists_and_tensors(provider, shapes):
     targets, onlines = pairs(torch.float32, shapes)
     ema_update(targets, onlines, 0.9)
     assert [tuple(t.shape) for t in targets] == shapes
 
 
-def test_nan_and_infinity_stay_where_they_are(provider):
+def test_nan_and_infinity_do_not_spread(provider):
     target, online = torch.zeros(769), torch.ones(769)
     online[3], online[700] = float("nan"), float("inf")
     ema_update([target], [online], 0.9)
@@ -141,7 +141,7 @@ def test_parameters_stay_leaves(provider):
     version = target.weight._version
     ema_update(list(target.parameters()), list(online.parameters()), 0.9)
     assert target.weight.is_leaf and target.weight.requires_grad
-    assert target.weight._version > version  # autograd would notice a saved tensor that was overwritten
+    assert target.weight._version > version  # so autograd detects that a saved tensor was overwritten
 
 
 REFUSED = {
@@ -160,20 +160,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(provider, case):
+def test_invalid_arguments_are_rejected(provider, case):
     with pytest.raises((RuntimeError, NotImplementedError)):
         ema_update(*REFUSED[case](torch.randn(4, 6), torch.randn(4, 6)))
 
 
 @needs_cpp
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_library_checks_for_itself(case):
+def test_library_rejects_invalid_arguments(case):
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ops.dspnet_cpp.ema_update(*REFUSED[case](torch.randn(4, 6), torch.randn(4, 6)))
 
 
 @needs_cpp
-def test_the_library_refuses_another_device():
+def test_library_rejects_another_device():
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ops.dspnet_cpp.ema_update([torch.randn(4)], [torch.randn(4, device="meta")], 0.5)
 
@@ -240,12 +240,12 @@ ema_update([], [], 0.5)
 
 
 @needs_triton
-def test_triton_in_the_interpreter(run_python):
+def test_interpreted_triton_kernel_satisfies_the_error_rule(run_python):
     run_python("-c", INTERPRETED, TRITON_INTERPRET="1")
 
 
 @needs_triton
-def test_triton_says_what_it_does_not_take():
+def test_triton_kernel_rejects_unsupported_arguments_with_a_reason():
     from kernels.ema_update import accepts
 
     t = torch.randn(4, 6)
@@ -289,7 +289,7 @@ for architecture in (80, 90):
 
 
 @needs_triton
-def test_triton_compiles_for_gpus_without_spills(run_python, tmp_path):
+def test_triton_kernel_compiles_for_gpus_without_spills(run_python, tmp_path):
     printed = run_python("-c", AHEAD_OF_TIME, TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path))
     assert len(printed.splitlines()) == 6
 
@@ -299,15 +299,15 @@ def test_triton_compiles_for_gpus_without_spills(run_python, tmp_path):
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_on_a_gpu(policy, name, dtype):
     if name == "triton" and dtype == torch.float64:
-        pytest.skip("the Triton kernel takes no fp64")
+        pytest.skip("the Triton kernel does not support fp64")
     policy(name)
     for tau in TAUS:
         targets, onlines = pairs(dtype, SIZES)
         check(ema_update, dtype, tau, [t.cuda() for t in targets], [o.cuda() for o in onlines])
 
 
-def axpby(chunk, overflow, lists, a, b, looked_at):
-    """What amp_C.multi_tensor_axpby computes: out = a x + b y."""
+def axpby(chunk, overflow, lists, a, b, checked):
+    """amp_C.multi_tensor_axpby: out = a x + b y."""
     for x, y, out in zip(*lists, strict=True):
         assert x.dtype == y.dtype == out.dtype and x.numel()
         out.copy_(a * x.float() + b * y.float())
@@ -315,12 +315,12 @@ def axpby(chunk, overflow, lists, a, b, looked_at):
 
 @pytest.mark.parametrize("dtype", apex.DTYPES, ids=str)
 @pytest.mark.parametrize("tau", TAUS)
-def test_what_apex_is_asked_for(monkeypatch, dtype, tau):
+def test_apex_call_satisfies_the_error_rule(monkeypatch, dtype, tau):
     monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace(multi_tensor_axpby=axpby))
     check(apex.ema_update, dtype, tau, *pairs(dtype, SIZES))
 
 
-def test_apex_takes_one_dtype_and_contiguous_tensors():
+def test_apex_accepts_only_contiguous_tensors_of_one_dtype():
     same = pairs(torch.float32, SIZES)
     assert apex.accepts(*same, 0.9) == (True, "")
     assert (
@@ -331,6 +331,6 @@ def test_apex_takes_one_dtype_and_contiguous_tensors():
 
 
 @pytest.mark.skipif(apex.supported()[0], reason="NVIDIA's apex can run here")
-def test_apex_by_name_says_why_not():
+def test_apex_chosen_by_name_is_an_error_where_unavailable():
     with pytest.raises(InputError, match="apex"):
         registry.set_policy("apex")

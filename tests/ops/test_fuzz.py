@@ -1,6 +1,6 @@
-"""Whatever an operator is given, it succeeds or raises an exception: fuzzing.py makes the calls, in another process.
+"""Operators succeed or raise an exception for any arguments: fuzzing.py makes the calls, in another process.
 
-DSPNET_FUZZ_CALLS is their number, DSPNET_TEST_SEED draws others.
+DSPNET_FUZZ_CALLS is the number of calls, DSPNET_TEST_SEED their seed.
 """
 
 import ctypes
@@ -29,11 +29,13 @@ def test_calls_succeed_or_raise(tmp_path):
     program = [sys.executable, fuzzing.__file__, "--calls", CALLS, "--seed", SEED, "--record", str(record)]
     path = Path(__file__).parent.parent.parent
     done = subprocess.run(program, env={**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, f"it ended with {done.returncode}. The last call, for tests/ops:\n{record.read_text()}"
+    assert done.returncode == 0, (
+        f"exit status {done.returncode}. The last call, to run in tests/ops:\n{record.read_text()}"
+    )
 
 
 def ends(action: Callable[..., object], *arguments: int) -> bool:
-    """Whether a process ends that does this."""
+    """Whether the action ends a process."""
     child = os.fork()
     if not child:
         faulthandler.disable()
@@ -43,8 +45,8 @@ def ends(action: Callable[..., object], *arguments: int) -> bool:
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
-def test_memory_tells(at_end):
-    """A read outside a tensor, or a write to one that is only read, ends the process."""
+def test_access_outside_guarded_memory_ends_the_process(at_end):
+    """A read outside a tensor, or a write to a read-only one."""
     read, written = (fuzz_tensors.guarded(torch.ones(1001), at_end, written) for written in (False, True))
     for tensor in (read, written):
         first, size = tensor.data_ptr(), tensor.nbytes
@@ -55,5 +57,5 @@ def test_memory_tells(at_end):
 
 
 def test_every_operator_has_a_form():
-    """Otherwise what it is given is right by luck alone."""
+    """Otherwise valid arguments would be rare."""
     assert {target.name for target in fuzzing.targets()} - {"cuda_problem"} <= set(fuzz_arguments.FORMS)

@@ -1,4 +1,4 @@
-"""lars_ema_step: its formulas written out for one tensor at a time, every provider against float64, what it refuses."""
+"""lars_ema_step: every provider against its formulas per tensor in float64, and rejected arguments."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.float64)
 OPTIONS = {"weight_decay": 0.03, "momentum": 0.8, "eta": 0.02}
 BUFFERS = ("params", "grads", "momenta", "targets")
 
-# (size, adapted) of every tensor in the buffers, and the length of the targets, which may end anywhere.
+# (size, adapted) of every tensor in the buffers, and the length of the targets, which need not end with a tensor.
 LAYOUTS = {
     "odd sizes": ([(7, True), (769, True), (5, False), (5125, True), (1, False), (4096, True), (33, False)], 8000),
     "one element each": ([(1, True), (1, False), (1, True), (1, True)], 3),
@@ -51,7 +51,7 @@ def copy(arguments: dict) -> dict:
 
 
 def reference(p, g, m, adapted, lr, momentum, weight_decay, eta):
-    """One tensor: returns its new value and momentum."""
+    """The step of one tensor: returns its new value and momentum."""
     if adapted:
         g = g + weight_decay * p
         if p.norm() != 0 and g.norm() != 0:
@@ -72,9 +72,9 @@ def expected(layout: str, arguments: dict, options: dict = OPTIONS) -> dict[str,
 
 
 def check(layout: str, arguments: dict, step=lars_ema_step, **options) -> dict:
-    """The error rule: at most twice the error of the native body in the same dtype, and one unit in the last place.
+    """The error rule: at most twice the error of the native body in the same dtype, plus one unit in the last place.
 
-    In float64 the reference is no better than what it judges: there, both may be off by rounding.
+    In float64 the reference is no more precise than the provider: there both may differ by rounding.
     """
     options = {**OPTIONS, **options}
     want = expected(layout, arguments, options)
@@ -85,7 +85,7 @@ def check(layout: str, arguments: dict, step=lars_ema_step, **options) -> dict:
         if got[name].numel():
             unit = torch.finfo(got[name].dtype).eps * torch.cat((arguments[name], want[name])).abs().max()
             error, same_dtype = ((result[name].double() - want[name]).abs().max() for result in (got, eager))
-            assert max(error, same_dtype) <= 20 * unit, name  # the native body is not let off
+            assert max(error, same_dtype) <= 20 * unit, name  # bounds the native body's error too
             assert error <= 2 * same_dtype + unit or got[name].dtype == torch.float64, name
     assert not got["grads"].count_nonzero()
     return got
@@ -93,11 +93,11 @@ def check(layout: str, arguments: dict, step=lars_ema_step, **options) -> dict:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_formulas(provider, dtype, layout):
+def test_buffers_equal_the_formulas(provider, dtype, layout):
     check(layout, make(layout, dtype))
 
 
-def test_three_steps(provider):
+def test_three_steps_equal_the_formulas(provider):
     layout = "odd sizes"
     arguments = make(layout, torch.float64)
     for lr, tau in ((0.5, 0.9), (0.4, 0.95), (0.3, 1.0)):
@@ -111,7 +111,7 @@ def test_three_steps(provider):
 
 @pytest.mark.parametrize("zeroed", ["params", "grads", "params and grads"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])
-def test_the_ratio_is_one_if_a_norm_is_zero(provider, zeroed, weight_decay):
+def test_trust_ratio_is_one_if_a_norm_is_zero(provider, zeroed, weight_decay):
     arguments = make("odd sizes", torch.float32)
     for name in zeroed.split(" and "):
         arguments[name][7 : 7 + 769] = 0
@@ -119,7 +119,7 @@ def test_the_ratio_is_one_if_a_norm_is_zero(provider, zeroed, weight_decay):
     assert all(got[name].isfinite().all() for name in BUFFERS)
 
 
-def test_no_gradient_no_decay_no_change(provider):
+def test_zero_gradient_without_decay_changes_nothing(provider):
     arguments = make("odd sizes", torch.float32)
     arguments["grads"].zero_()
     arguments["momenta"].zero_()
@@ -128,20 +128,20 @@ def test_no_gradient_no_decay_no_change(provider):
     assert torch.equal(arguments["params"], before)
 
 
-def test_tiny_gradients_have_a_norm(provider):
+def test_norm_of_tiny_gradients_does_not_underflow(provider):
     arguments = make("only adapted", torch.float32)
-    arguments["grads"] *= 1e-24  # their squares are no fp32 numbers
+    arguments["grads"] *= 1e-24  # their squares underflow in fp32
     arguments["momenta"].zero_()
     lars_ema_step(**arguments, weight_decay=0.0, momentum=0.0, eta=0.02)
     norm = arguments["momenta"].double().norm()
     if provider == "native":
-        assert norm.isfinite()  # as eager PyTorch: the norm may be 0, then the ratio is 1
+        assert norm.isfinite()  # as in eager PyTorch the norm may underflow to 0, and the ratio is 1
     else:
         assert norm > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ends_of_tau_are_exact(provider, dtype):
+def test_tau_of_0_and_1_is_exact(provider, dtype):
     arguments = make("split between threads", dtype)
     kept = arguments["targets"].clone()
     lars_ema_step(**arguments | {"tau": torch.tensor(1.0)}, **OPTIONS)
@@ -151,7 +151,7 @@ def test_ends_of_tau_are_exact(provider, dtype):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_shows_in_its_segment_and_nowhere_else(provider, poison):
+def test_nonfinite_gradient_spreads_in_its_segment_only(provider, poison):
     arguments = make("split between threads", torch.float32)
     clean = copy(arguments)
     lars_ema_step(**clean, **OPTIONS)
@@ -168,12 +168,12 @@ def test_a_gradient_that_is_no_number_shows_in_its_segment_and_nowhere_else(prov
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_step_that_does_not_apply_zeroes_the_gradient_and_nothing_else(provider, dtype, layout):
+def test_step_without_apply_only_zeroes_the_gradients(provider, dtype, layout):
     check_apply(layout, make(layout, dtype))
 
 
 def check_apply(layout: str, arguments: dict, step=lars_ema_step) -> None:
-    """`apply` true is a step like any other, to the bit; false is none, whatever the gradient."""
+    """With `apply` true the step is bitwise the ordinary one; with false only the gradients change, even if NaN."""
     device = arguments["params"].device
     applied, want = copy(arguments), copy(arguments)
     step(**want, **OPTIONS)
@@ -187,7 +187,7 @@ def check_apply(layout: str, arguments: dict, step=lars_ema_step) -> None:
 
 
 @needs_cpp
-def test_the_result_does_not_depend_on_the_number_of_threads(policy):
+def test_results_are_bitwise_equal_for_any_number_of_threads(policy):
     policy("cpp")
     arguments, threads, results = make("split between threads", torch.float32), torch.get_num_threads(), []
     try:
@@ -201,7 +201,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(policy):
         assert all(torch.equal(result[name], results[0][name]) for name in BUFFERS)
 
 
-def test_slices_of_one_buffer_that_are_not_aligned(provider):
+def test_unaligned_slices_of_one_buffer(provider):
     arguments, memory = make("odd sizes", torch.float32), torch.full((100_000,), 5.0)
     offset = 3
     for name in BUFFERS:
@@ -250,7 +250,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(provider, case):
+def test_invalid_arguments_are_rejected(provider, case):
     arguments = make("odd sizes", torch.float32)
     before = copy(arguments)
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -260,7 +260,7 @@ def test_refused(provider, case):
 
 @needs_cpp
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_library_checks_for_itself(case):
+def test_library_rejects_invalid_arguments(case):
     arguments = make("odd sizes", torch.float32)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ops.dspnet_cpp.lars_ema_step(**arguments | REFUSED[case](arguments), **OPTIONS)
@@ -268,7 +268,7 @@ def test_the_library_checks_for_itself(case):
 
 @pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau", "apply"])
 @pytest.mark.parametrize("library", [False, pytest.param(True, marks=needs_cpp)])
-def test_another_device_is_refused(library, name):
+def test_another_device_is_rejected(library, name):
     arguments = make("odd sizes", torch.float32) | {"apply": torch.tensor(True)}
     step = torch.ops.dspnet_cpp.lars_ema_step if library else lars_ema_step.native
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -277,7 +277,7 @@ def test_another_device_is_refused(library, name):
 
 @needs_cpp
 @pytest.mark.parametrize("name", [*BUFFERS, "lr", "tau", "apply"])
-def test_the_library_refuses_tensors_whose_memory_was_taken_away(name):
+def test_library_rejects_tensors_without_storage(name):
     arguments = make("odd sizes", torch.float32) | {"apply": torch.tensor(True)}
     arguments[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError):
@@ -327,7 +327,7 @@ def test_every_cpu_capability(run_python, capability):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_a_gpu_without_waiting_for_it(policy, dtype):
+def test_step_on_a_gpu_does_not_synchronise(policy, dtype):
     policy("native")
     arguments = make("split between threads", dtype, "cuda")
     step = copy(arguments)

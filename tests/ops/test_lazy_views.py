@@ -1,4 +1,4 @@
-"""Lazily negated and conjugated views: worked out where they are read, refused where they would be written to."""
+"""Lazily negated and conjugated views are resolved as inputs and rejected as written arguments."""
 
 import harness
 import pytest
@@ -10,7 +10,7 @@ from dspnet_fast.ops.norm_act import norm_act
 
 
 def negated(*shape: int) -> Tensor:
-    """Numbers whose memory holds the negative ones."""
+    """A lazy view whose memory holds the negated numbers."""
     view = torch.randn(*shape, dtype=torch.complex64).conj().imag
     assert view.is_neg()
     return view
@@ -31,8 +31,8 @@ def library(request):
 
 @pytest.mark.parametrize("lazy", [negated, conjugated])
 @pytest.mark.parametrize("place", range(4))
-def test_flat_buffers_are_refused(library, lazy, place):
-    """PyTorch alone would drop a reference too many, since nothing is returned: the process would crash later."""
+def test_lazy_flat_buffers_are_rejected(library, lazy, place):
+    """PyTorch would decrement a reference count too often, as the operator returns nothing, and crash later."""
     buffers = [torch.randn(6) for _ in range(4)]
     buffers[place] = lazy(6)
     scalars = torch.tensor(0.1), torch.tensor(0.9)
@@ -41,19 +41,19 @@ def test_flat_buffers_are_refused(library, lazy, place):
 
 
 @pytest.mark.parametrize("lazy", [negated, conjugated])
-def test_targets_are_refused(library, lazy):
+def test_lazy_targets_are_rejected(library, lazy):
     with pytest.raises(RuntimeError, match=r"targets is written to.*resolve_neg"):
         library.ema_update([torch.randn(3), lazy(3)], [torch.randn(3), lazy(3)], 0.5)
 
 
-def test_onlines_are_read(library):
+def test_lazy_onlines_are_resolved(library):
     target, online = torch.zeros(3), negated(3)
     library.ema_update([target], [online], 0.0)
     assert torch.equal(target, online)
 
 
-def test_main_grads_are_refused(library):
-    """What is returned is not what is written to."""
+def test_lazy_main_grads_are_rejected(library):
+    """The operator returns other tensors than those it writes to."""
     rows, channels = torch.randn(2, 3), torch.rand(3)
     with pytest.raises(RuntimeError, match=r"bias_main_grad is written to.*resolve_neg"):
         library.scale_shift_backward(rows, rows, rows, rows, channels, channels, channels, negated(3), 1e-5)
@@ -64,8 +64,8 @@ def provider(request, policy):
     policy(request.param)
 
 
-def test_inputs_are_read(provider):
-    """Also on the short way around PyTorch's dispatcher, which would have worked them out."""
+def test_lazy_inputs_are_resolved(provider):
+    """Also in eager calls that bypass PyTorch's dispatcher, which would resolve them."""
     x, scale, shift, grad = negated(2, 3, 4, 4), negated(1, 3), negated(1, 3), negated(2, 3, 4, 4)
     found = []
     for ready in (lambda tensor: tensor, Tensor.resolve_neg):

@@ -1,4 +1,4 @@
-"""norm_act: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
+"""norm_act: its formulas by autograd in float64, every provider by the error rule, rejected arguments."""
 
 import harness
 import pytest
@@ -13,7 +13,7 @@ from dspnet_fast.ops import conv_moments, cpp, norm_act, norm_act_pool, registry
 from dspnet_fast.ops.deferred import ACTS
 from dspnet_fast.ops.norm_act import norm_act_backward
 
-# What is added before the activation.
+# Summand before the activation function.
 RESIDUALS = ("no residual", "residual", "normalised residual")
 
 
@@ -56,7 +56,7 @@ def make(
 
 
 def normalised(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """One view after another."""
+    """scale * x + shift, view by view."""
     if scale is None:
         return x
     parts = zip(x.chunk(len(scale)), scale, shift)
@@ -64,7 +64,7 @@ def normalised(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 def composed(x, scale, shift, act, gate, residual, residual_scale, residual_shift):
-    """The formula by ordinary operations."""
+    """The formula in ordinary PyTorch operations."""
     z = normalised(x, scale, shift)
     if residual is not None:
         z = z + normalised(residual, residual_scale, residual_shift)
@@ -73,7 +73,7 @@ def composed(x, scale, shift, act, gate, residual, residual_scale, residual_shif
 
 
 def check(arguments: dict) -> None:
-    """The provider in force, by the error rule."""
+    """Check the active provider by the error rule."""
     (output,), _ = harness.check(norm_act, ("output",), arguments)
     assert output.is_contiguous(memory_format=torch.channels_last)
 
@@ -82,7 +82,7 @@ def check(arguments: dict) -> None:
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_formulas_by_autograd(case, act, gated, residual):
+def test_native_body_equals_the_formulas(case, act, gated, residual):
     arguments = double(make(case, act, gated=gated, residual=residual))
     got, cotangent, grads = run(norm_act, arguments)
     want, _, want_grads = run(composed, arguments, cotangent)
@@ -94,14 +94,14 @@ def test_formulas_by_autograd(case, act, gated, residual):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_error_rule(provider, nan_filled, case, act, gated, residual):
+def test_provider_satisfies_the_error_rule(provider, nan_filled, case, act, gated, residual):
     check(make(case, act, gated=gated, residual=residual))
 
 
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ["identity", "relu"])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
+def test_error_rule_for_inputs_without_normalisation(provider, nan_filled, case, act, residual):
     check(make(case, act, deferred=False, residual=residual))
     check(make(case, act, deferred=False, residual=residual, gated=True))
 
@@ -110,12 +110,12 @@ def test_error_rule_settled_input(provider, nan_filled, case, act, residual):
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("dtype", NARROW)
-def test_error_rule_narrow(provider, nan_filled, case, gated, residual, dtype):
+def test_error_rule_in_narrow_dtypes(provider, nan_filled, case, gated, residual, dtype):
     check(make(case, "hardswish", gated=gated, residual=residual, dtype=dtype))
 
 
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 1), (1, 1), (4, 2)])
-def test_both_sides_have_rows_of_their_own(provider, nan_filled, first, second):
+def test_input_and_residual_may_have_different_numbers_of_rows(provider, nan_filled, first, second):
     arguments = make("one vector", residual="normalised residual")
     for names, rows in (("scale", "shift"), first), (("residual_scale", "residual_shift"), second):
         arguments |= {name: torch.rand(rows, 16) for name in names}
@@ -127,7 +127,7 @@ def test_both_sides_have_rows_of_their_own(provider, nan_filled, first, second):
 @pytest.mark.parametrize("residual", RESIDUALS[1:])
 @pytest.mark.parametrize("residual_gradient", [False, True])
 @pytest.mark.parametrize("deferred", [False, True])
-def test_the_residual_has_a_gradient_where_it_is_asked_for(
+def test_gradient_of_the_residual_is_returned_only_if_requested(
     provider, nan_filled, act, gated, residual, residual_gradient, deferred
 ):
     arguments = make("odd channels", act, deferred, gated, residual)
@@ -143,7 +143,7 @@ def test_the_residual_has_a_gradient_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize("act", ["identity", "relu"])
-def test_other_memory_formats(provider, act):
+def test_other_memory_formats_give_equal_results(provider, act):
     arguments = make("wide", act, gated=True, residual="normalised residual")
     want, (cotangent,), grads = run(norm_act, arguments)
     arguments |= {name: arguments[name].contiguous() for name in ("x", "residual")}
@@ -156,7 +156,7 @@ def test_other_memory_formats(provider, act):
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8, 0, 3), (2, 0, 3, 3)])
-def test_nothing_at_all(provider, nan_filled, shape):
+def test_empty_tensors(provider, nan_filled, shape):
     x = torch.randn(shape, device=device()).requires_grad_()
     small = [torch.rand(2, shape[1], device=device()).requires_grad_() for _ in range(2)]
     gate = torch.rand(shape[:2], device=device()).requires_grad_()
@@ -166,7 +166,7 @@ def test_nothing_at_all(provider, nan_filled, shape):
         assert not gradient.count_nonzero()
 
 
-def test_threads_share_few_images_and_many(provider, nan_filled):
+def test_error_rule_with_any_number_of_threads(provider, nan_filled):
     threads = torch.get_num_threads()
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
@@ -185,7 +185,7 @@ def test_opcheck(provider, residual):
     opcheck(torch.ops.dspnet.norm_act.default, tuple(arguments.values()))
 
 
-def test_a_block_is_compiled_whole(provider):
+def test_block_compiles_without_a_graph_break(provider):
     """All operators of deferred normalisation under torch.compile, forward and backward."""
     images, channels = 4, 16
 
@@ -229,7 +229,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(provider, reason):
+def test_invalid_arguments_are_rejected(provider, reason):
     arguments = to_device(make("one vector", gated=True, residual="normalised residual"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
@@ -238,7 +238,7 @@ def test_refused(provider, reason):
 
 @pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule."""
+    """The library's builds for older processors, by the error rule."""
     check_every_build(
         run_python,
         "test_norm_act",

@@ -1,4 +1,4 @@
-"""norm_act_pool: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
+"""norm_act_pool: its formulas by autograd in float64, every provider by the error rule, rejected arguments."""
 
 import harness
 import pytest
@@ -30,7 +30,7 @@ def make(case: str, act: str = "relu", deferred: bool = True, dtype: torch.dtype
 
 
 def composed(x, scale, shift, act):
-    """The formula by ordinary operations, one view after another."""
+    """The formula in ordinary PyTorch operations, view by view."""
     if scale is not None:
         parts = zip(x.chunk(len(scale)), scale, shift)
         x = torch.cat([row[:, None, None] * part + other[:, None, None] for part, row, other in parts])
@@ -38,15 +38,15 @@ def composed(x, scale, shift, act):
 
 
 def check(arguments: dict) -> None:
-    """The provider in force, by the error rule."""
+    """Check the active provider by the error rule."""
     _, (of_x, *_) = harness.check(norm_act_pool, ("output",), arguments)
     assert of_x.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("deferred", [False, True], ids=["settled", ""])
-def test_formulas_by_autograd(case, act, deferred):
+@pytest.mark.parametrize("deferred", [False, True], ids=["plain", ""])
+def test_native_body_equals_the_formulas(case, act, deferred):
     arguments = double(make(case, act, deferred))
     got, cotangent, grads = run(norm_act_pool, arguments)
     want, _, want_grads = run(composed, arguments, cotangent)
@@ -56,19 +56,19 @@ def test_formulas_by_autograd(case, act, deferred):
 
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("deferred", [False, True], ids=["settled", ""])
+@pytest.mark.parametrize("deferred", [False, True], ids=["plain", ""])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_rule(provider, nan_filled, case, act, deferred, dtype):
+def test_provider_satisfies_the_error_rule(provider, nan_filled, case, act, deferred, dtype):
     check(make(case, act, deferred, dtype))
 
 
-def test_one_row_of_scale_serves_all_images(provider, nan_filled):
+def test_single_row_of_scale(provider, nan_filled):
     arguments = make("one vector")
     check(arguments | {name: arguments[name][:1] for name in ("scale", "shift")})
 
 
 @pytest.mark.parametrize("act", ["identity", "relu"])
-def test_other_memory_formats(provider, act):
+def test_other_memory_formats_give_equal_results(provider, act):
     arguments = make("wide", act)
     want, (cotangent,), grads = run(norm_act_pool, arguments)
     got, _, got_grads = run(
@@ -79,7 +79,7 @@ def test_other_memory_formats(provider, act):
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 0, 3, 3)])
-def test_nothing_at_all(provider, nan_filled, shape):
+def test_empty_tensors(provider, nan_filled, shape):
     x = torch.randn(shape, device=device()).requires_grad_()
     small = [torch.rand(2, shape[1], device=device()).requires_grad_() for _ in range(2)]
     output = norm_act_pool(x, *small, "relu")
@@ -88,7 +88,7 @@ def test_nothing_at_all(provider, nan_filled, shape):
         assert not gradient.count_nonzero()
 
 
-def test_threads_share_few_images_and_many(provider, nan_filled):
+def test_error_rule_with_any_number_of_threads(provider, nan_filled):
     threads = torch.get_num_threads()
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
@@ -117,7 +117,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(provider, reason):
+def test_invalid_arguments_are_rejected(provider, reason):
     arguments = to_device(make("one vector"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
@@ -126,7 +126,7 @@ def test_refused(provider, reason):
 
 @pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule."""
+    """The library's builds for older processors, by the error rule."""
     check_every_build(
         run_python,
         "test_norm_act_pool",

@@ -1,4 +1,4 @@
-"""normalized_mse: value, gradients and precision of every provider, and what it refuses."""
+"""normalized_mse: value, gradients and precision of every provider, and rejected arguments."""
 
 import pytest
 import torch
@@ -25,15 +25,15 @@ def inputs(shape, dtype, requires_grad=True):
 
 
 def eager(p, z):
-    """Written another way than the operator's body."""
-    wide = torch.promote_types(torch.promote_types(p.dtype, z.dtype), torch.float32)
-    return (2 - 2 * F.cosine_similarity(p.to(wide), z.to(wide), dim=1, eps=1e-12)).mean()
+    """The loss by F.cosine_similarity, which the operator's body does not use."""
+    dtype = torch.promote_types(torch.promote_types(p.dtype, z.dtype), torch.float32)
+    return (2 - 2 * F.cosine_similarity(p.to(dtype), z.to(dtype), dim=1, eps=1e-12)).mean()
 
 
 def check(p: Tensor, z: Tensor, forward=normalized_mse, backward=normalized_mse_backward) -> None:
     """The error rule, for the loss and both gradients.
 
-    In float64 the reference is no better than what it judges: there, both may be off by rounding.
+    In float64 the reference is no more precise than the provider: there both may differ by rounding.
     """
     p, z = (v.detach().requires_grad_() for v in (p, z))
     p64, z64 = (v.detach().double().requires_grad_() for v in (p, z))
@@ -48,13 +48,13 @@ def check(p: Tensor, z: Tensor, forward=normalized_mse, backward=normalized_mse_
     plain = torch.autograd.grad(same_dtype, (p, z), d)
     for gradient, want, reference in zip(backward(d, p.detach(), z.detach(), True, True), wanted, plain, strict=True):
         assert gradient.dtype == reference.dtype
-        # In one dimension the gradient is 0, and what remains is rounding of terms of the size of 2 d / (N |p|).
+        # In one dimension the gradient is 0 and only the rounding errors of its terms, about 2 d / (N |p|), remain.
         terms = 4 / (len(p) * min(p64.norm(dim=1).min(), z64.norm(dim=1).min()))
         unit = torch.finfo(gradient.dtype).eps * want.abs().max() + rounding * torch.finfo(loss.dtype).eps * terms
         assert (gradient.double() - want).abs().max() <= 3 * (reference.double() - want).abs().max() + unit
 
 
-def test_values_known_by_hand(provider):
+def test_loss_equals_values_computed_by_hand(provider):
     p = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
     z = torch.tensor([[5.0, 0.0], [0.0, -1.0], [0.0, 9.0]])  # cosines 1, -1, 0
     torch.testing.assert_close(normalized_mse(p, z), torch.tensor((0.0 + 4.0 + 2.0) / 3))
@@ -62,29 +62,29 @@ def test_values_known_by_hand(provider):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_is_within_twice_eagers(provider, shape, dtype, nan_filled):
+def test_provider_satisfies_the_error_rule(provider, shape, dtype, nan_filled):
     check(*inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float16)], ids=str)
-def test_inputs_of_two_dtypes(provider, dtypes):
+def test_error_rule_for_inputs_of_two_dtypes(provider, dtypes):
     check(*(torch.randn(9, 77).to(dtype) for dtype in dtypes))
 
 
-def test_autograd_calls_the_gradients_operator(provider):
+def test_autograd_uses_the_backward_operator(provider):
     p, z = inputs((130, 77), torch.float32)
     got = torch.autograd.grad(3 * normalized_mse(p, z), (p, z))
     want = normalized_mse_backward(torch.tensor(3.0), p.detach(), z.detach(), True, True)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def test_gradients_by_finite_differences(provider):
+def test_gradients_equal_finite_differences(provider):
     p, z = inputs((4, 5), torch.float64)
     assert torch.autograd.gradcheck(normalized_mse, (p, z))
     assert torch.autograd.gradgradcheck(normalized_mse, (p, z))
 
 
-def test_gradient_only_where_wanted(provider):
+def test_gradient_is_computed_only_if_requested(provider):
     p, z = inputs((4, 5), torch.float32)
     normalized_mse(p, z.detach()).backward()
     assert p.grad is not None and z.grad is None
@@ -92,7 +92,7 @@ def test_gradient_only_where_wanted(provider):
     assert dp.shape == (0,) and dz.shape == (4, 5)
 
 
-def test_large_and_small_vectors_give_the_same_loss(provider):
+def test_loss_does_not_depend_on_vector_lengths(provider):
     p, z = inputs((6, 50), torch.float32, requires_grad=False)
     torch.testing.assert_close(normalized_mse(1e4 * p, 1e-3 * z), normalized_mse(p, z))
 
@@ -105,7 +105,7 @@ def test_zero_vectors_count_as_orthogonal(provider):
     assert p.grad.isfinite().all()
 
 
-def test_below_the_shortest_length_the_divisor_is_constant(provider):
+def test_lengths_below_eps_are_replaced_by_eps(provider):
     p, z = (EPS / 10 * F.normalize(torch.randn(4, 50))).requires_grad_(), torch.randn(4, 50)
     loss = normalized_mse(p, z)
     torch.testing.assert_close(loss, (2 - 2 * (p / EPS * F.normalize(z)).sum(1)).mean())
@@ -113,7 +113,7 @@ def test_below_the_shortest_length_the_divisor_is_constant(provider):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_is_no_number_shows_in_the_loss_and_in_the_gradient_of_its_row(provider, poison):
+def test_nonfinite_input_spreads_to_the_loss_and_the_gradient_of_its_row_only(provider, poison):
     p, z = inputs((6, 50), torch.float32)
     with torch.no_grad():
         p[2, 7] = poison
@@ -124,7 +124,7 @@ def test_what_is_no_number_shows_in_the_loss_and_in_the_gradient_of_its_row(prov
         assert gradient[2].isnan().any() and gradient[[0, 1, 3, 4, 5]].isfinite().all()
 
 
-def test_strided_inputs(provider):
+def test_error_rule_for_strided_inputs(provider):
     p, z = torch.randn(10, 20)[:, :7], torch.randn(7, 10).t()
     torch.testing.assert_close(normalized_mse(p, z), normalized_mse(p.contiguous(), z.contiguous()))
     check(p, z)
@@ -148,15 +148,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(provider, case):
+def test_invalid_arguments_are_rejected(provider, case):
     with pytest.raises(RuntimeError, match="normalized_mse"):
         normalized_mse(*REFUSED[case])
 
 
 @needs_cpp
-@pytest.mark.parametrize("case", [*REFUSED, "memory taken away", "another device"])
-def test_the_library_checks_for_itself(case):
-    if case == "memory taken away":
+@pytest.mark.parametrize("case", [*REFUSED, "without storage", "another device"])
+def test_library_rejects_invalid_arguments(case):
+    if case == "without storage":
         p, z = torch.randn(4, 5), torch.randn(4, 5)
         z.untyped_storage().resize_(0)
     elif case == "another device":
@@ -173,13 +173,13 @@ def test_the_library_checks_for_itself(case):
 
 @needs_cpp
 @pytest.mark.parametrize("grad", [torch.ones(1), torch.ones((), dtype=torch.float64), torch.ones((), device="meta")])
-def test_the_library_checks_the_gradient_of_the_loss(grad):
+def test_library_rejects_invalid_gradient_of_the_loss(grad):
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ops.dspnet_cpp.normalized_mse_backward(grad, torch.randn(4, 5), torch.randn(4, 5), True, True)
 
 
 @needs_cpp
-def test_the_result_does_not_depend_on_the_number_of_threads(policy):
+def test_results_are_bitwise_equal_for_any_number_of_threads(policy):
     policy("cpp")
     p, z = inputs((300, 769), torch.float32, requires_grad=False)
     threads, results = torch.get_num_threads(), []

@@ -1,4 +1,4 @@
-"""The choice among providers: policy, priority, refusals, what is recorded. On an operator made for the purpose."""
+"""The choice of providers by policy and priority, rejected arguments, and log messages, with a test operator."""
 
 import dataclasses
 import logging
@@ -13,7 +13,7 @@ from dspnet_fast.ops import registry
 
 @pytest.fixture(scope="module")
 def made():
-    """An operator that adds 1. Its provider cpp adds 2, to small tensors; cuda says that it cannot; triton adds 3."""
+    """An operator that adds 1. Provider cpp adds 2 to small tensors, cuda is unavailable, triton adds 3."""
 
     @registry.operator()
     def test_plus_one(x: Tensor, y: float = 0.0) -> Tensor:
@@ -24,7 +24,7 @@ def made():
 
     def unsupported():
         asked.append("cuda")
-        return False, "the moon is not full"
+        return False, "no such device"
 
     def small(x, y=0.0):
         return x.numel() < 10, f"{x.numel()} elements are too many"
@@ -40,30 +40,30 @@ def made():
 
 @pytest.fixture(autouse=True)
 def restored(policy):
-    """Every test leaves the policy as it was."""
+    """Restore the policy after every test."""
 
 
 def value(op, size=3, *args) -> float:
     return op(torch.zeros(size), *args)[0].item()
 
 
-def test_native_is_the_body(made):
+def test_native_policy_runs_the_body(made):
     registry.set_policy("native")
     assert value(made) == 1
     assert value(made, 3, 5.0) == 6
     assert made.__doc__ == "Adds one."
 
 
-def test_auto_takes_the_first_that_can(made):
+def test_auto_chooses_the_first_available_provider(made):
     registry.set_policy("auto")
     assert value(made) == 2
     assert made(torch.zeros(3), y=5.0)[0] == 7
     assert registry.serving("cpu")["test_plus_one"] == "cpp"
-    assert registry.serving("cuda")["test_plus_one"] == "native"  # cuda cannot, triton is unproven
+    assert registry.serving("cuda")["test_plus_one"] == "native"  # cuda is unavailable, triton unproven
     assert registry.serving("mps")["test_plus_one"] == "native"
 
 
-def test_any_takes_what_nobody_has_measured_but_not_what_is_only_by_name(made, monkeypatch):
+def test_any_chooses_unproven_providers_but_not_those_chosen_by_name_only(made, monkeypatch):
     monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
     registry.set_policy("any")
     assert registry.serving("cuda") == {"test_plus_one": "triton"}
@@ -75,8 +75,8 @@ def test_any_takes_what_nobody_has_measured_but_not_what_is_only_by_name(made, m
     assert registry.serving("cuda") == {"test_plus_one": "triton"}
 
 
-@pytest.mark.parametrize("gpu, said", [(True, ["--fast-kernels leaves out triton: not measured"]), (False, [])])
-def test_fast_kernels_says_what_it_leaves_out(made, monkeypatch, caplog, gpu, said):
+@pytest.mark.parametrize("gpu, said", [(True, ["--fast-kernels does not use triton: not measured"]), (False, [])])
+def test_fast_kernels_warns_of_unproven_providers(made, monkeypatch, caplog, gpu, said):
     monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
     monkeypatch.setattr(registry, "_policy_of_environment", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -84,37 +84,37 @@ def test_fast_kernels_says_what_it_leaves_out(made, monkeypatch, caplog, gpu, sa
     assert [record.getMessage() for record in caplog.records] == said
 
 
-def test_auto_reports_a_refusal_once(made, caplog):
+def test_auto_logs_rejected_arguments_once(made, caplog):
     registry.set_policy("auto")
     with caplog.at_level(logging.WARNING):
         assert value(made, 50) == 1
         assert value(made, 60) == 1
     assert [r.getMessage() for r in caplog.records] == [
-        "test_plus_one: not by cpp, because 50 elements are too many (reported once)"
+        "test_plus_one: cpp is not used, because 50 elements are too many (reported once)"
     ]
 
 
-def test_by_name_a_refusal_is_an_error(made, monkeypatch):
+def test_rejected_arguments_are_an_error_for_a_provider_chosen_by_name(made, monkeypatch):
     monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
     registry.set_policy("cpp")
     assert value(made) == 2
-    with pytest.raises(InputError, match="test_plus_one: cpp was asked for by name, but 50 elements are too many"):
+    with pytest.raises(InputError, match="test_plus_one: cpp was chosen by name, but 50 elements are too many"):
         value(made, 50)
 
 
-def test_by_name_an_operator_without_it_runs_natively(made, monkeypatch):
+def test_operator_without_the_chosen_provider_runs_natively(made, monkeypatch):
     normalized_mse = registry.operators["normalized_mse"]
     monkeypatch.setattr(registry, "operators", {"test_plus_one": made, "normalized_mse": normalized_mse})
     registry.set_policy("triton")
     assert registry.serving("cuda") == {"test_plus_one": "triton", "normalized_mse": "native"}
-    with pytest.raises(InputError, match="triton was asked for by name, but it serves cuda, not cpu"):
+    with pytest.raises(InputError, match="triton was chosen by name, but it runs on cuda, not cpu"):
         value(made)
 
 
 @pytest.mark.parametrize(
-    "name, why", [("cuda", "test_plus_one: cuda .* the moon is not full"), ("cudo", "no kernel provider is called")]
+    "name, why", [("cuda", "test_plus_one: cuda .* no such device"), ("cudo", "unknown kernel provider")]
 )
-def test_by_name_what_cannot_serve_is_an_error_at_once(made, monkeypatch, name, why):
+def test_choosing_an_unavailable_provider_is_an_error(made, monkeypatch, name, why):
     monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
     before = registry.get_policy()
     with pytest.raises(InputError, match=why):
@@ -122,7 +122,7 @@ def test_by_name_what_cannot_serve_is_an_error_at_once(made, monkeypatch, name, 
     assert registry.get_policy() == before
 
 
-def test_a_name_that_no_operator_has(monkeypatch):
+def test_choosing_a_provider_that_no_operator_has_is_an_error(monkeypatch):
     monkeypatch.setattr(registry, "operators", {})
     with pytest.raises(InputError, match="no operator has a cuda implementation"):
         registry.set_policy("cuda")
@@ -133,13 +133,13 @@ def test_describe_gives_every_reason(made):
         "native": {"available": True, "reason": ""},
         "cpp": {"available": True, "reason": ""},
         "triton": {"available": True, "reason": "not measured"},
-        "cuda": {"available": False, "reason": "the moon is not full"},
+        "cuda": {"available": False, "reason": "no such device"},
         "apex": {"available": False, "reason": "no implementation of this operator"},
     }
     assert registry.describe()["normalized_mse"]["triton"]["reason"] == "no implementation of this operator"
 
 
-def test_the_machine_is_asked_once(made):
+def test_support_is_checked_once(made):
     for policy in ("auto", "native", "auto"):
         registry.set_policy(policy)
         value(made)
@@ -147,7 +147,7 @@ def test_the_machine_is_asked_once(made):
     assert made.asked == ["cuda"]
 
 
-def test_a_compiled_graph_follows_the_policy(made):
+def test_compiled_graph_follows_the_policy(made):
     compiled = torch.compile(lambda x: made(x), fullgraph=True, backend="aot_eager")
     registry.set_policy("native")
     assert compiled(torch.zeros(3))[0] == 1
@@ -203,9 +203,9 @@ print(registry.get_policy())
         ("native", ["native", "native"]),
         (
             "cudo",
-            ["cudo", "no kernel provider is called 'cudo': use auto, any, native, cpp, triton, cuda, apex", "cudo"],
+            ["cudo", "unknown kernel provider 'cudo': use auto, any, native, cpp, triton, cuda, apex", "cudo"],
         ),
     ],
 )
-def test_environment_and_fast_kernels(run_python, variable, printed):
+def test_policy_from_the_environment_and_fast_kernels(run_python, variable, printed):
     assert run_python("-c", ENVIRONMENT, DSPNET_KERNELS=variable).splitlines() == printed

@@ -1,4 +1,4 @@
-"""scale_shift: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
+"""scale_shift: its formulas by autograd in float64, every provider by the error rule, rejected arguments."""
 
 import harness
 import pytest
@@ -45,7 +45,7 @@ def make(case: str, weight: bool = True, bias: bool = True) -> dict:
 
 
 def composed(mean, variance, weight, weight_main_grad, bias, bias_main_grad, eps):
-    """What batch normalisation makes of 0 and of 1."""
+    """Scale and shift from the batch normalisation of 0 and 1."""
     channels = mean.shape[1]
     gamma = torch.ones_like(mean) if weight is None else weight[:channels]
     beta = torch.zeros_like(mean) if bias is None else bias[:channels]
@@ -55,26 +55,26 @@ def composed(mean, variance, weight, weight_main_grad, bias, bias_main_grad, eps
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("weight, bias", AFFINE)
-def test_formulas_by_autograd(case, weight, bias):
+def test_native_body_equals_the_formulas(case, weight, bias):
     arguments = double(make(case, weight, bias))
     got, cotangents, grads = run(scale_shift, arguments)
     want, _, want_grads = run(composed, arguments, cotangents)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)  # the difference of large numbers
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)  # cancellation
     torch.testing.assert_close(grads, want_grads, rtol=1e-9, atol=1e-6)
 
 
 def check(arguments: dict) -> None:
-    """The provider in force, by the error rule."""
+    """Check the active provider by the error rule."""
     harness.check(scale_shift, OUTPUTS, arguments)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("weight, bias", AFFINE)
-def test_error_rule(provider, nan_filled, case, weight, bias):
+def test_provider_satisfies_the_error_rule(provider, nan_filled, case, weight, bias):
     check(make(case, weight, bias))
 
 
-def test_vectors_that_are_not_contiguous(policy, nan_filled):
+def test_error_rule_for_strided_vectors(policy, nan_filled):
     policy("auto")
     arguments = make("slice")
     for name in ("mean", "variance"):
@@ -85,7 +85,7 @@ def test_vectors_that_are_not_contiguous(policy, nan_filled):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_go_to_the_prefixes_of_main_grads(provider, case):
+def test_gradients_are_added_to_the_prefixes_of_main_grads(provider, case):
     arguments = make(case)
     channels = arguments["mean"].shape[1]
     _, cotangents, grads = run(scale_shift, arguments)
@@ -104,7 +104,7 @@ def test_gradients_go_to_the_prefixes_of_main_grads(provider, case):
         assert main_grad[channels:].equal(start.cpu()[channels:])
 
 
-def test_a_frozen_vector_leaves_its_main_grad_alone(provider):
+def test_main_grad_of_a_frozen_vector_is_unchanged(provider):
     arguments = to_device(make("slice"))
     arguments["bias"].requires_grad_()
     arguments["weight_main_grad"] = torch.zeros_like(arguments["weight"])
@@ -113,7 +113,7 @@ def test_a_frozen_vector_leaves_its_main_grad_alone(provider):
     assert arguments["bias"].grad.any()
 
 
-def test_evaluation_without_gradients(provider):
+def test_forward_without_gradients(provider):
     arguments = to_device(make("one view"))
     with torch.no_grad():
         scale, shift = (output.cpu() for output in scale_shift(*arguments.values()))
@@ -121,7 +121,7 @@ def test_evaluation_without_gradients(provider):
     torch.testing.assert_close((scale.double(), shift.double()), want, rtol=1e-5, atol=1e-4)
 
 
-def test_other_dtypes_are_the_native_bodys(policy):
+def test_other_dtypes_use_the_native_body(policy):
     policy("auto")
     harness.check(scale_shift, OUTPUTS, make("slice") | {"weight": torch.rand(40, dtype=torch.float16)})
     if cpp.has("scale_shift")[0]:
@@ -157,30 +157,30 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(provider, reason):
+def test_invalid_arguments_are_rejected(provider, reason):
     arguments = to_device(make("slice"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
         scale_shift(*arguments.values())
 
 
-REFUSED_BY_THE_LIBRARY = {reason: change for reason, change in REFUSED.items() if "main_grad" not in reason}
+REFUSED_BY_LIBRARY = {reason: change for reason, change in REFUSED.items() if "main_grad" not in reason}
 
 
 @needs_cpp
 @pytest.mark.parametrize("reason", REFUSED)
-def test_the_library_refuses_by_itself(reason):
+def test_library_rejects_invalid_arguments(reason):
     arguments = make("slice")
     arguments |= REFUSED[reason](arguments)
     mean, variance, weight, _, bias, _, eps = arguments.values()
-    if reason in REFUSED_BY_THE_LIBRARY:
+    if reason in REFUSED_BY_LIBRARY:
         with pytest.raises(RuntimeError):
             torch.ops.dspnet_cpp.scale_shift(mean, variance, weight, bias, eps)
     with pytest.raises(RuntimeError):
         torch.ops.dspnet_cpp.scale_shift_backward(mean, variance, *arguments.values())
 
 
-def test_backward_refuses_gradients_of_other_shapes(policy):
+def test_backward_rejects_gradients_of_other_shapes(policy):
     for name in ("native", "cpp"):
         if name == "cpp" and not cpp.has("scale_shift")[0]:
             continue
@@ -192,14 +192,14 @@ def test_backward_refuses_gradients_of_other_shapes(policy):
 
 
 @pytest.mark.parametrize("name", ["native", pytest.param("cpp", marks=needs_cpp)])
-def test_no_channels_take_no_time(policy, name):
+def test_zero_channels_return_at_once(policy, name):
     policy(name)
     nothing = torch.empty(2**60, 0)
     assert scale_shift(nothing, nothing, None, None, None, None, 1e-5)[0].shape == nothing.shape
 
 
 @pytest.mark.parametrize("name", ["native", pytest.param("cpp", marks=needs_cpp)])
-def test_main_grad_that_overlaps_itself_is_refused(policy, name):
+def test_main_grad_that_overlaps_itself_is_rejected(policy, name):
     policy(name)
     arguments = make("slice")
     arguments["weight_main_grad"] = torch.zeros(1).expand_as(arguments["weight"])
@@ -209,5 +209,5 @@ def test_main_grad_that_overlaps_itself_is_refused(policy, name):
 
 @needs_cpp
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule."""
+    """The library's builds for older processors, by the error rule."""
     check_every_build(run_python, "test_scale_shift", "for case in t.CASES:\n    t.check(t.make(case))\n")

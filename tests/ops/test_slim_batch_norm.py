@@ -1,4 +1,4 @@
-"""slim_batch_norm: its formulas by autograd in float64, every provider by the error rule, what it refuses."""
+"""slim_batch_norm: its formulas by autograd in float64, every provider by the error rule, rejected arguments."""
 
 import harness
 import pytest
@@ -22,7 +22,7 @@ CASES = {
     "features": ((64, 130), 2),
     "many features": ((600, 33), 1),
 }
-# The native body's alone.
+# Supported by the native body only.
 OTHER_CASES = {
     "sequences": ((4, 9, 7), 2),
     "contiguous images": ((4, 9, 6, 5), 2),
@@ -52,7 +52,7 @@ def make(case: str, weight: bool = True, bias: bool = True, dtype: torch.dtype =
 
 
 def composed(x, weight, bias, eps, views):
-    """The formulas by ordinary layers, one view after another."""
+    """The formulas in ordinary PyTorch operations, view by view."""
     y, means, variances = [], [], []
     for part in x.chunk(views):
         dims = (0, *range(2, x.ndim))
@@ -66,16 +66,16 @@ def composed(x, weight, bias, eps, views):
 
 
 def check(arguments: dict) -> None:
-    """The provider in force, by the error rule."""
+    """Check the active provider by the error rule."""
     (y, _, _), _ = harness.check(slim_batch_norm, ("y", "mean", "variance"), arguments)
     assert y.stride() == arguments["x"].stride()
 
 
 @pytest.mark.parametrize("case", CASES | OTHER_CASES)
 @pytest.mark.parametrize("weight, bias", [(True, True), (True, False), (False, True), (False, False)])
-def test_formulas_by_autograd(case, weight, bias):
+def test_native_body_equals_the_formulas(case, weight, bias):
     if case == "one row":
-        pytest.skip("the deviations of a single value are zero, and so is what is compared")
+        pytest.skip("the deviation of a single value is zero, and so are the results")
     arguments = double(make(case, weight, bias))
     got, cotangents, grads = run(slim_batch_norm, arguments)
     want, _, want_grads = run(composed, arguments, cotangents)
@@ -84,7 +84,7 @@ def test_formulas_by_autograd(case, weight, bias):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_view_is_as_batch_norm_has_it(provider, case):
+def test_each_view_equals_torch_batch_norm(provider, case):
     arguments = make(case)
     y = slim_batch_norm(*to_device(arguments).values())[0].cpu()
     if case == "one row":
@@ -98,12 +98,12 @@ def test_each_view_is_as_batch_norm_has_it(provider, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("weight, bias", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_rule(provider, nan_filled, case, weight, bias, dtype):
+def test_provider_satisfies_the_error_rule(provider, nan_filled, case, weight, bias, dtype):
     check(make(case, weight, bias, dtype))
 
 
 @pytest.mark.parametrize("case", OTHER_CASES)
-def test_other_shapes_are_the_native_bodys(policy, case):
+def test_other_shapes_use_the_native_body(policy, case):
     arguments = make(case)
     policy("auto")
     check(arguments)
@@ -114,8 +114,8 @@ def test_other_shapes_are_the_native_bodys(policy, case):
 
 
 @pytest.mark.parametrize("case", ["one vector", "large", "features"])
-def test_moments_far_from_zero(provider, case):
-    """|mean| / std = 1000, where E[x^2] - E[x]^2 in fp32 is wrong by more than the variance itself."""
+def test_moments_are_exact_for_means_far_from_zero(provider, case):
+    """|mean| / std = 1000, where the error of E[x^2] - E[x]^2 in fp32 exceeds the variance."""
     arguments = make(case)
     arguments["x"] = torch.randn_like(arguments["x"]) + 1000
     _, mean, variance = slim_batch_norm(*to_device(arguments).values())
@@ -125,8 +125,8 @@ def test_moments_far_from_zero(provider, case):
     torch.testing.assert_close(variance.cpu().double(), exact_variance, rtol=1e-4, atol=0)
 
 
-def test_a_pivot_far_from_the_mean(provider):
-    """The first values are outliers of thousands of standard deviations."""
+def test_moments_are_exact_if_the_first_values_are_outliers(provider):
+    """A pivot taken from the first values would be thousands of standard deviations from the mean."""
     x = torch.randn(1000, 24)
     x[:2] = 1000
     _, mean, variance = (output.cpu() for output in slim_batch_norm(x.to(device()), None, None, 1e-5, 1))
@@ -134,7 +134,7 @@ def test_a_pivot_far_from_the_mean(provider):
     torch.testing.assert_close(variance[0].double(), x.double().var(0, correction=0), rtol=1e-5, atol=0)
 
 
-def test_gradients_of_other_memory_formats(provider):
+def test_gradients_in_other_memory_formats_give_equal_results(provider):
     arguments = to_device(make("one vector"))
     x = arguments["x"].requires_grad_()
     y, _, _ = slim_batch_norm(*arguments.values())
@@ -145,7 +145,7 @@ def test_gradients_of_other_memory_formats(provider):
     torch.autograd.grad(y.sum(), x)
 
 
-def test_threads(provider, nan_filled):
+def test_error_rule_with_any_number_of_threads(provider, nan_filled):
     threads = torch.get_num_threads()
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
@@ -175,7 +175,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(provider, reason):
+def test_invalid_arguments_are_rejected(provider, reason):
     arguments = to_device(make("one vector"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):
@@ -184,7 +184,7 @@ def test_refused(provider, reason):
 
 @pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 def test_every_build_of_the_library(run_python):
-    """The builds for lesser processors, by this file's error rule."""
+    """The library's builds for older processors, by the error rule."""
     check_every_build(
         run_python,
         "test_slim_batch_norm",

@@ -1,5 +1,4 @@
-"""slim_conv2d: values and gradients are those of a convolution by the sliced weight, by every provider that serves it;
-what it refuses."""
+"""slim_conv2d: every provider equals a convolution with the sliced weight; rejected arguments."""
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ CASES = {
     "depthwise": ((4, 13, 8, 9), (20, 1, 3, 3), 13, (1, 1), (1, 1), (1, 1), 13),
     "depthwise stride 2": ((4, 13, 8, 9), (20, 1, 5, 5), 13, (2, 2), (2, 2), (1, 1), 13),
 }
-# Those that only the native body serves.
+# Supported by the native body only.
 OTHER_CASES = {
     "oblong": ((2, 6, 8, 9), (12, 8, 3, 2), 9, (2, 1), (0, 1), (1, 1), 1),
     "dilated": ((2, 6, 8, 9), (12, 8, 3, 3), 9, (1, 1), (2, 2), (2, 2), 1),
@@ -37,7 +36,7 @@ def provider(request, policy):
 
 
 def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float32) -> dict:
-    """The operator's arguments, of fp32 values."""
+    """The operator's arguments."""
     shape, full, out_channels, *geometry = (CASES | OTHER_CASES)[case]
     return {
         "x": torch.randn(shape).to(memory_format=torch.channels_last).to(dtype),
@@ -50,14 +49,14 @@ def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float32) -> 
 
 
 def composed(x, weight, bias, main_grad, out_channels, stride, padding, dilation, groups):
-    """By PyTorch's own layer; autograd makes the gradient of the full weight."""
+    """PyTorch's convolution with the sliced weight; autograd computes the gradient of the full weight."""
     prefix = weight[:out_channels, : x.shape[1] // groups]
     return F.conv2d(x, prefix, bias, stride, padding, dilation, groups)
 
 
 @pytest.mark.parametrize("case", CASES | OTHER_CASES)
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
-def test_values_and_gradients(case, biased):
+def test_native_body_equals_a_sliced_convolution(case, biased):
     arguments = double(make(case, biased))
     got, cotangent, grads = run(slim_conv2d, arguments)
     want, _, want_grads = run(composed, arguments, cotangent)
@@ -68,13 +67,13 @@ def test_values_and_gradients(case, biased):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_rule(provider, nan_filled, case, biased, dtype):
+def test_provider_satisfies_the_error_rule(provider, nan_filled, case, biased, dtype):
     check(slim_conv2d, ("y",), make(case, biased, dtype))
 
 
 @pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 @pytest.mark.parametrize("case", OTHER_CASES)
-def test_what_a_provider_does_not_serve_is_the_native_bodys(policy, case):
+def test_unsupported_convolutions_use_the_native_body(policy, case):
     arguments = make(case)
     want, cotangent, grads = run(slim_conv2d, arguments)
     policy("auto")
@@ -88,7 +87,7 @@ def test_what_a_provider_does_not_serve_is_the_native_bodys(policy, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_goes_to_the_prefix_of_main_grad(provider, case, dtype):
+def test_gradient_is_added_to_the_prefix_of_main_grad(provider, case, dtype):
     arguments = make(case, dtype=dtype)
     _, (cotangent,), (_, whole, _) = run(slim_conv2d, arguments)
     before = torch.randn_like(whole)
@@ -105,7 +104,7 @@ def test_gradient_goes_to_the_prefix_of_main_grad(provider, case, dtype):
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias"])
-def test_one_gradient_alone(provider, name):
+def test_single_input_requires_a_gradient(provider, name):
     arguments = to_device(make("dense 3"))
     arguments[name].requires_grad_()
     slim_conv2d(*arguments.values()).sum().backward()
@@ -144,7 +143,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(provider, reason):
+def test_invalid_arguments_are_rejected(provider, reason):
     arguments = to_device(make("dense 3"))
     arguments |= REFUSED[reason](arguments)
     with pytest.raises((RuntimeError, InputError)):

@@ -1,4 +1,4 @@
-"""slim_linear: values and gradients are those of a linear layer by the sliced weight; what it refuses."""
+"""slim_linear: values and gradients equal a linear layer with the sliced weight; rejected arguments."""
 
 import pytest
 import torch
@@ -39,13 +39,13 @@ def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float64) -> 
 
 
 def composed(x, weight, bias, main_grad, out_features):
-    """By PyTorch's own layer; autograd makes the gradient of the full weight."""
+    """PyTorch's linear layer with the sliced weight; autograd computes the gradient of the full weight."""
     return F.linear(x, weight.flatten(1)[:out_features, : x.shape[-1]], bias)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
-def test_values_and_gradients(case, biased):
+def test_native_body_equals_a_sliced_linear_layer(case, biased):
     arguments = make(case, biased)
     got, cotangent, grads = run(slim_linear, arguments)
     want, _, want_grads = run(composed, arguments, cotangent)
@@ -56,12 +56,12 @@ def test_values_and_gradients(case, biased):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("biased", [True, False], ids=["", "no bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_rule(provider, nan_filled, case, biased, dtype):
+def test_provider_satisfies_the_error_rule(provider, nan_filled, case, biased, dtype):
     check(slim_linear, ("y",), make(case, biased, dtype))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
+def test_gradient_is_added_to_the_prefix_of_main_grad(provider, case):
     arguments = make(case, dtype=torch.float32)
     _, (cotangent,), (_, whole, _) = run(slim_linear, arguments)
     before = torch.randn_like(whole)
@@ -77,7 +77,7 @@ def test_gradient_goes_to_the_prefix_of_main_grad(provider, case):
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias"])
-def test_one_gradient_alone(provider, name):
+def test_single_input_requires_a_gradient(provider, name):
     arguments = to_device(make("sliced", dtype=torch.float32))
     arguments[name].requires_grad_()
     slim_linear(*arguments.values()).sum().backward()
@@ -113,8 +113,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_refused(provider, reason):
+def test_invalid_arguments_are_rejected(provider, reason):
     arguments = to_device(make("sliced", dtype=torch.float32))
     arguments |= REFUSED[reason](arguments)
-    with pytest.raises((RuntimeError, InputError)):  # InputError: by name, a provider of other dtypes
+    with pytest.raises((RuntimeError, InputError)):  # InputError: the chosen provider does not support the dtype
         slim_linear(*arguments.values())

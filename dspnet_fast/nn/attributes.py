@@ -1,0 +1,26 @@
+"""Attribute changes that a context manager reverts."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from torch import nn
+
+
+class AttributeChanges:
+    """Changed attributes of modules; as a context manager it restores the previous values on exit."""
+
+    def __init__(self) -> None:
+        self._previous: list[tuple[nn.Module, str, Any]] = []
+
+    def set(self, module: nn.Module, attribute: str, value: Any) -> None:
+        """Set an attribute of a module and remember its previous value."""
+        self._previous.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for module, attribute, value in reversed(self._previous):
+            setattr(module, attribute, value)
