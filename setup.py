@@ -219,6 +219,7 @@ setup(
             "dspnet-compare = dspnet_fast.train.compare:main",
             "dspnet-export = dspnet_fast.train.export:main",
             "dspnet-report = dspnet_fast.train.report:main",
+            "dspnet-embed = dspnet_fast.train.embed:main",
             "dspnet-shard = dspnet_fast.train.data.shard:main",
             "dspnet-inspect = dspnet_fast.train.data.inspect:main",
         ]

@@ -100,7 +100,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     config = read_run(out)
     described_as, data, image_size = described(config)
     subnets = wanted_subnets(out, described_as, dns, options.switchable)
-    trained, classes = _load(out, config)
+    trained, classes = load_family(out, config)
     missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
     if missing:
         trained.measure(missing, open_images(data, "train"), data)
@@ -136,7 +136,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     return written
 
 
-def _load(out: Path, config: PretrainConfig | FinetuneConfig) -> tuple[EvaluatedFamily, list[str]]:
+def load_family(out: Path, config: PretrainConfig | FinetuneConfig) -> tuple[EvaluatedFamily, list[str]]:
     """The trained family of a run, and the names of its classes, none for one that was pretrained."""
     if isinstance(config, FinetuneConfig):
         finetuned = FinetunedFamily(out, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as requests that a loop honours between two steps."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as requests to stop between two steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
 class Interruption:
-    """Notes the signals while it is entered; a second SIGINT interrupts at once."""
+    """A context manager that records these signals; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._first: signal.Signals | None = None  # none where another rank was asked
+        self._first: signal.Signals | None = None  # None if another rank received the signal
         self._handlers: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -25,8 +25,11 @@ class Interruption:
         self.requested = True
 
     def stop(self) -> NoReturn:
-        """End the program, whose work is saved: after Ctrl-C by KeyboardInterrupt; after SIGTERM and SIGUSR1, by which
-        clusters preempt, with exit code 0, as nothing went wrong."""
+        """End the program after saving.
+
+        Raises KeyboardInterrupt after Ctrl-C, and SystemExit(0) after SIGTERM or SIGUSR1: clusters send these to
+        preempt a job, which is no failure.
+        """
         if self._first == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(0)

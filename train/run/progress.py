@@ -1,4 +1,4 @@
-"""Progress on the screen: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress: a live bar on a terminal, and otherwise a plain line every PLAIN_SECONDS."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ PLAIN_SECONDS = 15.0
 
 
 class Monitor:
-    """Shows `steps` of work; a context manager.
+    """A context manager that shows the progress of a number of steps.
 
     Args:
-        what: a word for the work, such as "pretrain".
-        steps: number of steps in all.
+        name: name of the work, such as "pretrain".
+        steps: total number of steps.
         done: steps done before.
+        console: where to print; by default stdout.
     """
 
-    def __init__(self, what: str, steps: int, done: int = 0, console: Console | None = None) -> None:
+    def __init__(self, name: str, steps: int, done: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self.steps, self.done, self._what = steps, done, what
+        self.steps, self.done, self._name = steps, done, name
         self._live: Progress | None = None
         self.restart()
         if self.console.is_terminal:
@@ -35,10 +36,10 @@ class Monitor:
                 TextColumn("{task.fields[status]}"),
                 console=self.console,
             )
-            self._task = self._live.add_task(what, total=steps, completed=done, status="")
+            self._task = self._live.add_task(name, total=steps, completed=done, status="")
 
     def restart(self) -> None:
-        """Forget the time that passed before the work began; the time left is estimated from here."""
+        """Estimate the time left from now on, without the time spent before."""
         self._began = self._last_plain = time.monotonic()
         self._began_at = self.done
 
@@ -53,7 +54,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the screen to another monitor; the time does not count."""
+        """Hide the bar while another monitor is shown; exclude the time from the estimate."""
         if self._live:
             self._live.stop()
         yield
@@ -62,20 +63,20 @@ class Monitor:
         self.restart()
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self.done += 1
         if self._live:
             self._live.update(self._task, completed=self.done)
 
     def status(self, text: str) -> None:
-        """Say how it goes."""
+        """Show a status text beside the progress."""
         now = time.monotonic()
         if self._live:
             self._live.update(self._task, status=text)
         elif now - self._last_plain >= PLAIN_SECONDS or self.done == self.steps:
             self._last_plain = now
             left = (now - self._began) / max(1, self.done - self._began_at) * (self.steps - self.done)
-            self.line(f"{self._what} {self.done}/{self.steps}  {text}  {_duration(left)} left")
+            self.line(f"{self._name} {self.done}/{self.steps}  {text}  {_duration(left)} left")
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""

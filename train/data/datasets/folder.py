@@ -1,6 +1,7 @@
 """Image folders, with or without one subfolder per class. `open_images` describes the layouts."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +69,21 @@ def open_folder(path: Path, split: Literal["train", "test"]) -> FolderDataset:
         if len(files) < 2:
             raise InputError(f"the class {path / name} has one image, but both splits need one: add another")
     return _images(path, {name: _tenths(files, split) for name, files in listing.items()})
+
+
+def open_files(paths: Sequence[str | os.PathLike[str]]) -> FolderDataset:
+    """Open images without labels: image files, and folders, of which all images at any depth are taken by path.
+
+    Raises InputError for a path that does not exist, and if there are no images.
+    """
+    files: list[str] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give images, or a folder of images")
+        files += _walk(path) if path.is_dir() else [str(path)]
+    if not files:
+        raise InputError(f"no images in {', '.join(map(str, paths))} (image files end in {' '.join(EXTENSIONS)})")
+    return FolderDataset("the given images", files, None, [])
 
 
 def _tenths(files: list[str], split: Literal["train", "test"]) -> list[str]:

@@ -1,0 +1,153 @@
+"""`python -m train.embed`: the features of images by a pretrained or exported network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import dspnet_fast.exported
+from dspnet_fast import atomic
+from dspnet_fast.errors import InputError
+from dspnet_fast.slim import slim
+
+from . import cli
+from .config import WORKERS_HELP, Workers
+from .data.datasets.folder import open_files
+from .data.datasets.images import ImageDataset
+from .data.datasets.registry import open_images
+from .evaluation.pretrained import evaluation_views
+from .export import described, load_family, read_run, wanted_subnets
+from .run.device import choose_device
+
+DESCRIPTION = """\
+Compute the features of images with a network of a run, or with an exported network.
+Writes them to --out as a NumPy array [images, features], float32, and the names of the images, in the same order,
+to a JSON file beside it."""
+EXAMPLE = """\
+  dspnet-embed runs/first --dn w0.50 --data photos/ --out features.npy
+  dspnet-embed runs/first/exported/w0.50 --data cifar10 --split test --out features.npy"""
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A network in evaluation mode on its device, and the size of its images in pixels."""
+
+    network: nn.Module
+    image_size: int
+    device: torch.device
+
+    def batches(self, images: ImageDataset, workers: Workers = "auto") -> Iterator[np.ndarray]:
+        """Features [B, F] in float32 of consecutive images, with a progress bar."""
+        with torch.no_grad():
+            for batch in evaluation_views(images, self.image_size, self.device, "embed", workers):
+                yield self.network(batch).float().cpu().numpy()
+
+
+def open_embedder(source: str | os.PathLike[str], dn: str | None = None, device: str = "auto") -> Embedder:
+    """Load a network to compute features with.
+
+    Args:
+        source: run directory of a pretraining or fine-tuning, or folder of an exported network.
+        dn: the subnet of a run; by default its largest network.
+        device: "auto", "cpu" or "cuda".
+
+    Raises InputError if there is no such network.
+    """
+    folder, chosen = Path(source), choose_device(device)
+    if (folder / dspnet_fast.exported.MANIFEST).is_file():
+        if dn is not None:
+            raise InputError(f"{folder} is one exported network: leave --dn out, or give the run directory")
+        network = dspnet_fast.exported.load(folder)
+        image_size = json.loads((folder / dspnet_fast.exported.MANIFEST).read_text())["image_size"]
+    else:
+        network, image_size = _cut(folder, dn)
+    return Embedder(network.to(chosen).to(memory_format=torch.channels_last).eval(), image_size, chosen)
+
+
+def _cut(out: Path, dn: str | None) -> tuple[nn.Module, int]:
+    """A subnet of a run as an ordinary network, with its post-statistics, and the size of its images."""
+    config = read_run(out)
+    options, data, image_size = described(config)
+    trained, _ = load_family(out, config)
+    (subnet,) = wanted_subnets(out, options, [dn or trained.family.full.name], together=False)
+    if subnet.name not in trained.recall([subnet]):
+        trained.measure([subnet], open_images(data, "train"), data)
+        trained.recall([subnet])
+    return slim(trained.model, subnet), image_size
+
+
+def embed(
+    source: str | os.PathLike[str],
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    dn: str | None = None,
+    *,
+    device: str = "auto",
+    workers: Workers = "auto",
+) -> np.ndarray:
+    """Features of images: the Python form of this command.
+
+    Args:
+        source, dn, device: see `open_embedder`.
+        images: a folder, whose images are taken in the order of their paths, or paths of images.
+        workers: image loading processes.
+
+    Returns:
+        Features [N, F] in float32; logits [N, classes] of a classifier.
+
+    Raises:
+        InputError: if the network or an image cannot be read.
+
+    Example:
+        >>> features = embed("runs/first/exported/w0.50", ["a.jpg", "b.jpg"])  # doctest: +SKIP
+        >>> features.shape  # doctest: +SKIP
+        (2, 480)
+    """
+    single = isinstance(images, str | os.PathLike)
+    opened = open_files([images] if single else images)  # type: ignore[list-item, arg-type]
+    return np.concatenate(list(open_embedder(source, dn, device).batches(opened, workers)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = cli.parser("embed", DESCRIPTION, EXAMPLE)
+    parser.add_argument("network", metavar="RUN_OR_EXPORT", help="run directory, or folder of an exported network")
+    parser.add_argument("--dn", metavar="NAME", help="network of a run [its largest]")
+    parser.add_argument("--data", metavar="DATA", required=True, help="folder of images, dataset name or shards")
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="split of a dataset or shards")
+    parser.add_argument("--out", metavar="FILE.npy", required=True, type=Path, help="file for the features")
+    parser.add_argument("--workers", type=Workers, default="auto", metavar="N", help=WORKERS_HELP)
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    options: Any = parser.parse_args(argv)
+    if options.out.suffix != ".npy":
+        raise InputError(f"--out {options.out}: give a file that ends in .npy")
+    images = open_files([options.data]) if Path(options.data).is_dir() else open_images(options.data, options.split)
+    embedder = open_embedder(options.network, options.dn, options.device)
+    features = np.concatenate(list(embedder.batches(images, options.workers)))
+    atomic.write_atomically(options.out, lambda path: _save(path, features))
+    names = options.out.with_suffix(".json")
+    files = [images.file(i) for i in range(len(images))]
+    atomic.write_text(
+        names, json.dumps({"network": options.network, "dn": options.dn, "files": files}, indent=1) + "\n"
+    )
+    print(f"{options.out}: {features.shape[0]:,} images, {features.shape[1]} features each; their names: {names}")
+
+
+def _save(path: Path, features: np.ndarray) -> None:
+    with open(path, "wb") as file:  # given a path, np.save would append .npy
+        np.save(file, features)
+
+
+if __name__ == "__main__":
+    main()
