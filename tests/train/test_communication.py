@@ -55,6 +55,6 @@ def test_subnets_count_by_how_often_they_are_drawn(small):
 
 
 def test_ranks_and_parts_that_do_not_fit_are_refused(small):
-    with pytest.raises(InputError, match="cannot share"):
+    with pytest.raises(InputError, match="does not fit"):
         traffic(small(bn_groups=4), 6)
     assert traffic(small(bn_groups=4), 2).collectives == 2

@@ -44,28 +44,6 @@ def test_accumulated_backwards_are_the_gradient_of_the_summed_loss(network, name
     torch.testing.assert_close(gradients(model), expected)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("networks", [RESNET, MOBILENET], ids=["resnet", "mobilenet"])
-def test_gradients_are_complete_when_it_is_said(networks, flat):
-    """Whether they are accumulated by autograd or, in an flat buffers, by the operators."""
-    model, images = make(*networks)
-    _ = FlatBuffers(model.online, model.target) if flat else None
-    parameters, seen = dict(model.online.named_parameters()), {}
-    names = list(parameters)
-
-    def look(part):
-        assert part not in seen  # in the last backward alone
-        seen[part] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
-
-    model.accumulate(images, list(model.family), complete=look)
-    assert list(seen) == ["projector", *(f"encoder.{stage}" for stage in reversed(model.online.encoder.stages))]
-    for part, gradients_then in seen.items():
-        first = next(index for index, name in enumerate(names) if name.startswith(f"{part}."))
-        for name in names[first:]:
-            assert torch.equal(gradients_then[name], parameters[name].grad), (part, name)
-        assert not torch.equal(gradients_then[names[0]], parameters[names[0]].grad)
-
-
 def test_loss_is_the_papers_formula():
     model, images = make(*RESNET, momentum_bn="off")
     dn = model.family[1]

@@ -12,10 +12,10 @@ from PIL import Image
 from dspnet_fast.errors import InputError
 from train.data.shard import ShardOptions, write_shards
 from train.pretrain import _main
-from train.pretraining import run
 from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
+from train.run import meter as meter_module
 from train.run.meter import Meter
 from train.run.run_directory import BAD_IMAGES, read_bad_images
 
@@ -138,7 +138,7 @@ def test_by_default_one_image_in_a_thousand_may_be_bad(small):
 
 def test_share_of_time_spent_waiting(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
 
     def slow():
         for _ in range(4):
