@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from .models import Classifier, Network, encoder_of
-from .nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
+from .nn import (
+    SlimBatchNorm1d,
+    SlimBatchNorm2d,
+    SlimConv2d,
+    SlimLinear,
+    SlimSequential,
+    activate,
+    configure_batch_norm,
+)
 from .nn.activate import Sizes
 from .nn.batch_norm import SlimBatchNorm
 from .subnets import Subnet
@@ -47,6 +55,7 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Ten
 def _input_channels(model: nn.Module, example: Tensor) -> dict[str, int]:
     """The number of input channels of each slimmable layer, found by running a copy on the meta device."""
     meta_copy = copy.deepcopy(model).to("meta").train()
+    configure_batch_norm(meta_copy, bn_groups=1, process_group=None)
     channels: dict[str, int] = {}
     for path, module in meta_copy.named_modules():
         if isinstance(module, SlimConv2d | SlimLinear | SlimBatchNorm):

@@ -15,7 +15,7 @@ from dspnet_fast import exported
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, build, family
-from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
+from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate, configure_batch_norm
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from dspnet_fast.nn.sized import Sized
 from dspnet_fast.slim import slim
@@ -86,6 +86,7 @@ def test_slim_cuts_networks_without_layer_sizes():
     assert (plain.body[0].out_channels, plain.body[1].groups, plain.head.in_features) == (8, 2, 16)
     with activate(model, 0.5):
         torch.testing.assert_close(plain(x), model(x))
+    configure_batch_norm(model, bn_groups=3)
     shallow = slim(model, {"body": 1}, example=x)
     assert len(shallow.body) == 1
 

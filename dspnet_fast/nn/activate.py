@@ -39,8 +39,8 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
               multiplied, or a mapping from module names to sizes, where modules not in the mapping keep their full
               size;
             - None for the full network.
-        views: number of equal, consecutive parts of the batch that batch normalisation normalises separately in
-            training: the augmented views, times `bn_groups` where a view is split further.
+        views: number of augmented views, which are equal, consecutive parts of the batch. In training batch
+            normalisation normalises each view separately, or each of its `bn_groups`.
 
     Returns:
         A context manager that restores the previous subnet on exit.

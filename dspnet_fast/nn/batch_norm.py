@@ -34,10 +34,10 @@ class SlimBatchNorm(_BatchNorm):
 
     Attributes:
         active_dn: name of the active subnet; None for the full network. Set by `activate`.
-        views: number of equal, consecutive parts of the batch that are normalised separately in training: the augmented
-            views times `bn_groups`. Set by `activate`.
-        bn_groups: number of ghost-batch-norm groups per view. The running statistics are updated once per view, with
-            the mean over its groups.
+        views: number of augmented views, which are equal, consecutive parts of the batch. Set by `activate`.
+        bn_groups: number of ghost-batch-norm groups per view: in training each group is normalised separately. The
+            running statistics are updated once per view, with the mean over its groups. Ignored while `observer` is
+            set.
         process_group: ranks that normalise by the moments of their batches together (synchronised batch
             normalisation); every rank must have the same number of images. None for the rank's batch alone. Ignored
             while `observer` is set.
@@ -88,9 +88,9 @@ class SlimBatchNorm(_BatchNorm):
 
     @property
     def batch_views(self) -> int:
-        """Number of views to compute moments of; 0 if stored statistics are used instead."""
+        """Number of parts of the batch to compute moments of; 0 if stored statistics are used instead."""
         if self.training:
-            return self.views
+            return self.views * (self.bn_groups if self.observer is None else 1)
         return 0 if self.track_running_stats or self.active_dn in self.measured else 1
 
     @overload
@@ -124,7 +124,9 @@ class SlimBatchNorm(_BatchNorm):
             mean, variance = self._stored_statistics(channels)
             return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
         if len(x) % views:
-            raise ValueError(f"a batch of {len(x)} is not {views} views of equal size: see activate(views=)")
+            raise ValueError(
+                f"a batch of {len(x)} is not {views} parts of equal size: see activate(views=) and bn_groups"
+            )
         y, mean, variance = slim_batch_norm(x, weight, bias, self.eps, views)
         if not self._changes_moments:
             self._observe(mean, variance, self._count(x.shape, views))
