@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dspnet_fast.models import MLP, Network, build, family
-from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate
+from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate, configure_batch_norm
 from dspnet_fast.nn.activate import Sizes
-from dspnet_fast.nn.batch_norm import MomentumBatchNorm, SlimBatchNorm, SlimBatchNorm2d
+from dspnet_fast.nn.batch_norm import SlimBatchNorm, SlimBatchNorm2d
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.subnets import Family, Subnet
 
@@ -83,15 +83,13 @@ class DSPNet(nn.Module):
         super().__init__()
         self.family = family
         self.precision = precision
-        self.bn_groups = bn_groups
         encoder = build(network, family.full, stem)
         projector = MLP(encoder.num_features, hidden_features, out_features)
         self.online = Branch(encoder, projector, MLP(out_features, hidden_features, out_features))
         self.target = Branch(copy.deepcopy(encoder), copy.deepcopy(projector), None).requires_grad_(False)
         if momentum_bn != "off":
             _use_momentum_batch_norm(self.target, double_correction=momentum_bn == "momentum2")
-        for norm in self.batch_norms():
-            norm.bn_groups, norm.process_group = bn_groups, process_group
+        configure_batch_norm(self, bn_groups=bn_groups, process_group=process_group)
 
     def batch_norms(self) -> list[SlimBatchNorm]:
         """All batch normalisation layers, online and target."""
@@ -108,16 +106,14 @@ class DSPNet(nn.Module):
         Returns:
             [2B, D]; row i is the regression target of the online prediction in row i.
         """
-        for module in self.target.modules():
-            if isinstance(module, MomentumBatchNorm):
-                module.alpha = alpha
-        with activate(self.target, None, views=VIEWS * self.bn_groups):
+        configure_batch_norm(self.target, alpha=alpha)
+        with activate(self.target, None, views=VIEWS):
             first, second = self.target(self._cast(images)).chunk(VIEWS)
         return torch.cat([second, first])
 
     def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
         """Symmetrised loss of one subnet, a scalar between 0 and 8."""
-        with activate(self.online, subnet, views=VIEWS * self.bn_groups):
+        with activate(self.online, subnet, views=VIEWS):
             predictions = self.online(self._cast(images))
         return VIEWS * normalized_mse(predictions, targets)
 
