@@ -29,7 +29,7 @@ def test_photographs_are_jpegs_of_that_size(folder):
 
 @pytest.mark.skipif(not has_dali, reason="DALI is not installed")
 def test_command(run_python, folder, tmp_path):
-    options = ("--images", "8", "--batch-size", "4", "--image-size", "32", "--rounds", "1", "--stall-timeout", "0")
+    options = ("--images", "8", "--batch-size", "4", "--image-size", "32", "--rounds", "1", "--patience", "0")
     printed = run_python("-m", "benchmarks.data", "--data", str(folder), *options, "--json", str(tmp_path / "r.json"))
     results = json.loads((tmp_path / "r.json").read_text())
     lines = results["variants"]
