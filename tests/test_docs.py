@@ -50,7 +50,7 @@ def test_comparison_recipe_gives_steps_and_images_without_data(recipe, tmp_path,
     comparison = compare.comparison_of(compare.make_parser().parse_args(["--config", str(recipe)]))
     expected = (390, 50_000) if "cifar" in recipe.stem else (93_600, 1_281_167)
     assert (comparison.steps, comparison.images) == expected
-    assert comparison.plan()["ratios"]
+    assert comparison.initial_report()["ratios"]
 
 
 @pytest.mark.parametrize("recipe", EVALUATIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -65,7 +65,7 @@ def test_evaluation_recipe_has_valid_options(recipe):
         finetune.completed(to_config(FinetuneConfig, finetune.make_parser().parse_args(["--from", "none", *given])))
     else:
         options = to_config(detect.DetectOptions, detect.make_parser().parse_args(["OUT", "--dn", "w0.50", *given]))
-        assert options.recipe().steps == 180_000
+        assert options.hyperparameters().steps == 180_000
 
 
 @pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""What all commands share: options out of a dataclass, exit codes, one-line errors."""
+"""Functions shared by all commands: options from dataclasses, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
@@ -24,30 +24,60 @@ DONE, FAILED, WRONG_INPUT = 0, 1, 2
 RECIPES = Path(__file__).parents[1] / "recipes"  # beside train in a checkout and in the installed package
 
 
+METAVARS = {int: "N", float: "X"}
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, JsonHelpFormatter):
-    """Keep the line breaks of descriptions and examples."""
+    """Keeps the line breaks of descriptions, and shows defaults but not Python types."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=120)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest == "help":
+            return "show this help and exit"
+        if action.dest == "print_config":
+            return "print all options as YAML and exit"
+        is_flag = action.nargs == 0 or not action.option_strings
+        if is_flag or action.default in (None, "", argparse.SUPPRESS):
+            return action.help or ""
+        return f"{action.help} [%(default)s]"
 
 
-def parser(command: str, description: str, example: str) -> ArgumentParser:
-    """A parser whose help ends with an example."""
+def parser(command: str, description: str, example: str, usage: str = "[options]") -> ArgumentParser:
+    """Make the parser of a command.
+
+    Args:
+        command: command without the prefix `dspnet-`.
+        description: first part of the help.
+        example: last part of the help.
+        usage: arguments of the usage line.
+    """
     recipes = f"\n\nrecipes/ is {RECIPES}" if "recipes/" in example else ""
     made = ArgumentParser(
         prog=f"dspnet-{command}",
+        usage=f"dspnet-{command} {usage}",
         description=description,
         epilog=f"example:\n{example}{recipes}",
         formatter_class=HelpFormatter,
     )
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    made.add_argument("--debug", action="store_true", help="show the traceback if an error occurs")
     return made
 
 
 def add_config_file(made: ArgumentParser) -> None:
-    """Let options come from YAML files, and be printed as one."""
-    made.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; may be repeated")
+    """Add --config, which reads options from YAML files, and --print_config."""
+    made.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file with options; repeatable")
 
 
 def add_options(made: ArgumentParser, config: type, without: Collection[str] = ()) -> None:
-    """One option for each field of a dataclass but those of `without`, grouped by the base class that declares it."""
+    """Add an option for each field of a dataclass, in groups titled by the docstrings of its base classes.
+
+    Args:
+        made: the parser.
+        config: a dataclass whose fields are made by `config.option`.
+        without: names of fields to skip.
+    """
     assert is_dataclass(config)
     hints = get_type_hints(config)
     declared = {name: base for base in config.__mro__ for name in base.__dict__.get("__annotations__", {})}
@@ -62,50 +92,64 @@ def add_options(made: ArgumentParser, config: type, without: Collection[str] = (
             groups[base].add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
         else:
             groups[base].add_argument(
-                flag(f.name), type=hints[f.name], default=f.default, help=f.metadata["help"], metavar="..."
+                flag(f.name), type=hints[f.name], default=f.default, help=f.metadata["help"], metavar=_metavar(f, hints)
             )
 
 
+def _metavar(f: Field[Any], hints: Mapping[str, Any]) -> str | None:
+    """The placeholder of an option's value; None for argparse's, the option's name in capitals."""
+    kinds = {hints[f.name], *get_args(hints[f.name])}
+    return f.metadata["metavar"] or next((name for kind, name in METAVARS.items() if kind in kinds), None)
+
+
 def to_config(config: type, namespace: Namespace) -> Any:
-    """The dataclass with the parsed values."""
+    """Build the dataclass `config` from parsed options."""
     return config(**{f.name: namespace[key(f.name)] for f in fields(config)})
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 wrong usage or input, 1 anything else; one-line errors without --debug."""
+    """Run a command and exit.
+
+    The exit code is 0 after success, 2 after an `InputError`, 1 after any other error. Errors are one line on stderr;
+    with --debug the traceback comes before it.
+
+    Args:
+        main: function to run, given the arguments.
+        argv: arguments [sys.argv[1:]].
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        with _full_disks_told_once():
+        with _full_disk_reported_once():
             main(argv)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)
     except BrokenPipeError:
-        sys.exit(FAILED)  # the reader of our output has gone; there is nobody to tell
+        sys.exit(FAILED)  # the reader of stdout has exited: printing an error would fail too
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
         if isinstance(error, InputError):
             _fail(str(error), WRONG_INPUT)
         reason = str(error).strip().splitlines()
-        hint = "" if "--debug" in argv else " (--debug shows where)"
+        hint = "" if "--debug" in argv else " (--debug shows the traceback)"
         _fail(f"{type(error).__name__}: {reason[0] if reason else 'no message'}{hint}", FAILED)
     sys.exit(DONE)
 
 
 @contextmanager
-def _full_disks_told_once() -> Iterator[None]:
-    """Leave tracebacks of full disks to who uses the thread: TensorBoard's writer hands its error on as well."""
-    before = threading.excepthook
+def _full_disk_reported_once() -> Iterator[None]:
+    """Hide a thread's traceback of a full disk: TensorBoard's writer thread raises the error in the main thread too."""
+    previous = threading.excepthook
 
-    def tell(failure: threading.ExceptHookArgs) -> None:
+    def report(failure: threading.ExceptHookArgs) -> None:
         if not is_for_lack_of_room(failure.exc_value):
-            before(failure)
+            previous(failure)
 
-    threading.excepthook = tell
+    threading.excepthook = report
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous
 
 
 def _fail(message: str, code: int) -> None:

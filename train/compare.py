@@ -1,4 +1,4 @@
-"""`python -m train.compare`: a family from one run against each of its networks pretrained alone."""
+"""`python -m train.compare`: compare a jointly pretrained family with its networks pretrained separately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.ops import registry
 
 from . import cli
-from .comparison.design import DECIDED, CompareOptions, Comparison
+from .comparison.design import SET_BY_COMPARISON, CompareOptions, Comparison
 from .comparison.runs import compare
 from .comparison.tables import figures_of, tables_of
 from .config import PretrainConfig, key
@@ -23,13 +23,13 @@ from .evaluation.results import Report
 from .reporting.findings import COMPARE
 
 DESCRIPTION = """\
-Pretrain each network of a family alone (BYOL) and all of them at once (DSPNet), by the same recipe, and compare what
-they are worth and what they cost. Every run is a directory of dspnet-pretrain in OUT/runs. Writes OUT/compare.json,
-compare.md and figures: accuracy per network both ways, training time and peak memory as measured, multiply-accumulates
-as counted, and the ratios of the family to all separate runs and to the largest network alone, by parts of the step.
+Pretrain each network of a family alone (BYOL) and all of them jointly (DSPNet) with the same options, and compare
+accuracy and cost. Every run is a run directory of dspnet-pretrain in OUT/runs. Writes OUT/compare.json, compare.md and
+figures: accuracies of the networks, measured training time and peak memory, counted multiply-accumulates, and ratios of
+the family to all separate runs and to the largest network alone, for each part of a step.
 
-Several --seeds give means and ranges, several --subnets-per-step several families. What is finished is not done again,
-and after Ctrl-C the same command goes on."""
+Several --seeds give means and ranges; several --subnets-per-step give several families. Finished runs are not repeated.
+After Ctrl-C the same command continues."""
 EXAMPLE = """\
   dspnet-compare --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 16 \\
       --dns c8-d1111,c16-d1111 --hidden-features 512 --out-features 128 --epochs 2 --batch-size 128 --base-lr 3 \\
@@ -38,23 +38,23 @@ EXAMPLE = """\
 
 
 def make_parser() -> cli.ArgumentParser:
-    """All options of the command."""
-    parser = cli.parser("compare", DESCRIPTION, EXAMPLE)
+    """The parser of the command."""
+    parser = cli.parser("compare", DESCRIPTION, EXAMPLE, "[options] --out DIR")
     cli.add_config_file(parser)
     cli.add_options(parser, CompareOptions)
-    cli.add_options(parser, PretrainConfig, without=DECIDED)
+    cli.add_options(parser, PretrainConfig, without=SET_BY_COMPARISON)
     return parser
 
 
 def comparison_of(parsed: Namespace) -> Comparison:
-    """What the command line asks for; InputError as `Comparison`."""
-    names = [f.name for f in fields(PretrainConfig) if f.name not in DECIDED]
-    recipe = PretrainConfig(**{name: parsed[key(name)] for name in names})
-    return Comparison(cli.to_config(CompareOptions, parsed), recipe)
+    """The comparison that parsed options describe; raises InputError as `Comparison` does."""
+    names = [f.name for f in fields(PretrainConfig) if f.name not in SET_BY_COMPARISON]
+    config = PretrainConfig(**{name: parsed[key(name)] for name in names})
+    return Comparison(cli.to_config(CompareOptions, parsed), config)
 
 
 def publish(out: Path, report: Report) -> None:
-    """Write and print the report."""
+    """Write the report and its figures to `out` and print the tables."""
     tables = tables_of(report)
     atomic.write_text(out / COMPARE, json.dumps(report, indent=2) + "\n")
     atomic.write_text(out / "compare.md", "\n".join(table.markdown() for table in tables))
@@ -68,7 +68,7 @@ def publish(out: Path, report: Report) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 
@@ -82,11 +82,11 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = compare(comparison)
     except KeyboardInterrupt:
-        print("what was computed is kept: the same dspnet-compare goes on from there", flush=True)
+        print("saved: the same dspnet-compare command continues from here", flush=True)
         raise
     publish(comparison.out, report)
-    family = comparison.place(comparison.families[-1], comparison.seeds[0])
-    print("as a page, with the curves of the run: dspnet-report", family)
+    family = comparison.run_directory(comparison.families[-1], comparison.seeds[0])
+    print("report with the curves of the family: dspnet-report", family)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,25 @@ from dspnet_fast.models import NETWORKS, STEMS
 BACKENDS = ("torchvision", "dali-cpu", "dali-gpu")  # implementations of the augmentation
 
 Workers = int | Literal["auto"]  # image loading processes
-MAX_WORKERS = 8  # of "auto"
-SMALL_SET = 256  # images up to which "auto" starts no workers: starting them would take longer
+MAX_WORKERS = 8  # maximum of "auto"
+SMALL_SET = 256  # number of images up to which "auto" is 0: starting workers would take longer
 WORKERS_HELP = (
     f"image loading processes; 0 loads in the main process; auto: one per core, at most {MAX_WORKERS}, and 0 for sets "
     f"of up to {SMALL_SET} images"
 )
-SCRATCH = "none"  # --from: random weights
+SCRATCH = "none"  # value of --from for random weights
 
 
-def option(default: Any, help: str, changeable: bool = False) -> Any:
-    """A field with its help text. A resumed run may have other values of `changeable` fields."""
-    return field(default=default, metadata={"help": help, "changeable": changeable})
+def option(default: Any, help: str, changeable: bool = False, metavar: str | None = None) -> Any:
+    """Make a dataclass field that is an option.
+
+    Args:
+        default: default value.
+        help: help text, a noun phrase.
+        changeable: whether a resumed run may have another value.
+        metavar: placeholder of the value in the help.
+    """
+    return field(default=default, metadata={"help": help, "changeable": changeable, "metavar": metavar})
 
 
 @dataclass(kw_only=True)
@@ -30,31 +37,45 @@ class DataOptions:
     """data"""
 
     data: str = option(
-        "fashion-mnist", "fashion-mnist, cifar10, an image folder, or WebDataset shards such as 'DIR/{000..015}.tar'"
+        "fashion-mnist",
+        "fashion-mnist, cifar10, an image folder, or WebDataset shards such as 'DIR/{000..015}.tar'",
+        metavar="IMAGES",
     )
     data_backend: str = option(
-        "auto", f"image decoding and augmentation: auto, {', '.join(BACKENDS)}; see docs/data.md"
+        "auto",
+        f"image decoding and augmentation: auto, {', '.join(BACKENDS)}; see docs/data.md",
+        metavar="BACKEND",
     )
     image_size: int = option(96, "height and width of the augmented views, in pixels")
-    min_scale: float = option(0.08, "smallest area of a random crop, as a share of the image")
-    train_images: int | None = option(None, "number of images to use, drawn at random [all]")
+    min_scale: float = option(0.08, "smallest area of a random crop, as a fraction of the image")
+    train_images: int | None = option(None, "number of training images, drawn at random [all]")
     workers: Workers = option("auto", WORKERS_HELP, True)
-    max_bad_images: int | None = option(None, "unreadable images to tolerate before the run ends [1 in 1,000]", True)
+    max_bad_images: int | None = option(
+        None, "number of unreadable images to skip before the run ends [1 in 1,000]", True
+    )
 
 
 @dataclass(kw_only=True)
 class FamilyOptions:
     """family"""
 
-    network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}")
-    dns: str = option("w0.50,w0.625,w0.75,w0.875,w1.00", "desired networks: w0.50,w1.00 or c64-d2222,c64-d3463")
-    stem: str = option("standard", "standard; or small, which keeps the resolution, for images below about 64 px")
+    network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}", metavar="NAME")
+    dns: str = option(
+        "w0.50,w0.625,w0.75,w0.875,w1.00",
+        "desired networks, such as w0.50,w1.00 or c64-d2222,c64-d3463",
+        metavar="NAMES",
+    )
+    stem: str = option("standard", "standard; or small, without downsampling, for images below 64 px", metavar="STEM")
     hidden_features: int = option(4096, "hidden features of projector and predictor")
     out_features: int = option(256, "output features of projector and predictor")
     momentum_bn: str = option(
-        "on", "momentum batch norm in the target: on, off, or momentum2, as in its published code"
+        "on",
+        "momentum batch norm in the target: on, off, or momentum2, the variant of its published code",
+        metavar="MODE",
     )
-    init_from: str | None = option(None, "run directory whose newest checkpoint gives the initial weights")
+    init_from: str | None = option(
+        None, "run directory whose newest checkpoint gives the initial weights", metavar="DIR"
+    )
 
     def names(self) -> list[str]:
         """The desired networks' names."""
@@ -77,7 +98,7 @@ class OptimizationOptions:
     eta: float = option(1e-3, "LARS trust coefficient")
     tau: float = option(0.996, "initial decay rate of the target; rises to 1")
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
-    precision: str = option("fp32", "fp32; or bf16, which stores activations in bf16")
+    precision: str = option("fp32", "fp32; or bf16, which stores activations in bf16", metavar="DTYPE")
 
     def full_only_steps(self, epoch_steps: int) -> int:
         """Number of initial steps that train the full network alone."""
@@ -88,18 +109,20 @@ class OptimizationOptions:
 class ExecutionOptions:
     """execution"""
 
-    device: str = option("auto", "auto, cpu or cuda", changeable=True)
+    device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
     fast_kernels: bool = option(False, "use the fastest verified operator providers of this machine", changeable=True)
     grad_accum_steps: int = option(1, "micro-batches per optimizer step", True)
     overlap_all_reduce: bool = option(
         False, "all-reduce gradients of late layers during the backward pass of early ones", True
     )
     no_cuda_graphs: bool = option(False, "launch kernels one by one instead of replaying CUDA graphs", changeable=True)
-    probe_epochs: float = option(1.0, "epochs between measurements of kNN accuracy and feature std; 0: none", True)
+    probe_epochs: float = option(1.0, "epochs between measurements of kNN accuracy and feature std; 0: never", True)
     probe_images: int = option(2000, "reference images for kNN; half as many are classified", changeable=True)
     checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)
-    keep_checkpoints: int = option(2, "newest checkpoints to keep; older ones serve if the newest is damaged", True)
-    keep_epochs: float = option(0.0, "epochs between checkpoints that are always kept; 0: none", changeable=True)
+    keep_checkpoints: int = option(
+        2, "number of checkpoints to keep; an older one is loaded if the newest is damaged", True
+    )
+    keep_epochs: float = option(0.0, "epochs between checkpoints that are never deleted; 0: none", changeable=True)
     stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never", True)
     log_steps: int = option(10, "steps between log entries", changeable=True)
 
@@ -110,7 +133,7 @@ class RunConfig:
 
     command: ClassVar[str]  # the command that creates such runs
 
-    out: str = option("", "run directory for configuration, metrics, checkpoints and results", changeable=True)
+    out: str = option("", "run directory for configuration, metrics, checkpoints and results", True, "DIR")
 
     def differences(self, other: RunConfig) -> list[str]:
         """Names of the options that differ and may not change on resuming."""
@@ -123,12 +146,12 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
-    """Configuration of `train.pretrain`. Defaults are the paper's recipe where it states one (docs/algorithm.md)."""
+    """Configuration of `train.pretrain`. Defaults are those of the paper if it states them (docs/algorithm.md)."""
 
     command = "dspnet-pretrain"
 
     def __post_init__(self) -> None:
-        """Raise InputError for values that no run can have."""
+        """Raise InputError for invalid values."""
         choices = {
             "data_backend": ("auto", *BACKENDS),
             "network": tuple(NETWORKS),
@@ -139,7 +162,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         sizes = (
             "image_size",
             "hidden_features",
@@ -168,9 +191,11 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         for name in ("tau", "momentum", "min_scale"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{flag(name)} lies between 0 and 1, not at {getattr(self, name)}")
+                raise InputError(f"{flag(name)} must lie between 0 and 1, not at {getattr(self, name)}")
         if self.bn_groups is not None and (self.bn_groups < 1 or self.batch_size % self.bn_groups):
-            raise InputError(f"--batch-size {self.batch_size} is not {self.bn_groups} equal parts: see --bn-groups")
+            raise InputError(
+                f"--batch-size {self.batch_size} cannot be divided into {self.bn_groups} equal groups: see --bn-groups"
+            )
         if self.max_bad_images is not None and self.max_bad_images < 0:
             raise InputError(f"--max-bad-images cannot be negative: {self.max_bad_images}")
         if not self.names():
@@ -181,20 +206,20 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
 class StartOptions:
     """start"""
 
-    from_: str = option("", "run directory of a pretraining to start from; none: random weights")
-    dn: str | None = option(None, "the one network of the run to train")
-    dns: str | None = option(None, "switches: subnets to train jointly [the run's networks]")
-    network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}")
-    stem: str | None = option(None, f"stem with --from none: {', '.join(STEMS)} [standard]")
+    from_: str = option("", "run directory of dspnet-pretrain to start from; none: random weights", metavar="DIR")
+    dn: str | None = option(None, "network of the run to train alone", metavar="NAME")
+    dns: str | None = option(None, "subnets to train jointly (switches) [the run's networks]", metavar="NAMES")
+    network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}", metavar="NAME")
+    stem: str | None = option(None, f"stem with --from none: {', '.join(STEMS)} [standard]", metavar="STEM")
 
 
 @dataclass(kw_only=True)
 class LabelledOptions:
     """data"""
 
-    data: str | None = option(None, "labelled images [those of the pretraining]")
-    image_size: int | None = option(None, "height and width of the views, in pixels [the run's]")
-    min_scale: float = option(0.08, "smallest area of a random crop, as a share of the image")
+    data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
+    image_size: int | None = option(None, "height and width of the views, in pixels [the pretraining run's]")
+    min_scale: float = option(0.08, "smallest area of a random crop, as a fraction of the image")
     workers: Workers = option("auto", WORKERS_HELP, True)
 
 
@@ -205,14 +230,14 @@ class SupervisedOptions:
     epochs: int = option(300, "passes over the images")
     batch_size: int = option(256, "images per step")
     lr: float = option(0.1, "learning rate per 256 images: the peak is lr * batch_size / 256")
-    head_lr: float | None = option(None, "learning rate of the classifier [--lr]")
+    head_lr: float | None = option(None, "learning rate of the classifier per 256 images [--lr]")
     momentum: float = option(0.9, "SGD momentum")
     weight_decay: float = option(4e-5, "weight decay of tensors with two or more dimensions")
     warmup_epochs: float = option(5.0, "epochs of linear learning rate warm-up")
     label_smoothing: float = option(0.1, "label smoothing")
-    subnets_per_step: int = option(4, "switches per step: the smallest, the full one, and random others")
+    subnets_per_step: int = option(4, "subnets per step: the smallest, the full one, and random others")
     no_distillation: bool = option(
-        False, "train every switch on the labels instead of on the full network's predictions"
+        False, "train every subnet on the labels instead of on the full network's predictions"
     )
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
 
@@ -224,16 +249,16 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
     command = "dspnet-finetune"
 
     evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
-    device: str = option("auto", "auto, cpu or cuda", True)
+    device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
     fast_kernels: bool = option(False, "use the fastest verified operator providers of this machine", True)
 
     def __post_init__(self) -> None:
-        """Raise InputError for values that no run can have."""
+        """Raise InputError for invalid values."""
         positive(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
         positive(head_lr=self.lr if self.head_lr is None else self.head_lr)
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} is 0 or more and below 1, not {getattr(self, name)}")
+                raise InputError(f"{flag(name)} must be at least 0 and below 1, not {getattr(self, name)}")
         for name in ("weight_decay", "warmup_epochs", "evaluate_epochs"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
@@ -242,26 +267,26 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
                 "--from is missing: name a run directory of dspnet-pretrain, or none to start from scratch"
             )
         if self.dn is not None and (self.dns is not None or self.from_ == SCRATCH):
-            raise InputError("--dn trains one network of a run alone: give --from a run, and no --dns")
+            raise InputError("--dn needs --from RUN, and excludes --dns: it trains one network of a run alone")
 
     def family(self) -> FamilyOptions:
-        """The switches, of a completed configuration."""
+        """The family of subnets to train; the configuration must be completed."""
         assert self.network is not None and self.dns is not None and self.stem is not None
         return FamilyOptions(network=self.network, dns=self.dns, stem=self.stem)
 
 
 def key(name: str) -> str:
-    """The name of an option in YAML files: of a field that is a word of Python's, such as `from_`, without the _."""
+    """The YAML key of an option: the field's name without the trailing _ of `from_`, a Python keyword."""
     return name.rstrip("_")
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of an option."""
+    """The command-line flag of an option."""
     return "--" + key(name).replace("_", "-")
 
 
 def positive(**values: float) -> None:
-    """Raise InputError for an option that must be above 0 and is not."""
+    """Raise InputError for options that are not above 0."""
     for name, value in values.items():
         if not value > 0:
             raise InputError(f"{flag(name)} must be above 0, not {value}")

@@ -1,4 +1,4 @@
-"""`python -m train.detect`: object detection and instance segmentation with a network of a pretrained family."""
+"""`python -m train.detect`: train and evaluate Mask R-CNN with a network of a pretrained family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .data.datasets import coco
 from .data.datasets.coco import CocoDataset, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
-from .detection.mask_rcnn import Shape, build_mask_rcnn, normalization
+from .detection.mask_rcnn import DetectorConfig, build_mask_rcnn, normalization
 from .detection.training import DetectionTraining, Hyperparameters, evaluate
 from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
@@ -32,10 +32,11 @@ from .run.device import choose_device
 from .run.tables import Table
 
 DESCRIPTION = """\
-Train Mask R-CNN with a feature pyramid on one network of a run, on a set in COCO's format, and evaluate its boxes and
-masks (the paper's figure 6 and table 1(c)). The network is the one that dspnet-export wrote to OUT/exported/<dn>, else
-it is cut out of the newest checkpoint. Writes AP, of every category too, to OUT/evaluation/detect/<dn>.json and .md.
-The same command goes on where it was stopped. Needs pycocotools: pip install 'dspnet-fast[detect]'."""
+Train Mask R-CNN with a feature pyramid on a network of a run of dspnet-pretrain, on a dataset in COCO format, and
+evaluate its boxes and masks (the paper's figure 6 and table 1(c)). The network is read from OUT/exported/<dn>, the
+folder that dspnet-export writes, or else cut out of the newest checkpoint. Writes the average precision, in total and
+of each category, to OUT/evaluation/detect/<dn>.json and <dn>.md. After Ctrl-C the same command continues.
+Needs pycocotools: pip install 'dspnet-fast[detect]'."""
 EXAMPLE = """\
   dspnet-detect runs/first --dn w0.50 --coco coco --config recipes/detect/mask-rcnn_coco_180k.yaml
   dspnet-detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8"""
@@ -45,13 +46,17 @@ EXAMPLE = """\
 class CocoOptions:
     """data"""
 
-    coco: str | None = option(None, "folder of the set: annotations/NAME.json and folders of images")
-    train_annotations: str = option("instances_train2017", "NAME of the annotations to train on")
-    train_images: str = option("train2017", "folder of their images, below --coco")
-    val_annotations: str = option("instances_val2017", "NAME of the annotations to evaluate on")
-    val_images: str = option("val2017", "folder of their images, below --coco")
-    keep_empty: bool = option(False, "train on images without annotations too: all in them is background")
-    max_bad_annotations: int | None = option(None, "wrong boxes and masks to leave out in a set [1 in 1,000 of all]")
+    coco: str | None = option(None, "folder with annotations/NAME.json and folders of images", metavar="DIR")
+    train_annotations: str = option(
+        "instances_train2017", "training annotations: the NAME in annotations/NAME.json", metavar="NAME"
+    )
+    train_images: str = option("train2017", "folder of the training images in --coco", metavar="DIR")
+    val_annotations: str = option(
+        "instances_val2017", "test annotations: the NAME in annotations/NAME.json", metavar="NAME"
+    )
+    val_images: str = option("val2017", "folder of the test images in --coco", metavar="DIR")
+    keep_empty: bool = option(False, "train also on images without annotations, as background")
+    max_bad_annotations: int | None = option(None, "number of invalid boxes and masks to skip in each set [1 in 1,000]")
     workers: Workers = option("auto", WORKERS_HELP)
 
 
@@ -59,35 +64,41 @@ class CocoOptions:
 class DetectorOptions:
     """detector"""
 
-    sizes: str = option("640,672,704,736,768,800", "shorter sides, px: training draws one, evaluation takes the last")
-    max_size: int = option(1333, "longer side, at most, in pixels")
-    anchor_size: int = option(32, "side of the smallest anchors in pixels; each level of the pyramid doubles it")
-    rois: int = option(512, "regions of an image that the heads learn from in a step")
+    sizes: str = option(
+        "640,672,704,736,768,800",
+        "shorter sides of images in pixels: training draws one, evaluation uses the last",
+        metavar="SIZES",
+    )
+    max_size: int = option(1333, "largest longer side of an image, in pixels")
+    anchor_size: int = option(32, "side of the smallest anchors in pixels; doubled at each pyramid level")
+    rois: int = option(512, "regions per image that the heads are trained on in a step")
 
 
 @dataclass(kw_only=True)
 class DetectOptimizationOptions:
     """optimization"""
 
-    steps: int = option(180_000, "steps of SGD")
-    lr_drops: str = option("120000,160000", "steps at which the learning rate is divided by 10; may be empty")
+    steps: int = option(180_000, "training steps")
+    lr_drops: str = option(
+        "120000,160000", "steps at which the learning rate is divided by 10; may be empty", metavar="STEPS"
+    )
     batch_size: int = option(16, "images per step")
-    lr: float = option(0.02, "learning rate for 16 images; the peak is lr * batch_size / 16")
+    lr: float = option(0.02, "learning rate per 16 images: the peak is lr * batch_size / 16")
     warmup_steps: int = option(1000, "steps of linear learning rate warm-up")
     momentum: float = option(0.9, "SGD momentum")
-    weight_decay: float = option(1e-4, "weight decay of tensors with more than one dimension")
-    seed: int = option(0, "seed of the detector's new weights, order, flips and sampling")
+    weight_decay: float = option(1e-4, "weight decay of tensors with two or more dimensions")
+    seed: int = option(0, "seed of new weights, order, flips and sampling")
 
 
 @dataclass(kw_only=True)
 class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
     """Options of `train.detect`."""
 
-    evaluate_steps: int = option(0, "steps between evaluations; 0 for the one at the end only")
-    device: str = option("auto", "auto, cpu or cuda")
+    evaluate_steps: int = option(0, "steps between evaluations; 0: only at the end")
+    device: str = option("auto", "auto, cpu or cuda", metavar="DEVICE")
 
     def __post_init__(self) -> None:
-        """Raise InputError for values that cannot be."""
+        """Raise InputError for invalid values."""
         positive(
             max_size=self.max_size,
             anchor_size=self.anchor_size,
@@ -100,24 +111,24 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
-            raise InputError(f"--momentum is 0 or more and below 1, not {self.momentum}")
+            raise InputError(f"--momentum must be at least 0 and below 1, not {self.momentum}")
         if self.max_bad_annotations is not None and self.max_bad_annotations < 0:
             raise InputError(f"--max-bad-annotations cannot be negative: {self.max_bad_annotations}")
         if min(self.chosen_sizes(), default=0) < 1 or max(self.chosen_sizes()) > self.max_size:
             raise InputError(f"--sizes {self.sizes}: give whole numbers from 1 to --max-size, {self.max_size}")
-        if any(not 0 < drop < self.steps for drop in self.recipe().drops):
+        if any(not 0 < drop < self.steps for drop in self.hyperparameters().drops):
             raise InputError(f"--lr-drops {self.lr_drops}: give steps before the last of {self.steps}")
 
     def chosen_sizes(self) -> list[int]:
-        """Shorter sides."""
+        """Shorter sides of images, in pixels."""
         return _whole_numbers("sizes", self.sizes)
 
-    def shape(self) -> Shape:
-        """What detector to build."""
-        return Shape(tuple(self.chosen_sizes()), self.max_size, self.anchor_size, self.rois)
+    def detector(self) -> DetectorConfig:
+        """Configuration of the detector."""
+        return DetectorConfig(tuple(self.chosen_sizes()), self.max_size, self.anchor_size, self.rois)
 
-    def recipe(self) -> Hyperparameters:
-        """How to train."""
+    def hyperparameters(self) -> Hyperparameters:
+        """Hyperparameters of its training."""
         return Hyperparameters(
             steps=self.steps,
             drops=tuple(_whole_numbers("lr_drops", self.lr_drops)),
@@ -130,12 +141,12 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
         )
 
     def sets(self) -> tuple[CocoDataset, CocoDataset]:
-        """To train and to evaluate on, checked; InputError if they cannot be used or have other categories."""
+        """Training and test set; InputError if they are unusable or have different categories."""
         if self.coco is None:
-            raise InputError("--coco is missing: name the folder of a set in COCO's format")
+            raise InputError("--coco is missing: name the folder of a dataset in COCO format")
         root = Path(self.coco).expanduser()
         if not root.is_dir():
-            raise InputError(f"--coco {root} is no folder: give one with annotations/ and images")
+            raise InputError(f"--coco {root} is not a folder: name one with annotations/ and images")
         train, val = (
             coco.read(root / "annotations" / f"{name}.json", root / folder, self.max_bad_annotations)
             for name, folder in (
@@ -143,15 +154,15 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
                 (self.val_annotations, self.val_images),
             )
         )
-        ids = [{category["id"]: category["name"] for category in of.categories} for of in (train, val)]
+        ids = [{category["id"]: category["name"] for category in part.categories} for part in (train, val)]
         if ids[0] != ids[1]:
             different = sorted({str(c) for c in ids[0].items() ^ ids[1].items()})
-            raise InputError(f"{train.file} and {val.file} have other categories: {', '.join(different[:10])}")
-        for of in (train, val):
-            for problem in of.left_out[: coco.MAX_REPORTED]:
-                print(f"left out of {of.file.name}: {problem}", flush=True)
-            if len(of.left_out) > coco.MAX_REPORTED:
-                print(f"left out of {of.file.name}: {len(of.left_out) - coco.MAX_REPORTED:,} more", flush=True)
+            raise InputError(f"{train.file} and {val.file} have different categories: {', '.join(different[:10])}")
+        for part in (train, val):
+            for problem in part.left_out[: coco.MAX_REPORTED]:
+                print(f"left out of {part.file.name}: {problem}", flush=True)
+            if len(part.left_out) > coco.MAX_REPORTED:
+                print(f"left out of {part.file.name}: {len(part.left_out) - coco.MAX_REPORTED:,} more", flush=True)
         return (train if self.keep_empty else train.annotated()), val
 
 
@@ -159,13 +170,21 @@ def _whole_numbers(name: str, text: str) -> list[int]:
     try:
         return [int(number) for number in str(text).split(",") if number.strip()]
     except ValueError as error:
-        raise InputError(f"{flag(name)} {text!r}: give whole numbers with commas between") from error
+        raise InputError(f"{flag(name)} {text!r}: give whole numbers separated by commas") from error
 
 
 def pretrained_network(out: Path, dn: str) -> tuple[Network, str]:
-    """The network `dn` of a run in torch.nn layers, and where it comes from: exported, or cut out of a checkpoint.
+    """Load a network of a run: the exported one if it exists, otherwise cut out of the newest checkpoint.
 
-    Raises InputError if there is neither, or if the run was trained further than the exported network.
+    Args:
+        out: run directory.
+        dn: name of the network.
+
+    Returns:
+        The network in torch.nn layers, and a description of its origin.
+
+    Raises:
+        InputError: if neither exists, or if the run was trained further after the export.
     """
     folder = out / "exported" / dn
     if folder.is_dir():
@@ -173,7 +192,9 @@ def pretrained_network(out: Path, dn: str) -> tuple[Network, str]:
         steps = json.loads((folder / exported.MANIFEST).read_text()).get("pretraining", {}).get("steps")
         newest = checkpoint.latest_step(out / "checkpoints")
         if newest and steps != newest:
-            raise InputError(f"{folder} is of step {steps}, the run is at {newest}: export it again, or remove it")
+            raise InputError(
+                f"{folder} was exported at step {steps}, the run is at {newest}: export it again, or remove it"
+            )
         assert isinstance(network, Network)
         return network, f"exported/{dn}, {steps} steps"
     trained = PretrainedFamily(out, torch.device("cpu"))
@@ -183,24 +204,34 @@ def pretrained_network(out: Path, dn: str) -> tuple[Network, str]:
 
 
 def detect(out: Path, dn: str, options: DetectOptions) -> Report:
-    """Train to the end and evaluate; returns what <dn>.json holds.
+    """Train a detector to the end and evaluate it.
 
-    Raises KeyboardInterrupt if it was stopped, after saving, and InputError if run or set cannot be used.
+    Args:
+        out: run directory of the pretraining.
+        dn: name of the network.
+        options: options of the command.
+
+    Returns:
+        The report that `publish_detect` writes.
+
+    Raises:
+        InputError: if the run or the dataset cannot be used.
+        KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     coco.require_pycocotools()
     device = choose_device(options.device)
     network, source = pretrained_network(out, dn)
     train, val = options.sets()
-    recipe = options.recipe()
-    epochs = _epochs(recipe, len(train))
-    key = fingerprint.digest(*network.parameters(), recipe, options.shape(), train.digest, len(train), train.left_out)
-    model = build_mask_rcnn(network, len(train.categories), options.shape(), recipe.seed).to(device)
-    training = DetectionTraining(model, recipe, device)
+    detector, hparams = options.detector(), options.hyperparameters()
+    epochs = _epochs(hparams, len(train))
+    key = fingerprint.digest(*network.parameters(), hparams, detector, train.digest, len(train), train.left_out)
+    model = build_mask_rcnn(network, len(train.categories), detector, hparams.seed).to(device)
+    training = DetectionTraining(model, hparams, device)
     print(f"{dn}: {source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}", flush=True)
 
     def batches(start: int) -> Iterator[list[Instances]]:
-        order = EpochSampler(len(train), recipe.batch_size, recipe.seed, epochs, start)
-        return islice(training_batches(train, order, options.workers), recipe.steps - start)
+        order = EpochSampler(len(train), hparams.batch_size, hparams.seed, epochs, start)
+        return islice(training_batches(train, order, options.workers), hparams.steps - start)
 
     def measure() -> str:
         scores = evaluate(model, val, options.workers, device)
@@ -215,9 +246,9 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
         "coco": options.coco,
         "train": {"annotations": options.train_annotations, **_counts(train)},
         "val": {"annotations": options.val_annotations, **_counts(val)},
-        "recipe": {
-            **asdict(recipe),
-            **asdict(options.shape()),
+        "hyperparameters": {
+            **asdict(hparams),
+            **asdict(detector),
             "keep_empty": options.keep_empty,
             "normalization": normalization(),
         },
@@ -226,13 +257,13 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
     }
 
 
-def _epochs(recipe: Hyperparameters, images: int) -> int:
-    """Begun by the recipe's steps; InputError if a batch exceeds the set."""
-    return -(-recipe.steps // EpochSampler(images, recipe.batch_size, recipe.seed, 1).steps_per_epoch)
+def _epochs(hparams: Hyperparameters, images: int) -> int:
+    """Number of epochs, rounded up; InputError if a batch is larger than the dataset."""
+    return -(-hparams.steps // EpochSampler(images, hparams.batch_size, hparams.seed, 1).steps_per_epoch)
 
 
-def _counts(of: CocoDataset) -> dict[str, int]:
-    return {"images": len(of), "instances": of.instances, "left_out": len(of.left_out)}
+def _counts(part: CocoDataset) -> dict[str, int]:
+    return {"images": len(part), "instances": part.instances, "left_out": len(part.left_out)}
 
 
 def _percent(share: float | None) -> str:
@@ -240,10 +271,10 @@ def _percent(share: float | None) -> str:
 
 
 def publish_detect(out: Path, report: Report) -> None:
-    """Write and print the report."""
+    """Write the report to OUT/evaluation/detect and print it."""
     folder, dn = out / FOLDER / "detect", report["dn"]
     title = (
-        f"Mask R-CNN on {dn} ({report['from']}): {report['recipe']['steps']:,} steps, "
+        f"Mask R-CNN on {dn} ({report['from']}): {report['hyperparameters']['steps']:,} steps, "
         f"{report['val']['images']:,} images of {report['val']['annotations']}, AP in percent"
     )
     summary = Table(
@@ -255,8 +286,8 @@ def publish_detect(out: Path, report: Report) -> None:
         "AP of each category, in percent",
         ["category", "instances", *KINDS],
         [
-            [name, f"{of['instances']:,}", *(_percent(of[kind]) for kind in KINDS)]
-            for name, of in report["categories"].items()
+            [name, f"{scores['instances']:,}", *(_percent(scores[kind]) for kind in KINDS)]
+            for name, scores in report["categories"].items()
         ],
     )
     atomic.write_text(folder / f"{dn}.json", json.dumps(report, indent=2) + "\n")
@@ -267,17 +298,17 @@ def publish_detect(out: Path, report: Report) -> None:
 
 
 def make_parser() -> cli.ArgumentParser:
-    """All options of the command."""
-    parser = cli.parser("detect", DESCRIPTION, EXAMPLE)
+    """The parser of the command."""
+    parser = cli.parser("detect", DESCRIPTION, EXAMPLE, "[options] --dn NAME --coco DIR OUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
-    parser.add_argument("--dn", required=True, help="the network, such as w0.50")
+    parser.add_argument("--dn", required=True, metavar="NAME", help="network, such as w0.50")
     cli.add_config_file(parser)
     cli.add_options(parser, DetectOptions)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 
@@ -288,7 +319,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = detect(out, parsed.dn, options)
     except KeyboardInterrupt:
-        print("what was trained is kept: the same command goes on from there", flush=True)
+        print("saved: the same command continues from here", flush=True)
         raise
     publish_detect(out, report)
 

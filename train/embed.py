@@ -1,4 +1,4 @@
-"""`python -m train.embed`: the features of images by a pretrained or exported network."""
+"""`python -m train.embed`: compute features of images with a pretrained or exported network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .data.datasets.folder import open_files
 from .data.datasets.images import ImageDataset
 from .data.datasets.registry import open_images
 from .evaluation.pretrained import evaluation_views
-from .export import described, load_family, read_run, wanted_subnets
+from .export import load_family, read_run, run_family, selected_subnets
 from .run.device import choose_device
 
 DESCRIPTION = """\
@@ -59,7 +59,8 @@ def open_embedder(source: str | os.PathLike[str], dn: str | None = None, device:
         dn: the subnet of a run; by default its largest network.
         device: "auto", "cpu" or "cuda".
 
-    Raises InputError if there is no such network.
+    Raises:
+        InputError: if there is no such network.
     """
     folder, chosen = Path(source), choose_device(device)
     if (folder / dspnet_fast.exported.MANIFEST).is_file():
@@ -75,12 +76,12 @@ def open_embedder(source: str | os.PathLike[str], dn: str | None = None, device:
 def _cut(out: Path, dn: str | None) -> tuple[nn.Module, int]:
     """A subnet of a run as an ordinary network, with its post-statistics, and the size of its images."""
     config = read_run(out)
-    options, data, image_size = described(config)
+    options, data, image_size = run_family(config)
     trained, _ = load_family(out, config)
-    (subnet,) = wanted_subnets(out, options, [dn or trained.family.full.name], together=False)
-    if subnet.name not in trained.recall([subnet]):
-        trained.measure([subnet], open_images(data, "train"), data)
-        trained.recall([subnet])
+    (subnet,) = selected_subnets(out, options, [dn or trained.family.full.name], nested=False)
+    if subnet.name not in trained.restore_statistics([subnet]):
+        trained.measure_statistics([subnet], open_images(data, "train"), data)
+        trained.restore_statistics([subnet])
     return slim(trained.model, subnet), image_size
 
 
@@ -116,19 +117,19 @@ def embed(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("embed", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("embed", DESCRIPTION, EXAMPLE, "[options] --data IMAGES --out FILE.npy RUN_OR_EXPORT")
     parser.add_argument("network", metavar="RUN_OR_EXPORT", help="run directory, or folder of an exported network")
     parser.add_argument("--dn", metavar="NAME", help="network of a run [its largest]")
-    parser.add_argument("--data", metavar="DATA", required=True, help="folder of images, dataset name or shards")
+    parser.add_argument("--data", metavar="IMAGES", required=True, help="folder of images, dataset name or shards")
     parser.add_argument("--split", choices=("train", "test"), default="train", help="split of a dataset or shards")
     parser.add_argument("--out", metavar="FILE.npy", required=True, type=Path, help="file for the features")
     parser.add_argument("--workers", type=Workers, default="auto", metavar="N", help=WORKERS_HELP)
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda")
     options: Any = parser.parse_args(argv)
     if options.out.suffix != ".npy":
         raise InputError(f"--out {options.out}: give a file that ends in .npy")

@@ -1,4 +1,4 @@
-"""`python -m train.evaluate`: how good the representation of every network of a pretrained family is."""
+"""`python -m train.evaluate`: evaluate the representations of all networks of a pretrained family."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .evaluation.protocols.common import EvaluationOptions
 from .evaluation.results import Report
 
 DESCRIPTION = """\
-Evaluate every desired network of a run of dspnet-pretrain. Each protocol writes its results to OUT/evaluation/, as
-JSON, as Markdown and as a figure, and prints them."""
+Evaluate all networks of a run of dspnet-pretrain on labelled images. Each protocol prints its results and writes them
+to OUT/evaluation as JSON, Markdown and PNG. `dspnet-evaluate PROTOCOL --help` shows the options of a protocol."""
 
 
 class Protocol(NamedTuple):
-    """One way of evaluating."""
+    """An evaluation protocol: its help texts, options and functions."""
 
     help: str
     description: str
@@ -29,7 +29,7 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "knn": Protocol(
-        "nearest neighbours' votes, nothing trained",
+        "k-nearest-neighbour classifiers; nothing is trained",
         knn.DESCRIPTION,
         knn.EXAMPLE,
         knn.KnnOptions,
@@ -37,7 +37,7 @@ PROTOCOLS = {
         knn.publish_knn,
     ),
     "linear": Protocol(
-        "a linear classifier on each network's frozen representation",
+        "linear classifiers on frozen representations",
         linear.DESCRIPTION,
         linear.EXAMPLE,
         linear.LinearOptions,
@@ -45,7 +45,7 @@ PROTOCOLS = {
         linear.publish_linear,
     ),
     "semi": Protocol(
-        "the labels of 1 and 10 percent of the images: linear classifiers and fine-tuning",
+        "linear classifiers and fine-tuning with 1 and 10 % of the labels",
         semi.DESCRIPTION,
         semi.EXAMPLE,
         semi.SemiOptions,
@@ -56,10 +56,10 @@ PROTOCOLS = {
 
 
 def make_parsers() -> dict[str, cli.ArgumentParser]:
-    """All options of every protocol."""
+    """The parsers of all protocols by name."""
     parsers = {}
     for name, protocol in PROTOCOLS.items():
-        parsers[name] = cli.parser(f"evaluate {name}", protocol.description, protocol.example)
+        parsers[name] = cli.parser(f"evaluate {name}", protocol.description, protocol.example, "[options] OUT")
         parsers[name].add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
         cli.add_config_file(parsers[name])
         cli.add_options(parsers[name], protocol.options)
@@ -67,13 +67,13 @@ def make_parsers() -> dict[str, cli.ArgumentParser]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> None:
     examples = "\n".join(protocol.example.splitlines()[0] for protocol in PROTOCOLS.values())
-    parser = cli.parser("evaluate", DESCRIPTION, examples)
+    parser = cli.parser("evaluate", DESCRIPTION, examples, "PROTOCOL [options] OUT")
     commands = parser.add_subcommands(dest="protocol")
     for name, made in make_parsers().items():
         commands.add_subcommand(name, made, help=PROTOCOLS[name].help)
@@ -85,7 +85,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = protocol.evaluate(out, options)
     except KeyboardInterrupt:
-        print("what was computed is kept: the same command goes on from there", flush=True)
+        print("saved: the same command continues from here", flush=True)
         raise
     protocol.publish(out, report)
 

@@ -1,4 +1,4 @@
-"""`python -m train.export`: cut the networks out of a trained family, for other libraries and for deployment."""
+"""`python -m train.export`: save the networks of a trained family for other libraries and for deployment."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from .run.progress import Monitor
 from .run.saved_config import read_any_config
 
 DESCRIPTION = """\
-Write each desired network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network
-whose weights load into timm's and torchvision's classes; its latency on this machine's CPU is in the manifest.
-Networks of a run of dspnet-finetune keep their classifier and give logits; the manifest names the classes.
-With --onnx also model.onnx, with --switchable one file of all networks that switches between them while it runs."""
+Save each network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network whose weights
+load into timm's and torchvision's classes. The manifest states its latency on this machine's CPU. Networks of a run of
+dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx adds model.onnx;
+--switchable adds one file of all networks that can switch between them at run time."""
 EXAMPLE = """\
   dspnet-export runs/first --dn w0.50
   dspnet-export runs/first --onnx --switchable
@@ -47,13 +47,13 @@ SWITCHABLE = "switchable.safetensors"
 class ExportOptions:
     """Options of `train.export`."""
 
-    onnx: bool = option(False, "also write model.onnx, verified with onnxruntime against PyTorch on images of the run")
+    onnx: bool = option(False, "also write model.onnx, and compare its outputs with PyTorch's on images of the run")
     switchable: bool = option(False, f"also write OUT/exported/{SWITCHABLE}, for dspnet_fast.switchable")
-    batch_size: int = option(1, "images a call when the latency is measured")
-    threads: int | None = option(None, "threads when the latency is measured [as many as PyTorch takes]")
+    batch_size: int = option(1, "images per call for the latency measurement")
+    threads: int | None = option(None, "threads for the latency measurement [PyTorch's number]")
 
     def __post_init__(self) -> None:
-        """Raise InputError for values that cannot be."""
+        """Raise InputError for invalid values."""
         if self.batch_size < 1 or (self.threads is not None and self.threads < 1):
             raise InputError("--batch-size and --threads must be at least 1")
         if self.onnx:
@@ -67,64 +67,80 @@ def read_run(out: Path) -> PretrainConfig | FinetuneConfig:
     return config
 
 
-def described(config: PretrainConfig | FinetuneConfig) -> tuple[FamilyOptions, str, int]:
-    """The networks of a run, the name of its images, and their size in pixels."""
+def run_family(config: PretrainConfig | FinetuneConfig) -> tuple[FamilyOptions, str, int]:
+    """The family options of a run, the name of its dataset, and the image size in pixels."""
     options = config.family() if isinstance(config, FinetuneConfig) else config
     assert config.data is not None and config.image_size is not None
     return options, config.data, config.image_size
 
 
-def wanted_subnets(out: Path, options: FamilyOptions, dns: Sequence[str], together: bool) -> Family | list[Subnet]:
-    """The subnets of these names, those of the run by default; InputError if one is not within the run's largest.
+def selected_subnets(out: Path, options: FamilyOptions, dns: Sequence[str], nested: bool) -> Family | list[Subnet]:
+    """Look up subnets by name.
 
-    together: whether they must nest, to be switched between.
+    Args:
+        out: run directory.
+        options: family of the run.
+        dns: names [those of the run].
+        nested: whether to return a `Family`, whose subnets nest.
+
+    Raises:
+        InputError: if a subnet is not contained in the largest network of the run.
     """
     trained = Family(subnet(options.network, dn) for dn in options.names())
     subnets = [subnet(options.network, dn) for dn in dns] or list(trained)
-    for wanted in subnets:
-        if not wanted.within(trained.full):
-            raise InputError(f"{wanted} is no part of {trained.full}, the largest network of {out}")
-    return Family(subnets) if together else subnets
+    for chosen in subnets:
+        if not chosen.within(trained.full):
+            raise InputError(f"{chosen} is no part of {trained.full}, the largest network of {out}")
+    return Family(subnets) if nested else subnets
 
 
 def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = None) -> list[Path]:
-    """Export the named subnets of the run in `out`, those of its family by default; returns what was written.
+    """Export subnets of a run.
 
-    Any subnet within the largest can be exported, also one that the run did not train by name. Statistics that an
-    evaluation measured are used; without them they are measured here. Networks that train.finetune trained are
-    exported with their classifier.
+    Any subnet contained in the largest network can be exported, even if the run did not train it. Post-statistics are
+    measured unless an evaluation has stored them. Fine-tuned networks are exported with their classifier.
 
-    Raises InputError if the run or a name cannot be used, RuntimeError if ONNX does not compute the same.
+    Args:
+        out: run directory of pretraining or fine-tuning.
+        dns: names of subnets [those of the run].
+        options: options of the command.
+
+    Returns:
+        The folders and files that were written.
+
+    Raises:
+        InputError: if the run or a name cannot be used.
+        RuntimeError: if the ONNX model computes different outputs.
     """
     options = options or ExportOptions()
     config = read_run(out)
-    described_as, data, image_size = described(config)
-    subnets = wanted_subnets(out, described_as, dns, options.switchable)
+    family_options, data, image_size = run_family(config)
+    subnets = selected_subnets(out, family_options, dns, options.switchable)
     trained, classes = load_family(out, config)
-    missing = [wanted for wanted in subnets if wanted.name not in trained.recall(subnets)]
+    missing = [chosen for chosen in subnets if chosen.name not in trained.restore_statistics(subnets)]
     if missing:
-        trained.measure(missing, open_images(data, "train"), data)
-    sources = trained.recall(subnets)
+        trained.measure_statistics(missing, open_images(data, "train"), data)
+    sources = trained.restore_statistics(subnets)
     examples = _examples(trained, data) if options.onnx else None
     written = []
     with Monitor("export", len(subnets) + options.switchable) as monitor:
-        for wanted in subnets:
-            monitor.status(wanted.name)
-            network = slim(trained.model, wanted)
+        for chosen in subnets:
+            monitor.status(chosen.name)
+            network = slim(trained.model, chosen)
             assert isinstance(network, Network | Classifier)
-            converted, facts = _measured(network, image_size, examples, options)
+            converted, facts = _convert_and_time(network, image_size, examples, options)
             manifest = {
                 "parameters": parameter_count(network),
                 "macs": mac_count(network, image_size),
                 "image_size": image_size,
                 "normalization": {"mean": MEAN, "std": STD},
-                "batch_norm": {"statistics": "measured after training", **sources[wanted.name]},
-                **_training(trained, config),
+                "batch_norm": {"statistics": "measured after training", **sources[chosen.name]},
+                **_training_facts(trained, config),
                 "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
                 **facts,
             }
-            exported.save(out / "exported" / wanted.name, network, wanted, manifest, converted, classes)
-            written.append(out / "exported" / wanted.name)
+            exported.save(out / "exported" / chosen.name, network, chosen, manifest, converted, classes)
+            written.append(out / "exported" / chosen.name)
             monitor.advance()
         if isinstance(subnets, Family):
             assert isinstance(trained.model, Network | Classifier)
@@ -137,15 +153,15 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
 
 
 def load_family(out: Path, config: PretrainConfig | FinetuneConfig) -> tuple[EvaluatedFamily, list[str]]:
-    """The trained family of a run, and the names of its classes, none for one that was pretrained."""
+    """Load the family of a run and the names of its classes; no classes after pretraining."""
     if isinstance(config, FinetuneConfig):
         finetuned = FinetunedFamily(out, torch.device("cpu"))
         return finetuned, finetuned.classes
     return PretrainedFamily(out, torch.device("cpu")), []
 
 
-def _training(trained: EvaluatedFamily, config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
-    """What the manifest says of it."""
+def _training_facts(trained: EvaluatedFamily, config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """Facts about the training for the manifest."""
     facts = {"data": config.data, "steps": trained.step, "family": trained.family.names}
     if isinstance(config, FinetuneConfig):
         return {"finetuning": {"from": config.from_, **facts}}
@@ -153,16 +169,16 @@ def _training(trained: EvaluatedFamily, config: PretrainConfig | FinetuneConfig)
 
 
 def _examples(trained: EvaluatedFamily, data: str) -> Tensor:
-    """A few images that the family was trained on, [8, 3, S, S]."""
+    """Eight training images, [8, 3, S, S], to verify the ONNX model."""
     images = open_images(data, "train")
     few = Subset.random(images, min(VERIFICATION_IMAGES, len(images)), seed=0)
     return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
 
 
-def _measured(
+def _convert_and_time(
     network: Network | Classifier, image_size: int, examples: Tensor | None, options: ExportOptions
 ) -> tuple[bytes | None, dict[str, Any]]:
-    """The network as ONNX if there are images to verify it by, and what the manifest says of that and of latency."""
+    """Convert to ONNX if `examples` are given, and measure latency; returns the model and facts for the manifest."""
     images = torch.randn(options.batch_size, 3, image_size, image_size)
     runtimes: dict[str, Callable[[], object]] = {"torch": lambda: network(images)}
     facts: dict[str, Any] = {}
@@ -180,16 +196,16 @@ def _measured(
             "largest_difference": onnx_file.verify(session, network, examples),
         }
     with torch.no_grad():
-        taken = latency.measure(runtimes, threads=options.threads)
+        results = latency.measure(runtimes, threads=options.threads)
     facts["latency"] = {
         **latency.conditions(images.device, options.threads, options.batch_size, image_size),
-        "of": {name: asdict(result) for name, result in taken.items()},
+        "of": {name: asdict(result) for name, result in results.items()},
     }
     return converted, facts
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, None outside a checkout."""
+    """The commit of this code; None outside a Git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -198,14 +214,14 @@ def _commit() -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("export", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("export", DESCRIPTION, EXAMPLE, "[options] OUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain or dspnet-finetune")
-    parser.add_argument("--dn", action="append", help="a network to export, may be repeated [all of the run]")
+    parser.add_argument("--dn", action="append", metavar="NAME", help="network to export; repeatable [all of the run]")
     cli.add_options(parser, ExportOptions)
     parsed = parser.parse_args(argv)
     options, dns = cli.to_config(ExportOptions, parsed), parsed.dn or ()

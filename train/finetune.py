@@ -1,4 +1,4 @@
-"""`python -m train.finetune`: train with labels, all switches of a family at once or one network alone."""
+"""`python -m train.finetune`: train with labels, all subnets of a family jointly or one network alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dspnet_fast.subnets import Family
 
 from . import cli
 from .config import SCRATCH, FinetuneConfig, PretrainConfig, flag
-from .costs.flops import cost
+from .costs.flops import network_cost
 from .data.datasets import open_images
 from .data.datasets.images import ImageDataset
 from .data.sampler import EpochSampler
@@ -35,12 +35,13 @@ from .run.run_directory import check_run, open_run
 from .run.saved_config import read_config, with_saved_config
 
 DESCRIPTION = """\
-Train a family with labels so that one set of weights classifies at every size, its switches (the paper's appendix B):
-in each step the full network learns from the labels, the smallest and random ones between from what the full one says.
-It starts from the full network of a run of dspnet-pretrain, be it a family's (DSPNet) or one network's alone (BYOL,
-with --dns for the switches), or from scratch (--from none). --dn trains one network of a run alone, cut out of the
-family.
-Writes the accuracy of all switches to OUT/evaluation/finetune.json, finetune.md and finetune.png."""
+Train a slimmable classifier with labels: one set of weights that classifies at every size of a family (the paper's
+appendix B). In each step the full network learns from the labels; the smallest and random other subnets (switches)
+learn from the predictions of the full one.
+
+Training starts from a run of dspnet-pretrain: of a family (DSPNet), or of one network (BYOL, with --dns for the
+subnets). --from none starts from random weights. --dn cuts one network out of a family and trains it alone.
+Writes the accuracy of every subnet to OUT/evaluation/finetune.json, finetune.md and finetune.png."""
 EXAMPLE = """\
   dspnet-finetune --from runs/first --out runs/finetuned --epochs 30
   dspnet-finetune --from runs/byol --dns w0.50,w0.75,w1.00 --out runs/from-byol
@@ -51,13 +52,20 @@ EXAMPLE = """\
 
 
 def completed(config: FinetuneConfig) -> FinetuneConfig:
-    """With what it leaves to the run that it starts from, so that the configuration says all.
+    """Fill in options left out by those of the run that training starts from.
 
-    InputError for what does not fit that run, or its own switches.
+    Args:
+        config: options as given.
+
+    Returns:
+        The configuration with network, stem, dns, data and image_size set.
+
+    Raises:
+        InputError: if options contradict the run in `config.from_` or one another.
     """
     if config.from_ == SCRATCH:
         if config.network is None or config.dns is None or config.data is None or config.image_size is None:
-            raise InputError("--from none starts from nothing: add --network, --dns, --data and --image-size")
+            raise InputError("--from none needs --network, --dns, --data and --image-size")
         whole = replace(config, stem=config.stem or "standard")
     else:
         run = read_config(Path(config.from_), PretrainConfig)
@@ -78,8 +86,8 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
     return whole
 
 
-def hyperparameters_of(config: FinetuneConfig) -> Hyperparameters:
-    """How to train."""
+def hyperparameters(config: FinetuneConfig) -> Hyperparameters:
+    """The hyperparameters among the options."""
     return Hyperparameters(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -96,7 +104,7 @@ def hyperparameters_of(config: FinetuneConfig) -> Hyperparameters:
 
 
 def starting_network(config: FinetuneConfig, switches: Family) -> Network:
-    """The full network of the switches, from the run or from random weights; InputError if the run does not hold it."""
+    """The full network of `switches`, from a run or with random weights; InputError if the run does not contain it."""
     if config.from_ != SCRATCH:
         return PretrainedFamily(Path(config.from_), torch.device("cpu")).cut(switches.full)
     options = config.family()
@@ -106,28 +114,33 @@ def starting_network(config: FinetuneConfig, switches: Family) -> Network:
 
 
 def finetune(config: FinetuneConfig, resume: bool) -> Report:
-    """Train to the end and evaluate every switch; returns what finetune.json holds.
+    """Train to the end and evaluate every subnet.
 
     Args:
-        config: completed.
+        config: configuration, completed by `completed`.
         resume: continue the run in config.out.
 
-    Raises KeyboardInterrupt if it was stopped, after saving, and InputError if run or images cannot be used.
+    Returns:
+        The report that `publish_finetune` writes.
+
+    Raises:
+        InputError: if the run or the images cannot be used.
+        KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     assert config.data is not None and config.image_size is not None
     device = choose_device(config.device)
     check_run(config, resume)
-    options, recipe = config.family(), hyperparameters_of(config)
+    options, hparams = config.family(), hyperparameters(config)
     switches = family_of(options.network, options.names())
     train: ImageDataset = open_images(config.data, "train")
     test: ImageDataset = open_images(config.data, "test")
     view = augmentation.supervised(config.image_size, config.min_scale)
 
     def order(start: int = 0) -> EpochSampler:
-        return EpochSampler(len(train), recipe.batch_size, recipe.seed, recipe.epochs, start)
+        return EpochSampler(len(train), hparams.batch_size, hparams.seed, hparams.epochs, start)
 
-    model = new_classifier(starting_network(config, switches), len(train.classes), recipe.seed).to(device)
-    training = SupervisedTraining(model, switches, recipe, order().steps_per_epoch)
+    model = new_classifier(starting_network(config, switches), len(train.classes), hparams.seed).to(device)
+    training = SupervisedTraining(model, switches, hparams, order().steps_per_epoch)
     out = open_run(config, resume)
     checkpoints = out / "checkpoints"
     loop.resume(training, checkpoints, device)
@@ -158,25 +171,29 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     found = accuracies()
     networks: dict[str, Any] = {}
     for switch in switches:
-        of = cost(options, switch, config.image_size)
-        networks[switch.name] = {"parameters": of.parameters, "macs": of.macs, "finetuned": asdict(found[switch.name])}
+        cost = network_cost(options, switch, config.image_size)
+        networks[switch.name] = {
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+            "finetuned": asdict(found[switch.name]),
+        }
     return {
         "protocol": "finetune",
         "from": config.from_,
         "data": config.data,
         "train_images": len(train),
         "test_images": len(test),
-        "recipe": asdict(recipe),
+        "hyperparameters": asdict(hparams),
         "networks": networks,
     }
 
 
 def publish_finetune(out: Path, report: Report) -> None:
-    """Write and print the report."""
+    """Write the report to OUT/evaluation and print it."""
     start = "from scratch" if report["from"] == SCRATCH else f"from {report['from']}"
     title = (
         f"Supervised training {start} on {report['data']}: {report['train_images']:,} images, "
-        f"{report['recipe']['epochs']} epochs, {report['test_images']:,} test images"
+        f"{report['hyperparameters']['epochs']} epochs, {report['test_images']:,} test images"
     )
     table = accuracy_table(title, report["networks"], ["finetuned"])
     series = {start: points(report["networks"], "finetuned")}
@@ -184,16 +201,16 @@ def publish_finetune(out: Path, report: Report) -> None:
 
 
 def make_parser() -> cli.ArgumentParser:
-    """All options of the command."""
-    parser = cli.parser("finetune", DESCRIPTION, EXAMPLE)
+    """The parser of the command."""
+    parser = cli.parser("finetune", DESCRIPTION, EXAMPLE, "[options] --from RUN --out DIR")
     cli.add_config_file(parser)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its configuration")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its configuration")
     cli.add_options(parser, FinetuneConfig)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 

@@ -16,8 +16,9 @@ from .pretraining.run import PretrainRun
 from .run.saved_config import with_saved_config
 
 DESCRIPTION = """\
-Pretrain a family of networks that share their weights, on images without labels.
-Then compare them with dspnet-evaluate, and cut them out with dspnet-export."""
+Pretrain a family of networks that share their weights, on images without labels. Writes the configuration, metrics
+and checkpoints to the run directory --out. Afterwards evaluate the networks with dspnet-evaluate, fine-tune them with
+dspnet-finetune, or save them for deployment with dspnet-export. Options not given keep the defaults of the paper."""
 EXAMPLE = """\
   dspnet-pretrain --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 28 \\
       --dns c16-d1111,c16-d2222,c32-d2222 --epochs 5 --warmup-epochs 1 --out runs/first
@@ -58,19 +59,17 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
 
 
 def make_parser() -> cli.ArgumentParser:
-    """All options of the command."""
-    parser = cli.parser("pretrain", DESCRIPTION, EXAMPLE)
+    """The parser of the command."""
+    parser = cli.parser("pretrain", DESCRIPTION, EXAMPLE, "[options] --out DIR")
     cli.add_config_file(parser)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its configuration")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="build, check and count the costs, without images or run"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its configuration")
+    parser.add_argument("--dry-run", action="store_true", help="check the options, print the cost of the run, and exit")
     cli.add_options(parser, PretrainConfig)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 
@@ -78,7 +77,7 @@ def _main(argv: Sequence[str]) -> None:
     options = make_parser().parse_args(with_saved_config(argv))
     config = cli.to_config(PretrainConfig, options)
     if options.dry_run:
-        dry_run.show(dry_run.plan(config, options.resume))
+        dry_run.show(dry_run.estimate(config, options.resume))
     else:
         pretrain(config, options.resume)
 

@@ -1,4 +1,4 @@
-"""`python -m train.report`: one page that shows a run: its networks, how good they are, how they were trained."""
+"""`python -m train.report`: write an HTML report of a run: networks, accuracies, training curves."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dspnet_fast import atomic
 from . import cli
 from .comparison.tables import figures_of, tables_of
 from .evaluation import drawing
-from .evaluation.collapse import LEAST_RANK, LEAST_STD
+from .evaluation.collapse import MIN_RANK, MIN_STD
 from .reporting import figures, page
-from .reporting.findings import COMPARE, Run, finite, networks_of
+from .reporting.findings import COMPARE, Run, finite, network_summaries
 from .run.progress import Monitor
 
 DESCRIPTION = """\
-Write OUT/report/index.html: one page, with everything in it, that shows the networks of a run, their accuracy in every
-evaluation that there is, how they were trained, and whether one of them collapsed. Also its figures as PNG and its
-table as report.json. Run it again after another evaluation."""
+Write OUT/report/index.html, a self-contained page about a run: its networks, their accuracies in all evaluations, the
+training curves, and whether a network collapsed. The figures are also saved as PNG, the table as report.json. Run the
+command again after further evaluations."""
 EXAMPLE = """\
   dspnet-report runs/first"""
 
 
 @dataclass
 class Picture:
-    """A figure, and the name of its file."""
+    """A figure with its file name, alternative text and caption."""
 
     name: str
     draw: drawing.Draw
@@ -37,49 +37,58 @@ class Picture:
 
 
 def pictures_of(run: Run) -> Iterator[Picture]:
-    """All figures that there is something to draw for, in the page's order; the name's first word is the section."""
+    """All figures with data, in the order of the page; the first word of the name is the section."""
     for evaluation in run.evaluations:
         for cost, what in drawing.COSTS.items():
             yield Picture(
                 f"accuracy-{Path(evaluation.file).stem}-{cost}",
-                drawing.accuracies(evaluation.series, evaluation.lines, evaluation.label, cost),
+                drawing.accuracy_figure(evaluation.series, evaluation.lines, evaluation.label, cost),
                 f"{evaluation.label} of every network over {what}",
-                f"{evaluation.about}. Bars are 95 % intervals.",
+                f"{evaluation.about}. Bars: 95 % intervals.",
             )
     if run.comparison is not None:
         for name, draw, description, caption in figures_of(run.comparison):
             yield Picture(f"compare-{name}", draw, description, caption)
     longest = max((len(xs) for xs, _ in run.curve("loss").values()), default=0)
-    means = " Of long runs, means of neighbouring steps." if longest > figures.POINTS else ""
+    means = " Long curves show means of consecutive steps." if longest > figures.POINTS else ""
     training = (
-        ("loss", "loss", False, f"Loss of each network when it was sampled, from 0 to 8.{means}"),
+        ("loss", "loss", False, f"Loss of each network in the steps that train it, between 0 and 8.{means}"),
         ("learning_rate", "learning rate", False, "Learning rate."),
-        ("images_per_second", "images/s", False, "Images per second, two views of each."),
-        ("data_wait", "share of the time", True, "Share of the time that training waited for images."),
+        ("images_per_second", "images/s", False, "Images per second, with two views of each."),
+        ("data_wait", "fraction of time", True, "Fraction of the time that training waited for images."),
     )
-    for name, label, share, caption in training:
+    for name, label, percent, caption in training:
         if curve := run.curve(name):
-            draw = figures.curves(curve, label, share)
+            draw = figures.curves(curve, label, percent)
             yield Picture(f"training-{name}", draw, f"{label} over epochs", caption)
     probes = (
-        ("feature_std", "feature std", False, "Spread of the features: 1 if even in all directions, 0 if one point."),
-        ("effective_rank", "effective rank", False, "Effective rank: how many directions the features use."),
-        ("knn", "kNN accuracy", True, "kNN accuracy on a few images, the same at each measurement."),
+        (
+            "feature_std",
+            "feature std",
+            False,
+            "Standard deviation of the features: 1 if they are isotropic, 0 if all are equal.",
+        ),
+        ("effective_rank", "effective rank", False, "Effective rank: number of dimensions that the features occupy."),
+        ("knn", "kNN accuracy", True, "kNN accuracy on a fixed small set of images."),
     )
-    for name, label, share, caption in probes:
+    for name, label, percent, caption in probes:
         if curve := run.curve(name):
-            draw = figures.curves(curve, label, share, mark=True)
+            draw = figures.curves(curve, label, percent, mark=True)
             yield Picture(f"collapse-{name}", draw, f"{label} of every network over epochs", caption)
     if cosines := run.cosines():
-        caption = (
-            f"Cosine between prediction and target, mean over both views of the training images: 1 - loss / 4.{means}"
-        )
+        caption = f"Cosine similarity of prediction and target, mean over both views: 1 - loss / 4.{means}"
         draw = figures.curves(cosines, "cosine")
-        yield Picture("collapse-cosine", draw, "cosine to the target of every network over epochs", caption)
+        yield Picture("collapse-cosine", draw, "cosine similarity to the target of every network over epochs", caption)
 
 
 def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str, str]) -> str:
-    """The page. drawn: HTML of the figures by name."""
+    """The HTML document.
+
+    Args:
+        run: the run.
+        networks: rows of the first table.
+        drawn: HTML of the figures by name.
+    """
     config = run.config
     title = f"{len(run.family)} {config.network} networks from one run"
     if len(run.family) == 1:
@@ -90,12 +99,16 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
 
     body.append(page.heading("Accuracy"))
     if not run.evaluations:
-        body.append(page.paragraph("Not evaluated yet: `dspnet-evaluate knn OUT` does that."))
-    if run.left_out:
-        body.append(page.paragraph(f"Not shown, as they hold no accuracies of networks: {', '.join(run.left_out)}."))
+        body.append(page.paragraph("Not evaluated yet: run `dspnet-evaluate knn OUT`."))
+    if run.skipped_files:
+        body.append(
+            page.paragraph(
+                f"Not shown, because they contain no accuracies of networks: {', '.join(run.skipped_files)}."
+            )
+        )
     body.append(page.figures([drawn[name] for name in drawn if name.startswith("accuracy-")]))
 
-    body.append(page.heading("Family against separate runs, and what they cost"))
+    body.append(page.heading("Family compared with separate runs"))
     if run.comparison is None:
         body.append(page.paragraph(f"Not compared yet: `dspnet-compare` writes {COMPARE}."))
     else:
@@ -108,7 +121,7 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
         body.append(page.heading("Training" if section == "training" else "Collapse indicators"))
         if shown and section == "collapse":
             body.append(page.table(*indicators_of(networks)))
-        body.append(page.figures(shown) if shown else page.paragraph("Nothing was recorded yet."))
+        body.append(page.figures(shown) if shown else page.paragraph("Nothing recorded yet."))
     body += [page.folded("Configuration", page.options(asdict(config))), "</main>"]
     return page.page(title, body)
 
@@ -125,15 +138,15 @@ def _state(run: Run) -> str:
 
 
 def table_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the first table; columns of which nothing is known are left out."""
+    """Heading and cells of the first table, without empty columns."""
     columns = list(dict.fromkeys(column for network in networks for column in network["accuracies"]))
     runtimes = list(dict.fromkeys(name for n in networks if n["latency"] for name in n["latency"]["of"]))
     rows = []
     for network in networks:
         cells = [network["network"], f"{network['parameters']:,}", f"{network['macs'] / 1e6:,.1f} M"]
         for runtime in runtimes:
-            taken = (network["latency"] or {"of": {}})["of"].get(runtime)
-            cells.append(f"{taken['median_ms']:.2f}" if taken else "–")
+            times = (network["latency"] or {"of": {}})["of"].get(runtime)
+            cells.append(f"{times['median_ms']:.2f}" if times else "–")
         for column in columns:
             score = network["accuracies"].get(column)
             cells.append(f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}" if score else "–")
@@ -143,47 +156,56 @@ def table_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
 
 
 def indicators_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the table of what tells whether a network collapsed, at the end of the curves."""
+    """Heading and cells of the table of collapse indicators at the last measurement."""
     styles = {"feature_std": ".3f", "effective_rank": ".1f", "cosine_to_target": ".3f"}
     rows = [
         [network["network"], *("–" if network[name] is None else f"{network[name]:{styles[name]}}" for name in styles)]
         for network in networks
     ]
-    return ["network", "feature std", "effective rank", "cosine to the target"], rows
+    return ["network", "feature std", "effective rank", "cosine similarity to the target"], rows
 
 
 def _verdict(networks: Sequence[Mapping[str, Any]]) -> str:
     if all(network["feature_std"] is None for network in networks):
-        return page.paragraph("Whether a network collapsed was not measured: `--probe-epochs` was 0.")
-    fallen = [network["network"] for network in networks if network["collapsed"]]
-    rule = f"feature std below {LEAST_STD:g} or effective rank below {LEAST_RANK:g} at the last measurement"
-    if fallen:
-        return page.paragraph(f"Collapsed: {', '.join(fallen)} ({rule}).", "bad")
+        return page.paragraph("Collapse indicators were not measured: `--probe-epochs` was 0.")
+    collapsed = [network["network"] for network in networks if network["collapsed"]]
+    rule = f"feature std below {MIN_STD:g} or effective rank below {MIN_RANK:g} at the last measurement"
+    if collapsed:
+        return page.paragraph(f"Collapsed: {', '.join(collapsed)} ({rule}).", "bad")
     return page.paragraph(f"No network collapsed ({rule}).")
 
 
 def _notes(run: Run, networks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the table's numbers hold for."""
+    """Notes on the numbers of the first table."""
     if run.evaluations:
-        yield "± is half the 95 % interval."
+        yield "± is the half-width of the 95 % interval."
     for evaluation in run.evaluations:
         if evaluation.step is not None and evaluation.step != run.steps:
-            word = Path(evaluation.file).stem
-            again = f"`dspnet-evaluate {word} OUT`"
-            yield f"{evaluation.file} is of step {evaluation.step:,}, not of the last: {again}."
+            again = f"`dspnet-evaluate {Path(evaluation.file).stem} OUT`"
+            yield f"{evaluation.file} evaluates step {evaluation.step:,}, not the last step: run {again} again."
     conditions = {
         f"batch of {of['batch_size']}, {of['image_size']} px, threads: {of['threads']}, {of['device']}"
         for of in (network["latency"] for network in networks)
         if of
     }
     if conditions:
-        yield f"Milliseconds are medians of a call, as measured at the export: {'; '.join(sorted(conditions))}."
+        yield f"Milliseconds are median times of a call, measured by dspnet-export: {'; '.join(sorted(conditions))}."
 
 
 def write(out: Path) -> Path:
-    """Write the page, its figures and its table; returns where the page is. InputError if `out` holds no run."""
+    """Write the page, its figures and its table.
+
+    Args:
+        out: run directory of pretraining.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        InputError: if `out` is not such a run directory, or a file in it is damaged.
+    """
     run = Run(out)
-    networks = networks_of(run)
+    networks = network_summaries(run)
     pictures = list(pictures_of(run))
     folder = out / "report"
     drawn = {}
@@ -203,12 +225,12 @@ def write(out: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command and exit."""
     cli.run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("report", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("report", DESCRIPTION, EXAMPLE, "[options] OUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
     print(write(parser.parse_args(argv).out))
 

@@ -1,4 +1,4 @@
-"""Small images and small runs."""
+"""Fixtures: small image folders, small runs and features."""
 
 import shutil
 
@@ -38,7 +38,7 @@ SMALL_RUN = {
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """An image folder of two classes, stripes and blobs, 40 training and 20 test images each."""
+    """An image folder with two classes, blobs and stripes, of 40 training and 20 test images each."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 20)):
@@ -54,7 +54,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def small(images, tmp_path):
-    """Make the configuration of a small run."""
+    """small(**options): the configuration of a small run."""
 
     def make(**options):
         return PretrainConfig(**{**SMALL_RUN, "data": str(images), "out": str(tmp_path / "run"), **options})
@@ -64,7 +64,7 @@ def small(images, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(images, tmp_path_factory):
-    """The directory of a finished small run; other tests read it."""
+    """The directory of a finished small run, for reading only."""
     out = tmp_path_factory.mktemp("finished") / "run"
     PretrainRun(PretrainConfig(**{**SMALL_RUN, "data": str(images), "out": str(out)}), resume=False).run()
     return out
@@ -72,15 +72,15 @@ def finished(images, tmp_path_factory):
 
 @pytest.fixture
 def trained(finished, tmp_path):
-    """A copy of the finished run, to write into."""
+    """A copy of the finished run, for writing."""
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("features", "evaluation"))
 
 
 @pytest.fixture(scope="session")
 def real_features():
-    """Of CIFAR-10 where it is, by a family that was never trained; else Gaussian classes that overlap.
+    """Features for training and for testing: ({network: [N, F]}, labels [N]) each.
 
-    ({network: [N, F]}, labels [N]) for training and for testing.
+    Features of CIFAR-10 by untrained networks if the dataset exists locally, otherwise overlapping Gaussian classes.
     """
     dns = ["c8-d1111", "c16-d1111"]
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def real_features():
             centres = torch.randn(10, size, generator=generator)
             made[name] = (centres[labels] + 5 * torch.randn(5000, size, generator=generator)).float()
         parts = (slice(3000), slice(3000, None))
-        return [({name: of[part] for name, of in made.items()}, labels[part]) for part in parts]
+        return [({name: rows[part] for name, rows in made.items()}, labels[part]) for part in parts]
     networks = family("resnet", dns)
     encoder = build("resnet", networks.full, "small")
     result = []
@@ -108,7 +108,7 @@ def real_features():
 
 @pytest.fixture
 def arguments(images, tmp_path):
-    """Make the command line of a small run."""
+    """arguments(**options): the command line of a small run."""
 
     def make(**options):
         values = {**SMALL_RUN, "data": images, "out": tmp_path / "run", **options}

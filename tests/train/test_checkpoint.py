@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and hold nothing that runs."""
+"""Checkpoints: atomic writing, retention, damage detection, refusal of foreign files."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ from dspnet_fast.errors import InputError
 from train.run import checkpoint
 
 
-def test_round_trip_keeps_the_newest_two(tmp_path):
+def test_save_keeps_the_newest_two(tmp_path):
     for step in (1, 20, 300):
         checkpoint.save(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020.pt", "step-00000300.pt"]
@@ -20,14 +20,14 @@ def test_round_trip_keeps_the_newest_two(tmp_path):
     assert state["step"] == 300 and state["model"]["w"].tolist() == [300, 300]
 
 
-def test_every_so_many_steps_are_kept_besides_the_newest(tmp_path):
+def test_keep_every_retains_checkpoints_of_its_multiples(tmp_path):
     for step in range(10, 80, 10):
         checkpoint.save(tmp_path, step, {}, keep=1, keep_every=30)
     assert [path.name[5:13] for path in sorted(tmp_path.iterdir())] == ["00000030", "00000060", "00000070"]
 
 
-def test_the_file_that_was_just_written_stays(tmp_path):
-    """Later ones are there if a run could not read them, went back behind them and came here again."""
+def test_save_marks_later_checkpoints_as_damaged(tmp_path):
+    """Later checkpoints exist if a resumed run could not read them and continued from an earlier one."""
     for step in (10, 40, 50):
         checkpoint.save(tmp_path, step, {}, keep=3)
     checkpoint.save(tmp_path, 20, {}, keep=1)
@@ -36,15 +36,15 @@ def test_the_file_that_was_just_written_stays(tmp_path):
     assert checkpoint.latest_step(tmp_path) == 20
 
 
-def test_rests_are_cleared_by_who_will_write(tmp_path):
+def test_clear_rests_removes_temporary_files(tmp_path):
     (tmp_path / ".step-00000007.pt.123.tmp").touch()
     checkpoint.save(tmp_path, 10, {})
-    assert len(list(tmp_path.iterdir())) == 2  # another process may be writing it
+    assert len(list(tmp_path.iterdir())) == 2  # save leaves temporary files: another process may be writing them
     checkpoint.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010.pt"]
 
 
-def test_nested_state_comes_back_as_it_was(tmp_path):
+def test_nested_state_survives_a_round_trip(tmp_path):
     state = {"a": {"b": torch.arange(3), "c": torch.tensor(1.5, dtype=torch.bfloat16)}, "d": [1, "two", 3.0, None]}
     path = checkpoint.save(tmp_path, 7, state)
     got = checkpoint.load(path)
@@ -59,8 +59,8 @@ def flip(path, bit):
     path.write_bytes(content)
 
 
-def test_no_flipped_bit_is_taken_for_what_was_written(tmp_path):
-    """Any bit of the file: either it is refused, or what it holds is untouched."""
+def test_load_refuses_flipped_bits_of_the_content(tmp_path):
+    """After a flipped bit anywhere in the file, loading fails or gives the original state."""
     state = {"w": torch.arange(100.0), "n": 5}
     path = checkpoint.save(tmp_path, 1, state)
     whole = path.read_bytes()
@@ -77,8 +77,7 @@ def test_no_flipped_bit_is_taken_for_what_was_written(tmp_path):
     assert refused > 20
 
 
-def test_contents_that_were_exchanged_are_refused(tmp_path):
-    """A valid file, but not of what its digest says."""
+def test_load_refuses_content_that_does_not_match_its_digest(tmp_path):
     path = checkpoint.save(tmp_path, 1, {"w": torch.zeros(3)})
     state = torch.load(path, weights_only=True)
     torch.save({**state, "w": torch.ones(3)}, path)
@@ -86,7 +85,7 @@ def test_contents_that_were_exchanged_are_refused(tmp_path):
         checkpoint.load(path)
 
 
-def test_the_one_before_a_damaged_one_is_used(tmp_path):
+def test_load_newest_skips_damaged_checkpoints(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"w": torch.full((3,), float(step))})
     newest = checkpoint.latest(tmp_path)
@@ -100,7 +99,7 @@ def test_the_one_before_a_damaged_one_is_used(tmp_path):
     assert checkpoint.load_newest(tmp_path / "nothing", "cpu", said.append) is None
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+def test_failed_write_keeps_the_old_file_and_removes_the_temporary_one(tmp_path):
     path = tmp_path / "file"
     atomic.write_text(path, "old")
 
@@ -119,7 +118,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("content", ["pickle", "torch", "garbage", "truncated", "foreign"])
-def test_what_is_not_ours_is_refused(tmp_path, content):
+def test_load_refuses_foreign_files_without_executing_them(tmp_path, content):
     path = tmp_path / "step-00000001.pt"
     if content == "pickle":
         path.write_bytes(pickle.dumps(Malicious(), protocol=2))

@@ -1,4 +1,4 @@
-"""The commands as their users meet them: what they write, what they refuse and how they say it."""
+"""The commands: files that they write, invalid input, exit codes and help."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ def run(command, *argv):
     return end.value.code
 
 
-def test_run_directory(finished):
+def test_run_directory_has_config_metrics_log_and_tensorboard(finished):
     assert {path.name for path in finished.iterdir()} >= {"config.yaml", "metrics.jsonl", "train.log", "tensorboard"}
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     probes = [line for line in lines if "knn" in line]
@@ -47,7 +47,7 @@ def test_run_directory(finished):
     assert "pretrained c8-d1111, c8-d1121, c16-d2121" in (finished / "train.log").read_text()
 
 
-def test_config_can_be_run_again(finished, tmp_path, capsys):
+def test_saved_config_reproduces_the_run(finished, tmp_path, capsys):
     again = tmp_path / "again"
     assert run(pretrain, "--config", finished / "config.yaml", "--out", again) == DONE
     first, second = (yaml.safe_load((out / "config.yaml").read_text()) for out in (finished, again))
@@ -57,7 +57,7 @@ def test_config_can_be_run_again(finished, tmp_path, capsys):
         torch.testing.assert_close(old["model"], new["model"], rtol=0, atol=0)
 
 
-def test_print_config_is_a_config(arguments, capsys, tmp_path):
+def test_printed_config_can_be_read_again(arguments, capsys, tmp_path):
     assert run(pretrain, *arguments(), "--fast-kernels", "--print_config") == DONE
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["fast_kernels"] is True and printed["image_size"] == 12
@@ -66,7 +66,7 @@ def test_print_config_is_a_config(arguments, capsys, tmp_path):
     assert (options.epochs, options.image_size, options.fast_kernels) == (7, 12, True)
 
 
-def test_start_from_the_weights_of_another_run(finished, arguments, tmp_path, small):
+def test_init_from_copies_the_weights_of_another_run(finished, arguments, tmp_path, small):
     started = PretrainRun(small(init_from=str(finished)), resume=False).trainer
     state = torch.load(finished / "checkpoints" / "step-00000020.pt", weights_only=True)
     torch.testing.assert_close(started.model.state_dict(), state["model"], rtol=0, atol=0)
@@ -82,10 +82,10 @@ def test_start_from_the_weights_of_another_run(finished, arguments, tmp_path, sm
         ({"dns": "c8-d1111,w0.50"}, "named by channels and blocks"),
         ({"dns": "c8-d1122,c16-d2111"}, "does not nest"),
         ({"dns": " , "}, "--dns names no network"),
-        ({"network": "vgg"}, "--network is one of mobilenet_v3_large, resnet"),
+        ({"network": "vgg"}, "--network must be one of mobilenet_v3_large, resnet"),
         ({"batch_size": 500}, "batch of 500"),
         ({"train_images": 500}, "a subset of 500 of the 80"),
-        ({"tau": 1.5}, "--tau lies between 0 and 1"),
+        ({"tau": 1.5}, "--tau must lie between 0 and 1"),
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"subnets_per_step": 1}, "at least"),
         ({"out": None}, "--out is missing"),
@@ -94,7 +94,7 @@ def test_start_from_the_weights_of_another_run(finished, arguments, tmp_path, sm
         ({"image_sizes": 3}, "image-sizes"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, options, message):
+def test_invalid_input_gives_one_line_and_exit_code_2(arguments, tmp_path, capsys, options, message):
     if "device" in options and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     assert run(pretrain, *arguments(**options)) == WRONG_INPUT
@@ -103,7 +103,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, op
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_folders_that_cannot_be_used(arguments, tmp_path, capsys):
+def test_empty_folders_and_unreadable_images_are_refused(arguments, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(pretrain, *arguments(data=tmp_path / "empty")) == WRONG_INPUT
     assert "empty" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_folders_that_cannot_be_used(arguments, tmp_path, capsys):
         assert "07.png" in error and "Traceback" not in error
 
 
-def test_an_unreadable_image_in_the_middle_of_a_run_loses_nothing(images, arguments, tmp_path, capsys):
+def test_unreadable_image_ends_the_run_after_saving(images, arguments, tmp_path, capsys):
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     broken = sorted(folder.glob("train/*/*.png"))[3]
@@ -135,7 +135,7 @@ def test_an_unreadable_image_in_the_middle_of_a_run_loses_nothing(images, argume
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 20
 
 
-def test_a_folder_without_classes_pretrains(arguments, tmp_path):
+def test_folder_without_classes_pretrains_without_knn(arguments, tmp_path):
     for index in range(16):
         (tmp_path / "flat").mkdir(exist_ok=True)
         Image.effect_noise((20, 20), 50).save(tmp_path / "flat" / f"{index:02}.png")
@@ -144,7 +144,7 @@ def test_a_folder_without_classes_pretrains(arguments, tmp_path):
     assert any("feature_std" in line for line in lines) and not any("knn" in line for line in lines)
 
 
-def test_another_run_is_never_overwritten(finished, arguments, capsys):
+def test_existing_run_is_never_overwritten(finished, arguments, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert run(pretrain, *arguments(out=finished, data="no images")) == WRONG_INPUT
     assert "holds a run already: add --resume" in capsys.readouterr().err
@@ -153,15 +153,15 @@ def test_another_run_is_never_overwritten(finished, arguments, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
 
 
-def test_nothing_to_resume(tmp_path, capsys):
-    nowhere = ("--data", tmp_path / "no images")  # which nobody looks for before there is a run
+def test_commands_refuse_a_folder_without_a_run(tmp_path, capsys):
+    nowhere = ("--data", tmp_path / "no images")  # not read before the run directory is found
     assert run(pretrain, "--resume", "--out", tmp_path / "new", *nowhere) == WRONG_INPUT
     assert "holds no run" in capsys.readouterr().err
     assert run(evaluate, "knn", tmp_path / "new") == WRONG_INPUT
     assert run(export, tmp_path / "new") == WRONG_INPUT
 
 
-def test_a_checkpoint_of_another_network_is_refused(finished, arguments, tmp_path, capsys):
+def test_resume_refuses_a_checkpoint_of_another_network(finished, arguments, tmp_path, capsys):
     assert run(pretrain, *arguments(dns="c8-d1111", epochs=1)) == DONE
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     newest.write_bytes((finished / "checkpoints" / "step-00000020.pt").read_bytes())
@@ -169,33 +169,33 @@ def test_a_checkpoint_of_another_network_is_refused(finished, arguments, tmp_pat
     assert "checkpoint is of another network" in capsys.readouterr().err
 
 
-def test_an_unexpected_error_is_one_line_and_exit_code_1(arguments, monkeypatch, capsys):
+def test_unexpected_error_gives_one_line_and_exit_code_1(arguments, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("the sky fell\nmany details")
 
     monkeypatch.setattr(pretrain, "PretrainRun", fail)
     assert run(pretrain, *arguments()) == FAILED
     error = capsys.readouterr().err
-    assert "RuntimeError: the sky fell (--debug shows where)" in error and "details" not in error
+    assert "RuntimeError: the sky fell (--debug shows the traceback)" in error and "details" not in error
     assert run(pretrain, *arguments(), "--debug") == FAILED
     assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "module"), ENTRIES)
-def test_help_gives_examples_by_the_installed_name(name, module, capsys):
+def test_help_has_usage_and_example_with_the_installed_name(name, module, capsys):
     assert run(importlib.import_module(module), "--help") == DONE
     shown = capsys.readouterr().out
     assert f"usage: {name} " in shown and f"example:\n  {name} " in shown
     assert not re.search(r"\btrain\.(?!log)|python -m", shown)
 
 
-def test_help_says_where_the_recipes_are(capsys):
+def test_help_names_the_folder_of_the_recipes(capsys):
     assert run(pretrain, "--help") == DONE
     (folder,) = re.findall(r"^recipes/ is (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert (Path(folder) / "dspnet_mobilenet-v3_imagenet_300e.yaml").is_file()
 
 
-def test_evaluate_knn(finished, images, capsys):
+def test_evaluate_knn_equals_scikit_learn(finished, images, capsys):
     assert run(evaluate, "knn", finished, "--baselines", "--k", "5", "--workers", "0") == DONE
     report = json.loads((finished / "evaluation" / "knn.json").read_text())
     assert list(report["networks"]) == ["c8-d1111", "c8-d1121", "c16-d2121"]
@@ -208,19 +208,19 @@ def test_evaluate_knn(finished, images, capsys):
     assert "c16-d2121" in capsys.readouterr().out
 
     trained = PretrainedFamily(finished, torch.device("cpu"))
-    assert trained.recall(list(trained.family)), "the statistics were kept"
+    assert trained.restore_statistics(list(trained.family)), "the statistics were saved"
     sets = {split: open_images(str(images), split) for split in ("train", "test")}
     with torch.no_grad(), activate(trained.encoder, "c8-d1121"):
         features = {
-            split: torch.cat([trained.encoder(batch) for batch in trained.batches(of, split, 0)])
-            for split, of in sets.items()
+            split: torch.cat([trained.encoder(batch) for batch in trained.batches(part, split, 0)])
+            for split, part in sets.items()
         }
     neighbours = KNeighborsClassifier(5, metric="cosine").fit(features["train"], sets["train"].labels)
     accuracy = neighbours.score(features["test"], sets["test"].labels)
     assert report["networks"]["c8-d1121"]["pretrained"]["majority"] == accuracy
 
 
-def test_evaluate_needs_labels(finished, tmp_path, capsys):
+def test_evaluate_refuses_unlabelled_images_and_too_many_neighbours(finished, tmp_path, capsys):
     (tmp_path / "flat").mkdir()
     for index in range(30):
         Image.new("RGB", (16, 16), (index, 9, 9)).save(tmp_path / "flat" / f"{index:02}.png")
@@ -230,13 +230,13 @@ def test_evaluate_needs_labels(finished, tmp_path, capsys):
     assert run(evaluate) == WRONG_INPUT
 
 
-def test_export(finished, images, capsys):
+def test_exported_networks_equal_the_subnets(finished, images, capsys):
     assert run(export, finished) == DONE
-    assert run(export, finished, "--dn", "c8-d2121") == DONE, "a network that the run did not name"
+    assert run(export, finished, "--dn", "c8-d2121") == DONE, "a network that the run did not train"
     trained = PretrainedFamily(finished, torch.device("cpu"))
     dns = ["c8-d1111", "c8-d1121", "c8-d2121", "c16-d2121"]
     subnets = [trained.encoder.subnet(dn) for dn in dns]
-    assert trained.recall(subnets)
+    assert trained.restore_statistics(subnets)
     pixels = torch.cat(list(trained.batches(open_images(str(images), "test"), "test", 0))).double()
     for subnet in subnets:
         folder = finished / "exported" / subnet.name
@@ -251,7 +251,7 @@ def test_export(finished, images, capsys):
     assert "no part of c16-d2121" in capsys.readouterr().err
 
 
-def test_normalize_is_what_the_manifest_says(finished):
+def test_normalize_matches_the_manifest(finished):
     manifest = json.loads((finished / "exported" / "c8-d1111" / "manifest.json").read_text())
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (torch.tensor(manifest["normalization"][name]).view(1, 3, 1, 1) for name in ("mean", "std"))

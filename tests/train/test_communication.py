@@ -1,4 +1,4 @@
-"""What a step sends is counted from what the run's networks are; tests/faults/test_two_hosts.py measures it."""
+"""Bytes that a step sends, counted from the networks; tests/faults/test_two_hosts.py measures them."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from train.pretraining.dspnet import build_model
 from train.pretraining.trainer import Trainer
 
 
-def test_a_ring_sends_nearly_twice_what_it_sums():
+def test_ring_sends_nearly_twice_the_buffer():
     assert ring(1000, 1) == 0 and ring(1000, 2) == 4000 and ring(1000, 4) == 6000
     assert ring(1000, 1000) == pytest.approx(8000, rel=2e-3)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_gradient_and_statistics_are_what_the_trainer_exchanges(small, ranks):
+def test_gradient_and_statistics_equal_the_trainers_buffers(small, ranks):
     trainer = Trainer(small(), 10, torch.device("cpu"))
     counted = traffic(small(), ranks)
     assert counted.gradient == ring(trainer.flat_buffers.grads.numel(), ranks)
@@ -29,8 +29,8 @@ def test_one_rank_sends_nothing(small):
     assert traffic(small(), 1).sent == 0 and traffic(small(bn_groups=4), 1).collectives == 0
 
 
-def test_synchronised_batch_normalisation_is_counted_layer_by_layer(small):
-    """Of a family of one, which is trained in every step: what runs is what its modules are."""
+def test_synchronised_batch_norm_is_counted_by_layer(small):
+    """With a family of one network, every batch norm layer of its modules runs in every step."""
     config = small(dns="c8-d1121", bn_groups=2)
     model = build_model(small(dns="c8-d1121"))
     online, target = (
@@ -39,22 +39,24 @@ def test_synchronised_batch_normalisation_is_counted_layer_by_layer(small):
     )
     counted = traffic(config, 4)
     assert counted.collectives == 2 + 2 * (2 * len(online) + len(target))
-    assert counted.normalisation == ring(2 * 2 * (2 * sum(online) + sum(target)), 2)  # pairs of ranks share a part
+    assert counted.normalisation == ring(
+        2 * 2 * (2 * sum(online) + sum(target)), 2
+    )  # two ranks share a batch norm group
     assert traffic(config, 2).normalisation == 0
     assert counted.gradient == traffic(small(dns="c8-d1121"), 4).gradient
 
 
-def test_subnets_count_by_how_often_they_are_drawn(small):
-    """Of c8-d1111, c8-d1121 and c16-d2121 two of a step are certain, and the middle one makes the difference."""
+def test_randomly_drawn_subnets_count_by_their_probability(small):
+    """Two subnets per step are the smallest and the full one; a third is the middle one."""
     two, three = (traffic(small(bn_groups=1, subnets_per_step=count), 2) for count in (2, 3))
     middle = traffic(small(dns="c8-d1121", bn_groups=1), 2)
     target = [m.num_features for m in build_model(small(dns="c8-d1121")).target.modules() if isinstance(m, _BatchNorm)]
     assert three.collectives - two.collectives == middle.collectives - 2 - 2 * len(target)
     drawn = traffic(small(dns="c8-d1111,c8-d1121,c8-d2121,c16-d2121", bn_groups=1), 2)
-    assert drawn.collectives == three.collectives + 2 * 2 * 2 / 2  # in half of the steps one block of two layers more
+    assert drawn.collectives == three.collectives + 2 * 2 * 2 / 2  # one more block of two layers in half of the steps
 
 
-def test_ranks_and_parts_that_do_not_fit_are_refused(small):
-    with pytest.raises(InputError, match="does not fit"):
+def test_bn_groups_that_do_not_fit_the_ranks_are_refused(small):
+    with pytest.raises(InputError, match="does not fit 6 ranks"):
         traffic(small(bn_groups=4), 6)
     assert traffic(small(bn_groups=4), 2).collectives == 2

@@ -1,4 +1,4 @@
-"""train.compare: what is counted, what is run, what is kept and what it says."""
+"""train.compare: counted costs, runs, resuming, tables and figures."""
 
 import io
 import json
@@ -21,12 +21,11 @@ from dspnet_fast.subnets import sandwich
 from train import compare, report
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.comparison import measuring, times
-from train.comparison.measuring import Measured
+from train.comparison.measuring import StepMeasurement
 from train.comparison.ratios import ratios
 from train.comparison.tables import figures_of, tables_of
 from train.config import PretrainConfig
-from train.costs.counting import PASSES, count, head_macs, network_costs, sampled_steps
-from train.costs.flops import Cost
+from train.costs.flops import PASSES, NetworkCost, expected_steps, head_macs, network_costs, run_cost
 from train.evaluation import drawing
 from train.pretraining.dspnet import DSPNet
 from train.pretraining.flat_buffers import FlatBuffers
@@ -35,7 +34,7 @@ from train.reporting import figures, page
 from train.reporting.findings import read_comparison
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
-RECIPE = {
+OPTIONS = {
     "network": "resnet",
     "stem": "small",
     "dns": f"{LARGE},{SMALL}",
@@ -60,11 +59,11 @@ def run(command, *argv):
 
 @pytest.fixture(scope="module")
 def command(images):
-    """Make the command line of a comparison of two networks that train for six steps of 12 px."""
+    """command(out, **options): the command line of a comparison of two networks that train for six steps."""
 
     def make(out, **options):
-        recipe = {**RECIPE, "data": images, "k": 5, "timed_steps": 2, "subnets_per_step": 2, "out": out, **options}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
+        values = {**OPTIONS, "data": images, "k": 5, "timed_steps": 2, "subnets_per_step": 2, "out": out, **options}
+        return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
     return make
 
@@ -78,15 +77,15 @@ def finished_comparison(command, tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Steps are not timed, figures are one dot."""
+    """Replace timed steps by constants and figures by one pixel."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
     monkeypatch.setattr(drawing, "png", lambda draw, theme=None: file.getvalue())
 
     def measured(config, steps):
-        return Measured(0.25, {dn: 1.0 if dn == LARGE else 0.5 for dn in config.names()}, 0.125, 3 * 2**20)
+        return StepMeasurement(0.25, {dn: 1.0 if dn == LARGE else 0.5 for dn in config.names()}, 0.125, 3 * 2**20)
 
-    monkeypatch.setattr(times, "measure", measured)
+    monkeypatch.setattr(times, "measure_step", measured)
 
 
 def checkpoints(out):
@@ -97,7 +96,7 @@ def weights(out):
     return torch.load(out / "checkpoints" / "step-00000006.pt", weights_only=True)["model"]
 
 
-def test_costs_are_counted_as_by_hand():
+def test_run_cost_equals_a_calculation_by_hand():
     small, middle, large = "c8-d1111", "c8-d1121", "c16-d1121"
     config = PretrainConfig(
         network="resnet",
@@ -109,28 +108,30 @@ def test_costs_are_counted_as_by_hand():
         subnets_per_step=2,
         warmup_epochs=0.5,
     )
-    found = count(config, 4, {small: Cost(100, 1000, 4), middle: Cost(150, 1500, 4), large: Cost(300, 3000, 5)})
+    costs = {small: NetworkCost(100, 1000, 4), middle: NetworkCost(150, 1500, 4), large: NetworkCost(300, 3000, 5)}
+    found = run_cost(config, 4, costs)
     assert found.views == 2 * 8 * 8
-    # projector: 5 x 10 + 10 x 3 = 80, of the small one's features 4 x 10 + 10 x 3 = 70; predictor: 3 x 10 + 10 x 3 = 60
+    # projector of the large network: 5 x 10 + 10 x 3 = 80, of the small one: 4 x 10 + 10 x 3 = 70;
+    # predictor: 3 x 10 + 10 x 3 = 60
     assert found.target == 8 * 16 * (3000 + 80)
-    assert found.online[small] == 6 * 16 * 3 * (1000 + 70 + 60), "not in the two steps of the warm-up"
+    assert found.online[small] == 6 * 16 * 3 * (1000 + 70 + 60), "untrained in the two steps of the warm-up"
     assert found.online[large] == 8 * 16 * 3 * (3000 + 80 + 60)
-    assert found.online[middle] == 0, "steps of two hold none between"
+    assert found.online[middle] == 0, "two subnets per step are the smallest and the full one"
     projector, predictor = 50 + 20 + 30 + 3, 30 + 20 + 30 + 3
     assert found.optimizer == 8 * (6 * (300 + projector + predictor) + 2 * (300 + projector))
     assert sum(found.parts().values()) == found.target + sum(found.online.values()) + found.optimizer
 
 
-def test_a_network_alone_is_counted_as_pytorch_counts_it():
-    """The passes of a plain network with plain heads, forward and backward."""
-    config = PretrainConfig(**{**RECIPE, "dns": LARGE})
+def test_run_cost_of_one_network_equals_pytorchs_flop_counter():
+    """Compared with forward and backward passes of a plain network with plain heads."""
+    config = PretrainConfig(**{**OPTIONS, "dns": LARGE})
     hidden, out, size = config.hidden_features, config.out_features, config.image_size
     costs = network_costs(config)
     features = costs[LARGE].features
     encoder = slim(build("resnet", family("resnet", [LARGE]).full, "small"), None)
     heads = [nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)]
     heads += [nn.Linear(out, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)]
-    found = count(config, 1, costs)
+    found = run_cost(config, 1, costs)
     views = 2 * config.batch_size * config.epochs
     assert found.target == views * mac_count(nn.Sequential(encoder, *heads[:4]), size)
     plain = nn.Sequential(encoder, *heads)
@@ -139,8 +140,10 @@ def test_a_network_alone_is_counted_as_pytorch_counts_it():
     with FlopCounterMode(display=False) as counter:
         plain(torch.randn(2, 3, size, size)).sum().backward()
     stem = next(module for module in plain.modules() if isinstance(module, nn.Conv2d))
-    of_images = stem.weight.numel() * (size // stem.stride[0]) ** 2
-    assert counter.get_total_flops() // 2 == 2 * (PASSES * forward - of_images), "but for the gradient of the images"
+    image_gradient = stem.weight.numel() * (size // stem.stride[0]) ** 2
+    assert counter.get_total_flops() // 2 == 2 * (PASSES * forward - image_gradient), (
+        "PyTorch skips the gradient of the images"
+    )
     assert head_macs(features, hidden, out) == mac_count_of(nn.Sequential(*heads[:4]), features)
     assert parameter_count(MLP(features, hidden, out)) == parameter_count(nn.Sequential(*heads[:4])) - hidden
 
@@ -151,21 +154,21 @@ def mac_count_of(model, features):
     return counter.get_total_flops() // 2
 
 
-def test_steps_of_each_network_are_those_of_the_sandwich():
+def test_expected_steps_match_sampled_subnets():
     dns = ["c8-d1111", "c8-d1112", "c16-d1112", "c16-d1122", "c16-d2222"]
     config = PretrainConfig(network="resnet", dns=",".join(dns), epochs=4, warmup_epochs=1, subnets_per_step=4)
     networks = family("resnet", dns)
     drawn = Counter(subnet.name for step in range(200, 800) for subnet in sandwich(networks, 4, seed=0, step=step))
     drawn[networks.full.name] += 200
-    expected = sampled_steps(config, 200)
+    expected = expected_steps(config, 200)
     assert expected.keys() == drawn.keys() and sum(expected.values()) == sum(drawn.values())
     assert expected[dns[0]] == 600 == drawn[dns[0]] and expected[dns[-1]] == 800 == drawn[dns[-1]]
     assert all(abs(expected[dn] - drawn[dn]) < 60 for dn in dns), "five standard deviations of 600 draws"
-    small = PretrainConfig(**{**RECIPE, "warmup_epochs": 0.5})
+    small = PretrainConfig(**{**OPTIONS, "warmup_epochs": 0.5})
     assert Trainer(small, 10, torch.device("cpu")).full_only_steps == small.full_only_steps(10) == 5
 
 
-def test_seconds_are_those_that_the_run_recorded(tmp_path):
+def test_training_seconds_sum_the_recorded_throughput(tmp_path):
     lines = [
         {"step": 0, "knn": {}},
         {"step": 10, "images_per_second": 50.0, "data_wait": 0.5},
@@ -173,10 +176,10 @@ def test_seconds_are_those_that_the_run_recorded(tmp_path):
         {"step": 15, "images_per_second": 10.0, "data_wait": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert times.seconds_of(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
+    assert times.training_seconds(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
 
 
-def test_ratios_by_hand():
+def test_ratios_equal_a_calculation_by_hand():
     def made_run(n, target, online, optimizer, data, seconds, peak):
         counted = {"target": 2 * target, "online": 2 * online, "optimizer": 2 * optimizer}
         parts = {"target": target, "online": online, "optimizer": optimizer, "data": data}
@@ -203,8 +206,8 @@ def test_ratios_by_hand():
     assert "measured" not in ratios(runs)["b"]["family"]
 
 
-def test_parts_of_a_step_are_told_apart(monkeypatch):
-    """By a clock that only the parts move."""
+def test_measured_parts_of_a_step_are_separated(monkeypatch):
+    """With a clock that only target, subnets and update advance."""
     clock = [0.0]
 
     def moves(kind, name, seconds):
@@ -220,11 +223,11 @@ def test_parts_of_a_step_are_told_apart(monkeypatch):
     moves(DSPNet, "loss", lambda args: {SMALL: 10, LARGE: 20}[args[2].name])
     moves(FlatBuffers, "update", lambda args: 100)
     monkeypatch.setattr(measuring, "_now", lambda device: clock[0])
-    found = measuring.measure_here(PretrainConfig(**RECIPE), steps=3)
+    found = measuring.measure_in_this_process(PretrainConfig(**OPTIONS), steps=3)
     assert (found.target, found.online, found.optimizer) == (1, {SMALL: 10, LARGE: 20}, 100)
 
 
-def test_a_comparison(finished_comparison):
+def test_compare_writes_report_runs_and_figures(finished_comparison):
     out = finished_comparison
     found = json.loads((out / "compare.json").read_text())
     assert {path.name for path in (out / "runs").iterdir()} == {
@@ -255,7 +258,7 @@ def test_a_comparison(finished_comparison):
         for name in (SMALL, LARGE, "family-n2")
     ]
     different = {name for name in configs[0] if len({str(config[name]) for config in configs}) > 1}
-    assert different == {"dns", "out", "subnets_per_step"}, "the same recipe"
+    assert different == {"dns", "out", "subnets_per_step"}, "all other options are equal"
     text = (out / "compare.md").read_text()
     assert "| network | params | MACs | alone | family, n = 2 | family, n = 2: difference |" in text
     assert "Ratios to all separate runs together" in text and f"Ratios to {LARGE} alone" in text
@@ -265,7 +268,7 @@ def test_a_comparison(finished_comparison):
     }
 
 
-def test_what_is_finished_is_not_done_again(finished_comparison, command, tmp_path, quick):
+def test_finished_runs_and_measurements_are_not_repeated(finished_comparison, command, tmp_path, quick):
     out = shutil.copytree(finished_comparison, tmp_path / "out")
     before = checkpoints(out)
     again = command(out, seeds="0,1", subnets_per_step="2")
@@ -282,10 +285,12 @@ def test_what_is_finished_is_not_done_again(finished_comparison, command, tmp_pa
     )
     assert "Means of seeds 0, 1" in (out / "compare.md").read_text()
     measured = json.loads((finished_comparison / "compare.json").read_text())["runs"]["family-n2"]["measured"]
-    assert found["runs"]["family-n2"]["measured"]["timed_step"] == measured["timed_step"], "timed once"
+    assert found["runs"]["family-n2"]["measured"]["timed_step"] == measured["timed_step"], "not measured again"
 
 
-def test_ctrl_c_loses_nothing(finished_comparison, command, tmp_path, monkeypatch, quick, capsys):
+def test_interrupted_comparison_continues_with_the_same_weights(
+    finished_comparison, command, tmp_path, monkeypatch, quick, capsys
+):
     out = tmp_path / "out"
     step = Trainer.train_step
 
@@ -297,7 +302,7 @@ def test_ctrl_c_loses_nothing(finished_comparison, command, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
         assert run(compare, *command(out)) == FAILED
-    assert "what was computed is kept" in capsys.readouterr().out
+    assert "saved: the same dspnet-compare command continues" in capsys.readouterr().out
     assert not (out / "compare.json").exists()
     assert (out / "runs" / "family-n2-seed0" / "checkpoints" / "step-00000004.pt").exists()
     assert run(compare, *command(out)) == DONE
@@ -305,18 +310,18 @@ def test_ctrl_c_loses_nothing(finished_comparison, command, tmp_path, monkeypatc
         straight = weights(finished_comparison / "runs" / name)
         torch.testing.assert_close(weights(out / "runs" / name), straight, rtol=0, atol=0)
     found = json.loads((out / "compare.json").read_text())
-    of_family = found["runs"]["family-n2"]["measured"]
-    # 6 steps, of which the warm-up, 2 of them, trains only the full network
+    measured = found["runs"]["family-n2"]["measured"]
+    # 6 steps, of which the first 2, the warm-up, train only the full network
     target, online, optimizer = 6 * 0.25, 4 * 0.5 + 6 * 1.0, 6 * 0.125
-    compute = of_family["seconds"]["mean"] - of_family["parts"]["data"]
-    assert of_family["parts"]["online"] == pytest.approx(compute * online / (target + online + optimizer))
-    assert of_family["explained"] == pytest.approx((target + online + optimizer) / compute)
+    compute = measured["seconds"]["mean"] - measured["parts"]["data"]
+    assert measured["parts"]["online"] == pytest.approx(compute * online / (target + online + optimizer))
+    assert measured["timed_over_recorded"] == pytest.approx((target + online + optimizer) / compute)
     before = checkpoints(out)
     assert run(compare, *command(out, base_lr=1.0)) == WRONG_INPUT
     assert "has another --base-lr" in capsys.readouterr().err and checkpoints(out) == before
 
 
-def test_families_only(command, tmp_path, quick):
+def test_no_separate_runs_trains_families_only(command, tmp_path, quick):
     out = tmp_path / "out"
     dns = f"{SMALL},c16-d1112,c16-d1122"
     argv = [*command(out, subnets_per_step="3,2", dns=dns), "--no-separate-runs"]
@@ -329,7 +334,7 @@ def test_families_only(command, tmp_path, quick):
     assert "difference" not in (out / "compare.md").read_text()
 
 
-def test_the_report_of_a_run_shows_its_comparison(finished_comparison, tmp_path, quick):
+def test_report_of_a_run_contains_its_comparison(finished_comparison, tmp_path, quick):
     out = shutil.copytree(finished_comparison, tmp_path / "out") / "runs" / "family-n2-seed0"
     assert run(report, out) == DONE
     html = (out / "report" / "index.html").read_text()
@@ -345,7 +350,7 @@ def test_the_report_of_a_run_shows_its_comparison(finished_comparison, tmp_path,
     assert row[5] == f"{100 * (family_['mean'] - alone['mean']):+.1f} points"
 
 
-def test_bars_add_up():
+def test_bars_stack_their_parts():
     rows = {"a": {"x": 1.0, "y": 2.0}, "b": {"y": 4.0, "z": 0.5}}
     (axes,) = figures.bars(rows, "seconds")(drawing.LIGHT).axes
     ends = [patch.get_x() + patch.get_width() for patch in axes.patches]
@@ -357,10 +362,10 @@ def test_bars_add_up():
     ("options", "message"),
     [
         ({"dns": SMALL}, "two networks or more"),
-        ({"seeds": "0,0"}, "--seeds 0,0: give different numbers from 0 on"),
-        ({"seeds": "a"}, "--seeds is a number or several"),
-        ({"subnets_per_step": "1,2"}, "--subnets-per-step 1,2: give different numbers from 2 on"),
-        ({"subnets_per_step": "2,3"}, "are the same for 2 networks"),
+        ({"seeds": "0,0"}, "--seeds 0,0: give different numbers of at least 0"),
+        ({"seeds": "a"}, "--seeds must be a number or several"),
+        ({"subnets_per_step": "1,2"}, "--subnets-per-step 1,2: give different numbers of at least 2"),
+        ({"subnets_per_step": "2,3"}, "have the same effect on 2 networks"),
         ({"k": 0}, "--k must be at least 1"),
         ({"k": 81}, "--k 81 neighbours among"),
         ({"references": 500}, "--references 500 of 80 images"),
@@ -369,15 +374,15 @@ def test_bars_add_up():
         ({"batch_size": 500}, "batch of 500"),
         ({"data": "/nowhere"}, "no image dataset"),
         ({"out": ""}, "--out is missing"),
-        ({"tau": 1.5}, "--tau lies between 0 and 1"),
+        ({"tau": 1.5}, "--tau must lie between 0 and 1"),
     ],
 )
-def test_wrong_input_is_refused_before_anything_is_made(command, tmp_path, capsys, options, message):
+def test_invalid_options_are_refused_before_writing(command, tmp_path, capsys, options, message):
     assert run(compare, *command(**{"out": tmp_path / "out", **options})) == WRONG_INPUT
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_help_teaches(capsys):
+def test_help_has_an_example_and_the_comparisons_options(capsys):
     assert run(compare, "--help") == DONE
     shown = capsys.readouterr().out
     assert "example:" in shown and "--subnets-per-step" in shown and "--seed " not in shown

@@ -1,4 +1,4 @@
-"""Captured passes give the bits of launched ones, capturing changes no state, and a step never synchronises the GPU."""
+"""CUDA graphs: captured steps equal launched ones bit by bit, capturing keeps the state, steps never synchronise."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def make(config, device="cpu"):
 
 
 def run_and_return(functions):
-    """A stand-in for capturing: runs every function twice and returns it."""
+    """Replacement of capturing: runs every function twice and returns it."""
     for function in functions:
         function()
         function()
@@ -39,7 +39,7 @@ def state(trainer):
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_bn": "off"}, {"precision": "bf16"}], ids=str)
-def test_captured_steps_have_the_bits_of_launched_ones(small, options):
+def test_captured_steps_equal_launched_steps(small, options):
     config = small(**options)
     plain, captured = make(config), make(config)
     captured.accumulate = cuda_graphs.captured(captured.model, captured.flat_buffers, captured._alpha, run_and_return)
@@ -62,7 +62,7 @@ def test_capturing_restores_the_state(small):
     assert not trainer.flat_buffers.grads.count_nonzero()
 
 
-def test_losses_keep_their_values_when_the_next_step_has_run(small):
+def test_losses_keep_their_values_after_the_next_step(small):
     config = small()
     trainer = make(config)
     first, second = batches(config)[:2]
@@ -84,7 +84,7 @@ def test_batch_of_another_shape_is_refused(small):
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("network", [{}, {"network": "mobilenet_v3_large", "dns": "w0.25,w0.50"}], ids=str)
-def test_graphs_have_the_bits_of_launches(small, policy, network, precision):
+def test_graph_replays_equal_launches_on_gpu(small, policy, network, precision):
     policy("any")
     config = small(precision=precision, **network)
     eager, graphed = make(replace(config, no_cuda_graphs=True), "cuda"), make(config, "cuda")
@@ -95,12 +95,12 @@ def test_graphs_have_the_bits_of_launches(small, policy, network, precision):
 
 @needs_gpu
 @pytest.mark.parametrize("no_cuda_graphs", [False, True])
-def test_a_step_never_waits_for_the_gpu(small, policy, no_cuda_graphs):
+def test_step_never_synchronises_the_gpu(small, policy, no_cuda_graphs):
     policy("any")
     config = small(no_cuda_graphs=no_cuda_graphs)
     trainer = make(config, "cuda")
     everything = batches(config, "cuda")
-    trainer.train_step(everything[0])  # compiles and records
+    trainer.train_step(everything[0])  # compiles and captures
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in everything[1:]:

@@ -1,4 +1,4 @@
-"""Detection: sets in COCO's format and what can be wrong with them, AP against pycocotools, Mask R-CNN."""
+"""train.detect: datasets in COCO format and their errors, average precision against pycocotools, Mask R-CNN."""
 
 import copy
 import importlib.util
@@ -25,12 +25,12 @@ from train.data.datasets import coco, coco_shapes
 from train.detect import pretrained_network
 from train.detection import mask_rcnn
 from train.detection.average_precision import KINDS, MEASURES, average_precision
-from train.detection.mask_rcnn import Shape, build_mask_rcnn
+from train.detection.mask_rcnn import DetectorConfig, build_mask_rcnn
 from train.detection.training import DetectionTraining
 from train.run.schedules import stepped_learning_rate
 
 WIDTH, HEIGHT = 64, 48
-NAMES = {3: "disc", 7: "square"}  # ids with gaps, as COCO's
+NAMES = {3: "disc", 7: "square"}  # ids with gaps, as in COCO
 TINY = {
     "sizes": "32",
     "max_size": 64,
@@ -55,7 +55,7 @@ def command(**options):
 
 
 def draw(folder, count, seed):
-    """Bright discs and squares on noise, and their annotations; the last image is empty."""
+    """Draw bright discs and squares on noise; returns their annotations. The last image is empty."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     images, annotations = [], []
@@ -75,7 +75,7 @@ def draw(folder, count, seed):
                 polygon = [left, top, left + side, top, left + side, top + side, left, top + side]
             annotations.append(
                 {
-                    "id": len(annotations),  # from 0 on
+                    "id": len(annotations),  # starts at 0
                     "image_id": number * 10,
                     "category_id": category,
                     "bbox": [left, top, side, side],
@@ -95,7 +95,7 @@ def draw(folder, count, seed):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """A set in COCO's layout: 9 images to train on, 4 to evaluate on."""
+    """A dataset in COCO format with 9 training and 4 test images."""
     root = tmp_path_factory.mktemp("shapes")
     (root / "annotations").mkdir()
     for split, count in (("train", 9), ("val", 4)):
@@ -111,7 +111,7 @@ def content(shapes):
 
 @pytest.fixture
 def read(shapes, tmp_path):
-    """Read a set with this content and the images of the one to evaluate on."""
+    """read(content, **options): a dataset with these annotations and the test images."""
 
     def read(content, **options):
         file = tmp_path / "set.json"
@@ -121,9 +121,9 @@ def read(shapes, tmp_path):
     return read
 
 
-def test_a_set_is_read(read, content):
+def test_read_gives_images_boxes_labels_and_masks(read, content):
     crowd = {"counts": [0, HEIGHT * WIDTH], "size": [HEIGHT, WIDTH]}
-    bbox = [-0.5, 0, WIDTH + 0.5, HEIGHT]  # rounded, as published boxes are
+    bbox = [-0.5, 0, WIDTH + 0.5, HEIGHT]  # beyond the image by rounding, as in published annotations
     content["annotations"].append(
         {"id": 99, "image_id": 10, "category_id": 7, "bbox": bbox, "segmentation": crowd, "iscrowd": 1}
     )
@@ -134,17 +134,17 @@ def test_a_set_is_read(read, content):
     assert len(made.annotated()) == 3
     one = made.load(0)
     assert one.image.shape == (3, HEIGHT, WIDTH) and one.image.dtype == torch.uint8
-    assert one.labels.tolist() == [1, 2], "a crowd is not learnt from"
+    assert one.labels.tolist() == [1, 2], "crowds are excluded from training"
     for box, shape in zip(one.boxes.int().tolist(), one.masks):
         ys, xs = shape.nonzero(as_tuple=True)
         assert all(abs(a - b) <= 1 for a, b in zip(box, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)))
-    # a mask lies on what was drawn: discs are red and squares green
+    # masks cover the drawn shapes: discs are red, squares green
     assert one.image[0][one.masks[0].bool()].float().mean() > 200 > one.image[0][one.masks[1].bool()].float().mean()
     empty = made.load(3)
     assert (empty.boxes.shape, empty.labels.shape, empty.masks.shape) == ((0, 4), (0,), (0, HEIGHT, WIDTH))
 
 
-def test_flipped_twice_is_the_same(read, content):
+def test_flipping_twice_restores_the_image(read, content):
     one = read(content).load(1)
     other = flip(one)
     for box, shape in zip(other.boxes.int().tolist(), other.masks):
@@ -173,7 +173,7 @@ RUNS = {"size": [HEIGHT, WIDTH]}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("change_content", "message"),
     [
         (repeat("images"), "the id of image 10 is used more than once"),
         (repeat("annotations"), "the id of annotation 0 is used more than once"),
@@ -207,14 +207,14 @@ RUNS = {"size": [HEIGHT, WIDTH]}
         (lambda content: content["images"].clear(), "there is no image"),
     ],
 )
-def test_what_is_wrong_is_named(read, content, wrong, says):
-    wrong(content)
+def test_read_names_the_invalid_annotation(read, content, change_content, message):
+    change_content(content)
     with pytest.raises(InputError, match=r"set\.json") as error:
         read(content)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
-def test_files_that_are_no_set(read, shapes, tmp_path):
+def test_read_refuses_files_in_another_format(read, shapes, tmp_path):
     for text in ("{", "[]"):
         with pytest.raises(InputError, match=r"set\.json"):
             read(text)
@@ -222,7 +222,7 @@ def test_files_that_are_no_set(read, shapes, tmp_path):
         coco.read(tmp_path / "none.json", shapes)
 
 
-def test_wrong_annotations_are_left_out_up_to_a_limit(read, content):
+def test_invalid_annotations_are_skipped_up_to_a_limit(read, content):
     for annotation in content["annotations"][:2]:
         annotation["bbox"] = [0, 0, 0, 0]
     made = read(content, max_bad=2)
@@ -236,15 +236,14 @@ def test_wrong_annotations_are_left_out_up_to_a_limit(read, content):
         read({**content, "annotations": many})
 
 
-def test_an_image_that_is_not_as_described(read, content):
+def test_load_refuses_an_image_of_another_size(read, content):
     content["images"][0].update(width=70)
     with pytest.raises(InputError, match="001.png is 64 x 48, but .* says 70 x 48"):
         read(content).load(0)
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
-def test_compressed_run_lengths(density):
-    """They are decoded to what pycocotools encoded."""
+def test_compressed_run_lengths_decode_as_in_pycocotools(density):
     pixels = (np.random.default_rng(0).random((37, 300)) < density).astype(np.uint8)
     text = mask.encode(np.asfortranarray(pixels))["counts"].decode()
     flat = np.concatenate([[0], pixels.ravel(order="F")])
@@ -252,7 +251,7 @@ def test_compressed_run_lengths(density):
     assert coco_shapes._decompressed(text) == np.diff([0, *changes, pixels.size]).tolist()
 
 
-def test_all_forms_of_a_mask_are_one(read, content):
+def test_polygons_and_run_lengths_give_the_same_mask(read, content):
     rle = mask.frPyObjects(content["annotations"][0]["segmentation"], HEIGHT, WIDTH)[0]
     pixels = mask.decode(rle)
     changes = np.flatnonzero(np.diff(np.concatenate([[0], pixels.ravel(order="F")])))
@@ -263,8 +262,8 @@ def test_all_forms_of_a_mask_are_one(read, content):
         assert np.array_equal(read(content).load(0).masks[0].numpy(), pixels)
 
 
-def said(truth, shift=0, noise=None):
-    """Detections: what is there, shifted to the right, or with boxes, labels and scores that noise changes."""
+def made_detections(truth, shift=0, noise=None):
+    """Detections: the annotations shifted to the right, or with random boxes, labels and scores."""
     for i, record in enumerate(truth.images):
         one = truth.load(i)
         boxes, labels, scores = (
@@ -281,32 +280,34 @@ def said(truth, shift=0, noise=None):
         yield record["id"], {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}
 
 
-def test_known_average_precisions(read, content):
+def test_average_precision_of_perfect_and_missing_detections(read, content):
     truth = read(content)
-    perfect = average_precision(truth, said(truth))
-    elsewhere = average_precision(truth, said(truth, shift=30))
+    perfect = average_precision(truth, made_detections(truth))
+    elsewhere = average_precision(truth, made_detections(truth, shift=30))
     nothing = average_precision(truth, [])
     for kind in KINDS:
         assert perfect[kind]["AP"] == perfect[kind]["AP50"] == perfect[kind]["AR100"] == 1.0
         assert elsewhere[kind]["AP"] == elsewhere[kind]["AP50"] == nothing[kind]["AP"] == nothing[kind]["AR100"] == 0.0
-        assert perfect[kind]["APl"] is None, "no thing is large"
+        assert perfect[kind]["APl"] is None, "no object is large"
     assert perfect["categories"] == {name: {"instances": 3, "box": 1.0, "mask": 1.0} for name in ("disc", "square")}
 
 
-def test_average_precision_is_pycocotools(read, content):
-    """A box or mask by hand, in pycocotools' own format, read by its own reader."""
+def test_average_precision_equals_pycocotools(read, content):
+    """Detections are converted to pycocotools' format and evaluated by its own functions."""
     truth = read(content)
-    content["annotations"] = [{**a, "id": a["id"] + 1} for a in content["annotations"]]  # 0 is no id to pycocotools
+    content["annotations"] = [
+        {**a, "id": a["id"] + 1} for a in content["annotations"]
+    ]  # pycocotools treats id 0 as unmatched
     expected = COCO()
     expected.dataset = content
     expected.createIndex()
-    found = list(said(truth, noise=torch.Generator().manual_seed(0)))
+    found = list(made_detections(truth, noise=torch.Generator().manual_seed(0)))
     scores = average_precision(truth, found)
     ids = sorted(NAMES)
-    for kind, word in (("box", "bbox"), ("mask", "segm")):
+    for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
         results = []
-        for image, of in found:
-            for box, label, score, shape in zip(of["boxes"], of["labels"], of["scores"], of["masks"]):
+        for image, one in found:
+            for box, label, score, shape in zip(one["boxes"], one["labels"], one["scores"], one["masks"]):
                 left, top, right, bottom = box.tolist()
                 form = (
                     {"bbox": [left, top, right - left, bottom - top]}
@@ -314,7 +315,7 @@ def test_average_precision_is_pycocotools(read, content):
                     else {"segmentation": mask.encode(np.asfortranarray(shape[0].numpy().astype(np.uint8)))}
                 )
                 results.append({"image_id": image, "category_id": ids[label - 1], "score": score.item(), **form})
-        direct = COCOeval(expected, expected.loadRes(copy.deepcopy(results)), word)
+        direct = COCOeval(expected, expected.loadRes(copy.deepcopy(results)), iou_type)
         direct.evaluate()
         direct.accumulate()
         direct.summarize()
@@ -326,41 +327,43 @@ def test_average_precision_is_pycocotools(read, content):
 
 
 @pytest.mark.parametrize(("name", "dn"), [("mobilenet_v3_large", "w0.35"), ("resnet", "c8-d1121")])
-def test_detectors_see_every_resolution(name, dn):
+def test_pyramid_uses_every_resolution(name, dn):
     network = slim(build(name, subnet(name, dn)), None)
     with torch.device("meta"):
-        model = build_mask_rcnn(network.to("meta"), 2, Shape((64,), 64, 8, 16), seed=0)
+        model = build_mask_rcnn(network.to("meta"), 2, DetectorConfig((64,), 64, 8, 16), seed=0)
         maps = model.backbone(torch.empty(1, 3, 64, 96))
-    assert [of.shape[1:] for of in maps.values()] == [(256, 64 // r, 96 // r) for r in (4, 8, 16, 32)] + [(256, 1, 2)]
+    assert [features.shape[1:] for features in maps.values()] == [(256, 64 // r, 96 // r) for r in (4, 8, 16, 32)] + [
+        (256, 1, 2)
+    ]
     model.train()
     norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert all(module.training and module.weight.requires_grad for module in norms)
     assert len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) + 8
 
 
-def test_batch_norm_is_shared_among_processes(monkeypatch):
+def test_detector_uses_sync_batch_norm_with_several_processes(monkeypatch):
     network = slim(build("resnet", subnet("resnet", "c8-d1111")), None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = build_mask_rcnn(network, 2, Shape((64,), 64, 8, 16), seed=0)
+    model = build_mask_rcnn(network, 2, DetectorConfig((64,), 64, 8, 16), seed=0)
     kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert kinds == {torch.nn.SyncBatchNorm}
 
 
-def test_learning_rate():
+def test_learning_rate_warms_up_and_drops():
     rates = [stepped_learning_rate(step, 4, 0.2, (6, 8)) for step in range(10)]
     assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
 
 
 @pytest.fixture
 def unexported(trained):
-    """A copy of the finished run without what another test may have exported."""
+    """A copy of the finished run without exported networks."""
     shutil.rmtree(trained / "exported", ignore_errors=True)
     return trained
 
 
-def test_where_a_network_comes_from(unexported, capsys):
-    """Exported or cut out: the same weights; never those of an earlier step."""
+def test_exported_network_is_preferred_to_the_checkpoint(unexported, capsys):
+    """Both have the same weights; an export of an earlier step is refused."""
     cut, source = pretrained_network(unexported, "c8-d1121")
     assert source == "checkpoint, 20 steps"
     with pytest.raises(SystemExit):
@@ -370,13 +373,13 @@ def test_where_a_network_comes_from(unexported, capsys):
     torch.testing.assert_close(dict(network.named_parameters()), dict(cut.named_parameters()), rtol=0, atol=0)
     manifest = unexported / "exported" / "c8-d1121" / exported.MANIFEST
     manifest.write_text(manifest.read_text().replace('"steps": 20', '"steps": 10'))
-    with pytest.raises(InputError, match="is of step 10, the run is at 20: export it again"):
+    with pytest.raises(InputError, match="was exported at step 10, the run is at 20: export it again"):
         pretrained_network(unexported, "c8-d1121")
 
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Of every step that is trained."""
+    """Losses of all training steps."""
     seen = []
     train_step = DetectionTraining.train_step
 
@@ -389,8 +392,8 @@ def losses(monkeypatch):
     return seen
 
 
-def test_it_learns_and_goes_on_where_it_was_stopped(unexported, shapes, losses, monkeypatch, capsys):
-    monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)  # eight times less to compute
+def test_detector_learns_and_resumes_with_the_same_weights(unexported, shapes, losses, monkeypatch, capsys):
+    monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)  # an eighth of the computation
     arguments = [unexported, "--dn", "c8-d1111", "--coco", shapes, *command(steps=12)]
     assert run(*arguments) == DONE
     assert "batch normalisation over the images of one process" in capsys.readouterr().out
@@ -418,7 +421,7 @@ def test_it_learns_and_goes_on_where_it_was_stopped(unexported, shapes, losses, 
     losses.clear()
     monkeypatch.setattr(DetectionTraining, "train_step", interrupting)
     assert run(*arguments) == FAILED
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     monkeypatch.setattr(DetectionTraining, "train_step", train_step)
     assert run(*arguments, "--evaluate-steps", "10") == DONE
     assert losses == whole
@@ -428,10 +431,10 @@ def test_it_learns_and_goes_on_where_it_was_stopped(unexported, shapes, losses, 
     assert json.loads((folder / "c8-d1111.json").read_text()) == report
 
 
-def test_wrong_usage(finished, shapes, tmp_path, monkeypatch, capsys):
-    for arguments, says in (
+def test_invalid_options_are_refused(finished, shapes, tmp_path, monkeypatch, capsys):
+    for arguments, message in (
         ((), "--coco is missing"),
-        (("--coco", tmp_path / "none"), "is no folder"),
+        (("--coco", tmp_path / "none"), "is not a folder"),
         (("--coco", shapes, "--train-annotations", "none"), "cannot read the annotations"),
         (("--coco", shapes, "--batch-size", "99"), "a batch of 99"),
         (("--sizes", "800,x"), "--sizes '800,x'"),
@@ -440,7 +443,7 @@ def test_wrong_usage(finished, shapes, tmp_path, monkeypatch, capsys):
         (("--lr", "0"), "--lr must be above 0"),
     ):
         assert run(finished, "--dn", "c8-d1111", *arguments) == WRONG_INPUT
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert run(finished, "--dn", "c99-d1111", "--coco", shapes) == WRONG_INPUT
     assert "no part of c16-d2121" in capsys.readouterr().err
     find = importlib.util.find_spec
@@ -449,18 +452,18 @@ def test_wrong_usage(finished, shapes, tmp_path, monkeypatch, capsys):
     assert "pip install 'dspnet-fast[detect]'" in capsys.readouterr().err
 
 
-def test_other_categories_are_refused(finished, shapes, content, tmp_path, capsys):
+def test_sets_with_different_categories_are_refused(finished, shapes, content, tmp_path, capsys):
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
         (tmp_path / f"{split}2017").symlink_to(shapes / "val2017")
         content["categories"][0]["name"] = split
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     assert run(finished, "--dn", "c8-d1111", "--coco", tmp_path) == WRONG_INPUT
-    assert "have other categories: (7, 'train'), (7, 'val')" in capsys.readouterr().err
+    assert "have different categories: (7, 'train'), (7, 'val')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read(finished, shapes, tmp_path, workers, monkeypatch, capsys):
+def test_unreadable_image_is_named(finished, shapes, tmp_path, workers, monkeypatch, capsys):
     monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)
     root = shutil.copytree(shapes, tmp_path / "set")
     for path in (root / "train2017").iterdir():
@@ -471,13 +474,13 @@ def test_an_image_that_cannot_be_read(finished, shapes, tmp_path, workers, monke
     assert "cannot read the image" in error and "train2017/00" in error and "Traceback" not in error
 
 
-def test_a_loss_that_is_no_number_ends_the_training(unexported, shapes, monkeypatch, capsys):
+def test_non_finite_loss_ends_the_training(unexported, shapes, monkeypatch, capsys):
     monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)
     arguments = ("--dn", "c8-d1111", "--coco", shapes, *command(steps=9, lr=1e30, warmup_steps=0))
     assert run(unexported, *arguments) == WRONG_INPUT
-    assert "begin again with a smaller --lr" in capsys.readouterr().err
+    assert "start again with a smaller --lr" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys):
+def test_help_has_an_example(capsys):
     assert run("--help") == DONE
     assert "example:" in capsys.readouterr().out

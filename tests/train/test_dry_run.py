@@ -1,4 +1,4 @@
-"""`train.pretrain --dry-run`: what it counts is what a run takes, also without images; it writes nothing."""
+"""`train.pretrain --dry-run`: counts, memory sizes and checks, with and without images; it writes nothing."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from dspnet_fast.errors import InputError
 from train import pretrain
 from train.cli import DONE, WRONG_INPUT
-from train.costs.counting import count, network_costs
-from train.costs.dry_run import plan
+from train.costs.dry_run import estimate
+from train.costs.flops import network_costs, run_cost
 from train.pretraining.trainer import Trainer
 from train.run.tables import quantity
 
@@ -36,77 +36,77 @@ def test_quantity_is_rounded_before_its_prefix_is_chosen(value, text):
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_bn": "off"}, {"dns": "c8-d1111"}])
-def test_memory_is_what_a_trainer_takes(small, options):
+def test_memory_equals_the_trainers_buffers(small, options):
     config = small(**options)
-    memory, trainer = plan(config).memory, Trainer(config, 10, torch.device("cpu"))
+    memory, trainer = estimate(config).memory, Trainer(config, 10, torch.device("cpu"))
     flat = trainer.flat_buffers
     tensors = {"weights": flat.params, "gradients": flat.grads, "momentum": flat.momenta, "target": flat.targets}
     for name, tensor in tensors.items():
         assert getattr(memory, name) == tensor.nbytes
-    assert memory.together == sum(tensor.nbytes for tensor in tensors.values())
+    assert memory.total == sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_a_checkpoint_is_as_large_as_it_says(finished, small):
+def test_checkpoint_size_is_predicted(finished, small):
     path = finished / "checkpoints" / "step-00000020.pt"
     state = torch.load(path, weights_only=True)
     tensors = [*state["model"].values(), *state["momentum"].values(), state["skipped"]]
-    planned = plan(small()).memory.checkpoint
-    assert planned == sum(tensor.nbytes for tensor in tensors) <= path.stat().st_size
-    assert path.stat().st_size < planned + 1000 * len(tensors)
+    estimated = estimate(small()).memory.checkpoint
+    assert estimated == sum(tensor.nbytes for tensor in tensors) <= path.stat().st_size
+    assert path.stat().st_size < estimated + 1000 * len(tensors)
 
 
-def test_a_run_is_counted_and_nothing_is_left(arguments, small, images, tmp_path, capsys):
+def test_dry_run_prints_counts_and_writes_nothing(arguments, small, images, tmp_path, capsys):
     assert run(*arguments(), "--dry-run") == DONE
     shown = capsys.readouterr().out
     assert f"80 of {images}, counted here" in shown
-    assert "20: 2 epochs of 10, 8 images each; the first 5 train c16-d2121 alone" in shown
-    planned = plan(small())
-    assert planned.trained == {"c8-d1111": 15, "c8-d1121": 15, "c16-d2121": 20}
-    counted = count(small(), 10, network_costs(small()))
-    assert planned.counted == counted
+    assert "20: 2 epochs of 10 steps, 8 images each; the first 5 train only c16-d2121" in shown
+    estimated = estimate(small())
+    assert estimated.trained == {"c8-d1111": 15, "c8-d1121": 15, "c16-d2121": 20}
+    counted = run_cost(small(), 10, network_costs(small()))
+    assert estimated.cost == counted
     for part, macs in counted.parts().items():
         assert f"{part:14}{quantity(macs)}MAC" in shown
-    for name, of in planned.costs.items():
+    for name, cost in estimated.costs.items():
         row = next(line for line in shown.splitlines() if line.strip().startswith(name))
-        assert f"{of.parameters:,}" in row and f"{quantity(counted.online[name])}MAC" in row
-    assert f"{'checkpoint':14}{quantity(planned.memory.checkpoint)}B" in shown
+        assert f"{cost.parameters:,}" in row and f"{quantity(counted.online[name])}MAC" in row
+    assert f"{'checkpoint':14}{quantity(estimated.memory.checkpoint)}B" in shown
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_images_are_counted_by_the_step(arguments, small, tmp_path, capsys):
+def test_unknown_dataset_gives_the_cost_of_one_step(arguments, small, tmp_path, capsys):
     assert run(*arguments(data="/nowhere"), "--dry-run") == DONE
     assert "unknown: /nowhere is not on this machine" in capsys.readouterr().out
-    one = plan(small(data="/nowhere"))
+    one = estimate(small(data="/nowhere"))
     assert (one.images, one.epoch_steps, one.size) == (None, None, None)
     assert one.trained == {"c8-d1111": 1, "c8-d1121": 1, "c16-d2121": 1}
-    later, first = (plan(small(full_only_epochs=epochs)).counted.parts()["online"] for epochs in (0, 1))
-    assert later - first == pytest.approx(10 * (one.counted.parts()["online"] - one.counted.online["c16-d2121"]))
+    later, first = (estimate(small(full_only_epochs=epochs)).cost.parts()["online"] for epochs in (0, 1))
+    assert later - first == pytest.approx(10 * (one.cost.parts()["online"] - one.cost.online["c16-d2121"]))
     assert run(*arguments(data="/nowhere", train_images=64), "--dry-run") == DONE
     shown = capsys.readouterr().out
-    assert "64 of /nowhere, as --train-images says" in shown and "16: 2 epochs of 8" in shown
+    assert "64 of /nowhere, as --train-images says" in shown and "16: 2 epochs of 8 steps" in shown
     assert not (tmp_path / "run").exists()
 
 
-def test_images_without_labels_are_counted(images, small):
-    planned = plan(small(data=str(images / "train" / "blobs")))
-    assert planned.images == 40 and planned.size.local
+def test_unlabelled_images_are_counted(images, small):
+    estimated = estimate(small(data=str(images / "train" / "blobs")))
+    assert estimated.images == 40 and estimated.size.local
 
 
-def test_a_run_that_goes_on(finished, capsys):
+def test_dry_run_of_a_resumed_run_checks_its_options(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert run("--resume", "--out", finished, "--dry-run") == DONE
-    assert "20: 2 epochs of 10" in capsys.readouterr().out
+    assert "20: 2 epochs of 10 steps" in capsys.readouterr().out
     assert run("--resume", "--out", finished, "--dry-run", "--base-lr", "9") == WRONG_INPUT
     assert "another --base-lr" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-def test_starting_from_another_run_is_checked(finished, small):
-    assert plan(small(init_from=str(finished))).images == 80
+def test_init_from_is_checked(finished, small):
+    assert estimate(small(init_from=str(finished))).images == 80
     with pytest.raises(InputError, match="of another network"):
-        plan(small(init_from=str(finished), dns="c8-d1111"))
+        estimate(small(init_from=str(finished), dns="c8-d1111"))
     with pytest.raises(InputError, match="holds no checkpoint"):
-        plan(small(init_from="/nowhere"))
+        estimate(small(init_from="/nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_starting_from_another_run_is_checked(finished, small):
         ({"train_images": 500}, "--train-images 500"),
         ({"subnets_per_step": 1}, "at least"),
         ({"min_scale": 0}, "smallest crop"),
-        ({"stem": "tall"}, "--stem is one of"),
+        ({"stem": "tall"}, "--stem must be one of"),
         ({"data": "empty"}, "empty"),
         ({"out": "finished"}, "holds a run already"),
     ],
 )
-def test_what_would_stop_a_run_stops_it_here(finished, arguments, tmp_path, monkeypatch, capsys, options, message):
+def test_invalid_options_are_refused_as_in_a_run(finished, arguments, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     if "out" in options:

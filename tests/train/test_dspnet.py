@@ -20,7 +20,7 @@ MOBILENET = ("mobilenet_v3_large", ["w0.25", "w0.375", "w0.50"])
 def make(network, names, **options):
     torch.manual_seed(0)
     model = DSPNet(network, family(network, names), "small", 32, 16, **options).double()
-    for parameter in model.target.parameters():  # as after some steps: online and target differ
+    for parameter in model.target.parameters():  # online and target differ, as after some steps
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model, torch.randn(8, 3, 16, 16).double()
 
@@ -31,7 +31,7 @@ def gradients(model):
 
 @pytest.mark.parametrize(("network", "names"), [RESNET, MOBILENET])
 @pytest.mark.parametrize("momentum_bn", ["off", "on"])
-def test_accumulated_backwards_are_the_gradient_of_the_summed_loss(network, names, momentum_bn):
+def test_accumulated_gradients_equal_those_of_the_summed_loss(network, names, momentum_bn):
     model, images = make(network, names, momentum_bn=momentum_bn)
     twin = copy.deepcopy(model)
     losses = model.accumulate(images, list(model.family), alpha=0.6)
@@ -44,7 +44,7 @@ def test_accumulated_backwards_are_the_gradient_of_the_summed_loss(network, name
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_loss_is_the_papers_formula():
+def test_loss_equals_the_papers_formula():
     model, images = make(*RESNET, momentum_bn="off")
     dn = model.family[1]
     with activate(model.online, dn):
@@ -58,7 +58,7 @@ def test_loss_is_the_papers_formula():
     torch.testing.assert_close(model.loss(images, model.targets(images), dn), expected)
 
 
-def test_views_never_mix():
+def test_batch_norm_separates_the_views():
     model, images = make(*RESNET, momentum_bn="off")
     dn = model.family[0]
     targets = model.targets(images)
@@ -66,13 +66,15 @@ def test_views_never_mix():
     model.targets(first_only)
     with activate(model.online, dn, views=2):
         torch.testing.assert_close(model.online(images)[:4], model.online(first_only)[:4])
-    torch.testing.assert_close(targets[4:], model.targets(first_only)[4:])  # exchanged: rows 4.. are view 1's
+    torch.testing.assert_close(
+        targets[4:], model.targets(first_only)[4:]
+    )  # targets are swapped: rows from 4 on belong to view 1
 
 
 @pytest.mark.parametrize("momentum_bn", ["off", "on", "momentum2"])
-def test_targets_have_no_gradient_and_come_from_the_full_network_alone(momentum_bn):
+def test_targets_have_no_gradient_and_use_the_full_network(momentum_bn):
     model, images = make(*RESNET, momentum_bn=momentum_bn)
-    with activate(model.online, "c8-d1111"):  # whatever the online network does
+    with activate(model.online, "c8-d1111"):  # the active online subnet has no effect
         targets = model.targets(images)
     assert not targets.requires_grad and not any(p.requires_grad for p in model.target.parameters())
     model.accumulate(images, list(model.family))
@@ -80,7 +82,7 @@ def test_targets_have_no_gradient_and_come_from_the_full_network_alone(momentum_
     assert targets.shape == (8, 16)
 
 
-def test_momentum_batch_norm_reaches_every_target_layer_and_sees_each_batch_once():
+def test_momentum_batch_norm_replaces_every_target_layer_and_sees_each_batch_once():
     model, images = make(*RESNET, momentum_bn="momentum2")
     layers = [m for m in model.target.modules() if isinstance(m, MomentumBatchNorm)]
     assert len(layers) == sum("running_mean" in name for name in model.target.state_dict())
@@ -89,7 +91,7 @@ def test_momentum_batch_norm_reaches_every_target_layer_and_sees_each_batch_once
     assert not any(isinstance(m, MomentumBatchNorm) for m in model.online.modules())
 
 
-def test_target_follows_encoder_and_projector_but_not_buffers():
+def test_target_averages_parameters_but_not_buffers():
     model, images = make(*RESNET)
     model.accumulate(images, [model.family.full])
     before = copy.deepcopy(model.target.state_dict())
@@ -103,7 +105,7 @@ def test_target_follows_encoder_and_projector_but_not_buffers():
     torch.testing.assert_close(model.online.state_dict(), online, rtol=0, atol=0)
 
 
-def test_target_starts_as_the_online_network():
+def test_target_starts_equal_to_the_online_network():
     torch.manual_seed(0)
     model = DSPNet("resnet", family("resnet", ["c8-d1111"]), "small", 32, 16)
     online = model.online.state_dict()
@@ -111,7 +113,7 @@ def test_target_starts_as_the_online_network():
         torch.testing.assert_close(value, online[name], rtol=0, atol=0)
 
 
-def test_a_family_of_one_is_byol():
+def test_family_of_one_equals_byol():
     model, images = make("resnet", ["c8-d1111"], momentum_bn="off")
     twin = copy.deepcopy(model)
     losses = model.accumulate(images, [model.family.full])
@@ -136,7 +138,7 @@ def test_order_of_subnets_does_not_change_the_sum():
         torch.testing.assert_close(result, results[0])
 
 
-def test_bf16_autocast_stays_close():
+def test_bf16_losses_are_close_to_float64():
     model, images = make(*RESNET)
     low = copy.deepcopy(model).float()
     low.precision = "bf16"

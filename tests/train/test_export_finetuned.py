@@ -1,4 +1,4 @@
-"""Networks that train.finetune trained are exported with their classifier, and compute what was evaluated."""
+"""Export of fine-tuned networks: they include the classifier and compute the evaluated logits."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def run(command, *argv):
 
 @pytest.fixture(scope="module")
 def finetuned(finished, tmp_path_factory):
-    """A family of switches, trained with labels and exported with everything."""
+    """A fine-tuned family, exported in all formats."""
     out = tmp_path_factory.mktemp("finetuned") / "run"
     assert run(finetune, "--from", finished, "--out", out, "--subnets-per-step=3", *SHORT) == DONE
     assert run(export, out, "--switchable", "--threads", 1) == DONE
@@ -37,7 +37,7 @@ def finetuned(finished, tmp_path_factory):
 
 @pytest.fixture
 def out(finetuned, tmp_path):
-    """A run of its own that was not exported yet."""
+    """A copy of the fine-tuned run without exports."""
     ignored = shutil.ignore_patterns("exported", "post_statistics*")
     return shutil.copytree(finetuned, tmp_path / "run", ignore=ignored)
 
@@ -46,14 +46,14 @@ def out(finetuned, tmp_path):
 def tested(finetuned, images):
     """The trained family with its statistics, and views [40, 3, 12, 12] of the test images with their labels."""
     trained = FinetunedFamily(finetuned, torch.device("cpu"))
-    assert set(trained.recall(list(trained.family))) == set(DNS), "the export kept the statistics"
+    assert set(trained.restore_statistics(list(trained.family))) == set(DNS), "the export saved the statistics"
     test = open_images(str(images), "test")
     return trained, torch.cat(list(trained.batches(test, "test", 0))).contiguous(), test.labels
 
 
 @pytest.mark.parametrize("dn", DNS)
 @torch.no_grad()
-def test_every_switch_gives_the_logits_that_were_evaluated(finetuned, tested, images, dn):
+def test_exported_subnet_computes_the_evaluated_logits(finetuned, tested, images, dn):
     trained, pixels, labels = tested
     folder = finetuned / "exported" / dn
     logits = exported.load(folder)(pixels)
@@ -71,7 +71,7 @@ def test_every_switch_gives_the_logits_that_were_evaluated(finetuned, tested, im
 
 
 @torch.no_grad()
-def test_onnx_gives_logits(finetuned, tested):
+def test_onnx_computes_logits(finetuned, tested):
     folder = finetuned / "exported" / DNS[1]
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == ["logits"]
@@ -81,7 +81,7 @@ def test_onnx_gives_logits(finetuned, tested):
 
 
 @torch.no_grad()
-def test_one_file_switches_between_classifiers(finetuned, tested):
+def test_switchable_file_contains_all_classifiers(finetuned, tested):
     runtime = Switchable.load(finetuned / "exported" / "switchable.safetensors")
     assert runtime.names == DNS and runtime.class_names == ("blobs", "stripes")
     for name in DNS:
@@ -92,12 +92,12 @@ def test_one_file_switches_between_classifiers(finetuned, tested):
     assert torch.equal(Switchable.load(again)(tested[1]), runtime.use(DNS[-1])(tested[1]))
 
 
-def test_a_network_that_was_trained_alone(finished, images, tmp_path):
+def test_network_finetuned_alone_is_exported(finished, images, tmp_path):
     out = tmp_path / "alone"
     assert run(finetune, "--from", finished, "--dn", "c8-d1121", "--out", out, *SHORT) == DONE
     assert run(export, out) == DONE
     trained = FinetunedFamily(out, torch.device("cpu"))
-    trained.recall(list(trained.family))
+    trained.restore_statistics(list(trained.family))
     pixels = torch.cat(list(trained.batches(open_images(str(images), "test"), "test", 0)))
     with torch.no_grad(), activate(trained.model, "c8-d1121"):
         logits = exported.load(out / "exported" / "c8-d1121")(pixels)
@@ -108,12 +108,12 @@ def test_a_network_that_was_trained_alone(finished, images, tmp_path):
     ("change", "message"),
     [
         ({"data": "/nowhere"}, "no image dataset '/nowhere'"),
-        ({"data": "three classes"}, "of other classes than the 3 of"),
+        ({"data": "three classes"}, "has other classes than the 3 of"),
         ({"stem": "standard"}, "of another network"),
         ({"surprise": 1}, "not a configuration of this version"),
     ],
 )
-def test_a_run_that_cannot_be_used(out, images, tmp_path, capsys, change, message):
+def test_export_refuses_changed_runs(out, images, tmp_path, capsys, change, message):
     if change.get("data") == "three classes":
         change = {"data": str(tmp_path / "images")}
         shutil.copytree(images, tmp_path / "images")
@@ -127,7 +127,7 @@ def test_a_run_that_cannot_be_used(out, images, tmp_path, capsys, change, messag
 
 
 @pytest.mark.parametrize("command", [evaluate, report, detect], ids=["evaluate", "report", "detect"])
-def test_other_commands_say_whose_run_it_is(out, capsys, command):
+def test_other_commands_refuse_a_finetuned_run(out, capsys, command):
     before = sorted(out.rglob("*"))
     options = {evaluate: ["knn", out], report: [out], detect: [out, "--dn", DNS[0]]}
     assert run(command, *options[command]) == WRONG_INPUT
@@ -135,6 +135,6 @@ def test_other_commands_say_whose_run_it_is(out, capsys, command):
     assert sorted(out.rglob("*")) == before
 
 
-def test_a_network_that_is_no_part_of_it(out, capsys):
+def test_export_refuses_a_network_outside_the_family(out, capsys):
     assert run(export, out, "--dn", "c32-d1111") == WRONG_INPUT
     assert "no part of c16-d2121" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Supervised training: the step against plain PyTorch, the starts there are, resuming, what it writes."""
+"""train.finetune: the step against plain PyTorch, initial weights, resuming, output files."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def report(out):
     return json.loads((out / "evaluation" / "finetune.json").read_text())
 
 
-def recipe(**options):
+def hyperparameters(**options):
     values = {"epochs": 1, "batch_size": 8, "lr": 0.1, "head_lr": 0.3, "weight_decay": 1e-2, "label_smoothing": 0.1}
     return Hyperparameters(**{**values, "subnets_per_step": 3, **options})
 
@@ -55,8 +55,8 @@ def batches(count):
 
 
 @pytest.mark.parametrize("distill", [True, False])
-def test_a_step_is_the_sandwich_rule_with_in_place_distillation(distill):
-    """Against gradients that plain PyTorch finds in the networks that slim cuts out, added up where they overlap."""
+def test_step_equals_sandwich_rule_with_in_place_distillation(distill):
+    """The reference sums the gradients of separate plain networks where their weights overlap."""
     networks, model = models()
     ((images, labels),) = batches(1)
     expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
@@ -73,7 +73,7 @@ def test_a_step_is_the_sandwich_rule_with_in_place_distillation(distill):
         for name, parameter in plain.named_parameters():
             expected[name][tuple(slice(size) for size in parameter.shape)] += parameter.grad
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    training = SupervisedTraining(model, networks, recipe(distill=distill), epoch_steps=4)
+    training = SupervisedTraining(model, networks, hyperparameters(distill=distill), epoch_steps=4)
     training.train_step((images, labels))
     for name, parameter in model.named_parameters():
         decay = 1e-2 * before[name] if parameter.ndim > 1 else 0.0
@@ -83,7 +83,7 @@ def test_a_step_is_the_sandwich_rule_with_in_place_distillation(distill):
 
 
 def _cut(model, subnet):
-    """A plain copy of one switch."""
+    """A plain copy of one subnet."""
     plain = build("resnet", subnet, "small")
     classifier = new_classifier(plain, 5, seed=0)
     weights = dict(model.named_parameters())
@@ -93,7 +93,7 @@ def _cut(model, subnet):
     return slim(classifier, None)
 
 
-def test_one_network_alone_is_plain_sgd():
+def test_training_one_network_equals_plain_sgd():
     networks, model = models(["c8-d1111"])
     plain = slim(model, None).train()
     optimizer = torch.optim.SGD(
@@ -101,7 +101,7 @@ def test_one_network_alone_is_plain_sgd():
         lr=0.1,
         momentum=0.9,
     )
-    training = SupervisedTraining(model, networks, recipe(weight_decay=0.0, batch_size=256), epoch_steps=3)
+    training = SupervisedTraining(model, networks, hyperparameters(weight_decay=0.0, batch_size=256), epoch_steps=3)
     for step, (images, labels) in enumerate(batches(3)):
         for group, peak in zip(optimizer.param_groups, (0.1, 0.3)):
             group["lr"] = learning_rate(step, 3, 0, peak)
@@ -114,8 +114,7 @@ def test_one_network_alone_is_plain_sgd():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
-def test_starts(finished, tmp_path, images):
-    """A run's full network, a smaller one of it, or the seed's weights."""
+def test_initial_weights_come_from_the_run_or_the_seed(finished, tmp_path, images):
     encoder = PretrainedFamily(finished, torch.device("cpu")).encoder
     config = completed(FinetuneConfig(from_=str(finished)))
     assert (config.dns, config.image_size, config.data) == (",".join(DNS), 12, str(images))
@@ -143,7 +142,7 @@ def test_starts(finished, tmp_path, images):
     ],
     ids=["one network", "other switches", "from scratch"],
 )
-def test_what_it_writes(finished, images, tmp_path, capsys, start):
+def test_finetune_writes_report_figure_metrics_and_config(finished, images, tmp_path, capsys, start):
     out = tmp_path / "run"
     assert run(*command(**{"from": finished, "data": images, "out": out, **start})) == DONE
     found = report(out)
@@ -162,19 +161,18 @@ def test_what_it_writes(finished, images, tmp_path, capsys, start):
 
 @pytest.fixture(scope="module")
 def whole(finished, tmp_path_factory):
-    """A run that was never stopped."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert run(*command(**{"from": finished, "out": out})) == DONE
     return out
 
 
-def test_the_configuration_runs_again(whole, tmp_path):
+def test_saved_config_reproduces_the_run(whole, tmp_path):
     assert run("--config", whole / "config.yaml", "--out", tmp_path / "again") == DONE
     assert report(tmp_path / "again") == report(whole)
 
 
-def test_all_switches_learn(finished, tmp_path):
-    """Two classes that a few steps tell apart."""
+def test_all_subnets_learn(finished, tmp_path):
     assert run(*command(**{"from": finished, "epochs": 5, "evaluate_epochs": 2, "out": tmp_path / "run"})) == DONE
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     measured = {line["step"]: line["top1"] for line in lines if "top1" in line}
@@ -183,7 +181,7 @@ def test_all_switches_learn(finished, tmp_path):
         assert network["finetuned"]["top1"] >= 0.9
 
 
-def test_stopped_and_resumed(finished, whole, tmp_path, monkeypatch, capsys):
+def test_resumed_run_equals_an_uninterrupted_one(finished, whole, tmp_path, monkeypatch, capsys):
     second = tmp_path / "second"
     train_step = SupervisedTraining.train_step
 
@@ -206,7 +204,7 @@ def test_stopped_and_resumed(finished, whole, tmp_path, monkeypatch, capsys):
     newest = checkpoint.newest_of_run(second)
     lines = (second / "metrics.jsonl").read_text()
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert run("--out", second, "--resume") == DONE  # from the one before, whose later lines are written again
+    assert run("--out", second, "--resume") == DONE  # resumes from the previous checkpoint and rewrites the later lines
     assert (second / "metrics.jsonl").read_text() == lines
 
 
@@ -214,30 +212,30 @@ def test_stopped_and_resumed(finished, whole, tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         ({"from": None}, "--from is missing"),
-        ({"from": "none"}, "--from none starts from nothing: add --network"),
+        ({"from": "none"}, "--from none needs --network"),
         ({"from": "/nowhere"}, "holds no run"),
-        ({"dn": "c8-d1111", "dns": "c8-d1111"}, "--dn trains one network"),
+        ({"dn": "c8-d1111", "dns": "c8-d1111"}, "--dn needs --from RUN"),
         ({"dn": "c32-d1111"}, "no part of c16-d2121"),
         ({"network": "mobilenet_v3_large"}, "has resnet"),
         ({"batch_size": 500}, "batch of 500"),
         ({"subnets_per_step": 1}, "--subnets-per-step must be at least 2"),
-        ({"label_smoothing": 1}, "--label-smoothing is"),
+        ({"label_smoothing": 1}, "--label-smoothing must be"),
         ({"lr": 0}, "--lr must be above 0"),
         ({"min_scale": 0}, "smallest crop"),
     ],
 )
-def test_wrong_options(finished, tmp_path, capsys, options, message):
+def test_invalid_options_are_refused(finished, tmp_path, capsys, options, message):
     assert run(*command(**{"from": finished, "out": tmp_path / "run", **options})) == WRONG_INPUT
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_help_teaches(capsys):
+def test_help_has_an_example(capsys):
     assert run("--help") == DONE
     assert "example:" in capsys.readouterr().out
 
 
-def test_a_family_that_was_fine_tuned_is_none_of_pretraining(finished, tmp_path, capsys):
+def test_from_refuses_a_finetuned_run(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "copy")
     (out / "config.yaml").write_text(yaml.safe_dump({"from": "none"}))
     assert run(*command(**{"from": out, "out": tmp_path / "run"})) == WRONG_INPUT

@@ -1,5 +1,4 @@
-"""The flat buffers: everybody else sees the parameters that they knew, and the update is that of one tensor at a
-time."""
+"""FlatBuffers: parameters stay the same objects, and the update equals one that treats each tensor separately."""
 
 import copy
 
@@ -21,19 +20,19 @@ def make(dtype=torch.float32):
     torch.manual_seed(0)
     model = DSPNet("resnet", family("resnet", NAMES), "small", 33, 17).to(dtype)
     model = model.to(memory_format=torch.channels_last)
-    for parameter in model.target.parameters():  # as after some steps: online and target differ
+    for parameter in model.target.parameters():  # online and target differ, as after some steps
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model, torch.randn(8, 3, 16, 16, dtype=dtype)
 
 
-def test_values_strides_and_identity_of_the_parameters_stay():
+def test_parameters_keep_values_strides_and_identity():
     model, _ = make()
     before = copy.deepcopy(model)
-    known = list(model.parameters())
+    originals = list(model.parameters())
     FlatBuffers(model.online, model.target)
     torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
     assert list(model.state_dict()) == list(before.state_dict())
-    for parameter, same, old in zip(model.parameters(), known, before.parameters()):
+    for parameter, same, old in zip(model.parameters(), originals, before.parameters()):
         assert parameter is same and parameter.stride() == old.stride() and parameter.is_leaf
         assert parameter.requires_grad == old.requires_grad
     weight = model.online.encoder.conv1.weight
@@ -41,7 +40,7 @@ def test_values_strides_and_identity_of_the_parameters_stay():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_everything_lies_at_one_place_of_each_flat_tensor(dtype):
+def test_parameter_gradient_momentum_and_target_share_one_offset(dtype):
     model, _ = make(dtype)
     flat = FlatBuffers(model.online, model.target)
     targets = dict(model.target.named_parameters())
@@ -62,7 +61,7 @@ def test_everything_lies_at_one_place_of_each_flat_tensor(dtype):
     assert len(set(starts)) == len(starts)
 
 
-def test_a_target_of_other_strides_takes_those_of_the_online_parameter():
+def test_target_takes_the_strides_of_the_online_parameter():
     model, _ = make()
     model.target.to(memory_format=torch.contiguous_format)
     before = copy.deepcopy(model.target.state_dict())
@@ -72,7 +71,7 @@ def test_a_target_of_other_strides_takes_those_of_the_online_parameter():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_autograd_adds_in_place_also_into_sliced_weights(memory_format):
+def test_autograd_accumulates_in_place_also_for_sliced_weights(memory_format):
     conv, linear = SlimConv2d(6, 8, 3), SlimLinear(8, 5)
     module = nn.ModuleList([conv, linear]).to(memory_format=memory_format)
     plain = copy.deepcopy(module)
@@ -82,17 +81,17 @@ def test_autograd_adds_in_place_also_into_sliced_weights(memory_format):
     for _ in range(2):
         for channels, size in ((6, 8), (3, 4)):
             images = torch.randn(2, channels, 4, 4).to(memory_format=memory_format)
-            for own_conv, own_linear in (module, plain):
-                own_conv.active_size = size
-                own_linear(own_conv(images).mean((2, 3))).square().sum().backward()
+            for conv_, linear_ in (module, plain):
+                conv_.active_size = size
+                linear_(conv_(images).mean((2, 3))).square().sum().backward()
     for parameter, gradient, address, other in zip(module.parameters(), gradients, addresses, plain.parameters()):
         assert parameter.grad is gradient and gradient.data_ptr() == address
         torch.testing.assert_close(gradient, other.grad)
     sums = sum(parameter.grad.double().square().sum() for parameter in plain.parameters())
-    torch.testing.assert_close(flat.grads.double().square().sum(), sums)  # nothing fell into the padding
+    torch.testing.assert_close(flat.grads.double().square().sum(), sums)  # the padding received no gradient
 
 
-def test_steps_are_those_of_one_tensor_at_a_time():
+def test_steps_equal_updates_of_separate_tensors():
     model, images = make(torch.float64)
     twin = copy.deepcopy(model)
     flat = FlatBuffers(model.online, model.target)
@@ -126,7 +125,7 @@ def test_padding_stays_zero():
             assert not tensor[~inside[: len(tensor)]].count_nonzero()
 
 
-def test_blocks_that_no_subnet_used_step_as_with_a_zero_gradient():
+def test_unused_blocks_are_updated_with_a_zero_gradient():
     model, images = make(torch.float64)
     flat = FlatBuffers(model.online, model.target)
     model.accumulate(images, list(model.family))
@@ -143,7 +142,7 @@ def test_blocks_that_no_subnet_used_step_as_with_a_zero_gradient():
         torch.testing.assert_close(flat.momentum()[name], m)
 
 
-def test_state_dicts_are_exchanged_with_a_plain_model(tmp_path):
+def test_state_dict_is_compatible_with_a_plain_model(tmp_path):
     model, images = make()
     plain, _ = make()
     flat = FlatBuffers(model.online, model.target)
@@ -160,7 +159,7 @@ def test_state_dicts_are_exchanged_with_a_plain_model(tmp_path):
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def test_momentum_is_exchanged_by_name():
+def test_momentum_is_loaded_by_name():
     model, images = make()
     other, _ = make()
     flat = FlatBuffers(model.online, model.target)
@@ -175,7 +174,7 @@ def test_momentum_is_exchanged_by_name():
 
 
 @pytest.mark.parametrize("wrong", ["a missing one", "one too many", "another shape"])
-def test_momentum_of_another_network_is_refused_and_changes_nothing(wrong):
+def test_load_momentum_refuses_another_network_and_changes_nothing(wrong):
     model, _ = make()
     flat = FlatBuffers(model.online, model.target)
     momentum = {name: torch.ones_like(value) for name, value in flat.momentum().items()}
@@ -191,7 +190,7 @@ def test_momentum_of_another_network_is_refused_and_changes_nothing(wrong):
 
 
 @pytest.mark.parametrize(
-    "leave",
+    "replace",
     [
         lambda model: model.zero_grad(),
         lambda model: model.online.double(),
@@ -201,18 +200,18 @@ def test_momentum_of_another_network_is_refused_and_changes_nothing(wrong):
     ],
     ids=["zero_grad", "another dtype", "an online parameter", "a target parameter", "a gradient"],
 )
-def test_leaving_the_arena_is_an_error(leave):
+def test_step_refuses_tensors_outside_the_buffers(replace):
     model, _ = make()
     flat = FlatBuffers(model.online, model.target)
     model.accumulate(torch.randn(8, 3, 16, 16), [model.family.full])
     before = flat.params.clone()
     with pytest.raises((RuntimeError, ValueError)):
-        leave(model)
+        replace(model)
         flat.step(0.5, 0.9, **OPTIONS)
     assert torch.equal(flat.params, before)
 
 
-def test_modules_that_do_not_match_are_refused():
+def test_online_and_target_that_do_not_match_are_refused():
     for online, target in (
         (nn.Linear(3, 4), nn.Linear(3, 5)),
         (nn.Linear(3, 4, bias=False), nn.Linear(3, 4)),

@@ -1,4 +1,4 @@
-"""Nearest neighbours against scikit-learn, and measures of spread on features whose spread is known."""
+"""kNN against scikit-learn; feature std and effective rank of features with known values."""
 
 import math
 
@@ -48,8 +48,8 @@ def test_equals_scikit_learn_on_real_features(real_features, network):
     assert found.weighted == sklearn_accuracy(data, 20, lambda distances: np.exp((1 - distances) / TEMPERATURE))
 
 
-def test_majority_and_weighted_differ_where_they_should():
-    """Two far neighbours of class 1 outvote, but do not outweigh, the near one of class 0."""
+def test_weighted_vote_prefers_near_neighbours():
+    """Two far neighbours of class 1 win the majority vote, one near neighbour of class 0 the weighted vote."""
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
     data = (train, torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
     found = knn(*data, num_classes=2, k=3)
@@ -63,7 +63,7 @@ def test_ties_go_to_the_smallest_label(labels):
 
 
 @pytest.mark.parametrize("chunk", [1, 7 * 300, 10**9])
-def test_chunks_change_nothing(chunk):
+def test_chunk_size_does_not_change_the_result(chunk):
     data = blobs(300, 50, 10)
     assert knn(*data, num_classes=10, chunk=chunk) == knn(*data, num_classes=10)
 
@@ -72,11 +72,11 @@ def test_chunks_change_nothing(chunk):
 def test_low_precision_features_are_compared_in_float32(dtype):
     data = blobs(300, 100, 10, dtype=torch.float32)
     rounded = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in data]
-    widened = [tensor.float() if tensor.is_floating_point() else tensor for tensor in rounded]
-    assert knn(*rounded, num_classes=10) == knn(*widened, num_classes=10)
+    upcast = [tensor.float() if tensor.is_floating_point() else tensor for tensor in rounded]
+    assert knn(*rounded, num_classes=10) == knn(*upcast, num_classes=10)
 
 
-def test_length_of_features_does_not_matter():
+def test_length_of_features_does_not_change_the_result():
     train, train_labels, test, test_labels = blobs(300, 100, 10)
     lengths = torch.rand(300, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     found = knn(train * lengths, train_labels, test * 9, test_labels, num_classes=10)
@@ -84,19 +84,19 @@ def test_length_of_features_does_not_matter():
 
 
 @pytest.mark.parametrize("k", [0, 11])
-def test_more_neighbours_than_images_is_refused(k):
+def test_invalid_k_is_refused(k):
     with pytest.raises(InputError, match="from 1 to 10"):
         knn(*blobs(10, 5, 2), num_classes=2, k=k)
 
 
-def test_no_test_images_is_refused():
+def test_empty_test_set_is_refused():
     with pytest.raises(InputError, match="no test images"):
         knn(*blobs(10, 0, 2), num_classes=2, k=3)
 
 
-def test_interval():
+def test_interval_is_wilsons():
     assert knn(*blobs(300, 200, 2), num_classes=2).interval > 0
-    assert interval95(0.5, 10000) == pytest.approx(1.96 * 0.5 / 100, rel=1e-3)  # the normal approximation's, here
+    assert interval95(0.5, 10000) == pytest.approx(1.96 * 0.5 / 100, rel=1e-3)  # equals the normal approximation
     # Wilson's interval for 8 of 10: 0.4902 to 0.9433
     assert interval95(0.8, 10) == pytest.approx((0.9433 - 0.4902) / 2, abs=1e-4)
     assert interval95(1.0, 100) == pytest.approx(interval95(0.0, 100))
@@ -104,12 +104,12 @@ def test_interval():
 
 
 @pytest.mark.parametrize("length", [1.0, 50.0])
-def test_feature_std(length):
+def test_feature_std_of_isotropic_constant_and_partial_features(length):
     generator = torch.Generator().manual_seed(0)
     isotropic = length * torch.randn(4000, 64, generator=generator)
     assert feature_std(isotropic) == pytest.approx(1, abs=0.02)
     assert feature_std(isotropic[:1].expand(100, 64)) == pytest.approx(0, abs=1e-5)
-    half = isotropic * (torch.arange(64) < 32)  # half of the dimensions, each sqrt(2) as wide
+    half = isotropic * (torch.arange(64) < 32)  # half of the dimensions, each with sqrt(2) times the std
     assert feature_std(half) == pytest.approx(math.sqrt(0.5), abs=0.02)
 
 
@@ -122,7 +122,7 @@ def test_effective_rank_of_equal_singular_values(rank, shape):
     assert effective_rank(features) == pytest.approx(rank, rel=1e-4)
 
 
-def test_effective_rank_is_its_definition():
+def test_effective_rank_equals_its_definition():
     features = torch.randn(60, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -3, 30)
     shares = torch.linalg.svdvals(features.double())
     shares = shares / shares.sum()
@@ -130,5 +130,5 @@ def test_effective_rank_is_its_definition():
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_effective_rank_of_nothing_is_nan(value):
+def test_effective_rank_of_zero_or_non_finite_features_is_nan(value):
     assert math.isnan(effective_rank(torch.full((5, 4), value)))

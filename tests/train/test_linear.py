@@ -1,4 +1,4 @@
-"""Linear evaluation: the classifiers against scikit-learn's, features that are kept, what an interruption leaves."""
+"""Linear evaluation: classifiers against scikit-learn, saved features, resuming."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from train.data.normalization import normalize
 from train.data.sampler import EpochSampler
 from train.evaluation import features
 from train.evaluation.accuracy import accuracies, interval95
-from train.evaluation.classifiers import Classifiers, ClassifierTraining, Hyperparameters, kept_batches
+from train.evaluation.classifiers import Classifiers, ClassifierTraining, Hyperparameters, feature_batches
 from train.evaluation.classifiers import evaluate as evaluate_classifiers
 from train.evaluation.pretrained import BATCH, PretrainedFamily
 
@@ -43,35 +43,35 @@ def report(out):
 
 def train_classifiers(train, labels, epochs=80, names=None):
     chosen = {name: train[name] for name in names or train}
-    recipe = Hyperparameters(epochs, 256, 0.2, 0.9, seed=0)
-    classifiers = Classifiers({name: of.shape[1] for name, of in chosen.items()}, 10, recipe.seed)
-    order = EpochSampler(len(labels), recipe.batch_size, recipe.seed, recipe.epochs)
-    training = ClassifierTraining(classifiers, recipe, order.steps_per_epoch)
-    for batch in kept_batches(chosen, labels, order, CPU):
+    hparams = Hyperparameters(epochs, 256, 0.2, 0.9, seed=0)
+    classifiers = Classifiers({name: rows.shape[1] for name, rows in chosen.items()}, 10, hparams.seed)
+    order = EpochSampler(len(labels), hparams.batch_size, hparams.seed, hparams.epochs)
+    training = ClassifierTraining(classifiers, hparams, order.steps_per_epoch)
+    for batch in feature_batches(chosen, labels, order, CPU):
         training.train_step(batch)
     assert training.step == training.steps
     return classifiers
 
 
-def test_equals_scikit_learns_logistic_regression_within_its_interval(real_features):
+def test_accuracy_is_within_the_interval_of_scikit_learns_logistic_regression(real_features):
     (train, train_labels), (test, test_labels) = real_features
     found = evaluate_classifiers(train_classifiers(train, train_labels), test, test_labels, CPU)
     for name in DNS:
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train[name], train_labels)
         expected = model.score(test[name], test_labels)
         assert abs(found[name].top1 - expected) <= found[name].interval
-        assert found[name].top1 > 0.1 + 5 * found[name].interval, "chance is 10 %, and there is something to learn"
+        assert found[name].top1 > 0.1 + 5 * found[name].interval, "above chance, which is 10 %"
 
 
-def test_networks_trained_together_learn_what_each_would_alone(real_features):
+def test_networks_trained_together_equal_networks_trained_separately(real_features):
     (train, labels), (test, test_labels) = real_features
     together = train_classifiers(train, labels, epochs=2)
     alone = train_classifiers(train, labels, epochs=2, names=DNS[:1])
-    logits, expected = (of.eval()(test)[DNS[0]] for of in (together, alone))
+    logits, expected = (trained.eval()(test)[DNS[0]] for trained in (together, alone))
     torch.testing.assert_close(logits, expected)
 
 
-def test_accuracy_is_scikit_learns(real_features):
+def test_accuracies_equal_scikit_learns(real_features):
     _, (_, labels) = real_features
     logits = torch.randn(len(labels), 10) + 2 * torch.nn.functional.one_hot(labels, 10)
     batches = zip(logits.split(300), labels.split(300))
@@ -80,12 +80,12 @@ def test_accuracy_is_scikit_learns(real_features):
     assert found.top5 == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
     assert found.interval == interval95(found.top1, len(labels))
     (few,) = accuracies([({"a": torch.eye(3)}, torch.tensor([0, 1, 0]))]).values()
-    assert (few.top1, few.top5) == (pytest.approx(2 / 3), 1.0), "of three classes all are among the first five"
+    assert (few.top1, few.top5) == (pytest.approx(2 / 3), 1.0), "with three classes top 5 is 1"
     with pytest.raises(InputError, match="no test images"):
         accuracies([])
 
 
-def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monkeypatch, capsys):
+def test_second_call_reuses_features_and_classifiers(trained, monkeypatch, capsys):
     assert run("linear", trained, "--epochs", "3", "--batch-size", "16", "--workers", "0") == DONE
     first = report(trained)
     assert list(first["networks"]) == ["c8-d1111", "c8-d1121", "c16-d2121"]
@@ -96,13 +96,13 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
     assert "| c16-d2121 |" in (trained / "evaluation" / "linear.md").read_text()
     assert (trained / "evaluation" / "linear.png").stat().st_size > 1000
     assert "c16-d2121" in capsys.readouterr().out
-    kept = max((np.load(path) for path in (trained / "features").glob("c16-d2121-*.npy")), key=len)
-    assert kept.shape == (80, 128) and kept.dtype == np.float32
+    saved = max((np.load(path) for path in (trained / "features").glob("c16-d2121-*.npy")), key=len)
+    assert saved.shape == (80, 128) and saved.dtype == np.float32
     expected = next(iter(evaluation_batches(open_images(first["data"], "train"), range(80), 12, BATCH, 0)))
     encoder = PretrainedFamily(trained, CPU)
-    assert encoder.recall([encoder.family.full]), "the statistics were kept"
+    assert encoder.restore_statistics([encoder.family.full]), "the statistics were saved"
     found = features.extract(encoder.encoder, [encoder.family.full], [normalize(expected)])["c16-d2121"]
-    np.testing.assert_allclose(kept, found, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(saved, found, rtol=1e-5, atol=1e-6)
 
     def refuse(*_):
         raise AssertionError("nothing is left to compute")
@@ -112,34 +112,34 @@ def test_what_it_writes_and_that_a_second_call_computes_no_feature(trained, monk
     monkeypatch.setattr(ClassifierTraining, "train_step", refuse)
     assert run("linear", trained, "--epochs", "3", "--batch-size", "16", "--workers", "0") == DONE
     assert report(trained) == first
-    assert run("knn", trained, "--workers", "0") == DONE, "it needs the same features"
+    assert run("knn", trained, "--workers", "0") == DONE, "kNN uses the same features"
 
 
-def test_kept_features_are_of_these_weights_statistics_and_images(trained, images):
+def test_features_are_recomputed_for_other_weights_statistics_or_images(trained, images):
     encoder = PretrainedFamily(trained, CPU)
     full = [encoder.family.full]
     train = open_images(str(images), "train")
-    encoder.measure(full, train, str(images), 0)
-    kept = encoder.features(full, train, "train", 0)
+    encoder.measure_statistics(full, train, str(images), 0)
+    saved = encoder.features(full, train, "train", 0)
     assert len(list((trained / "features").iterdir())) == 1
     encoder.features(full, Subset(train, range(40)), "train", 0)
     assert len(list((trained / "features").iterdir())) == 2, "other images"
-    encoder.measure(full, Subset(train, range(40)), str(images), 0)
+    encoder.measure_statistics(full, Subset(train, range(40)), str(images), 0)
     encoder.features(full, train, "train", 0)
     assert len(list((trained / "features").iterdir())) == 3, "other statistics"
     other = PretrainedFamily(trained, CPU)
     with torch.no_grad():
         next(other.encoder.parameters()).mul_(2)
-    other.measure(full, train, str(images), 0)
-    assert not torch.equal(other.features(full, train, "train", 0)["c16-d2121"], kept["c16-d2121"])
+    other.measure_statistics(full, train, str(images), 0)
+    assert not torch.equal(other.features(full, train, "train", 0)["c16-d2121"], saved["c16-d2121"])
 
 
 @pytest.mark.parametrize("cut", [0, 7])
-def test_features_go_on_after_the_last_whole_batch(tmp_path, cut):
-    """A kill can leave half a row, here `cut` bytes less than were written."""
+def test_features_continue_after_the_last_whole_batch(tmp_path, cut):
+    """The partial file lacks its last `cut` bytes, as after a kill."""
     rows = {"a": torch.randn(10, 3), "b": torch.randn(10, 2)}
     files = {name: tmp_path / "features" / f"{name}.npy" for name in rows}
-    shapes = {name: tuple(of.shape) for name, of in rows.items()}
+    shapes = {name: tuple(table.shape) for name, table in rows.items()}
     starts = []
 
     def compute(stop):
@@ -153,38 +153,38 @@ def test_features_go_on_after_the_last_whole_batch(tmp_path, cut):
         return batches
 
     with pytest.raises(KeyboardInterrupt):
-        features.kept(files, shapes, 4, compute(8))
+        features.load_or_compute(files, shapes, 4, compute(8))
     assert not any(path.exists() for path in files.values())
     partial = files["b"].with_suffix(".partial")
     os.truncate(partial, partial.stat().st_size - cut)
     for _ in range(2):
-        found = features.kept(files, shapes, 4, compute(99))
+        found = features.load_or_compute(files, shapes, 4, compute(99))
         assert all(torch.equal(found[name], rows[name]) for name in rows)
     assert starts == [(["a", "b"], 0), (["a", "b"], 4 if cut else 8)]
     files["b"].unlink()
-    features.kept(files, shapes, 4, compute(99))
+    features.load_or_compute(files, shapes, 4, compute(99))
     assert starts[2:] == [(["b"], 0)]
 
 
 @pytest.mark.parametrize("damage", [b"", b"no array", None])
-def test_damaged_features_are_named(tmp_path, damage):
+def test_damaged_feature_file_is_named(tmp_path, damage):
     files, shapes = {"a": tmp_path / "a.npy"}, {"a": (4, 3)}
-    features.kept(files, shapes, 4, lambda *_: [{"a": torch.randn(4, 3)}])
+    features.load_or_compute(files, shapes, 4, lambda *_: [{"a": torch.randn(4, 3)}])
     files["a"].write_bytes(files["a"].read_bytes()[:-1] if damage is None else damage)
     with pytest.raises(InputError, match="a.npy is damaged.*delete it"):
-        features.kept(files, shapes, 4, lambda *_: [])
-    with pytest.raises(InputError, match="not of float32"):
+        features.load_or_compute(files, shapes, 4, lambda *_: [])
+    with pytest.raises(InputError, match="is not a float32 array"):
         np.save(files["a"], np.zeros((4, 3)))
-        features.kept(files, shapes, 4, lambda *_: [])
+        features.load_or_compute(files, shapes, 4, lambda *_: [])
 
 
-def test_no_room_for_features_is_said_before_they_are_computed(tmp_path):
+def test_full_disk_is_reported_before_features_are_computed(tmp_path):
     with pytest.raises(InputError, match="make room"):
-        features.kept({"a": tmp_path / "a.npy"}, {"a": (10**12, 10**6)}, 4, lambda *_: [])
+        features.load_or_compute({"a": tmp_path / "a.npy"}, {"a": (10**12, 10**6)}, 4, lambda *_: [])
 
 
 @pytest.mark.parametrize("augment", [(), ("--augment",)])
-def test_stopped_and_resumed(trained, tmp_path, monkeypatch, capsys, augment):
+def test_resumed_training_equals_an_uninterrupted_one(trained, tmp_path, monkeypatch, capsys, augment):
     other = shutil.copytree(trained, tmp_path / "other")
     command = ("--epochs", "3", "--batch-size", "16", "--workers", "0", *augment)
     assert run("linear", other, *command) == DONE
@@ -199,12 +199,12 @@ def test_stopped_and_resumed(trained, tmp_path, monkeypatch, capsys, augment):
 
     monkeypatch.setattr(ClassifierTraining, "train_step", interrupting)
     assert run("linear", trained, *command) == FAILED
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "the same command continues from here" in capsys.readouterr().out
     monkeypatch.setattr(
         ClassifierTraining, "train_step", lambda self, batch: (steps.append(0), train_step(self, batch))[1]
     )
     assert run("linear", trained, *command) == DONE
-    assert steps == [*range(1, 8), *[0] * 8], "15 steps in all, none twice"
+    assert steps == [*range(1, 8), *[0] * 8], "15 steps in total, none repeated"
     assert report(trained) == report(other)
     states = [next((out / "evaluation" / "classifiers").rglob("step-00000015.pt")) for out in (trained, other)]
     first, second = (torch.load(state, weights_only=True)["classifiers"] for state in states)
@@ -215,12 +215,12 @@ def test_stopped_and_resumed(trained, tmp_path, monkeypatch, capsys, augment):
     ("options", "message"),
     [
         (("--epochs", "0"), "--epochs must be above 0"),
-        (("--momentum", "1"), "--momentum lies between"),
+        (("--momentum", "1"), "--momentum must be"),
         (("--lr", "-1"), "--lr must be above 0"),
         (("--augment", "--min-scale", "2"), "smallest crop"),
         (("--data", "/nowhere"), "no image dataset"),
     ],
 )
-def test_wrong_options(finished, capsys, options, message):
+def test_invalid_options_are_refused(finished, capsys, options, message):
     assert run("linear", finished, *options) == WRONG_INPUT
     assert message in capsys.readouterr().err

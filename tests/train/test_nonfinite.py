@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite is skipped and counted; three in a row end the run and say where it began."""
+"""Non-finite steps are skipped and counted; three in a row end the run and name the first non-finite tensor."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ EPOCH_STEPS = 10
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A set: the batches of these steps, counted from where the run begins, hold a NaN."""
+    """A set of step numbers, counted from the start of the run, whose batches contain a NaN."""
     steps: set[int] = set()
     batches = Meter.batches
 
@@ -46,14 +46,14 @@ def everything(trainer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("poisoned", [float("nan"), float("inf")])
 @pytest.mark.parametrize("momentum_bn", ["on", "off"])
-def test_a_skipped_step_changes_nothing(small, poisoned, momentum_bn):
+def test_skipped_step_changes_no_state(small, poisoned, momentum_bn):
     config = small(momentum_bn=momentum_bn, warmup_epochs=0)
     trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
     trainer.train_step(views(config))
     before = everything(trainer)
-    bad = views(config, 1)
-    bad[3, 1, 4, 4] = poisoned
-    trainer.train_step(bad)
+    nonfinite = views(config, 1)
+    nonfinite[3, 1, 4, 4] = poisoned
+    trainer.train_step(nonfinite)
     assert trainer.guard.skipped() == (1, 1, 1, 0)
     for kept, now in zip(before, everything(trainer), strict=True):
         assert torch.equal(kept, now)
@@ -64,12 +64,12 @@ def test_a_skipped_step_changes_nothing(small, poisoned, momentum_bn):
     assert not torch.equal(before[0], trainer.flat_buffers.params)
 
 
-def test_statistics_that_are_not_finite_are_not_kept(small):
-    """Huge activations have an infinite variance; normalised by it they are zero, and loss and gradient are finite."""
+def test_non_finite_running_statistics_skip_the_step(small):
+    """Activations with infinite variance are normalised to zero, so loss and gradient stay finite."""
     config = small(warmup_epochs=0)
     trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
     trainer.train_step(views(config))
-    trainer.step = trainer.steps - 2  # where momentum batch normalisation gives a batch little weight
+    trainer.step = trainer.steps - 2  # near the end, momentum batch norm gives the batch statistics little weight
     before = everything(trainer)
     norm = trainer.model.target.encoder.layer4[0].bn2
 
@@ -85,7 +85,7 @@ def test_statistics_that_are_not_finite_are_not_kept(small):
         assert torch.equal(kept, now)
 
 
-def test_the_steps_since_are_counted(small):
+def test_guard_counts_steps_since_the_last_skipped_one(small):
     config = small(warmup_epochs=0)
     trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
     trainer.train_step(torch.full_like(views(config), float("nan")))
@@ -94,7 +94,7 @@ def test_the_steps_since_are_counted(small):
         trainer.train_step(views(config, since))
 
 
-def test_a_few_are_counted_and_said(small, poison, capsys):
+def test_few_skipped_steps_are_counted_and_logged(small, poison, capsys):
     poison.update([3, 4, 7])
     config = small(epochs=1)
     PretrainRun(config, resume=False).run()
@@ -108,7 +108,7 @@ def test_a_few_are_counted_and_said(small, poison, capsys):
     assert [count for count in counts if count is not None] == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
 
 
-def test_three_in_a_row_end_the_run_which_goes_on_later(small, poison):
+def test_three_skipped_steps_in_a_row_end_a_resumable_run(small, poison):
     config = small()
     poison.update(range(5, 5 + MAX_IN_A_ROW))
     with pytest.raises(InputError, match=r"3 consecutive steps .* first in the images of .* rank 0; saved"):
@@ -126,7 +126,7 @@ def test_three_in_a_row_end_the_run_which_goes_on_later(small, poison):
 
 
 @pytest.mark.parametrize("layer", ["encoder.conv1", "predictor.fc1"])
-def test_the_layer_is_named(small, layer):
+def test_diagnose_names_the_layer(small, layer):
     config = small(warmup_epochs=0)
     trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
     trainer.train_step(views(config))
@@ -146,7 +146,7 @@ def test_the_layer_is_named(small, layer):
         assert torch.equal(kept, now)
 
 
-def test_a_gradient_is_named_that_a_finite_loss_has(small):
+def test_diagnose_names_the_gradient_of_a_finite_loss(small):
     config = small(warmup_epochs=0)
     trainer = Trainer(config, EPOCH_STEPS, torch.device("cpu"))
     trainer.train_step(views(config))
@@ -161,14 +161,14 @@ def test_a_gradient_is_named_that_a_finite_loss_has(small):
     assert found is not None and found.where == "backward" and found.layer.startswith("predictor.fc2")
 
 
-def test_a_weight_is_named(small):
+def test_diagnose_names_the_weight(small):
     trainer = Trainer(small(), EPOCH_STEPS, torch.device("cpu"))
     with torch.no_grad():
         trainer.model.online.projector.fc1.weight[0, 0] = float("nan")
     assert trainer.diagnose(views(small())) == ("all", "online.projector.fc1.weight", "weights")
 
 
-def test_a_collapse_is_told_with_advice(small, monkeypatch, capsys):
+def test_collapse_is_logged_with_advice(small, monkeypatch, capsys):
     monkeypatch.setattr("train.pretraining.probe.feature_std", lambda features: 0.01 if len(features[0]) < 100 else 0.5)
     PretrainRun(small(epochs=1), resume=False).run()
     said = capsys.readouterr().out

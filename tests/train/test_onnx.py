@@ -1,4 +1,4 @@
-"""Export for deployment: ONNX equals PyTorch or is not kept, what the manifest measured, the file of all networks."""
+"""Export for deployment: verified ONNX files, the manifest's measurements, the switchable file."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ def run(*argv):
 
 @pytest.fixture
 def out(finished, tmp_path):
-    """A finished run of its own."""
+    """A copy of the finished run without exports."""
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("exported"))
 
 
 @pytest.fixture(scope="module")
 def deployed(finished, tmp_path_factory):
-    """A run exported with everything."""
+    """A run exported in all formats."""
     out = shutil.copytree(finished, tmp_path_factory.mktemp("deployed") / "run")
     assert run(out, "--onnx", "--switchable", "--threads", 1, "--batch-size", 2) == DONE
     return out
@@ -53,7 +53,7 @@ def pixels(deployed, images):
 
 @pytest.mark.parametrize("dn", DNS)
 @torch.no_grad()
-def test_onnx_is_the_network(deployed, pixels, dn):
+def test_onnx_equals_the_network(deployed, pixels, dn):
     folder = deployed / "exported" / dn
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     network = exported.load(folder)
@@ -65,7 +65,7 @@ def test_onnx_is_the_network(deployed, pixels, dn):
 
 
 @pytest.mark.parametrize("dn", DNS)
-def test_the_file_is_as_large_as_the_parameters_say_and_tells_nothing_else(deployed, dn):
+def test_onnx_file_contains_the_parameters_and_no_paths(deployed, dn):
     folder = deployed / "exported" / dn
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "manifest.json", "model.onnx"}
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -77,17 +77,17 @@ def test_the_file_is_as_large_as_the_parameters_say_and_tells_nothing_else(deplo
 
 
 @pytest.mark.parametrize("dn", DNS)
-def test_the_manifest_says_what_was_measured(deployed, dn):
+def test_manifest_has_verification_and_latency(deployed, dn):
     manifest = json.loads((deployed / "exported" / dn / "manifest.json").read_text())
     assert manifest["onnx"]["verified_on"] == 8 and 0 <= manifest["onnx"]["largest_difference"] <= 1e-4
     latency = manifest["latency"]
     assert {"threads": 1, "batch_size": 2, "image_size": 12, "torch": torch.__version__}.items() <= latency.items()
     assert set(latency["of"]) == {"torch", "onnxruntime"}
-    assert all(0 < taken["median_ms"] <= taken["p90_ms"] and taken["calls"] > 1 for taken in latency["of"].values())
+    assert all(0 < times["median_ms"] <= times["p90_ms"] and times["calls"] > 1 for times in latency["of"].values())
 
 
 @torch.no_grad()
-def test_the_switchable_file_has_the_networks_that_were_exported(deployed, pixels):
+def test_switchable_file_equals_the_exported_networks(deployed, pixels):
     runtime = Switchable.load(deployed / "exported" / "switchable.safetensors")
     assert runtime.names == DNS and set(runtime.latency) == set(DNS)
     assert {"threads": 1, "batch_size": 2, "image_size": 12}.items() <= runtime.conditions.items()
@@ -96,23 +96,23 @@ def test_the_switchable_file_has_the_networks_that_were_exported(deployed, pixel
         torch.testing.assert_close(runtime.use(name)(pixels), expected, rtol=0, atol=1e-6)
 
 
-def test_the_switchable_file_can_hold_a_part_of_the_family(out):
+def test_switchable_file_can_contain_a_part_of_the_family(out):
     assert run(out, "--dn", "c8-d1111", "--dn", "c8-d2121", "--switchable") == DONE
     runtime = Switchable.load(out / "exported" / "switchable.safetensors")
     assert runtime.names == ("c8-d1111", "c8-d2121")
     full = exported.load(out / "exported" / "c8-d2121")
     weights = [tensor for name, tensor in runtime._tensors.items() if name.startswith("weights/")]
-    assert sum(tensor.numel() for tensor in weights) == parameter_count(full), "no more weights than these need"
+    assert sum(tensor.numel() for tensor in weights) == parameter_count(full), "only the weights of these networks"
 
 
-def test_networks_that_do_not_nest_cannot_be_switched(out, capsys):
+def test_switchable_refuses_networks_that_do_not_nest(out, capsys):
     assert run(out, "--dn", "c16-d1111", "--dn", "c8-d2121", "--switchable") == WRONG_INPUT
     assert "does not nest" in capsys.readouterr().err
     assert not (out / "exported").exists()
 
 
 @torch.no_grad()
-def test_mobilenet():
+def test_onnx_equals_mobilenet():
     """Squeeze-and-excite, hard-swish and depthwise convolutions; biases that are not 0."""
     made = family("mobilenet_v3_large", ["w0.35", "w0.50"])
     model = build("mobilenet_v3_large", made.full, "small")
@@ -135,7 +135,7 @@ def converted():
 
 @pytest.mark.parametrize("value", [1.001, torch.nan])
 @torch.no_grad()
-def test_another_network_is_found_out(converted, value):
+def test_verify_detects_changed_weights(converted, value):
     network, model = converted
     session, images = onnx_file.Session(model), torch.randn(3, 3, 12, 12)
     assert onnx_file.verify(session, network, images) < 1e-5
@@ -147,12 +147,12 @@ def test_another_network_is_found_out(converted, value):
     weight.copy_(before)
 
 
-def test_weights_that_are_missing_or_there_twice_are_found_out(converted):
+def test_check_size_detects_missing_and_duplicate_weights(converted):
     network, content = converted
     model = onnx.load_from_string(content)
     largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     whole = largest.raw_data
-    for raw in (b"", whole + whole):  # as if they lay in another file; as if they were stored twice
+    for raw in (b"", whole + whole):  # as if stored in another file, or twice
         largest.raw_data = raw
         with pytest.raises(RuntimeError, match="bytes of weights"):
             onnx_file._check_size(network, model, len(model.SerializeToString()))
@@ -161,14 +161,14 @@ def test_weights_that_are_missing_or_there_twice_are_found_out(converted):
         onnx_file._check_size(network, model, len(model.SerializeToString()))
 
 
-def test_what_is_not_verified_is_not_kept(out, monkeypatch, capsys):
+def test_onnx_that_fails_verification_is_not_written(out, monkeypatch, capsys):
     monkeypatch.setattr(onnx_file, "TOLERANCE", -1.0)
     assert run(out, "--dn", "c8-d1111", "--onnx") == FAILED
     assert "differ from PyTorch's" in capsys.readouterr().err
     assert not list(out.glob("exported/**/*.onnx")) and not list(out.glob("exported/**/.*"))
 
 
-def test_onnx_of_earlier_weights_does_not_stay(deployed, out):
+def test_export_without_onnx_removes_an_earlier_onnx_file(deployed, out):
     shutil.copytree(deployed / "exported" / "c8-d1111", out / "exported" / "c8-d1111")
     assert run(out, "--dn", "c8-d1111") == DONE
     folder = out / "exported" / "c8-d1111"
@@ -177,7 +177,7 @@ def test_onnx_of_earlier_weights_does_not_stay(deployed, out):
     assert "onnx" not in manifest and set(manifest["latency"]["of"]) == {"torch"}
 
 
-def test_without_the_packages_it_says_what_to_install(out, monkeypatch, capsys):
+def test_missing_package_error_names_the_install_command(out, monkeypatch, capsys):
     find = onnx_file.importlib.util.find_spec
     monkeypatch.setattr(
         onnx_file.importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find(name, *a)
@@ -190,6 +190,6 @@ def test_without_the_packages_it_says_what_to_install(out, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("option", ["--threads", "--batch-size"])
-def test_no_threads_and_no_images_are_refused(out, capsys, option):
+def test_zero_threads_or_images_are_refused(out, capsys, option):
     assert run(out, option, 0) == WRONG_INPUT
     assert "must be at least 1" in capsys.readouterr().err

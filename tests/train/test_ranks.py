@@ -1,4 +1,4 @@
-"""Several ranks train as one does: the same weights, one gradient collective a step, the same bits after a resume."""
+"""Training on several ranks: weights of one rank, one gradient all-reduce per step, exact resuming."""
 
 import itertools
 import json
@@ -25,8 +25,8 @@ from train.run.saved_config import read_config
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 
-# Ends as train.pretrain does, and says on rank 0 how large the all-reduces of the run were. DOUBLE computes in float64,
-# in which nothing magnifies the order of sums so much that it could be taken for an error.
+# Runs train.pretrain and prints the sizes of the all-reduces on rank 0. DOUBLE computes in float64, so that differences
+# by the order of sums stay far below real errors.
 COUNTING = """
 import collections, os, sys
 import torch
@@ -52,8 +52,8 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
-# Rank 1 finds another file than the one that rank 0 has read.
-OWN_FOLDER = """
+# Rank 1 reads another checkpoint than rank 0.
+OTHER_CHECKPOINT = """
 import os, sys
 from train import pretrain
 from train.run import checkpoint
@@ -73,7 +73,7 @@ pretrain.main(sys.argv[1:])
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(ranks, arguments): the command that pretrains on so many Gloo ranks."""
+    """torchrun(ranks, arguments): the command that pretrains on several Gloo ranks."""
     (tmp_path / "counting.py").write_text(COUNTING)
 
     def command(ranks, arguments):
@@ -93,7 +93,7 @@ def run(command, **environment) -> str:
 
 
 def weights(state: dict) -> torch.Tensor:
-    """All online weights and the target's, and the running statistics of both."""
+    """Weights and running statistics of the online and target network, as one tensor."""
     return torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])
 
 
@@ -102,21 +102,21 @@ def final(out) -> dict:
 
 
 CASES = {
-    "two ranks of two parts each": (2, {"bn_groups": 4}, []),
-    "two ranks in two turns each, exchanging early": (
+    "two ranks with two groups each": (2, {"bn_groups": 4}, []),
+    "two ranks with two micro-batches each and overlapped all-reduce": (
         2,
         {"bn_groups": 4},
         ["--grad-accum-steps=2", "--overlap-all-reduce"],
     ),
-    "four ranks that share two parts": (4, {"bn_groups": 2, "momentum_bn": "off"}, []),
+    "four ranks that share two groups": (4, {"bn_groups": 2, "momentum_bn": "off"}, []),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
-    """The family drops blocks, so some parameters have no gradient in some steps."""
+def test_ranks_give_the_weights_of_one_rank(torchrun, arguments, tmp_path, case):
+    """The subnets omit blocks, so some parameters have no gradient in some steps."""
     ranks, options, flags = CASES[case]
-    # ten images to a part: of two, normalised features are signs, and rounding flips them
+    # ten images per group: normalised features of two images are signs, which rounding flips
     options = {"base_lr": 1.0, "subnets_per_step": 2, "epochs": 2, "batch_size": 40, "probe_epochs": 0, **options}
     printed = run(torchrun(ranks, [*arguments(**options, out=tmp_path / "ranks"), *flags]), DOUBLE="1")
     assert f", {ranks} ranks" in printed
@@ -132,7 +132,7 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
             assert loss == pytest.approx(json.loads(theirs)["loss"][name], rel=1e-9)
     counted = eval(printed.split("all-reduces ")[1].splitlines()[0])  # noqa: S307  (what this test printed)
     flat = FlatBuffers(model.online, model.target)
-    # the heads and the first stages are too small for messages of their own here
+    # the heads and the first stages are too small here for separate all-reduces
     early = ["encoder.layer4", "encoder.layer3"] if "--overlap-all-reduce" in flags else []
     bounds = [len(flat.grads), *(flat.start(part) for part in early), 0]
     gradients = [end - start for end, start in itertools.pairwise(bounds)]
@@ -140,30 +140,30 @@ def test_same_weights_as_one_rank(torchrun, arguments, tmp_path, case):
     assert counted[len(flat.statistics)] == 4
     others = {size for size in counted if size not in (*gradients, len(flat.statistics))}
     layers = {module.num_features for module in model.modules() if isinstance(module, SlimBatchNorm)}
-    shared = {VIEWS * size for size in layers | {8, 16, 32, 64}}  # of the full network, and of the smaller ones
-    assert others <= {1, 2, 3} | (shared if case == "four ranks that share two parts" else set())
+    shared = {VIEWS * size for size in layers | {8, 16, 32, 64}}  # channels of the full network and of the smaller ones
+    assert others <= {1, 2, 3} | (shared if case == "four ranks that share two groups" else set())
 
 
-def test_preempted_ranks_save_and_go_on_bit_for_bit(torchrun, arguments, tmp_path):
-    """First by torchrun, which hands SIGTERM on to all processes of a rank, also to those that load its images; then by
-    a signal to one rank alone."""
+def test_preempted_ranks_save_and_resume_exactly(torchrun, arguments, tmp_path):
+    """The first signal is SIGTERM through torchrun, which reaches all processes of all ranks, also image loaders; the
+    second is SIGUSR1 to one rank."""
     options = {"epochs": 9, "checkpoint_epochs": 0, "probe_epochs": 0, "log_steps": 1, "warmup_epochs": 0, "workers": 1}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     metrics, step = stopped / "metrics.jsonl", 0
-    for asked in ("torchrun", "one rank"):
+    for receiver in ("torchrun", "one rank"):
         command = torchrun(2, ["--resume", "--out", str(stopped)] if step else arguments(**options, out=stopped))
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 90
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > step) and time.monotonic() < deadline:
             time.sleep(0.02)
-        if asked == "torchrun":
+        if receiver == "torchrun":
             process.send_signal(signal.SIGTERM)
         else:
             ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(ranks[1]), signal.SIGUSR1)
         said, errors = process.communicate(timeout=60)
         assert "stopped and saved after step" in said and "error:" not in errors, errors
-        if asked == "one rank":
+        if receiver == "one rank":
             assert process.returncode == 0, errors
         before, step = step, checkpoint.latest_step(stopped / "checkpoints")
         assert before < step < 90
@@ -173,24 +173,24 @@ def test_preempted_ranks_save_and_go_on_bit_for_bit(torchrun, arguments, tmp_pat
         assert torch.equal(final(stopped)[name], value), name
 
 
-def test_ranks_that_would_begin_differently_are_refused(torchrun, arguments, tmp_path):
-    """As where machines do not see the same folder."""
+def test_ranks_with_different_checkpoints_are_refused(torchrun, arguments, tmp_path):
+    """Machines without a shared folder read different checkpoints."""
     run([sys.executable, *torchrun(1, arguments(epochs=1, probe_epochs=0, out=tmp_path / "run"))[5:]])
-    own = tmp_path / "own.py"
-    own.write_text(OWN_FOLDER)
+    other = tmp_path / "other.py"
+    other.write_text(OTHER_CHECKPOINT)
     resume = ["--resume", "--out", str(tmp_path / "run"), "--batch-size", "8"]
-    command = [own if part == str(tmp_path / "counting.py") else part for part in torchrun(2, resume)]
+    command = [other if part == str(tmp_path / "counting.py") else part for part in torchrun(2, resume)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode
     assert "rank 1 starts after step 10 and rank 0 after step 10, or with other weights" in done.stderr
 
 
-def test_parts_that_ranks_cannot_share_are_refused(small):
+def test_bn_groups_that_do_not_fit_the_ranks_are_refused(small):
     with pytest.raises(InputError, match="--bn-groups 4 does not fit 6 ranks"):
         split_batch(small(bn_groups=4), 6)
     with pytest.raises(InputError, match="--grad-accum-steps 2: give a multiple of 4"):
         split_batch(small(bn_groups=2, grad_accum_steps=2), 2)
-    with pytest.raises(InputError, match="equal parts"):
+    with pytest.raises(InputError, match="equal groups"):
         small(bn_groups=3)
 
 
@@ -206,21 +206,21 @@ def test_parts_that_ranks_cannot_share_are_refused(small):
         (2, 1, 8, BatchSplit(1, 1, 4)),
     ],
 )
-def test_division(small, bn_groups, grad_accum_steps, ranks, expected):
+def test_split_batch(small, bn_groups, grad_accum_steps, ranks, expected):
     assert split_batch(small(bn_groups=bn_groups, grad_accum_steps=grad_accum_steps), ranks) == expected
 
 
-def test_turns_hold_both_views_of_their_images(small):
+def test_micro_batches_contain_both_views_of_their_images(small):
     batch = torch.arange(12).view(12, 1)  # view 1 of images 0 to 5, then view 2
-    turns = [turn.flatten().tolist() for turn in BatchSplit(3, 1, 1).split(batch)]
-    assert turns == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    micro_batches = [part.flatten().tolist() for part in BatchSplit(3, 1, 1).split(batch)]
+    assert micro_batches == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
     with pytest.raises(InputError, match="--grad-accum-steps 4"):
         list(BatchSplit(4, 1, 1).split(batch))
 
 
 @pytest.mark.parametrize("momentum_bn", ["on", "off"])
-def test_turns_are_parts(small, momentum_bn):
-    """A batch in four turns is a batch in four parts, statistics of the target's momentum included."""
+def test_micro_batches_give_the_results_of_bn_groups(small, momentum_bn):
+    """Four micro-batches equal four groups, also in the statistics of momentum batch norm."""
     views = torch.rand(3, 80, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     results = []
     for accumulate in (1, 2, 4):

@@ -1,4 +1,4 @@
-"""The report: a page that is whole by itself, and says what the run says."""
+"""train.report: a self-contained page with the contents of the run."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ from train.evaluation.collapse import collapsed
 from train.evaluation.plot_data import Point
 from train.pretraining.dspnet import VIEWS
 from train.reporting import figures
-from train.reporting.findings import Run, networks_of
+from train.reporting.findings import Run, network_summaries
 
 DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 VOID = {"meta", "img", "source"}
@@ -38,7 +38,7 @@ def run(command, *argv):
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and gathers what a page refers to, its tables and its text."""
+    """Check that tags nest; collect links, tables and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -71,18 +71,18 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
-def made(out):
+def page_of(out):
     """The page of a run."""
     return Page((out / "report" / "index.html").read_text())
 
 
-def said(page):
+def text_of(page):
     return " ".join("".join(page.text).split())
 
 
 @pytest.fixture
 def out(finished, tmp_path, monkeypatch):
-    """A finished run of its own, without evaluations, for tests of what the page says: its figures are one dot."""
+    """A copy of the finished run without evaluations; figures are replaced by one pixel."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
     monkeypatch.setattr(drawing, "png", lambda draw, theme=None: file.getvalue())
@@ -90,7 +90,7 @@ def out(finished, tmp_path, monkeypatch):
 
 
 def results(protocol, **columns):
-    """An evaluation of the family as train.evaluate writes it."""
+    """A report of an evaluation as train.evaluate writes it."""
     networks = {
         name: {"parameters": 10**5 * 4**i, "macs": 10**6 * 2**i, "features": 8}
         | {column: {"top1": accuracy + 0.1 * i, "top5": 0.9, "interval": 0.01} for column, accuracy in columns.items()}
@@ -112,7 +112,7 @@ def reported(finished, tmp_path_factory):
     return out
 
 
-def test_the_page_is_whole_by_itself(reported):
+def test_page_is_self_contained(reported):
     text = (reported / "report" / "index.html").read_text()
     page = Page(text)
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
@@ -123,21 +123,21 @@ def test_the_page_is_whole_by_itself(reported):
     assert all(page.images) and len(page.images) == len(page.links) // 2
 
 
-def test_every_image_decodes_and_lies_beside_the_page(reported):
-    sources = made(reported).links
+def test_embedded_images_decode_and_are_saved_as_png(reported):
+    sources = page_of(reported).links
     pictures = [base64.b64decode(link.partition(",")[2], validate=True) for link in sources]
     for dark, light in zip(pictures[::2], pictures[1::2]):
         images = [Image.open(io.BytesIO(png)) for png in (dark, light)]
         assert images[0].size == images[1].size and images[0].size[0] >= 800
         corners = [sum(image.convert("RGB").getpixel((0, 0))) for image in images]
         assert corners[0] < 150 and corners[1] == 3 * 255
-        assert all(len(image.convert("RGB").getcolors(2**20)) > 20 for image in images), "something is drawn"
+        assert all(len(image.convert("RGB").getcolors(2**20)) > 20 for image in images), "the figure is not empty"
     files = {path.read_bytes() for path in (reported / "report").glob("*.png")}
     assert files == set(pictures[1::2])
 
 
-def test_the_networks_come_first(reported):
-    page = made(reported)
+def test_first_table_has_costs_latency_and_accuracies(reported):
+    page = page_of(reported)
     heading, *rows = page.rows[:4]
     assert page.tags.index("table") < page.tags.index("figure")
     assert [row[0] for row in rows] == DNS
@@ -155,18 +155,18 @@ def test_the_networks_come_first(reported):
         assert cells["kNN %"] == f"{100 * result['majority']:.1f} ± {100 * result['interval']:.1f}"
         assert cells["semi 10 % linear %"] == f"{30 + 10 * index}.0 ± 1.0"
         assert float(cells["torch ms"]) > 0
-    assert "threads: 1" in said(page) and "No network collapsed" in said(page)
+    assert "threads: 1" in text_of(page) and "No network collapsed" in text_of(page)
 
     table = json.loads((reported / "report" / "report.json").read_text())
     assert [network["network"] for network in table["networks"]] == DNS and table["step"] == 20
     assert table["networks"][2]["accuracies"]["semi 1 % linear"] == {"accuracy": 0.4, "interval": 0.01, "step": 20}
 
 
-def test_indicators_are_those_of_the_last_measurement(reported):
+def test_collapse_indicators_are_those_of_the_last_measurement(reported):
     lines = [json.loads(line) for line in (reported / "metrics.jsonl").read_text().splitlines()]
     probe = next(line for line in reversed(lines) if "feature_std" in line)
-    page = made(reported)
-    start = page.rows.index(["network", "feature std", "effective rank", "cosine to the target"])
+    page = page_of(reported)
+    start = page.rows.index(["network", "feature std", "effective rank", "cosine similarity to the target"])
     for row, dn in zip(page.rows[start + 1 :], DNS):
         loss = next(line["loss"][dn] for line in reversed(lines) if dn in line.get("loss", ()))
         assert row[1:] == [
@@ -184,19 +184,19 @@ def test_every_evaluation_has_its_figures(reported):
         *(f"training-{name}.png" for name in ("loss", "learning_rate", "images_per_second", "data_wait")),
         *(f"collapse-{name}.png" for name in ("feature_std", "effective_rank", "knn", "cosine")),
     }
-    assert "semi on photos, 1,234 test images, after 20 steps" in said(made(reported))
+    assert "semi on photos, 1,234 test images, after 20 steps" in text_of(page_of(reported))
 
 
-def test_the_cosine_to_the_target_is_in_the_loss():
+def test_cosine_similarity_follows_from_the_loss():
     predictions, targets = torch.randn(2, 6, 8, dtype=torch.float64)
     loss = VIEWS * normalized_mse(predictions, targets)
     torch.testing.assert_close(1 - loss / 4, F.cosine_similarity(predictions, targets).mean())
 
 
 @torch.no_grad()
-def test_accuracies_are_drawn_as_they_are():
+def test_accuracy_figure_has_points_and_intervals():
     points = [Point("b", 2e6, 9e6, 0.5, 0.01), Point("a", 1e6, 1e6, 0.4, 0.02)]
-    draw = drawing.accuracies({"kNN": points, "linear": points[:1]}, {"raw pixels": 0.3}, "accuracy", "parameters")
+    draw = drawing.accuracy_figure({"kNN": points, "linear": points[:1]}, {"raw pixels": 0.3}, "accuracy", "parameters")
     (axes,) = draw(drawing.LIGHT).axes
     first, second = (container.lines[0] for container in axes.containers)
     assert list(first.get_xdata()) == [1, 9] and list(first.get_ydata()) == [40, 50]
@@ -204,23 +204,23 @@ def test_accuracies_are_drawn_as_they_are():
     low, high = axes.containers[0].lines[1]
     assert list(low.get_ydata()) == [38, 49] and list(high.get_ydata()) == [42, 51]
     assert {text.get_text() for text in axes.texts} == {"a", "b"}
-    assert axes.get_xscale() == "log", "nine times"
-    (macs,) = drawing.accuracies({"kNN": points}, {}, "accuracy", "macs")(drawing.DARK).axes
+    assert axes.get_xscale() == "log", "the costs differ by a factor of nine"
+    (macs,) = drawing.accuracy_figure({"kNN": points}, {}, "accuracy", "macs")(drawing.DARK).axes
     assert macs.get_xscale() == "linear"
 
 
 @pytest.mark.parametrize("count", [1, 239, 240, 241, 5000])
-def test_long_curves_are_drawn_by_means(count):
+def test_long_curves_are_averaged(count):
     values = [float(value) for value in range(count)]
-    thinned = figures.thinned(values)
-    assert len(thinned) == min(count, len(thinned)) <= figures.POINTS
-    assert thinned == sorted(thinned) and (count > figures.POINTS or thinned == values)
+    averaged = figures.averaged(values)
+    assert len(averaged) == min(count, len(averaged)) <= figures.POINTS
+    assert averaged == sorted(averaged) and (count > figures.POINTS or averaged == values)
     group = -(-count // figures.POINTS)
-    assert thinned[0] == sum(values[:group]) / group
+    assert averaged[0] == sum(values[:group]) / group
 
 
 @pytest.mark.parametrize(
-    ("spread", "rank", "expected"),
+    ("std", "rank", "expected"),
     [
         (0.5, 10.0, False),
         (0.05, 10.0, True),
@@ -231,70 +231,72 @@ def test_long_curves_are_drawn_by_means(count):
         (None, None, False),
     ],
 )
-def test_collapse(spread, rank, expected):
-    assert collapsed(spread, rank) == expected
+def test_collapsed_if_an_indicator_is_low_or_nan(std, rank, expected):
+    assert collapsed(std, rank) == expected
 
 
-def test_a_collapsed_network_is_named(out):
+def test_collapsed_networks_are_named(out):
     with open(out / "metrics.jsonl", "a") as file:
         values = {"feature_std": dict.fromkeys(DNS, 0.5), "effective_rank": dict(zip(DNS, (9.0, math.nan, 1.5)))}
         file.write(json.dumps({"step": 21, **values}) + "\n")
     assert run(report, out) == DONE
-    assert "Collapsed: c8-d1121, c16-d2121" in said(made(out))
+    assert "Collapsed: c8-d1121, c16-d2121" in text_of(page_of(out))
     networks = json.loads((out / "report" / "report.json").read_text())["networks"]
     assert [network["collapsed"] for network in networks] == [False, True, True]
     assert networks[1]["effective_rank"] is None, "JSON has no NaN"
 
 
-def test_what_there_is_not_is_said_and_not_drawn(out, capsys):
+def test_missing_results_are_stated_and_not_drawn(out, capsys):
     assert run(report, out) == DONE
-    text = said(made(out))
-    assert "Not evaluated yet: dspnet-evaluate knn OUT" in text
+    text = text_of(page_of(out))
+    assert "Not evaluated yet: run dspnet-evaluate knn OUT" in text
     assert "Not compared yet: dspnet-compare writes compare.json" in text
     assert not list((out / "report").glob("accuracy-*"))
-    assert made(out).rows[0] == ["network", "parameters", "MACs"]
+    assert page_of(out).rows[0] == ["network", "parameters", "MACs"]
 
     (out / "metrics.jsonl").unlink()
     assert run(report, out) == DONE
-    text = said(made(out))
-    assert "Whether a network collapsed was not measured" in text and "Nothing was recorded yet" in text
-    assert [path.name for path in (out / "report").iterdir() if path.suffix == ".png"] == [], "earlier figures are gone"
+    text = text_of(page_of(out))
+    assert "Collapse indicators were not measured" in text and "Nothing recorded yet" in text
+    assert [path.name for path in (out / "report").iterdir() if path.suffix == ".png"] == [], (
+        "earlier figures are deleted"
+    )
     assert "0 of 2 epochs" in text
 
 
-def test_a_comparison_that_is_none_is_refused(out, capsys):
+def test_invalid_compare_json_is_refused(out, capsys):
     for text in ("{", '{"ratio": 0.47}', "[]"):
         (out / "compare.json").write_text(text)
         assert run(report, out) == WRONG_INPUT
         assert "compare.json is" in capsys.readouterr().err
 
 
-def test_files_that_are_no_evaluations(out, capsys):
+def test_other_and_outdated_evaluations_are_noted(out, capsys):
     (out / "evaluation").mkdir()
     (out / "evaluation" / "linear.json").write_text(json.dumps({**results("linear", linear=0.5), "step": 10}))
     (out / "evaluation" / "notes.json").write_text('{"a": 1}')
     assert run(report, out) == DONE
-    text = said(made(out))
-    assert "Not shown, as they hold no accuracies of networks: notes.json" in text
-    assert "linear.json is of step 10, not of the last: dspnet-evaluate linear OUT" in text
+    text = text_of(page_of(out))
+    assert "Not shown, because they contain no accuracies of networks: notes.json" in text
+    assert "linear.json evaluates step 10, not the last step: run dspnet-evaluate linear OUT again" in text
     (out / "evaluation" / "notes.json").write_text("{")
     assert run(report, out) == WRONG_INPUT
     assert "notes.json is damaged" in capsys.readouterr().err
 
 
-def test_an_evaluation_of_some_networks_only(out):
+def test_evaluation_of_some_networks_leaves_other_cells_empty(out):
     partial = results("linear", linear=0.5)
     partial["networks"] = {"c8-d1121": partial["networks"]["c8-d1121"], "alone": partial["networks"]["c8-d1111"]}
     (out / "evaluation").mkdir()
     (out / "evaluation" / "linear.json").write_text(json.dumps(partial))
-    networks = networks_of(Run(out))
+    networks = network_summaries(Run(out))
     assert [bool(network["accuracies"]) for network in networks] == [False, True, False]
     assert run(report, out) == DONE
-    column = made(out).rows[0].index("linear %")
-    assert [row[column] for row in made(out).rows[1:4]] == ["–", "60.0 ± 1.0", "–"]
+    column = page_of(out).rows[0].index("linear %")
+    assert [row[column] for row in page_of(out).rows[1:4]] == ["–", "60.0 ± 1.0", "–"]
 
 
-def test_no_run_is_refused_and_help_teaches(tmp_path, capsys):
+def test_folder_without_a_run_is_refused_and_help_has_an_example(tmp_path, capsys):
     assert run(report, tmp_path) == WRONG_INPUT
     assert "holds no run" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert run(report, "--help") == DONE
@@ -302,8 +304,8 @@ def test_no_run_is_refused_and_help_teaches(tmp_path, capsys):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
-def test_a_browser_shows_it_light_and_dark(reported, tmp_path):
-    """preferredColorScheme: 0 is dark, 1 is light."""
+def test_browser_shows_light_and_dark_page(reported, tmp_path):
+    """The browser's preferredColorScheme is 0 for dark and 1 for light."""
     for scheme, background in ((1, (0xF4, 0xF5, 0xF7)), (0, (0x12, 0x14, 0x18))):
         picture = tmp_path / f"{scheme}.png"
         options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "

@@ -1,4 +1,4 @@
-"""An interrupted and resumed run ends with the same bits as one that was never interrupted."""
+"""Resuming: an interrupted run ends with the same bits as an uninterrupted one."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def uninterrupted(small, tmp_path):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """stop_after(config, step, number): a new run that gets a signal in this step; returns how it ended."""
+    """stop_after(config, step, number): start a run that receives a signal in this step; returns its exception."""
 
     def run(config, step, number):
         train_step = Trainer.train_step
@@ -66,7 +66,7 @@ def stop_after(monkeypatch):
 
 @pytest.mark.parametrize("stop_at", [1, 3, 13])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_after_a_step_and_resumed(small, tmp_path, uninterrupted, stop_at, workers, stop_after):
+def test_resume_after_ctrl_c_is_exact(small, tmp_path, uninterrupted, stop_at, workers, stop_after):
     assert isinstance(stop_after(small(workers=workers), stop_at, signal.SIGINT), KeyboardInterrupt)
     assert final_state(tmp_path / "run")["step"] == stop_at
     _main(["--resume", "--out", str(tmp_path / "run")])
@@ -75,7 +75,7 @@ def test_stopped_after_a_step_and_resumed(small, tmp_path, uninterrupted, stop_a
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_preempted_and_resumed(small, tmp_path, uninterrupted, number, stop_after):
+def test_resume_after_preemption_is_exact(small, tmp_path, uninterrupted, number, stop_after):
     ended = stop_after(small(), 5, number)
     assert isinstance(ended, SystemExit) and ended.code == 0
     assert final_state(tmp_path / "run")["step"] == 5
@@ -84,7 +84,9 @@ def test_preempted_and_resumed(small, tmp_path, uninterrupted, number, stop_afte
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_resumed_from_the_one_before_a_damaged_checkpoint(small, tmp_path, uninterrupted, stop_after, damage, capsys):
+def test_resume_from_the_checkpoint_before_a_damaged_one_is_exact(
+    small, tmp_path, uninterrupted, stop_after, damage, capsys
+):
     stop_after(small(checkpoint_epochs=2 / EPOCH_STEPS), 5, signal.SIGINT)
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
     content = bytearray(newest.read_bytes())
@@ -100,19 +102,19 @@ def test_resumed_from_the_one_before_a_damaged_checkpoint(small, tmp_path, unint
     assert losses(tmp_path / "run") == losses(uninterrupted)
 
 
-def test_killed_in_the_middle_of_an_epoch_and_resumed(arguments, small, tmp_path):
+def test_resume_after_a_kill_within_an_epoch_is_exact(arguments, small, tmp_path):
     epochs, out = 8, tmp_path / "run"
     command = [sys.executable, "-m", "train.pretrain", *arguments(checkpoint_epochs=0.3, epochs=epochs)]
-    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # results depend on the number of threads
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=threads)
     deadline = time.monotonic() + 120
     while not (steps := sorted((out / "checkpoints").glob("step-*.pt"))) and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert process.poll() is None, "it must not have ended by itself"
+    assert process.poll() is None, "the run must not have ended before the kill"
     process.kill()
     assert process.wait() == -signal.SIGKILL
     newest = checkpoint.latest(out / "checkpoints")
-    assert steps and newest is not None and int(newest.stem[5:]) % EPOCH_STEPS, "the checkpoint lies inside an epoch"
+    assert steps and newest is not None and int(newest.stem[5:]) % EPOCH_STEPS, "the checkpoint is within an epoch"
     _main(["--resume", "--out", str(out)])
     config = small(out=str(tmp_path / "uninterrupted"), checkpoint_epochs=0.3, epochs=epochs)
     PretrainRun(config, resume=False).run()
@@ -120,13 +122,13 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(arguments, small, tmp_path
     assert losses(out) == losses(tmp_path / "uninterrupted")
 
 
-def test_killed_before_the_first_checkpoint(small, tmp_path, uninterrupted):
-    PretrainRun(small(), resume=False)  # has made the run directory, and trained nothing
+def test_resume_without_a_checkpoint_starts_from_the_beginning(small, tmp_path, uninterrupted):
+    PretrainRun(small(), resume=False)  # creates the run directory without training
     _main(["--resume", "--out", str(tmp_path / "run")])
     assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
 
 
-def test_half_a_line_of_metrics_is_dropped(small, tmp_path):
+def test_resume_drops_incomplete_and_later_metrics(small, tmp_path):
     PretrainRun(small(epochs=1), resume=False).run()
     metrics = tmp_path / "run" / "metrics.jsonl"
     whole = losses(tmp_path / "run")
@@ -136,12 +138,12 @@ def test_half_a_line_of_metrics_is_dropped(small, tmp_path):
     assert losses(tmp_path / "run") == whole
 
 
-def test_the_number_of_workers_changes_no_bit(small, tmp_path, uninterrupted):
+def test_number_of_workers_changes_no_bit(small, tmp_path, uninterrupted):
     PretrainRun(small(workers=2), resume=False).run()
     assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
 
 
-def test_momentum_statistics_and_momentum_are_in_the_checkpoint(uninterrupted):
+def test_checkpoint_has_momentum_and_target_statistics(uninterrupted):
     state = final_state(uninterrupted)
     kept = {name: value for name, value in state["model"].items() if name.startswith("target.") and "running" in name}
     assert kept and all(value.isfinite().all() for value in kept.values())
@@ -151,7 +153,7 @@ def test_momentum_statistics_and_momentum_are_in_the_checkpoint(uninterrupted):
     assert len(momentum) == sum(name.endswith(("weight", "bias")) for name in state["model"] if "online" in name)
 
 
-def test_a_checkpoint_without_this_networks_momentum_is_not_continued(small, uninterrupted):
+def test_checkpoint_with_missing_momentum_is_refused(small, uninterrupted):
     trainer = Trainer(small(), EPOCH_STEPS, torch.device("cpu"))
     state = final_state(uninterrupted)
     with pytest.raises(InputError, match="predictor.* is missing"):
@@ -160,7 +162,7 @@ def test_a_checkpoint_without_this_networks_momentum_is_not_continued(small, uni
         trainer.load_state({name: part for name, part in state.items() if name != "momentum"})
 
 
-def test_a_run_has_one_writer(small, tmp_path):
+def test_run_directory_has_one_writer(small, tmp_path):
     config = small(out=str(tmp_path / "run"))
     holder = subprocess.Popen(
         [
@@ -182,4 +184,4 @@ def test_a_run_has_one_writer(small, tmp_path):
         holder.kill()
         holder.communicate()
     open_run(config, resume=True)
-    open_run(config, resume=True)  # one process may open its run again
+    open_run(config, resume=True)  # the same process may open it again

@@ -1,4 +1,4 @@
-"""Runs and their data: backends, shards, bad images and the share of time spent waiting."""
+"""Runs and their data: backends, shards, unreadable images and the time spent waiting."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def shards(images, tmp_path):
 
 @backends
 @pytest.mark.parametrize("sharded", [False, True])
-def test_stopped_inside_an_epoch_and_resumed(small, shards, tmp_path, monkeypatch, backend, sharded):
+def test_resume_within_an_epoch_is_exact(small, shards, tmp_path, monkeypatch, backend, sharded):
     options = {"data_backend": backend, **({"data": shards} if sharded else {})}
     PretrainRun(small(out=str(tmp_path / "whole"), **options), resume=False).run()
     train_step = Trainer.train_step
@@ -64,7 +64,7 @@ def test_stopped_inside_an_epoch_and_resumed(small, shards, tmp_path, monkeypatc
     assert metrics(tmp_path / "run")[-1]["knn"].keys() == metrics(tmp_path / "whole")[-1]["knn"].keys()
 
 
-def test_the_backend_that_auto_chose_is_the_runs(small, tmp_path):
+def test_run_keeps_the_backend_that_auto_chose(small, tmp_path):
     PretrainRun(small(), resume=False)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data_backend"] == "torchvision"
     with pytest.raises(InputError, match="another --data-backend" if has_dali else "needs NVIDIA DALI"):
@@ -74,7 +74,7 @@ def test_the_backend_that_auto_chose_is_the_runs(small, tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """60 images of which two cannot be read."""
+    """60 images of which two are unreadable."""
     folder = tmp_path / "damaged"
     folder.mkdir()
     for k in range(60):
@@ -85,7 +85,7 @@ def damaged(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_left_out_and_named(small, damaged, tmp_path, workers):
+def test_unreadable_images_are_skipped_and_named(small, damaged, tmp_path, workers):
     PretrainRun(small(data=damaged, max_bad_images=2, workers=workers), resume=False).run()
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("left out") == 2 and "07.png" in log and "31.png" in log
@@ -93,7 +93,7 @@ def test_bad_images_are_left_out_and_named(small, damaged, tmp_path, workers):
     assert state(tmp_path / "run")["step"] == 14
 
 
-def test_one_too_many_ends_the_run_after_saving(small, damaged, tmp_path):
+def test_too_many_unreadable_images_end_the_run_after_saving(small, damaged, tmp_path):
     run = PretrainRun(small(data=damaged, max_bad_images=1, probe_epochs=0), resume=False)
     with pytest.raises(InputError, match="--max-bad-images 1"):
         run.run()
@@ -103,14 +103,16 @@ def test_one_too_many_ends_the_run_after_saving(small, damaged, tmp_path):
 
 
 @backends
-def test_bad_images_are_counted_over_the_whole_run(small, damaged, tmp_path, monkeypatch, backend):
-    """Each is named once, whether it comes again in a later epoch or after the run was resumed."""
+def test_unreadable_images_are_counted_over_the_whole_run(small, damaged, tmp_path, monkeypatch, backend):
+    """Each image is named once, also if it is read again in a later epoch or after resuming."""
     options = {"data": damaged, "data_backend": backend, "probe_epochs": 0}
     with pytest.raises(InputError, match="that is more than --max-bad-images 1"):
         PretrainRun(small(max_bad_images=1, **options), resume=False).run()
     first = list(read_bad_images(tmp_path / "run"))
     assert len(first) == 1 and first[0].endswith(".png")
-    with pytest.raises(InputError, match="that is more than --max-bad-images 1"):  # the same one is still too many
+    with pytest.raises(
+        InputError, match="that is more than --max-bad-images 1"
+    ):  # the same image still exceeds the limit
         _main(["--resume", "--out", str(tmp_path / "run")])
     with pytest.raises(InputError, match="left out 1 already: give at least 1"):
         PretrainRun(small(max_bad_images=0, **options), resume=True)
@@ -123,20 +125,20 @@ def test_bad_images_are_counted_over_the_whole_run(small, damaged, tmp_path, mon
     assert metrics(tmp_path / "run")[-1]["bad_images"] == 2
 
 
-def test_a_damaged_list_of_bad_images_is_named(small, tmp_path):
+def test_damaged_list_of_unreadable_images_is_named(small, tmp_path):
     PretrainRun(small(), resume=False)
     (tmp_path / "run" / BAD_IMAGES).write_text("{")
     with pytest.raises(InputError, match=f"{BAD_IMAGES}.*remove it"):
         PretrainRun(small(), resume=True)
 
 
-def test_by_default_one_image_in_a_thousand_may_be_bad(small):
+def test_default_limit_is_one_unreadable_image_in_a_thousand(small):
     assert PretrainRun(small(), resume=False).bad.limit == 0
     with pytest.raises(InputError, match="--max-bad-images cannot be negative"):
         small(max_bad_images=-1)
 
 
-def test_share_of_time_spent_waiting(monkeypatch):
+def test_meter_measures_throughput_and_waiting(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
 

@@ -1,4 +1,4 @@
-"""Schedules against their formulas."""
+"""Schedules compared with their formulas."""
 
 import math
 
@@ -14,11 +14,11 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert rates[100] == pytest.approx(0, abs=1e-12)
 
 
-def test_no_warm_up():
+def test_learning_rate_without_warm_up_starts_at_the_peak():
     assert learning_rate(0, 10, 0, 0.4) == pytest.approx(0.4)
 
 
-def test_a_run_of_warm_up_only():
+def test_learning_rate_of_warm_up_only():
     assert [learning_rate(step, 4, 4, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 

@@ -1,4 +1,4 @@
-"""Semi-supervised evaluation: the published subsets, what is trained on them, what an interruption leaves."""
+"""Semi-supervised evaluation: published subsets, training on them, resuming."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def report(out):
     ],
 )
 def test_published_subsets_of_ten_classes_of_5000_images(percent, sha256):
-    """CIFAR-10 as an image folder: the lists must never change."""
+    """CIFAR-10 as an image folder: the published lists must never change."""
     labels = torch.arange(10).repeat_interleave(5000)
     chosen = stratified_subset(labels, percent / 100)
     assert checksum(chosen) == sha256 == hashlib.sha256(index_text(chosen).encode()).hexdigest()
@@ -49,11 +49,11 @@ def test_published_subsets_of_ten_classes_of_5000_images(percent, sha256):
     assert chosen == sorted(set(chosen))
 
 
-def test_subsets_nest_are_balanced_and_depend_on_the_seed():
+def test_subsets_are_nested_balanced_and_depend_on_the_seed():
     labels = torch.tensor([0, 1] * 100 + [1] * 200 + [2] * 3)
     one, ten = (stratified_subset(labels, share) for share in (0.01, 0.1))
     assert set(one) < set(ten)
-    assert labels[one].bincount().tolist() == [1, 3, 1], "rounded, but one at least"
+    assert labels[one].bincount().tolist() == [1, 3, 1], "rounded, at least one"
     assert labels[ten].bincount().tolist() == [10, 30, 1]
     assert ten != stratified_subset(labels, 0.1, seed=1)
     assert stratified_subset(labels, 1.0) == list(range(len(labels)))
@@ -64,14 +64,14 @@ def test_subsets_nest_are_balanced_and_depend_on_the_seed():
 
 @pytest.fixture(scope="module")
 def complete(finished, tmp_path_factory):
-    """A run that was evaluated with both methods."""
+    """A run evaluated with both methods."""
     out = tmp_path_factory.mktemp("complete") / "run"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("features", "evaluation"))
     assert run("semi", out, *SMALL) == DONE
     return out
 
 
-def test_what_it_writes(complete, images):
+def test_semi_writes_report_figure_and_subsets(complete, images):
     found = report(complete)
     columns = ["5 % linear", "5 % finetune", "25 % linear", "25 % finetune"]
     for network in found["networks"].values():
@@ -88,7 +88,7 @@ def test_what_it_writes(complete, images):
     assert (complete / "evaluation" / "semi.png").stat().st_size > 1000
 
 
-def test_a_second_call_trains_nothing(complete, monkeypatch):
+def test_second_call_trains_nothing(complete, monkeypatch):
     before = report(complete)
 
     def refuse(*_):
@@ -103,11 +103,11 @@ def test_a_second_call_trains_nothing(complete, monkeypatch):
 @pytest.mark.parametrize(
     ("images", "batch"), [(500, 250), (5000, 250), (128_117, 255), (80, 80), (512, 256), (257, 256)]
 )
-def test_batches_leave_out_few_images(images, batch):
+def test_fitting_batch_drops_few_images(images, batch):
     assert fitting_batch(256, images) == batch
 
 
-def test_a_method_alone_gives_what_it_gives_beside_the_other(trained, complete):
+def test_single_method_gives_the_same_results(trained, complete):
     assert run("semi", trained, *SMALL, "--methods", "linear") == DONE
     for name, network in report(trained)["networks"].items():
         columns = {column for column in network if "%" in column}
@@ -115,8 +115,7 @@ def test_a_method_alone_gives_what_it_gives_beside_the_other(trained, complete):
         assert all(network[column] == report(complete)["networks"][name][column] for column in columns)
 
 
-def test_all_labels_are_learned(trained):
-    """Two classes that a few steps of fine-tuning tell apart, whatever the network's size."""
+def test_finetuning_with_all_labels_learns_in_every_network(trained):
     options = ("--shares", "100", "--methods", "finetune", "--finetune-epochs", "5", "--finetune-lr", "0.5")
     assert run("semi", trained, *options, "--finetune-head-lr", "0.5", "--batch-size", "16", "--workers", "0") == DONE
     for network in report(trained)["networks"].values():
@@ -124,11 +123,10 @@ def test_all_labels_are_learned(trained):
 
 
 @pytest.mark.parametrize("dn", ["c8-d1111", "c8-d1121", "c16-d2121"])
-def test_a_network_that_is_cut_out_is_slims(trained, images, dn):
-    """The weights of every kept channel and block, in a slimmable network of its own."""
+def test_cut_equals_slim(trained, images, dn):
     family = PretrainedFamily(trained, torch.device("cpu"))
     subnet = family.family.find(dn)
-    family.measure([subnet], open_images(str(images), "train"), str(images), 0)
+    family.measure_statistics([subnet], open_images(str(images), "train"), str(images), 0)
     plain, cut = slim(family.encoder, subnet), family.cut(subnet)
     assert {n: p.shape for n, p in cut.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
     for name, parameter in plain.named_parameters():
@@ -138,28 +136,28 @@ def test_a_network_that_is_cut_out_is_slims(trained, images, dn):
         torch.testing.assert_close(cut.train()(batch), family.encoder(batch))
 
 
-def test_a_network_outside_the_run_cannot_be_cut_out(finished):
+def test_cut_refuses_a_network_outside_the_family(finished):
     family = PretrainedFamily(finished, torch.device("cpu"))
     with pytest.raises(InputError, match="no part of c16-d2121"):
         family.cut(family.encoder.subnet("c32-d1111"))
 
 
-def test_stopped_while_fine_tuning_and_resumed(trained, complete, monkeypatch, capsys):
+def test_resumed_finetuning_equals_an_uninterrupted_one(trained, complete, monkeypatch, capsys):
     command = (*SMALL, "--methods", "finetune")
     train_step, steps = SupervisedTraining.train_step, []
 
     def interrupting(self, batch):
         loss = train_step(self, batch)
         steps.append((self.family.full.name, self.step))
-        if len(steps) == 4:  # the first network's second step
+        if len(steps) == 4:  # the second step of the first network
             signal.raise_signal(signal.SIGINT)
         return loss
 
     monkeypatch.setattr(SupervisedTraining, "train_step", interrupting)
     assert run("semi", trained, *command) == FAILED
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "the same command continues from here" in capsys.readouterr().out
     assert run("semi", trained, *command) == DONE
-    five, quarter = steps[:9], steps[9:]  # percent: 4 images, 1 step an epoch; 20 images, 2 steps of 10
+    five, quarter = steps[:9], steps[9:]  # 5 %: 4 images, 1 step per epoch; 25 %: 20 images, 2 steps of 10
     assert (len(five), len(set(five))) == (9, 9) and (len(quarter), len(set(quarter))) == (18, 18)
     for name, network in report(trained)["networks"].items():
         for column in ("5 % finetune", "25 % finetune"):
@@ -169,14 +167,14 @@ def test_stopped_while_fine_tuning_and_resumed(trained, complete, monkeypatch, c
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--shares", "1,x"), "--shares are percents"),
-        (("--shares", "0"), "--shares are percents"),
-        (("--shares", "101"), "--shares are percents"),
-        (("--methods", "linear,distil"), "--methods are of linear, finetune"),
+        (("--shares", "1,x"), "--shares must be percentages"),
+        (("--shares", "0"), "--shares must be percentages"),
+        (("--shares", "101"), "--shares must be percentages"),
+        (("--methods", "linear,distil"), "--methods must be among linear, finetune"),
         (("--finetune-lr", "0"), "--finetune-lr must be above 0"),
         (("--min-scale", "0"), "smallest crop"),
     ],
 )
-def test_wrong_options(finished, capsys, options, message):
+def test_invalid_options_are_refused(finished, capsys, options, message):
     assert run("semi", finished, *options) == WRONG_INPUT
     assert message in capsys.readouterr().err

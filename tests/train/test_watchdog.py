@@ -1,4 +1,4 @@
-"""The watchdog: what a run says that waits, and which rank it names that is gone."""
+"""Watchdog: reports of stalled runs, and detection of lost ranks by missing heartbeats."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def wait_for(condition) -> None:
     assert condition()
 
 
-def test_a_run_that_waits_says_for_what(quick, tmp_path):
+def test_stalled_run_reports_step_activity_and_stack(quick, tmp_path):
     said: list[str] = []
     with Watchdog(SINGLE_PROCESS, 0.1, tmp_path / "stalled.txt", said.append) as dog:
         dog.at(7, "waiting for images")
@@ -46,18 +46,18 @@ def test_a_run_that_waits_says_for_what(quick, tmp_path):
         wait_for(lambda: len(said) > first)
     assert "after step 7: waiting for images" in said[0] and str(tmp_path / "stalled.txt") in said[0]
     assert "after step 8: training" in said[-1]
-    assert "wait_for" in (tmp_path / "stalled.txt").read_text()  # where the main thread was
+    assert "wait_for" in (tmp_path / "stalled.txt").read_text()  # the stack of the main thread
 
 
-def test_it_complains_less_and_less_often(quick, tmp_path):
+def test_reports_become_less_frequent(quick, tmp_path):
     said: list[str] = []
     with Watchdog(SINGLE_PROCESS, 0.05, tmp_path / "stalled.txt", said.append):
         time.sleep(1)
-    assert 1 <= len(said) <= 6  # 0.05, 0.1, 0.2 ... and not every 0.02 s
+    assert 1 <= len(said) <= 6  # after 0.05, 0.1, 0.2 s and so on, not every 0.02 s
 
 
 @pytest.mark.parametrize("stall_timeout", [0.0, 100.0])
-def test_a_run_that_moves_is_left_alone(quick, tmp_path, stall_timeout):
+def test_progressing_run_is_not_reported(quick, tmp_path, stall_timeout):
     said: list[str] = []
     with Watchdog(SINGLE_PROCESS, stall_timeout, tmp_path / "stalled.txt", said.append):
         time.sleep(0.2)
@@ -66,7 +66,7 @@ def test_a_run_that_moves_is_left_alone(quick, tmp_path, stall_timeout):
 
 @pytest.fixture
 def store(monkeypatch):
-    """The job's store, as torchrun keeps it."""
+    """The store of the job, as torchrun creates it."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
@@ -75,7 +75,7 @@ def store(monkeypatch):
 
 @pytest.fixture
 def pulse(quick, store):
-    """pulse(rank, size): the heartbeats of one rank, as if it were in step 12."""
+    """pulse(rank, size): start the heartbeats of a rank in step 12."""
     begun: list[Heartbeats] = []
 
     def begin(rank, size, launch_id="first") -> Heartbeats:
@@ -88,7 +88,7 @@ def pulse(quick, store):
         each.stop(finished=True)
 
 
-def test_a_rank_that_falls_silent_is_named(pulse):
+def test_rank_without_heartbeats_is_named(pulse):
     first, second, third = (pulse(rank, 3) for rank in range(3))
     time.sleep(2 * watchdog.SILENT_SECONDS)
     assert not (first.lost or second.lost or third.lost)
@@ -96,11 +96,11 @@ def test_a_rank_that_falls_silent_is_named(pulse):
     wait_for(lambda: first.lost)
     assert f"rank 1 ({socket.gethostname()}, pid {os.getpid()}) has not been heard of" in first.lost
     assert "its last step was 12, then: training" in first.lost
-    wait_for(lambda: third.lost)  # whoever watches another one is told
+    wait_for(lambda: third.lost)  # ranks that watch another rank are informed too
     assert third.lost == first.lost
 
 
-def test_a_rank_that_finished_is_not_missed(pulse, store):
+def test_finished_rank_is_not_reported(pulse, store):
     first, second = pulse(0, 2), pulse(1, 2)
     second.stop(finished=True)
     time.sleep(2 * watchdog.SILENT_SECONDS)
@@ -108,8 +108,8 @@ def test_a_rank_that_finished_is_not_missed(pulse, store):
     assert store.get("heartbeats/first/1").decode() == FINISHED
 
 
-def test_what_was_said_in_an_earlier_start_counts_no_more(pulse):
-    """torchrun starts the ranks again and keeps the store."""
+def test_heartbeats_of_an_earlier_launch_are_ignored(pulse):
+    """torchrun keeps the store when it restarts the ranks."""
     gone = pulse(1, 2)
     gone.stop(finished=False)
     before = pulse(0, 2)
@@ -119,7 +119,7 @@ def test_what_was_said_in_an_earlier_start_counts_no_more(pulse):
     assert not (first.lost or second.lost)
 
 
-def test_a_lost_rank_ends_the_process(quick, store, tmp_path, capfd):
+def test_lost_rank_ends_the_process(quick, store, tmp_path, capfd):
     ended: list[int] = []
     with Watchdog(World(0, 2), 0, tmp_path / "stalled.txt", print, ended.append):
         wait_for(lambda: ended)
@@ -127,8 +127,8 @@ def test_a_lost_rank_ends_the_process(quick, store, tmp_path, capfd):
     assert "error: rank 1 has not begun; rank 0 ends the job" in capfd.readouterr().err
 
 
-def test_a_store_that_does_not_answer_ends_the_process(quick, tmp_path, monkeypatch, capfd):
-    """Its machine may be there and say nothing: the connection stands, and no call on it returns."""
+def test_unresponsive_store_ends_the_process(quick, tmp_path, monkeypatch, capfd):
+    """The server process is stopped: the connection stays open, but calls do not return."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
     try:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -144,13 +144,13 @@ def test_a_store_that_does_not_answer_ends_the_process(quick, tmp_path, monkeypa
         assert ended == [LOST_RANK]
         assert "has not answered for" in capfd.readouterr().err
     finally:
-        server.kill()  # then the calls return
+        server.kill()  # pending calls return now
         server.wait()
         other.stop(finished=False)
 
 
-def test_a_complaint_that_fails_is_no_reason_to_stop_watching(quick, store, tmp_path):
-    """As where the disk is full."""
+def test_failing_report_does_not_stop_the_watchdog(quick, store, tmp_path):
+    """For example if the disk is full."""
 
     def fail(line):
         raise OSError(line)
@@ -160,8 +160,8 @@ def test_a_complaint_that_fails_is_no_reason_to_stop_watching(quick, store, tmp_
         wait_for(lambda: ended)
 
 
-def test_every_rank_has_its_file(quick, pulse, tmp_path):
-    """All ranks wait if one does, and only one file is of interest."""
+def test_every_rank_writes_a_separate_stack_file(quick, pulse, tmp_path):
+    """All ranks stall together, but the stack of one of them shows the cause."""
     pulse(0, 2)
     said: list[str] = []
     with Watchdog(World(1, 2, launch_id="first"), 0.1, tmp_path / "stalled.txt", said.append):

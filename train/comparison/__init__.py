@@ -1,1 +1,1 @@
-"""The family against each network alone."""
+"""Comparison of a jointly pretrained family with separately pretrained networks."""

@@ -1,13 +1,12 @@
-"""What the parts of a training step take: seconds and peak memory, measured in a process of their own.
+"""Time and peak memory of the parts of a training step, measured in a separate process.
 
-The timed step has the run's configuration, threads and operators, and noise for images. It is timed in the parts of
-`pretraining/cuda_graphs.py`: the target (with the normalisation of the batch), every subnet's forward and backward
-pass, and the update. Thus a run's own steps carry no timers, and on CUDA the graphs that a run replays are timed.
-Loading data is not included: a run records how long it waits for it.
+The timed step has the configuration, threads and operators of a run, and random images. It is divided as in
+`pretraining/cuda_graphs.py`: the target's forward pass (with the normalisation of the batch), the forward and backward
+pass of every subnet, and the update. The steps of real runs are therefore free of timers, and on CUDA the graphs that
+they replay are timed. Data loading is excluded; runs record how long they wait for it.
 
-Peak memory is that of a few whole steps. On the CPU it is the growth of the process's resident memory since before the
-networks were built (the kernel's VmHWM, which unlike getrusage's maximum forgets what the parent process had), on CUDA
-what torch allocated.
+Peak memory is measured over a few whole steps: on CUDA torch's allocations; on the CPU the growth of the process's peak
+resident memory (VmHWM) since before the networks were built. VmHWM, unlike getrusage, excludes the parent process.
 """
 
 from __future__ import annotations
@@ -31,18 +30,19 @@ from ..pretraining.trainer import Trainer
 from ..run.device import choose_device
 from ..run.process import prepare_process
 
-WARM_UP = 2
+WARM_UP = 2  # untimed steps
 STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Of one step.
+class StepMeasurement:
+    """Time and memory of one step.
 
     Attributes:
-        target, optimizer: medians, in seconds.
-        online: the same for each subnet.
-        peak_memory: bytes; None where the system does not tell (on the CPU, anywhere but on Linux).
+        target: median time of the target's forward pass, in seconds.
+        online: median time of each subnet's forward and backward pass, in seconds.
+        optimizer: median time of the update, in seconds.
+        peak_memory: bytes; None on a CPU outside Linux.
     """
 
     target: float
@@ -51,17 +51,27 @@ class Measured:
     peak_memory: int | None
 
 
-def measure(config: PretrainConfig, steps: int) -> Measured:
-    """Measure `steps` steps of a run in a new process; RuntimeError if that ends without a result."""
+def measure_step(config: PretrainConfig, steps: int) -> StepMeasurement:
+    """Measure a training step in a new process.
+
+    Args:
+        config: configuration of the run.
+        steps: number of timed steps.
+
+    Raises:
+        RuntimeError: if the process ends without a result.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, config, steps, torch.get_num_threads()))
+    process = context.Process(target=_measure_and_send, args=(sender, config, steps, torch.get_num_threads()))
     process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError as error:
-        raise RuntimeError("the process that times a training step ended without a result: see above") from error
+        raise RuntimeError(
+            "the process that times a training step ended without a result: its error is printed above"
+        ) from error
     except BaseException:
         process.terminate()
         raise
@@ -69,34 +79,34 @@ def measure(config: PretrainConfig, steps: int) -> Measured:
         process.join()
 
 
-def _answer(sender: Connection, config: PretrainConfig, steps: int, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+def _measure_and_send(sender: Connection, config: PretrainConfig, steps: int, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C too and ends this process
     torch.set_num_threads(threads)
     if config.fast_kernels:
         registry.fast_kernels()
-    sender.send(measure_here(config, steps))
+    sender.send(measure_in_this_process(config, steps))
 
 
-def measure_here(config: PretrainConfig, steps: int) -> Measured:
-    """What `measure` does, in this process: its peak memory is right only if nothing larger ran here before."""
+def measure_in_this_process(config: PretrainConfig, steps: int) -> StepMeasurement:
+    """Measure a step in this process; peak memory is correct only if no larger work ran here before."""
     device = choose_device(config.device)
     views = VIEWS * config.batch_size
     batch = torch.randint(256, (views, 3, config.image_size, config.image_size), dtype=torch.uint8)
-    before = _resident(device)
-    # every network from the first step on
+    before = _peak_memory(device)
+    # full_only_epochs=0: every subnet is trained from the first step on
     trainer = Trainer(replace(config, full_only_epochs=0), epoch_steps=WARM_UP, device=device)
     prepare_process(device)
     for _ in range(WARM_UP):
         trainer.train_step(batch)
-    after = _resident(device)
+    after = _peak_memory(device)
     peak = None if before is None or after is None else after - before
     seconds = _time(trainer, batch, steps)
     names = trainer.model.family.names
-    return Measured(seconds[0], dict(zip(names, seconds[1:-1], strict=True)), seconds[-1], peak)
+    return StepMeasurement(seconds[0], dict(zip(names, seconds[1:-1], strict=True)), seconds[-1], peak)
 
 
 def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
-    """Median seconds of the target, of each subnet and of the update."""
+    """Median times of the target, of each subnet and of the update, in seconds."""
     device = trainer.device
     captures = device.type == "cuda" and not trainer.config.no_cuda_graphs
     alpha = torch.ones((), device=device)
@@ -118,8 +128,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _resident(device: torch.device) -> int | None:
-    """The most memory there was so far, in bytes."""
+def _peak_memory(device: torch.device) -> int | None:
+    """Peak memory so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not STATUS.exists():

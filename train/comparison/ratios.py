@@ -1,19 +1,23 @@
-"""What a family costs in shares of what separate runs do, by parts."""
+"""Ratios of the costs of a family to those of separate runs, by parts of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SEPARATE, SINGLE_PROCESS = "separate runs", "alone"  # all networks one after another, each of them
+SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another; each network
 
 
 def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs cost in shares of all separate runs, and of the largest network alone.
+    """Ratios of the costs of runs to those of all separate runs, and to those of the largest network alone.
 
-    {reference: {run: {"measured" and "counted": {"total", and its parts, which add up to it}}}}; a run may be
-    `SEPARATE`, and "measured" has "seeds", the total's of each, where both were run. "peak_memory" is the ratio of
-    peaks: separate runs, which follow each other, have that of the largest of them.
+    Args:
+        runs: "runs" of a report.
+
+    Returns:
+        {reference: {run: {"counted": ratios, "measured": ratios, "peak_memory": ratio}}}. Ratios are "total" and its
+        parts, which add up to it; measured ones have "seeds", the total of each seed. Values of runs that were not
+        trained are missing. A run or reference may be `SEPARATE`, whose peak memory is the largest of its runs.
     """
     alone = {name: run for name, run in runs.items() if run["subnets_per_step"] is None}
     largest = list(alone)[-1]
@@ -24,11 +28,11 @@ def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:
     for reference, base in references.items():
         found[reference] = {}
         for row, of in rows.items():
-            found[reference][row] = {"counted": _shares(_counted(of), sum(_counted(base).values()))}
+            found[reference][row] = {"counted": _ratios(_counted(of), sum(_counted(base).values()))}
             if all("measured" in run for run in (*of, *base)):
                 seconds, base_seconds = _seconds_by_seed(of), _seconds_by_seed(base)
                 found[reference][row]["measured"] = {
-                    **_shares(_parts(of), sum(_parts(base).values())),
+                    **_ratios(_parts(of), sum(_parts(base).values())),
                     "seeds": {seed: seconds[seed] / base_seconds[seed] for seed in seconds},
                 }
                 peaks = [_peak(of), _peak(base)]
@@ -55,5 +59,5 @@ def _peak(runs: Sequence[Mapping[str, Any]]) -> Any:
     return None if None in peaks else max(peaks)
 
 
-def _shares(parts: Mapping[str, float], whole: float) -> dict[str, float]:
+def _ratios(parts: Mapping[str, float], whole: float) -> dict[str, float]:
     return {"total": sum(parts.values()) / whole, **{part: value / whole for part, value in parts.items()}}

@@ -1,6 +1,6 @@
-"""A family against separate runs: how the runs are made and evaluated, and what comes out.
+"""Runs of a comparison: training, evaluation and the report.
 
-OUT/runs/NAME-seedK/     ordinary run directories of train.pretrain: w0.50-seed0, ..., family-n4-seed0, ...
+OUT/runs/NAME-seedK/     run directories of train.pretrain: w0.50-seed0, ..., family-n4-seed0, ...
 """
 
 from __future__ import annotations
@@ -22,27 +22,34 @@ from ..run.device import choose_device
 from ..run.run_directory import open_run
 from ..run.saved_config import CONFIG
 from .design import Comparison
-from .measuring import Measured
-from .ratios import SINGLE_PROCESS, ratios
-from .seeds import over_seeds
-from .times import taken, timed_step
+from .measuring import StepMeasurement
+from .ratios import ALONE, ratios
+from .seeds import score_over_seeds
+from .times import run_times, timed_step
 
 
 def compare(comparison: Comparison) -> Report:
-    """Make all runs that are not there yet, evaluate and measure; returns what compare.json holds.
+    """Train the runs that are not finished, evaluate all of them and measure their steps.
 
-    KeyboardInterrupt if it was stopped, after saving. InputError if the folder holds other runs or the images cannot be
-    used.
+    Args:
+        comparison: design of the comparison.
+
+    Returns:
+        The report, the content of compare.json.
+
+    Raises:
+        InputError: if the folder contains other runs, or the images cannot be used.
+        KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
-    recipe = comparison.recipe
-    device = choose_device(recipe.device)
-    backend = choose_backend(recipe.data_backend, open_train_images(recipe), device)
-    places = [(variant, seed) for seed in comparison.seeds for variant in comparison.trained]
+    base = comparison.config
+    device = choose_device(base.device)
+    backend = choose_backend(base.data_backend, open_train_images(base), device)
+    runs = [(variant, seed) for seed in comparison.seeds for variant in comparison.trained]
     accuracies: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in comparison.trained}
-    for index, (variant, seed) in enumerate(places):
-        out = comparison.place(variant, seed)
-        print(f"run {index + 1} of {len(places)}: {variant.label}, seed {seed}, in {out}", flush=True)
-        groups = recipe.bn_groups or 1  # as a run of one rank keeps it
+    for index, (variant, seed) in enumerate(runs):
+        out = comparison.run_directory(variant, seed)
+        print(f"run {index + 1} of {len(runs)}: {variant.label}, seed {seed}, in {out}", flush=True)
+        groups = base.bn_groups or 1  # the value that a run with one rank stores
         config = replace(variant.config, out=str(out), seed=seed, data_backend=backend, bn_groups=groups)
         _train(config, comparison.steps)
         accuracies[variant.name][seed] = _evaluate(comparison, out)
@@ -51,21 +58,21 @@ def compare(comparison: Comparison) -> Report:
 
 
 def _train(config: PretrainConfig, steps: int) -> None:
-    """Begin the run, go on with it, or leave it if it is finished."""
+    """Start or resume a run unless it is finished."""
     out = Path(config.out)
     begun = (out / CONFIG).exists()
     if begun:
-        open_run(config, resume=True)  # which refuses a run of another recipe
+        open_run(config, resume=True)  # raises InputError for a run with other options
     if checkpoint.latest_step(out / "checkpoints") < steps:
         PretrainRun(config, resume=begun).run()
-        gc.unfreeze()  # what the run froze is free to go
+        gc.unfreeze()  # the run froze its objects: without this they are never collected
         gc.collect()
 
 
 def _evaluate(comparison: Comparison, out: Path) -> dict[str, Any]:
-    """{"kNN": {network: {"accuracy", "interval"}}}, and "linear" if it is wanted."""
-    recipe, options = comparison.recipe, comparison.options
-    shared: dict[str, Any] = {"workers": recipe.workers, "device": recipe.device, "fast_kernels": recipe.fast_kernels}
+    """Accuracies of a run: {"kNN": {network: {"accuracy", "interval"}}}, and "linear" with --linear-epochs."""
+    config, options = comparison.config, comparison.options
+    shared: dict[str, Any] = {"workers": config.workers, "device": config.device, "fast_kernels": config.fast_kernels}
     report = evaluate_knn(out, KnnOptions(k=options.k, references=options.references, **shared))
     publish_knn(out, report)
     found = {"kNN": _accuracies(report, "pretrained", "majority")}
@@ -84,16 +91,18 @@ def _accuracies(report: Report, column: str, accuracy: str) -> dict[str, dict[st
 
 
 def _report(
-    comparison: Comparison, accuracies: Mapping[str, Mapping[int, Any]], measured: Mapping[str, Measured]
+    comparison: Comparison, accuracies: Mapping[str, Mapping[int, Any]], measured: Mapping[str, StepMeasurement]
 ) -> Report:
-    report = comparison.plan()
+    report = comparison.initial_report()
     trained = comparison.trained
     for variant in trained:
-        report["runs"][variant.name]["measured"] = taken(comparison, variant, measured[variant.name])
+        report["runs"][variant.name]["measured"] = run_times(comparison, variant, measured[variant.name])
     for protocol in accuracies[trained[0].name][comparison.seeds[0]]:
-        found = {v.name: {dn: over_seeds(accuracies[v.name], protocol, dn) for dn in v.config.names()} for v in trained}
+        found = {
+            v.name: {dn: score_over_seeds(accuracies[v.name], protocol, dn) for dn in v.config.names()} for v in trained
+        }
         alone = {dn: score for v in comparison.alone if v.name in found for dn, score in found[v.name].items()}
         families = {v.name: found[v.name] for v in comparison.families}
-        report["accuracy"][protocol] = {**({SINGLE_PROCESS: alone} if alone else {}), **families}
+        report["accuracy"][protocol] = {**({ALONE: alone} if alone else {}), **families}
     report["ratios"] = ratios(report["runs"])
     return report

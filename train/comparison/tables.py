@@ -1,4 +1,4 @@
-"""What compare.json says, as tables and figures."""
+"""Tables and figures of compare.json."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from ..evaluation.plot_data import Point
 from ..evaluation.results import Report
 from ..reporting import figures
 from ..run.tables import Table, cost_cells, percent, quantity
-from .ratios import SEPARATE, SINGLE_PROCESS
+from .ratios import ALONE, SEPARATE
 
 MEASURED_PARTS = {
     "target": "target forward",
     "online": "online subnets",
     "optimizer": "optimizer",
-    "data": "waiting for data",
+    "data": "data wait",
 }
-SHORT = {"target": "target", "online": "subnets", "optimizer": "optimizer", "data": "data wait"}  # in figures
+FIGURE_PARTS = {"target": "target", "online": "subnets", "optimizer": "optimizer", "data": "data wait"}
 MIB = 2**20
 
 
 def tables_of(report: Report) -> list[Table]:
-    """Accuracy per network both ways, what was measured, what was counted, and the ratios."""
-    found = [_accuracy(report, protocol) for protocol in report["accuracy"]]
+    """Tables of accuracies, measured costs, counted costs and ratios."""
+    tables = [_accuracy(report, protocol) for protocol in report["accuracy"]]
     if any("measured" in run for run in report["runs"].values()):
-        found.append(_measured(report))
-    return [*found, _counted(report), *(_ratios(report, reference) for reference in report["ratios"])]
+        tables.append(_measured(report))
+    return [*tables, _counted(report), *(_ratios(report, reference) for reference in report["ratios"])]
 
 
 def _accuracy(report: Report, protocol: str) -> Table:
     columns = report["accuracy"][protocol]
-    alone = columns.get(SINGLE_PROCESS)
-    families = [name for name in columns if name != SINGLE_PROCESS]
+    alone = columns.get(ALONE)
+    families = [name for name in columns if name != ALONE]
     heading = ["network", "params", "MACs", *(_label(report, name) for name in columns)]
     heading += [f"{_label(report, name)}: difference" for name in families] if alone else []
     rows = []
@@ -48,11 +48,12 @@ def _accuracy(report: Report, protocol: str) -> Table:
         f"and in a family, {report['steps']:,} steps each. "
     )
     if len(seeds) == 1:
-        title += f"Seed {seeds[0]}; ± is half the 95 % interval of the test images, not of another seed."
+        title += f"Seed {seeds[0]}; ± is the half-width of the 95 % interval over test images."
+        title += " It does not cover other seeds."
     else:
         title += (
-            f"Means of seeds {', '.join(map(str, seeds))}; ± is half the 95 % interval of the test images of one seed, "
-            "in brackets the smallest and the largest of the seeds."
+            f"Means of seeds {', '.join(map(str, seeds))}; ± is the half-width of the 95 % interval for the test "
+            "images of one seed; brackets: range over the seeds."
         )
     return Table(title, heading, rows)
 
@@ -80,8 +81,8 @@ def _measured(report: Report) -> Table:
             memory = "–" if peak is None else f"{peak / MIB:,.0f} MiB"
             rows.append([run["label"], total, *(f"{found['parts'][part]:,.1f}" for part in MEASURED_PARTS), memory])
     title = (
-        "Seconds of training, without measurements and checkpoints, divided by parts of a step that were timed by "
-        "themselves; peak memory of a step."
+        "Seconds of training without probes and checkpoints, divided among the parts of a step in proportion to their "
+        "separately timed durations; peak memory of a step."
     )
     return Table(title, heading, rows)
 
@@ -94,8 +95,8 @@ def _counted(report: Report) -> Table:
         rows.append([run["label"], *(f"{quantity(value)}MAC" for value in (sum(parts), *parts))])
     views = next(iter(report["runs"].values()))["counted"]["views"]
     title = (
-        f"Multiply-accumulates of {report['steps']:,} steps, in which {views:,} views of {report['data']} are seen; a "
-        "backward pass counts as two forward passes."
+        f"Multiply-accumulates of {report['steps']:,} steps with {views:,} views of {report['data']}; a backward pass "
+        "counts as two forward passes."
     )
     return Table(title, heading, rows)
 
@@ -107,7 +108,7 @@ def _ratios(report: Report, reference: str) -> Table:
     heading += ["MACs", "target MACs", "online MACs", "optimizer MACs"]
     rows = []
     for name, row in rows_of.items():
-        cells = [_named(report, name)]
+        cells = [_row_label(report, name)]
         if measured:
             found = row.get("measured")
             cells += [f"{found[part]:.3f}" if found else "–" for part in ("total", *MEASURED_PARTS)]
@@ -119,26 +120,26 @@ def _ratios(report: Report, reference: str) -> Table:
             if "measured" in row and len(set(row["measured"]["seeds"].values())) > 1:
                 values = row["measured"]["seeds"].values()
                 cells[1] += f" [{min(values):.3f}, {max(values):.3f}]"
-    what = "all separate runs together" if reference == SEPARATE else _named(report, reference)
-    return Table(f"Ratios to {what}; parts add up to the time, and to the MACs.", heading, rows)
+    what = "all separate runs together" if reference == SEPARATE else _row_label(report, reference)
+    return Table(f"Ratios to {what}. The parts add up to the time and to the MACs.", heading, rows)
 
 
-def _named(report: Report, row: str) -> str:
-    """What a row of the ratios is called."""
+def _row_label(report: Report, row: str) -> str:
+    """Label of a row of ratios."""
     return "separate runs together" if row == SEPARATE else _label(report, row)
 
 
 def figures_of(report: Report) -> Iterator[tuple[str, drawing.Draw, str, str]]:
-    """(name, figure, description, caption) of everything that can be drawn."""
+    """(name, figure, description, caption) of each figure of a report."""
     for protocol, columns in report["accuracy"].items():
         series = {_label(report, name): _points(report, scores) for name, scores in columns.items()}
         label = f"{protocol} accuracy on {report['data']}"
-        caption = f"{label}: the same networks pretrained alone and in a family. Bars are 95 % intervals"
+        caption = f"{label}: the same networks pretrained alone and in a family. Bars: 95 % intervals"
         if len(report["seeds"]) > 1:
-            caption += ", or reach the seed that is farthest from the mean if that is farther"
+            caption += ", extended to the range over the seeds if that is larger"
         yield (
             f"accuracy-{protocol.lower()}",
-            drawing.accuracies(series, {}, label, "macs"),
+            drawing.accuracy_figure(series, {}, label, "macs"),
             f"{label} of networks pretrained alone and in a family, over multiply-accumulates",
             f"{caption}.",
         )
@@ -152,14 +153,14 @@ def figures_of(report: Report) -> Iterator[tuple[str, drawing.Draw, str, str]]:
 
 
 def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]:
-    """Costs by part of separate runs together, if there are any, and of every run."""
+    """Costs by part of all separate runs together and of every run."""
     rows: dict[str, dict[str, float]] = {}
     together: dict[str, float] = {}
     for run in report["runs"].values():
         if kind not in run:
             continue
         parts = run[kind]["parts"] if kind == "measured" else run[kind]
-        row = {label: parts[part] / unit for part, label in SHORT.items() if part in parts}
+        row = {label: parts[part] / unit for part, label in FIGURE_PARTS.items() if part in parts}
         rows[run["label"]] = row
         if run["subnets_per_step"] is None:
             together = {part: together.get(part, 0.0) + value for part, value in row.items()}

@@ -1,6 +1,6 @@
-"""What runs took: the seconds that they recorded, divided as the timed parts of a step are to each other.
+"""Training times of runs: recorded seconds, divided in proportion to the timed parts of a step.
 
-OUT/measured/NAME.json   what a step of that run takes, in parts (train/comparison/measuring.py)
+OUT/measured/NAME.json   times of the parts of a step (train/comparison/measuring.py)
 """
 
 from __future__ import annotations
@@ -14,70 +14,72 @@ from typing import Any
 
 from dspnet_fast import atomic
 
-from ..costs import counting
+from ..costs import flops
 from ..run import fingerprint
 from ..run.log import read_metrics
 from .design import Comparison, Variant
-from .measuring import Measured, measure
-from .seeds import summary
+from .measuring import StepMeasurement, measure_step
+from .seeds import mean_and_range
 
 MEASURED = "measured"
-OF_MACHINE = ("workers", "log_steps", "probe_epochs", "probe_images", "checkpoint_epochs", "max_bad_images")
+UNRELATED_OPTIONS = ("workers", "log_steps", "probe_epochs", "probe_images", "checkpoint_epochs", "max_bad_images")
 
 
-def timed_step(comparison: Comparison, variant: Variant) -> Measured:
-    """The parts of a step, kept under what they depend on."""
+def timed_step(comparison: Comparison, variant: Variant) -> StepMeasurement:
+    """Time a step of a variant, or load the saved measurement of the same configuration."""
     path = comparison.out / MEASURED / f"{variant.name}.json"
     config, steps = variant.config, comparison.options.timed_steps
-    relevant = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OF_MACHINE}
+    relevant = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in UNRELATED_OPTIONS}
     key = fingerprint.digest(sorted(relevant.items()), steps)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is measured anew
-        kept = json.loads(path.read_text())
-        if kept.pop("key") == key:
-            return Measured(**kept)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: measured again
+        saved = json.loads(path.read_text())
+        if saved.pop("key") == key:
+            return StepMeasurement(**saved)
     print(f"timing the parts of a step: {variant.label}", flush=True)
-    found = measure(config, steps)
+    found = measure_step(config, steps)
     atomic.write_text(path, json.dumps({"key": key, **asdict(found)}, indent=2) + "\n")
     return found
 
 
-def taken(comparison: Comparison, variant: Variant, found: Measured) -> dict[str, Any]:
-    """Seconds of training of every seed's run, and their mean in parts.
+def run_times(comparison: Comparison, variant: Variant, found: StepMeasurement) -> dict[str, Any]:
+    """Training times of a variant: seconds of every seed's run, and their mean divided into parts.
 
-    The wait for data is what the runs recorded. What remains is divided as the timed parts of a step, times the steps
-    that each was taken in, are to each other.
+    The wait for data is recorded by the runs. The rest is divided in proportion to the timed parts of a step,
+    multiplied by the number of steps that contain each part.
     """
-    sampled = counting.sampled_steps(variant.config, comparison.epoch_steps)
+    sampled = flops.expected_steps(variant.config, comparison.epoch_steps)
     timed = {
         "target": comparison.steps * found.target,
         "online": sum(steps * found.online[dn] for dn, steps in sampled.items()),
         "optimizer": comparison.steps * found.optimizer,
     }
-    batch_size = comparison.recipe.batch_size
-    recorded = {seed: seconds_of(comparison.place(variant, seed), batch_size) for seed in comparison.seeds}
-    seconds = summary([total for total, _ in recorded.values()])
+    batch_size = comparison.config.batch_size
+    recorded = {
+        seed: training_seconds(comparison.run_directory(variant, seed), batch_size) for seed in comparison.seeds
+    }
+    seconds = mean_and_range([total for total, _ in recorded.values()])
     data = statistics.fmean(waited for _, waited in recorded.values())
     scale = (seconds["mean"] - data) / sum(timed.values())
     return {
         "seconds": {**seconds, "seeds": {str(seed): total for seed, (total, _) in recorded.items()}},
         "parts": {**{part: scale * value for part, value in timed.items()}, "data": data},
         "timed_step": {"target": found.target, "online": found.online, "optimizer": found.optimizer},
-        "explained": 1 / scale,
+        "timed_over_recorded": 1 / scale,
         "peak_memory": found.peak_memory,
     }
 
 
-def seconds_of(out: Path, batch_size: int) -> tuple[float, float]:
-    """Seconds of training of a run, and of them those that it waited for data, from its metrics.
+def training_seconds(out: Path, batch_size: int) -> tuple[float, float]:
+    """Seconds of training of a run, and how many of them it waited for data, from its metrics.
 
-    Measurements and checkpoints do not count, nor does what was done twice after a crash.
+    Probes, checkpoints, and steps repeated after a crash are excluded.
     """
     total = waited = 0.0
-    before = 0
+    previous = 0
     for line in read_metrics(out):
         if "images_per_second" in line:
-            took = (line["step"] - before) * batch_size / line["images_per_second"]
-            total += took
-            waited += took * line["data_wait"]
-            before = line["step"]
+            seconds = (line["step"] - previous) * batch_size / line["images_per_second"]
+            total += seconds
+            waited += seconds * line["data_wait"]
+            previous = line["step"]
     return total, waited

@@ -1,1 +1,1 @@
-"""Costs by count: multiply-accumulates, memory, communication, and the dry run that shows them."""
+"""Costs of a run, counted before it starts: multiply-accumulates, memory and communication."""

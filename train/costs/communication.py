@@ -1,16 +1,15 @@
-"""What a training step sends from rank to rank, by count.
+"""Bytes that each rank sends in a training step, counted without running it.
 
-A ring all-reduce of n bytes among S ranks sends 2 (S - 1) / S n from each of them, and it receives as many (Patarasuk
-and Yuan 2009). A step has
+A ring all-reduce of n bytes among S ranks sends 2 (S - 1) / S n bytes from each rank, and each rank receives as many
+(Patarasuk and Yuan 2009). A step has these all-reduces, all of fp32 values:
 
-    gradient        one all-reduce of the flat buffers's flat gradient (in parts with --overlap-all-reduce)        4
-    bytes an element
-    statistics      one of all running statistics, of the online and the target network          4 bytes an element
-    normalisation   where several ranks share a part of the batch (more ranks than --bn-groups): among those, two
-                    all-reduces of [views, C] forward and two backward, 4 bytes an element, for every batch
-                    normalisation of every sampled subnet; forward alone for those of the target
+    gradient        the flat gradient buffer, in several pieces with --overlap-all-reduce
+    statistics      the running statistics of online and target network
+    normalisation   only if several ranks share a batch norm group (more ranks than --bn-groups): for each batch norm
+                    layer of each sampled subnet two all-reduces of [views, C] forward and two backward, among the
+                    ranks of the group; forward only for the target
 
-and a few numbers more, the losses and whether a rank was asked to stop, which are not counted.
+The losses and the stop request are a few values more, which are not counted.
 """
 
 from __future__ import annotations
@@ -27,19 +26,21 @@ from ..config import PretrainConfig
 from ..distributed.batch_split import split_batch
 from ..pretraining.dspnet import VIEWS, build_model
 from ..pretraining.flat_buffers import FlatBuffers
-from .counting import sampled_steps
+from .flops import expected_steps
 
-BYTES = 4  # of an element: everything that is exchanged is fp32
-VECTORS = 2  # of a batch normalisation in each direction: mean and variance, and their gradients
+BYTES = 4  # of an fp32 element
+VECTORS = 2  # per batch norm layer and direction: mean and variance, or their gradients
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one rank in one step after the warm-up: with subnets that are drawn at random, the expected numbers.
+    """Bytes that one rank sends in one step after the warm-up; expected values for randomly drawn subnets.
 
     Attributes:
-        gradient, statistics, normalisation: bytes that it sends, and as many that it receives.
-        collectives: all-reduces that it waits for.
+        gradient: bytes of the gradient all-reduce; each rank receives as many as it sends.
+        statistics: bytes of running statistics.
+        normalisation: bytes of batch statistics and their gradients.
+        collectives: number of blocking all-reduces.
     """
 
     gradient: float
@@ -49,52 +50,56 @@ class Traffic:
 
     @property
     def sent(self) -> float:
-        """Bytes in all."""
+        """Sum of all bytes."""
         return self.gradient + self.statistics + self.normalisation
 
 
 def ring(elements: float, ranks: int) -> float:
-    """Bytes that each rank sends to all-reduce so many elements."""
+    """Bytes that each of `ranks` ranks sends in a ring all-reduce of `elements` fp32 elements."""
     return 2 * (ranks - 1) / ranks * BYTES * elements
 
 
 def traffic(config: PretrainConfig, ranks: int) -> Traffic:
-    """What a run of this configuration sends on so many ranks; nothing on one.
+    """Bytes that each rank of a run sends in a step; 0 with one rank.
 
-    Raises InputError if ranks and parts of the batch do not divide one another.
+    Args:
+        config: configuration of the run.
+        ranks: number of ranks.
+
+    Raises:
+        InputError: if the batch cannot be split among so many ranks with `config.bn_groups`.
     """
-    sharing = split_batch(config, ranks).ranks_per_group
+    ranks_per_group = split_batch(config, ranks).ranks_per_group
     if ranks == 1:
         return Traffic(0.0, 0.0, 0.0, 0.0)
     with torch.device("meta"):
         model = build_model(replace(config, bn_groups=1, grad_accum_steps=1))
     elements = FlatBuffers(model.online, model.target).grads.numel()
     statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
-    passes, channels = _normalised(config) if sharing > 1 else (0.0, 0.0)
+    passes, channels = _batch_norm_passes(config) if ranks_per_group > 1 else (0.0, 0.0)
     return Traffic(
         gradient=ring(elements, ranks),
         statistics=ring(statistics, ranks),
-        normalisation=VECTORS * ring(VIEWS * channels, sharing),
+        normalisation=VECTORS * ring(VIEWS * channels, ranks_per_group),
         collectives=2 + VECTORS * passes,
     )
 
 
-def _normalised(config: PretrainConfig) -> tuple[float, float]:
-    """Layers of batch normalisation that a step passes through, forward or backward, and their channels together."""
-    made = family(config.network, config.names())
+def _batch_norm_passes(config: PretrainConfig) -> tuple[float, float]:
+    """Forward and backward passes through batch norm layers in a step, and the sum of their channels."""
+    subnets = family(config.network, config.names())
     head = [config.hidden_features]  # projector and predictor have one layer each
-    trained = sampled_steps(replace(config, epochs=1, warmup_epochs=0.0, full_only_epochs=0.0), 1)
-    target = _widths(config, made.full) + head
+    trained = expected_steps(replace(config, epochs=1, warmup_epochs=0.0, full_only_epochs=0.0), 1)
+    target = _batch_norm_channels(config, subnets.full) + head
     passes, channels = float(len(target)), float(sum(target))
     for name, share in trained.items():
-        online = _widths(config, made.find(name)) + 2 * head
+        online = _batch_norm_channels(config, subnets.find(name)) + 2 * head
         passes += 2 * share * len(online)
         channels += 2 * share * sum(online)
     return passes, channels
 
 
-def _widths(config: PretrainConfig, subnet: Subnet) -> list[int]:
-    """Channels of every batch normalisation of a subnet's encoder."""
+def _batch_norm_channels(config: PretrainConfig, subnet: Subnet) -> list[int]:
     with torch.device("meta"):
         encoder = build(config.network, subnet, config.stem)
     return [module.num_features for module in encoder.modules() if isinstance(module, _BatchNorm)]

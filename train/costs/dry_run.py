@@ -1,7 +1,6 @@
-"""What a pretraining run would be: its networks built without memory, its options checked, its cost counted.
+"""Dry run of pretraining: check the options, build the networks on the meta device, count the cost.
 
-Nothing is read but the names of images, if they are here, and the run that --init-from or --resume names; nothing is
-written.
+Reads only the names of local images and the run that --init-from or --resume names. Writes nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +24,10 @@ from ..pretraining.trainer import Trainer
 from ..run import checkpoint
 from ..run.run_directory import check_run
 from ..run.tables import Table, cost_cells, quantity
-from . import counting
 from .communication import traffic
-from .counting import Counted
-from .flops import Cost
+from .flops import NetworkCost, RunCost, expected_steps, network_costs, run_cost
 
-RANKS = 2, 8, 128  # for which the exchange is counted
+RANKS = 2, 8, 128  # numbers of ranks for which the all-reduce traffic is shown
 
 
 @dataclass(frozen=True)
@@ -44,38 +41,47 @@ class Memory:
     checkpoint: int
 
     @property
-    def together(self) -> int:
-        """On each device."""
+    def total(self) -> int:
+        """Bytes on each device."""
         return self.weights + self.gradients + self.momentum + self.target
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """Of a whole run, or where it is not known how many images there are, of one step.
+class RunEstimate:
+    """Cost of a whole run, or of one step if the number of images is unknown.
 
     Attributes:
-        size: of the set of images; None if it is not known.
-        images: how many are trained on; None if that is not known.
-        epoch_steps: steps in an epoch; None as well.
-        costs: of every network, smallest first, without heads.
-        trained: in how many steps each is, by expectation.
-        counted: multiply-accumulates.
+        config: configuration of the run.
+        size: size of the dataset; None if unknown.
+        images: number of training images; None if unknown.
+        epoch_steps: steps per epoch; None if unknown.
+        costs: costs of the networks without heads, smallest first.
+        trained: expected number of steps that train each network.
+        cost: multiply-accumulates.
+        memory: bytes of the state.
     """
 
     config: PretrainConfig
     size: DatasetSize | None
     images: int | None
     epoch_steps: int | None
-    costs: dict[str, Cost]
+    costs: dict[str, NetworkCost]
     trained: dict[str, float]
-    counted: Counted
+    cost: RunCost
     memory: Memory
 
 
-def plan(config: PretrainConfig, resume: bool = False) -> RunPlan:
-    """Build, check and count; InputError for options that no run can have, or that the run in config.out forbids.
+def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
+    """Check the options of a run and count its cost.
 
-    What the machine must have that trains, such as images, a device or DALI, is not asked for.
+    Images, a GPU or DALI need not be on this machine.
+
+    Args:
+        config: configuration of the run.
+        resume: whether the run in `config.out` would be continued.
+
+    Raises:
+        InputError: if the options are invalid, or do not fit the run in `config.out` or `config.init_from`.
     """
     if config.out:
         check_run(config, resume)
@@ -85,19 +91,27 @@ def plan(config: PretrainConfig, resume: bool = False) -> RunPlan:
     size = _known_size(config.data)
     images = config.train_images if size is None else images_of(config, size)
     epoch_steps: int | None
-    if images is None:  # one step is counted, after those of the full network alone
+    if images is None:  # count one step after the initial steps that train the full network alone
         epoch_steps, counted_steps, counted_as = None, 1, replace(config, epochs=1, full_only_epochs=0.0)
     else:
         epoch_steps = EpochSampler(images, config.batch_size, config.seed, config.epochs).steps_per_epoch
         counted_steps, counted_as = epoch_steps, config
-    costs = counting.network_costs(config)
-    trained = counting.sampled_steps(counted_as, counted_steps)
-    counted = counting.count(counted_as, counted_steps, costs)
-    return RunPlan(config, size, images, epoch_steps, costs, trained, counted, _memory(config))
+    costs = network_costs(config)
+    trained = expected_steps(counted_as, counted_steps)
+    counted = run_cost(counted_as, counted_steps, costs)
+    return RunEstimate(config, size, images, epoch_steps, costs, trained, counted, _memory(config))
 
 
 def images_of(config: PretrainConfig, size: DatasetSize) -> int:
-    """How many images a run trains on; InputError if it wants more than there are."""
+    """Number of images that a run trains on.
+
+    Args:
+        config: configuration of the run.
+        size: size of its dataset.
+
+    Raises:
+        InputError: if --train-images exceeds the dataset.
+    """
     wanted = size.train if config.train_images is None else config.train_images
     if wanted > size.train:
         raise InputError(f"--train-images {wanted}, but {config.data} has {size.train}")
@@ -105,7 +119,7 @@ def images_of(config: PretrainConfig, size: DatasetSize) -> int:
 
 
 def _known_size(data: str) -> DatasetSize | None:
-    """None for a set that is neither here nor published; InputError for one that is here and cannot be used."""
+    """Size of a dataset; None if it is neither local nor published. InputError if it is local and unusable."""
     try:
         return dataset_size(data, labelled=False)
     except InputError:
@@ -115,12 +129,12 @@ def _known_size(data: str) -> DatasetSize | None:
 
 
 def _memory(config: PretrainConfig) -> Memory:
-    """Of the run's own trainer, on a device without memory."""
-    nowhere = torch.device("meta")
-    with nowhere:
-        trainer = Trainer(config, 1, nowhere)
+    """Sizes of the buffers that the trainer allocates, built on the meta device."""
+    meta = torch.device("meta")
+    with meta:
+        trainer = Trainer(config, 1, meta)
     if config.init_from is not None:
-        with warnings.catch_warnings(action="ignore"):  # of weights that are compared, not copied
+        with warnings.catch_warnings(action="ignore"):  # copying to meta tensors warns; here it only compares shapes
             trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), "cpu", print))
     flat = trainer.flat_buffers
     return Memory(
@@ -132,68 +146,68 @@ def _memory(config: PretrainConfig) -> Memory:
     )
 
 
-def show(planned: RunPlan) -> None:
-    """Print it."""
-    config, counted, memory = planned.config, planned.counted, planned.memory
-    whole = planned.epoch_steps is not None
+def show(estimated: RunEstimate) -> None:
+    """Print an estimate as a table of networks and a list of totals."""
+    config, total, memory = estimated.config, estimated.cost, estimated.memory
+    whole = estimated.epoch_steps is not None
     rows = [
         [
             name,
-            *cost_cells({"parameters": of.parameters, "macs": of.macs}),
-            f"{of.features:,}",
-            f"{planned.trained[name]:,.0f}" if whole else f"{planned.trained[name]:.2f}",
-            f"{quantity(counted.online[name])}MAC",
+            *cost_cells({"parameters": cost.parameters, "macs": cost.macs}),
+            f"{cost.features:,}",
+            f"{estimated.trained[name]:,.0f}" if whole else f"{estimated.trained[name]:.2f}",
+            f"{quantity(total.online[name])}MAC",
         ]
-        for name, of in planned.costs.items()
+        for name, cost in estimated.costs.items()
     ]
-    title = f"pretraining, {config.image_size} px; of networks drawn at random the expected number of steps"
-    heading = ["network", "params", "MACs", "features", "steps", "online"]
+    title = f"pretraining at {config.image_size} px; steps: expected number for randomly drawn networks"
+    heading = ["network", "params", "MACs", "features", "steps", "online MACs"]
     Table(title, heading, rows).show()
-    lines = {"images": _images(planned), "steps": _steps(planned)}
-    passes = {"target": "forward", "online": "forward and backward", "optimizer": "LARS and the target's average"}
-    for part, macs in counted.parts().items():
+    lines = {"images": _images(estimated), "steps": _steps(estimated)}
+    passes = {"target": "forward", "online": "forward and backward", "optimizer": "LARS and the moving average"}
+    for part, macs in total.parts().items():
         lines[part] = f"{quantity(macs)}MAC  {passes[part]}"
-    lines["together"] = f"{quantity(sum(counted.parts().values()))}MAC"
+    lines["total"] = f"{quantity(sum(total.parts().values()))}MAC"
     parts = {"weights": memory.weights, "gradients": memory.gradients, "momentum": memory.momentum}
-    lines["memory"] = f"{quantity(memory.together)}B on each device without activations: " + ", ".join(
-        f"{name} {quantity(of)}B" for name, of in (parts | {"target": memory.target}).items()
+    lines["memory"] = f"{quantity(memory.total)}B on each device without activations: " + ", ".join(
+        f"{name} {quantity(size)}B" for name, size in (parts | {"target": memory.target}).items()
     )
-    lines["exchange"] = _exchange(config)
-    lines["checkpoint"] = f"{quantity(memory.checkpoint)}B, the newest {config.keep_checkpoints} are kept"
+    lines["all-reduce"] = _all_reduce(config)
+    lines["checkpoint"] = f"{quantity(memory.checkpoint)}B each; the newest {config.keep_checkpoints} are kept"
     for name, text in lines.items():
         print(f"{name:14}{text}")
 
 
-def _exchange(config: PretrainConfig) -> str:
-    """What more than one rank would send, of those numbers that can share the parts of the batch."""
+def _all_reduce(config: PretrainConfig) -> str:
+    """Bytes that each rank sends in a step, for the numbers of ranks among which the batch can be split."""
     sent = {}
     for ranks in RANKS:
         with contextlib.suppress(InputError):
             sent[ranks] = quantity(traffic(config, ranks).sent)
     shown = ", ".join(f"{count}B on {ranks} ranks" for ranks, count in sent.items())
-    return f"each rank sends {shown}, a step" if sent else "none: --bn-groups allows one rank"
+    return f"each rank sends {shown} per step" if sent else "none: --bn-groups allows one rank"
 
 
-def _images(planned: RunPlan) -> str:
-    config = planned.config
-    if planned.images is None:
+def _images(estimated: RunEstimate) -> str:
+    config = estimated.config
+    if estimated.images is None:
         return (
-            f"unknown: {config.data} is not on this machine and its size is not published. Counted is one step, after "
-            "those of the full network alone; --train-images N counts a run"
+            f"unknown: {config.data} is not on this machine and its size is not published. The counts are for one "
+            "step after the initial full-network steps; --train-images N counts a whole run"
         )
     where = "as --train-images says: not on this machine"
-    if planned.size is not None:
-        where = "counted here" if planned.size.local else "as published: not on this machine"
-    return f"{planned.images:,} of {config.data}, {where}"
+    if estimated.size is not None:
+        where = "counted here" if estimated.size.local else "as published: not on this machine"
+    return f"{estimated.images:,} of {config.data}, {where}"
 
 
-def _steps(planned: RunPlan) -> str:
-    config = planned.config
-    if planned.epoch_steps is None:
-        return f"1 of {config.batch_size:,} images"
-    steps = config.epochs * planned.epoch_steps
-    text = f"{steps:,}: {config.epochs} epochs of {planned.epoch_steps:,}, {config.batch_size:,} images each"
-    alone = min(steps, config.full_only_steps(planned.epoch_steps))
-    if alone and len(planned.costs) > 1:
-        text += f"; the first {alone:,} train {list(planned.costs)[-1]} alone"
+def _steps(estimated: RunEstimate) -> str:
+    config = estimated.config
+    if estimated.epoch_steps is None:
+        return f"1, of {config.batch_size:,} images"
+    steps = config.epochs * estimated.epoch_steps
+    text = f"{steps:,}: {config.epochs} epochs of {estimated.epoch_steps:,} steps, {config.batch_size:,} images each"
+    alone = min(steps, config.full_only_steps(estimated.epoch_steps))
+    if alone and len(estimated.costs) > 1:
+        text += f"; the first {alone:,} train only {list(estimated.costs)[-1]}"
     return text

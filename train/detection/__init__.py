@@ -1,1 +1,1 @@
-"""Mask R-CNN on a network of a family."""
+"""Object detection and instance segmentation with networks of a family."""

@@ -16,64 +16,68 @@ from ..data.datasets import coco
 from ..data.datasets.coco import CocoDataset
 from ..run.progress import Monitor
 
-# of pycocotools' summary, in its order
+# in the order of pycocotools' summary
 MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KINDS = {"box": "bbox", "mask": "segm"}
 
 
 def average_precision(truth: CocoDataset, detections: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Any]:
-    """AP over intersections over union of 0.50 to 0.95, and pycocotools' other eleven measures.
+    """Average precision over IoU thresholds from 0.50 to 0.95, and pycocotools' other eleven measures.
 
     Args:
-        truth: crowds in it are neither demanded nor forbidden.
-        detections: an image's id, and of n things in it what torchvision's Mask R-CNN says: boxes [n, 4] as left, top,
-            right, bottom in pixels, labels [n], scores [n], masks [n, 1, H, W] from 0 to 1.
+        truth: annotated images; crowds are ignored, as in COCO's evaluation.
+        detections: id and detections of each image, as torchvision's Mask R-CNN returns them for n objects: boxes
+            [n, 4] (left, top, right, bottom in pixels), labels [n], scores [n], masks [n, 1, H, W] from 0 to 1.
 
     Returns:
-        {"box": measures from 0 to 1 by name, "mask": the same, "categories": {name: {"instances", "box", "mask"}}};
-        None where there is nothing to find.
+        {"box": measures from 0 to 1 by name, "mask": the same, "categories": {name: {"instances", "box", "mask"}}}.
+        A measure is None if there are no annotations for it.
     """
     coco.require_pycocotools()
     from pycocotools.cocoeval import COCOeval
 
-    # an id of 0 is no match to pycocotools: they are counted anew, from 1 on
+    # pycocotools treats id 0 as unmatched: renumber from 1
     annotations = [dict(annotation) for image in truth.images for annotation in truth.annotations[image["id"]]]
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
-    found = [record for image, of in detections for record in _records(truth, image, of)]
+    found = [record for image, detected in detections for record in _records(truth, image, detected)]
     scores: dict[str, Any] = {}
     by_category: dict[str, Any] = {
         category["name"]: {"instances": sum(a["category_id"] == category["id"] for a in annotations)}
         for category in truth.categories
     }
     with Monitor("AP", len(KINDS), console=Console(file=sys.stdout, highlight=False)) as monitor:
-        for kind, word in KINDS.items():
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
-                evaluation = COCOeval(_index(truth, annotations), _index(truth, _of_kind(found, kind)), word)
+        for kind, iou_type in KINDS.items():
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints progress
+                evaluation = COCOeval(_index(truth, annotations), _index(truth, _of_kind(found, kind)), iou_type)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
             monitor.advance()
             monitor.status(kind)
-            scores[kind] = {name: _known(value) for name, value in zip(MEASURES, evaluation.stats, strict=True)}
+            scores[kind] = {
+                name: _none_if_negative(value) for name, value in zip(MEASURES, evaluation.stats, strict=True)
+            }
             precision = evaluation.eval["precision"]  # [thresholds, recalls, categories, areas, detections]
             for place, category in enumerate(truth.categories):
                 values = precision[:, :, place, 0, -1]
-                by_category[category["name"]][kind] = _known(values[values > -1].mean() if (values > -1).any() else -1)
+                by_category[category["name"]][kind] = _none_if_negative(
+                    values[values > -1].mean() if (values > -1).any() else -1
+                )
     return {**scores, "categories": by_category}
 
 
-def _known(value: float) -> float | None:
+def _none_if_negative(value: float) -> float | None:
     return None if value < 0 else float(value)
 
 
-def _records(truth: CocoDataset, image: int, of: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """What pycocotools takes as results, with both a box and a mask."""
+def _records(truth: CocoDataset, image: int, detected: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Detections of an image as pycocotools' results, each with a box and a mask."""
     from pycocotools import mask
 
-    boxes = of["boxes"].detach().double().cpu()
+    boxes = detected["boxes"].detach().double().cpu()
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    masks = (of["masks"][:, 0] >= 0.5).cpu().numpy().astype(np.uint8)
+    masks = (detected["masks"][:, 0] >= 0.5).cpu().numpy().astype(np.uint8)
     return [
         {
             "image_id": image,
@@ -84,13 +88,18 @@ def _records(truth: CocoDataset, image: int, of: Mapping[str, Tensor]) -> list[d
             "iscrowd": 0,
         }
         for label, score, corner, side, shape in zip(
-            of["labels"].tolist(), of["scores"].tolist(), corners.tolist(), sides.tolist(), masks, strict=True
+            detected["labels"].tolist(),
+            detected["scores"].tolist(),
+            corners.tolist(),
+            sides.tolist(),
+            masks,
+            strict=True,
         )
     ]
 
 
 def _of_kind(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """With ids, and the area of the box or of the mask, by which things are small, medium or large."""
+    """Results with ids and areas; the area of the box or of the mask decides between small, medium and large."""
     from pycocotools import mask
 
     return [

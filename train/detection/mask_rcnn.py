@@ -1,7 +1,7 @@
-"""Mask R-CNN (He et al. 2017) with a feature pyramid (Lin et al. 2017) on one of our networks, by torchvision.
+"""torchvision's Mask R-CNN (He et al. 2017) with a feature pyramid (Lin et al. 2017) on a network of a family.
 
-As in the paper's appendix A.4 there is batch normalisation in network and pyramid, none in the heads, and everything is
-trained. The pyramid stands on the last map of each resolution, of strides 4 to 32, and has a fifth level of stride 64.
+As in the paper's appendix A.4, network and pyramid have batch normalisation, the heads have none, and all parameters
+are trained. The pyramid has five levels: the last feature maps of strides 4 to 32, and a level of stride 64.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ RATIOS = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a detector.
+class DetectorConfig:
+    """Configuration of a detector.
 
     Attributes:
-        sizes: of an image's shorter side in pixels; training draws one, evaluation takes the last.
-        max_size: of its longer side in pixels.
-        anchor_size: side of the smallest anchors in pixels; each level of the pyramid doubles it.
-        rois: regions of an image that the heads learn from in a step.
+        sizes: shorter sides of images in pixels; training draws one, evaluation uses the last.
+        max_size: largest longer side of images in pixels.
+        anchor_size: side of the smallest anchors in pixels; doubled at each pyramid level.
+        rois: regions per image that the heads are trained on in a step.
     """
 
     sizes: tuple[int, ...]
@@ -42,11 +42,11 @@ class Shape:
     rois: int
 
 
-class Pyramid(nn.Module):
-    """Images [N, 3, H, W] to maps [N, 256, H/r, W/r] by name, for r = 4, 8, 16, 32, 64.
+class PyramidBackbone(nn.Module):
+    """Network and feature pyramid: images [N, 3, H, W] to maps [N, 256, H/r, W/r] for r = 4, 8, 16, 32, 64.
 
     Args:
-        network: of torch.nn layers, as `slim` or `exported.load` gives it.
+        network: network of torch.nn layers, from `slim` or `exported.load`.
     """
 
     def __init__(self, network: Network) -> None:
@@ -58,36 +58,37 @@ class Pyramid(nn.Module):
         self.out_channels = CHANNELS
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the maps."""
-        return self.fpn(OrderedDict((str(i), of) for i, of in enumerate(self.network.feature_maps(images))))
+        """Compute the feature maps by name."""
+        return self.fpn(OrderedDict((str(i), features) for i, features in enumerate(self.network.feature_maps(images))))
 
 
-def build_mask_rcnn(network: Network, classes: int, shape: Shape, seed: int) -> MaskRCNN:
-    """The detector; its batch normalisation is SyncBN where torch.distributed is initialised with several processes.
+def build_mask_rcnn(network: Network, classes: int, config: DetectorConfig, seed: int) -> MaskRCNN:
+    """Build a detector, with SyncBatchNorm if torch.distributed is initialised with several processes.
 
     Args:
-        network: of torch.nn layers.
-        classes: without the background.
-        seed: of the weights that are not the network's.
+        network: network of torch.nn layers.
+        classes: number of classes without background.
+        config: configuration of the detector.
+        seed: seed of pyramid and head weights.
     """
-    anchors = AnchorGenerator(tuple((shape.anchor_size << level,) for level in range(LEVELS)), (RATIOS,) * LEVELS)
+    anchors = AnchorGenerator(tuple((config.anchor_size << level,) for level in range(LEVELS)), (RATIOS,) * LEVELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MaskRCNN(
-            Pyramid(network),
+            PyramidBackbone(network),
             classes + 1,
-            min_size=shape.sizes,
-            max_size=shape.max_size,
+            min_size=config.sizes,
+            max_size=config.max_size,
             image_mean=list(MEAN),
             image_std=list(STD),
             rpn_anchor_generator=anchors,
-            box_batch_size_per_image=shape.rois,
+            box_batch_size_per_image=config.rois,
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if _processes() > 1 else model
 
 
 def normalization() -> str:
-    """What the batch normalisation of a detector that is built now averages over."""
+    """Description of the images that batch statistics of a new detector are computed over."""
     count = _processes()
     return f"SyncBN across {count} processes" if count > 1 else "batch normalisation over the images of one process"
 

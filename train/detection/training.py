@@ -1,4 +1,4 @@
-"""Training a detector and what it then finds: a `train.run.loop.Training`, and its detections image by image."""
+"""Training and evaluation of a detector."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ from .average_precision import average_precision
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Of a detector's training.
+    """Hyperparameters of a detector's training.
 
     Attributes:
-        steps: of SGD.
+        steps: number of training steps.
         drops: steps at which the learning rate is divided by 10.
-        lr: for 16 images; the peak is lr * batch_size / 16.
-        weight_decay: of tensors with more than one dimension.
+        batch_size: images per step.
+        lr: learning rate per 16 images: the peak is lr * batch_size / 16.
+        momentum: SGD momentum.
+        weight_decay: weight decay of tensors with two or more dimensions.
+        warmup_steps: steps of linear warm-up.
+        seed: seed of new weights, order, flips and sampling.
     """
 
     steps: int
@@ -44,41 +48,41 @@ class Hyperparameters:
 
 
 class DetectionTraining(SingleModelTraining):
-    """Trains all of a detector by the sum of its five losses, in one process; a `train.run.loop.Training`."""
+    """Training of a detector by the sum of its five losses; implements `train.run.loop.Training`."""
 
     model: MaskRCNN
 
-    def __init__(self, model: MaskRCNN, recipe: Hyperparameters, device: torch.device) -> None:
-        self.model, self.recipe, self.device = model, recipe, device
-        self.step, self.steps = 0, recipe.steps
+    def __init__(self, model: MaskRCNN, hparams: Hyperparameters, device: torch.device) -> None:
+        self.model, self.hparams, self.device = model, hparams, device
+        self.step, self.steps = 0, hparams.steps
         parameters = list(model.parameters())
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": hparams.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)
+        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=hparams.momentum)
 
     def train_step(self, batch: list[Instances]) -> Tensor:
-        """One step; returns the sum of the losses. InputError if it is no number."""
-        recipe, device = self.recipe, self.device
+        """Train one step; returns the sum of the losses. InputError if it is not finite."""
+        hparams, device = self.hparams, self.device
         self.model.train()
         images = [one.image.to(device, non_blocking=True) / 255 for one in batch]
         targets = [
             {name: value.to(device, non_blocking=True) for name, value in one._asdict().items() if name != "image"}
             for one in batch
         ]
-        # torchvision draws sizes and regions from the global generator: from a seed of the step, so that a training
-        # that was interrupted draws what it would have drawn
+        # torchvision draws sizes and regions from the global generator: seed it per step, so that a resumed training
+        # draws the same
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(mix(recipe.seed, -1, self.step))
+            torch.manual_seed(mix(hparams.seed, -1, self.step))
             loss = torch.stack(list(self.model(images, targets).values())).sum()
         if not loss.isfinite():
-            raise InputError(f"the loss is {loss.item()} in step {self.step + 1}: begin again with a smaller --lr")
+            raise InputError(f"the loss is {loss.item()} in step {self.step + 1}: start again with a smaller --lr")
         self._optimizer.zero_grad()
         loss.backward()
-        peak = recipe.lr * recipe.batch_size / 16
+        peak = hparams.lr * hparams.batch_size / 16
         for group in self._optimizer.param_groups:
-            group["lr"] = stepped_learning_rate(self.step, recipe.warmup_steps, peak, recipe.drops)
+            group["lr"] = stepped_learning_rate(self.step, hparams.warmup_steps, peak, hparams.drops)
         self._optimizer.step()
         self.step += 1
         return loss.detach()
@@ -88,7 +92,7 @@ class DetectionTraining(SingleModelTraining):
 def detections(
     model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Each image's id and what the model finds in it, as `average_precision` takes it."""
+    """Id and detections of each image, the input of `average_precision`."""
     model.eval()
     with Monitor("detect", len(images)) as monitor:
         for record, (one,) in zip(images.images, evaluation_images(images, workers), strict=True):
@@ -99,5 +103,5 @@ def detections(
 
 
 def evaluate(model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device) -> dict[str, Any]:
-    """AP of boxes and masks on a set: see `average_precision`."""
+    """Average precision of boxes and masks: see `average_precision`."""
     return average_precision(images, detections(model, images, workers, device))

@@ -1,1 +1,1 @@
-"""What a pretrained family is worth."""
+"""Evaluation of pretrained and fine-tuned families."""

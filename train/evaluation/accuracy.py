@@ -1,4 +1,4 @@
-"""Accuracies and how far they can be trusted."""
+"""Top-1 and top-5 accuracies with confidence intervals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from dspnet_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares from 0 to 1 of images whose class is the first guess, or among the first five; the half-width of the 95 %
-    interval of the first."""
+    """Accuracies of a classifier, from 0 to 1.
+
+    Attributes:
+        top1: fraction of images whose class has the highest score.
+        top5: fraction of images whose class is among the five highest scores.
+        interval: half-width of the 95 % interval of `top1`.
+    """
 
     top1: float
     top5: float
@@ -23,9 +28,14 @@ class Accuracy:
 
 
 def interval95(accuracy: float, n: int) -> float:
-    """Half the width of Wilson's 95 % interval of an accuracy (0 to 1) measured on n images.
+    """Half-width of Wilson's 95 % interval of an accuracy.
 
-    Unlike the normal approximation it does not shrink to nothing at 0 and 1 (Wilson 1927; Brown, Cai & DasGupta 2001).
+    Unlike that of the normal approximation, it is not 0 for accuracies of 0 and 1 (Wilson 1927; Brown, Cai & DasGupta
+    2001).
+
+    Args:
+        accuracy: accuracy from 0 to 1.
+        n: number of images it was measured on.
     """
     z = 1.959964
     return z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
@@ -33,19 +43,26 @@ def interval95(accuracy: float, n: int) -> float:
 
 @torch.no_grad()
 def accuracies(batches: Iterable[tuple[Mapping[str, Tensor], Tensor]]) -> dict[str, Accuracy]:
-    """The accuracy of every network, from batches of (logits [B, C] by network, labels [B] on the same device).
+    """Accuracies of several networks on the same images.
 
-    Of fewer than five classes all count as the first five. InputError if there are no images.
+    Args:
+        batches: logits [B, C] by network, and labels [B] on the same device. With fewer than five classes, `top5` is 1.
+
+    Returns:
+        Accuracies by network.
+
+    Raises:
+        InputError: if there are no images.
     """
-    right: dict[str, Tensor] = {}
+    correct: dict[str, Tensor] = {}
     n = 0
     for logits, labels in batches:
         n += len(labels)
         for name, scores in logits.items():
-            found = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-            counts = torch.stack([found[:, 0].sum(), found.sum()])
-            right[name] = right[name] + counts if name in right else counts
+            hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+            counts = torch.stack([hits[:, 0].sum(), hits.sum()])
+            correct[name] = correct[name] + counts if name in correct else counts
     if n == 0:
-        raise InputError("no test images to classify: give a test split with images")
-    shares = {name: (counts.double() / n).tolist() for name, counts in right.items()}
-    return {name: Accuracy(top1, top5, interval95(top1, n)) for name, (top1, top5) in shares.items()}
+        raise InputError("no test images to classify: the test split is empty")
+    fractions = {name: (counts.double() / n).tolist() for name, counts in correct.items()}
+    return {name: Accuracy(top1, top5, interval95(top1, n)) for name, (top1, top5) in fractions.items()}

@@ -1,7 +1,7 @@
-"""Linear classifiers on frozen features, one for each network of a family, all trained on the same batches.
+"""Linear classifiers on frozen features, one for each network of a family, trained on the same batches.
 
-The paper's appendix A.2: a linear layer and batch normalisation after it, SGD with momentum, a cosine to 0. Nothing
-passes between the networks: their losses are summed only to be differentiated in one go.
+As in the paper's appendix A.2: a linear layer followed by batch normalisation, SGD with momentum, cosine learning rate.
+The classifiers are independent: their losses are summed only to compute all gradients in one backward pass.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
 
 Batch = tuple[Mapping[str, Tensor], Tensor]  # features [B, F] by network, labels [B]
-EVALUATED = 4096  # rows at once
+EVALUATION_ROWS = 4096  # per batch
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Of a classifier's training; `lr` is for 256 images and the peak is lr * batch_size / 256."""
+    """Hyperparameters of a classifier; the peak learning rate is lr * batch_size / 256."""
 
     epochs: int
     batch_size: int
@@ -34,12 +34,12 @@ class Hyperparameters:
 
 
 class Classifiers(nn.Module):
-    """Features [B, F] by network to logits [B, C] by network.
+    """Linear classifiers of several networks: features [B, F] by network to logits [B, C] by network.
 
     Args:
-        features: F of each network.
-        classes: C.
-        seed: of the weights.
+        features: number of features F of each network.
+        classes: number of classes C.
+        seed: seed of the weights.
     """
 
     def __init__(self, features: Mapping[str, int], classes: int, seed: int) -> None:
@@ -47,28 +47,28 @@ class Classifiers(nn.Module):
         self.names = list(features)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # the batch norm's shift is the bias
+            # no bias: batch norm's shift has the same effect
             self.layers = nn.ModuleList(
                 nn.Sequential(nn.Linear(size, classes, bias=False), nn.BatchNorm1d(classes))
                 for size in features.values()
             )
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits of every network."""
+        """Compute the logits of every network."""
         return {name: layer(features[name]) for name, layer in zip(self.names, self.layers, strict=True)}
 
 
 class ClassifierTraining:
-    """Trains classifiers; a `train.run.loop.Training`."""
+    """Training of classifiers; implements `train.run.loop.Training`."""
 
-    def __init__(self, classifiers: Classifiers, recipe: Hyperparameters, epoch_steps: int) -> None:
+    def __init__(self, classifiers: Classifiers, hparams: Hyperparameters, epoch_steps: int) -> None:
         self.classifiers = classifiers
-        self.step, self.steps = 0, recipe.epochs * epoch_steps
-        self._peak = recipe.lr * recipe.batch_size / 256
-        self._optimizer = torch.optim.SGD(classifiers.parameters(), self._peak, recipe.momentum)
+        self.step, self.steps = 0, hparams.epochs * epoch_steps
+        self._peak = hparams.lr * hparams.batch_size / 256
+        self._optimizer = torch.optim.SGD(classifiers.parameters(), self._peak, hparams.momentum)
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One step; returns the mean of the networks' losses."""
+        """Train one step; returns the mean loss of the networks."""
         features, labels = batch
         self.classifiers.train()
         losses = [F.cross_entropy(logits, labels) for logits in self.classifiers(features).values()]
@@ -82,7 +82,7 @@ class ClassifierTraining:
         return loss.detach() / len(losses)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The contents of a checkpoint."""
         return {"classifiers": self.classifiers.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -92,25 +92,28 @@ class ClassifierTraining:
         self.step = state["step"]
 
 
-def kept_batches(
+def feature_batches(
     features: Mapping[str, Tensor], labels: Tensor, order: EpochSampler, device: torch.device
 ) -> Iterator[Batch]:
-    """Batches of all of `order` from features [N, F] in memory or in a file."""
+    """Batches of features [B, F] by network and labels [B], from features [N, F] in memory or memory-mapped."""
     for items in order:
         rows = torch.tensor([i for _, i in items])
-        yield {name: of[rows].to(device) for name, of in features.items()}, labels[rows].to(device)
+        yield {name: table[rows].to(device) for name, table in features.items()}, labels[rows].to(device)
 
 
 @torch.no_grad()
 def evaluate(
     classifiers: Classifiers, features: Mapping[str, Tensor], labels: Tensor, device: torch.device
 ) -> dict[str, Accuracy]:
-    """The accuracy of every network on features [N, F]."""
+    """Accuracy of every network's classifier on features [N, F] by network."""
     classifiers.eval()
 
     def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        for start in range(0, len(labels), EVALUATED):
-            rows = slice(start, start + EVALUATED)
-            yield classifiers({name: of[rows].to(device) for name, of in features.items()}), labels[rows].to(device)
+        for start in range(0, len(labels), EVALUATION_ROWS):
+            rows = slice(start, start + EVALUATION_ROWS)
+            yield (
+                classifiers({name: table[rows].to(device) for name, table in features.items()}),
+                labels[rows].to(device),
+            )
 
     return accuracies(batches())

@@ -1,4 +1,4 @@
-"""Drawing, for a light and a dark page, as PNG; and the figure of every evaluation: accuracy over cost."""
+"""Figures as PNG for light and dark pages; the figure of accuracy over cost of every evaluation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from .plot_data import Point
 
 DPI = 150
-LOGARITHMIC = 8  # a wider range of costs than this factor is drawn on a logarithmic axis
+LOG_AXIS_RATIO = 8  # the cost axis is logarithmic if the largest cost exceeds the smallest by this factor
 COSTS = {"macs": "multiply-accumulates per image", "parameters": "parameters"}
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page, and the stretch of viridis whose colours stand out from it."""
+    """Colours of a page; `shades` is the range of viridis that contrasts with the background."""
 
     background: str
     text: str
@@ -43,7 +43,7 @@ Draw = Callable[[Theme], Figure]
 
 
 def png(draw: Draw, theme: Theme = LIGHT) -> bytes:
-    """The figure as PNG."""
+    """Draw a figure as PNG."""
     with rc_context(_style(theme)):
         file = io.BytesIO()
         draw(theme).savefig(file, dpi=DPI, format="png", metadata={"Software": None})
@@ -51,11 +51,11 @@ def png(draw: Draw, theme: Theme = LIGHT) -> bytes:
 
 
 def render(draw: Draw) -> dict[str, bytes]:
-    """The figure as PNG, by theme."""
+    """Draw a figure as PNG in every theme."""
     return {name: png(draw, theme) for name, theme in THEMES.items()}
 
 
-def _style(theme: Theme) -> Any:  # matplotlib's type of it is the list of all keys
+def _style(theme: Theme) -> Any:  # matplotlib types its keys as a literal of all names
     colours = ("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor", "legend.labelcolor")
     lines = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     return {
@@ -74,14 +74,14 @@ def _style(theme: Theme) -> Any:  # matplotlib's type of it is the list of all k
     }
 
 
-def accuracies(series: Mapping[str, Sequence[Point]], lines: Mapping[str, float], label: str, cost: str) -> Draw:
-    """Accuracy over what networks cost.
+def accuracy_figure(series: Mapping[str, Sequence[Point]], lines: Mapping[str, float], label: str, cost: str) -> Draw:
+    """Figure of accuracy over cost.
 
     Args:
-        series: networks by what was done to them; those of the first are named.
-        lines: accuracies from 0 to 1 that belong to no network, drawn across.
-        label: of the accuracies.
-        cost: a key of COSTS.
+        series: points of the networks by series name; the points of the first series are annotated.
+        lines: accuracies from 0 to 1 without a network, drawn as horizontal lines.
+        label: label of the accuracy axis.
+        cost: key of `COSTS`.
     """
 
     def draw(theme: Theme) -> Figure:
@@ -94,12 +94,12 @@ def accuracies(series: Mapping[str, Sequence[Point]], lines: Mapping[str, float]
             colour = theme.colours[index % len(theme.colours)]
             axes.errorbar(x, y, error, color=colour, marker="o", markersize=5, capsize=3, elinewidth=1, label=name)
             if index == 0:
-                _name(axes, theme, [point.name for point in points], x, y, error)
+                _annotate(axes, theme, [point.name for point in points], x, y, error)
         for index, (name, accuracy) in enumerate(lines.items()):
             style = ("--", ":", "-.")[index % 3]
             axes.axhline(100 * accuracy, color=theme.faint, linestyle=style, linewidth=1.2, zorder=0, label=name)
         costs = [getattr(point, cost) for points in series.values() for point in points]
-        if max(costs) > LOGARITHMIC * min(costs):
+        if max(costs) > LOG_AXIS_RATIO * min(costs):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -113,10 +113,10 @@ def accuracies(series: Mapping[str, Sequence[Point]], lines: Mapping[str, float]
     return draw
 
 
-def _name(
+def _annotate(
     axes: Axes, theme: Theme, names: Sequence[str], x: Sequence[float], y: Sequence[float], error: Sequence[float]
 ) -> None:
-    """Names above and below the bars in turn, so that neighbours do not meet."""
+    """Write names alternately above and below the points, so that neighbours do not overlap."""
     for index, (name, across, centre, half) in enumerate(zip(names, x, y, error, strict=True)):
         sign = -1 if index % 2 else 1
         axes.annotate(
@@ -127,14 +127,14 @@ def _name(
             ha="center",
             va="bottom" if sign > 0 else "top",
             fontsize=8.5,
-            path_effects=[withStroke(linewidth=3, foreground=theme.background)],  # a line behind it stays legible
+            path_effects=[withStroke(linewidth=3, foreground=theme.background)],  # keeps the name legible over a line
         )
 
 
 def legend(figure: Figure, labels: Sequence[str]) -> None:
-    """Above the axes, so that it covers no data; in the order of the labels."""
+    """Add a legend above the axes, with the entries in the order of `labels`."""
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    entry = 30 + 6 * max(map(len, labels))  # points that one takes
+    entry = 30 + 6 * max(map(len, labels))  # width in points
     figure.legend(
         [handles[label] for label in labels],
         labels,

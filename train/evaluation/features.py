@@ -1,4 +1,4 @@
-"""Representations of images by every subnet of an encoder, and the files that they are kept in."""
+"""Representations of images by every subnet of an encoder, and the files that store them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ FLOAT = 4  # bytes
 def representations(
     encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Features [B, F] in float32, by subnet, of each batch of images [B, 3, H, W]; all on the encoder's device.
+    """Compute features of batches of images by all subnets.
 
-    The encoder must have post-statistics of all `subnets`; it is left in evaluation mode.
+    Args:
+        encoder: slimmable network with post-statistics of `subnets`; stays in evaluation mode.
+        subnets: subnets of the encoder.
+        batches: images [B, 3, H, W] on the encoder's device.
+
+    Yields:
+        Features [B, F] in float32 by subnet, on the same device.
     """
     encoder.eval()
     subnets = list(subnets)
@@ -41,7 +47,7 @@ def representations(
 
 
 def extract(encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Features of every image by every subnet, each image read once: [N, F] on the CPU in float32, by subnet."""
+    """Features [N, F] of all images by subnet, in float32 on the CPU; arguments as of `representations`."""
     parts: dict[str, list[Tensor]] = {}
     for features in representations(encoder, subnets, batches):
         for name, rows in features.items():
@@ -49,41 +55,45 @@ def extract(encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Ten
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
-def kept(
+def load_or_compute(
     files: Mapping[str, Path],
     shapes: Mapping[str, tuple[int, int]],
     batch: int,
     compute: Callable[[list[str], int], Iterable[Mapping[str, Tensor]]],
 ) -> dict[str, Tensor]:
-    """Features from files, after computing those that are not there.
+    """Load features from files; compute and save those whose file is missing.
 
-    Each is an ordinary .npy file of float32, read through the page cache. While it grows it is called `.partial`: what
-    is in it survives an interruption, and the next call goes on after its last whole batch.
+    Each file is a memory-mapped .npy file of float32. It is written under the suffix `.partial`, which survives an
+    interruption: the next call continues after its last whole batch.
 
     Args:
-        files: of each network; a name must stand for exactly these features.
+        files: file of each network, whose name must identify weights and images.
         shapes: (images, features) of each network.
-        batch: rows that `compute` gives at once; the last may be fewer.
-        compute: given names and the row to begin at, yields their features [<= batch, F], batch by batch.
+        batch: rows per batch of `compute`; the last batch may be smaller.
+        compute: given names of networks and a row, yields their features from this row on in batches [<= batch, F].
 
-    Raises InputError if there is not room for them, or if a file is damaged.
+    Returns:
+        Features [N, F] by network.
+
+    Raises:
+        InputError: if the disk is too small or a file is damaged.
     """
     missing = [name for name, path in files.items() if not path.exists()]
     if missing:
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         _compute_missing({name: files[name] for name in missing}, shapes, batch, compute)
-    return {name: _open(path, shapes[name]) for name, path in files.items()}
+    return {name: _load(path, shapes[name]) for name, path in files.items()}
 
 
-def _open(path: Path, shape: tuple[int, int]) -> Tensor:
+def _load(path: Path, shape: tuple[int, int]) -> Tensor:
     try:
-        # copy on write: torch wants memory that it may write to, and the file must not change
+        # Copy on write: torch requires writable memory, and the file must not change.
         features = np.load(path, mmap_mode="c")
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it to have it computed anew") from error
+        raise InputError(f"{path} is damaged ({error}): delete it to compute it again") from error
     if features.shape != shape or features.dtype != np.float32:
-        raise InputError(f"{path} is not of float32 {list(shape)}: delete it to have it computed anew")
+        raise InputError(f"{path} is not a float32 array of shape {list(shape)}: delete it to compute it again")
     return torch.from_numpy(features)
 
 
@@ -99,16 +109,16 @@ def _compute_missing(
     folder = next(iter(files.values())).parent
     needed = sum(rows * columns * FLOAT for rows, columns in (shapes[name] for name in files))
     free = shutil.disk_usage(folder).free
-    there = sum(path.stat().st_size for path in partial.values() if path.exists())
-    if needed > free + there:
+    partial_bytes = sum(path.stat().st_size for path in partial.values() if path.exists())
+    if needed > free + partial_bytes:
         raise InputError(
-            f"the features take {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB left: make room, or let "
-            "it be a link to a larger disk"
+            f"the features need {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB free: make room, or "
+            "replace the folder by a link to a larger disk"
         )
     with ExitStack() as stack:
         open_files = {}
         for name, path in partial.items():
-            # unbuffered: what is written is in the file even if the process is killed
+            # Unbuffered: written data reaches the file even if the process is killed.
             file = stack.enter_context(open(path, "r+b" if path.exists() else "w+b", buffering=0))
             file.truncate(len(headers[name]) + done * shapes[name][1] * FLOAT if done else 0)
             file.seek(0, os.SEEK_END)

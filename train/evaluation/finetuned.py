@@ -1,4 +1,4 @@
-"""A family that was trained with labels, loaded from the run directory of train.finetune."""
+"""A fine-tuned family, loaded from its run directory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ from .pretrained import EvaluatedFamily
 
 
 class FinetunedFamily(EvaluatedFamily):
-    """The classifier of a run at its newest checkpoint.
+    """The slimmable classifier of a fine-tuning run at its newest checkpoint.
+
+    Args:
+        out: run directory.
+        device: device of the model.
 
     Attributes:
-        config: the run's configuration.
-        classes: their names, in the order of the logits.
+        config: configuration of the run.
+        classes: names of the classes, in the order of the logits.
+
+    Raises:
+        InputError: if the run or its checkpoint cannot be used.
     """
 
     def __init__(self, out: Path, device: torch.device) -> None:
@@ -38,7 +45,7 @@ class FinetunedFamily(EvaluatedFamily):
             model.load_state_dict(state["model"])
         except (KeyError, RuntimeError) as error:
             raise InputError(
-                f"the checkpoint in {out} is of another network, or of other classes than the {len(self.classes)} of "
+                f"the checkpoint in {out} is of another network, or has other classes than the {len(self.classes)} of "
                 f"{self.config.data}: {str(error).splitlines()[-1].strip()}"
             ) from error
         super().__init__(out, device, family, model, self.config.image_size, state["step"])

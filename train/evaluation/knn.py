@@ -1,4 +1,4 @@
-"""How good features are without training anything on them: nearest neighbours' votes."""
+"""Classification by the k nearest neighbours in feature space."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ TEMPERATURE = 0.07  # Wu et al. 2018, "Unsupervised Feature Learning via Non-Par
 
 @dataclass(frozen=True)
 class KnnResult:
-    """Accuracies from 0 to 1, and the half-width of the majority vote's 95 % interval."""
+    """Accuracies from 0 to 1 of majority and weighted vote; half-width of the 95 % interval of the former."""
 
     majority: float
     weighted: float
@@ -31,23 +31,34 @@ def knn(
     k: int = 20,
     chunk: int = 2**26,
 ) -> KnnResult:
-    """Classify features [M, D] by the k nearest of [N, D] in cosine similarity; labels are int64 [M] and [N].
+    """Classify test features by their k nearest training features in cosine similarity.
 
-    `majority` takes the most frequent label, of several the smallest. `weighted` sums exp(cosine / TEMPERATURE) per
-    label (Wu et al. 2018). Similarities are computed in the features' precision, float32 at least, in pieces of at
-    most `chunk` numbers or one row. InputError if k is not between 1 and N, or if M is 0.
+    The majority vote chooses the most frequent label, and the smallest of equally frequent ones. The weighted vote
+    sums exp(cosine / TEMPERATURE) per label (Wu et al. 2018).
+
+    Args:
+        train_features: features [N, D]; similarities are computed in their dtype, float32 at least.
+        train_labels: int64 [N].
+        test_features: features [M, D].
+        test_labels: int64 [M].
+        num_classes: number of classes.
+        k: number of neighbours.
+        chunk: largest number of similarities in memory, if it is at least N.
+
+    Raises:
+        InputError: if k is not between 1 and N, or if M is 0.
     """
     n, m = len(train_features), len(test_features)
     if not 1 <= k <= n:
-        raise InputError(f"{k} neighbours out of {n} training images: give a k from 1 to {n}")
+        raise InputError(f"{k} neighbours among {n} training images: choose k from 1 to {n}")
     if m == 0:
-        raise InputError("no test images to classify: give a test split with images")
+        raise InputError("no test images to classify: the test split is empty")
     dtype = torch.promote_types(train_features.dtype, torch.float32)
     train = F.normalize(train_features.to(dtype), dim=1)
     test = F.normalize(test_features.to(dtype), dim=1)
-    # a count times num_classes, plus more for smaller labels: an integer whose largest is unique on every device
+    # Breaks ties of counts in favour of smaller labels: argmax of equal values depends on the device.
     preference = torch.arange(num_classes, device=train.device).flip(0)
-    right = torch.zeros(2, dtype=torch.int64, device=train.device)
+    correct = torch.zeros(2, dtype=torch.int64, device=train.device)
     rows = max(1, chunk // n)
     for piece, labels in zip(test.split(rows), test_labels.to(train.device).split(rows), strict=True):
         similarities, neighbours = (piece @ train.T).topk(k, dim=1)
@@ -56,6 +67,6 @@ def knn(
         weights = similarities.new_zeros(len(piece), num_classes)
         weights.scatter_add_(1, votes, (similarities / TEMPERATURE).exp())
         winners = torch.stack([(counts * num_classes + preference).argmax(dim=1), weights.argmax(dim=1)])
-        right += (winners == labels).sum(dim=1)
-    majority, weighted = (right.double() / m).tolist()
+        correct += (winners == labels).sum(dim=1)
+    majority, weighted = (correct.double() / m).tolist()
     return KnnResult(majority, weighted, interval95(majority, m))

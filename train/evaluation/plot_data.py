@@ -1,4 +1,4 @@
-"""Networks as points of a figure: what they cost, and their accuracy."""
+"""Points of figures: cost and accuracy of networks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Point(NamedTuple):
-    """A network: what it costs for an image, its accuracy and half the width of its 95 % interval, from 0 to 1."""
+    """A network's cost per image, accuracy from 0 to 1, and half-width of the accuracy's 95 % interval."""
 
     name: str
     macs: float
@@ -17,7 +17,13 @@ class Point(NamedTuple):
 
 
 def points(networks: Mapping[str, Mapping[str, Any]], column: str, accuracy: str = "top1") -> list[Point]:
-    """One series of the figure: a column of a report's networks."""
+    """Points of a column of a report.
+
+    Args:
+        networks: networks of the report.
+        column: key of the result in each network.
+        accuracy: key of the accuracy in each result.
+    """
     return [
         Point(name, network["macs"], network["parameters"], network[column][accuracy], network[column]["interval"])
         for name, network in networks.items()

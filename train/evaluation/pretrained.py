@@ -1,4 +1,4 @@
-"""A family loaded from its run directory, ready to be evaluated: what runs have in common, and a pretrained one."""
+"""Families loaded from run directories: the base class, and pretrained families."""
 
 from __future__ import annotations
 
@@ -27,25 +27,34 @@ from ..pretraining.dspnet import build_model
 from ..run import checkpoint, fingerprint
 from ..run.progress import Monitor
 from ..run.saved_config import read_config
-from .features import kept, representations
+from .features import load_or_compute, representations
 
-BATCH = 256
+BATCH = 256  # images per forward pass
 STATISTICS = "post_statistics.safetensors"
-STATISTICS_IMAGES = 10_000
+STATISTICS_IMAGES = 10_000  # images that post-statistics are measured on, at most
 FEATURES = "features"
 
-Source = dict[str, Any]  # of statistics: step, weights, data, images, size
+StatisticsSource = dict[str, Any]  # step, weights, data, images, files and size that statistics were measured on
 
 
 def evaluation_views(
-    images: ImageDataset, image_size: int, device: torch.device, what: str, workers: Workers = "auto", start: int = 0
+    images: ImageDataset, image_size: int, device: torch.device, name: str, workers: Workers = "auto", start: int = 0
 ) -> Iterator[Tensor]:
-    """Views without chance of all images, normalised, on the device, with progress called `what`.
+    """Load deterministic, normalised views of images, with a progress bar.
 
-    They begin at image `start`, a multiple of BATCH.
+    Args:
+        images: dataset.
+        image_size: height and width of the views, in pixels.
+        device: device of the views.
+        name: name of the work on the progress bar.
+        workers: number of loader processes.
+        start: index of the first image, a multiple of BATCH.
+
+    Yields:
+        Batches [<= BATCH, 3, image_size, image_size] in float32.
     """
     loader = evaluation_batches(images, range(start, len(images)), image_size, BATCH, workers)
-    with Monitor(what, -(-len(images) // BATCH), start // BATCH) as monitor:
+    with Monitor(name, -(-len(images) // BATCH), start // BATCH) as monitor:
         for batch in loader:
             yield normalize(batch.to(device, non_blocking=True))
             monitor.advance()
@@ -53,20 +62,20 @@ def evaluation_views(
 
 
 def statistics_images(images: ImageDataset) -> ImageDataset:
-    """Those that post-statistics are measured on, drawn with a fixed seed, so that every command has the same."""
+    """The images that post-statistics are measured on, drawn with a fixed seed so that all commands agree."""
     return Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
 
 
 class EvaluatedFamily:
-    """A family with the weights that a run directory holds, and the post-statistics that are kept there.
+    """A family with the weights and post-statistics of a run directory.
 
     Attributes:
-        out: the run directory.
-        device: where the model is.
-        family: its subnets.
-        model: the slimmable network, of images to features or to logits, in evaluation mode.
-        image_size: height and width of its images, in pixels.
-        step: how many steps it was trained.
+        out: run directory.
+        device: device of the model.
+        family: subnets of the model.
+        model: slimmable network, from images to features or logits, in evaluation mode.
+        image_size: height and width of images, in pixels.
+        step: number of training steps of the weights.
     """
 
     def __init__(
@@ -84,16 +93,23 @@ class EvaluatedFamily:
         """A digest of the model's parameters."""
         return fingerprint.digest(*self.model.parameters())
 
-    def batches(self, images: ImageDataset, what: str, workers: Workers = "auto", start: int = 0) -> Iterator[Tensor]:
-        """Evaluation views of the run's size on its device: see `evaluation_views`."""
-        return evaluation_views(images, self.image_size, self.device, what, workers, start)
+    def batches(self, images: ImageDataset, name: str, workers: Workers = "auto", start: int = 0) -> Iterator[Tensor]:
+        """Views of images for this model: see `evaluation_views`."""
+        return evaluation_views(images, self.image_size, self.device, name, workers, start)
 
-    def measure(
-        self, subnets: Sequence[Subnet], images: ImageDataset, data: str, workers: Workers = "auto", what: str = ""
+    def measure_statistics(
+        self, subnets: Sequence[Subnet], images: ImageDataset, data: str, workers: Workers = "auto", prefix: str = ""
     ) -> None:
-        """Give `subnets` post-statistics measured on 10,000 images (all if there are fewer) of the set called `data`.
+        """Measure post-statistics of subnets on up to 10,000 images.
 
-        A trained family keeps them in the run directory: those measured before on the same images are used again.
+        Statistics of a trained family are saved in the run directory, and reused for the same weights and images.
+
+        Args:
+            subnets: subnets of the family.
+            images: dataset.
+            data: name of the dataset.
+            workers: number of loader processes.
+            prefix: first part of the name on the progress bar.
         """
         drawn = statistics_images(images)
         source = {
@@ -104,46 +120,54 @@ class EvaluatedFamily:
             "files": dataset_digest(drawn),
             "size": self.image_size,
         }
-        before = self.recall(subnets) if self.step else {}
+        before = self.restore_statistics(subnets) if self.step else {}
         missing = [subnet for subnet in subnets if before.get(subnet.name) != source]
         if not missing:
             return
-        post_statistics(self.model, missing, self.batches(drawn, f"{what}statistics", workers))
+        post_statistics(self.model, missing, self.batches(drawn, f"{prefix}statistics", workers))
         if self.step == 0:
             return
-        sources, tensors = self._kept()
+        sources, tensors = self._saved_statistics()
         sources |= {subnet.name: source for subnet in missing}
         tensors |= {
             name: tensor.cpu().contiguous() for name, tensor in measured_statistics(self.model, missing).items()
         }
-        load_statistics(self.model, subnets, tensors)  # measuring some makes the model forget all others
+        load_statistics(self.model, subnets, tensors)  # post_statistics has dropped those of all other subnets
         metadata = {"sources": json.dumps(sources)}
         atomic.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
 
-    def recall(self, subnets: Sequence[Subnet]) -> dict[str, Source]:
-        """Take over the kept statistics of `subnets`; says what they were measured on, for those that there are."""
-        sources, tensors = self._kept()
+    def restore_statistics(self, subnets: Sequence[Subnet]) -> dict[str, StatisticsSource]:
+        """Load saved post-statistics of `subnets` into the model; returns the sources of those that exist."""
+        sources, tensors = self._saved_statistics()
         load_statistics(self.model, subnets, tensors)
         return {subnet.name: sources[subnet.name] for subnet in subnets if subnet.name in sources}
 
-    def _kept(self) -> tuple[dict[str, Source], dict[str, Tensor]]:
-        """Statistics of these weights in the run directory, and what each subnet's were measured on."""
+    def _saved_statistics(self) -> tuple[dict[str, StatisticsSource], dict[str, Tensor]]:
+        """Sources by subnet, and tensors, of saved statistics of these weights."""
         try:
             with safe_open(self.out / STATISTICS, "pt") as file:
                 sources = json.loads(file.metadata()["sources"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-            return {}, {}  # none or damaged: they can be measured again
+            return {}, {}  # missing or damaged: they are measured again
         sources = {dn: source for dn, source in sources.items() if source.get("weights") == self.weights}
         return sources, {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in sources}
 
 
 class PretrainedFamily(EvaluatedFamily):
-    """The online encoder of a run at its newest checkpoint, or with `untrained` as it was before its first step.
+    """The online encoder of a pretraining run at its newest checkpoint.
+
+    Args:
+        out: run directory.
+        device: device of the model.
+        untrained: use the initial weights of the run instead of a checkpoint.
 
     Attributes:
-        config: the run's configuration.
-        encoder: the slimmable network.
+        config: configuration of the run.
+        encoder: slimmable network.
+
+    Raises:
+        InputError: if the run or its checkpoint cannot be used.
     """
 
     def __init__(self, out: Path, device: torch.device, untrained: bool = False) -> None:
@@ -158,7 +182,7 @@ class PretrainedFamily(EvaluatedFamily):
         super().__init__(out, device, model.family, self.encoder, self.config.image_size, step)
 
     def cut(self, subnet: Subnet) -> Network:
-        """A slimmable network of its own, on the CPU, that has the weights of `subnet`; InputError if it is no part."""
+        """Copy `subnet` into a separate slimmable network on the CPU; InputError if the family does not contain it."""
         if not subnet.within(self.family.full):
             raise InputError(f"{subnet} is no part of {self.family.full}, the largest network of {self.out}")
         with torch.random.fork_rng(devices=[]):
@@ -170,23 +194,32 @@ class PretrainedFamily(EvaluatedFamily):
         return network
 
     def features(
-        self, subnets: Sequence[Subnet], images: ImageDataset, what: str, workers: Workers = "auto"
+        self, subnets: Sequence[Subnet], images: ImageDataset, name: str, workers: Workers = "auto"
     ) -> dict[str, Tensor]:
-        """Features [N, F] in float32 of the evaluation views of all images, by subnet, on the CPU; called `what`.
+        """Compute features of all images, or load them from OUT/features.
 
-        They are kept in OUT/features, under what they depend on; computing them goes on where it was interrupted.
+        The file names contain a digest of weights, statistics and images. Interrupted computations continue.
+
+        Args:
+            subnets: subnets with post-statistics.
+            images: dataset.
+            name: name of the work on the progress bar.
+            workers: number of loader processes.
+
+        Returns:
+            Features [N, F] by subnet, in float32 on the CPU.
         """
         by_name = {subnet.name: subnet for subnet in subnets}
         files_key = dataset_digest(images)
         files, shapes = {}, {}
-        for name, subnet in by_name.items():
+        for dn, subnet in by_name.items():
             statistics = [part for item in sorted(measured_statistics(self.encoder, [subnet]).items()) for part in item]
             key = fingerprint.digest(self.weights, self.config.image_size, files_key, *statistics)
-            files[name] = self.out / FEATURES / f"{name}-{key}.npy"
-            shapes[name] = (len(images), subnet.channels[-1])
+            files[dn] = self.out / FEATURES / f"{dn}-{key}.npy"
+            shapes[dn] = (len(images), subnet.channels[-1])
 
-        def compute(names: list[str], start: int) -> Iterable[dict[str, Tensor]]:
-            batches = self.batches(images, what, workers, start)
-            return representations(self.encoder, [by_name[name] for name in names], batches)
+        def compute(dns: list[str], start: int) -> Iterable[dict[str, Tensor]]:
+            batches = self.batches(images, name, workers, start)
+            return representations(self.encoder, [by_name[dn] for dn in dns], batches)
 
-        return kept(files, shapes, BATCH, compute)
+        return load_or_compute(files, shapes, BATCH, compute)

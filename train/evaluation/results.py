@@ -1,4 +1,4 @@
-"""What evaluations give: one report as JSON, Markdown, a table on the screen and a figure."""
+"""Reports of evaluations: written as JSON, Markdown and a figure, and printed as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Report = dict[str, Any]
 
 
 def accuracy_table(title: str, networks: Mapping[str, Mapping[str, Any]], columns: Iterable[str]) -> Table:
-    """Networks with their costs and, of every column ("linear", "1 % fine-tuned", ...), top-1 and top-5 accuracy."""
+    """Table of networks with their costs, and top-1 and top-5 accuracy for each of `columns`, such as "linear"."""
     columns = list(columns)
     scores = [heading for column in columns for heading in (column, "top 5")]
     rows = []
@@ -25,7 +25,7 @@ def accuracy_table(title: str, networks: Mapping[str, Mapping[str, Any]], column
         for column in columns:
             cells += [percent(network[column]["top1"], network[column]["interval"]), percent(network[column]["top5"])]
         rows.append(cells)
-    return Table(f"{title}. ± is half the 95 % interval.", ["network", "params", "MACs", *scores], rows)
+    return Table(f"{title}. ± is the half-width of the 95 % interval.", ["network", "params", "MACs", *scores], rows)
 
 
 def publish(
@@ -37,17 +37,21 @@ def publish(
     series: Mapping[str, Sequence[Point]],
     lines: Mapping[str, float] | None = None,
 ) -> None:
-    """Write NAME.json, NAME.md and the figure NAME.png into the folder, and print the table.
+    """Write NAME.json, NAME.md and the figure NAME.png, and print the table.
 
     Args:
-        label: of the figure's accuracies.
+        folder: folder of the files.
+        name: name of the files without suffix.
+        report: content of NAME.json.
+        table: content of NAME.md.
+        label: label of the figure's accuracy axis.
         series: points of the figure.
-        lines: accuracies from 0 to 1 to draw across it.
+        lines: accuracies from 0 to 1, drawn as horizontal lines.
     """
-    from . import drawing  # here: matplotlib is a second of import that training does not need
+    from . import drawing  # not at the top: importing matplotlib takes a second that training saves
 
     atomic.write_text(folder / f"{name}.json", json.dumps(report, indent=2) + "\n")
     atomic.write_text(folder / f"{name}.md", table.markdown())
-    atomic.write_bytes(folder / f"{name}.png", drawing.png(drawing.accuracies(series, lines or {}, label, "macs")))
+    atomic.write_bytes(folder / f"{name}.png", drawing.png(drawing.accuracy_figure(series, lines or {}, label, "macs")))
     table.show()
     print(f"{folder}/{name}.json, {name}.md, {name}.png")

@@ -1,10 +1,10 @@
-"""Training with labels: a family of switches that share their weights, or one network alone, a family of one.
+"""Supervised training of a slimmable classifier: a family whose subnets share weights, or one network alone.
 
-One step on a batch of images with labels (Yu & Huang 2019; the paper's appendix B):
+One step (Yu & Huang 2019; the paper's appendix B):
 
-    logits of the full network: cross entropy with the labels
-    of the smallest and of random ones between (sandwich rule): cross entropy with what the full network said
-    backward at once, gradients add up; then SGD with momentum
+    1. full network: cross entropy with the labels, backward pass
+    2. smallest and random other subnets (sandwich rule): cross entropy with the full network's predictions, backward
+    3. SGD with momentum on the sum of the gradients
 """
 
 from __future__ import annotations
@@ -38,14 +38,20 @@ Batch = tuple[Tensor, Tensor]  # images [B, 3, S, S], labels [B]
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Of a supervised training.
+    """Hyperparameters of supervised training.
 
     Attributes:
-        lr, head_lr: of encoder and classifier, for 256 images; the peak is lr * batch_size / 256.
-        weight_decay: of tensors with more than one dimension.
-        subnets_per_step: smallest, full, and random ones between.
-        distill: whether the others learn from the full network instead of the labels.
-        label_smoothing: of those that learn from the labels.
+        epochs: passes over the images.
+        batch_size: images per step.
+        lr: learning rate of the encoder per 256 images: the peak is lr * batch_size / 256.
+        head_lr: learning rate of the classifier, likewise.
+        momentum: SGD momentum.
+        weight_decay: weight decay of tensors with two or more dimensions.
+        warmup_epochs: epochs of linear warm-up.
+        label_smoothing: label smoothing of subnets that learn from the labels.
+        subnets_per_step: the smallest, the full one, and random others.
+        distill: whether the other subnets learn from the full network instead of the labels.
+        seed: seed of classifier weights, image order, augmentation and subnet sampling.
     """
 
     epochs: int
@@ -62,7 +68,7 @@ class Hyperparameters:
 
 
 def new_classifier(encoder: Network, classes: int, seed: int) -> Classifier:
-    """A classifier on an encoder, with small weights that the seed alone decides."""
+    """A classifier on top of an encoder, with weights of std 0.01 that depend on the seed only."""
     model = Classifier(encoder, classes)
     nn.init.normal_(model.head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(model.head.bias)
@@ -70,44 +76,44 @@ def new_classifier(encoder: Network, classes: int, seed: int) -> Classifier:
 
 
 class SupervisedTraining(SingleModelTraining):
-    """Trains a classifier; a `train.run.loop.Training`."""
+    """Training of a slimmable classifier; implements `train.run.loop.Training`."""
 
     model: Classifier
 
-    def __init__(self, model: Classifier, family: Family, recipe: Hyperparameters, epoch_steps: int) -> None:
-        self.model, self.family, self.recipe = model, family, recipe
-        self.step, self.steps = 0, recipe.epochs * epoch_steps
-        self._warmup = round(recipe.warmup_epochs * epoch_steps)
+    def __init__(self, model: Classifier, family: Family, hparams: Hyperparameters, epoch_steps: int) -> None:
+        self.model, self.family, self.hparams = model, family, hparams
+        self.step, self.steps = 0, hparams.epochs * epoch_steps
+        self._warmup = round(hparams.warmup_epochs * epoch_steps)
         groups = []
-        for part, lr in ((model.encoder, recipe.lr), (model.head, recipe.head_lr)):
+        for part, lr in ((model.encoder, hparams.lr), (model.head, hparams.head_lr)):
             parameters = list(part.parameters())
             for decay, chosen in (
-                (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
+                (hparams.weight_decay, [p for p in parameters if p.ndim > 1]),
                 (0.0, [p for p in parameters if p.ndim <= 1]),
             ):
-                groups.append({"params": chosen, "peak": lr * recipe.batch_size / 256, "weight_decay": decay})
-        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)
+                groups.append({"params": chosen, "peak": lr * hparams.batch_size / 256, "weight_decay": decay})
+        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=hparams.momentum)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-            parameter.main_grad = parameter.grad  # type: ignore[attr-defined]  # operators add to its prefix
+            parameter.main_grad = parameter.grad  # type: ignore[attr-defined]  # operators accumulate into its prefix
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One step; returns the full network's loss."""
+        """Train one step; returns the full network's loss."""
         images, labels = batch
-        recipe = self.recipe
+        hparams = self.hparams
         self.model.train()
-        subnets = sandwich(self.family, recipe.subnets_per_step, recipe.seed, self.step)
+        subnets = sandwich(self.family, hparams.subnets_per_step, hparams.seed, self.step)
         teacher: Tensor | None = None
         losses = []
-        for subnet in reversed(subnets):  # the full network first: it teaches the others
+        for subnet in reversed(subnets):  # the full network first: the others learn from its predictions
             with activate(self.model, subnet):
                 logits = self.model(images)
             goal = labels if teacher is None else teacher
-            smoothing = recipe.label_smoothing if teacher is None else 0.0
+            smoothing = hparams.label_smoothing if teacher is None else 0.0
             loss = F.cross_entropy(logits, goal, label_smoothing=smoothing)
             loss.backward()
             losses.append(loss.detach())
-            if teacher is None and recipe.distill:
+            if teacher is None and hparams.distill:
                 teacher = logits.detach().softmax(dim=1)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self._warmup, group["peak"])
@@ -117,8 +123,8 @@ class SupervisedTraining(SingleModelTraining):
         return losses[0]
 
 
-class Together:
-    """Trainings of as many steps that share nothing but the batches; a `train.run.loop.Training`."""
+class TrainingGroup:
+    """Independent trainings on the same batches; implements `train.run.loop.Training`."""
 
     def __init__(self, trainings: Mapping[str, SupervisedTraining]) -> None:
         self.trainings = trainings
@@ -126,13 +132,13 @@ class Together:
         self.step, self.steps = first.step, first.steps
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One step of each; returns the mean of their losses."""
+        """Train one step of each; returns the mean loss."""
         loss = torch.stack([training.train_step(batch) for training in self.trainings.values()]).mean()
         self.step += 1
         return loss
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The contents of a checkpoint."""
         return {"trainings": {name: training.state() for name, training in self.trainings.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -145,7 +151,7 @@ class Together:
 def labelled_batches(
     images: ImageDataset, view: ViewSpec, order: EpochSampler, workers: Workers, device: torch.device
 ) -> Iterator[Batch]:
-    """Batches of all of `order`: a new view of each image, normalised, and its label, on the device."""
+    """Batches of augmented, normalised images and their labels on the device, in the given order."""
     labels = require_labels(images)
     for pixels, items in zip(one_view_batches(images, view, order, workers), order, strict=True):
         yield normalize(pixels.to(device, non_blocking=True)), labels[[i for _, i in items]].to(device)
@@ -159,11 +165,19 @@ def evaluate(
     workers: Workers,
     device: torch.device,
 ) -> dict[str, Accuracy]:
-    """The accuracy on `test` of every switch of the classifiers, whose names for it must differ.
+    """Measure post-statistics on `train` and accuracies on `test`.
 
-    Post-statistics come from `train`.
+    Args:
+        models: classifiers and their subnets; names of subnets must be unique.
+        train: training set.
+        test: test set.
+        image_size: height and width of images, in pixels.
+        workers: number of loader processes.
+        device: device of the models.
+
+    Returns:
+        Accuracies by subnet.
     """
-
     for name, (model, switches) in models.items():
         views = evaluation_views(statistics_images(train), image_size, device, f"statistics {name}", workers)
         post_statistics(model, switches, views)

@@ -26,7 +26,7 @@ from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
-from ..evaluation.collapse import ADVICE, LEAST_RANK, LEAST_STD, collapsed
+from ..evaluation.collapse import ADVICE, MIN_RANK, MIN_STD, collapsed
 from ..run import checkpoint, loop
 from ..run.device import choose_device
 from ..run.interruption import Interruption
@@ -256,8 +256,8 @@ class PretrainRun:
         fallen = [name for name in std if collapsed(std[name], rank[name])]
         if fallen and step:
             self._print(
-                f"step {step}  COLLAPSE of {', '.join(fallen)}: feature std below {LEAST_STD:g} or effective rank "
-                f"below {LEAST_RANK:g}, so their features no longer tell images apart; {ADVICE}"
+                f"step {step}  COLLAPSE of {', '.join(fallen)}: feature std below {MIN_STD:g} or effective rank "
+                f"below {MIN_RANK:g}, so their features no longer tell images apart; {ADVICE}"
             )
 
     def _save(self, losses: dict[str, Tensor] | None = None, this_rank: bool = False) -> None:

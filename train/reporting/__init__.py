@@ -1,1 +1,1 @@
-"""The page about a run."""
+"""The HTML report of a run."""

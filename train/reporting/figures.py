@@ -12,24 +12,24 @@ from matplotlib.ticker import PercentFormatter
 from ..evaluation.drawing import Draw, Theme, legend
 from .findings import Curve
 
-POINTS = 240  # of a curve; a longer one is drawn by means, as more could not be told apart
+POINTS = 240  # largest number of points of a curve; longer curves are averaged
 
 
 def shades(names: Sequence[str], theme: Theme) -> dict[str, str]:
-    """A colour for each network, from the smallest to the largest."""
+    """A colour of viridis for each network, smallest first."""
     low, high = theme.shades
     last = max(1, len(names) - 1)
     return {name: to_hex(colormaps["viridis"](low + (high - low) * i / last)) for i, name in enumerate(names)}
 
 
-def curves(lines: Mapping[str, Curve], label: str, share: bool = False, mark: bool = False) -> Draw:
-    """Curves over epochs, one for each network, or a single one called "".
+def curves(lines: Mapping[str, Curve], label: str, percent: bool = False, mark: bool = False) -> Draw:
+    """Figure of curves over epochs.
 
     Args:
-        lines: epochs and values by network, smallest first.
-        label: of the values.
-        share: whether the values are shares from 0 to 1, to be shown in percent.
-        mark: whether to mark each value.
+        lines: epochs and values by network, smallest first; a single curve without legend has the name "".
+        label: label of the values.
+        percent: show values from 0 to 1 in percent.
+        mark: mark each value.
     """
 
     def draw(theme: Theme) -> Figure:
@@ -37,12 +37,12 @@ def curves(lines: Mapping[str, Curve], label: str, share: bool = False, mark: bo
         axes = figure.subplots()
         colours = {"": theme.colours[0]} if list(lines) == [""] else shades(list(lines), theme)
         for name, (x, y) in lines.items():
-            xs, ys = thinned(x), thinned(y)
+            xs, ys = averaged(x), averaged(y)
             axes.plot(xs, ys, color=colours[name], label=name, marker="o" if mark else None, markersize=3)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.margins(x=0.02)
-        if share:
+        if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if list(lines) != [""]:
             legend(figure, list(lines))
@@ -52,11 +52,11 @@ def curves(lines: Mapping[str, Curve], label: str, share: bool = False, mark: bo
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], label: str) -> Draw:
-    """What things cost, one bar for each, of parts that add up.
+    """Figure of stacked horizontal bars.
 
     Args:
-        rows: parts by thing, the first on top; a part may be missing.
-        label: of the sums, with their unit.
+        rows: parts by row, the first row on top; parts may be missing.
+        label: label of the sums, with their unit.
     """
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
 
@@ -81,8 +81,8 @@ def bars(rows: Mapping[str, Mapping[str, float]], label: str) -> Draw:
     return draw
 
 
-def thinned(values: Sequence[float]) -> list[float]:
-    """At most 240 means of equally many neighbours, but for the last."""
+def averaged(values: Sequence[float]) -> list[float]:
+    """Reduce values to at most POINTS means of consecutive groups of equal size, except the last."""
     group = -(-len(values) // POINTS)
     parts = [values[start : start + group] for start in range(0, len(values), max(1, group))]
     return [sum(part) / len(part) for part in parts]

@@ -1,4 +1,4 @@
-"""What a run directory says about its networks: costs, accuracies of every evaluation, curves, signs of collapse."""
+"""Contents of a run directory for the report: costs, accuracies, curves and collapse indicators of its networks."""
 
 from __future__ import annotations
 
@@ -14,22 +14,31 @@ from dspnet_fast.models import family
 from dspnet_fast.subnets import Family
 
 from ..config import PretrainConfig
-from ..costs.flops import cost
+from ..costs.flops import network_cost
 from ..evaluation.collapse import collapsed
 from ..evaluation.plot_data import Point
 from ..run.log import read_metrics
 from ..run.saved_config import read_config
 
 COMPARE = "compare.json"
-ACCURACIES = ("top1", "majority")  # what evaluations call the accuracy that their interval belongs to
-WORDS = {"knn": "kNN"}
+ACCURACY_KEYS = ("top1", "majority")  # keys of the accuracy that "interval" belongs to
+PROTOCOL_NAMES = {"knn": "kNN"}  # spelling in texts; others as in the file
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 
 @dataclass
 class Evaluation:
-    """One file of OUT/evaluation: accuracies of the networks by column, and of what is no network."""
+    """A file of OUT/evaluation.
+
+    Attributes:
+        file: name of the file.
+        about: protocol, dataset and step.
+        label: label of the accuracies.
+        step: training step of the evaluated weights; None if unknown.
+        series: accuracies of networks by column.
+        lines: accuracies without a network, such as raw pixels.
+    """
 
     file: str
     about: str
@@ -40,17 +49,24 @@ class Evaluation:
 
 
 def accuracy_of(result: object) -> tuple[float, float] | None:
-    """Accuracy and half its interval, if that is what a value of an evaluation is."""
+    """Accuracy and half-width of its interval; None for any other value of an evaluation."""
     if not isinstance(result, dict) or "interval" not in result:
         return None
-    name = next((name for name in ACCURACIES if name in result), None)
+    name = next((name for name in ACCURACY_KEYS if name in result), None)
     return None if name is None else (float(result[name]), float(result["interval"]))
 
 
 def read_evaluation(path: Path) -> Evaluation | None:
-    """What a file of OUT/evaluation says, whichever protocol wrote it; None if it is no evaluation of networks.
+    """Read a file of OUT/evaluation of any protocol.
 
-    InputError if it is not JSON.
+    Args:
+        path: the JSON file.
+
+    Returns:
+        Its accuracies; None if it contains no accuracies of networks.
+
+    Raises:
+        InputError: if it is not JSON.
     """
     try:
         report = json.loads(path.read_text())
@@ -59,17 +75,21 @@ def read_evaluation(path: Path) -> Evaluation | None:
     if not isinstance(report, dict) or not isinstance(report.get("networks"), dict):
         return None
     protocol = str(report.get("protocol", path.stem))
-    word = WORDS.get(protocol, protocol)
+    protocol_name = PROTOCOL_NAMES.get(protocol, protocol)
     data, step = str(report.get("data", "unknown images")), report.get("step")
     images = report.get("test_images", report.get("queries"))
-    about = f"{word} on {data}" + (f", {images:,} test images" if images else "")
+    about = f"{protocol_name} on {data}" + (f", {images:,} test images" if images else "")
     about += "" if step is None else f", after {step:,} steps"
-    found = Evaluation(path.name, about, f"{word} accuracy on {data}", step)
+    found = Evaluation(path.name, about, f"{protocol_name} accuracy on {data}", step)
     for name, network in report["networks"].items():
         for column, result in network.items():
             accuracy = accuracy_of(result)
             if accuracy is not None:
-                title = word if column in (protocol, "pretrained") else f"{word} {column.replace('_', ' ')}"
+                title = (
+                    protocol_name
+                    if column in (protocol, "pretrained")
+                    else f"{protocol_name} {column.replace('_', ' ')}"
+                )
                 point = Point(name, network["macs"], network["parameters"], *accuracy)
                 found.series.setdefault(title, []).append(point)
     for name, result in report.items():
@@ -80,7 +100,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
 
 
 class Run:
-    """What a run directory holds that the page shows; InputError if it holds no run."""
+    """The contents of a run directory that the report shows; InputError if it is not one."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -90,27 +110,27 @@ class Run:
         files = sorted((out / "evaluation").glob("*.json"))
         read = {path.name: read_evaluation(path) for path in files}
         self.evaluations = [evaluation for evaluation in read.values() if evaluation is not None]
-        self.left_out = [name for name, evaluation in read.items() if evaluation is None]
+        self.skipped_files = [name for name, evaluation in read.items() if evaluation is None]
         self.manifests = {dn: _json(out / "exported" / dn / "manifest.json") for dn in self.family.names}
         self.comparison = read_comparison(out)
 
     @property
     def epochs(self) -> float:
-        """How many were trained."""
+        """Number of epochs trained so far."""
         return next((line["epoch"] for line in reversed(self.metrics) if "epoch" in line), 0.0)
 
     @property
     def steps(self) -> int:
-        """The last that was recorded."""
+        """Last recorded step."""
         return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def epoch_steps(self) -> float:
-        """Steps in an epoch; 1 if none was recorded."""
+        """Steps per epoch; 1 if none were recorded."""
         return next((line["step"] / line["epoch"] for line in self.metrics if line.get("epoch")), 1.0)
 
     def curve(self, name: str) -> dict[str, Curve]:
-        """A metric over epochs, by network, or by "" if it is of all."""
+        """A metric over epochs by network, or under "" if it does not belong to a network."""
         curves: dict[str, tuple[list[float], list[float]]] = {}
         for line in self.metrics:
             value = line.get(name)
@@ -128,12 +148,12 @@ class Run:
         return {dn: ys[-1] for dn, (_, ys) in self.curve(name).items()}
 
     def cosines(self) -> dict[str, Curve]:
-        """Mean cosine between what the online network predicts and the target of the other view, in training."""
+        """Mean cosine similarity of prediction and target of the training images, over epochs by network."""
         return {dn: (xs, [1 - y / 4 for y in ys]) for dn, (xs, ys) in self.curve("loss").items()}
 
 
 def _json(path: Path) -> Any:
-    """A JSON file; None if there is none, InputError if it is damaged."""
+    """Read a JSON file; None if it does not exist, InputError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -143,23 +163,23 @@ def _json(path: Path) -> Any:
 
 
 def read_comparison(out: Path) -> dict[str, Any] | None:
-    """What train.compare found, if it wrote to `out` or made the run in `out`; InputError if the file is damaged."""
+    """The report of train.compare in `out`, or of the comparison that `out` is a run of; None if there is none."""
     for folder in (out, out.resolve().parent.parent):
         found = _json(folder / COMPARE)
         if found is not None:
             if not isinstance(found, dict) or not {"accuracy", "runs", "ratios", "networks"} <= found.keys():
-                raise InputError(f"{folder / COMPARE} is no result of dspnet-compare: write it again, or remove it")
+                raise InputError(f"{folder / COMPARE} is not a result of dspnet-compare: write it again, or remove it")
             return found
     return None
 
 
-def networks_of(run: Run) -> list[dict[str, Any]]:
-    """The rows of the first table, smallest network first: what it costs, and all that is known of it, JSON values."""
-    spread, rank = run.last("feature_std"), run.last("effective_rank")
+def network_summaries(run: Run) -> list[dict[str, Any]]:
+    """Costs, latency, accuracies and collapse indicators of every network, smallest first, as JSON values."""
+    std, rank = run.last("feature_std"), run.last("effective_rank")
     cosines = {dn: ys[-1] for dn, (_, ys) in run.cosines().items()}
     found = []
     for dn in run.family:
-        of_network = cost(run.config, dn, run.config.image_size)
+        cost = network_cost(run.config, dn, run.config.image_size)
         scores = {
             column: {"accuracy": point.accuracy, "interval": point.interval, "step": evaluation.step}
             for evaluation in run.evaluations
@@ -170,20 +190,20 @@ def networks_of(run: Run) -> list[dict[str, Any]]:
         found.append(
             {
                 "network": dn.name,
-                **asdict(of_network),
+                **asdict(cost),
                 "latency": (run.manifests[dn.name] or {}).get("latency"),
                 "accuracies": scores,
-                "feature_std": spread.get(dn.name),
+                "feature_std": std.get(dn.name),
                 "effective_rank": rank.get(dn.name),
                 "cosine_to_target": cosines.get(dn.name),
-                "collapsed": collapsed(spread.get(dn.name), rank.get(dn.name)),
+                "collapsed": collapsed(std.get(dn.name), rank.get(dn.name)),
             }
         )
     return found
 
 
 def finite(value: Any) -> Any:
-    """JSON values with None for numbers that JSON does not have."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):

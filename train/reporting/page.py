@@ -1,4 +1,4 @@
-"""HTML of the report: one file that needs no other, no script and no network."""
+"""HTML of the report: a single self-contained file without scripts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ details td { white-space: normal; overflow-wrap: anywhere; }
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """A whole document. title: plain text; body: HTML."""
+    """A whole document with a plain-text title and an HTML body."""
     return "\n".join(
         [
             "<!doctype html>",
@@ -74,14 +74,14 @@ def heading(text: str, level: int = 2) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text, in which `...` is code; kind: lead, note or bad."""
+    """A paragraph of plain text; `...` becomes code. `kind` is a CSS class: lead, note or bad."""
     parts = escape(text).split("`")
     coded = "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
     return f'<p class="{kind}">{coded}</p>' if kind else f"<p>{coded}</p>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text whose first column names the rows; what stands after ± is set back."""
+    """A table of plain text whose first column names the rows; intervals after ± are printed faint."""
     lines = ["<thead><tr>", *(f'<th scope="col">{escape(cell)}</th>' for cell in head), "</tr></thead>", "<tbody>"]
     for first, *others in rows:
         cells = "".join(f"<td>{_cell(cell)}</td>" for cell in others)
@@ -95,7 +95,7 @@ def _cell(text: str) -> str:
 
 
 def options(values: Mapping[str, object]) -> str:
-    """Names and values, folded away."""
+    """A table of option names and values."""
     rows = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>' for name, value in values.items()
     )
@@ -103,16 +103,17 @@ def options(values: Mapping[str, object]) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    """Content that a click shows."""
+    """HTML content that is hidden until a click on the title."""
     return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
 
 
 def figure(pictures: Mapping[str, bytes], description: str, caption: str) -> str:
-    """A picture, in it: PNGs "light" and "dark", of which the reader's setting chooses.
+    """An embedded picture for light and dark pages.
 
     Args:
-        description: what it shows, for those who do not see it.
-        caption: what stands below.
+        pictures: PNG files "light" and "dark"; the browser's colour scheme selects one.
+        description: alternative text.
+        caption: text below the picture.
     """
     sources = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()}
     return "\n".join(
@@ -127,5 +128,5 @@ def figure(pictures: Mapping[str, bytes], description: str, caption: str) -> str
 
 
 def figures(items: Sequence[str]) -> str:
-    """Figures beside each other where the page is wide enough."""
+    """A grid of figures."""
     return "\n".join(['<div class="figures">', *items, "</div>"])

@@ -1,1 +1,1 @@
-"""How a pretrained family is evaluated: one protocol a file, each giving all its networks in one go."""
+"""Evaluation protocols, one per file; each evaluates all networks of a family together."""

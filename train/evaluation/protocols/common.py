@@ -1,4 +1,4 @@
-"""What every protocol is told and what it is about."""
+"""Options, model and data that all protocols share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dspnet_fast.ops import registry
 
 from ...config import WORKERS_HELP, Workers, option
-from ...costs.flops import cost
+from ...costs.flops import network_cost
 from ...data.datasets import open_images
 from ...data.datasets.images import ImageDataset, require_labels
 from ...run.device import choose_device
@@ -25,20 +25,29 @@ FOLDER = "evaluation"
 class EvaluationOptions:
     """data and execution"""
 
-    data: str | None = option(None, "set of images with labels [the one that the run was pretrained on]")
+    data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
     workers: Workers = option("auto", WORKERS_HELP)
-    device: str = option("auto", "auto, cpu or cuda")
-    fast_kernels: bool = option(False, "use the fastest operator provider this machine has")
+    device: str = option("auto", "auto, cpu or cuda", metavar="DEVICE")
+    fast_kernels: bool = option(False, "use the fastest verified operator providers of this machine")
 
 
-class Subject:
-    """A trained family with a labelled set of images to evaluate it on.
+class EvaluationSetup:
+    """A pretrained family and the labelled images to evaluate it on.
+
+    Args:
+        out: run directory.
+        options: options of the protocol.
 
     Attributes:
-        trained: the family; its subnets have post-statistics.
-        data: the set's name.
-        train, test: the splits.
-        train_labels, test_labels: int64 [N].
+        trained: the family.
+        data: name of the dataset.
+        train: training split.
+        test: test split.
+        train_labels: int64 [number of training images].
+        test_labels: int64 [number of test images].
+
+    Raises:
+        InputError: if the run or the images cannot be used.
     """
 
     def __init__(self, out: Path, options: EvaluationOptions) -> None:
@@ -53,12 +62,12 @@ class Subject:
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """Number of classes."""
         return len(self.train.classes)
 
     @cached_property
     def networks(self) -> dict[str, dict[str, Any]]:
-        """Parameters and multiply-accumulates by subnet: where the networks of a report begin."""
+        """Parameters and multiply-accumulates by subnet, as a report starts."""
         config = self.trained.config
-        costs = {subnet.name: cost(config, subnet, config.image_size) for subnet in self.trained.family}
-        return {name: {"parameters": of.parameters, "macs": of.macs} for name, of in costs.items()}
+        costs = {subnet.name: network_cost(config, subnet, config.image_size) for subnet in self.trained.family}
+        return {name: {"parameters": cost.parameters, "macs": cost.macs} for name, cost in costs.items()}

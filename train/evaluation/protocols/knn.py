@@ -1,6 +1,6 @@
-"""Nearest neighbours' votes: how near images of one class lie to each other, with nothing trained.
+"""kNN evaluation: classification by nearest neighbours in feature space, without training.
 
-The paper's appendix A.2: K = 20, cosine similarity, the most frequent label of the neighbours.
+As in the paper's appendix A.2: K = 20, cosine similarity, the most frequent label of the neighbours.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from ..knn import knn
 from ..plot_data import points
 from ..pretrained import BATCH, PretrainedFamily
 from ..results import Report, publish
-from .common import FOLDER, EvaluationOptions, Subject
+from .common import FOLDER, EvaluationOptions, EvaluationSetup
 
-LARGEST_RAW = 64  # pixels; small images are compared as they are, large ones reduced to this or to the run's size
+MAX_RAW_SIZE = 64  # pixels; the raw-pixel baseline reduces larger images to this or to the run's image size
 DESCRIPTION = """\
-Classify test images by their nearest neighbours among the training images, for every desired network of a run.
-Features are computed once per network and kept in OUT/features. Writes OUT/evaluation/knn.json, knn.md and knn.png."""
+Classify test images by their nearest neighbours among the training images, with the features of every network of a
+run. Features are computed once and saved in OUT/features, which may be deleted.
+Writes OUT/evaluation/knn.json, knn.md and knn.png."""
 EXAMPLE = """\
   dspnet-evaluate knn runs/first --baselines"""
 
@@ -35,34 +36,42 @@ EXAMPLE = """\
 class KnnOptions(EvaluationOptions):
     """Options of `train.evaluate knn`."""
 
-    references: int | None = option(None, "training images whose labels vote, drawn at random [all]")
-    k: int = option(20, "neighbours that vote")
-    baselines: bool = option(False, "also evaluate the networks before training, and the raw pixels")
+    references: int | None = option(None, "training images among which neighbours are searched, drawn at random [all]")
+    k: int = option(20, "number of neighbours that vote")
+    baselines: bool = option(False, "also evaluate untrained networks and raw pixels")
 
 
 def evaluate_knn(out: Path, options: KnnOptions) -> Report:
-    """kNN for each subnet of the run in `out`; returns what knn.json holds.
+    """kNN accuracies of all networks of a run.
 
-    Raises InputError if the run or the images cannot be used.
+    Args:
+        out: run directory.
+        options: options of the protocol.
+
+    Returns:
+        The report that `publish_knn` writes.
+
+    Raises:
+        InputError: if the run or the images cannot be used.
     """
     positive(k=options.k)
-    subject = Subject(out, options)
-    trained, queries = subject.trained, subject.test
-    references = subject.train
+    setup = EvaluationSetup(out, options)
+    trained, queries = setup.trained, setup.test
+    references = setup.train
     if options.references is not None:
         references = Subset.random(references, options.references, seed=0)
     assert references.labels is not None
     train_labels = references.labels
 
     def score(train: Tensor, test: Tensor) -> dict[str, float]:
-        found = knn(train, train_labels, test, subject.test_labels, num_classes=subject.classes, k=options.k)
+        found = knn(train, train_labels, test, setup.test_labels, num_classes=setup.classes, k=options.k)
         return asdict(found)
 
-    def score_family(family: PretrainedFamily, what: str) -> dict[str, dict[str, float]]:
+    def score_family(family: PretrainedFamily, prefix: str) -> dict[str, dict[str, float]]:
         subnets = list(family.family)
-        family.measure(subnets, subject.train, subject.data, options.workers, what)
-        train = family.features(subnets, references, f"{what}train", options.workers)
-        test = family.features(subnets, queries, f"{what}test", options.workers)
+        family.measure_statistics(subnets, setup.train, setup.data, options.workers, prefix)
+        train = family.features(subnets, references, f"{prefix}train", options.workers)
+        test = family.features(subnets, queries, f"{prefix}test", options.workers)
         return {name: score(train[name], test[name]) for name in train}
 
     pretrained = score_family(trained, "")
@@ -75,26 +84,26 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
             "pretrained": pretrained[name],
             **({"untrained": untrained[name]} if untrained else {}),
         }
-        for name, costs in subject.networks.items()
+        for name, costs in setup.networks.items()
     }
     report: Report = {
         "protocol": "knn",
         "k": options.k,
-        "data": subject.data,
+        "data": setup.data,
         "references": len(references),
         "queries": len(queries),
         "step": trained.step,
         "networks": networks,
     }
     if options.baselines:
-        size = max(trained.config.image_size, min(*references.load(0).size, LARGEST_RAW))
+        size = max(trained.config.image_size, min(*references.load(0).size, MAX_RAW_SIZE))
         pixels = [_pixels(images, size, options.workers) for images in (references, queries)]
         report["raw_pixels"] = {"size": size, **score(*pixels)}
     return report
 
 
 def _pixels(images: ImageDataset, image_size: int, workers: Workers) -> Tensor:
-    """The evaluation views themselves as features, float32 [N, C * S * S] from 0 to 1."""
+    """Pixels of the evaluation views as features, float32 [N, C * S * S] from 0 to 1."""
     batches = evaluation_batches(images, range(len(images)), image_size, BATCH, workers)
     with Monitor("raw pixels", -(-len(images) // BATCH)) as monitor:
         rows = []
@@ -106,7 +115,7 @@ def _pixels(images: ImageDataset, image_size: int, workers: Workers) -> Tensor:
 
 def _table(report: Report) -> Table:
     baselines = "raw_pixels" in report
-    heading = ["network", "params", "MACs", *(["untrained"] if baselines else []), "pretrained", "weighted"]
+    heading = ["network", "params", "MACs", *(["untrained"] if baselines else []), "pretrained", "weighted vote"]
     rows = []
     for name, network in report["networks"].items():
         untrained = [_majority(network["untrained"])] if baselines else []
@@ -117,9 +126,9 @@ def _table(report: Report) -> Table:
         name = f"raw pixels {pixels['size']}x{pixels['size']}"
         rows.append([name, "", "", "", _majority(pixels), percent(pixels["weighted"])])
     title = (
-        f"kNN accuracy on {report['data']}, K = {report['k']}, cosine, majority or weighted: {report['queries']:,} "
-        f"test images, {report['references']:,} references, after {report['step']:,} steps. "
-        "± is half the 95 % interval."
+        f"kNN accuracy on {report['data']}, K = {report['k']}, cosine similarity, majority and weighted vote: "
+        f"{report['queries']:,} test images, {report['references']:,} references, after {report['step']:,} steps. "
+        "± is the half-width of the 95 % interval."
     )
     return Table(title, heading, rows)
 
@@ -129,7 +138,7 @@ def _majority(result: dict[str, float]) -> str:
 
 
 def publish_knn(out: Path, report: Report) -> None:
-    """Write and print the report."""
+    """Write the report to OUT/evaluation and print it."""
     states = [state for state in ("pretrained", "untrained") if state in next(iter(report["networks"].values()))]
     series = {state: points(report["networks"], state, "majority") for state in states}
     lines = {"raw pixels": report["raw_pixels"]["majority"]} if "raw_pixels" in report else {}
