@@ -1,1 +1,1 @@
-"""Measurements, from the repository root: `python -m benchmarks.<name>`. They print; they assert nothing."""
+"""Benchmarks, to run from the repository root as `python -m benchmarks.<name>`."""

@@ -1,13 +1,12 @@
-"""`pytest benchmarks/ --benchmark-only`: time each operator's providers beside the alternatives, correct ones only.
+"""`pytest benchmarks/ --benchmark-only`: time the providers of each operator and eager alternatives.
 
-Before an operator is timed its tests run; where they fail, nothing is timed. Every line of the summary says what share
-of the machine's limit was reached, and the limit is measured in the same run. With DSPNET_BENCH_COMPILE=1 the eager
-alternatives are timed under torch.compile as well, which takes minutes longer. benchmarks/device.py says how to time on
-a GPU, or in bf16.
+The tests of an operator run first; if they fail, the operator is not timed. The summary shows the fraction of the
+machine's limits that each variant reaches; the limits are measured in the same run. DSPNET_BENCH_COMPILE=1 adds the
+eager alternatives under torch.compile, which takes minutes. See benchmarks/device.py for GPUs and bf16.
 
-With DSPNET_BENCH_RESULTS (benchmarks/gpu/records.py) every line is kept at once, the verdict on an operator is that of
-the tests whose outcomes are kept there, and what has been begun there is not begun again. What fails, or was not
-tested, is then timed all the same, but shown without what it gains.
+With DSPNET_BENCH_RESULTS (benchmarks/gpu/records.py), every result is written immediately, test outcomes are read from
+this file instead of running the tests, and variants that were started in an earlier process are skipped. Operators
+whose tests failed or did not run are timed, but shown without a speed-up.
 """
 
 from __future__ import annotations
@@ -32,29 +31,29 @@ from .machine import copy_bandwidth, peak_gflops, roofline_seconds
 
 ROOT = Path(__file__).parent.parent
 OURS = registry.PROVIDERS
-ALTERNATIVES = ("eager", "loop")  # what x is against
-SECONDS = 0.08 if ON_GPU else 0.4  # that one measurement takes, about
-ROUNDS = 5, 30  # at least, at most
+ALTERNATIVES = ("eager", "loop")  # baselines of the speed-up
+SECONDS = 0.08 if ON_GPU else 0.4  # approximate duration of a measurement
+ROUNDS = 5, 30  # smallest and largest number of samples
 LINES: list[dict] = []
 KEPT = "DSPNET_BENCH_RESULTS" in os.environ
-BROKEN = 3  # the session's exit code when a new process is needed to go on
+BROKEN = 3  # exit code of the session if the GPU needs a new process
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What has been measured is shown even when time is up; on a GPU pytest-benchmark's clock is not used."""
+    """End the session with its summary on SIGTERM; hide the warning that pytest-benchmark is unused on a GPU."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU the native bodies come last: they are written to be read."""
+    """On a GPU, time the slow native implementations last."""
     if ON_GPU:
         items.sort(key=lambda item: "native" in item.name)
 
 
 @functools.cache
 def _verdict(operator: str) -> str:
-    """passed, failed or untested."""
+    """Outcome of the operator's tests: passed, failed or untested."""
     if KEPT:
         return verdicts.of(operator)
     tests = ROOT / "tests" / "ops" / f"test_{operator}.py"
@@ -67,8 +66,8 @@ def _key(operator: str, case: str, variant: str) -> dict[str, str]:
 
 
 @functools.cache
-def _begun() -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "kind"} for line in records.read() if line["kind"] == "begun"]
+def _started() -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "kind"} for line in records.read() if line["kind"] == "started"]
 
 
 def _rounds(run: Callable[[], object]) -> int:
@@ -79,14 +78,14 @@ def _rounds(run: Callable[[], object]) -> int:
 
 
 @pytest.fixture
-def moves(benchmark) -> Iterator[Callable[..., None]]:
-    """moves(operator, case, variant, footprint, count, run, flops): time `run`.
+def measure(benchmark) -> Iterator[Callable[..., None]]:
+    """measure(operator, case, variant, footprint, count, run, flops): time `run`.
 
-    It reads and writes `count` bytes in all, of the `footprint` bytes that it works on, and computes `flops`. These are
-    what the operator has to do, the same for every variant, whatever a variant does beyond them.
+    `count` is the number of bytes that the operator must read and write, `footprint` the size of its working set in
+    bytes, `flops` its arithmetic. They are the same for all variants of an operator.
     """
 
-    def measure(
+    def time_variant(
         operator: str,
         case: str,
         variant: str,
@@ -96,11 +95,11 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         flops: float = 0,
     ) -> None:
         if _verdict(operator) != "passed" and not KEPT:
-            pytest.fail(f"the tests of {operator} fail, or there are none: nothing is timed")
+            pytest.fail(f"the tests of {operator} fail or do not exist: it is not timed")
         key = _key(operator, case, variant)
-        if key in _begun():
-            pytest.skip("begun before, in a process that has ended")
-        records.write("begun", **key)
+        if key in _started():
+            pytest.skip("started before, in another process")
+        records.write("started", **key)
         before = registry.get_policy()
         if variant in OURS:
             registry.set_policy(variant)
@@ -108,16 +107,16 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
         try:
             if ON_GPU:
                 times = gpu_times(run, SECONDS)
-                copied = max(footprint, count)  # as much: what is short begins and ends for longer
+                copied = max(footprint, count)  # short copies would measure launch latency
                 bandwidth, limit = copy_bandwidth(copied), roofline_seconds(flops, count, copied)
             else:
                 benchmark.pedantic(run, rounds=_rounds(run), warmup_rounds=2)
-                times = Times(benchmark.stats.stats.data, recorded=False)
+                times = Times(benchmark.stats.stats.data, captured=False)
                 bandwidth, limit = copy_bandwidth(footprint), roofline_seconds(flops, count, footprint)
         except Exception as error:
             records.write("operator", **key, error=f"{type(error).__name__}: {error}"[:500])
             if is_broken():
-                pytest.exit(f"{operator}, {case}, {variant} broke the GPU for this process: {error}", BROKEN)
+                pytest.exit(f"{operator}, {case}, {variant} made the GPU unusable for this process: {error}", BROKEN)
             raise
         finally:
             registry.set_policy(before)
@@ -132,48 +131,48 @@ def moves(benchmark) -> Iterator[Callable[..., None]]:
                 "copy GB/s": bandwidth,
                 "share": limit / median,
                 "bytes": footprint,
-                "recorded": times.recorded,
+                "captured": times.captured,
                 "tests": _verdict(operator),
             }
         )
         records.write("operator", **LINES[-1])
         benchmark.extra_info.update(LINES[-1])
-        if ON_GPU and not times.recorded and is_broken():
-            pytest.exit(f"{operator}, {case}, {variant} could not be recorded: the next process goes on", BROKEN)
+        if ON_GPU and not times.captured and is_broken():
+            pytest.exit(f"{operator}, {case}, {variant} could not be captured: the next process continues", BROKEN)
 
-    with records.alone():
-        yield measure
+    with records.exclusive_gpu():
+        yield time_variant
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
-    """That there is no more to come."""
+    """Record that all benchmarks were run."""
     if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         records.write("operators done", precision=PRECISION, compiled=os.environ.get("DSPNET_BENCH_COMPILE") == "1")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Print what was measured, variants of one case beside each other; in red where a fast provider loses."""
+    """Print the results by case; fast providers that are slower than the alternative in red."""
     if not LINES:
         return
-    terminalreporter.section("share of this machine's limit")
+    terminalreporter.section("fraction of this machine's limit")
     terminalreporter.write_line(
-        f"{name()}, {peak_gflops():.0f} GFLOP/s. Times are medians, x is against eager, or a loop."
-        "\nThe share is of the longer of two times: of its bytes at the speed of a copy of as "
-        "many, and of its arithmetic at that peak."
+        f"{name()}, {peak_gflops():.0f} GFLOP/s. Times are medians; x is the speed-up over eager or a "
+        "loop.\nThe fraction is the roofline time, the larger of the bytes at copy speed and the arithmetic at peak "
+        "speed, divided by the measured time."
     )
     cases: dict[tuple, list[dict]] = {}
     for line in LINES:
         cases.setdefault((line["operator"], line["case"]), []).append(line)
     operators, names = (max(len(line[key]) for line in LINES) + 2 for key in ("operator", "case"))
     for lines in cases.values():
-        other = next((line["ms"] for line in lines if line["variant"] in ALTERNATIVES), None)
+        baseline = next((line["ms"] for line in lines if line["variant"] in ALTERNATIVES), None)
         for line in lines:
-            slower = line["variant"] in OURS and other is not None and line["ms"] > other
-            gains = f"{other / line['ms']:7.2f}x{'  slower' if slower else ''}" if other else ""
+            slower = line["variant"] in OURS and baseline is not None and line["ms"] > baseline
+            gains = f"{baseline / line['ms']:7.2f}x{'  slower' if slower else ''}" if baseline else ""
             terminalreporter.write_line(
                 f"{line['operator']:<{operators}}{line['case']:<{names}}{line['variant']:<8}{line['ms']:9.3f} ms"
                 f"{line['GFLOP/s']:6.0f} GFLOP/s{line['GB/s']:7.1f} GB/s, copy {line['copy GB/s']:5.1f}: "
                 f"{line['share']:4.0%}{gains if line['tests'] == 'passed' else '  tests ' + line['tests']}"
-                f"{'' if line['recorded'] or not ON_GPU else '  launched'}",
+                f"{'' if line['captured'] or not ON_GPU else '  launched'}",
                 **({"red": True, "bold": True} if slower and line["variant"] != "native" else {}),
             )

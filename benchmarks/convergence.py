@@ -1,9 +1,9 @@
-"""`python -m benchmarks.convergence`: do other kernels, or bf16, train as well? Losses and kNN of short real runs.
+"""`python -m benchmarks.convergence`: losses and kNN accuracy of short runs with fast kernels and bf16.
 
-One short run per seed with the native kernels says how far runs lie apart by chance. Runs of the same seeds with the
-fast kernels start from the same weights and see the same images, so they differ by rounding alone, which training then
-amplifies; they are as good if they stay within the spread of the seeds. `--golden` keeps the native runs for the test
-that holds every change to that (tests/train/test_convergence.py).
+Native runs with several seeds show how much runs differ by chance. Runs with fast kernels and the same seeds have the
+same initial weights and images, so only rounding differs, which training amplifies. They pass if they differ from the
+native run by no more than the seeds do. `--golden` saves the native runs as the reference of
+tests/train/test_convergence.py.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from train.pretraining.trainer import Trainer
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "train" / "golden_losses.json"
 SEEDS = (0, 1, 2)
-WINDOW = 10  # steps that losses are averaged over: single steps are noise
-# A learning rate at which rounding is not amplified beyond recognition within these hundred steps. MobileNetV3 learns
-# to agree in them, but hardly to classify: its kNN stays near chance. The ResNets' says something.
+WINDOW = 10  # steps over which losses are averaged to reduce noise
+# With this learning rate 100 steps amplify rounding only moderately. In so few steps MobileNetV3's loss falls, but its
+# kNN accuracy stays near chance; that of the ResNets rises.
 SHORT = {
     "data": "cifar10",
     "stem": "small",
@@ -50,7 +50,7 @@ SHORT = {
     "workers": 0,
     "probe_images": 2000,
 }
-RECIPES: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "mobilenet_v3": {**SHORT, "network": "mobilenet_v3_large", "dns": "w0.25,w0.375,w0.50"},
     "resnet": {**SHORT, "network": "resnet", "dns": "c8-d1111,c12-d1111,c16-d1111"},
 }
@@ -58,15 +58,15 @@ Run = dict[str, dict[str, Any]]
 
 
 def run(
-    recipe: str,
+    setting: str,
     seed: int,
     policy: str,
     precision: str = "fp32",
     device: str = "cpu",
     report: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Run:
-    """One run of a recipe: {"losses": {subnet: [one per window]}, "knn": {subnet: accuracy}}."""
-    config = PretrainConfig(**RECIPES[recipe], seed=seed, precision=precision)
+    """Train one run; returns {"losses": {subnet: [mean of each window]}, "knn": {subnet: accuracy}}."""
+    config = PretrainConfig(**SETTINGS[setting], seed=seed, precision=precision)
     before = registry.get_policy()
     registry.set_policy(policy)
     try:
@@ -94,7 +94,7 @@ def _windows(values: list[float]) -> Iterator[float]:
 
 
 def distance(runs: Sequence[Run]) -> Run:
-    """How far runs lie apart: per subnet the largest range of a window's loss, and of kNN."""
+    """Largest range of the loss in a window, and range of kNN accuracy, for each subnet."""
     names = runs[0]["knn"]
     return {
         "losses": {n: max(max(w) - min(w) for w in zip(*(r["losses"][n] for r in runs), strict=True)) for n in names},
@@ -102,11 +102,13 @@ def distance(runs: Sequence[Run]) -> Run:
     }
 
 
-def by_chance(recipe: str, seeds: Sequence[Run]) -> Run:
-    """How far runs may lie apart: as far as those of several seeds, and in kNN as far as counting so few images leaves
-    open: three standard errors of a difference, since of a dozen that are looked at none may be farther by chance."""
+def allowed_distance(setting: str, seeds: Sequence[Run]) -> Run:
+    """The distance of native runs with several seeds; in kNN accuracy at least three standard errors of a difference.
+
+    Three standard errors, because about a dozen differences are compared.
+    """
     allowed = distance(seeds)
-    queries = RECIPES[recipe]["probe_images"] / 2
+    queries = SETTINGS[setting]["probe_images"] / 2
     for name in allowed["knn"]:
         accuracy = sum(run["knn"][name] for run in seeds) / len(seeds)
         counting = 3 * (2 * accuracy * (1 - accuracy) / queries) ** 0.5
@@ -115,53 +117,61 @@ def by_chance(recipe: str, seeds: Sequence[Run]) -> Run:
 
 
 def main() -> None:
-    """Run all variants and print how far they lie apart."""
+    """Run all variants and print their distances."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="auto,auto bf16", help="what to compare with native [%(default)s]")
-    parser.add_argument("--device", default="cpu", help="where, cpu or cuda [%(default)s]")
-    parser.add_argument("--golden", action="store_true", help=f"write the native runs to {GOLDEN.name}")
+    parser.add_argument(
+        "--variants", default="auto,auto bf16", help="policies and precisions to compare with native [%(default)s]"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
+    parser.add_argument("--golden", action="store_true", help=f"save the native runs in {GOLDEN.name}")
     options = parser.parse_args()
     variants = ["native", *filter(None, options.variants.split(","))]
-    golden: dict[str, Any] = {"recipes": RECIPES, "window": WINDOW, "seeds": {}}
+    golden: dict[str, Any] = {"settings": SETTINGS, "window": WINDOW, "seeds": {}}
     with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(RECIPES) * len(variants) * len(SEEDS))
-        for recipe in RECIPES:
+        task = progress.add_task("", total=len(SETTINGS) * len(variants) * len(SEEDS))
+        for setting in SETTINGS:
             results: dict[str, list[Run]] = {}
             for variant in variants:
                 policy, _, precision = variant.partition(" ")
                 for seed in SEEDS:
-                    description = f"{recipe}, {variant}, seed {seed}"
+                    description = f"{setting}, {variant}, seed {seed}"
 
                     def report(step: int, steps: int, description: str = description) -> None:
                         progress.update(task, description=f"{description}, step {step} of {steps}")
 
                     results.setdefault(variant, []).append(
-                        run(recipe, seed, policy, precision or "fp32", options.device, report)
+                        run(setting, seed, policy, precision or "fp32", options.device, report)
                     )
                     progress.advance(task)
-            progress.console.print(_table(recipe, results))
-            golden["seeds"][recipe] = results["native"]
+            progress.console.print(_table(setting, results))
+            golden["seeds"][setting] = results["native"]
     if options.golden:
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 
-def _table(recipe: str, results: dict[str, list[Run]]) -> Table:
+def _table(setting: str, results: dict[str, list[Run]]) -> Table:
     native = results["native"]
-    allowed = by_chance(recipe, native)
+    allowed = allowed_distance(setting, native)
     table = Table(
-        "subnet", "runs", "last losses", "loss apart", "kNN, %", "kNN apart", title=f"{recipe}, {len(native)} seeds"
+        "subnet",
+        "runs",
+        "last losses",
+        "loss distance",
+        "kNN, %",
+        "kNN distance",
+        title=f"{setting}, {len(native)} seeds",
     )
     for name in native[0]["knn"]:
         for variant, runs in results.items():
             pairs = [distance(pair) for pair in zip(runs, native, strict=True)]
-            apart = [allowed] if runs is native else pairs
+            distances = [allowed] if runs is native else pairs
             table.add_row(
                 name,
-                f"{variant}: what seeds allow" if runs is native else variant,
+                f"{variant}: allowed distance" if runs is native else variant,
                 " ".join(f"{r['losses'][name][-1]:.3f}" for r in runs),
-                f"{max(d['losses'][name] for d in apart):.3f}",
+                f"{max(d['losses'][name] for d in distances):.3f}",
                 " ".join(f"{100 * r['knn'][name]:.1f}" for r in runs),
-                f"{100 * max(d['knn'][name] for d in apart):.1f}",
+                f"{100 * max(d['knn'][name] for d in distances):.1f}",
             )
     return table
 

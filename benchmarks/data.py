@@ -1,14 +1,15 @@
-"""Images per second and core: two BYOL views of photographs, by every backend, beside decoding alone.
+"""Images per second and core of the augmentation backends: two BYOL views of photographs, and decoding alone.
 
 The images are JPEGs of 400 x 400 pixels, crops of scikit-learn's two sample photographs at several scales, or those of
---data. Everything runs in one process that is bound to one core, PyTorch and DALI with one thread each. A second is one
-of processor time, whichever of the process's threads used it. Variants take turns; times are medians.
+--data. One process runs on one core, with one thread each for PyTorch and DALI. Times are medians of processor time;
+samples of the variants are interleaved.
 
-`torchvision on PIL` and `torchvision on tensors` are its own transforms (v2), as its users write BYOL's augmentation;
-`torchvision` and `dali-cpu` are this project's backends. Before anything is timed, the views of the two backends are
-compared; if they differ by more than docs/data.md says, nothing is.
+`torchvision on PIL` and `torchvision on tensors` implement BYOL's augmentation with torchvision's own transforms (v2);
+`torchvision` and `dali-cpu` are this project's backends. Timing starts only if the views of the two backends agree
+within the limit in docs/data.md.
 
-The last line is for programs: dali_cpu_vs_best_torchvision=X, against the better of torchvision on PIL and on tensors.
+The last line is machine-readable: dali_cpu_vs_best_torchvision=X, relative to the faster of torchvision on PIL and on
+tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from train.data.sampler import EpochSampler
 from train.data.views.augmentation import ViewSpec, byol
 from train.run.progress import Monitor
 
-from .quiet import Patience, interleave, spread
+from .quiet import QuietWait, interleave, relative_half_iqr
 
 EPILOG = """\
 examples:
@@ -55,8 +56,8 @@ examples:
 
 PIL, TENSORS, OURS, DALI = "torchvision on PIL", "torchvision on tensors", "torchvision", "dali-cpu"
 DECODE_PIL, DECODE_DALI = "decode only, Pillow", "decode only, DALI"
-SIZE, SCALES = 400, (0.65, 0.8, 1.0)  # pixels of a photograph; of the sample's shorter side that it shows
-APART = 2.0  # grey levels, the mean over all pixels
+SIZE, SCALES = 400, (0.65, 0.8, 1.0)  # side of a photograph in pixels; side of a crop relative to the sample
+MAX_DIFFERENCE = 2.0  # grey levels, mean over all pixels
 
 
 def photographs(folder: Path, count: int, size: int = SIZE) -> None:
@@ -74,7 +75,7 @@ def photographs(folder: Path, count: int, size: int = SIZE) -> None:
 
 
 def transform(view: ViewSpec, on_tensors: bool) -> v2.Transform:
-    """The view as torchvision's own transforms."""
+    """The augmentation of a view with torchvision's own transforms."""
     jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return v2.Compose(
         [
@@ -151,7 +152,7 @@ def _backend(
 
 
 def variants(images: ImageDataset, image_size: int, batch_size: int) -> dict[str, Callable[[], object]]:
-    """Each makes the views of all images once, or decodes them."""
+    """Functions by name that each decode all images once, or also compute two views of them."""
     specs = byol(image_size)
     runs: dict[str, Callable[[], object]] = {
         DECODE_PIL: lambda: _decode_pillow(images),
@@ -162,25 +163,25 @@ def variants(images: ImageDataset, image_size: int, batch_size: int) -> dict[str
     try:
         choose_backend(DALI, images, torch.device("cpu"))
     except InputError as error:
-        print(f"without DALI: {error}", file=sys.stderr)
+        print(f"DALI is skipped: {error}", file=sys.stderr)
         return runs
     return runs | {DECODE_DALI: _decode_dali(images, batch_size), DALI: _backend(DALI, images, specs, batch_size)}
 
 
 def check(images: ImageDataset, image_size: int) -> float:
-    """Mean difference of the backends' views in grey levels; exits with 1 if it is more than APART."""
-    few = Subset(images, range(min(32, len(images))))
-    made = [compute_views(name, few, byol(image_size), seed=0).float() for name in (OURS, DALI)]
-    apart = (made[0] - made[1]).abs().mean().item()
-    if not apart <= APART:
-        sys.exit(f"error: the backends' views are {apart:.2f} grey levels apart, {APART} allowed: nothing is timed")
-    return apart
+    """Mean difference of the backends' views in grey levels; exits with 1 if it exceeds MAX_DIFFERENCE."""
+    sample = Subset(images, range(min(32, len(images))))
+    made = [compute_views(name, sample, byol(image_size), seed=0).float() for name in (OURS, DALI)]
+    difference = (made[0] - made[1]).abs().mean().item()
+    if not difference <= MAX_DIFFERENCE:
+        sys.exit(f"error: the views of the backends differ by {difference:.2f} grey levels, more than {MAX_DIFFERENCE}")
+    return difference
 
 
 def measure(options: argparse.Namespace, images: ImageDataset) -> dict:
-    """Time all variants in turns."""
+    """Time all variants, with interleaved samples."""
     runs = variants(images, options.image_size, options.batch_size)
-    apart = check(images, options.image_size) if DALI in runs else None
+    difference = check(images, options.image_size) if DALI in runs else None
     with Monitor("data", len(runs) * (options.rounds + 1), console=Console(stderr=True, highlight=False)) as monitor:
 
         def tick(status: str) -> None:
@@ -190,7 +191,7 @@ def measure(options: argparse.Namespace, images: ImageDataset) -> dict:
         for name, run in runs.items():
             tick(f"{name}: warm-up")
             run()
-        seconds = interleave(runs, options.rounds, Patience(options.patience, 5), tick, time.process_time)
+        seconds = interleave(runs, options.rounds, QuietWait(options.wait_seconds, 5), tick, time.process_time)
     rates = {name: len(images) / statistics.median(samples) for name, samples in seconds.items()}
     best = max(rates[PIL], rates[TENSORS])
     return {
@@ -200,13 +201,13 @@ def measure(options: argparse.Namespace, images: ImageDataset) -> dict:
         "images": len(images),
         "image_size": options.image_size,
         "batch_size": options.batch_size,
-        "grey_levels_apart": apart,
+        "grey_level_difference": difference,
         "variants": {
             name: {
                 "images/s": rate,
                 "x": rate / best,
                 "share of decoding": rate / rates[DECODE_DALI if name == DALI else DECODE_PIL],
-                "spread": spread(seconds[name]),
+                "relative_half_iqr": relative_half_iqr(seconds[name]),
                 "seconds": seconds[name],
             }
             for name, rate in rates.items()
@@ -220,7 +221,7 @@ def report(results: dict, console: Console) -> None:
         f"{results['images']} JPEGs, two views of {results['image_size']} px, one core of {results['processor']}, "
         f"torch {results['torch']}"
     )
-    table = Table("variant", "images/s per core", "±", "x best torchvision", "of decoding alone")
+    table = Table("variant", "images/s per core", "±", "x best torchvision", "of decoding")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, line in results["variants"].items():
@@ -228,7 +229,7 @@ def report(results: dict, console: Console) -> None:
         table.add_row(
             name,
             f"{line['images/s']:.0f}",
-            f"{line['spread']:.0%}",
+            f"{line['relative_half_iqr']:.0%}",
             "" if decoding else f"{line['x']:.2f}",
             "" if decoding else f"{line['share of decoding']:.0%}",
             style="bold" if name == DALI else "",
@@ -237,29 +238,47 @@ def report(results: dict, console: Console) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.data",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", help="folder of JPEGs [400 x 400 pixels of scikit-learn's sample photographs]")
-    parser.add_argument("--images", type=int, default=256, help="images of a sample, whole batches [%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=64, help="images, of two views each [%(default)s]")
-    parser.add_argument("--image-size", type=int, default=128, help="height and width of a view [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each variant [%(default)s]")
-    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for quiet, in all [%(default)s]")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of JPEGs [400 x 400 pixels of scikit-learn's sample photographs]"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images per sample, a multiple of the batch size [%(default)s]",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="images per batch, with two views each [%(default)s]"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=128, metavar="N", help="height and width of a view [%(default)s]"
+    )
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="samples of each variant [%(default)s]")
+    parser.add_argument(
+        "--wait-seconds",
+        type=float,
+        default=60,
+        metavar="S",
+        help="total wait for other processes, in seconds [%(default)s]",
+    )
+    parser.add_argument("--json", metavar="FILE", help="file for all measurements")
+    parser.add_argument("--debug", action="store_true", help="show the traceback if an error occurs")
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     options = make_parser().parse_args(argv)
     if options.images < options.batch_size or options.images % options.batch_size:
-        raise InputError(f"--images {options.images} is no multiple of --batch-size {options.batch_size}")
+        raise InputError(f"--images {options.images} is not a multiple of --batch-size {options.batch_size}")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)

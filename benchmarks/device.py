@@ -1,7 +1,7 @@
-"""Where operators are timed, in what, and by which clock: the CPU and fp32, unless the environment says otherwise.
+"""Device, precision and clock of the operator benchmarks.
 
-DSPNET_BENCH_DEVICE: cpu or cuda. DSPNET_BENCH_DTYPE: bf16, fp32 or tf32, of activations; weights are fp32 in any case.
-fp32 is exact for everybody, in tf32 everybody's products of fp32 may be rounded to tf32, also those of cuDNN.
+DSPNET_BENCH_DEVICE: cpu (default) or cuda. DSPNET_BENCH_DTYPE: dtype of activations, fp32 (default), tf32 or bf16;
+weights are fp32. tf32 lets all variants, cuDNN included, round operands of fp32 products to tf32; fp32 lets none.
 """
 
 from __future__ import annotations
@@ -18,24 +18,28 @@ PRECISION = os.environ.get("DSPNET_BENCH_DTYPE", "fp32")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}[PRECISION]
 
-TRIALS = 4  # algorithms, in the order that cuDNN thinks best: a step has hundreds of convolutions to try them on
-WARM_UP = 3  # calls in which kernels are compiled and libraries choose algorithms
-CALLS = 20  # in one recording, at most: an event is some microseconds off
-SAMPLE = 5e-3  # seconds between two events, about
-ROUNDS = 5, 30  # samples, at least and at most
+TRIALS = 4  # algorithms that cuDNN times per convolution, of which a step has hundreds
+WARM_UP = 3  # untimed calls, in which kernels are compiled and libraries choose algorithms
+CALLS = 20  # largest number of calls per graph; several, because events are accurate to microseconds only
+SAMPLE = 5e-3  # approximate seconds between two events
+ROUNDS = 5, 30  # smallest and largest number of samples
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call, by each sample. recorded: replayed as a graph, so that launches are not in them."""
+    """Seconds of one call in each sample; `captured`: calls were replayed as a CUDA graph, without launch overhead."""
 
     seconds: list[float]
-    recorded: bool
+    captured: bool
 
 
 def configure(ours: bool, tried: bool = False) -> None:
-    """Libraries as ours (train/run/device.py), or the comparison, has them: its convolutions may have any algorithm,
-    with `tried` the fastest of some on trial; ours are deterministic. Products of fp32 are the same for both."""
+    """Configure cuDNN and fp32 products.
+
+    Args:
+        ours: deterministic convolutions, as train/run/device.py sets them; otherwise any algorithm.
+        tried: let cuDNN time several algorithms and use the fastest.
+    """
     torch.set_float32_matmul_precision("high" if PRECISION == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = PRECISION == "tf32"
     torch.backends.cudnn.benchmark = tried
@@ -44,9 +48,10 @@ def configure(ours: bool, tried: bool = False) -> None:
 
 
 def gpu_times(run: Callable[[], object], budget: float) -> Times:
-    """Times of `run` on the GPU, for about `budget` seconds: several calls recorded as a graph, between two events.
+    """Time `run` on the GPU for about `budget` seconds.
 
-    What cannot be recorded is launched as often.
+    Several calls are captured as a CUDA graph and replayed between two events. Calls that cannot be captured are
+    launched instead.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -61,21 +66,21 @@ def gpu_times(run: Callable[[], object], budget: float) -> Times:
             run()
 
     again: Callable[[], object] = several
-    if not _waits(run):  # a recording that fails leaves torch's generator of random numbers unusable
+    if not _synchronises(run):  # a failed capture leaves torch's random number generator unusable
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 several()
             again = graph.replay
         except RuntimeError:
-            torch.cuda.synchronize()  # if that fails too, more than recording does
+            torch.cuda.synchronize()  # raises if the GPU itself is broken
     once = max(between_events(again) for _ in range(2))
     rounds = min(max(int(budget / max(once, 1e-6)), ROUNDS[0]), ROUNDS[1])
     return Times([between_events(again) / calls for _ in range(rounds)], again is not several)
 
 
-def _waits(run: Callable[[], object]) -> bool:
-    """Whether it makes the host wait for the GPU, which cannot be recorded."""
+def _synchronises(run: Callable[[], object]) -> bool:
+    """Whether a call synchronises with the GPU, which a graph cannot contain."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
@@ -87,7 +92,7 @@ def _waits(run: Callable[[], object]) -> bool:
 
 
 def between_events(run: Callable[[], object]) -> float:
-    """Seconds that the GPU needs for what `run` asks of it, or `run` for asking."""
+    """Seconds between two events around `run`: the GPU's work, or the launches if they take longer."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     began.record()
@@ -98,8 +103,7 @@ def between_events(run: Callable[[], object]) -> float:
 
 
 def is_broken() -> bool:
-    """Whether the GPU answers with nothing but errors from now on, as after an illegal access, or random numbers do, as
-    after a recording that failed: a new process is needed."""
+    """Whether this process can no longer use the GPU, as after an illegal access or a failed capture."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -111,7 +115,7 @@ def is_broken() -> bool:
 
 
 def name() -> str:
-    """What the times are of."""
+    """Name of the device and the precision."""
     if ON_GPU:
         return f"{torch.cuda.get_device_name()}, {PRECISION}"
     return f"{torch.get_num_threads()} threads, {PRECISION}"

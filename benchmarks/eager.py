@@ -1,9 +1,9 @@
-"""The comparison: DSPNet's training step as published slimmable code has it, plain PyTorch and no operator of ours.
+"""The baseline: DSPNet's training step in plain PyTorch, written like published slimmable networks.
 
-Functional networks whose layers slice a full weight, `weight[:o, :i]`, F.batch_norm by the statistics of each view's
-own forward pass, a backward for every subnet, LARS and the target's update as loops over parameters. It shares with
-train/ what a subnet is (`layer_sizes`) and what the parameters are called, and computes the same step
-(tests/benchmarks/test_eager.py), but for one thing it is spared: no running statistics are kept.
+Functional networks slice full weights, `weight[:o, :i]`, and call F.batch_norm for each view. Every subnet has its own
+backward pass. LARS and the target's update loop over parameters. Definitions of subnets (`layer_sizes`) and parameter
+names come from train/. The step is the same (tests/benchmarks/test_eager.py), except that running statistics are not
+updated, which favours the baseline.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from train.pretraining.dspnet import DSPNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-RELU_STAGES, STAGE_STRIDES = 3, (1, 2, 2, 2, 1, 2)  # of MobileNetV3-Large: hardswish from the fourth stage on
+RELU_STAGES, STAGE_STRIDES = 3, (1, 2, 2, 2, 1, 2)  # MobileNetV3-Large uses hardswish from the fourth stage on
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a subnet, by name.
+    """The layers of a subnet, called by name.
 
     Args:
-        weights: all parameters of the full network.
-        sizes: output channels, or blocks, of what the subnet can be smaller in.
-        views: a batch holds this many views one after another; batch normalisation treats each by itself.
+        weights: parameters of the full network.
+        sizes: output channels or numbers of blocks of the subnet.
+        views: number of views in a batch, one after another; batch norm normalises each separately.
     """
 
     weights: Mapping[str, Tensor]
@@ -45,24 +45,24 @@ class Layers:
         return F.conv2d(x, weight, None if bias is None else bias[:out_channels], stride, weight.shape[-1] // 2)
 
     def depthwise(self, name: str, x: Tensor, stride: int) -> Tensor:
-        """A convolution of each channel by itself."""
+        """A depthwise convolution."""
         channels = x.shape[1]
         weight = self.weights[f"{name}.weight"][:channels]
         return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, channels)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Batch normalisation in training."""
+        """Batch normalisation in training mode."""
         channels = x.shape[1]
         weight, bias = self.weights[f"{name}.weight"][:channels], self.weights[f"{name}.bias"][:channels]
         views = [F.batch_norm(view, None, None, weight, bias, True) for view in x.chunk(self.views)]
         return views[0] if self.views == 1 else torch.cat(views)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """A linear layer whose input may be a prefix."""
+        """A linear layer, for inputs with a prefix of its features."""
         return F.linear(x, self.weights[f"{name}.weight"][:, : x.shape[1]], self.weights.get(f"{name}.bias"))
 
     def has(self, name: str) -> bool:
-        """Whether the full network has that layer."""
+        """Whether the full network has a layer of this name."""
         return f"{name}.weight" in self.weights
 
 
@@ -122,7 +122,7 @@ def mlp(layers: Layers, name: str, x: Tensor) -> Tensor:
 
 
 def regression(p: Tensor, z: Tensor) -> Tensor:
-    """mean (2 - 2 cos(p, z)), in fp32 at least."""
+    """Mean of 2 - 2 cos(p, z), at least in fp32."""
     p, z = (v if v.dtype == torch.float64 else v.float() for v in (p, z))
     return (2 - 2 * (F.normalize(p) * F.normalize(z)).sum(1)).mean()
 
@@ -137,7 +137,7 @@ def lars(
     momentum: float,
     eta: float,
 ) -> None:
-    """LARS as a loop over parameters."""
+    """LARS in a loop over parameters."""
     for name, parameter in parameters.items():
         gradient = parameter.grad
         assert gradient is not None
@@ -152,24 +152,25 @@ def lars(
 
 @torch.no_grad()
 def ema(targets: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tau: float) -> None:
-    """The target's update as a loop over parameters."""
+    """The target's moving average in a loop over parameters."""
     for name, target in targets.items():
         target.mul_(tau).add_(parameters[name], alpha=1 - tau)
 
 
 class EagerStep:
-    """Parameters, target and momentum of a run, and its step.
+    """Parameters, target and momentum of a run, and its training step.
 
     Args:
-        model: whose weights to start from; they are copied. Its target must have no momentum batch normalisation.
-        channels_last: the memory format of images and weights; else PyTorch's default.
+        model: model whose weights are copied; its target must not have momentum batch norm.
+        channels_last: channels-last images and weights, otherwise PyTorch's default layout.
         precision: "fp32", or "bf16" for autocast.
-        stacked: both views in one forward pass, with batch normalisation by chunks. Off by default: separate passes
-            are the stronger comparison. At 96 px and 32 images, MobileNetV3-Large w0.50,w0.625,w0.75,w1.00, one thread
-            of a Xeon with AVX-512, they took 2.85 s a step against 3.26 stacked, 4.16 against 4.42 in the default
-            layout (medians of 4 of the thread's CPU time).
-        compiled: torch.compile the forward passes, each subnet's by itself.
-        weight_decay, momentum, eta: of LARS.
+        stacked: both views in one forward pass, with batch norm on chunks. Off by default because separate passes are
+            faster: 2.85 s per step instead of 3.26 s, and 4.16 s instead of 4.42 s in the default layout (96 px, 32
+            images, MobileNetV3-Large w0.50,w0.625,w0.75,w1.00, one thread of a Xeon with AVX-512, medians of 4).
+        compiled: torch.compile the forward pass of each subnet.
+        weight_decay: weight decay of LARS.
+        momentum: momentum of LARS.
+        eta: trust coefficient of LARS.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class EagerStep:
             torch.tensor(values, device=self._device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
         )
         self._views_per_pass = 2 if stacked else 1
-        self._hyper = {"weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        self._hyperparameters = {"weight_decay": weight_decay, "momentum": momentum, "eta": eta}
         self._run = torch.compile(self._branch, dynamic=False) if compiled else self._branch
 
     def _copy(self, value: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ class EagerStep:
         return mlp(layers, "predictor", projection) if predict else projection
 
     def _forward(self, weights: Mapping[str, Tensor], images: Tensor, subnet: Subnet, predict: bool) -> list[Tensor]:
-        """What the network makes of view 1 and of view 2."""
+        """Outputs for view 1 and view 2."""
         layers = Layers(weights, self._sizes[subnet.name], self._views_per_pass)
         with self._autocast():
             if self._views_per_pass == 2:
@@ -219,7 +220,7 @@ class EagerStep:
         return torch.autocast(self._device.type, torch.bfloat16) if self._precision == "bf16" else nullcontext()
 
     def accumulate(self, images: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
-        """The losses of `subnets` for two views, [2B, 3, H, W], and the sum of their gradients."""
+        """Accumulate gradients of `subnets` for two views, [2B, 3, H, W]; returns the losses."""
         images = images.contiguous(memory_format=self._format)
         with torch.no_grad():
             first_target, second_target = self._forward(self.targets, images, self._full, predict=False)
@@ -232,14 +233,14 @@ class EagerStep:
         return losses
 
     def update(self, lr: float, tau: float) -> None:
-        """LARS, then the target's update, then no gradients."""
-        lars(self.parameters, self.momenta, lr, **self._hyper)
+        """Apply LARS and the target's moving average, and delete the gradients."""
+        lars(self.parameters, self.momenta, lr, **self._hyperparameters)
         ema(self.targets, self.parameters, tau)
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def step(self, batch: Tensor, subnets: Sequence[Subnet], lr: float, tau: float) -> dict[str, Tensor]:
-        """A training step on two views, uint8 [2B, 3, S, S]."""
+        """Train one step on two views, uint8 [2B, 3, S, S]; returns the losses."""
         images = batch.float().div_(255).sub_(self._mean).div_(self._std)
         losses = self.accumulate(images, subnets)
         self.update(lr, tau)

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: the shares that benchmarks print are of these."""
+"""Measured limits of this machine: copy bandwidth and peak arithmetic, for roofline fractions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .device import DEVICE, DTYPE, ON_GPU, gpu_times
 
-BEYOND_CACHES = 2**32  # bytes that a copy reads and writes together to say what memory alone can do
+BEYOND_CACHES = 2**32  # bytes that a copy reads and writes to measure memory without caches
 
 
 def _seconds(run: Callable[[], object], rounds: int) -> list[float]:
@@ -28,9 +28,9 @@ def _seconds(run: Callable[[], object], rounds: int) -> list[float]:
 
 @functools.cache
 def copy_bandwidth(footprint: int) -> float:
-    """GB/s that a copy reads and writes together, the median of several, between two halves of `footprint` bytes.
+    """GB/s that a copy within `footprint` bytes reads and writes, the median of several.
 
-    As many bytes as the operator works on, so that both find the same share of them in the caches.
+    With the operator's footprint, the copy has the same cache hit rate as the operator.
     """
     source = torch.ones(max(1, footprint // 8), device=DEVICE)
     target = torch.empty_like(source)
@@ -39,9 +39,9 @@ def copy_bandwidth(footprint: int) -> float:
 
 @functools.cache
 def peak_gflops() -> float:
-    """GFLOP/s of multiply-adds in the activations' dtype: the best of a large matrix product or pointwise convolution.
+    """GFLOP/s in the activations' dtype: the larger of a large matrix product and a pointwise convolution.
 
-    Both, since they come from libraries (MKL and oneDNN on x86) of which either can be slow on a given processor.
+    They use different libraries (MKL and oneDNN on x86), each of which is slow on some processors.
     """
     side, channels = (8192 if ON_GPU else 2048, 1024)
     left, right = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
@@ -55,8 +55,11 @@ def peak_gflops() -> float:
 
 
 def roofline_seconds(flops: float, count: float, footprint: int) -> float:
-    """The least time for that many operations and that many bytes read and written, the slower of the two.
+    """Lower bound of the time: the larger of arithmetic time and memory time.
 
-    footprint: the bytes that a copy is timed on, as in `copy_bandwidth`.
+    Args:
+        flops: number of floating-point operations.
+        count: bytes read and written.
+        footprint: bytes of the working set, see `copy_bandwidth`.
     """
     return max(flops / (1e9 * peak_gflops()), count / (1e9 * copy_bandwidth(footprint)))

@@ -15,10 +15,9 @@ MEASURED = "the step measured"
 
 
 def peak_of_step(build: Callable[[], Callable[[], object]]) -> int:
-    """The highest sum of live tensors, in bytes, during the third call of the step that `build` returns.
+    """Peak bytes of live tensors during the third call of the step that `build` returns.
 
-    Whatever `build` and the steps before allocated and kept counts, from the profiler's record of every allocation on
-    the CPU, so nobody has to list what lives all the time.
+    The profiler records every CPU allocation, including those that `build` and earlier steps keep.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step = build()
@@ -38,7 +37,7 @@ def peak_of_step(build: Callable[[], Callable[[], object]]) -> int:
 
 
 def in_own_process(module: str, arguments: Sequence[str]) -> dict[str, float]:
-    """What `python -m module arguments` prints, as JSON; RuntimeError with what it complained of."""
+    """JSON that `python -m module arguments` prints; RuntimeError with its stderr if it fails."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{done.stderr}")

@@ -1,7 +1,7 @@
-"""Times of things to compare, on a machine that others use too.
+"""Timing of several variants on a shared machine.
 
-One competing process can turn a second into ten, and clocks drift within minutes. So variants take turns in one
-process, and every sample waits for a quiet moment.
+Other processes can slow a sample down tenfold, and clock rates drift within minutes. Samples of the variants are
+therefore interleaved in one process, and each waits until other processes are quiet.
 """
 
 from __future__ import annotations
@@ -10,45 +10,45 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-QUIET = 0.06  # share of all processors' time that others may use before a sample
-WINDOW = 0.3  # seconds that they are watched for
+QUIET = 0.06  # fraction of all processors' time that other processes may use before a sample
+WINDOW = 0.3  # seconds over which their load is measured
 
 
 def _processor_seconds() -> tuple[float, float]:
-    """Jiffies that all processors were busy with anything, and jiffies in all. (0, 0) where Linux does not tell."""
+    """Busy and total jiffies of all processors; (0, 0) without /proc/stat."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, idle, iowait, *others = map(int, file.readline().split()[1:9])
     except OSError:
         return 0, 0
-    busy = user + nice + system + sum(others)  # interrupts, and what the host took from a virtual machine
+    busy = user + nice + system + sum(others)  # interrupts, and time stolen by the host of a virtual machine
     return busy, busy + idle + iowait
 
 
-def foreign_load() -> float:
-    """Share of all processors' time that others use, over the next WINDOW seconds, in which this process sleeps."""
+def other_load() -> float:
+    """Fraction of all processors' time that other processes use; sleeps for WINDOW seconds to measure it."""
     before = _processor_seconds()
     time.sleep(WINDOW)
     busy, total = (after - earlier for after, earlier in zip(_processor_seconds(), before, strict=True))
     return busy / total if total else 0.0
 
 
-class Patience:
-    """Waits for quiet moments, for `seconds` in all and `each` at a time at most."""
+class QuietWait:
+    """Waits until other processes are quiet, up to `seconds` in total and up to `each` per call."""
 
     def __init__(self, seconds: float, each: float) -> None:
         self._left, self._each = seconds, each
 
     def wait(self) -> None:
-        """Return when others use less than QUIET of the machine, or when patience is at an end."""
+        """Return when the load of other processes is below QUIET, or at the time limit."""
         began = time.monotonic()
-        while foreign_load() > QUIET and time.monotonic() - began < min(self._each, self._left):
+        while other_load() > QUIET and time.monotonic() - began < min(self._each, self._left):
             pass
         self._left -= time.monotonic() - began
 
 
-def spread(seconds: Sequence[float]) -> float:
-    """Half of the range between the quartiles, as a share of the median."""
+def relative_half_iqr(seconds: Sequence[float]) -> float:
+    """Half of the interquartile range, divided by the median."""
     if len(seconds) < 2:
         return 0.0
     first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -58,18 +58,29 @@ def spread(seconds: Sequence[float]) -> float:
 def interleave(
     variants: Mapping[str, Callable[[], object]],
     rounds: int,
-    patience: Patience,
+    quiet: QuietWait,
     tick: Callable[[str], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in `rounds` rounds, each beginning with another one; `tick` gets its name before it."""
+    """Time variants alternately.
+
+    Args:
+        variants: functions by name; each round starts with another variant.
+        rounds: number of samples of each variant.
+        quiet: wait before each sample.
+        tick: called with the name of the variant before each sample.
+        clock: returns seconds.
+
+    Returns:
+        Seconds of all samples by variant.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for first in range(rounds):
         for index in range(len(names)):
             name = names[(first + index) % len(names)]
             tick(name)
-            patience.wait()
+            quiet.wait()
             began = clock()
             variants[name]()
             seconds[name].append(clock() - began)

@@ -1,20 +1,20 @@
-"""What a whole DSPNet training step costs, ours against plain PyTorch.
+"""Time and memory of a whole DSPNet training step, compared with plain PyTorch.
 
-A step is: a uint8 batch of two views on hand, normalised; the target's forward pass; forward and backward pass of every
-subnet; LARS and the target's update. The baseline is benchmarks/eager.py, the same step as published slimmable code has
-it; a first step of both must give the same losses and move the weights alike, or nothing is timed.
+A step starts from a uint8 batch of two views: normalisation, the target's forward pass, forward and backward pass of
+every subnet, LARS and the target's update. The baseline is benchmarks/eager.py, the same step written like published
+slimmable networks. Timing starts only if the first step of both gives the same losses and weight updates.
 
-Variants take turns within one process. Every sample waits, for a bounded time, until other processes use less than 6 %
-of the machine. Times are medians, and `x` is against eager channels_last. Peak memory is the highest sum of live
-tensors during a step, weights and optimizer state included, each variant in a process of its own. `limit` is the share
-of the time that this machine, as measured in the same run, would need for the convolutions and matrix products alone if
-each were bound by nothing but its own arithmetic or by reading and writing its operands once.
+Samples of the variants are interleaved in one process. Each sample waits, for a limited time, until other processes use
+less than 6 % of the machine. Times are medians; `x` is the speed-up over eager channels_last. Peak memory is that of
+all live tensors during a step, including weights and optimizer state, measured in a separate process per variant.
+`limit` is a lower bound of the step's time divided by the measured time; the bound is the roofline time of the
+convolutions and matrix products on this machine.
 
-The last line is for programs:
+The last line is machine-readable:
 
     step_speedup_vs_eager_channels_last=X vs_eager_default=Y peak_memory_ratio=Z
 
-for ours in fp32 with the fast kernels; Z is ours divided by eager channels_last, less than 1 is less memory.
+It compares fp32 with fast kernels; Z < 1 means less memory than eager channels_last.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's word about GPUs that are not there
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # hides the profiler's messages about missing GPUs
 
 import torch
 from rich.console import Console
@@ -50,14 +50,14 @@ from train.run.progress import Monitor
 from . import machine, work
 from .eager import EagerStep
 from .memory import MIB, in_own_process, peak_of_step
-from .quiet import Patience, interleave, spread
+from .quiet import QuietWait, interleave, relative_half_iqr
 
 EPILOG = """\
 examples:
   python -m benchmarks.step --quick
-      the two figures that matter, in fp32 and bf16, in under three minutes on two cores
+      speed-up and memory in fp32 and bf16, in less than three minutes on two cores
   python -m benchmarks.step --json step.json
-      every variant but torch.compile, in more rounds
+      all variants except torch.compile, with more samples
   python -m benchmarks.step --network resnet --dns c32-d1111,c64-d2222 --subnets c32-d1111,c64-d2222
       another family
   python -m benchmarks.step --threads 1 --image-size 64 --batch-size 16 --rounds 5
@@ -67,19 +67,19 @@ examples:
 OURS, EAGER, EAGER_DEFAULT = "ours", "eager channels_last", "eager default layout"
 COPY_FOOTPRINT = 64 * MIB
 LOSS_RTOL = 1e-3
-UPDATE_RTOL = 0.05  # of the whole step's length; two correct steps in fp32 were 0.007 apart
-STEPS_OF_A_RUN = 100_000  # so many that learning rate and tau stay what they are
+UPDATE_RTOL = 0.05  # relative to the norm of the update; correct fp32 steps differed by 0.007
+RUN_STEPS = 100_000  # large, so that learning rate and tau stay constant
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the step: ours under a policy, or the comparison, with no policy, by its options."""
+    """A variant of the step: ours with a provider policy, or the eager baseline (policy None)."""
 
     policy: str | None = None
     precision: str = "fp32"
     channels_last: bool = True
     compiled: bool = False
-    quick: bool = True  # also with --quick
+    quick: bool = True  # whether --quick includes it
 
 
 VARIANTS = {
@@ -95,14 +95,14 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A variant's step, which returns the losses of the subnets, and the weights that it trains."""
+    """The step of a variant, which returns losses by subnet, and the weights that it trains."""
 
     step: Callable[[], dict[str, Tensor]]
     weights: Mapping[str, Tensor]
 
 
 def configuration(options: argparse.Namespace, precision: str = "fp32") -> PretrainConfig:
-    """A run whose every step takes the same subnets: all of its family."""
+    """Configuration of a run in which every step trains all subnets of the family."""
     subnets = _names(options.subnets)
     return PretrainConfig(
         network=options.network,
@@ -111,7 +111,7 @@ def configuration(options: argparse.Namespace, precision: str = "fp32") -> Pretr
         image_size=options.image_size,
         batch_size=options.batch_size,
         subnets_per_step=max(2, len(subnets)),
-        momentum_bn="off",  # published slimmable code has none
+        momentum_bn="off",  # as in published slimmable networks
         precision=precision,
         full_only_epochs=0,
         warmup_epochs=0,
@@ -127,7 +127,7 @@ def _check(options: argparse.Namespace) -> None:
     whole = family(options.network, _names(options.dns))
     sampled = family(options.network, [whole.find(name).name for name in _names(options.subnets)])
     if sampled.full != whole.full:
-        raise InputError(f"--subnets lacks {whole.full}: every step trains the full network")
+        raise InputError(f"--subnets lacks {whole.full}: it is trained in every step")
 
 
 def images(options: argparse.Namespace) -> Tensor:
@@ -137,9 +137,9 @@ def images(options: argparse.Namespace) -> Tensor:
 
 
 def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:
-    """The variant, on weights of its own; all variants start with the same ones."""
+    """Build a variant; all variants have copies of the same initial weights."""
     precision = variant.precision if variant.policy else "fp32"
-    trainer = Trainer(configuration(options, precision), STEPS_OF_A_RUN, torch.device("cpu"))
+    trainer = Trainer(configuration(options, precision), RUN_STEPS, torch.device("cpu"))
     if variant.policy is None:
         subnets, lr, tau = list(trainer.model.family), trainer.learning_rate(trainer.step), trainer.tau(trainer.step)
         eager = EagerStep(
@@ -162,31 +162,31 @@ def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:
 def check_losses(ours: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
     """Exit with 1 if the losses of a first step differ."""
     if ours.keys() != eager.keys():
-        sys.exit(f"error: our step trains {', '.join(ours)}, the comparison {', '.join(eager)}: nothing is timed")
+        sys.exit(f"error: our step trains {', '.join(ours)}, the baseline {', '.join(eager)}. Nothing is timed")
     for name, loss in eager.items():
         difference = abs(ours[name].item() / loss.item() - 1)
         if not difference <= LOSS_RTOL:
             sys.exit(
-                f"error: the loss of {name} is {ours[name].item():.6g}, by eager PyTorch {loss.item():.6g}: "
-                f"{difference:.1e} apart, {LOSS_RTOL:.0e} allowed. Nothing is timed"
+                f"error: the loss of {name} is {ours[name].item():.6g}, with eager PyTorch {loss.item():.6g}: the "
+                f"relative difference {difference:.1e} exceeds {LOSS_RTOL:.0e}. Nothing is timed"
             )
 
 
 def check_updates(before: Mapping[str, Tensor], ours: Mapping[str, Tensor], eager: Mapping[str, Tensor]) -> None:
-    """Exit with 1 if the first steps moved the weights apart."""
-    apart = sum((ours[name] - eager[name]).double().square().sum().item() for name in before)
+    """Exit with 1 if the updates of the first step differ."""
+    distance = sum((ours[name] - eager[name]).double().square().sum().item() for name in before)
     length = sum((eager[name] - before[name]).double().square().sum().item() for name in before)
-    difference = (apart / length) ** 0.5
+    difference = (distance / length) ** 0.5
     if not difference <= UPDATE_RTOL:
         sys.exit(
-            f"error: our first step moves the weights otherwise than eager PyTorch's: {difference:.1e} of its length "
-            f"apart, {UPDATE_RTOL:.0e} allowed. Nothing is timed"
+            f"error: our first update differs from eager PyTorch's by {difference:.1e} of its norm, more than "
+            f"{UPDATE_RTOL:.0e}. Nothing is timed"
         )
 
 
 @torch.no_grad()
 def first_steps(ours: Run, eager: Run) -> list[work.Layer]:
-    """Take the first step of both and compare them; returns the work that is in it."""
+    """Run and compare the first step of both; returns the layers of the step."""
     before = {name: value.clone() for name, value in eager.weights.items()}
     losses: dict[str, Tensor] = {}
     with torch.enable_grad():
@@ -197,7 +197,7 @@ def first_steps(ours: Run, eager: Run) -> list[work.Layer]:
 
 
 def profile(step: Callable[[], object], rows: int) -> list[dict[str, Any]]:
-    """Where the time of a step goes: the operators with the most time of their own, then all others."""
+    """Profile a step: the operators with the largest self time, then the sum of all others."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
@@ -232,7 +232,7 @@ def report(results: dict[str, Any], console: Console) -> None:
         table.add_row(
             name,
             f"{line['ms']:.0f}",
-            f"{line['spread']:.0%}",
+            f"{line['relative_half_iqr']:.0%}",
             f"{line['x']:.2f}" + (" slower" if slower else ""),
             f"{line['images/s']:.1f}",
             f"{line['GFLOP/s']:.0f}",
@@ -241,7 +241,7 @@ def report(results: dict[str, Any], console: Console) -> None:
             style="red" if slower else "bold" if name == OURS else "",
         )
     console.print(table)
-    table = Table("where our step's time goes", "calls", "ms", "share")
+    table = Table("operators of our step", "calls", "ms", "share")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in results["profile"]:
@@ -250,7 +250,7 @@ def report(results: dict[str, Any], console: Console) -> None:
 
 
 def summary(variants: dict[str, Any]) -> str:
-    """The line for programs."""
+    """The machine-readable line."""
     ours, eager, default = (variants[name] for name in (OURS, EAGER, EAGER_DEFAULT))
     return (
         f"step_speedup_vs_eager_channels_last={eager['ms'] / ours['ms']:.2f} "
@@ -263,7 +263,7 @@ def _line(images: int, seconds: list[float], eager: list[float], flops: float, l
     median = statistics.median(seconds)
     return {
         "ms": 1e3 * median,
-        "spread": spread(seconds),
+        "relative_half_iqr": relative_half_iqr(seconds),
         "x": statistics.median(eager) / median,
         "images/s": images / median,
         "GFLOP/s": flops / median / 1e9,
@@ -273,7 +273,7 @@ def _line(images: int, seconds: list[float], eager: list[float], flops: float, l
 
 
 def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console) -> dict[str, Any]:
-    """Everything; `progress` is told how far it is."""
+    """Run all measurements; `progress` shows a progress bar."""
     chosen = {
         name: variant
         for name, variant in VARIANTS.items()
@@ -288,10 +288,10 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
         monitor.advance()
 
     with monitor:
-        tick("is it the same step?")
+        tick("compare the first steps")
         runs = {name: build(chosen[name], options, batch) for name in (EAGER, OURS)}
         layers = first_steps(runs[OURS], runs[EAGER])
-        tick("the machine's limits")
+        tick("measure the machine's limits")
         limit = work.roofline(layers, COPY_FOOTPRINT)
         for name, variant in chosen.items():
             tick(f"{name}: warm-up")
@@ -299,11 +299,11 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
                 runs[name] = build(variant, options, batch)
                 runs[name].step()
             runs[name].step()
-        prepare_process(torch.device("cpu"))  # as train.pretrain does; the comparison has the use of it as well
-        patience = Patience(20, 3) if options.quick else Patience(200, 15)
-        seconds = interleave({name: runs[name].step for name in chosen}, rounds, patience, tick)
-        tick("where the time goes")
-        where = profile(runs[OURS].step, options.rows)
+        prepare_process(torch.device("cpu"))  # as train.pretrain does; the baseline profits too
+        quiet = QuietWait(20, 3) if options.quick else QuietWait(200, 15)
+        seconds = interleave({name: runs[name].step for name in chosen}, rounds, quiet, tick)
+        tick("profile")
+        operators = profile(runs[OURS].step, options.rows)
         runs.clear()
         flops = sum(layer.flops for layer in layers)
         lines = {name: _line(options.batch_size, seconds[name], seconds[EAGER], flops, limit) for name in chosen}
@@ -328,37 +328,49 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
         "limit_ms": 1e3 * limit,
         "variants": lines,
         "variant_options": {name: asdict(variant) for name, variant in chosen.items()},
-        "profile": where,
+        "profile": operators,
     }
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, without eager bf16 and ours native")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the comparison as well: minutes")
-    parser.add_argument("--network", default="mobilenet_v3_large", help="architecture [%(default)s]")
-    parser.add_argument("--dns", default="w0.50,w0.625,w0.75,w1.00", help="the family [%(default)s]")
-    parser.add_argument("--subnets", help="what every step trains, with the full network [all of --dns]")
-    parser.add_argument("--stem", default="standard", help="standard, or small for small images [%(default)s]")
-    parser.add_argument("--image-size", type=int, default=96, help="height and width in pixels [%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=32, help="images, of two views each [%(default)s]")
-    parser.add_argument("--threads", type=int, help="threads that PyTorch uses [one per core]")
-    parser.add_argument("--rounds", type=int, help="samples of each variant [7 with --quick, else 15]")
-    parser.add_argument("--rows", type=int, default=15, help="rows of the profile [%(default)s]")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured, samples included")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)  # measure that in this process
+    parser.add_argument("--quick", action="store_true", help="fewer samples; without eager bf16 and ours native")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the baseline with torch.compile, which takes minutes"
+    )
+    parser.add_argument("--network", default="mobilenet_v3_large", metavar="NAME", help="architecture [%(default)s]")
+    parser.add_argument("--dns", default="w0.50,w0.625,w0.75,w1.00", metavar="NAMES", help="the family [%(default)s]")
+    parser.add_argument(
+        "--subnets", metavar="NAMES", help="subnets that every step trains, with the full one [all of --dns]"
+    )
+    parser.add_argument(
+        "--stem", default="standard", metavar="STEM", help="standard, or small for small images [%(default)s]"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=96, metavar="N", help="height and width in pixels [%(default)s]"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="images per batch, with two views each [%(default)s]"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="PyTorch threads [one per core]")
+    parser.add_argument("--rounds", type=int, metavar="N", help="samples per variant [15; 7 with --quick]")
+    parser.add_argument("--rows", type=int, default=15, metavar="N", help="rows of the profile [%(default)s]")
+    parser.add_argument("--json", metavar="FILE", help="file for all measurements, including samples")
+    parser.add_argument("--debug", action="store_true", help="show the traceback if an error occurs")
+    parser.add_argument(
+        "--memory-of", choices=VARIANTS, help=argparse.SUPPRESS
+    )  # internal: measure the memory of a variant in this process
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     options = make_parser().parse_args(argv)
     options.subnets = options.subnets or options.dns
     _check(options)

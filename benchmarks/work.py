@@ -1,4 +1,4 @@
-"""What a training step must do at least: the arithmetic and the memory traffic of its convolutions and products."""
+"""Minimum work of a training step: arithmetic and memory traffic of its convolutions and matrix products."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Recorder(TorchDispatchMode):
         elif func is aten.convolution_backward.default:
             grad, x, weight = args[:3]
             wanted = [tensor for tensor in result[:2] if tensor is not None]
-            # The output is read beside its gradient: batch normalisation's gradient is a function of both.
+            # The output is read too: the gradient of the following batch norm depends on it.
             self._add(len(wanted) * 2 * grad.numel() * weight[0].numel(), grad, grad, x, weight, *wanted)
         elif func in (aten.mm.default, aten.addmm.default):
             left, right = args[-2:]
@@ -47,10 +47,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(step: Callable[[], object]) -> list[Layer]:
-    """The layers that an eager fp32 step runs through, forward and backward.
+    """Record the layers of an eager fp32 step, forward and backward.
 
-    Each is charged with its operands, once, and nothing else is charged: what lies between two convolutions
-    (normalisation, activation, gates, residuals) could be done as they read and write.
+    Each counts its operands once. Normalisation, activations, gates and residuals count nothing, because they could be
+    fused into the loads and stores of the convolutions.
     """
     recorder = _Recorder()
     with recorder:
@@ -59,5 +59,5 @@ def record(step: Callable[[], object]) -> list[Layer]:
 
 
 def roofline(layers: list[Layer], footprint: int) -> float:
-    """The least seconds for all of them on this machine, each as long as the slower of arithmetic and memory takes."""
+    """Lower bound of their time in seconds: for each layer the larger of arithmetic and memory time."""
     return sum(roofline_seconds(layer.flops, layer.bytes, footprint) for layer in layers)

@@ -1,7 +1,6 @@
-"""`python -m benchmarks.gpu.page results.jsonl results.md`: the page of what is known so far.
+"""`python -m benchmarks.gpu.page results.jsonl results.md`: write a page about the results so far.
 
-Ends with 1 if a part, a test or a variant failed, or a step of ours waits for the GPU: for the reader, what failed
-comes last on the screen.
+Prints the failures last. The exit code is 1 if a part, a test or a variant failed, or if a step of ours synchronises.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from dspnet_fast import atomic
 
 from . import records
 
-EAGER, AGAIN = "eager channels_last", "eager channels_last, again"
-TRIED, COMPILED = "eager channels_last, convolutions by trial", "torch.compile"
-CUT_OFF = (-1, 124, 137)  # exit codes of timeout, and of what was not begun
-L2 = 50e6  # bytes of an H100's; what fits in it may be found there by the next call
+EAGER, AGAIN = "eager channels_last", "eager channels_last, repeated"
+TRIED, COMPILED = "eager channels_last, cudnn.benchmark", "torch.compile"
+TIMED_OUT = (-1, 124, 137)  # not started; exit codes of timeout
+L2 = 50e6  # bytes of an H100's L2 cache
 Line = dict[str, Any]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """In Markdown."""
+    """A Markdown table."""
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *([str(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
 def title(case: Mapping[str, Any]) -> str:
-    """What a case is."""
+    """Title of a case."""
     return f"{case['network']}, {case['images']} images of {case['pixels']} px, {case['precision']}"
 
 
@@ -39,7 +38,7 @@ def _ratio(above: float | None, below: float | None, digits: int = 2) -> str:
 
 
 def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
-    """The variants of a case."""
+    """Table of the variants of a case."""
 
     def median(name: str) -> float | None:
         times = variants.get(name, {}).get("ms")
@@ -50,12 +49,12 @@ def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
     for name, line in variants.items():
         ms, memory = median(name), line.get("peak_MiB")
         if ms is None:
-            rows.append([name, line.get("error", "cut off"), *[""] * 9])
+            rows.append([name, line.get("error", "timed out"), *[""] * 9])
             continue
         times = line["ms"]
         marks = [
-            *(["few samples, not in turns"] if not line.get("turns") else []),
-            *(["memory was short"] if line.get("retries") else []),
+            *(["few samples, not interleaved"] if not line.get("interleaved") else []),
+            *(["allocator retried"] if line.get("retries") else []),
             *(line[kind] for kind in ("wrong", "error") if kind in line),
         ]
         rows.append(
@@ -78,14 +77,14 @@ def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
 
 
 def faults_of(variants: Mapping[str, Line]) -> list[str]:
-    """What is wrong with them."""
+    """Errors, wrong losses and synchronisations of variants."""
     faults = [f"{name}: {line[kind]}" for name, line in variants.items() for kind in ("wrong", "error") if kind in line]
-    waits = [name for name, line in variants.items() if "waits" in line]
-    return [*faults, *(f"{name} waits for the GPU:\n{variants[name]['waits']}" for name in waits)]
+    syncs = [name for name, line in variants.items() if "first_sync" in line]
+    return [*faults, *(f"{name} synchronises with the GPU:\n{variants[name]['first_sync']}" for name in syncs)]
 
 
 class Results:
-    """The lines of a run, sorted: of what was done twice, the last."""
+    """Lines of a run by kind; repeated measurements replace earlier ones."""
 
     def __init__(self, lines: Iterable[Line]) -> None:
         self.environment: Line = {}
@@ -117,22 +116,21 @@ class Results:
 
     def _step(self, line: Line) -> None:
         variants = self.steps.setdefault(self._case(line), {})
-        if "apart" in line:  # the first that is kept of a variant
+        if "loss_difference" in line:  # the first line of a variant
             variants[line["variant"]] = {}
         known = ("network", "images", "pixels", "precision", "variant")
         variants.setdefault(line["variant"], {}).update({k: v for k, v in line.items() if k not in known})
 
-    def _begun(self, line: Line) -> None:
-        self._operator({**line, "error": "broke off"})  # unless more is known
+    def _started(self, line: Line) -> None:
+        self._operator({**line, "error": "did not finish"})  # replaced by its result
 
     def _operator(self, line: Line) -> None:
         self.operators.setdefault((line["precision"], line["operator"], line["case"]), {})[line["variant"]] = line
 
-    # --- What went wrong ----------------------------------------------------------------------------------------------
+    # --- Failures ----------------------------------------------------------------------------------------------------
 
     def slower(self) -> list[list[str]]:
-        """Providers that lose to what stands for the operator elsewhere, or to its native body: what `accepts` must
-        refuse before `auto` may choose them."""
+        """Providers that are slower than the alternative or the native implementation: `accepts` must refuse them."""
         rows = []
         for (precision, operator, case), variants in self.operators.items():
             times = {name: line["ms"] for name, line in variants.items() if "ms" in line}
@@ -144,15 +142,15 @@ class Results:
         return sorted(rows)
 
     def faults(self) -> list[str]:
-        """Everything that failed."""
+        """All failures."""
         found = []
         for name, part in self.parts.items():
-            if part["code"] and not (part["optional"] and part["code"] in CUT_OFF):
+            if part["code"] and not (part["optional"] and part["code"] in TIMED_OUT):
                 found.append(f"{name}: {_ending(part)}")
         failed = [line for line in self.tests.values() if line["outcome"] == "failed"]
         found += [f"{line['id']}\n{_last_lines(line.get('text', ''))}" for line in failed[:20]]
         if failed[20:]:
-            found.append(f"and {len(failed) - 20} more tests: see the file of results")
+            found.append(f"and {len(failed) - 20} more tests: see results.jsonl")
         for case, variants in self.steps.items():
             found += [f"{' '.join(map(str, case))}, {fault}" for fault in faults_of(variants)]
         for key, lines in self.operators.items():
@@ -162,14 +160,12 @@ class Results:
     # --- The page -----------------------------------------------------------------------------------------------------
 
     def page(self) -> str:
-        """In Markdown."""
+        """The page in Markdown."""
         parts = ["# On a GPU", ", ".join(f"{name} {value}" for name, value in self.environment.items())]
         if limits := list(self.limits.values()):
             seen = {line["precision"]: f"{line['TFLOP/s']:.0f} TFLOP/s in {line['precision']}" for line in limits}
             copy = limits[0]["copy GB/s"]
-            parts.append(
-                f"Measured: {', '.join(seen.values())}; a copy reads and writes {copy:.0f} GB/s beyond caches."
-            )
+            parts.append(f"Measured: {', '.join(seen.values())}; a large copy reads and writes {copy:.0f} GB/s.")
         if self.steps:
             parts += ["## A training step", _ABOUT_STEPS]
         for case, variants in self.steps.items():
@@ -187,16 +183,16 @@ class Results:
             parts += ["## Tests", table(["file", "passed", "skipped", "failed"], self._test_rows())]
         if self.parts:
             rows = [[name, f"{part['seconds']} s", _ending(part)] for name, part in self.parts.items()]
-            parts += ["## Parts of the run", table(["part", "took", "ended"], rows)]
+            parts += ["## Parts of the run", table(["part", "time", "result"], rows)]
         faults = self.faults()
-        parts += ["## What failed", "\n\n".join(f"    {line}" for line in _indented(faults)) if faults else "Nothing."]
+        parts += ["## Failures", "\n\n".join(f"    {line}" for line in _indented(faults)) if faults else "Nothing."]
         return "\n\n".join(parts) + "\n"
 
     def _operator_parts(self) -> list[str]:
         if not self.operators:
             return []
         parts = ["## Slower than the alternative", _ABOUT_SLOWER]
-        header = ["operator", "case", "in", "by", "x eager", "x native"]
+        header = ["operator", "case", "precision", "provider", "x eager", "x native"]
         parts.append(table(header, self.slower()) if self.slower() else "None.")
         for precision in dict.fromkeys(key[0] for key in self.operators):
             parts += [f"## Operators, {precision}", _ABOUT_OPERATORS, self._operator_table(precision)]
@@ -213,13 +209,13 @@ class Results:
                     rows.append([operator, case, name, line["error"][:80], *[""] * 5])
                     continue
                 marks = [
-                    *(["launched"] if not line["recorded"] else []),
+                    *(["launched"] if not line["captured"] else []),
                     *(["warm L2"] if line["bytes"] < L2 else []),
                 ]
                 gains = _ratio(other, line["ms"]) if line["tests"] == "passed" else f"tests {line['tests']}"
                 figures = f"{line['ms']:.4f}", f"{line['GB/s']:.0f}", f"{line['GFLOP/s'] / 1e3:.1f}"
                 rows.append([operator, case, name, *figures, f"{line['share']:.0%}", gains, ", ".join(marks)])
-        return table(["operator", "case", "by", "ms", "GB/s", "TFLOP/s", "limit", "x", ""], rows)
+        return table(["operator", "case", "provider", "ms", "GB/s", "TFLOP/s", "limit", "x", ""], rows)
 
     def _test_rows(self) -> list[list[Any]]:
         files: dict[str, dict[str, int]] = {}
@@ -230,27 +226,29 @@ class Results:
 
 
 _ABOUT_STEPS = (
-    "Medians; range: of the samples, as a share. x eager: against the faster of the eager rows; ours have "
-    "deterministic convolutions. tf32: products of fp32 may be rounded to tf32, everybody's; fp32: nobody's are. "
-    "limit: the time that convolutions and products alone would need at the measured speeds. memory: what torch's "
-    "allocator takes for a step, private memory of graphs included. syncs: how often a step makes the host wait."
+    "Times are medians; range: of the samples, relative to the median. x eager: speed-up over the faster eager row; "
+    "ours use deterministic convolutions. tf32: all variants may round operands of fp32 products to tf32; fp32: none "
+    "does. limit: roofline time of convolutions and matrix products divided by the time. memory: peak of torch's "
+    "allocator in a step, including private memory of graphs. syncs: synchronisations of a step with the GPU."
 )
-_ABOUT_SLOWER = "What `accepts` must refuse, or a kernel do better, before `auto` chooses that provider."
+_ABOUT_SLOWER = (
+    "`accepts` must refuse these cases, or the kernels must become faster, before `auto` chooses the provider."
+)
 _ABOUT_OPERATORS = (
-    "Medians of recorded calls; x is against eager, or a loop. limit: the longer of two times, that of its bytes at "
-    "the speed of a copy of as many and that of its arithmetic at the measured peak, as a share of its time. warm L2: "
-    "its data fit in the cache, where one call finds what the last one left."
+    "Medians of calls replayed as graphs; x is the speed-up over eager or a loop. limit: roofline time divided by the "
+    "time; the roofline time is the larger of bytes at copy speed and arithmetic at peak speed. warm L2: the data fit "
+    "into the cache and stay there between calls. launched: not captured as a graph."
 )
 
 
 def _ending(part: Line) -> str:
     code = part["code"]
-    return {0: "well", 124: "cut off", 137: "cut off by force", -1: "not begun: no time"}.get(code, f"with {code}")
+    return {0: "passed", 124: "timed out", 137: "killed", -1: "not started: no time"}.get(code, f"exit code {code}")
 
 
 def _last_lines(text: str, count: int = 3) -> str:
-    said = [line for line in text.splitlines() if line.startswith("E ")] or text.splitlines()
-    return "\n".join(said[:count])
+    errors = [line for line in text.splitlines() if line.startswith("E ")] or text.splitlines()
+    return "\n".join(errors[:count])
 
 
 def _indented(faults: list[str]) -> list[str]:
@@ -258,13 +256,13 @@ def _indented(faults: list[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page; print its shorter tables."""
+    """Write the page, and print it without the operators' tables."""
     source, target = map(Path, arguments)
     results = Results(records.read(source))
     atomic.write_text(target, results.page())
     print(results.page().split("\n## Operators, ")[0])
     faults = results.faults()
-    print("\n".join(["== what failed", *faults]) if faults else "== nothing failed")
+    print("\n".join(["== failures", *faults]) if faults else "== no failures")
     return bool(faults)
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu.probe`: what the figures will be of. Prints a name for a folder, and what to build for."""
+"""`python -m benchmarks.gpu.probe`: print the GPU's name, as a folder name, and its compute capability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import records
 
 
 def environment() -> dict[str, str]:
-    """The GPU and the versions of what stands between it and a benchmark."""
+    """The GPU, and versions of driver and libraries."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
@@ -35,9 +35,9 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    """Print, and keep a line."""
+    """Print, and record the environment."""
     if not torch.cuda.is_available():
-        sys.exit("error: this Python's torch sees no CUDA device; python -m benchmarks.step times the CPU")
+        sys.exit("error: PyTorch finds no CUDA device; python -m benchmarks.step times the CPU")
     found = environment()
     records.write("environment", **found)
     major, minor = torch.cuda.get_device_capability()

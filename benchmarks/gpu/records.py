@@ -1,7 +1,7 @@
-"""What benchmarks/gpu/run_all.sh keeps: a line of JSON for every result, written as soon as it is known.
+"""Results of benchmarks/gpu/run_all.sh: one JSON line per result, written immediately so that timeouts lose nothing.
 
-So whatever is cut off takes nothing with it. DSPNET_BENCH_RESULTS: the file; without it nothing is kept.
-DSPNET_BENCH_LOCK: a file that says who has the GPU to itself.
+DSPNET_BENCH_RESULTS: the file; without it nothing is written. DSPNET_BENCH_LOCK: a lock file for exclusive use of the
+GPU.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 
 def write(kind: str, **fields: Any) -> None:
-    """Append a line."""
+    """Append a line of the given kind."""
     if path := os.environ.get("DSPNET_BENCH_RESULTS"):
         line = json.dumps({"kind": kind, **fields}) + "\n"
-        with open(path, "ab", buffering=0) as file:  # one write: other processes append as well
+        with open(path, "ab", buffering=0) as file:  # a single write, because other processes append too
             file.write(line.encode())
 
 
 def read(path: str | Path | None = None) -> list[dict[str, Any]]:
-    """All lines, but for one that was cut off; by default of the file that is being written."""
+    """All complete lines of a file [DSPNET_BENCH_RESULTS]."""
     path = path or os.environ.get("DSPNET_BENCH_RESULTS")
     if not path or not Path(path).exists():
         return []
@@ -38,12 +38,12 @@ def read(path: str | Path | None = None) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """The GPU to oneself: others of the same run that want it so wait."""
+def exclusive_gpu() -> Iterator[None]:
+    """Hold the lock of the GPU, if DSPNET_BENCH_LOCK is set."""
     path = os.environ.get("DSPNET_BENCH_LOCK")
     if not path:
         yield
         return
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing gives it back
+        yield  # closing the file releases the lock

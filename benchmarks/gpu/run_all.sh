@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build, GPU tests, short training runs, whole steps, operators. Under
-# eight minutes on one H100 with 16 cores, without a network.
+# Build, GPU tests, short training runs, whole steps and operators on a GPU. Takes less than eight minutes on one H100
+# with 16 cores, and needs no network.
 #
 #     bash benchmarks/gpu/run_all.sh [FOLDER]
 #
-# Into the folder, by default benchmarks/results/<GPU>: results.md, the page; results.jsonl, every result as soon as it
-# was known; tests.txt, log.txt, background.txt, info.txt. What hangs is cut off, what fails is named at the end, and
-# the rest goes on. What is worth most comes first. Ends with 0 if nothing failed.
+# Writes to the folder, by default benchmarks/results/<GPU>: results.md, the page; results.jsonl, one line per result,
+# written immediately; tests.txt, log.txt, background.txt, info.txt. Every part has a time limit; failures do not stop
+# the other parts and are listed at the end. The most important parts run first. The exit code is 0 without failures.
 #
-# PYTHON                which Python, with torch [python3]
-# DSPNET_BENCH_SECONDS  for everything [470]
-# DSPNET_BENCH_ONLY     a regular expression: only the parts of these names, for example '^(build|step)'
+# PYTHON                Python with torch [python3]
+# DSPNET_BENCH_SECONDS  time limit of all parts together [470]
+# DSPNET_BENCH_ONLY     regular expression of the parts to run, for example '^(build|step)'
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 2
 
@@ -41,7 +41,7 @@ mv "$work/environment" "$results"
 rm -f "$out"/{results.md,tests.txt,log.txt,background.txt,info.txt}
 export DSPNET_BENCH_RESULTS=$results
 
-# part NAME SECONDS COMMAND...: run it, for so long at most, and keep how it ended; optional=1: it may be cut off.
+# part NAME SECONDS COMMAND...: run a command with a time limit and record its exit code; optional=1: it may time out.
 part() {
   local name=$1 limit=$2 began=$SECONDS code=-1
   shift 2
@@ -51,53 +51,53 @@ part() {
     echo "== $name" >> "$log"
     timeout -k 5 "$limit" "$@" >> "$log" 2>&1 < /dev/null &
     local child=$!
-    (( BASH_SUBSHELL == 0 )) || trap 'kill "$child" 2> /dev/null; exit 143' TERM # of a part in the background
+    (( BASH_SUBSHELL == 0 )) || trap 'kill "$child" 2> /dev/null; exit 143' TERM # for parts in the background
     wait "$child"
     code=$?
   fi
   printf '{"kind": "part", "name": "%s", "seconds": %d, "code": %d, "optional": %d, "at": %d}\n' \
     "$name" $(( SECONDS - began )) "$code" "${optional:-0}" "$began" >> "$results"
-  echo "== $name: after $began s, for $(( SECONDS - began )) s, ended with $code"
+  echo "== $name: started at $began s, took $(( SECONDS - began )) s, exit code $code"
   return "$(( code < 0 ? 1 : code ))"
 }
 page() { "$python" -m benchmarks.gpu.page "$results" "$out/results.md"; }
-step() { # PRECISION NETWORK IMAGES PIXELS, with options
+step() { # PRECISION NETWORK IMAGES PIXELS [OPTION...]
   DSPNET_BENCH_DTYPE=$1 part "step $*" 75 "$python" -m benchmarks.gpu.step "${@:2}"
   page > /dev/null
 }
-operators() { # PRECISION SECONDS, with options of pytest: what breaks or hangs the GPU is left out by the next attempt
+operators() { # PRECISION SECONDS [PYTEST OPTION...]; the next attempt skips variants that broke or blocked the GPU
   local precision=$1 until=$(( SECONDS + $2 )) attempt
   shift 2
   for attempt in 1 2 3; do
     DSPNET_BENCH_DTYPE=$precision part "operators $precision${DSPNET_BENCH_COMPILE:+ compiled}, attempt $attempt" \
       $(( until - SECONDS )) "$python" -m pytest benchmarks/ops --benchmark-only --benchmark-quiet -q --tb=short \
-      -p no:cacheprovider "${impatient[@]}" "$@"
+      -p no:cacheprovider "${timeouts[@]}" "$@"
     tail -n 5 "$results" | grep -q '"operators done"' && break
     (( until - SECONDS > 10 && total - SECONDS > 10 )) || break
   done
   page > /dev/null
 }
 
-impatient=()
-crowd=()
-"$python" -c 'import pytest_timeout' 2> /dev/null && impatient=(--timeout=120 --timeout-method=thread)
-"$python" -c 'import xdist' 2> /dev/null && crowd=(-n "$(( cores > 3 ? cores - 2 : 1 ))" --max-worker-restart=40)
+timeouts=()
+workers=()
+"$python" -c 'import pytest_timeout' 2> /dev/null && timeouts=(--timeout=120 --timeout-method=thread)
+"$python" -c 'import xdist' 2> /dev/null && workers=(-n "$(( cores > 3 ? cores - 2 : 1 ))" --max-worker-restart=40)
 tests=("$python" -m pytest --continue-on-collection-errors -v -rfE --tb=short -p no:cacheprovider
-  -p benchmarks.gpu.verdicts "${impatient[@]}" "${crowd[@]}")
+  -p benchmarks.gpu.verdicts "${timeouts[@]}" "${workers[@]}")
 
-# Without the compiled libraries, which takes a moment: from then on everything can be imported.
+# Install without compiled libraries, which is quick, so that everything can be imported.
 DSPNET_BUILD=0 part install 90 "$python" -m pip install --quiet --disable-pip-version-check --no-index \
   --no-build-isolation --no-deps -e .
-# If that failed, as it need not: where the install would have them found.
+# If the installation failed, link the kernels to the place where it puts them.
 "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("dspnet_fast.kernels"))' \
   || { ln -s ../kernels dspnet_fast/kernels && made_link=1; }
 
-# What needs the processors: the build, Triton's kernels, torch.compile of the comparison. The tests of Triton's kernels
-# need no build, and the GPU is not measured meanwhile.
+# CPU-bound parts in the background: the build, compiling Triton kernels, torch.compile of the baseline. Meanwhile the
+# tests of the Triton kernels run, which do not need the build; nothing is timed.
 export DSPNET_CUDA_ARCHITECTURES=$architecture
 log=$out/background.txt part build 300 bash -c '
   DSPNET_BUILD=1 DSPNET_CUDA=1 "$0" setup.py build_ext --inplace && exit
-  echo "== without what cannot be built"
+  echo "== build failed: build only the parts that compile"
   DSPNET_BUILD=auto DSPNET_CUDA=auto "$0" setup.py build_ext --inplace
   exit 1' "$python" &
 build=$!
@@ -113,7 +113,7 @@ TORCHINDUCTOR_COMPILE_THREADS=$(( cores > 2 ? cores / 2 : 1 )) DSPNET_BENCH_DTYP
 compiled=$!
 
 OMP_NUM_THREADS=1 DSPNET_LIBRARY=$work/none log=$out/tests.txt part "tests of Triton" 150 \
-  "${tests[@]}" tests/ops -k "triton and not fp16" # 1,500 kernels are compiled with it, and no run stores in fp16
+  "${tests[@]}" tests/ops -k "triton and not fp16" # fp16 has 1,500 more kernels, and no run uses it
 page > /dev/null
 wait "$build"
 "$python" -m dspnet_fast.info > "$out/info.txt" 2>&1
@@ -124,7 +124,7 @@ OMP_NUM_THREADS=1 log=$out/tests.txt part "training" 90 "${tests[@]}" tests/trai
 page > /dev/null
 wait "${warmers[@]}"
 
-# What needs the GPU to itself.
+# Parts that need exclusive use of the GPU.
 step bf16 mobilenet_v3_large 1024 128
 operators bf16 100
 step bf16 mobilenet_v3_large 64 96

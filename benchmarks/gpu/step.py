@@ -1,16 +1,16 @@
-"""`python -m benchmarks.gpu.step`: a whole DSPNet training step on a GPU, ours against plain PyTorch.
+"""`python -m benchmarks.gpu.step`: time a whole DSPNet training step on a GPU, compared with plain PyTorch.
 
-The comparison is benchmarks/eager.py: sliced weights, F.batch_norm, updates parameter by parameter; channels-last, for
-bf16 by autocast, as published slimmable code trains. In runs of their own, since they take long to begin, it has its
-convolutions' algorithms chosen by trial (--tried), or is compiled by torch.compile, each subnet by itself (--compiled).
-Ours is train/'s own step: launched kernel by kernel, and replayed as CUDA graphs. The same step is taken again and
-again: smallest, full and two more of a family.
+The baseline is benchmarks/eager.py: sliced weights, F.batch_norm, updates in loops over parameters; channels-last, with
+autocast for bf16. Two slower-starting variants of the baseline are timed separately: --tried lets cuDNN choose
+algorithms by timing them, --compiled compiles each subnet with torch.compile. Ours is the step of train/, launched
+kernel by kernel and replayed as CUDA graphs. Every step trains the same subnets: the smallest, the full one and two
+others.
 
-A variant's losses in its first step must be the comparison's, or nothing is said of what it gains. Variants take turns;
-a sample is of several steps between two events. `limit` is the share of the time that the GPU, as measured in the same
-run, would need for the convolutions and matrix products alone if each were bound by nothing but its own arithmetic or
-by reading and writing its operands once. Memory is what torch's allocator must have for a step, weights and the private
-memory of graphs included. `syncs` counts how often a step makes the host wait, which ours must not.
+The speed-up of a variant is shown only if the losses of its first step equal the baseline's. Samples of the variants
+are interleaved; a sample is several steps between two events. `limit` is the roofline time of the convolutions and
+matrix products, with limits measured in the same run, divided by the measured time. Memory is the allocator's peak for
+a step, including weights and private memory of graphs. `syncs` counts synchronisations of a step with the GPU; ours
+must have none.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ FAMILIES = {
     "resnet": "c64-d2222,c64-d2343,c64-d3463,c96-d2222,c96-d2343,c96-d3463",
 }
 SUBNETS_PER_STEP = 4
-WARM_UP = 2
-SAMPLE = 0.05  # seconds of steps between two events, about
-ROUNDS = 3, 15  # at least, at most
-FIRST = 3  # steps that are timed at once, so that there is a figure whatever becomes of the rest
+WARM_UP = 2  # untimed steps
+SAMPLE = 0.05  # approximate seconds between two events
+ROUNDS = 3, 15  # smallest and largest number of samples
+FIRST = 3  # steps timed at the start, so that a result exists if the later samples fail
 Step = Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Images per batch, of two views each, and their height and width."""
+    """Network, images per batch (with two views each), their height and width, and precision."""
 
     network: str
     images: int
@@ -70,7 +70,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the step: ours under a policy, or the comparison, with no policy."""
+    """A variant of the step: ours with a provider policy, or the eager baseline (policy None)."""
 
     policy: str | None = None
     graphs: bool = False
@@ -84,11 +84,11 @@ VARIANTS = {
     "ours": Variant("any"),
     "ours native": Variant("native"),
 }
-SINGLE_PROCESS = {page.TRIED: Variant(tried=True), page.COMPILED: Variant(compiled=True)}  # each beside the comparison
+SEPARATE = {page.TRIED: Variant(tried=True), page.COMPILED: Variant(compiled=True)}  # timed in separate processes
 
 
 def set_up(variant: Variant) -> None:
-    """What the variant finds: operators' providers, and how libraries choose algorithms."""
+    """Set the operators' providers and the libraries' choice of algorithms for a variant."""
     policy = variant.policy or "native"
     if registry.get_policy() != policy:
         registry.set_policy(policy)
@@ -96,14 +96,14 @@ def set_up(variant: Variant) -> None:
 
 
 def configuration(case: Case, graphs: bool, precision: str) -> PretrainConfig:
-    """A run of that case."""
+    """Configuration of a run of a case."""
     return PretrainConfig(
         network=case.network,
         dns=FAMILIES[case.network],
         image_size=case.pixels,
         batch_size=case.images,
         subnets_per_step=SUBNETS_PER_STEP,
-        momentum_bn="off",  # published slimmable code has none
+        momentum_bn="off",  # as in published slimmable networks
         precision=precision,
         full_only_epochs=0,
         warmup_epochs=0,
@@ -113,16 +113,16 @@ def configuration(case: Case, graphs: bool, precision: str) -> PretrainConfig:
 
 
 def build(variant: Variant, case: Case, batch: Tensor) -> Step:
-    """The variant's step on a batch of two views; all start with the same weights."""
+    """Build a variant's step on a batch of two views; all variants start with the same weights."""
     set_up(variant)
     bf16 = "bf16" if case.precision == "bf16" else "fp32"
     config = configuration(case, variant.graphs, bf16 if variant.policy else "fp32")
-    trainer = Trainer(config, 100_000, DEVICE)  # so long that learning rate and tau stay what they are
+    trainer = Trainer(config, 100_000, DEVICE)  # many steps, so that learning rate and tau stay constant
     if variant.policy is not None:
 
         def step() -> Mapping[str, Tensor]:
             set_up(variant)
-            trainer.step = 0  # other steps draw other subnets
+            trainer.step = 0  # every step draws the same subnets
             return trainer.train_step(batch)
 
         return step
@@ -130,15 +130,15 @@ def build(variant: Variant, case: Case, batch: Tensor) -> Step:
     lr, tau = trainer.learning_rate(trainer.step), trainer.tau(trainer.step)
     eager = EagerStep(trainer.model, precision=bf16, compiled=variant.compiled)
 
-    def comparison() -> Mapping[str, Tensor]:
+    def baseline() -> Mapping[str, Tensor]:
         set_up(variant)
         return eager.step(batch, subnets, lr, tau)
 
-    return comparison
+    return baseline
 
 
-def syncs_of(step: Callable[[], object]) -> int:
-    """How often a call makes the host wait for the GPU."""
+def count_syncs(step: Callable[[], object]) -> int:
+    """Number of synchronisations of a call with the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -149,8 +149,8 @@ def syncs_of(step: Callable[[], object]) -> int:
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
-def where_it_waits(step: Callable[[], object]) -> str:
-    """The traceback of the first such call."""
+def first_sync(step: Callable[[], object]) -> str:
+    """Tbenchmarkback of the first synchronisation."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -158,11 +158,11 @@ def where_it_waits(step: Callable[[], object]) -> str:
         return traceback.format_exc()[-2000:]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return "not when asked again"
+    return "not reproduced"
 
 
-def held() -> int:
-    """Bytes that the allocator has and needs."""
+def reserved_memory() -> int:
+    """Bytes that the allocator reserves after freeing its cache."""
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.empty_cache()
@@ -170,19 +170,25 @@ def held() -> int:
 
 
 def peak_of(step: Callable[[], object]) -> int:
-    """Bytes that the allocator takes for a step when it begins with what lives all the time.
+    """Peak bytes that the allocator reserves during a step.
 
-    Not what is allocated: the intermediates of a graph lie in private memory, which counts as free between replays.
+    Reserved, not allocated: private memory of graphs counts as free between replays.
     """
-    held()
+    reserved_memory()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_reserved()
 
 
-class Race:
-    """The variants of one case. other: of SINGLE_PROCESS, instead of them, beside the comparison."""
+class StepBenchmark:
+    """Benchmark of one case.
+
+    Args:
+        case: the case.
+        console: output.
+        other: variant of `SEPARATE` to time instead of `VARIANTS`.
+    """
 
     def __init__(self, case: Case, console: Console, other: str = "") -> None:
         generator = torch.Generator().manual_seed(0)
@@ -195,7 +201,7 @@ class Race:
         self.limit: dict[str, float] = {}
 
     def keep(self, name: str, **found: Any) -> None:
-        """Add to what is known of a variant, here and in the file of results."""
+        """Add results of a variant, also to the file of results."""
         self.lines.setdefault(name, {}).update(found)
         records.write("step", **asdict(self.case), variant=name, **found)
 
@@ -206,15 +212,15 @@ class Race:
         peaks = {"TFLOP/s": machine.peak_gflops() / 1e3, "copy GB/s": machine.copy_bandwidth(machine.BEYOND_CACHES)}
         records.write("limit", **asdict(self.case), **self.limit, **peaks, subnets=list(self._losses))
 
-    def enter(self, name: str) -> None:
-        """Build a variant, compare its first losses, and measure what needs no turns.
+    def prepare(self, name: str) -> None:
+        """Build a variant, compare its first losses, and measure memory, synchronisations and a few steps.
 
-        Beside another one the comparison gives its losses and nothing else.
+        If another variant is timed, the baseline provides only its losses.
         """
-        machine.peak_gflops()  # measured once, before memory is
+        machine.peak_gflops()  # measured once, before memory is measured
         machine.copy_bandwidth(machine.BEYOND_CACHES)
-        before = held()
-        step = build((VARIANTS | SINGLE_PROCESS)[name], self.case, self._batch)
+        before = reserved_memory()
+        step = build((VARIANTS | SEPARATE)[name], self.case, self._batch)
         losses: dict[str, float] = {}
 
         def first() -> None:
@@ -228,54 +234,54 @@ class Race:
             self._find_limit(layers)
             if self._other:
                 return
-        apart = max(abs(losses[subnet] / loss - 1) for subnet, loss in self._losses.items())
-        self.keep(name, apart=apart)
-        if not apart <= LOSS_RTOL[self.case.precision]:
-            self.keep(name, wrong=f"its first losses are {apart:.1e} apart from the comparison's")
+        difference = max(abs(losses[subnet] / loss - 1) for subnet, loss in self._losses.items())
+        self.keep(name, loss_difference=difference)
+        if not difference <= LOSS_RTOL[self.case.precision]:
+            self.keep(name, wrong=f"its first losses differ from the baseline's by {difference:.1e}")
         for _ in range(WARM_UP):
             step()
         self.keep(name, peak_MiB=(peak_of(step) - before) / MIB)
         step()
-        self.keep(name, ms=[1e3 * between_events(step) for _ in range(FIRST)], turns=False)
-        self.keep(name, syncs=syncs_of(step))
-        if self.lines[name]["syncs"] and (VARIANTS | SINGLE_PROCESS)[name].policy == "any":
-            self.keep(name, waits=where_it_waits(step))
+        self.keep(name, ms=[1e3 * between_events(step) for _ in range(FIRST)], interleaved=False)
+        self.keep(name, syncs=count_syncs(step))
+        if self.lines[name]["syncs"] and (VARIANTS | SEPARATE)[name].policy == "any":
+            self.keep(name, first_sync=first_sync(step))
         self._steps[name] = step
 
     def run(self, seconds: float) -> bool:
-        """Enter all, then time them in turns for about so many seconds; False if the GPU is broken.
+        """Prepare all variants, then time them for about `seconds`; returns False if the GPU is broken.
 
-        Others wait for the GPU from the beginning, but not for minutes of torch.compile.
+        The GPU is locked from the start, except during minutes of torch.compile.
         """
         if self._other == page.COMPILED:
-            if not self._enter_all():
+            if not self._prepare_all():
                 return False
-            with records.alone():
-                return self._take_turns(seconds)
-        with records.alone():
-            return self._enter_all() and self._take_turns(seconds)
+            with records.exclusive_gpu():
+                return self._time_all(seconds)
+        with records.exclusive_gpu():
+            return self._prepare_all() and self._time_all(seconds)
 
-    def _enter_all(self) -> bool:
+    def _prepare_all(self) -> bool:
         for name in [page.EAGER, self._other] if self._other else VARIANTS:
             self.console.print(f"{page.title(asdict(self.case))}: {name}")
-            if self._safely(name, partial(self.enter, name)):
+            if self._safely(name, partial(self.prepare, name)):
                 return False
         if page.EAGER in self._steps:
             self._steps[page.AGAIN] = self._steps[page.EAGER]
             self.lines[page.AGAIN] = dict(self.lines[page.EAGER])
         return True
 
-    def _take_turns(self, seconds: float) -> bool:
+    def _time_all(self, seconds: float) -> bool:
         firsts = {name: statistics.median(self.lines[name]["ms"]) / 1e3 for name in self._steps}
         steps = {name: max(1, round(SAMPLE / first)) for name, first in firsts.items()}
         total = sum(steps[name] * first for name, first in firsts.items())
         rounds = min(max(round(seconds / max(total, 1e-6)), ROUNDS[0]), ROUNDS[1])
         times: dict[str, list[float]] = {name: [] for name in self._steps}
         retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
-        for turn in range(rounds):
+        for first in range(rounds):
             names = list(self._steps)
             for index in range(len(names)):
-                name = names[(turn + index) % len(names)]
+                name = names[(first + index) % len(names)]
 
                 def sample(name: str = name) -> None:
                     step = self._steps[name]
@@ -285,46 +291,60 @@ class Race:
                     return False
         retries = torch.cuda.memory_stats().get("num_alloc_retries", 0) - retries
         for name in self._steps:
-            self.keep(name, ms=times[name], turns=True, steps=steps[name], retries=retries)
+            self.keep(name, ms=times[name], interleaved=True, steps=steps[name], retries=retries)
         return True
 
     def _safely(self, name: str, run: Callable[[], None]) -> bool:
-        """Note what goes wrong, and leave that variant out; returns whether the GPU is broken."""
+        """Run, record an error and remove the failed variant; returns whether the GPU is broken."""
         try:
             run()
-        except Exception as error:  # Triton's and the libraries' have no common ancestor
+        except Exception as error:  # errors of Triton and other libraries have no common base class
             said = [line for line in str(error).splitlines() if line.strip()] or [""]
             self.keep(name, error=f"{type(error).__name__}: {said[0]}"[:300], trace=traceback.format_exc()[-4000:])
             self.console.print(f"[red]{name}: {self.lines[name]['error']}", markup=True)
             self._steps.pop(name, None)
             del error
         if is_broken():
-            self.console.print("[red]the GPU is broken for this process: the rest is left out")
+            self.console.print("[red]the GPU is unusable for this process: the remaining variants are skipped")
             return True
         return False
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="DSPNET_BENCH_DTYPE=bf16, tf32 or fp32 [fp32] says in what, DSPNET_BENCH_RESULTS=FILE keeps everything.",
+        epilog="environment: DSPNET_BENCH_DTYPE: bf16, tf32 or fp32 [fp32]; DSPNET_BENCH_RESULTS: file of results.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("network", nargs="?", choices=FAMILIES, default="mobilenet_v3_large")
-    parser.add_argument("images", nargs="?", type=int, default=256, help="of a batch, two views of each [%(default)s]")
+    parser.add_argument(
+        "images", nargs="?", type=int, default=256, help="images per batch, with two views each [%(default)s]"
+    )
     parser.add_argument("pixels", nargs="?", type=int, default=128, help="height and width [%(default)s]")
-    parser.add_argument("--compiled", action="store_const", dest="other", const=page.COMPILED, help="minutes")
-    parser.add_argument("--tried", action="store_const", dest="other", const=page.TRIED, help="a minute or two")
-    parser.add_argument("--seconds", type=float, default=8, help="for taking turns, about [%(default)s]")
+    parser.add_argument(
+        "--compiled",
+        action="store_const",
+        dest="other",
+        const=page.COMPILED,
+        help="time the compiled baseline (minutes)",
+    )
+    parser.add_argument(
+        "--tried",
+        action="store_const",
+        dest="other",
+        const=page.TRIED,
+        help="time the baseline with algorithms chosen by timing",
+    )
+    parser.add_argument("--seconds", type=float, default=8, help="approximate time of all samples [%(default)s]")
     options = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=160)
     if not torch.cuda.is_available():
-        parser.exit(2, "error: there is no CUDA device: python -m benchmarks.step times the CPU\n")
-    race = Race(Case(options.network, options.images, options.pixels), console, options.other)
-    sound = race.run(options.seconds)
-    console.print(page.step_table({**asdict(race.case), **race.limit}, race.lines), markup=False)
-    sys.exit(not sound or bool(page.faults_of(race.lines)))
+        parser.exit(2, "error: no CUDA device found; python -m benchmarks.step times the CPU\n")
+    benchmark = StepBenchmark(Case(options.network, options.images, options.pixels), console, options.other)
+    sound = benchmark.run(options.seconds)
+    console.print(page.step_table({**asdict(benchmark.case), **benchmark.limit}, benchmark.lines), markup=False)
+    sys.exit(not sound or bool(page.faults_of(benchmark.lines)))
 
 
 if __name__ == "__main__":

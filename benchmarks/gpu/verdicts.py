@@ -1,7 +1,7 @@
-"""A pytest plugin, `-p benchmarks.gpu.verdicts`: every test's outcome is kept at once (records.py), and read again.
+"""A pytest plugin, `-p benchmarks.gpu.verdicts`: records the outcome of every test immediately (records.py).
 
-A GPU that an illegal access has broken fails every test that follows in the same process, so such a process of
-pytest-xdist ends and another takes over. SIGTERM ends the session as Ctrl-C does, with its summary.
+After an illegal access, all later tests of the process fail. Workers of pytest-xdist therefore exit, and xdist starts
+new ones. SIGTERM ends the session like Ctrl-C, with a summary.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _failed: set[str] = set()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """As Ctrl-C."""
+    """Handle SIGTERM like Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep what it says."""
+    """Record the outcome."""
     if report.failed:
         _failed.add(report.nodeid)
     if not IS_WORKER and (report.when == "call" or not report.passed):
@@ -35,15 +35,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """Leave a broken GPU to another process."""
+    """Exit a worker whose GPU context is broken."""
     if IS_WORKER and nodeid in _failed and is_broken():
-        print(f"{nodeid} broke the GPU for this process", file=sys.stderr, flush=True)
+        print(f"{nodeid} made the GPU unusable for this process", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 def of(operator: str) -> str:
-    """What the tests of that operator that were kept say: "passed", "failed", or "untested"."""
-    of_it = f"tests/ops/test_{operator}.py::", f"tests/csrc/test_on_gpu.py::test_{operator}"
+    """Recorded outcome of an operator's tests: "passed", "failed" or "untested"."""
+    prefixes = f"tests/ops/test_{operator}.py::", f"tests/csrc/test_on_gpu.py::test_{operator}"
     tests = [line for line in records.read() if line["kind"] == "test"]
-    outcomes = {line["outcome"] for line in tests if line["id"].startswith(of_it)}
+    outcomes = {line["outcome"] for line in tests if line["id"].startswith(prefixes)}
     return next((outcome for outcome in ("failed", "passed") if outcome in outcomes), "untested")

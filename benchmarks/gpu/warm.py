@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu.warm SHARE SHARES`: compile a share of the Triton kernels of the timed steps.
 
-Kernels are compiled when they are first launched, one after another: minutes. Here several processes compile a share
-each, into the cache that all of Triton's users have. Which kernels there are is seen from steps on few small images, in
-which they are noted instead of launched.
+Compiling kernels one after another at their first launch takes minutes. Several processes of this command compile a
+share each into Triton's cache. The kernels are found by steps on small batches whose launches are recorded instead of
+executed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train.pretraining.trainer import Trainer
 from . import records
 from .step import Case, configuration
 
-# The most wanted first. Neither images nor pixels make other kernels.
+# Most important first. The kernels do not depend on numbers of images and pixels.
 CASES = [
     Case("mobilenet_v3_large", 2, 64, "bf16"),
     Case("resnet", 2, 64, "bf16"),
@@ -39,7 +39,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 @contextmanager
 def observed(observe: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """No kernel is launched, but told."""
+    """Pass launches to `observe` instead of executing them."""
     launch: Any = triton.kernels("launch")
     launch.observer = observe
     try:
@@ -48,8 +48,8 @@ def observed(observe: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) ->
         launch.observer = None
 
 
-def _told_apart_by(parameter: Any, argument: Any) -> Any:
-    """What Triton compiles a kernel anew for."""
+def _specialisation(parameter: Any, argument: Any) -> Any:
+    """The properties of an argument for which Triton compiles separate kernels."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, float) or parameter.do_not_specialize:
@@ -58,12 +58,14 @@ def _told_apart_by(parameter: Any, argument: Any) -> Any:
 
 
 def launches(cases: Sequence[Case]) -> list[Launch]:
-    """Every different launch of a step of these cases, in the order of the first."""
+    """Launches of the cases' steps that need separate kernels, in order."""
     found: dict[Any, Launch] = {}
 
     def remember(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        told = tuple(map(_told_apart_by, kernel.params, arguments))
-        found.setdefault((kernel.fn.__name__, told, tuple(sorted(options.items()))), (kernel, arguments, options))
+        specialisations = tuple(map(_specialisation, kernel.params, arguments))
+        found.setdefault(
+            (kernel.fn.__name__, specialisations, tuple(sorted(options.items()))), (kernel, arguments, options)
+        )
 
     registry.set_policy("triton")
     for case in cases:
@@ -80,10 +82,10 @@ def launches(cases: Sequence[Case]) -> list[Launch]:
 
 
 def main() -> None:
-    """Compile, and say how much."""
+    """Compile a share of the kernels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("share", type=int, help="from 0")
-    parser.add_argument("shares", type=int, help="of how many")
+    parser.add_argument("share", type=int, help="index of this share, from 0")
+    parser.add_argument("shares", type=int, help="number of shares")
     options = parser.parse_args()
     began = time.monotonic()
     everything = launches(CASES)

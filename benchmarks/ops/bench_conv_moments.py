@@ -1,7 +1,7 @@
 """conv_moments: reads x and writes y; its gradient reads x, y and dy and writes dx, with twice the arithmetic.
 
-Eager is what stands for it elsewhere, each view by itself: batch normalisation of the input, activation, gate, and a
-convolution by a slice. Where the input is settled, eager is the convolution alone, without the moments of y.
+The eager alternative handles each view separately: batch norm of the input, activation, gate, and a convolution with a
+sliced weight. If the input has no deferred normalisation, it is the convolution alone, without the moments of y.
 """
 
 import pytest
@@ -58,7 +58,7 @@ def ours(layer, main_grad):
 @pytest.mark.parametrize("variant", variants(conv_moments))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_conv_moments(moves, case, direction, variant):
+def test_conv_moments(measure, case, direction, variant):
     layer = CASES[case]
     x = random(IMAGES, layer.channels, layer.size, layer.size)
     x.requires_grad_(layer.channels > 3)
@@ -81,4 +81,4 @@ def test_conv_moments(moves, case, direction, variant):
         dx = x if x.requires_grad else None
         count, footprint = count + nbytes(x, dy, dy, dx) + 3 * layer.prefix, footprint + nbytes(dy, dx) + layer.prefix
         flops += layer.flops * (1 if dx is None else 2)
-    moves("conv_moments", f"{case}, {direction}", variant, footprint, count, run, flops)
+    measure("conv_moments", f"{case}, {direction}", variant, footprint, count, run, flops)

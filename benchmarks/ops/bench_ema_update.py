@@ -14,7 +14,7 @@ TAU = 0.996
 
 
 def one_by_one(targets, onlines, tau):
-    """As most code has it: a Python loop over parameters."""
+    """The usual implementation: a Python loop over parameters."""
     for target, online in zip(targets, onlines, strict=True):
         target.mul_(tau).add_(online, alpha=1 - tau)
 
@@ -29,10 +29,10 @@ VARIANTS: dict[str, Callable[..., None]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
-def test_ema_update(moves, case, variant):
+def test_ema_update(measure, case, variant):
     model = networks(case)
     targets = dict(model.target.named_parameters())
     onlines = dict(model.online.named_parameters())
     pairs = [parameter.data for parameter in targets.values()], [onlines[name].data for name in targets]
     elements = sum(target.numel() for target in pairs[0])
-    moves("ema_update", case, variant, 8 * elements, 12 * elements, lambda: VARIANTS[variant](*pairs, TAU))
+    measure("ema_update", case, variant, 8 * elements, 12 * elements, lambda: VARIANTS[variant](*pairs, TAU))

@@ -1,6 +1,6 @@
 """lars_ema_step: the norms read 8 bytes per fp32 element, the update reads and writes 32.
 
-Where NVIDIA's apex is installed, its FusedSGD and multi-tensor EMA stand beside it, though they do less: no norms.
+If NVIDIA's apex is installed, its FusedSGD and multi-tensor EMA are timed too, although they compute no norms.
 """
 
 import copy
@@ -20,7 +20,7 @@ LARS = {"weight_decay": 1.5e-6, "momentum": 0.9, "eta": 1e-3}
 
 
 def one_by_one(parameters, momenta, targets):
-    """As published code has it: a Python loop over parameters for LARS, another for the target."""
+    """The usual implementation: a Python loop over parameters for LARS, another for the target."""
     lars(parameters, momenta, LR, **LARS)
     ema(targets, parameters, TAU)
     for parameter in parameters.values():
@@ -28,7 +28,7 @@ def one_by_one(parameters, momenta, targets):
 
 
 def by_apex(parameters, targets):
-    """SGD with momentum without layer-wise adaptation, the target's update, and gradients set to zero."""
+    """SGD with momentum but without layer-wise adaptation, the target's update, and zeroing of gradients."""
     from apex.optimizers import FusedSGD
 
     sgd = FusedSGD(parameters.values(), LR, momentum=LARS["momentum"], weight_decay=LARS["weight_decay"])
@@ -45,7 +45,7 @@ def by_apex(parameters, targets):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["loop", *(["apex"] if apex.supported()[0] else []), *ours(lars_ema_step)])
 @pytest.mark.parametrize("case", CASES)
-def test_lars_ema_step(moves, case, variant):
+def test_lars_ema_step(measure, case, variant):
     model = copy.deepcopy(networks(case))
     flat = FlatBuffers(model.online, model.target)
     flat.grads.normal_()
@@ -58,4 +58,4 @@ def test_lars_ema_step(moves, case, variant):
     if variant == "apex":
         runs["apex"] = by_apex(parameters, targets)
     run = runs.get(variant, lambda: flat.step(LR, TAU, **LARS))
-    moves("lars_ema_step", case, variant, footprint, count, run)
+    measure("lars_ema_step", case, variant, footprint, count, run)

@@ -1,5 +1,5 @@
-"""norm_act: reads x and the residual, writes their sum; its gradient reads dy, x and what the activation or a scale of
-the residual needs, and writes dx and, unless it is dy itself, that of the residual."""
+"""norm_act: reads x and the residual, writes their sum; its gradient reads dy, x and, for an activation or a scaled
+residual, the residual, and writes dx and the residual's gradient unless that equals dy."""
 
 import pytest
 import torch.nn.functional as F
@@ -8,13 +8,13 @@ from dspnet_fast.ops import norm_act
 
 from .layers import DIRECTIONS, IMAGES, VIEWS, affine, halves, nbytes, random, rows, runner, variants
 
-# channels, size, activation, what is added: nothing, a settled residual, or one that is deferred a normalisation
+# channels, size, activation, residual: "nothing", "plain", or "deferred" with a deferred normalisation
 CASES = {
-    "1.1 24 24x24 + residual w1.00": (24, 24, "identity", "settled"),
-    "1.1 16 24x24 + residual w0.50": (16, 24, "identity", "settled"),
-    "4.1 112 6x6 + residual w1.00": (112, 6, "identity", "settled"),
+    "1.1 24 24x24 + residual w1.00": (24, 24, "identity", "plain"),
+    "1.1 16 24x24 + residual w0.50": (16, 24, "identity", "plain"),
+    "4.1 112 6x6 + residual w1.00": (112, 6, "identity", "plain"),
     "1.0 24 24x24 alone w1.00": (24, 24, "identity", "nothing"),
-    "ResNet-18 64 24x24 + residual, relu": (64, 24, "relu", "settled"),
+    "ResNet-18 64 24x24 + residual, relu": (64, 24, "relu", "plain"),
     "ResNet-18 128 12x12 + downsample, relu": (128, 12, "relu", "deferred"),
 }
 
@@ -26,7 +26,7 @@ def eager(act, added):
     def view(x, residual, gamma, beta, residual_gamma, residual_beta):
         x = norm(x, gamma, beta)
         if added != "nothing":
-            x = x + (residual if added == "settled" else norm(residual, residual_gamma, residual_beta))
+            x = x + (residual if added == "plain" else norm(residual, residual_gamma, residual_beta))
         return F.relu(x, inplace=True) if act == "relu" else x
 
     def views(first, second, first_residual, second_residual, *norms):
@@ -44,7 +44,7 @@ def ours(act):
 @pytest.mark.parametrize("variant", variants(norm_act))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_norm_act(moves, case, direction, variant):
+def test_norm_act(measure, case, direction, variant):
     channels, size, act, added = CASES[case]
     x, dy = random(IMAGES, channels, size, size), random(IMAGES, channels, size, size).detach()
     residual = None if added == "nothing" else random(*x.shape)
@@ -67,4 +67,4 @@ def test_norm_act(moves, case, direction, variant):
         passed_on = added != "deferred" and act == "identity"  # the residual's gradient is dy
         count += nbytes(dy, x, x) + (0 if passed_on else nbytes(residual, residual))
         footprint += nbytes(dy, x) + (0 if passed_on else nbytes(residual))
-    moves("norm_act", f"{case}, {direction}", variant, footprint, count, run)
+    measure("norm_act", f"{case}, {direction}", variant, footprint, count, run)

@@ -13,7 +13,7 @@ CASES = {
     "4.1 squeeze 672 6x6 w1.00": (672, 6, "hardswish"),
     "features 960 3x3 w1.00": (960, 3, "hardswish"),
     "features 480 3x3 w0.50": (480, 3, "hardswish"),
-    "ResNet-18 512 3x3, settled": (512, 3, None),
+    "ResNet-18 512 3x3, plain": (512, 3, None),
 }
 
 
@@ -33,7 +33,7 @@ def ours(act):
 @pytest.mark.parametrize("variant", variants(norm_act_pool))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_norm_act_pool(moves, case, direction, variant):
+def test_norm_act_pool(measure, case, direction, variant):
     channels, size, act = CASES[case]
     x, dy = random(IMAGES, channels, size, size), weight(IMAGES, channels).detach()
     if variant in ("eager", "compile"):
@@ -45,4 +45,4 @@ def test_norm_act_pool(moves, case, direction, variant):
     count = footprint = nbytes(x, dy)
     if direction != DIRECTIONS[0]:
         count, footprint = count + nbytes(dy, x, x), footprint + nbytes(dy, x)
-    moves("norm_act_pool", f"{case}, {direction}", variant, footprint, count, run)
+    measure("norm_act_pool", f"{case}, {direction}", variant, footprint, count, run)

@@ -14,11 +14,11 @@ FEATURES = 256
 @pytest.mark.parametrize("variant", variants(normalized_mse))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_normalized_mse(moves, case, direction, variant):
+def test_normalized_mse(measure, case, direction, variant):
     p, z = random(CASES[case], FEATURES), random(CASES[case], FEATURES).detach()
     function = regression if variant in ("eager", "compile") else normalized_mse
     run = runner(variant, direction, function, (p, z), (p.new_ones(()),))
     count = footprint = nbytes(p, z)
     if direction != DIRECTIONS[0]:
         count, footprint = count + nbytes(p, z, p), footprint + nbytes(p)
-    moves("normalized_mse", f"{case}, {direction}", variant, footprint, count, run)
+    measure("normalized_mse", f"{case}, {direction}", variant, footprint, count, run)

@@ -1,5 +1,5 @@
-"""scale_shift: reads two rows of moments a view and writes two; the gradient reads four and writes two. All of it lies
-in a cache: what is measured is the cost of the calls. Moments are fp32, whatever activations are."""
+"""scale_shift: reads and writes two rows per view; its gradient reads four and writes two. All data fit into a cache,
+so the cost of the calls is measured. Moments are always fp32."""
 
 import pytest
 
@@ -12,7 +12,7 @@ CHANNELS = {"1.1 64 w1.00": (64, 64), "5.1 480 w0.50": (480, 960), "5.1 960 w1.0
 
 
 def eager(mean, variance, weight, bias):
-    """What an eager layer does."""
+    """The eager alternative."""
     channels = mean.shape[1]
     scale = (variance + EPS).rsqrt() * weight[:channels]
     return scale, bias[:channels] - mean * scale
@@ -25,7 +25,7 @@ def ours(mean, variance, weight, bias):
 @pytest.mark.parametrize("variant", variants(scale_shift))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CHANNELS)
-def test_scale_shift(moves, case, direction, variant):
+def test_scale_shift(measure, case, direction, variant):
     channels, full = CHANNELS[case]
     moments = [weight(VIEWS, channels).detach().square().requires_grad_() for _ in range(2)]
     arguments = *moments, *affine(full)
@@ -34,4 +34,4 @@ def test_scale_shift(moves, case, direction, variant):
     count = footprint = 2 * nbytes(*gradients)
     if direction != DIRECTIONS[0]:
         count, footprint = 5 * nbytes(*gradients), 4 * nbytes(*gradients)
-    moves("scale_shift", f"{case}, {direction}", variant, footprint, count, run)
+    measure("scale_shift", f"{case}, {direction}", variant, footprint, count, run)

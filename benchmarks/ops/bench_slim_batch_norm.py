@@ -1,5 +1,5 @@
-"""slim_batch_norm: reads x, writes y; its gradient reads x and dy and writes dx. One more reading of either pass, for
-the moments before and the sums within, is not counted: it can come from a cache."""
+"""slim_batch_norm: reads x, writes y; its gradient reads x and dy and writes dx. The second read of each pass, for
+moments and sums, is not counted because it can hit a cache."""
 
 import pytest
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def ours(x, weight, bias):
 @pytest.mark.parametrize("variant", variants(slim_batch_norm))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_slim_batch_norm(moves, case, direction, variant):
+def test_slim_batch_norm(measure, case, direction, variant):
     x, dy = random(IMAGES, *CASES[case]), random(IMAGES, *CASES[case]).detach()
     norm = affine(x.shape[1])
     if variant in ("eager", "compile"):
@@ -39,4 +39,4 @@ def test_slim_batch_norm(moves, case, direction, variant):
     count = footprint = nbytes(x, dy)
     if direction != DIRECTIONS[0]:
         count, footprint = count + nbytes(x, dy, x), footprint + nbytes(dy, x)
-    moves("slim_batch_norm", f"{case}, {direction}", variant, footprint, count, run)
+    measure("slim_batch_norm", f"{case}, {direction}", variant, footprint, count, run)

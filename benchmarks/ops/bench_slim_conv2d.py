@@ -1,5 +1,5 @@
-"""slim_conv2d: an ordinary convolution by a prefix; both views are one batch to it, as they are to eager here.
-No part of a step: it is for other code, in which weights have the dtype of activations."""
+"""slim_conv2d: a convolution with a prefix of the weight, on both views as one batch. The training step does not use
+it; weights have the dtype of activations."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def ours(layer, main_grad):
 @pytest.mark.parametrize("variant", variants(slim_conv2d))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_slim_conv2d(moves, case, direction, variant):
+def test_slim_conv2d(measure, case, direction, variant):
     layer = CASES[case]
     x = random(IMAGES, layer.channels, layer.size, layer.size)
     x.requires_grad_(layer.channels > 3)
@@ -47,4 +47,4 @@ def test_slim_conv2d(moves, case, direction, variant):
         dx = x if x.requires_grad else None
         count, footprint = count + nbytes(x, dy, dx) + 3 * layer.prefix, footprint + nbytes(dy, dx) + layer.prefix
         flops += layer.flops * (1 if dx is None else 2)
-    moves("slim_conv2d", f"{case}, {direction}", variant, footprint, count, run, flops)
+    measure("slim_conv2d", f"{case}, {direction}", variant, footprint, count, run, flops)

@@ -1,5 +1,4 @@
-"""slim_linear: the heads, whose first layer uses a prefix of its columns, and squeeze-and-excite. Both are computed in
-fp32, whatever activations are stored in."""
+"""slim_linear: the heads, whose first layer uses a prefix of its columns, and squeeze-and-excite; always in fp32."""
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from dspnet_fast.ops import slim_linear
 
 from .layers import DIRECTIONS, IMAGES, VIEWS, halves, nbytes, runner, variants, weight
 
-pytestmark = pytest.mark.skipif(PRECISION == "bf16", reason="a step computes these in fp32")
+pytestmark = pytest.mark.skipif(PRECISION == "bf16", reason="a training step computes these layers in fp32")
 
 # inputs, outputs, full weight, bias
 CASES = {
@@ -38,7 +37,7 @@ def ours(outputs, main_grad):
 @pytest.mark.parametrize("variant", variants(slim_linear))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_slim_linear(moves, case, direction, variant):
+def test_slim_linear(measure, case, direction, variant):
     inputs, outputs, full, has_bias = CASES[case]
     x, full_weight, dy = weight(IMAGES, inputs), weight(*full), weight(IMAGES, outputs).detach()
     bias = weight(outputs) if has_bias else None
@@ -51,6 +50,6 @@ def test_slim_linear(moves, case, direction, variant):
     count = footprint = nbytes(x, dy) + prefix
     flops = 2 * IMAGES * inputs * outputs
     if direction != DIRECTIONS[0]:
-        # dW is added to: read and written
+        # dW is accumulated: read and written
         count, footprint, flops = count + nbytes(x, dy, x) + 3 * prefix, footprint + nbytes(x, dy) + prefix, 3 * flops
-    moves("slim_linear", f"{case}, {direction}", variant, footprint, count, run, flops)
+    measure("slim_linear", f"{case}, {direction}", variant, footprint, count, run, flops)

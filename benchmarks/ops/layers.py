@@ -1,4 +1,4 @@
-"""The layers that operators are timed on: of a batch of images of 96 px, two views, in the widths of a family."""
+"""Layers that operators are timed on: two views of images of 96 px, in two widths of a family."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.device import DEVICE, DTYPE, ON_GPU
 from dspnet_fast.ops import registry
 from dspnet_fast.ops.registry import Operator
 
-IMAGES, VIEWS = 2048 if ON_GPU else 64, 2  # the images of both views
-DIRECTIONS = ("forward", "forward + backward")  # without gradient, as in the target; with it
+IMAGES, VIEWS = 2048 if ON_GPU else 64, 2  # images of both views together
+DIRECTIONS = ("forward", "forward + backward")  # without gradient, as in the target; with gradient
 
 ACTS: dict[str, Callable[..., Tensor]] = {
     "identity": lambda x, inplace: x,
@@ -26,9 +26,17 @@ ACTS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of [IMAGES, channels, size, size] by a prefix of `full`, [O, I], and what its input is deferred.
+    """A convolution of [IMAGES, channels, size, size] with a prefix of a weight of `full` = [O, I] channels.
 
-    act None: the input is settled, as at the beginning of a block.
+    Attributes:
+        channels: input channels.
+        size: height and width of the input.
+        out_channels: output channels.
+        full: channels of the full weight.
+        kernel: kernel size.
+        stride: stride.
+        act: deferred activation of the input; None: the input has no deferred normalisation, as at a block's start.
+        gated: whether the input has a deferred squeeze-and-excite gate.
     """
 
     channels: int
@@ -42,7 +50,7 @@ class Conv:
 
     @property
     def groups(self) -> int:
-        """1, or as many as channels."""
+        """1, or the number of channels for a depthwise convolution."""
         return self.channels if self.full[1] == 1 else 1
 
     @property
@@ -52,18 +60,18 @@ class Conv:
 
     @property
     def flops(self) -> float:
-        """Of the forward pass."""
+        """Floating-point operations of the forward pass."""
         taps = self.kernel**2 * self.channels / self.groups
         return 2 * IMAGES * self.out_channels * self.out_size**2 * taps
 
     @property
     def prefix(self) -> int:
-        """Bytes of the weight's prefix."""
+        """Bytes of the prefix of the weight."""
         return 4 * self.out_channels * self.channels // self.groups * self.kernel**2
 
 
 def _pointwise(name: str, size: int, ends: Sequence[int], halves: Sequence[int], *deferred) -> dict[str, Conv]:
-    """Of width 1.00 and 0.50, the latter by a prefix of the former's weight; channels in and out of each."""
+    """Pointwise convolutions of width 1.00 and 0.50, given input and output channels of each."""
     return {
         f"{name} {channels}>{out} {size}x{size} {width}": Conv(channels, size, out, (ends[1], ends[0]), 1, 1, *deferred)
         for width, (channels, out) in (("w1.00", ends), ("w0.50", halves))
@@ -71,7 +79,7 @@ def _pointwise(name: str, size: int, ends: Sequence[int], halves: Sequence[int],
 
 
 def _depthwise(name: str, size: int, channels: int, half: int, kernel: int, stride: int, act: str) -> dict[str, Conv]:
-    """As _pointwise."""
+    """Depthwise convolutions of width 1.00 and 0.50, given the channels of each."""
     strided = f" s{stride}" if stride > 1 else ""
     return {
         f"{name} {used} {size}x{size} k{kernel}{strided} {width}": Conv(
@@ -103,23 +111,23 @@ RESNET = {
 
 
 def variants(operator: Operator) -> list[str]:
-    """What is compared: the alternative first, then ours."""
+    """Names of all variants: the alternative first, then ours."""
     compiled = ["compile"] if os.environ.get("DSPNET_BENCH_COMPILE") == "1" else []
     return ["eager", *compiled, *ours(operator)]
 
 
 def ours(operator: Operator) -> list[str]:
-    """The native body, then the operator's providers for this device."""
+    """The native implementation, then the operator's providers for this device."""
     return ["native", *(name for name in registry.PRIORITY[DEVICE.type] if name in operator.providers)]
 
 
 def random(*shape: int) -> Tensor:
-    """An activation: channels-last, and with a gradient."""
+    """An activation that requires a gradient, channels-last if 4D."""
     return weight(*shape).detach().to(DTYPE).requires_grad_()
 
 
 def weight(*shape: int) -> Tensor:
-    """A parameter, or another gradient's tensor, in fp32."""
+    """An fp32 tensor that requires a gradient, channels-last if 4D."""
     x = torch.randn(shape, device=DEVICE)
     return (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
 
@@ -137,12 +145,12 @@ def affine(channels: int) -> tuple[Tensor, Tensor]:
 
 
 def halves(x: Tensor) -> list[Tensor]:
-    """The two views, each a tensor of its own, as separate forward passes have them."""
+    """The two views as separate tensors."""
     return [view.detach().clone().requires_grad_(x.requires_grad) for view in x.chunk(VIEWS)]
 
 
 def nbytes(*tensors: Tensor | None) -> int:
-    """Bytes of all of them."""
+    """Sum of the tensors' bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
@@ -153,7 +161,7 @@ def runner(
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor],
 ) -> Callable[[], object]:
-    """What is timed: function(*inputs), and the gradients of all inputs that have one, from those of the outputs."""
+    """The timed call: function(*inputs), and with DIRECTIONS[1] the gradients of all inputs that require one."""
     if variant == "compile":
         function = torch.compile(function, dynamic=False)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]

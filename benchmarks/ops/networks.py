@@ -1,4 +1,4 @@
-"""The networks whose parameters the update operators are timed on: online and target as a run has them."""
+"""Online and target networks whose parameters the update operators are timed on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ CASES = {"MobileNetV3-Large": ("mobilenet_v3_large", "w1.00"), "ResNet-18": ("re
 
 @functools.cache
 def networks(case: str) -> DSPNet:
-    """Online and target network with the paper's heads."""
+    """A model with one network and the paper's heads."""
     network, dn = CASES[case]
     return DSPNet(network, family(network, [dn])).to(DEVICE)

@@ -1,4 +1,4 @@
-"""benchmarks.data: what it compares is comparable."""
+"""benchmarks.data: its photographs and its results."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_photographs_are_jpegs_of_that_size(folder):
+def test_photographs_are_jpegs_of_the_given_size(folder):
     files = sorted(folder.iterdir())
     assert len(files) == 8
     for path in files:
@@ -28,8 +28,8 @@ def test_photographs_are_jpegs_of_that_size(folder):
 
 
 @pytest.mark.skipif(not has_dali, reason="DALI is not installed")
-def test_command(run_python, folder, tmp_path):
-    options = ("--images", "8", "--batch-size", "4", "--image-size", "32", "--rounds", "1", "--patience", "0")
+def test_results_have_all_variants_and_the_machine_readable_line(run_python, folder, tmp_path):
+    options = ("--images", "8", "--batch-size", "4", "--image-size", "32", "--rounds", "1", "--wait-seconds", "0")
     printed = run_python("-m", "benchmarks.data", "--data", str(folder), *options, "--json", str(tmp_path / "r.json"))
     results = json.loads((tmp_path / "r.json").read_text())
     lines = results["variants"]

@@ -1,4 +1,4 @@
-"""The comparison of the step benchmark computes the step that we compute."""
+"""The eager baseline of the step benchmark computes the same step as the trainer."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ LARS = {"weight_decay": 0.1, "momentum": 0.9, "eta": 0.01}
 def make(network, names, stem):
     torch.manual_seed(0)
     model = DSPNet(network, family(network, names), stem, 32, 16, momentum_bn="off").double()
-    for parameter in model.parameters():  # as after some steps: no bias is zero, online and target differ
+    for parameter in model.parameters():  # as after some steps: nonzero biases, different online and target weights
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model
 
@@ -33,12 +33,12 @@ def named(tensors):
     [("small", {}), ("standard", {}), ("small", {"channels_last": False}), ("small", {"stacked": True})],
     ids=["small stem", "standard stem", "default layout", "stacked"],
 )
-def test_losses_gradients_and_updates_are_ours(network, names, stem, options, policy):
+def test_losses_gradients_and_updates_equal_ours(network, names, stem, options, policy):
     policy("native")
     model = make(network, names, stem)
     eager = EagerStep(model, **options, **LARS)
     flat = FlatBuffers(model.online, model.target)
-    for _ in range(2):  # the second with momentum
+    for _ in range(2):  # the second step has momentum
         images = torch.randn(8, 3, *2 * [64 if stem == "standard" else 32]).double()
         losses = model.accumulate(images, list(model.family))
         torch.testing.assert_close(eager.accumulate(images, list(model.family)), losses)
@@ -53,7 +53,7 @@ def test_losses_gradients_and_updates_are_ours(network, names, stem, options, po
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_on_bytes_is_the_trainers(precision, policy):
+def test_step_on_uint8_images_equals_the_trainers(precision, policy):
     policy("native")
     config = PretrainConfig(
         network="resnet",

@@ -1,4 +1,4 @@
-"""The step benchmark: what it counts, what it refuses, and that it says what it promises."""
+"""benchmarks.step: counted work, checks of the first step, output."""
 
 import json
 import re
@@ -17,8 +17,8 @@ TINY = [*SMALL, "--quick", "--rounds=2", "--rows=3"]
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """No waiting, no processes, no time for limits, native kernels."""
-    monkeypatch.setattr(quiet, "foreign_load", lambda: 0.0)
+    """Skip waiting, separate processes and measured limits; use native kernels."""
+    monkeypatch.setattr(quiet, "other_load", lambda: 0.0)
     monkeypatch.setattr(step, "in_own_process", lambda module, arguments: {"peak_MiB": 2.0})
     monkeypatch.setattr(step.machine, "peak_gflops", lambda: 100.0)
     monkeypatch.setattr(work, "roofline_seconds", lambda flops, count, footprint: flops / 1e11)
@@ -26,7 +26,7 @@ def hasty(monkeypatch):
     monkeypatch.setitem(step.VARIANTS, "ours bf16", step.Variant(policy="native", precision="bf16"))
 
 
-def test_it_ends_with_the_line_for_programs(hasty, capsys, tmp_path, policy):
+def test_output_ends_with_the_machine_readable_line(hasty, capsys, tmp_path, policy):
     step.main([*TINY, f"--json={tmp_path / 'step.json'}"])
     printed = capsys.readouterr().out
     line = r"step_speedup_vs_eager_channels_last=\d+\.\d\d vs_eager_default=\d+\.\d\d peak_memory_ratio=1\.000"
@@ -39,7 +39,7 @@ def test_it_ends_with_the_line_for_programs(hasty, capsys, tmp_path, policy):
 
 
 @pytest.mark.parametrize("wrong", ["losses", "gradients"])
-def test_another_step_is_an_error_and_nothing_is_printed(wrong, hasty, capsys, monkeypatch, policy):
+def test_different_first_step_is_an_error_without_output(wrong, hasty, capsys, monkeypatch, policy):
     def build(variant, *rest):
         run = made(variant, *rest)
         if variant.policy is None:
@@ -62,7 +62,7 @@ def test_another_step_is_an_error_and_nothing_is_printed(wrong, hasty, capsys, m
     assert capsys.readouterr().out == ""
 
 
-def test_losses_may_differ_by_rounding_but_not_be_missing():
+def test_check_losses_allows_rounding_but_not_missing_losses():
     step.check_losses({"w": torch.tensor(1.0005)}, {"w": torch.tensor(1.0)})
     for ours in ({"w": torch.tensor(float("nan"))}, {"v": torch.tensor(1.0)}, {}):
         with pytest.raises(SystemExit):
@@ -70,20 +70,20 @@ def test_losses_may_differ_by_rounding_but_not_be_missing():
 
 
 @pytest.mark.parametrize("name", ["eager channels_last", "ours native"])
-def test_every_step_trains_the_same_subnets(name, policy):
+def test_every_step_trains_the_given_subnets(name, policy):
     options = step.make_parser().parse_args([*SMALL, "--subnets=c16-d1111,c8-d1111"])
     run = step.build(step.VARIANTS[name], options, step.images(options))
     assert [set(run.step()) for _ in range(3)] == 3 * [{"c8-d1111", "c16-d1111"}]
 
 
 @pytest.mark.parametrize("subnets", ["c8-d1111,c12-d1111", "c8-d1111,c16-d2111"])
-def test_subnets_are_of_the_family_with_the_full_network(subnets):
+def test_subnets_must_be_in_the_family_and_include_the_full_network(subnets):
     with pytest.raises(InputError, match="c16-d"):
         step.main([*TINY, f"--subnets={subnets}"])
 
 
 @pytest.mark.parametrize("groups", [1, 8])
-def test_work_of_a_convolution_and_a_product(groups):
+def test_recorded_work_of_convolution_and_matrix_product(groups):
     x = torch.randn(2, 8, 6, 6).requires_grad_()
     weight, matrix = torch.randn(8, 8 // groups, 3, 3).requires_grad_(), torch.randn(5, 8)
 
@@ -98,7 +98,7 @@ def test_work_of_a_convolution_and_a_product(groups):
     assert backward.bytes == 4 * (4 * x.numel() + 2 * weight.numel())
 
 
-def test_peak_memory_counts_what_was_kept_before_and_what_is_alive_at_once():
+def test_peak_memory_counts_simultaneously_live_tensors():
     def build():
         kept = torch.ones(4 * MIB // 4)
 
@@ -106,27 +106,27 @@ def test_peak_memory_counts_what_was_kept_before_and_what_is_alive_at_once():
             for _ in range(3):
                 kept.add(1)  # 4 MiB each time, freed at once
 
-        torch.ones(64 * MIB // 4)  # gone before the step
+        torch.ones(64 * MIB // 4)  # freed before the step
         return run
 
     assert 8 * MIB <= peak_of_step(build) < 9 * MIB
 
 
-def test_spread_is_half_the_interquartile_range_over_the_median():
-    assert quiet.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
-    assert quiet.spread([1.0]) == 0
+def test_relative_half_iqr():
+    assert quiet.relative_half_iqr([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
+    assert quiet.relative_half_iqr([1.0]) == 0
 
 
-def test_variants_take_turns(monkeypatch):
-    monkeypatch.setattr(quiet, "foreign_load", lambda: 0.0)
+def test_interleave_alternates_the_variants(monkeypatch):
+    monkeypatch.setattr(quiet, "other_load", lambda: 0.0)
     order = []
     variants = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = quiet.interleave(variants, 2, quiet.Patience(1, 1), lambda name: None)
+    samples = quiet.interleave(variants, 2, quiet.QuietWait(1, 1), lambda name: None)
     assert "".join(order) == "abcbca"
     assert all(len(seconds) == 2 for seconds in samples.values())
 
 
-def test_patience_ends(monkeypatch):
-    monkeypatch.setattr(quiet, "foreign_load", lambda: 1.0)
-    quiet.Patience(0.05, 10).wait()
-    quiet.Patience(10, 0.05).wait()
+def test_quiet_wait_is_limited(monkeypatch):
+    monkeypatch.setattr(quiet, "other_load", lambda: 1.0)
+    quiet.QuietWait(0.05, 10).wait()
+    quiet.QuietWait(10, 0.05).wait()
