@@ -299,8 +299,8 @@ class StepBenchmark:
         try:
             run()
         except Exception as error:  # errors of Triton and other libraries have no common base class
-            said = [line for line in str(error).splitlines() if line.strip()] or [""]
-            self.keep(name, error=f"{type(error).__name__}: {said[0]}"[:300], trace=traceback.format_exc()[-4000:])
+            lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+            self.keep(name, error=f"{type(error).__name__}: {lines[0]}"[:300], trace=traceback.format_exc()[-4000:])
             self.console.print(f"[red]{name}: {self.lines[name]['error']}", markup=True)
             self._steps.pop(name, None)
             del error

@@ -90,13 +90,13 @@ def test_load_newest_skips_damaged_checkpoints(tmp_path):
         checkpoint.save(tmp_path, step, {"w": torch.full((3,), float(step))})
     newest = checkpoint.latest(tmp_path)
     newest.write_bytes(newest.read_bytes()[:500])
-    said = []
-    assert checkpoint.load_newest(tmp_path, "cpu", said.append)["step"] == 1
-    assert len(said) == 1 and "step-00000002.pt" in said[0] and "trying the one before" in said[0]
+    messages = []
+    assert checkpoint.load_newest(tmp_path, "cpu", messages.append)["step"] == 1
+    assert len(messages) == 1 and "step-00000002.pt" in messages[0] and "trying the one before" in messages[0]
     (tmp_path / "step-00000001.pt").write_bytes(b"")
     with pytest.raises(InputError, match="none of the 2 checkpoints"):
-        checkpoint.load_newest(tmp_path, "cpu", said.append)
-    assert checkpoint.load_newest(tmp_path / "nothing", "cpu", said.append) is None
+        checkpoint.load_newest(tmp_path, "cpu", messages.append)
+    assert checkpoint.load_newest(tmp_path / "nothing", "cpu", messages.append) is None
 
 
 def test_failed_write_keeps_the_old_file_and_removes_the_temporary_one(tmp_path):

@@ -98,9 +98,9 @@ def test_few_skipped_steps_are_counted_and_logged(small, poison, capsys):
     poison.update([3, 4, 7])
     config = small(epochs=1)
     PretrainRun(config, resume=False).run()
-    said = capsys.readouterr().out
-    assert "step 3  skipped: its numbers were not finite (1 steps so far)" in said
-    assert "step 7  skipped: its numbers were not finite (3 steps so far)" in said
+    output = capsys.readouterr().out
+    assert "step 3  skipped: its numbers were not finite (1 steps so far)" in output
+    assert "step 7  skipped: its numbers were not finite (3 steps so far)" in output
     state = checkpoint.load(checkpoint.newest_of_run(Path(config.out)))
     assert state["skipped"] == 3 and state["step"] == EPOCH_STEPS
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
@@ -171,6 +171,6 @@ def test_diagnose_names_the_weight(small):
 def test_collapse_is_logged_with_advice(small, monkeypatch, capsys):
     monkeypatch.setattr("train.pretraining.probe.feature_std", lambda features: 0.01 if len(features[0]) < 100 else 0.5)
     PretrainRun(small(epochs=1), resume=False).run()
-    said = capsys.readouterr().out
-    assert "step 10  COLLAPSE of c8-d1111, c8-d1121:" in said and "lower --base-lr" in said
-    assert "step 0  COLLAPSE" not in said
+    output = capsys.readouterr().out
+    assert "step 10  COLLAPSE of c8-d1111, c8-d1121:" in output and "lower --base-lr" in output
+    assert "step 0  COLLAPSE" not in output

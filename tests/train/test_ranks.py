@@ -161,8 +161,8 @@ def test_preempted_ranks_save_and_resume_exactly(torchrun, arguments, tmp_path):
         else:
             ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(ranks[1]), signal.SIGUSR1)
-        said, errors = process.communicate(timeout=60)
-        assert "stopped and saved after step" in said and "error:" not in errors, errors
+        output, errors = process.communicate(timeout=60)
+        assert "stopped and saved after step" in output and "error:" not in errors, errors
         if receiver == "one rank":
             assert process.returncode == 0, errors
         before, step = step, checkpoint.latest_step(stopped / "checkpoints")

@@ -37,31 +37,31 @@ def wait_for(condition) -> None:
 
 
 def test_stalled_run_reports_step_activity_and_stack(quick, tmp_path):
-    said: list[str] = []
-    with Watchdog(SINGLE_PROCESS, 0.1, tmp_path / "stalled.txt", said.append) as dog:
+    messages: list[str] = []
+    with Watchdog(SINGLE_PROCESS, 0.1, tmp_path / "stalled.txt", messages.append) as dog:
         dog.at(7, "waiting for images")
-        wait_for(lambda: said)
-        first = len(said)
+        wait_for(lambda: messages)
+        first = len(messages)
         dog.at(8, "training")
-        wait_for(lambda: len(said) > first)
-    assert "after step 7: waiting for images" in said[0] and str(tmp_path / "stalled.txt") in said[0]
-    assert "after step 8: training" in said[-1]
+        wait_for(lambda: len(messages) > first)
+    assert "after step 7: waiting for images" in messages[0] and str(tmp_path / "stalled.txt") in messages[0]
+    assert "after step 8: training" in messages[-1]
     assert "wait_for" in (tmp_path / "stalled.txt").read_text()  # the stack of the main thread
 
 
 def test_reports_become_less_frequent(quick, tmp_path):
-    said: list[str] = []
-    with Watchdog(SINGLE_PROCESS, 0.05, tmp_path / "stalled.txt", said.append):
+    messages: list[str] = []
+    with Watchdog(SINGLE_PROCESS, 0.05, tmp_path / "stalled.txt", messages.append):
         time.sleep(1)
-    assert 1 <= len(said) <= 6  # after 0.05, 0.1, 0.2 s and so on, not every 0.02 s
+    assert 1 <= len(messages) <= 6  # after 0.05, 0.1, 0.2 s and so on, not every 0.02 s
 
 
 @pytest.mark.parametrize("stall_timeout", [0.0, 100.0])
 def test_progressing_run_is_not_reported(quick, tmp_path, stall_timeout):
-    said: list[str] = []
-    with Watchdog(SINGLE_PROCESS, stall_timeout, tmp_path / "stalled.txt", said.append):
+    messages: list[str] = []
+    with Watchdog(SINGLE_PROCESS, stall_timeout, tmp_path / "stalled.txt", messages.append):
         time.sleep(0.2)
-    assert not said and not (tmp_path / "stalled.txt").exists()
+    assert not messages and not (tmp_path / "stalled.txt").exists()
 
 
 @pytest.fixture
@@ -163,8 +163,8 @@ def test_failing_report_does_not_stop_the_watchdog(quick, store, tmp_path):
 def test_every_rank_writes_a_separate_stack_file(quick, pulse, tmp_path):
     """All ranks stall together, but the stack of one of them shows the cause."""
     pulse(0, 2)
-    said: list[str] = []
-    with Watchdog(World(1, 2, launch_id="first"), 0.1, tmp_path / "stalled.txt", said.append):
-        wait_for(lambda: said)
+    messages: list[str] = []
+    with Watchdog(World(1, 2, launch_id="first"), 0.1, tmp_path / "stalled.txt", messages.append):
+        wait_for(lambda: messages)
         wait_for((tmp_path / "stalled-rank1.txt").exists)
-    assert said[0].startswith("rank 1: no step for") and "stalled-rank1.txt" in said[0]
+    assert messages[0].startswith("rank 1: no step for") and "stalled-rank1.txt" in messages[0]
