@@ -25,6 +25,7 @@ ROOTS = {
     "dspnet_fast.train": "train",
     "dspnet_fast.recipes": "recipes",
 }
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("dspnet_fast/__init__.py").read_text(), re.MULTILINE)[1]
 
 
 def packages() -> dict[str, str]:
@@ -189,7 +190,7 @@ EXTRAS = {
 
 setup(
     name="dspnet-fast",
-    version="0.1.0",
+    version=VERSION,
     description="One self-supervised training run that gives a whole family of networks",
     license="Apache-2.0",
     python_requires=">=3.11",

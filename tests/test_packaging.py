@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dspnet_fast
 from dspnet_fast.ops import cpp
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def test_wheel_contains_all_packages_recipes_and_commands(source, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     wheel = contents(tmp_path)
     names = set(wheel.namelist())
-    assert {name.split("/")[0] for name in names} == {"dspnet_fast", "dspnet_fast-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"dspnet_fast", f"dspnet_fast-{dspnet_fast.__version__}.dist-info"}
     expected = {
         (prefix / file.relative_to(ROOT / folder)).as_posix()
         for folder, prefix in (
@@ -68,7 +69,7 @@ def test_wheel_contains_all_packages_recipes_and_commands(source, tmp_path):
     assert not any(name.endswith(".so") for name in names)
     assert "DSPNET_BUILD=0" in json.loads(wheel.read("dspnet_fast/_C.json"))["reason"]
     assert json.loads(wheel.read("dspnet_fast/_C_cuda.json"))["reason"]
-    scripts = wheel.read("dspnet_fast-0.1.0.dist-info/entry_points.txt").decode()
+    scripts = wheel.read(f"dspnet_fast-{dspnet_fast.__version__}.dist-info/entry_points.txt").decode()
     entries = re.findall(r'"(dspnet-\w+ = [\w.]+:main)"', (ROOT / "setup.py").read_text())
     assert len(entries) == 10 and all(entry in scripts for entry in entries)
 
