@@ -42,9 +42,9 @@ fuzz: install ## 10,000 calls of the operators with arguments that are wrong, or
 
 # The process is Python's, so the sanitizer comes into it first, and with it the C++ library whose exceptions it watches.
 # A lack of memory is an exception, as without it, and Python's own leaks are none of ours. Not AVX512: a sanitizer sees
-# nothing of masked loads and stores. `make sanitize CAPABILITY=DEFAULT` where there is no AVX2.
+# nothing of masked loads and stores.
 SANITIZED := build/sanitize
-CAPABILITY ?= AVX2
+CAPABILITY ?= $(shell $(BIN)/python -c "from dspnet_fast.capability import *; print(('DEFAULT', 'AVX2')[executes('AVX2')])")
 sanitize: export DSPNET_SANITIZE := address,undefined
 sanitize: install ## the compiled operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=g++ \
