@@ -5,6 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Python files are used in place; a change to one of these asks for a new install.
 BUILT_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+# So does a DSPNET_CAPABILITY (setup.py) that the last install did not have.
+ifneq ($(DSPNET_CAPABILITY),)
+ifneq ($(DSPNET_CAPABILITY),$(shell cat $(INSTALLED) 2> /dev/null))
+.PHONY: $(INSTALLED)
+endif
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint test test-kernels test-faults fuzz sanitize docs demo dataset wheel clean
@@ -21,7 +27,7 @@ $(INSTALLED): $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation -e '.[test,lint,docs]'
 	$(BIN)/python -m dspnet_fast.info
-	@touch $@
+	@echo $(DSPNET_CAPABILITY) > $@
 
 lint: install ## check style and types
 	$(BIN)/python -m ruff check .
