@@ -5,6 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Python files are used in place; a change to one of these asks for a new install.
 BUILT_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+# So does a DSPNET_CAPABILITY (setup.py) that the last install did not have.
+ifneq ($(DSPNET_CAPABILITY),)
+ifneq ($(DSPNET_CAPABILITY),$(shell cat $(INSTALLED) 2> /dev/null))
+.PHONY: $(INSTALLED)
+endif
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint test test-kernels test-faults fuzz sanitize docs demo dataset wheel clean
@@ -21,7 +27,7 @@ $(INSTALLED): $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation -e '.[test,lint,docs]'
 	$(BIN)/python -m dspnet_fast.info
-	@touch $@
+	@echo $(DSPNET_CAPABILITY) > $@
 
 lint: install ## check style and types
 	$(BIN)/python -m ruff check .
@@ -42,9 +48,9 @@ fuzz: install ## 10,000 calls of the operators with arguments that are wrong, or
 
 # The process is Python's, so the sanitizer comes into it first, and with it the C++ library whose exceptions it watches.
 # A lack of memory is an exception, as without it, and Python's own leaks are none of ours. Not AVX512: a sanitizer sees
-# nothing of masked loads and stores. `make sanitize CAPABILITY=DEFAULT` where there is no AVX2.
+# nothing of masked loads and stores.
 SANITIZED := build/sanitize
-CAPABILITY ?= AVX2
+CAPABILITY ?= $(shell $(BIN)/python -c "from dspnet_fast.capability import *; print(('DEFAULT', 'AVX2')[executes('AVX2')])")
 sanitize: export DSPNET_SANITIZE := address,undefined
 sanitize: install ## the compiled operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=g++ \

@@ -4,6 +4,10 @@ The compiled libraries only add speed. Where one cannot be built, the install su
 and leaves the reason in dspnet_fast/_C.json or _C_cuda.json for `python -m dspnet_fast.info`. DSPNET_BUILD=1 makes a
 failed build of the CPU's an error, 0 skips both, auto is the default; DSPNET_CUDA does the same for CUDA's alone.
 DSPNET_CUDA_ARCHITECTURES=80;90 narrows what that is built for.
+
+DSPNET_CAPABILITY is the CPU capability to build for: `native`, the highest of the machine that builds, which is the
+default of an in-place build (`pip install -e .`, `setup.py build_ext --inplace`); `all`, the default of a wheel; or
+DEFAULT, AVX2 or AVX512.
 """
 
 import json
@@ -25,6 +29,9 @@ ROOTS = {
     "dspnet_fast.train": "train",
     "dspnet_fast.recipes": "recipes",
 }
+MODES = ("0", "1", "auto")
+CAPABILITIES = ("native", "all", "DEFAULT", "AVX2", "AVX512")
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("dspnet_fast/__init__.py").read_text(), re.MULTILINE)[1]
 
 
 def packages() -> dict[str, str]:
@@ -41,15 +48,18 @@ class BuildNative(build_ext):
     """Builds dspnet_fast/_C.so and _C_cuda.so with cmake, in place for an editable install."""
 
     def run(self) -> None:
-        build, cuda = (mode_of(variable) for variable in ("DSPNET_BUILD", "DSPNET_CUDA"))
+        build, cuda = (choice_of(variable, MODES, "auto") for variable in ("DSPNET_BUILD", "DSPNET_CUDA"))
+        capability = choice_of("DSPNET_CAPABILITY", CAPABILITIES, "native" if self.inplace else "all")
+        # For both: whichever is configured writes _C.json.
+        definitions = [f"-DDSPNET_CAPABILITY={capability}"]
         package = Path("dspnet_fast" if self.inplace else f"{self.build_lib}/dspnet_fast").absolute()
         package.mkdir(parents=True, exist_ok=True)
         if cuda == "1":  # before minutes of compiling
             settle(package, "_C_cuda", "the CUDA operators", missing_cuda(), cuda)
-        reason = switched_off("DSPNET_BUILD", build) or missing_tool() or compile_into(package, "_C")
+        reason = switched_off("DSPNET_BUILD", build) or missing_tool() or compile_into(package, "_C", *definitions)
         settle(package, "_C", "the compiled CPU operators", reason, build)
         reason = switched_off("DSPNET_CUDA", cuda) or (reason and "they need the CPU operators, which were not built")
-        reason = reason or missing_cuda() or compile_into(package, "_C_cuda", *cuda_definitions())
+        reason = reason or missing_cuda() or compile_into(package, "_C_cuda", *definitions, *cuda_definitions())
         settle(package, "_C_cuda", "the CUDA operators", reason, cuda)
 
     def get_outputs(self) -> list[str]:
@@ -59,11 +69,12 @@ class BuildNative(build_ext):
         return {}
 
 
-def mode_of(variable: str) -> str:
-    mode = os.environ.get(variable, "auto")
-    if mode not in ("0", "1", "auto"):
-        raise SystemExit(f"{variable}={mode!r}: must be 0, 1 or auto")
-    return mode
+def choice_of(variable: str, choices: tuple[str, ...], default: str) -> str:
+    """The value of an environment variable."""
+    choice = os.environ.get(variable) or default
+    if choice not in choices:
+        raise SystemExit(f"{variable}={choice!r}: must be {', '.join(choices[:-1])} or {choices[-1]}")
+    return choice
 
 
 def switched_off(variable: str, mode: str) -> str:
@@ -189,7 +200,7 @@ EXTRAS = {
 
 setup(
     name="dspnet-fast",
-    version="0.1.0",
+    version=VERSION,
     description="One self-supervised training run that gives a whole family of networks",
     license="Apache-2.0",
     python_requires=">=3.11",

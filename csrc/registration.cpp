@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -60,6 +61,10 @@ DSPNET_CPU_BUILDS(
     OptionalTensor weight, Tensor mean, Tensor variance, double eps)
 
 TORCH_LIBRARY(dspnet_cpp, library) {
+  library.def("cpu_capability() -> str", [] { // of the builds registered below, empty if there are none
+    constexpr const char* names[] = {"", "DEFAULT", "AVX2", "AVX512"};
+    return std::string(names[static_cast<int>(dspnet::build_capability())]);
+  });
   library.def("cuda_problem(int device) -> str"); // the error message, empty if the device is usable
   library.def(
       "conv_moments(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor weight, int out_channels, "
@@ -102,6 +107,9 @@ TORCH_LIBRARY(dspnet_cpp, library) {
 }
 
 TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
+  if (dspnet::build_capability() == dspnet::Capability::none) {
+    return;
+  }
   library.impl("conv_moments", DSPNET_CPU_BUILD(conv_moments));
   library.impl("conv_moments_backward", DSPNET_CPU_BUILD(conv_moments_backward));
   library.impl("ema_update", DSPNET_CPU_BUILD(ema_update));

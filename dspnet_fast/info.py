@@ -11,7 +11,7 @@ import torch
 
 from .errors import InputError
 from .machine import cpu_model
-from .ops import apex, cuda, registry
+from .ops import apex, cpp, cuda, registry
 
 
 def collect() -> dict[str, Any]:
@@ -43,6 +43,7 @@ def _machine() -> dict[str, str]:
         "triton": _version("triton", "pytorch-triton", "triton-windows") or "absent",
         "cuda": torch.version.cuda or "this torch was built without CUDA",
         "gpu": _gpus(),
+        "cpu operators": f"built for {', '.join(cpp.builds())}" if cpp.load()[0] else cpp.load()[1],
         "cuda operators": cuda.built(),
         "dali": _dali(),
         "apex": "NVIDIA's" if apex.installed()[0] else apex.installed()[1],

@@ -2,9 +2,11 @@
 // dense implementation.
 #include "conv_moments.h"
 
-#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <tuple>
 

@@ -5,10 +5,10 @@
 // with r = rsqrt(variance + eps), dbias = sum(dy), dweight = r sum(dy (x - mean)). x is [rows, C]: [N, C], or
 // channels-last [N, C, H, W]. Bound by memory: forward reads x twice, for the moments and to normalise, and writes y;
 // backward reads dy and x twice and writes dx. The moments depend on the whole view, so one pass is not possible.
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,8 +1,8 @@
 // Helpers for activations, the operators' inputs and outputs: [N, C, H, W], channels-last, float32 or bfloat16.
 #pragma once
 
-#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 namespace dspnet {
 inline namespace CPU_CAPABILITY {

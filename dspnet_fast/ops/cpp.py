@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import capability
 from . import lazy_views
 
 PACKAGE = Path(__file__).parent.parent
@@ -30,6 +31,11 @@ def load() -> tuple[bool, str]:
     return loaded, reason
 
 
+def builds() -> list[str]:
+    """The CPU capabilities that the library was built for. Empty if it cannot be loaded."""
+    return _capabilities(json.loads(LIBRARY.with_suffix(".json").read_text())) if load()[0] else []
+
+
 def load_into(library: Path, name: str) -> tuple[bool, str]:
     """Load a library, called `name` in messages, into torch.ops.dspnet_cpp. Returns (True, "") or (False, reason)."""
     try:
@@ -40,11 +46,17 @@ def load_into(library: Path, name: str) -> tuple[bool, str]:
         return False, f"{name} was not built: {note['reason']}"
     if note["torch"] != torch.__version__:
         return False, f"{name} was built for torch {note['torch']}, not {torch.__version__}: install the project again"
+    if problem := capability.problem(name, _capabilities(note)):
+        return False, problem
     try:
         torch.ops.load_library(library)
     except OSError as error:
         return False, f"{name} cannot be loaded: {error.__cause__ or error}"
     return True, ""
+
+
+def _capabilities(note: dict) -> list[str]:
+    return note.get("capabilities", capability.ORDER)  # absent from the CUDA library's note
 
 
 def has(operator: str) -> tuple[bool, str]:

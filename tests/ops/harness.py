@@ -128,17 +128,16 @@ def check_errors(
         assert error <= factor * same_dtype + UNITS * unit, f"{name}: off by {error:.3g}, native by {same_dtype:.3g}"
 
 
-def check_every_build(run_python: Callable[..., str], module: str, calls: str) -> None:
-    """Run statements with the compiled library's builds for older processors.
+def check_build(run_python: Callable[..., str], capability: str, module: str, calls: str) -> None:
+    """Run statements with the compiled library's build for a CPU capability.
 
     calls: statements in which the test module is `t`; they run in a new process, with the seed of all tests.
     """
-    for capability in ("avx2", "default"):
-        program = (
-            "import sys, torch; from dspnet_fast.ops import registry\n"
-            f"sys.path.insert(0, 'tests/ops'); import {module} as t\n"
-            "registry.set_policy('cpp')\n"
-            "assert torch.backends.cpu.get_cpu_capability() != 'AVX512'\n"
-            f"torch.manual_seed({torch.initial_seed()})\n"
-        )
-        run_python("-c", program + calls, ATEN_CPU_CAPABILITY=capability)
+    program = (
+        "import sys, torch; from dspnet_fast.ops import registry\n"
+        f"sys.path.insert(0, 'tests/ops'); import {module} as t\n"
+        "registry.set_policy('cpp')\n"
+        f"assert torch.ops.dspnet_cpp.cpu_capability() == {capability!r}\n"
+        f"torch.manual_seed({torch.initial_seed()})\n"
+    )
+    run_python("-c", program + calls, ATEN_CPU_CAPABILITY=capability.lower())

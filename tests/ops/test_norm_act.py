@@ -4,12 +4,12 @@ import harness
 import pytest
 import torch
 from activations import ACTIVATIONS, CASES, NAMES
-from harness import NARROW, check_every_build, device, double, providers, run, to_device
+from harness import NARROW, check_build, device, double, providers, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.ops import conv_moments, cpp, norm_act, norm_act_pool, registry
+from dspnet_fast.ops import conv_moments, norm_act, norm_act_pool, registry
 from dspnet_fast.ops.deferred import ACTS
 from dspnet_fast.ops.norm_act import norm_act_backward
 
@@ -236,11 +236,12 @@ def test_invalid_arguments_are_rejected(provider, reason):
         norm_act(*arguments.values())
 
 
-@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
-def test_every_build_of_the_library(run_python):
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"], indirect=True)
+def test_every_build_of_the_library(run_python, capability):
     """The library's builds for older processors, by the error rule."""
-    check_every_build(
+    check_build(
         run_python,
+        capability,
         "test_norm_act",
         "for case in t.CASES:\n"
         "    for residual in t.RESIDUALS:\n"
