@@ -52,7 +52,7 @@ def damage_image(lab: Lab, **options: object) -> tuple[Outcome, Path, bytes]:
     return Outcome(*process.end()), image, content
 
 
-@fault("an image becomes unreadable")
+@fault("an image becomes unreadable, above the limit `--max-bad-images`")
 def unreadable(lab: Lab) -> Outcome:
     outcome, image, content = damage_image(lab)
 
@@ -64,7 +64,7 @@ def unreadable(lab: Lab) -> Outcome:
     return outcome
 
 
-@fault("an image becomes unreadable, with `--max-bad-images`")
+@fault("an image becomes unreadable, within the limit `--max-bad-images`")
 def left_out(lab: Lab) -> Outcome:
     return damage_image(lab, max_bad_images=1)[0]
 

@@ -84,7 +84,7 @@ def signal_rank(lab: Lab, number: int) -> Outcome:
     return Outcome(*wait_for(process), go_on=lambda: resume(lab))
 
 
-@fault("one of several ranks cannot read an image", slow=True)
+@fault("one of several ranks cannot read an image, above the limit `--max-bad-images`", slow=True)
 def unreadable(lab: Lab) -> Outcome:
     """The other rank waits in the next step and cannot save."""
     lab.whole = whole_of_ranks(lab.images, lab.folder / "whole")
@@ -112,6 +112,6 @@ def killed(lab: Lab) -> Outcome:
     return signal_rank(lab, signal.SIGKILL)
 
 
-@fault("one of several ranks is stopped or hangs", slow=True)
+@fault("one of several ranks is suspended (SIGSTOP)", slow=True)
 def stopped(lab: Lab) -> Outcome:
     return signal_rank(lab, signal.SIGSTOP)
