@@ -55,12 +55,12 @@ class BuildNative(build_ext):
         package = Path("dspnet_fast" if self.inplace else f"{self.build_lib}/dspnet_fast").absolute()
         package.mkdir(parents=True, exist_ok=True)
         if cuda == "1":  # before minutes of compiling
-            settle(package, "_C_cuda", "the CUDA operators", missing_cuda(), cuda)
+            report_outcome(package, "_C_cuda", "the CUDA operators", missing_cuda(), cuda)
         reason = switched_off("DSPNET_BUILD", build) or missing_tool() or compile_into(package, "_C", *definitions)
-        settle(package, "_C", "the compiled CPU operators", reason, build)
+        report_outcome(package, "_C", "the compiled CPU operators", reason, build)
         reason = switched_off("DSPNET_CUDA", cuda) or (reason and "they need the CPU operators, which were not built")
         reason = reason or missing_cuda() or compile_into(package, "_C_cuda", *definitions, *cuda_definitions())
-        settle(package, "_C_cuda", "the CUDA operators", reason, cuda)
+        report_outcome(package, "_C_cuda", "the CUDA operators", reason, cuda)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in Path(self.build_lib, "dspnet_fast").glob("_C*.*")]
@@ -81,7 +81,7 @@ def switched_off(variable: str, mode: str) -> str:
     return f"switched off by {variable}=0" if mode == "0" else ""
 
 
-def settle(package: Path, library: str, name: str, reason: str, mode: str) -> None:
+def report_outcome(package: Path, library: str, name: str, reason: str, mode: str) -> None:
     """Leaves the reason why a library was not built, if there is one, in its place."""
     if not reason:
         return
