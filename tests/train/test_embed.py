@@ -1,4 +1,4 @@
-"""train.embed gives the features of the network that is exported, in the order of the files it lists."""
+"""train.embed: features equal those of the exported network, in the order of the listed files."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_command_writes_features_and_names_of_a_folder(trained, images, tmp_path
         (["--data=nowhere"], "nowhere"),
     ],
 )
-def test_wrong_input_is_refused_in_one_line(trained, images, tmp_path, capsys, arguments, message):
+def test_invalid_options_are_refused_in_one_line(trained, images, tmp_path, capsys, arguments, message):
     given = {"--data": images / "test", "--out": tmp_path / "features.npy"}
     given |= dict(argument.split("=") for argument in arguments)
     assert run(trained, *(f"{name}={value}" for name, value in given.items())) == WRONG_INPUT
@@ -57,7 +57,7 @@ def test_wrong_input_is_refused_in_one_line(trained, images, tmp_path, capsys, a
     assert not (tmp_path / "features.npy").exists()
 
 
-def test_export_takes_no_name_of_a_network(trained, images):
+def test_dn_is_refused_with_an_exported_network(trained, images):
     (folder,) = export(trained, ["c8-d1111"], ExportOptions(threads=1))
     with pytest.raises(InputError, match="leave --dn out"):
         embed.embed(folder, images / "test", "c8-d1111")
