@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PretrainConfig
-from ..data.backends import choose_backend
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from ..evaluation.results import Report
-from ..pretraining.run import PretrainRun, open_train_images
+from ..pretraining.run import PretrainRun, open_train_images, resolve
 from ..run import checkpoint
 from ..run.device import choose_device
 from ..run.run_directory import open_run
@@ -42,15 +41,19 @@ def compare(comparison: Comparison) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     base = comparison.config
-    device = choose_device(base.device)
-    backend = choose_backend(base.data_backend, open_train_images(base), device)
+    resolved = resolve(base, open_train_images(base), choose_device(base.device), world_size=1)
     runs = [(variant, seed) for seed in comparison.seeds for variant in comparison.trained]
     accuracies: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in comparison.trained}
     for index, (variant, seed) in enumerate(runs):
         out = comparison.run_directory(variant, seed)
         print(f"run {index + 1} of {len(runs)}: {variant.label}, seed {seed}, in {out}", flush=True)
-        groups = base.bn_groups or 1  # the value that a run with one rank stores
-        config = replace(variant.config, out=str(out), seed=seed, data_backend=backend, bn_groups=groups)
+        config = replace(
+            variant.config,
+            out=str(out),
+            seed=seed,
+            data_backend=resolved.data_backend,
+            bn_groups=resolved.bn_groups,
+        )
         _train(config, comparison.steps)
         accuracies[variant.name][seed] = _evaluate(comparison, out)
     measured = {variant.name: timed_step(comparison, variant) for variant in comparison.trained}
