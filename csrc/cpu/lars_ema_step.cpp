@@ -29,7 +29,7 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 32768; // elements per thread at least
+constexpr int64_t kLarsGrain = 32768; // elements per thread at least
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kLanes = 16;
 
@@ -94,7 +94,7 @@ std::vector<Region> regions(
     first_block.push_back(first_block.back() + at::divup(size, kBlock));
   }
   std::vector<Squares> sums(first_block.back());
-  at::parallel_for(0, first_block.back(), kGrain / kBlock, [&](int64_t block, int64_t end) {
+  at::parallel_for(0, first_block.back(), kLarsGrain / kBlock, [&](int64_t block, int64_t end) {
     size_t segment = std::upper_bound(first_block.begin(), first_block.end(), block) - first_block.begin() - 1;
     for (; block < end; ++block) {
       while (block >= first_block[segment + 1]) {
@@ -171,7 +171,7 @@ void step(
     at::IntArrayRef sizes,
     const Scalars& scalars) {
   const std::vector<Region> all = regions(buffers, starts, sizes, scalars);
-  at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, total, kLarsGrain, [&](int64_t begin, int64_t end) {
     auto region = std::upper_bound(
         all.begin(), all.end(), begin, [](int64_t at, const Region& r) { return at < r.begin; });
     for (--region; begin < end; ++region) {

@@ -22,7 +22,7 @@ namespace dspnet {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-struct Problem {
+struct PoolProblem {
   int64_t images, positions, channels;
   Deferred deferred;
 
@@ -37,7 +37,7 @@ struct Problem {
 template <Act act, typename P, typename scalar_t>
 void sum_panel(
     const P& panel,
-    const Problem& problem,
+    const PoolProblem& problem,
     int64_t n,
     const scalar_t* x,
     int64_t begin,
@@ -67,7 +67,7 @@ void sum_panel(
 template <Act act, typename P, typename scalar_t>
 void backward_panel(
     const P& panel,
-    const Problem& problem,
+    const PoolProblem& problem,
     int64_t n,
     const float* grad,
     const scalar_t* x,
@@ -104,7 +104,7 @@ void backward_panel(
 }
 
 template <typename scalar_t>
-void forward(const Problem& problem, const scalar_t* x, float* out) {
+void forward(const PoolProblem& problem, const scalar_t* x, float* out) {
   const int64_t channels = problem.channels;
   const Parts parts(problem.images, problem.positions, at::get_num_threads());
   std::vector<float> part_sums(parts.per_image > 1 ? parts.size() * channels : 0);
@@ -132,7 +132,7 @@ void forward(const Problem& problem, const scalar_t* x, float* out) {
 
 template <typename scalar_t>
 void backward(
-    const Problem& problem,
+    const PoolProblem& problem,
     const float* grad,
     const scalar_t* x,
     scalar_t* grad_x,
@@ -163,7 +163,7 @@ void backward(
 
 // Without deferred normalisation and with the identity, all positions of an image have the same gradient.
 template <typename scalar_t>
-void broadcast_gradient(const Problem& problem, const float* grad, scalar_t* grad_x) {
+void broadcast_gradient(const PoolProblem& problem, const float* grad, scalar_t* grad_x) {
   const int64_t channels = problem.channels;
   const Vec part(1.f / static_cast<float>(problem.positions));
   const int64_t rows_in_all = problem.images * problem.positions;
@@ -178,7 +178,7 @@ void broadcast_gradient(const Problem& problem, const float* grad, scalar_t* gra
   });
 }
 
-Problem problem_of(const at::Tensor& x, const Deferred& deferred) {
+PoolProblem problem_of(const at::Tensor& x, const Deferred& deferred) {
   return {x.size(0), x.size(2) * x.size(3), x.size(1), deferred};
 }
 
@@ -226,7 +226,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act_pool_backward(
     grad_shift.zero_();
     return {grad_x, grad_scale, grad_shift};
   }
-  const Problem problem = problem_of(x, checked.deferred);
+  const PoolProblem problem = problem_of(x, checked.deferred);
   with_scalar(x.scalar_type(), [&]<typename scalar_t>(scalar_t) {
     scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
     const float* from = grads.const_data_ptr<float>();

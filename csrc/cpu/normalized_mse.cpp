@@ -28,8 +28,8 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 constexpr double kEps = 1e-6; // dspnet_fast/ops/normalized_mse.py: EPS
-constexpr int64_t kGrain = 16384; // elements per thread at least
-constexpr int64_t kLanes = 16;
+constexpr int64_t kMseGrain = 16384; // elements per thread at least
+constexpr int64_t kMseLanes = 16;
 
 template <typename P, typename Z>
 using compute_t = std::conditional_t<std::is_same_v<P, double> || std::is_same_v<Z, double>, double, float>;
@@ -46,7 +46,7 @@ double at_least_eps(double length) {
 
 template <typename P, typename Z>
 Row measure(const P* p, const Z* z, int64_t columns) {
-  std::array<double, kLanes> pp{}, zz{}, pz{};
+  std::array<double, kMseLanes> pp{}, zz{}, pz{};
   const auto add = [&](int64_t lane, int64_t i) {
     const double p_i = static_cast<compute_t<P, P>>(p[i]);
     const double z_i = static_cast<compute_t<Z, Z>>(z[i]);
@@ -55,15 +55,15 @@ Row measure(const P* p, const Z* z, int64_t columns) {
     pz[lane] += p_i * z_i;
   };
   int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
+  for (; i + kMseLanes <= columns; i += kMseLanes) {
+    for (int64_t lane = 0; lane < kMseLanes; ++lane) {
       add(lane, i + lane);
     }
   }
   for (int64_t lane = 0; i + lane < columns; ++lane) {
     add(lane, i + lane);
   }
-  for (int64_t lane = 1; lane < kLanes; ++lane) {
+  for (int64_t lane = 1; lane < kMseLanes; ++lane) {
     pp[0] += pp[lane];
     zz[0] += zz[lane];
     pz[0] += pz[lane];
@@ -121,7 +121,7 @@ auto with_dtypes(const at::Tensor& p, const at::Tensor& z, const Run& run) {
 }
 
 int64_t grain(int64_t columns) {
-  return kGrain / (columns + 1) + 1;
+  return kMseGrain / (columns + 1) + 1;
 }
 
 } // namespace
