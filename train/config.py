@@ -110,7 +110,7 @@ class ExecutionOptions:
     """execution"""
 
     device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
-    fast_kernels: bool = option(False, "use the fastest operator providers of this machine that were measured", changeable=True)
+    fast_kernels: bool = option(False, "use the fastest operator providers of this machine", changeable=True)
     grad_accum_steps: int = option(1, "micro-batches per optimizer step", True)
     overlap_all_reduce: bool = option(
         False, "all-reduce gradients of late layers during the backward pass of early ones", True
@@ -250,7 +250,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
 
     evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
     device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
-    fast_kernels: bool = option(False, "use the fastest operator providers of this machine that were measured", True)
+    fast_kernels: bool = option(False, "use the fastest operator providers of this machine", True)
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
