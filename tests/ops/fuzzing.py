@@ -56,7 +56,7 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """All registered operators, in every way to call them."""
+    """All registered operators that take arguments, in every way to call them."""
     compiled, _ = cpp.load()
     cuda.load()
     found = []
@@ -66,7 +66,7 @@ def targets() -> list[Target]:
             found.append(Target("native", name))
             if compiled and "cpp" in registry.operators[name].providers:
                 found.append(Target("by cpp", name))
-        elif library == "dspnet_cpp":
+        elif library == "dspnet_cpp" and getattr(torch.ops.dspnet_cpp, name).default._schema.arguments:
             found.append(Target("cpp", name))
             if torch._C._dispatch_has_kernel_for_dispatch_key(full, "CUDA"):
                 found.append(Target("cuda", name))
