@@ -19,7 +19,7 @@ from ..distributed.process_group import SINGLE_PROCESS, World
 from ..run.device import configure_cudnn
 from ..run.schedules import learning_rate, momentum_alpha, target_tau
 from . import cuda_graphs
-from .dspnet import build_model
+from .dspnet import DSPNet, build_model
 from .flat_buffers import FlatBuffers
 from .nonfinite import Finding, Guard, find_nonfinite
 
@@ -75,7 +75,7 @@ class Trainer:
         if overlaps:
             stages = [f"encoder.{stage}" for stage in self.model.online.encoder.stages]
             self.all_reduce.overlap(self.model.online, [*stages, "projector"])
-        accumulate: Accumulate = self._accumulate
+        accumulate = _accumulate_on(self.model, self._alpha, device)
         if graphs:
             accumulate = cuda_graphs.captured(self.model, self.flat_buffers, self._alpha)
         self.accumulate = split.over_micro_batches(accumulate, self.flat_buffers.statistics)
@@ -103,9 +103,6 @@ class Trainer:
         self.update()
         self.step += 1
         return losses
-
-    def _accumulate(self, batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
-        return self.model.accumulate(prepare(batch, self.device), subnets, self._alpha)
 
     def _sample(self, step: int) -> list[Subnet]:
         """The subnets of a step."""
@@ -168,3 +165,12 @@ class Trainer:
                 f"the checkpoint is of another network: {str(error).splitlines()[-1].strip()}; remove it from "
                 f"OUT/checkpoints, or give the --out of its run"
             ) from error
+
+
+def _accumulate_on(model: DSPNet, alpha: Tensor, device: torch.device) -> Accumulate:
+    """`DSPNet.accumulate` on batches before normalisation. No method: a trainer that refers to itself is freed late."""
+
+    def accumulate(batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+        return model.accumulate(prepare(batch, device), subnets, alpha)
+
+    return accumulate
