@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build, GPU tests, short training runs, whole steps and operators on a GPU. Takes less than eight minutes on one H100
+# Build, GPU tests, short training runs, whole steps and operators on a GPU. Planned for less than eight minutes on one H100
 # with 16 cores, and needs no network.
 #
 #     bash benchmarks/gpu/run_all.sh [FOLDER]
