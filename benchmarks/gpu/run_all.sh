@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build, GPU tests, short training runs, whole steps and operators on a GPU. Planned for less than eight minutes on one H100
-# with 16 cores, and needs no network.
+# Build, GPU tests, short training runs, whole steps and operators on a GPU. Planned for less than eight minutes on one
+# H100 with 16 cores; needs no network.
 #
 #     bash benchmarks/gpu/run_all.sh [FOLDER]
 #
