@@ -98,7 +98,10 @@ class OptimizationOptions:
     eta: float = option(1e-3, "LARS trust coefficient")
     tau: float = option(0.996, "initial decay rate of the target; rises to 1")
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
-    precision: str = option("fp32", "fp32; or bf16, which stores activations in bf16", metavar="DTYPE")
+    precision: str = option(
+        "fp32", "fp32; or bf16 or fp16, the dtype of activations, convolutions and products", metavar="DTYPE"
+    )
+    tf32: bool = option(False, "compute fp32 convolutions and products of a GPU in TF32, with 10 bits of mantissa")
 
     def full_only_steps(self, epoch_steps: int) -> int:
         """Number of initial steps that train the full network alone."""
@@ -157,7 +160,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "network": tuple(NETWORKS),
             "stem": STEMS,
             "momentum_bn": ("on", "off", "momentum2"),
-            "precision": ("fp32", "bf16"),
+            "precision": ("fp32", "bf16", "fp16"),
             "device": ("auto", "cpu", "cuda"),
         }
         for name, allowed in choices.items():

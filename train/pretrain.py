@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")
-    if config.fast_kernels:
+    if config.fast_kernels and config.precision != "fp16":  # the operators have no fp16
         registry.fast_kernels()
     try:
         PretrainRun(config, resume).run()

@@ -105,6 +105,7 @@ def configuration(case: Case, graphs: bool, precision: str) -> PretrainConfig:
         subnets_per_step=SUBNETS_PER_STEP,
         momentum_bn="off",  # as in published slimmable networks
         precision=precision,
+        tf32=case.precision == "tf32",
         full_only_epochs=0,
         warmup_epochs=0,
         epochs=1,

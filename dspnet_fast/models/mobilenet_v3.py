@@ -8,7 +8,9 @@ is the network that timm builds with that channel multiplier.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class Block:
     kernel: int
     stride: int
     squeeze: bool
-    act: type[nn.Module]
+    act: Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Stage:
     blocks: tuple[Block, ...]
 
 
-RE, HS = nn.ReLU, nn.Hardswish
+RE, HS = partial(nn.ReLU, inplace=True), nn.Hardswish  # in-place hardswish would clone its input for the gradient
 STAGES = (
     Stage(16, (Block(1, 3, 1, False, RE),)),
     Stage(24, (Block(4, 3, 2, False, RE), Block(3, 3, 1, False, RE))),
@@ -89,7 +91,7 @@ class DepthwiseSeparable(nn.Module):
             in_channels, in_channels, block.kernel, block.stride, padding, groups=in_channels, bias=False
         )
         self.bn1 = SlimBatchNorm2d(in_channels)
-        self.act1 = block.act(inplace=True)
+        self.act1 = block.act()
         self.conv_pw = SlimConv2d(in_channels, out_channels, 1, bias=False)
         self.bn2 = SlimBatchNorm2d(out_channels)
 
@@ -115,10 +117,10 @@ class InvertedResidual(nn.Module):
         padding = block.kernel // 2
         self.conv_pw = SlimConv2d(in_channels, mid, 1, bias=False)
         self.bn1 = SlimBatchNorm2d(mid)
-        self.act1 = block.act(inplace=True)
+        self.act1 = block.act()
         self.conv_dw = SlimConv2d(mid, mid, block.kernel, block.stride, padding, groups=mid, bias=False)
         self.bn2 = SlimBatchNorm2d(mid)
-        self.act2 = block.act(inplace=True)
+        self.act2 = block.act()
         self.se = SqueezeExcite(mid) if block.squeeze else nn.Identity()
         self.conv_pwl = SlimConv2d(mid, out_channels, 1, bias=False)
         self.bn3 = SlimBatchNorm2d(out_channels)
@@ -145,7 +147,7 @@ class Feature(nn.Module):
         super().__init__()
         self.conv = SlimConv2d(in_channels, out_channels, 1, bias=False)
         self.bn1 = SlimBatchNorm2d(out_channels)
-        self.act1 = nn.Hardswish(inplace=True)
+        self.act1 = nn.Hardswish()
 
     def forward(self, x: Activation) -> Activation:
         """Map [N, C, H, W] to [N, C', H, W]."""
@@ -173,7 +175,7 @@ class MobileNetV3(Network):
         stem, *stages, feature = full.channels
         self.conv_stem = SlimConv2d(3, stem, 3, 1 if small_stem else 2, 1, bias=False)
         self.bn1 = SlimBatchNorm2d(stem)
-        self.act1 = nn.Hardswish(inplace=True)
+        self.act1 = nn.Hardswish()
         self.blocks = nn.Sequential()
         in_channels = stem
         for index, (stage, channels) in enumerate(zip(STAGES, stages, strict=True)):

@@ -11,7 +11,7 @@ Normalisation is a scale and a shift per channel, gamma / sqrt(var + eps) and be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, TypedDict, Unpack, overload
 
 import torch
@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import scale_shift, slim_batch_norm
+from ..ops.deferred import upcast
+from ..ops.registry import is_eager
 from .attributes import AttributeChanges
 from .deferred import ConvOutput, Deferred
+from .prefix import prefix
 from .sized import main_grad
 
 # Called with the mean and biased variance [V, C] of each view and the number of values per channel and view.
 Observer = Callable[[Tensor, Tensor, int], None]
+Statistics = tuple[Tensor | None, Tensor | None]
 
 
 class SlimBatchNorm(_BatchNorm):
@@ -35,6 +39,8 @@ class SlimBatchNorm(_BatchNorm):
     Attributes:
         active_dn: name of the active subnet; None for the full network. Set by `activate`.
         views: number of augmented views, which are equal, consecutive parts of the batch. Set by `activate`.
+        view: index of the only view in the input, if each view has a forward pass of its own; None if the input holds
+            all views.
         bn_groups: number of ghost-batch-norm groups per view: in training each group is normalised separately. The
             running statistics are updated once per view, with the mean over its groups. Ignored while `observer` is
             set.
@@ -47,6 +53,7 @@ class SlimBatchNorm(_BatchNorm):
 
     active_dn: str | None = None
     views: int = 1
+    view: int | None = None
     bn_groups: int = 1
     process_group: dist.ProcessGroup | None = None
     observer: Observer | None = None
@@ -90,7 +97,7 @@ class SlimBatchNorm(_BatchNorm):
     def batch_views(self) -> int:
         """Number of parts of the batch to compute moments of; 0 if stored statistics are used instead."""
         if self.training:
-            return self.views * (self.bn_groups if self.observer is None else 1)
+            return (self.views if self.view is None else 1) * (self.bn_groups if self.observer is None else 1)
         return 0 if self.track_running_stats or self.active_dn in self.measured else 1
 
     @overload
@@ -117,8 +124,7 @@ class SlimBatchNorm(_BatchNorm):
         if isinstance(x, ConvOutput):
             return Deferred(x.y, *self._scale_shift(x))
         self._check_input_dim(x)
-        weight = None if self.weight is None else self.weight[:channels]
-        bias = None if self.bias is None else self.bias[:channels]
+        weight, bias = prefix(self.weight, channels), prefix(self.bias, channels)
         views = self.batch_views
         if not views:
             mean, variance = self._stored_statistics(channels)
@@ -127,6 +133,8 @@ class SlimBatchNorm(_BatchNorm):
             raise ValueError(
                 f"a batch of {len(x)} is not {views} parts of equal size: see activate(views=) and bn_groups"
             )
+        if is_eager() and not (self._changes_moments and torch.is_grad_enabled()):
+            return self._eager(x, weight, bias, views)
         y, mean, variance = slim_batch_norm(x, weight, bias, self.eps, views)
         if not self._changes_moments:
             self._observe(mean, variance, self._count(x.shape, views))
@@ -134,6 +142,42 @@ class SlimBatchNorm(_BatchNorm):
         scale, shift = self._scale_shift(ConvOutput(x, mean, variance))
         shape = len(scale), 1, channels, *(x.ndim - 2) * [1]
         return (x.unflatten(0, (views, -1)) * scale.view(shape) + shift.view(shape)).flatten(0, 1).to(x.dtype)
+
+    def _eager(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> Tensor:
+        """Normalise each view by PyTorch's kernels."""
+        channels, count, parts = x.shape[1], self._count(x.shape, views), x.chunk(views)
+
+        def normalize(moments: Iterable[Statistics], training: bool = True, momentum: float = 0.0) -> Tensor:
+            y = [
+                F.batch_norm(part, mean, variance, weight, bias, training, momentum, self.eps)
+                for part, (mean, variance) in zip(parts, moments, strict=True)
+            ]
+            return y[0] if views == 1 else torch.cat(y)
+
+        if self._changes_moments:
+            moments = [torch.batch_norm_update_stats(part, *self._zeros(x), 1.0) for part in parts]
+            mean, variance = map(torch.stack, zip(*moments, strict=True))
+            return normalize(zip(*self._statistics(mean, variance, count), strict=True), training=False)
+        tracks = self._tracks(channels)
+        if not tracks and self.observer is None:
+            if self.training:
+                self.measured.clear()
+            return normalize(views * [(None, None)])
+        if tracks and self.bn_groups == 1 and self.momentum is not None:
+            assert self.num_batches_tracked is not None
+            self.measured.clear()
+            self.num_batches_tracked.add_(views)
+            return normalize(views * [(self.running_mean, self.running_var)], momentum=self.momentum)
+        scratch = [self._zeros(x) for _ in parts]
+        y = normalize(scratch, momentum=1.0)  # which stores the mean and the unbiased variance
+        mean, unbiased = map(torch.stack, zip(*scratch, strict=True))
+        self._observe(mean, unbiased * ((count - 1) / count), count)
+        return y
+
+    def _zeros(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [C] for a kernel to write."""
+        dtype = upcast(x).dtype if self.weight is None else self.weight.dtype
+        return x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
 
     def _scale_shift(self, x: ConvOutput) -> tuple[Tensor, Tensor]:
         """Scale and shift [V, C] of the deferred normalisation; a single row with stored statistics."""
@@ -172,6 +216,11 @@ class SlimBatchNorm(_BatchNorm):
             )
         return count
 
+    def _tracks(self, channels: int) -> bool:
+        """Whether a batch updates the running statistics: in training, by the full network, without an observer."""
+        full = self.active_dn is None and channels == self.num_features
+        return self.training and self.track_running_stats and full and self.observer is None
+
     @torch.no_grad()
     def _observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Call the observer, or update the running statistics once per view if the full network is active."""
@@ -181,7 +230,7 @@ class SlimBatchNorm(_BatchNorm):
         if self.observer is not None:
             self.observer(mean, variance, count)
             return
-        if not (self.track_running_stats and self.active_dn is None and mean.shape[1] == self.num_features):
+        if not self._tracks(mean.shape[1]):
             return
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         unbiased = variance * (count / (count - 1))
@@ -268,6 +317,7 @@ class MomentumBatchNorm(SlimBatchNorm):
 
     alpha: float | Tensor = 1.0
     double_correction: bool = False
+    _earlier: Sequence[tuple[Tensor, Tensor]] = ()  # moments [V, C] of the batch's earlier views
 
     @property
     def _changes_moments(self) -> bool:
@@ -291,6 +341,12 @@ class MomentumBatchNorm(SlimBatchNorm):
         mean, variance = mean.to(self.running_mean.dtype), variance.to(self.running_var.dtype)
         alpha = self.alpha.to(mean.dtype) if isinstance(self.alpha, Tensor) else self.alpha
         blended = self.running_mean.lerp(mean, alpha), self.running_var.lerp(variance, alpha)
+        if self.view is not None:  # the statistics change after the last view
+            self._earlier = [*self._earlier[: self.view], (mean, variance)]
+            if self.view + 1 < self.views:
+                return blended
+            mean, variance = map(torch.cat, zip(*self._earlier, strict=True))
+            self._earlier = ()
         self.running_mean.lerp_(mean.mean(0), alpha)
         self.running_var.lerp_(variance.mean(0), alpha)
         self.num_batches_tracked.add_(1)
@@ -322,6 +378,7 @@ class BatchNormSettings(TypedDict, total=False):
 
     bn_groups: int
     process_group: dist.ProcessGroup | None
+    view: int | None
     alpha: float | Tensor
 
 
@@ -331,7 +388,7 @@ def configure_batch_norm(model: nn.Module, **settings: Unpack[BatchNormSettings]
 
     Args:
         model: any module.
-        settings: `bn_groups` and `process_group` for all layers, `alpha` for momentum batch normalisation, as
+        settings: `bn_groups`, `process_group` and `view` for all layers, `alpha` for momentum batch normalisation, as
             documented at `SlimBatchNorm` and `MomentumBatchNorm`. Attributes not named here keep their values.
 
     Returns:

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_moments, slim_conv2d, slim_linear
+from ..ops.registry import is_eager
 from .deferred import ConvOutput, Deferred
+from .prefix import prefix
 from .sized import Sized, main_grad
 
 
@@ -54,15 +56,23 @@ class SlimConv2d(Sized, nn.Conv2d):
         groups, out_channels = self._active(x.shape[1])
         if isinstance(x, Deferred):
             return self._conv_moments(x, out_channels, groups, views)
-        bias = None if self.bias is None else self.bias[:out_channels]
-        weight, grad = self.weight, main_grad(self.weight)
-        if groups == 1 and x.shape[2:].numel() == weight.shape[2:].numel() == 1 and self.padding == (0, 0):
-            return slim_linear(x.flatten(1), weight, bias, grad, out_channels)[:, :, None, None]
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
+        # On maps of one pixel, as in squeeze-and-excite.
+        is_product = groups == 1 and x.shape[2:].numel() == self.weight.shape[2:].numel() == 1 and padding == (0, 0)
+        if is_eager():
+            weight = prefix(self.weight, out_channels, x.shape[1] // groups, like=x)
+            bias = prefix(self.bias, out_channels, like=x)
+            if is_product:
+                return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        bias = None if self.bias is None else self.bias[:out_channels]
+        weight, grad = self.weight, main_grad(self.weight)
+        if is_product:
+            return slim_linear(x.flatten(1), weight, bias, grad, out_channels)[:, :, None, None]
         return slim_conv2d(x, weight, bias, grad, out_channels, self.stride, padding, self.dilation, groups)
 
     def _active(self, channels: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Building blocks of networks with deferred normalisation: `conv_norm_act`, `materialize`, `pool` and `gated`.
 
-Each takes a `Deferred` or a Tensor. With slimmable layers activations are `Deferred` (docs/formulation.md). With
-torch.nn layers, as in a network cut out by `slim`, they are Tensors and the functions are the ordinary PyTorch ones.
+Each takes a `Deferred` or a Tensor. Activations of slimmable layers are `Deferred` (docs/formulation.md), except with
+the policy `eager`. Then, and with torch.nn layers, as in a network cut out by `slim`, they are Tensors and the functions
+are the ordinary PyTorch ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..ops import norm_act, norm_act_pool
+from ..ops.registry import is_eager
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
 from .deferred import Activation, Deferred
@@ -43,7 +45,8 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
         act: an `nn.ReLU`, `nn.Hardswish` or `nn.Identity`; None for no activation function.
 
     Returns:
-        A `Deferred` of shape [N, C', H', W'] for slimmable layers, a Tensor for torch.nn layers.
+        A `Deferred` of shape [N, C', H', W'] for slimmable layers, a Tensor for torch.nn layers and with the policy
+        `eager`.
 
     Raises:
         ValueError: if `conv` or `act` is not supported.
@@ -54,7 +57,7 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
         >>> materialize(y).shape
         torch.Size([2, 8, 16, 16])
     """
-    if not (isinstance(conv, SlimConv2d) and isinstance(norm, SlimBatchNorm)):
+    if is_eager() or not (isinstance(conv, SlimConv2d) and isinstance(norm, SlimBatchNorm)):
         y = norm(conv(x))
         return y if act is None else act(y)
     deferred = norm(conv(x if isinstance(x, Deferred) else Deferred(x), views=norm.batch_views))

@@ -1,8 +1,11 @@
 """Linear layer with a prefix of the weight's input and output features."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import slim_linear
+from ..ops.registry import is_eager
+from .prefix import prefix
 from .sized import Sized, main_grad
 
 
@@ -38,5 +41,8 @@ class SlimLinear(Sized, nn.Linear):
         features = x.shape[-1]
         if features > self.in_features:
             raise ValueError(f"SlimLinear has {self.in_features} input features, but the input has {features}")
+        if is_eager():
+            weight = prefix(self.weight, self.size, features, like=x)
+            return F.linear(x, weight, prefix(self.bias, self.size, like=x))
         bias = None if self.bias is None else self.bias[: self.size]
         return slim_linear(x, self.weight, bias, main_grad(self.weight), self.size)

@@ -64,9 +64,7 @@ def lars_ema_step(
         (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([0.2500, 0.2500, 0.2500, 0.2500]))
     """
     _check(params, grads, momenta, targets, starts, sizes, lr, tau, apply)
-    changing = (params, momenta, targets)
-    before = [] if apply is None else [flat.clone() for flat in changing]
-    to_online = (1 - tau).to(params.dtype)
+    lr, to_online, decay = lr.to(params.dtype), (1 - tau).to(params.dtype), params.new_full((), momentum)
     if starts:
         weights, updates = (
             [flat.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)] for flat in (params, grads)
@@ -76,13 +74,13 @@ def lars_ema_step(
         ratio = eta * weight_norms / update_norms
         trust = torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio)
         torch._foreach_mul_(updates, list(trust.unbind()))
-    momenta.mul_(momentum).add_(grads)
-    params.addcmul_(momenta, lr.to(params.dtype), value=-1)
+    if apply is not None:  # otherwise nothing is added to anything
+        grads.masked_fill_(~apply, 0)
+        lr, to_online, decay = torch.where(apply, lr, 0), torch.where(apply, to_online, 0), torch.where(apply, decay, 1)
+    momenta.mul_(decay).add_(grads)
+    params.addcmul_(momenta, lr, value=-1)
     targets.lerp_(params[: len(targets)], to_online)
     grads.zero_()
-    if apply is not None:
-        for flat, kept in zip(changing, before, strict=True):
-            torch.where(apply, flat, kept, out=flat)
 
 
 def _check(

@@ -14,9 +14,11 @@ The operator chooses the provider of each call at run time, so a compiled graph 
 calls choose the same way, but bypass the dispatcher. A gradient with providers is a separate operator, called by the
 backward function passed to `register_autograd`.
 
-The policy is `native`, `auto` (for each device the first of PRIORITY that accepts the arguments), `any` (like `auto`,
-with the providers that were not yet measured), or a provider's name. It is initialised from DSPNET_KERNELS at import,
-and is `native` if that is unset.
+The policy also decides the formulation of networks (docs/formulation.md). With `eager`, the default, slimmable layers
+compute in plain PyTorch, and operators run their native bodies. With all others convolution and batch normalisation are
+operators: `native` runs their specifications, `auto` the first provider of PRIORITY that accepts the arguments, `any`
+also providers that were not yet measured, and a provider's name that provider. The policy is initialised from
+DSPNET_KERNELS at import.
 """
 
 import functools
@@ -38,6 +40,7 @@ R = TypeVar("R")
 Verdict = tuple[bool, str]  # (True, "") or (False, reason)
 
 PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+NATIVE = ("eager", "native")  # policies without providers
 CHOOSING = ("auto", "any")  # policies that choose among providers
 PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
 NO_IMPLEMENTATION = "no implementation of this operator"
@@ -201,7 +204,7 @@ def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Opera
 
 
 def set_policy(policy: str) -> None:
-    """Set the policy: `native`, `auto`, `any`, or a provider's name, for the operators that have it.
+    """Set the policy: `eager`, `native`, `auto`, `any`, or a provider's name, for the operators that have it.
 
     Raises:
         InputError: if no such provider exists, or this machine cannot run it.
@@ -215,6 +218,11 @@ def set_policy(policy: str) -> None:
 def get_policy() -> str:
     """The current policy."""
     return _policy
+
+
+def is_eager() -> bool:
+    """Whether slimmable layers compute in plain PyTorch instead of by operators."""
+    return _policy == "eager"
 
 
 def fast_kernels() -> dict[str, str]:
@@ -258,7 +266,7 @@ def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
 def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     """The providers to try, in order, before the native body."""
     providers = operators[name].providers
-    if _policy == "native":
+    if _policy in NATIVE:
         return ()
     if _policy in CHOOSING:
         return tuple(p for p in _able(name, device) if _policy == "any" or not p.unproven)
@@ -285,10 +293,10 @@ def _accelerator() -> str:
 
 
 def _check(policy: str) -> None:
-    if policy in ("native", *CHOOSING):
+    if policy in (*NATIVE, *CHOOSING):
         return
     if policy not in PROVIDERS:
-        raise InputError(f"unknown kernel provider {policy!r}: use {', '.join((*CHOOSING, *PROVIDERS))}")
+        raise InputError(f"unknown kernel provider {policy!r}: use {', '.join(('eager', *CHOOSING, *PROVIDERS))}")
     having = {name: op.providers[policy] for name, op in operators.items() if policy in op.providers}
     if not having:
         raise InputError(f"{policy} was chosen by name, but no operator has a {policy} implementation")
@@ -324,4 +332,4 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
 
 
 _policy_of_environment = os.environ.get("DSPNET_KERNELS", "")
-_policy = _policy_of_environment or "native"  # validated at first use, so that `info` still starts
+_policy = _policy_of_environment or "eager"  # validated at first use, so that `info` still starts

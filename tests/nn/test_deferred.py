@@ -90,7 +90,8 @@ def test_slim_network_equals_the_active_subnet():
         torch.testing.assert_close(model(x), small(x))
 
 
-def test_conv_norm_act_stores_the_raw_convolution_output():
+def test_conv_norm_act_stores_the_raw_convolution_output(policy):
+    policy("native")
     conv, norm = SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8)
     x = torch.randn(4, 3, 5, 5)
     deferred = conv_norm_act(x, conv, norm, nn.ReLU())
@@ -99,13 +100,15 @@ def test_conv_norm_act_stores_the_raw_convolution_output():
     torch.testing.assert_close(materialize(deferred), norm(conv(x)).relu())
 
 
-def test_unsupported_activation_is_rejected():
+def test_unsupported_activation_is_rejected(policy):
+    policy("native")
     with pytest.raises(ValueError, match="do not support the activation GELU"):
         conv_norm_act(torch.randn(2, 3, 4, 4), SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8), nn.GELU())
 
 
 @pytest.mark.parametrize("options", [{"bias": True}, {"dilation": 2}, {"stride": (1, 2)}, {"padding": "same"}])
-def test_unsupported_convolution_is_rejected(options):
+def test_unsupported_convolution_is_rejected(options, policy):
+    policy("native")
     conv = SlimConv2d(3, 8, 3, **{"bias": False, **options})
     with pytest.raises(ValueError, match="conv_moments does not support"):
         conv_norm_act(torch.randn(2, 3, 8, 8), conv, SlimBatchNorm2d(8))

@@ -198,12 +198,12 @@ print(registry.get_policy())
 @pytest.mark.parametrize(
     "variable, printed",
     [
-        (None, ["native", "auto"]),
-        ("", ["native", "auto"]),
+        (None, ["eager", "auto"]),
+        ("", ["eager", "auto"]),
         ("native", ["native", "native"]),
         (
             "cudo",
-            ["cudo", "unknown kernel provider 'cudo': use auto, any, native, cpp, triton, cuda, apex", "cudo"],
+            ["cudo", "unknown kernel provider 'cudo': use eager, auto, any, native, cpp, triton, cuda, apex", "cudo"],
         ),
     ],
 )

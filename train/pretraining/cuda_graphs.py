@@ -65,7 +65,7 @@ class StepGraphs:
 
     def _run_subnet(self, subnet: Subnet) -> None:
         loss = self._model.loss(self._images, self._targets, subnet)
-        loss.backward()
+        self._model.backward(loss)
         self._losses[subnet.name].copy_(loss.detach())
 
     def accumulate(self, batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:

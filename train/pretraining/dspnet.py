@@ -24,11 +24,13 @@ from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate, c
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import SlimBatchNorm, SlimBatchNorm2d
 from dspnet_fast.ops import normalized_mse
+from dspnet_fast.ops.registry import is_eager
 from dspnet_fast.subnets import Family, Subnet
 
 from ..config import PretrainConfig
 
 VIEWS = 2
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of the precisions in 16 bits
 
 
 class Branch(nn.Module):
@@ -48,12 +50,15 @@ class Branch(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Prediction (online) or projection (target) of each image."""
         features = self.encoder(images)
-        projection = self.projector(features.to(self.projector.fc1.weight.dtype))
+        projection = self.projector(features if is_eager() else features.to(self.projector.fc1.weight.dtype))
         return projection if self.predictor is None else self.predictor(projection)
 
 
 class DSPNet(nn.Module):
     """Online and target networks of a family, and the losses between them.
+
+    Attributes:
+        loss_scale: factor of the loss in backward passes, a scalar on the device; None for 1.
 
     Args:
         network: a key of `dspnet_fast.models.NETWORKS`.
@@ -62,8 +67,9 @@ class DSPNet(nn.Module):
         hidden_features, out_features: sizes of projector and predictor.
         momentum_bn: momentum batch normalisation in the target: "off", "on", or "momentum2" for the variance as the
             published code of Momentum^2 Teacher computes it.
-        precision: "fp32", or "bf16" to store the encoder's activations in bf16; weights, sums, statistics and heads
-            stay in fp32.
+        precision: "fp32", or "bf16" or "fp16" for activations and, with plain PyTorch, for all convolutions and matrix
+            products, as in automatic mixed precision. Weights, sums and statistics stay in fp32, and with the
+            operators of `dspnet_fast.ops` the heads too.
         bn_groups: ghost-batch-norm groups per view.
         process_group: ranks that share a group and synchronise its statistics; None for this rank alone.
     """
@@ -83,6 +89,7 @@ class DSPNet(nn.Module):
         super().__init__()
         self.family = family
         self.precision = precision
+        self.loss_scale: Tensor | None = None
         encoder = build(network, family.full, stem)
         projector = MLP(encoder.num_features, hidden_features, out_features)
         self.online = Branch(encoder, projector, MLP(out_features, hidden_features, out_features))
@@ -107,15 +114,21 @@ class DSPNet(nn.Module):
             [2B, D]; row i is the regression target of the online prediction in row i.
         """
         configure_batch_norm(self.target, alpha=alpha)
-        with activate(self.target, None, views=VIEWS):
-            first, second = self.target(self._cast(images)).chunk(VIEWS)
+        first, second = self._run(self.target, images, None)
         return torch.cat([second, first])
 
     def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
         """Symmetrised loss of one subnet, a scalar between 0 and 8."""
-        with activate(self.online, subnet, views=VIEWS):
-            predictions = self.online(self._cast(images))
-        return VIEWS * normalized_mse(predictions, targets)
+        return VIEWS * normalized_mse(torch.cat(self._run(self.online, images, subnet)), targets)
+
+    @property
+    def passes(self) -> int:
+        """Passes that every module makes for a subnet: plain PyTorch computes one view after another."""
+        return VIEWS if is_eager() else 1
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss times `loss_scale`."""
+        (loss if self.loss_scale is None else loss * self.loss_scale).backward()
 
     def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor = 1.0) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward pass at a time.
@@ -132,13 +145,22 @@ class DSPNet(nn.Module):
         losses = {}
         for subnet in subnets:
             loss = self.loss(images, targets, subnet)
-            loss.backward()
+            self.backward(loss)
             losses[subnet.name] = loss.detach()
         return losses
 
-    def _cast(self, images: Tensor) -> Tensor:
-        """The images in the dtype that activations are stored in."""
-        return images.bfloat16() if self.precision == "bf16" else images
+    def _run(self, branch: Branch, images: Tensor, subnet: Subnet | None) -> list[Tensor]:
+        """Outputs [B, D] of a branch for each view."""
+        images = images.to(HALF.get(self.precision, images.dtype))
+        with activate(branch, subnet, views=VIEWS):
+            if not is_eager():
+                return list(branch(images).chunk(VIEWS))
+            # One view after another: otherwise batch normalisation would copy the views into one tensor.
+            outputs = []
+            for view, part in enumerate(images.chunk(VIEWS)):
+                with configure_batch_norm(branch, view=view):
+                    outputs.append(branch(part))
+            return outputs
 
 
 def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.ProcessGroup | None = None) -> DSPNet:

@@ -14,7 +14,7 @@ from dspnet_fast.subnets import Subnet
 from .dspnet import DSPNet
 from .flat_buffers import FlatBuffers
 
-MAX_IN_A_ROW = 3  # consecutive skipped steps after which the run ends
+MAX_IN_A_ROW = 3  # consecutive skipped steps after which the run ends; more with fp16, see loss_scale.py
 
 
 class Skipped(NamedTuple):
@@ -128,7 +128,7 @@ def find_nonfinite(
                 loss = model.loss(images, targets, subnet)
             if found or not finite(loss):
                 return Finding(subnet.name, found[0] if found else "the loss", "forward")
-            loss.backward()
+            model.backward(loss)
             # The backward pass runs from the last parameter to the first, so the last non-finite one was the first.
             for name, parameter in reversed(list(model.online.named_parameters())):
                 if parameter.grad is not None and not finite(parameter.grad):

@@ -35,7 +35,6 @@ from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
-from .nonfinite import MAX_IN_A_ROW
 from .probe import Probe
 from .trainer import Trainer
 
@@ -205,7 +204,7 @@ class PretrainRun:
             self._skipped = skipped.total
             step = trainer.step - skipped.since
             self._print(f"step {step}  skipped: its numbers were not finite ({skipped.total} steps so far)")
-        if skipped.longest_row >= MAX_IN_A_ROW:
+        if skipped.longest_row >= trainer.max_skipped:
             self._record(losses)
             self._give_up()
 
@@ -308,7 +307,7 @@ class PretrainRun:
             atomic.write_text(report, json.dumps({"step": step, "ranks": ranks}, indent=1) + "\n")
         first = next((f", first in {found} of rank {rank}" for rank, (found, _) in enumerate(by_rank) if found), "")
         raise InputError(
-            f"{MAX_IN_A_ROW} consecutive steps had numbers that are not finite{first}; saved after step "
+            f"{self.trainer.max_skipped} consecutive steps had numbers that are not finite{first}; saved after step "
             f"{self.trainer.step}. {report} lists their images: check these, {ADVICE}"
             + (", or store activations with --precision fp32" if self.config.precision != "fp32" else "")
         )

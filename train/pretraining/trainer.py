@@ -16,12 +16,13 @@ from ..data.normalization import prepare
 from ..distributed.all_reduce import GradientAllReduce
 from ..distributed.batch_split import Accumulate, split_batch
 from ..distributed.process_group import SINGLE_PROCESS, World
-from ..run.device import configure_cudnn
+from ..run.device import configure_cuda
 from ..run.schedules import learning_rate, momentum_alpha, target_tau
 from . import cuda_graphs
 from .dspnet import DSPNet, build_model
 from .flat_buffers import FlatBuffers
-from .nonfinite import Finding, Guard, find_nonfinite
+from .loss_scale import SEARCH, LossScale
+from .nonfinite import MAX_IN_A_ROW, Finding, Guard, find_nonfinite
 
 
 class Trainer:
@@ -40,6 +41,8 @@ class Trainer:
         model: the networks, a `DSPNet`.
         flat_buffers: their parameters, gradients, momentum and statistics.
         guard: skips and counts non-finite steps.
+        loss_scale: factor of the loss with fp16; None with other precisions.
+        max_skipped: consecutive non-finite steps after which a run ends.
         step, steps: steps done, and steps of the run.
     """
 
@@ -47,7 +50,7 @@ class Trainer:
         self, config: PretrainConfig, epoch_steps: int, device: torch.device, world: World = SINGLE_PROCESS
     ) -> None:
         if device.type == "cuda":
-            configure_cudnn()
+            configure_cuda(config.tf32)
         self.config = config
         self.device = device
         self.world = world
@@ -62,6 +65,9 @@ class Trainer:
         self.model = model.to(device).to(memory_format=torch.channels_last).train()
         self.flat_buffers = FlatBuffers(self.model.online, self.model.target)
         self.guard = Guard(self.flat_buffers)
+        self.loss_scale = LossScale(device) if config.precision == "fp16" else None
+        self.model.loss_scale = self.loss_scale.scale if self.loss_scale else None
+        self.max_skipped = MAX_IN_A_ROW + (SEARCH if self.loss_scale else 0)
         self.all_reduce = GradientAllReduce(self.flat_buffers, world)
         self._alpha = torch.zeros((), device=device)
 
@@ -94,11 +100,13 @@ class Trainer:
         self._alpha.fill_(momentum_alpha(self.step, self.steps))
         self.flat_buffers.schedule(self.learning_rate(self.step), self.tau(self.step))
         self.guard.begin()
-        self.all_reduce.begin(self._split.micro_batches * len(subnets))
+        self.all_reduce.begin(self._split.micro_batches * len(subnets) * self.model.passes)
         losses = self.accumulate(batch, subnets)
         self.all_reduce.finish()
         if (shares := self.world.size * self._split.micro_batches) > 1:
             self.flat_buffers.grads /= shares
+        if self.loss_scale is not None:
+            self.flat_buffers.grads /= self.loss_scale.scale
         self.world.all_reduce_mean(self.flat_buffers.statistics)
         self.update()
         self.step += 1
@@ -118,6 +126,8 @@ class Trainer:
             weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta, apply=self.guard.finite
         )
         self.guard.finish()
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.guard.finite)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -144,6 +154,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "momentum": self.flat_buffers.momentum(),
             "skipped": self.guard.counts[2].clone(),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -153,6 +164,8 @@ class Trainer:
             self.flat_buffers.load_momentum(state.get("momentum", {}))
         except ValueError as error:
             raise InputError(f"the checkpoint can be evaluated, but not continued: {error}") from error
+        if self.loss_scale is not None:
+            self.loss_scale.load_state(state["loss_scale"])
         self.step = state["step"]
         self.guard.restart(int(state.get("skipped", 0)))
 

@@ -1,4 +1,4 @@
-"""The device of a command, and the settings of cuDNN."""
+"""The device of a command, and the settings of CUDA's libraries."""
 
 import torch
 
@@ -14,7 +14,8 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def configure_cudnn() -> None:
-    """Make convolutions deterministic, and as precise as torch.set_float32_matmul_precision asks; not the defaults."""
-    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+def configure_cuda(tf32: bool) -> None:
+    """Make convolutions deterministic, which is not the default, and compute fp32 products in tf32 or in full."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.deterministic = True
