@@ -32,9 +32,11 @@ def make(network):
     return model, flat, world, GradientAllReduce(flat, world), parts
 
 
+@pytest.mark.parametrize("formulation", ["eager", "native"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_gradient_ready_hook_fires_in_backward_order(network, monkeypatch):
+def test_gradient_ready_hook_fires_in_backward_order(network, formulation, policy, monkeypatch):
     """After the last backward pass of each module, when its gradients and those of all later modules are final."""
+    policy(formulation)
     model, flat, _, all_reduce, parts = make(network)
     ready = {}
 
@@ -45,7 +47,7 @@ def test_gradient_ready_hook_fires_in_backward_order(network, monkeypatch):
 
     monkeypatch.setattr(GradientAllReduce, "gradient_ready", gradient_ready)
     all_reduce.overlap(model.online, parts)
-    all_reduce.begin(2 * len(model.family))
+    all_reduce.begin(2 * len(model.family) * model.passes)
     images = torch.randn(8, 3, 16, 16, dtype=torch.float64)
     for _ in range(2):  # micro-batches
         model.accumulate(images, list(model.family))
@@ -63,7 +65,7 @@ def test_pieces_cover_the_gradient_once_and_hold_its_final_values(overlap):
         all_reduce.overlap(model.online, parts)
     for _ in range(2):
         world.pieces.clear()
-        all_reduce.begin(len(model.family))
+        all_reduce.begin(len(model.family) * model.passes)
         model.accumulate(torch.randn(8, 3, 16, 16, dtype=torch.float64), list(model.family))
         local = flat.grads.clone()
         sent_early = len(world.pieces)
