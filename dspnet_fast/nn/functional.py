@@ -1,8 +1,8 @@
 """Building blocks of networks with deferred normalisation: `conv_norm_act`, `materialize`, `pool` and `gated`.
 
 Each takes a `Deferred` or a Tensor. Activations of slimmable layers are `Deferred` (docs/formulation.md), except with
-the policy `eager`. Then, and with torch.nn layers, as in a network cut out by `slim`, they are Tensors and the functions
-are the ordinary PyTorch ones.
+the policy `eager`. Then, and with torch.nn layers, as in a network cut out by `slim`, they are Tensors and the
+functions are the ordinary PyTorch ones.
 """
 
 from __future__ import annotations

@@ -64,9 +64,7 @@ class StepGraphs:
         self._targets.copy_(self._model.targets(self._images, self._alpha))
 
     def _run_subnet(self, subnet: Subnet) -> None:
-        loss = self._model.loss(self._images, self._targets, subnet)
-        self._model.backward(loss)
-        self._losses[subnet.name].copy_(loss.detach())
+        self._losses[subnet.name].copy_(self._model.accumulate_subnet(self._images, self._targets, subnet))
 
     def accumulate(self, batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
         """As `DSPNet.accumulate`, on the batch before normalisation.

@@ -13,7 +13,7 @@ One training step on a batch of B images, two views each, stacked as [2B, 3, H, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -114,21 +114,21 @@ class DSPNet(nn.Module):
             [2B, D]; row i is the regression target of the online prediction in row i.
         """
         configure_batch_norm(self.target, alpha=alpha)
-        first, second = self._run(self.target, images, None)
+        with activate(self.target, None, views=VIEWS):
+            first, second = torch.cat([self._run(self.target, *part) for part in self._parts(images)]).chunk(VIEWS)
         return torch.cat([second, first])
 
     def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
         """Symmetrised loss of one subnet, a scalar between 0 and 8."""
-        return VIEWS * normalized_mse(torch.cat(self._run(self.online, images, subnet)), targets)
+        return sum(self._losses(images, targets, subnet), start=torch.zeros((), device=images.device))
 
-    @property
-    def passes(self) -> int:
-        """Passes that every module makes for a subnet: plain PyTorch computes one view after another."""
-        return VIEWS if is_eager() else 1
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss times `loss_scale`."""
-        (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+    def accumulate_subnet(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
+        """Add the gradient of one subnet's loss, times `loss_scale`; returns the loss, detached."""
+        total = torch.zeros((), device=images.device)
+        for loss in self._losses(images, targets, subnet):
+            (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+            total = total + loss.detach()
+        return total
 
     def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor = 1.0) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward pass at a time.
@@ -142,25 +142,32 @@ class DSPNet(nn.Module):
             The loss of each subnet by name, detached scalars on the device.
         """
         targets = self.targets(images, alpha)
-        losses = {}
-        for subnet in subnets:
-            loss = self.loss(images, targets, subnet)
-            self.backward(loss)
-            losses[subnet.name] = loss.detach()
-        return losses
+        return {subnet.name: self.accumulate_subnet(images, targets, subnet) for subnet in subnets}
 
-    def _run(self, branch: Branch, images: Tensor, subnet: Subnet | None) -> list[Tensor]:
-        """Outputs [B, D] of a branch for each view."""
+    @property
+    def passes(self) -> int:
+        """Passes that every module makes for a subnet: plain PyTorch computes one view after another."""
+        return VIEWS if is_eager() else 1
+
+    def _losses(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Iterator[Tensor]:
+        """The terms of the loss. A backward pass of each before the next term frees its activations early."""
+        parts = self._parts(images)
+        with activate(self.online, subnet, views=VIEWS):
+            for part, part_targets in zip(parts, targets.chunk(len(parts)), strict=True):
+                yield VIEWS // len(parts) * normalized_mse(self._run(self.online, *part), part_targets)
+
+    def _parts(self, images: Tensor) -> list[tuple[int | None, Tensor]]:
+        """Parts of the batch that pass through a network one after another, with the index of their view.
+
+        In plain PyTorch each view is a part: batch normalisation would otherwise copy the views into one tensor.
+        """
         images = images.to(HALF.get(self.precision, images.dtype))
-        with activate(branch, subnet, views=VIEWS):
-            if not is_eager():
-                return list(branch(images).chunk(VIEWS))
-            # One view after another: otherwise batch normalisation would copy the views into one tensor.
-            outputs = []
-            for view, part in enumerate(images.chunk(VIEWS)):
-                with configure_batch_norm(branch, view=view):
-                    outputs.append(branch(part))
-            return outputs
+        return list(enumerate(images.chunk(VIEWS))) if is_eager() else [(None, images)]
+
+    @staticmethod
+    def _run(branch: Branch, view: int | None, images: Tensor) -> Tensor:
+        with configure_batch_norm(branch, view=view):
+            return branch(images)
 
 
 def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.ProcessGroup | None = None) -> DSPNet:

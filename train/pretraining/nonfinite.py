@@ -125,10 +125,9 @@ def find_nonfinite(
         for subnet in subnets:
             flat.grads.zero_()
             with torch.enable_grad():
-                loss = model.loss(images, targets, subnet)
+                loss = model.accumulate_subnet(images, targets, subnet)
             if found or not finite(loss):
                 return Finding(subnet.name, found[0] if found else "the loss", "forward")
-            model.backward(loss)
             # The backward pass runs from the last parameter to the first, so the last non-finite one was the first.
             for name, parameter in reversed(list(model.online.named_parameters())):
                 if parameter.grad is not None and not finite(parameter.grad):
