@@ -19,6 +19,7 @@ from dspnet_fast.atomic import is_for_lack_of_room
 from dspnet_fast.errors import InputError
 
 from .config import flag, key
+from .run.terminal import protect_output
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 RECIPES = Path(__file__).parents[1] / "recipes"  # beside train in a checkout and in the installed package
@@ -111,20 +112,19 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Run a command and exit.
 
     The exit code is 0 after success, 2 after an `InputError`, 1 after any other error. Errors are one line on stderr;
-    with --debug the traceback comes before it.
+    with --debug the traceback comes before it. A reader of the output that exits does not end the command.
 
     Args:
         main: function to run, given the arguments.
         argv: arguments [sys.argv[1:]].
     """
     argv = sys.argv[1:] if argv is None else argv
+    protect_output()
     try:
         with _full_disk_reported_once():
             main(argv)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)
-    except BrokenPipeError:
-        sys.exit(FAILED)  # the reader of stdout has exited: printing an error would fail too
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()

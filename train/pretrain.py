@@ -39,7 +39,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     Raises:
         InputError: if options, images or run directory cannot be used.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
-        SystemExit: after SIGTERM or SIGUSR1, when a checkpoint has been saved.
+        SystemExit: after SIGTERM, SIGUSR1 or SIGHUP, when a checkpoint has been saved.
 
     Example:
         >>> config = PretrainConfig(data="photos", dns="w0.50,w1.00", epochs=20, out="runs/photos")

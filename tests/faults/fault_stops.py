@@ -113,6 +113,11 @@ def notified(lab: Lab) -> Outcome:
     return signalled(lab, signal.SIGUSR1)
 
 
+@fault("SIGHUP, sent when the terminal is closed")
+def hung_up(lab: Lab) -> Outcome:
+    return signalled(lab, signal.SIGHUP)
+
+
 @fault("Ctrl-C")
 def interrupted(lab: Lab) -> Outcome:
     return signalled(lab, signal.SIGINT)

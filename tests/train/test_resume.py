@@ -74,7 +74,7 @@ def test_resume_after_ctrl_c_is_exact(small, tmp_path, uninterrupted, stop_at, w
     assert losses(tmp_path / "run") == losses(uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_resume_after_preemption_is_exact(small, tmp_path, uninterrupted, number, stop_after):
     ended = stop_after(small(), 5, number)
     assert isinstance(ended, SystemExit) and ended.code == 0

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from dspnet_fast.errors import InputError
 
 from ..config import MAX_WORKERS, SMALL_SET, Workers
+from ..run.interruption import SIGNALS
 from .bad_images import BadImages, Unreadable, load_or_next
 from .datasets.images import ImageDataset
 from .sampler import EpochSampler
@@ -214,13 +215,15 @@ def _identity(batch: Any) -> Any:
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """Ignore Ctrl-C and SIGUSR1, which terminals, torchrun and Slurm send to whole process groups.
+    """Ignore signals that terminals, torchrun and Slurm send to whole process groups.
 
     The run needs its workers to finish the current step before it saves.
     """
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _stack(samples: list[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as requests to stop between two steps."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP as requests to stop between two steps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import signal
 from types import FrameType
 from typing import Any, NoReturn
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+NAMES = "SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"  # Windows lacks the last two
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Interruption:
-    """A context manager that records these signals; a second SIGINT interrupts at once."""
+    """A context manager that records these signals; a second SIGINT interrupts at once.
+
+    SIGHUP, sent when a terminal is closed, stays ignored in a process that `nohup` started.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -27,7 +31,7 @@ class Interruption:
     def stop(self) -> NoReturn:
         """End the program after saving.
 
-        Raises KeyboardInterrupt after Ctrl-C, and SystemExit(0) after SIGTERM or SIGUSR1: clusters send these to
+        Raises KeyboardInterrupt after Ctrl-C, and SystemExit(0) after the other signals: clusters send these to
         preempt a job, which is no failure.
         """
         if self._first == signal.SIGINT:
@@ -35,7 +39,8 @@ class Interruption:
         raise SystemExit(0)
 
     def __enter__(self) -> Interruption:
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        recorded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._note) for number in recorded}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import IO
 
 from dspnet_fast.errors import InputError
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_exclusively(file: IO[str]) -> None:
+        file.seek(1 << 30)  # far from the text: a locked byte cannot be read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock_exclusively(file: IO[str]) -> None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 _locks: dict[Path, IO[str]] = {}  # held by this process; closing a file would release its lock
 
@@ -24,7 +37,7 @@ def lock(path: Path) -> None:
         return
     file = open(path, "a+")  # noqa: SIM115  (open until the process ends)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_exclusively(file)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)

@@ -33,7 +33,8 @@ class RunLog:
         self._out = out
         with atomic.needs_room(out):
             self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed by close)
-            self._log = open(out / "train.log", "a", buffering=1)  # noqa: SIM115
+            # File names that are not UTF-8 are written with escapes.
+            self._log = open(out / "train.log", "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
     def line(self, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 
 import torch
 
@@ -28,6 +29,8 @@ def prepare_process(device: torch.device) -> None:
 
 
 def _keep_freed_memory() -> None:
+    if sys.platform == "win32":
+        return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)

@@ -1,0 +1,37 @@
+"""Output whose reader exits, or whose encoding lacks a character, does not end a command."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+from train import cli
+def main(argv):
+    for line in range(20000):
+        print("line", line, "± 1", "stra\\udcdfe", "字", flush=line % 100 == 0)
+    open(argv[0], "w").write("done")
+cli.run(main)
+"""
+
+
+def run(tmp_path, **options):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "result")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_command_goes_on_after_the_reader_of_its_output_has_exited(tmp_path):
+    process = run(tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == b""
+    assert (tmp_path / "result").read_text() == "done"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_characters_that_the_output_lacks_are_replaced(tmp_path, encoding):
+    process = run(tmp_path, env={"PYTHONIOENCODING": encoding, "PYTHONPATH": "."})
+    output, errors = process.communicate(timeout=60)
+    expected = {"ascii": "+- 1 stra\\xdfe ?", "latin-1": "± 1 stra\\xdfe ?", "utf-8": "± 1 stra\\xdfe 字"}[encoding]
+    assert output.decode(encoding).splitlines()[7] == f"line 7 {expected}"
+    assert process.returncode == 0 and errors == b""

@@ -1,0 +1,70 @@
+"""Standard output and error that cannot end a run: their reader may exit, and their encoding may lack a character."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has exited; the terminal was closed
+REPLACEMENTS = {"±": "+-", "×": "x", "…": "...", "–": "-", "→": "->"}
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    """A codecs error handler: plain spellings, bytes of file names in hexadecimal, and ? for everything else."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(REPLACEMENTS.get(character) or _plain(character) for character in text), error.end
+
+
+def _plain(character: str) -> str:
+    byte = ord(character) - 0xDC00  # file names that are not UTF-8 hold their bytes as surrogates (PEP 383)
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else "?"
+
+
+codecs.register_error("dspnet.plain", _replace)
+
+
+class Lasting:
+    """A text stream that drops its output once nobody can read it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text; return its length."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            return self._drop(error, len(text))
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error, 0)
+
+    def _drop(self, error: OSError, written: int) -> int:
+        """From now on write to /dev/null, which also takes what Python flushes when the process ends."""
+        if error.errno not in GONE:
+            raise error
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def protect_output() -> None:
+    """Replace sys.stdout and sys.stderr by streams that no reader and no character can break."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # not under pytest, which captures
+            stream.reconfigure(errors="dspnet.plain")
+            setattr(sys, name, Lasting(stream))
