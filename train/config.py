@@ -46,6 +46,7 @@ class DataOptions:
         f"image decoding and augmentation: auto, {', '.join(BACKENDS)}; see docs/data.md",
         metavar="BACKEND",
     )
+    unlabelled: bool = option(False, "take the images of all subfolders, which are no classes")
     image_size: int = option(96, "height and width of the augmented views, in pixels")
     min_scale: float = option(0.08, "smallest area of a random crop, as a fraction of the image")
     train_images: int | None = option(None, "number of training images, drawn at random [all]")

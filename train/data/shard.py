@@ -20,7 +20,7 @@ from ..config import option
 from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images
-from .datasets.folder import EXTENSIONS
+from .datasets.folder_files import EXTENSIONS
 from .datasets.images import ImageDataset
 from .datasets.webdataset import CLASSES, LABEL, TEST, write_index
 from .sampler import mix

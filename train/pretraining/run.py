@@ -43,7 +43,7 @@ SYNC_SECONDS = 5.0  # between questions that synchronise the GPU; a cluster wait
 
 def open_train_images(config: PretrainConfig) -> ImageDataset:
     """The images that a run trains on."""
-    images = open_images(config.data, "train")
+    images = open_images(config.data, "train", unlabelled=config.unlabelled)
     return images if config.train_images is None else Subset.random(images, config.train_images, config.seed)
 
 
@@ -85,7 +85,7 @@ class PretrainRun:
         self.trainer = trainer = Trainer(config, self._sampler().steps_per_epoch, device, world)
         self.probe = None
         if config.probe_epochs and world.is_main:
-            test = open_images(config.data, "test")
+            test = self._open_test_images()
             self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
         if world.is_main:
             open_run(config, resume)
@@ -104,6 +104,16 @@ class PretrainRun:
         self._skipped = trainer.guard.skipped().total
         self._sync_steps = config.log_steps
         self._batch: Tensor | None = None
+
+    def _open_test_images(self) -> ImageDataset:
+        """The images that the probe classifies, or, without a usable test split, training images without labels."""
+        try:
+            return open_images(self.config.data, "test", unlabelled=self.config.unlabelled)
+        except InputError as error:
+            print(f"accuracy is not measured during the run: {error}")
+            test = Subset(self.images, range(0, len(self.images), 10))
+            test.labels = None
+            return test
 
     def _sampler(self, step: int = 0) -> EpochSampler:
         """This rank's share of the batches from a step on."""
@@ -341,6 +351,7 @@ class PretrainRun:
             f"{config.network} {', '.join(trainer.model.family.names)} on {len(self.images)} images of {config.data}, "
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
             f"data by {config.data_backend}" + (f", {self.world.size} ranks" if self.world.size > 1 else ""),
+            *([f"data  {self.images.note}"] if self.images.note else []),
             f"operators  {serving}",
             *([f"resumed at step {trainer.step}"] if trainer.step else []),
         ]

@@ -20,11 +20,13 @@ class ImageDataset(Protocol):
         name: of the dataset, for messages.
         labels: int64 [N], indices into `classes`; None for a dataset without labels.
         classes: names of the classes; empty without labels.
+        note: what is left out and why, or an empty string.
     """
 
     name: str
     labels: torch.Tensor | None
     classes: list[str]
+    note: str
 
     def __len__(self) -> int: ...
 
@@ -52,6 +54,8 @@ class ArrayDataset:
         classes: names of the classes.
     """
 
+    note = ""
+
     def __init__(self, name: str, source: str, pixels: np.ndarray, labels: torch.Tensor, classes: list[str]):
         self.name = name
         self.labels: torch.Tensor | None = labels
@@ -78,6 +82,7 @@ class Subset:
     def __init__(self, images: ImageDataset, indices: Sequence[int]):
         self.name = images.name
         self.classes = images.classes
+        self.note = images.note
         self.labels = None if images.labels is None else images.labels[torch.as_tensor(indices)]
         self._images = images
         self._indices = list(indices)
@@ -103,6 +108,14 @@ class Subset:
 
     def file(self, i: int) -> str:
         return self._images.file(self._indices[i])
+
+
+def held_out(count: int) -> range:
+    """Indices of the test images among the images of a class: every tenth, at most a tenth of them but at least one.
+
+    A class of one image has no test image.
+    """
+    return range(0, count, 10)[: max(1, count // 10) if count > 1 else 0]
 
 
 def require_labels(images: ImageDataset) -> torch.Tensor:

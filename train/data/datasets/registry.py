@@ -40,24 +40,32 @@ def data_folder() -> Path:
     return Path(os.environ.get("DSPNET_DATA") or "data")
 
 
-def open_images(name: str, split: Literal["train", "test"], download: bool = True) -> ImageDataset:
+def open_images(
+    name: str, split: Literal["train", "test"], download: bool = True, unlabelled: bool = False
+) -> ImageDataset:
     """Open one split of an image dataset.
 
     An image folder has one of three layouts. Hidden files are ignored, and images are in sorted order.
 
-    - `DIR/train/<class>/*` and `DIR/test/<class>/*`, or `DIR/train/*` without classes. `test` may be called `val`.
-    - `DIR/<class>/*`: every 10th image of each class, starting with the first, is the test split, the others are the
+    - `DIR/train/<class>/*` and `DIR/test/<class>/*`, or `DIR/train/*` without classes. Other usual names of splits,
+      such as Training, train2017, val, valid or test_set, are recognised. Without a test split, the training folder is
+      split as in the next layout.
+    - `DIR/<class>/*`: every 10th image of each class, at most a tenth of them, is the test split, the others are the
       training split.
     - `DIR/*`, images without classes: labels are None and the training split has all images. The test split is every
       10th of the same images, as no accuracy can be measured without labels.
+
+    Datasets with annotations (VOC, YOLO, Roboflow) are opened as images without classes. A list is a text file with an
+    image or a folder per line.
 
     Shards are WebDataset tar files, given by a pattern such as `DIR/{000..015}.tar` or by their folder. The shards in
     the subfolder `test` are the test split; without it the images are split as in folders, by their labels.
 
     Args:
-        name: `fashion-mnist`, `cifar10`, the path of an image folder, or shards.
+        name: `fashion-mnist`, `cifar10`, the path of an image folder or of a list `*.txt`, or shards.
         split: which split to open.
         download: whether to download a named dataset that is not on this machine into the data folder.
+        unlabelled: take the images of a folder at any depth, whose subfolders are no classes.
 
     Raises:
         InputError: the dataset does not exist or has another layout.
@@ -67,6 +75,8 @@ def open_images(name: str, split: Literal["train", "test"], download: bool = Tru
     if name.endswith(".tar"):
         return webdataset.open_shards(name, split)
     path = Path(name).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        return folder.open_list(path, split)
     if not path.is_dir():
         raise InputError(
             f"no image dataset {name!r}: give {', '.join(NAMED_DATASETS)}, shards or an existing folder "
@@ -74,7 +84,7 @@ def open_images(name: str, split: Literal["train", "test"], download: bool = Tru
         )
     if webdataset.is_folder_of_shards(path):
         return webdataset.open_shards(f"{path}/*.tar", split)
-    return folder.open_folder(path, split)
+    return folder.open_folder(path, split, unlabelled)
 
 
 def exists_locally(name: str) -> bool:

@@ -21,8 +21,8 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from .folder import EXTENSIONS
-from .images import ImageDataset, Subset, decode
+from .folder_files import EXTENSIONS
+from .images import ImageDataset, Subset, decode, held_out
 
 CLASSES = "classes.txt"  # beside the shards: one class name per line
 TEST = "test"  # folder of the test split, beside the shards
@@ -46,6 +46,8 @@ class ShardDataset:
     Raises:
         InputError: some images have no label but others do, or a label exceeds the number of classes.
     """
+
+    note = ""
 
     def __init__(self, name: str, shards: list[Path], samples: list[list[Sample]], classes: list[str]):
         self.name = name
@@ -108,10 +110,11 @@ def open_shards(pattern: str, split: Literal["train", "test"]) -> ImageDataset:
         return images
     if images.labels is None:
         return images if split == "train" else Subset(images, range(0, len(images), 10))
-    held_out = np.zeros(len(images), dtype=bool)
+    test = np.zeros(len(images), dtype=bool)
     for label in range(len(images.classes)):
-        held_out[np.flatnonzero(images.labels.numpy() == label)[::10]] = True
-    return Subset(images, np.flatnonzero(held_out if split == "test" else ~held_out).tolist())
+        of_class = np.flatnonzero(images.labels.numpy() == label)
+        test[of_class[held_out(len(of_class))]] = True
+    return Subset(images, np.flatnonzero(test if split == "test" else ~test).tolist())
 
 
 def is_folder_of_shards(path: Path) -> bool:

@@ -1,0 +1,147 @@
+"""The image files of a folder, each once, and what is left out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import features
+
+EXTENSIONS = tuple(
+    [
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+    + [".avif"] * bool(features.check("avif"))
+    + [".heic", ".heif"] * (importlib.util.find_spec("pillow_heif") is not None)
+)
+HINTS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "Pillow without AVIF"}
+# Folders that archives, photo software and file systems add.
+FOREIGN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+_SPLITS = {
+    "train": re.compile(r"train(ing)?", re.IGNORECASE),
+    "val": re.compile(r"val(id(ation)?)?", re.IGNORECASE),
+    "test": re.compile(r"test(ing)?", re.IGNORECASE),
+}
+_SUFFIX = re.compile(r"[ _-]*(set|data|images?|imgs|split)?[ _-]*(\d{4})?", re.IGNORECASE)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder's name means, "train", "val" or "test", as in Training, valid or test_set; or None."""
+    for split, pattern in _SPLITS.items():
+        match = pattern.match(name)
+        if match and _SUFFIX.fullmatch(name, match.end()):
+            return split
+    return None
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has the ending of an image."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+class Walk:
+    """Lists the image files of folders at any depth. Links to files or folders that were met before are left out.
+
+    Args:
+        met: folders that count as met.
+
+    Attributes:
+        left_out: number of files, by ending or by reason.
+    """
+
+    def __init__(self, *met: Path) -> None:
+        self.left_out: Counter[str] = Counter()
+        self._folders = {_identity(folder) for folder in met}
+
+    def files(self, root: Path) -> list[str]:
+        """Image files in a folder and its subfolders, sorted by path."""
+        return self.lists([root])[0]
+
+    def lists(self, roots: Sequence[Path]) -> list[list[str]]:
+        """Image files of each folder. Links count after everything that they may lead to."""
+        found: list[list[str]] = [[] for _ in roots]
+        links: list[tuple[int, Path]] = []
+        for index, root in enumerate(roots):
+            if root.is_symlink():
+                links.append((index, root))
+            else:
+                self._scan(index, root, found[index], links)
+        to_files = []
+        for index, path in links:  # grows
+            if path.is_dir():
+                self._scan(index, path, found[index], links)
+            elif path.exists():
+                to_files.append((index, path))
+            else:
+                self.left_out["links that lead nowhere"] += 1
+        met = {_identity(file) for files in found for file in files} if to_files else set()
+        for index, path in to_files:
+            if (identity := _identity(path)) in met:
+                self.left_out["links to files met before"] += 1
+            else:
+                met.add(identity)
+                found[index].append(str(path))
+        return [sorted(files) for files in found]
+
+    def _scan(self, index: int, folder: Path, found: list[str], links: list[tuple[int, Path]]) -> None:
+        if (identity := _identity(folder)) in self._folders:
+            self.left_out["links to folders met before"] += 1
+            return
+        self._folders.add(identity)
+        for entry in entries(folder):
+            if entry.is_symlink() and (is_image(entry.name) or entry.is_dir()):
+                links.append((index, Path(entry.path)))
+            elif entry.is_dir():
+                self._scan(index, Path(entry.path), found, links)
+            elif is_image(entry.name):
+                found.append(entry.path)
+            else:
+                self.left_out[Path(entry.name).suffix.lower() or "files without an ending"] += 1
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder without hidden ones and FOREIGN folders, sorted by name."""
+    with os.scandir(folder) as found:
+        return sorted(
+            (entry for entry in found if not entry.name.startswith(".") and entry.name not in FOREIGN),
+            key=lambda entry: entry.name,
+        )
+
+
+def folders(folder: Path) -> list[Path]:
+    """Subfolders, sorted by name."""
+    return [Path(entry.path) for entry in entries(folder) if entry.is_dir()]
+
+
+def describe_left_out(left_out: Iterable[tuple[str, int]]) -> Iterator[str]:
+    """Phrases such as "40 files ending in .heic (pip install pillow-heif)", most frequent first."""
+    for reason, count in sorted(left_out, key=lambda item: (-item[1], item[0])):
+        hint = f" ({HINTS[reason]})" if reason in HINTS else ""
+        yield f"{count} files ending in {reason}{hint}" if reason.startswith(".") else f"{count} {reason}"
