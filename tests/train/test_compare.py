@@ -220,7 +220,7 @@ def test_measured_parts_of_a_step_are_separated(monkeypatch):
         monkeypatch.setattr(kind, name, moving)
 
     moves(DSPNet, "targets", lambda args: 1)
-    moves(DSPNet, "loss", lambda args: {SMALL: 10, LARGE: 20}[args[2].name])
+    moves(DSPNet, "accumulate_subnet", lambda args: {SMALL: 10, LARGE: 20}[args[2].name])
     moves(FlatBuffers, "update", lambda args: 100)
     monkeypatch.setattr(measuring, "_now", lambda device: clock[0])
     found = measuring.measure_in_this_process(PretrainConfig(**OPTIONS), steps=3)
