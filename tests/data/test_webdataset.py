@@ -1,5 +1,6 @@
 """Shards: writing and reading them, random access, and incomplete or damaged files."""
 
+import gzip
 import os
 import resource
 import shutil
@@ -152,14 +153,55 @@ def test_index_older_than_its_shard_is_ignored(written, tmp_path):
     assert len(open_images(str(tmp_path / "000.tar"), "train")) == 4  # one of each class is the test split
 
 
-def test_missing_label_is_named(tmp_path):
+def shard_of(tmp_path: Path, *members: tuple[str, str]) -> str:
+    """A shard of images and texts, by member name; the text of an image is ignored."""
+    draw(tmp_path / "image.jpg", 0)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        draw(tmp_path / "x.jpg", 0)
-        tar.add(tmp_path / "x.jpg", arcname="a.jpg")
-        tar.add(tmp_path / "x.jpg", arcname="b.jpg")
-        (tmp_path / "x.cls").write_text("1")
-        tar.add(tmp_path / "x.cls", arcname="b.cls")
-    assert "a.jpg has no label" in error_of(tmp_path / "0.tar")
+        for name, text in members:
+            (tmp_path / "text").write_text(text)
+            tar.add(tmp_path / ("image.jpg" if name.endswith(("jpg", "png")) else "text"), arcname=name)
+    return str(tmp_path / "0.tar")
+
+
+def members(images) -> list[str]:
+    return [images.file(i).split(".tar/")[1] for i in range(len(images))]
+
+
+def test_missing_label_drops_the_labels_and_says_so(tmp_path):
+    images = open_images(shard_of(tmp_path, ("a.jpg", ""), ("b.jpg", ""), ("b.cls", "1")), "train")
+    assert len(images) == 2 and images.labels is None and images.note.endswith("a.jpg has none")
+
+
+def test_text_labels_are_classes(tmp_path):
+    files = [(f"{i}.{kind}", ("cat", "dog")[i % 2]) for i in range(4) for kind in ("jpg", "cls")]
+    images = open_images(shard_of(tmp_path, *files), "train")
+    assert images.classes == ["cat", "dog"] and members(images) == ["2.jpg", "3.jpg"]
+    assert images.labels.tolist() == [0, 1]
+
+
+def test_labels_at_the_end_of_a_shard_belong_to_their_images(tmp_path):
+    files = [(f"{i}.jpg", "") for i in range(4)] + [(f"{i}.cls", str(i % 2)) for i in range(4)]
+    assert open_images(shard_of(tmp_path, *files), "train").labels.tolist() == [0, 1]
+
+
+def test_images_whose_names_have_dots_are_members(tmp_path):
+    names = ["IMG.2024.01.jpg", "photo.jpg", "IMG.2024.02.jpg", "sample.input.jpg"]
+    images = open_images(shard_of(tmp_path, *((name, "") for name in names)), "train")
+    assert sorted(members(images)) == sorted(names)
+
+
+def test_further_images_of_a_sample_are_named(tmp_path):
+    images = open_images(shard_of(tmp_path, ("a.jpg", ""), ("a.mask.png", ""), ("b.png", ""), ("b.jpg", "")), "train")
+    assert members(images) == ["a.jpg", "b.png"]
+    assert images.note == "left out: 2 further images of samples, such as a.mask.png"
+
+
+def test_compressed_shards_are_refused_with_the_reason(tmp_path):
+    shard = Path(shard_of(tmp_path, ("a.jpg", "")))
+    compressed = gzip.compress(shard.read_bytes())
+    for name in ("1.tar", "1.tar.gz"):
+        (tmp_path / name).write_bytes(compressed)
+        assert "compressed with gzip" in error_of(tmp_path / name)
 
 
 def test_tar_file_beside_class_folders_is_ignored(folder, tmp_path):

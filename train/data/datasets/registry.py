@@ -74,6 +74,8 @@ def open_images(
         return NAMED_DATASETS[name](split, data_folder(), download)
     if name.endswith(".tar"):
         return webdataset.open_shards(name, split)
+    if name.endswith((".tar.gz", ".tgz")):
+        raise InputError(f"{name} is compressed with gzip: decompress it, images in shards are read by offset")
     path = Path(name).expanduser()
     if path.suffix == ".txt" and path.is_file():
         return folder.open_list(path, split)

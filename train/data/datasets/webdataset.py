@@ -28,6 +28,7 @@ CLASSES = "classes.txt"  # beside the shards: one class name per line
 TEST = "test"  # folder of the test split, beside the shards
 LABEL = "cls"
 INDEX = "v1.2"
+GZIP = b"\x1f\x8b"
 END = 1024  # zero bytes at the end of a complete tar file
 
 Member = tuple[str, int, int, str]  # extension, offset and size in bytes, name
@@ -44,26 +45,31 @@ class ShardDataset:
         classes: names of the classes; empty for the labels themselves.
 
     Raises:
-        InputError: some images have no label but others do, or a label exceeds the number of classes.
+        InputError: a label exceeds the number of classes.
     """
-
-    note = ""
 
     def __init__(self, name: str, shards: list[Path], samples: list[list[Sample]], classes: list[str]):
         self.name = name
         self.classes: list[str] = []
         self.labels: torch.Tensor | None = None
         self._shards = shards
-        self._shard = np.repeat(np.arange(len(shards)), [len(of_shard) for of_shard in samples])
-        members = [_image(sample) for of_shard in samples for sample in of_shard]
+        images = [[(_images(sample), sample.get(LABEL)) for sample in of_shard] for of_shard in samples]
+        pairs = [[(member, label) for members, label in of_shard for member in members] for of_shard in images]
+        self._shard = np.repeat(np.arange(len(shards)), [len(of_shard) for of_shard in pairs])
+        members = [member for of_shard in pairs for member, _ in of_shard]
         self._places = np.array([member[1:3] for member in members], dtype=np.int64).reshape(-1, 2)
         self._members = [member[3] for member in members]
-        labels = self._read_labels([sample.get(LABEL) for of_shard in samples for sample in of_shard])
-        if labels is not None:
-            self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.note = _note(samples)
+        texts = self._read_labels([label for of_shard in pairs for _, label in of_shard])
+        if texts and all(text.isdigit() for text in texts):
+            labels = list(map(int, texts))
             self.classes = classes or [str(label) for label in range(max(labels) + 1)]
             if max(labels) >= len(self.classes):
                 raise InputError(f"{name} has a label {max(labels)}, but {CLASSES} names {len(self.classes)} classes")
+            self.labels = torch.tensor(labels, dtype=torch.int64)
+        elif texts:
+            self.classes = sorted(set(texts))
+            self.labels = torch.tensor([self.classes.index(text) for text in texts], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -87,16 +93,17 @@ class ShardDataset:
         with open(self._shards[shard], "rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
 
-    def _read_labels(self, members: list[Member | None]) -> list[int] | None:
-        if not any(members):
-            return None
-        labels = []
+    def _read_labels(self, members: list[Member | None]) -> list[str]:
+        """The text of each image's label; none if there are no labels, or some images have none."""
+        texts = []
         for i, member in enumerate(members):
-            text = b"" if member is None else self._read(int(self._shard[i]), *member[1:3])
-            if not text.strip().isdigit():
-                raise InputError(f"{self.file(i)} has no label but others have one: add an integer in a .{LABEL} file")
-            labels.append(int(text))
-        return labels
+            text = b"" if member is None else self._read(int(self._shard[i]), *member[1:3]).strip()
+            if not text:
+                if any(members):
+                    self.note = "; ".join(filter(None, (self.note, f"no labels: {self.file(i)} has none")))
+                return []
+            texts.append(text.decode(errors="replace"))
+        return texts
 
 
 def open_shards(pattern: str, split: Literal["train", "test"]) -> ImageDataset:
@@ -151,7 +158,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _open(name: str, shards: list[Path]) -> ShardDataset:
-    samples = [[sample for sample in read_index(shard) if set(sample) & _SUFFIXES] for shard in shards]
+    samples = [[sample for sample in read_index(shard) if _images(sample)] for shard in shards]
     if not any(samples):
         raise InputError(f"{name} has no images (image members end in {' '.join(EXTENSIONS)})")
     names = shards[0].with_name(CLASSES)
@@ -161,8 +168,20 @@ def _open(name: str, shards: list[Path]) -> ShardDataset:
 _SUFFIXES = {extension.removeprefix(".") for extension in EXTENSIONS}
 
 
-def _image(sample: Sample) -> Member:
-    return next(member for extension, member in sample.items() if extension in _SUFFIXES)
+def _images(sample: Sample) -> list[Member]:
+    """The first image `KEY.jpg` of a sample; if all have further dots, as `KEY.left.jpg`, all of them."""
+    plain = [member for extension, member in sample.items() if extension in _SUFFIXES]
+    return plain[:1] or [member for extension, member in sample.items() if extension.split(".")[-1] in _SUFFIXES]
+
+
+def _note(samples: list[list[Sample]]) -> str:
+    """The images that are left out, because their samples have others."""
+    unused = []
+    for sample in itertools.chain.from_iterable(samples):
+        used = _images(sample)
+        of_images = (m for extension, m in sample.items() if extension.split(".")[-1] in _SUFFIXES)
+        unused += [member[3] for member in of_images if member not in used]
+    return f"left out: {len(unused)} further images of samples, such as {unused[0]}" if unused else ""
 
 
 def read_index(shard: Path) -> list[Sample]:
@@ -171,6 +190,8 @@ def read_index(shard: Path) -> list[Sample]:
     try:
         size = shard.stat().st_size
         with open(shard, "rb") as file:
+            if file.read(2) == GZIP:
+                raise InputError(f"the shard {shard} is compressed with gzip: decompress it, images are read by offset")
             file.seek(max(0, size - END))
             if size < END or size % 512 or any(file.read()):
                 raise InputError(f"the shard {shard} is incomplete: copy or write it again")
@@ -202,11 +223,14 @@ def _parse_index(index: Path, size: int) -> list[Sample]:
 
 
 def scan(shard: Path) -> Iterator[Sample]:
-    """Yield the samples of a tar file from the headers of its members."""
+    """Yield the samples of a tar file from the headers of its members, wherever the members of a sample are."""
+    samples: dict[str, Sample] = {}
     with tarfile.open(shard, "r:") as tar:
-        files = [(*_split(member.name), member) for member in tar if member.isfile()]
-    for _, group in itertools.groupby(files, key=lambda file: file[0]):
-        yield {extension: (extension, m.offset_data, m.size, m.name) for _, extension, m in group}
+        for member in tar:
+            if member.isfile():
+                key, extension = _split(member.name)
+                samples.setdefault(key, {})[extension] = (extension, member.offset_data, member.size, member.name)
+    yield from samples.values()
 
 
 def _split(name: str) -> tuple[str, str]:
