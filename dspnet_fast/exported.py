@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import nn
 
 from .atomic import write_bytes
@@ -22,6 +21,7 @@ from .errors import InputError
 from .models import Classifier, Network, build, encoder_of
 from .slim import slim
 from .subnets import Subnet
+from .tensor_file import write_tensors
 
 FORMAT = 1
 TORCHVISION: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
@@ -72,7 +72,7 @@ def save(
     tensors = {_timm_name(network, name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     (directory / ONNX).unlink(missing_ok=True)
     metadata = {"format": "pt", "dn": subnet.name}
-    write_bytes(directory / WEIGHTS, serialize(tensors, metadata))
+    write_tensors(directory / WEIGHTS, tensors, metadata)
     if converted is not None:
         write_bytes(directory / ONNX, converted)
     write_bytes(directory / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())

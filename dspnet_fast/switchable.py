@@ -20,17 +20,16 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from . import latency
-from .atomic import write_bytes
 from .errors import InputError
 from .exported import plain
 from .latency import Latency
 from .models import Classifier, Network, encoder_of
 from .slim import slim
 from .subnets import Family, Subnet
+from .tensor_file import write_tensors
 
 KIND, FORMAT = "dspnet-fast switchable", 1
 WEIGHTS = "weights/"
@@ -169,7 +168,7 @@ class Switchable(nn.Module):
         }
         metadata = {"kind": KIND, "version": str(FORMAT), "manifest": json.dumps(manifest)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors.items()}
-        write_bytes(Path(path), serialize(tensors, metadata))
+        write_tensors(Path(path), tensors, metadata)
 
     @property
     def names(self) -> tuple[str, ...]:

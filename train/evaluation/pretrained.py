@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Network, build
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
+from dspnet_fast.tensor_file import write_tensors
 
 from ..config import PretrainConfig, Workers
 from ..data.datasets.images import ImageDataset, Subset, dataset_digest
@@ -134,7 +133,7 @@ class EvaluatedFamily:
         }
         load_statistics(self.model, subnets, tensors)  # post_statistics has dropped those of all other subnets
         metadata = {"sources": json.dumps(sources)}
-        atomic.write_atomically(self.out / STATISTICS, lambda path: save_file(tensors, path, metadata=metadata))
+        write_tensors(self.out / STATISTICS, tensors, metadata)
 
     def restore_statistics(self, subnets: Sequence[Subnet]) -> dict[str, StatisticsSource]:
         """Load saved post-statistics of `subnets` into the model; returns the sources of those that exist."""
