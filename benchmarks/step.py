@@ -1,20 +1,25 @@
-"""Time and memory of a whole DSPNet training step, compared with plain PyTorch.
+"""Time and memory of a whole DSPNet training step, compared with the strongest plain PyTorch.
 
 A step starts from a uint8 batch of two views: normalisation, the target's forward pass, forward and backward pass of
-every subnet, LARS and the target's update. The baseline is benchmarks/eager.py, the same step written like published
-slimmable networks. Timing starts only if the first step of both gives the same losses and weight updates.
+every subnet, LARS and the target's update. The baseline is benchmarks/eager.py, the same step in plain PyTorch without
+avoidable copies: in two layouts and precisions, with views that pass the encoder one after another or stacked, and with
+--compile also under torch.compile. Timing starts only if the first step of every variant gives the same losses and
+weight updates.
 
 Samples of the variants are interleaved in one process. Each sample waits, for a limited time, until other processes use
-less than 6 % of the machine. Times are medians; `x` is the speed-up over eager channels_last. Peak memory is that of
-all live tensors during a step, including weights and optimizer state, measured in a separate process per variant.
-`limit` is a lower bound of the step's time divided by the measured time; the bound is the roofline time of the
-convolutions and matrix products on this machine.
+less than 6 % of the machine. Times are medians. `x` is the speed-up over the fastest plain fp32 step in channels-last,
+`x same` over the fastest plain channels-last step of the same precision. Peak memory is that of all live tensors during
+a step, including weights and optimizer state, measured in a separate process per variant. `limit` is a lower bound of
+the step's time divided by the measured time; the bound is the roofline time of the convolutions and matrix products on
+this machine.
 
 The last line is machine-readable:
 
-    step_speedup_vs_eager_channels_last=X vs_eager_default=Y peak_memory_ratio=Z
+    step_speedup_vs_eager_channels_last=X vs_eager_default=Y peak_memory_ratio=Z bf16_speedup=B no_flag_speedup=N
 
-It compares fp32 with fast kernels; Z < 1 means less memory than eager channels_last.
+X and Y compare fp32 with fast kernels to the fastest plain fp32 step of either layout, and Z its memory to the smallest
+of plain fp32 in channels-last (Z < 1 is less memory). B compares bf16 with fast kernels to the fastest plain step of
+any precision and layout. N compares fp32 without --fast-kernels to the fastest plain fp32 step in channels-last.
 """
 
 from __future__ import annotations
@@ -31,6 +36,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # hides the profiler's messages about missing GPUs
+# By default oneDNN keeps 1,024 compiled primitives, enough for one variant. Variants in one process would evict each
+# other's, and compiling them again makes plain PyTorch's steps 10 to 30 % slower than they are in a run.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import torch
 from rich.console import Console
@@ -55,19 +63,21 @@ from .quiet import QuietWait, interleave, relative_half_iqr
 EPILOG = """\
 examples:
   python -m benchmarks.step --quick
-      speed-up and memory in fp32 and bf16, in less than three minutes on two cores
-  python -m benchmarks.step --json step.json
-      all variants except torch.compile, with more samples
+      speed-up and memory in fp32 and bf16, in less than four minutes on two cores
+  python -m benchmarks.step --compile --json step.json
+      all variants, with more samples
   python -m benchmarks.step --network resnet --dns c32-d1111,c64-d2222 --subnets c32-d1111,c64-d2222
       another family
   python -m benchmarks.step --threads 1 --image-size 64 --batch-size 16 --rounds 5
       smaller, on one core
 """
 
-OURS, EAGER, EAGER_DEFAULT = "ours", "eager channels_last", "eager default layout"
+EAGER, OURS, OURS_BF16 = "eager channels_last", "ours", "ours bf16"
+NO_FLAG = "ours without --fast-kernels"
 COPY_FOOTPRINT = 64 * MIB
-LOSS_RTOL = 1e-3
-UPDATE_RTOL = 0.05  # relative to the norm of the update; correct fp32 steps differed by 0.007
+LOSS_RTOL = {"fp32": 1e-3, "bf16": 1e-2}
+UPDATE_RTOL = {"fp32": 0.05, "bf16": 0.8}  # relative to the norm of the update; correct steps differed by 0.007 and 0.6
+SLOWER = 0.97  # speed-ups below are marked
 RUN_STEPS = 100_000  # large, so that learning rate and tau stay constant
 
 
@@ -78,17 +88,23 @@ class Variant:
     policy: str | None = None
     precision: str = "fp32"
     channels_last: bool = True
+    stacked: bool = False
     compiled: bool = False
     quick: bool = True  # whether --quick includes it
 
 
 VARIANTS = {
     EAGER: Variant(),
-    EAGER_DEFAULT: Variant(channels_last=False),
-    "eager bf16 autocast": Variant(precision="bf16", quick=False),
+    "eager channels_last, views stacked": Variant(stacked=True),
+    "eager default layout": Variant(channels_last=False),
+    "eager default layout, views stacked": Variant(channels_last=False, stacked=True, quick=False),
+    "eager bf16 autocast": Variant(precision="bf16"),
+    "eager bf16 autocast, views stacked": Variant(precision="bf16", stacked=True),
     "eager torch.compile": Variant(compiled=True),
     OURS: Variant(policy="auto"),
-    "ours bf16": Variant(policy="auto", precision="bf16"),
+    OURS_BF16: Variant(policy="auto", precision="bf16"),
+    NO_FLAG: Variant(policy="eager"),
+    f"{NO_FLAG}, bf16": Variant(policy="eager", precision="bf16"),
     "ours native": Variant(policy="native", quick=False),
 }
 
@@ -146,6 +162,7 @@ def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:
             trainer.model,
             channels_last=variant.channels_last,
             precision=variant.precision,
+            stacked=variant.stacked,
             compiled=variant.compiled,
         )
         return Run(lambda: eager.step(batch, subnets, lr, tau), eager.parameters)
@@ -159,41 +176,49 @@ def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:
     return Run(step, dict(trainer.model.online.named_parameters()))
 
 
-def check_losses(ours: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
-    """Exit with 1 if the losses of a first step differ."""
-    if ours.keys() != eager.keys():
-        sys.exit(f"error: our step trains {', '.join(ours)}, the baseline {', '.join(eager)}. Nothing is timed")
-    for name, loss in eager.items():
-        difference = abs(ours[name].item() / loss.item() - 1)
-        if not difference <= LOSS_RTOL:
-            sys.exit(
-                f"error: the loss of {name} is {ours[name].item():.6g}, with eager PyTorch {loss.item():.6g}: the "
-                f"relative difference {difference:.1e} exceeds {LOSS_RTOL:.0e}. Nothing is timed"
-            )
+@dataclass(frozen=True)
+class FirstStep:
+    """Losses by subnet, weight updates by name, and duration of a variant's first step."""
+
+    losses: dict[str, float]
+    updates: dict[str, Tensor]
+    seconds: float
 
 
-def check_updates(before: Mapping[str, Tensor], ours: Mapping[str, Tensor], eager: Mapping[str, Tensor]) -> None:
-    """Exit with 1 if the updates of the first step differ."""
-    distance = sum((ours[name] - eager[name]).double().square().sum().item() for name in before)
-    length = sum((eager[name] - before[name]).double().square().sum().item() for name in before)
-    difference = (distance / length) ** 0.5
-    if not difference <= UPDATE_RTOL:
+def first_step(run: Run) -> FirstStep:
+    """Run the first step of a variant."""
+    before = {name: value.detach().clone() for name, value in run.weights.items()}
+    began = time.perf_counter()
+    losses = {name: loss.item() for name, loss in run.step().items()}
+    seconds = time.perf_counter() - began
+    return FirstStep(losses, {name: value.detach() - before[name] for name, value in run.weights.items()}, seconds)
+
+
+def check(name: str, precision: str, first: FirstStep, baseline: FirstStep) -> None:
+    """Exit with 1 if losses or updates of a variant's first step differ from the baseline's."""
+    if first.losses.keys() != baseline.losses.keys():
         sys.exit(
-            f"error: our first update differs from eager PyTorch's by {difference:.1e} of its norm, more than "
-            f"{UPDATE_RTOL:.0e}. Nothing is timed"
+            f"error: {name} trains {', '.join(first.losses)}, {EAGER} {', '.join(baseline.losses)}. Nothing is timed"
+        )
+    for subnet, loss in baseline.losses.items():
+        difference = abs(first.losses[subnet] / loss - 1)
+        if not difference <= LOSS_RTOL[precision]:
+            sys.exit(
+                f"error: {name}: the loss of {subnet} is {first.losses[subnet]:.6g}, that of {EAGER} {loss:.6g}: the "
+                f"relative difference {difference:.1e} exceeds {LOSS_RTOL[precision]:.0e}. Nothing is timed"
+            )
+    difference = update_difference(first, baseline)
+    if not difference <= UPDATE_RTOL[precision]:
+        sys.exit(
+            f"error: {name}: the first update differs from that of {EAGER} by {difference:.1e} of its norm, more than "
+            f"{UPDATE_RTOL[precision]:.0e}. Nothing is timed"
         )
 
 
-@torch.no_grad()
-def first_steps(ours: Run, eager: Run) -> list[work.Layer]:
-    """Run and compare the first step of both; returns the layers of the step."""
-    before = {name: value.clone() for name, value in eager.weights.items()}
-    losses: dict[str, Tensor] = {}
-    with torch.enable_grad():
-        layers = work.record(lambda: losses.update(eager.step()))
-        check_losses(ours.step(), losses)
-    check_updates(before, ours.weights, eager.weights)
-    return layers
+def update_difference(first: FirstStep, baseline: FirstStep) -> float:
+    """Norm of the difference of two updates, relative to the norm of the second."""
+    distance = sum((first.updates[name] - u).double().square().sum().item() for name, u in baseline.updates.items())
+    return (distance / sum(u.double().square().sum().item() for u in baseline.updates.values())) ** 0.5
 
 
 def profile(step: Callable[[], object], rows: int) -> list[dict[str, Any]]:
@@ -224,20 +249,25 @@ def report(results: dict[str, Any], console: Console) -> None:
         f"{COPY_FOOTPRINT // MIB} MiB). One step: {results['GFLOP']:.1f} GFLOP, {results['GB']:.2f} GB, at least "
         f"{results['limit_ms']:.0f} ms"
     )
-    table = Table("step", *("ms", "±", "x", "images/s", "GFLOP/s", "limit", "peak MiB"))
+    compiles = any("compile_s" in line for line in results["variants"].values())
+    table = Table("step", *("ms", "±", "x", "x same", "images/s", "GFLOP/s", "limit", "peak MiB"))
+    if compiles:
+        table.add_column("compile s")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, line in results["variants"].items():
-        slower = name.startswith("ours") and line["x"] < 1
+        slower = VARIANTS[name].policy is not None and line["x_same_precision"] < SLOWER
         table.add_row(
             name,
             f"{line['ms']:.0f}",
             f"{line['relative_half_iqr']:.0%}",
-            f"{line['x']:.2f}" + (" slower" if slower else ""),
+            f"{line['x']:.2f}",
+            f"{line['x_same_precision']:.2f}" + (" slower" if slower else ""),
             f"{line['images/s']:.1f}",
             f"{line['GFLOP/s']:.0f}",
             f"{line['limit']:.0%}" if VARIANTS[name].precision == "fp32" else "",
             f"{line['peak_MiB']:.0f}",
+            *([f"{line['compile_s']:.0f}" if "compile_s" in line else ""] if compiles else []),
             style="red" if slower else "bold" if name == OURS else "",
         )
     console.print(table)
@@ -249,22 +279,35 @@ def report(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def summary(variants: dict[str, Any]) -> str:
-    """The machine-readable line."""
-    ours, eager, default = (variants[name] for name in (OURS, EAGER, EAGER_DEFAULT))
-    return (
-        f"step_speedup_vs_eager_channels_last={eager['ms'] / ours['ms']:.2f} "
-        f"vs_eager_default={default['ms'] / ours['ms']:.2f} "
-        f"peak_memory_ratio={ours['peak_MiB'] / eager['peak_MiB']:.3f}"
+def smallest_plain(lines: Mapping[str, Any], key: str, **options: Any) -> float:
+    """The smallest value of the baseline's variants that have these options."""
+    return min(
+        line[key]
+        for name, line in lines.items()
+        if (variant := VARIANTS[name]).policy is None
+        and all(getattr(variant, option) == value for option, value in options.items())
     )
 
 
-def _line(images: int, seconds: list[float], eager: list[float], flops: float, limit: float) -> dict[str, Any]:
+def summary(lines: Mapping[str, Any]) -> str:
+    """The machine-readable line."""
+    eager = smallest_plain(lines, "ms", precision="fp32", channels_last=True)
+    default = smallest_plain(lines, "ms", precision="fp32", channels_last=False)
+    memory = smallest_plain(lines, "peak_MiB", precision="fp32", channels_last=True)
+    return (
+        f"step_speedup_vs_eager_channels_last={eager / lines[OURS]['ms']:.2f} "
+        f"vs_eager_default={default / lines[OURS]['ms']:.2f} "
+        f"peak_memory_ratio={lines[OURS]['peak_MiB'] / memory:.3f} "
+        f"bf16_speedup={smallest_plain(lines, 'ms') / lines[OURS_BF16]['ms']:.2f} "
+        f"no_flag_speedup={eager / lines[NO_FLAG]['ms']:.2f}"
+    )
+
+
+def _line(images: int, seconds: list[float], flops: float, limit: float) -> dict[str, Any]:
     median = statistics.median(seconds)
     return {
         "ms": 1e3 * median,
         "relative_half_iqr": relative_half_iqr(seconds),
-        "x": statistics.median(eager) / median,
         "images/s": images / median,
         "GFLOP/s": flops / median / 1e9,
         "limit": limit / median,
@@ -279,26 +322,31 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
         for name, variant in VARIANTS.items()
         if (options.compile if variant.compiled else variant.quick or not options.quick)
     }
-    rounds = options.rounds or (7 if options.quick else 15)
+    rounds = options.rounds or (5 if options.quick else 15)
     batch = images(options)
-    monitor = Monitor("step", len(chosen) * (rounds + 2) + 3, console=progress)
+    monitor = Monitor("step", len(chosen) * (rounds + 2) + 2, console=progress)
 
     def tick(status: str) -> None:
         monitor.status(status)
         monitor.advance()
 
     with monitor:
-        tick("compare the first steps")
-        runs = {name: build(chosen[name], options, batch) for name in (EAGER, OURS)}
-        layers = first_steps(runs[OURS], runs[EAGER])
+        runs: dict[str, Run] = {}
+        baseline: list[FirstStep] = []
+        compile_seconds: dict[str, float] = {}
+        for name, variant in chosen.items():
+            tick(f"{name}: first step")
+            runs[name] = build(variant, options, batch)
+            if name == EAGER:
+                layers = work.record(lambda: baseline.append(first_step(runs[EAGER])))
+                continue
+            first = first_step(runs[name])
+            check(name, variant.precision, first, *baseline)
+            if variant.compiled:
+                compile_seconds[name] = first.seconds
+        baseline.clear()
         tick("measure the machine's limits")
         limit = work.roofline(layers, COPY_FOOTPRINT)
-        for name, variant in chosen.items():
-            tick(f"{name}: warm-up")
-            if name not in runs:
-                runs[name] = build(variant, options, batch)
-                runs[name].step()
-            runs[name].step()
         prepare_process(torch.device("cpu"))  # as train.pretrain does; the baseline profits too
         quiet = QuietWait(20, 3) if options.quick else QuietWait(200, 15)
         seconds = interleave({name: runs[name].step for name in chosen}, rounds, quiet, tick)
@@ -306,7 +354,12 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
         operators = profile(runs[OURS].step, options.rows)
         runs.clear()
         flops = sum(layer.flops for layer in layers)
-        lines = {name: _line(options.batch_size, seconds[name], seconds[EAGER], flops, limit) for name in chosen}
+        lines = {name: _line(options.batch_size, seconds[name], flops, limit) for name in chosen}
+        for name, line in lines.items():
+            for key, precision in (("x", "fp32"), ("x_same_precision", chosen[name].precision)):
+                line[key] = smallest_plain(lines, "ms", precision=precision, channels_last=True) / line["ms"]
+            if name in compile_seconds:
+                line["compile_s"] = compile_seconds[name]
         for name in chosen:
             tick(f"{name}: memory")
             lines[name] |= in_own_process("benchmarks.step", [*argv, "--memory-of", name])
@@ -340,9 +393,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="fewer samples; without eager bf16 and ours native")
+    parser.add_argument("--quick", action="store_true", help="fewer samples, and fewer variants")
     parser.add_argument(
-        "--compile", action="store_true", help="also time the baseline with torch.compile, which takes minutes"
+        "--compile", action="store_true", help="also time the baseline under torch.compile, which takes minutes"
     )
     parser.add_argument("--network", default="mobilenet_v3_large", metavar="NAME", help="architecture [%(default)s]")
     parser.add_argument("--dns", default="w0.50,w0.625,w0.75,w1.00", metavar="NAMES", help="the family [%(default)s]")
@@ -359,7 +412,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=32, metavar="N", help="images per batch, with two views each [%(default)s]"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch threads [one per core]")
-    parser.add_argument("--rounds", type=int, metavar="N", help="samples per variant [15; 7 with --quick]")
+    parser.add_argument("--rounds", type=int, metavar="N", help="samples per variant [15; 5 with --quick]")
     parser.add_argument("--rows", type=int, default=15, metavar="N", help="rows of the profile [%(default)s]")
     parser.add_argument("--json", metavar="FILE", help="file for all measurements, including samples")
     parser.add_argument("--debug", action="store_true", help="show the traceback if an error occurs")

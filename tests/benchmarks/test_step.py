@@ -23,50 +23,92 @@ def hasty(monkeypatch):
     monkeypatch.setattr(step.machine, "peak_gflops", lambda: 100.0)
     monkeypatch.setattr(work, "roofline_seconds", lambda flops, count, footprint: flops / 1e11)
     monkeypatch.setitem(step.VARIANTS, step.OURS, step.Variant(policy="native"))
-    monkeypatch.setitem(step.VARIANTS, "ours bf16", step.Variant(policy="native", precision="bf16"))
+    monkeypatch.setitem(step.VARIANTS, step.OURS_BF16, step.Variant(policy="native", precision="bf16"))
 
 
 def test_output_ends_with_the_machine_readable_line(hasty, capsys, tmp_path, policy):
     step.main([*TINY, f"--json={tmp_path / 'step.json'}"])
     printed = capsys.readouterr().out
-    line = r"step_speedup_vs_eager_channels_last=\d+\.\d\d vs_eager_default=\d+\.\d\d peak_memory_ratio=1\.000"
+    number = r"\d+\.\d\d"
+    line = (
+        rf"step_speedup_vs_eager_channels_last={number} vs_eager_default={number} peak_memory_ratio=1\.000 "
+        rf"bf16_speedup={number} no_flag_speedup={number}"
+    )
     assert re.fullmatch(line, printed.splitlines()[-1])
-    for name in ("eager channels_last", "eager default layout", "ours", "ours bf16", "GFLOP/s", "share"):
-        assert name in printed
+    assert "compile s" not in printed
     results = json.loads((tmp_path / "step.json").read_text())
-    assert len(results["variants"]) == 4 and len(results["profile"]) == 4
+    timed = {name for name, variant in step.VARIANTS.items() if variant.quick and not variant.compiled}
+    assert set(results["variants"]) == timed
+    for name in (*timed, "x same", "GFLOP/s", "share"):
+        assert name in printed
+    assert len(results["profile"]) == 4
     assert sum(row["share"] for row in results["profile"]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("wrong", ["losses", "gradients"])
-def test_different_first_step_is_an_error_without_output(wrong, hasty, capsys, monkeypatch, policy):
+def test_summary_compares_with_the_fastest_plain_variants():
+    results = {
+        "eager channels_last": {"ms": 200, "peak_MiB": 50},
+        "eager channels_last, views stacked": {"ms": 180, "peak_MiB": 80},
+        "eager default layout": {"ms": 300, "peak_MiB": 40},
+        "eager bf16 autocast": {"ms": 150, "peak_MiB": 30},
+        "ours": {"ms": 100, "peak_MiB": 20},
+        "ours bf16": {"ms": 60, "peak_MiB": 10},
+        "ours without --fast-kernels": {"ms": 90, "peak_MiB": 50},
+    }
+    assert step.summary(results) == (
+        "step_speedup_vs_eager_channels_last=1.80 vs_eager_default=3.00 peak_memory_ratio=0.400 bf16_speedup=2.50 "
+        "no_flag_speedup=2.00"
+    )
+    results["eager torch.compile"] = {"ms": 90, "peak_MiB": 45}
+    assert step.summary(results).startswith("step_speedup_vs_eager_channels_last=0.90 vs_eager_default=3.00")
+
+
+def test_compile_seconds_are_a_column(hasty, capsys, monkeypatch, policy):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    step.main([*TINY, "--compile"])
+    printed = capsys.readouterr().out
+    assert "compile s" in printed and "eager torch.compile" in printed
+
+
+@pytest.mark.parametrize("wrong", ["losses", "updates"])
+@pytest.mark.parametrize("name", [step.OURS, step.NO_FLAG, f"{step.NO_FLAG}, bf16"])
+def test_different_first_step_is_an_error_without_output(name, wrong, hasty, capsys, monkeypatch, policy):
     def build(variant, *rest):
         run = made(variant, *rest)
-        if variant.policy is None:
+        if variant != step.VARIANTS[name]:
             return run
 
         def other():
             losses = run.step()
             if wrong == "losses":
-                return {name: loss * 1.002 for name, loss in losses.items()}
+                return {name: loss * 1.02 for name, loss in losses.items()}
             with torch.no_grad():
-                run.weights["encoder.layer3.0.conv1.weight"].mul_(1.0001)
+                run.weights["encoder.layer3.0.conv1.weight"].mul_(1.001)
             return losses
 
         return step.Run(other, run.weights)
 
     made = step.build
     monkeypatch.setattr(step, "build", build)
-    with pytest.raises(SystemExit, match="Nothing is timed"):
+    with pytest.raises(SystemExit, match=f"error: {name}: the .* Nothing is timed"):
         step.main(TINY)
     assert capsys.readouterr().out == ""
 
 
-def test_check_losses_allows_rounding_but_not_missing_losses():
-    step.check_losses({"w": torch.tensor(1.0005)}, {"w": torch.tensor(1.0)})
-    for ours in ({"w": torch.tensor(float("nan"))}, {"v": torch.tensor(1.0)}, {}):
+def first_step(losses, updates=(("weight", 1.0),)):
+    return step.FirstStep(losses, {name: torch.tensor([update]) for name, update in updates}, 1.0)
+
+
+def test_check_allows_rounding_but_not_missing_losses():
+    baseline = first_step({"w": 1.0})
+    step.check("ours", "fp32", first_step({"w": 1.0005}, [("weight", 1.01)]), baseline)
+    step.check("ours", "bf16", first_step({"w": 1.005}, [("weight", 1.6)]), baseline)
+    for losses in ({"w": 1.005}, {"w": float("nan")}, {"v": 1.0}, {}):
         with pytest.raises(SystemExit):
-            step.check_losses(ours, {"w": torch.tensor(1.0)})
+            step.check("ours", "fp32", first_step(losses), baseline)
+    for update in (1.6, -1.0, float("nan")):
+        with pytest.raises(SystemExit):
+            step.check("ours", "fp32", first_step({"w": 1.0}, [("weight", update)]), baseline)
 
 
 @pytest.mark.parametrize("name", ["eager channels_last", "ours native"])
