@@ -105,6 +105,11 @@ def hardswish(x: Tensor) -> Tensor:
     return F.hardswish(x, inplace=not torch.is_grad_enabled())
 
 
+def pool(x: Tensor) -> Tensor:
+    """The mean over H and W. The gradient of a sum is a view; that of torch.mean is a copy in the default layout."""
+    return x.sum((2, 3)) / x.shape[2:].numel()
+
+
 def mobilenet_v3_large(layers: Layers, x: Tensor, small_stem: bool) -> Tensor:
     """[N, 3, H, W] -> [N, features]."""
     x = hardswish(layers.norm("encoder.bn1", layers.conv("encoder.conv_stem", x, 1 if small_stem else 2)))
@@ -115,7 +120,7 @@ def mobilenet_v3_large(layers: Layers, x: Tensor, small_stem: bool) -> Tensor:
             x = _mobile_block(layers, f"encoder.blocks.{stage}.{position}", x, 1 if position else first_stride, act)
             position += 1
     name = f"encoder.blocks.{len(STAGE_STRIDES)}.0"
-    return hardswish(layers.norm(f"{name}.bn1", layers.conv(f"{name}.conv", x))).mean((2, 3))
+    return pool(hardswish(layers.norm(f"{name}.bn1", layers.conv(f"{name}.conv", x))))
 
 
 def _mobile_block(layers: Layers, name: str, x: Tensor, stride: int, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -126,7 +131,7 @@ def _mobile_block(layers: Layers, name: str, x: Tensor, stride: int, act: Callab
         project = f"{name}.conv_pwl"
     y = act(layers.norm(next(norms), layers.depthwise(f"{name}.conv_dw", y, stride)))
     if layers.has(f"{name}.se.conv_reduce"):
-        gate = F.relu_(layers.linear(f"{name}.se.conv_reduce", y.mean((2, 3))))
+        gate = F.relu_(layers.linear(f"{name}.se.conv_reduce", pool(y)))
         y = y * F.hardsigmoid(layers.linear(f"{name}.se.conv_expand", gate))[:, :, None, None]
     y = layers.norm(next(norms), layers.conv(project, y))
     return y.add_(x) if stride == 1 and x.shape[1] == y.shape[1] else y
@@ -141,7 +146,7 @@ def resnet(layers: Layers, x: Tensor, small_stem: bool) -> Tensor:
         for position in range(layers.sizes[f"encoder.layer{stage}"]):
             stride = 2 if stage > 1 and position == 0 else 1
             x = _basic_block(layers, f"encoder.layer{stage}.{position}", x, stride)
-    return x.mean((2, 3))
+    return pool(x)
 
 
 def _basic_block(layers: Layers, name: str, x: Tensor, stride: int) -> Tensor:

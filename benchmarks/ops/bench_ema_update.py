@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.eager import ema
 from dspnet_fast.ops import apex, ema_update
 
 from .layers import ours
@@ -13,15 +14,9 @@ from .networks import CASES, networks
 TAU = 0.996
 
 
-def one_by_one(targets, onlines, tau):
-    """The usual implementation: a Python loop over parameters."""
-    for target, online in zip(targets, onlines, strict=True):
-        target.mul_(tau).add_(online, alpha=1 - tau)
-
-
 APEX = ["apex"] if apex.supported()[0] else []
 VARIANTS: dict[str, Callable[..., None]] = {
-    "loop": one_by_one,
+    "eager": ema,
     **dict.fromkeys([*APEX, *ours(ema_update)], ema_update),
 }
 

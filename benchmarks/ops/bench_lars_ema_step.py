@@ -19,12 +19,12 @@ LR, TAU = 1e-3, 0.996
 LARS = {"weight_decay": 1.5e-6, "momentum": 0.9, "eta": 1e-3}
 
 
-def one_by_one(parameters, momenta, targets):
-    """The usual implementation: a Python loop over parameters for LARS, another for the target."""
-    lars(parameters, momenta, LR, **LARS)
-    ema(targets, parameters, TAU)
-    for parameter in parameters.values():
-        parameter.grad.zero_()
+def multi_tensor(parameters, momenta, targets):
+    """LARS, the target's update and zeroing of gradients by PyTorch's multi-tensor functions."""
+    gradients = [parameter.grad for parameter in parameters.values()]
+    lars(list(parameters.values()), gradients, list(momenta.values()), LR, **LARS)
+    ema(list(targets.values()), [parameters[name] for name in targets], TAU)
+    torch._foreach_zero_(gradients)
 
 
 def by_apex(parameters, targets):
@@ -43,7 +43,7 @@ def by_apex(parameters, targets):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["loop", *(["apex"] if apex.supported()[0] else []), *ours(lars_ema_step)])
+@pytest.mark.parametrize("variant", ["eager", *(["apex"] if apex.supported()[0] else []), *ours(lars_ema_step)])
 @pytest.mark.parametrize("case", CASES)
 def test_lars_ema_step(measure, case, variant):
     model = copy.deepcopy(networks(case))
@@ -54,7 +54,7 @@ def test_lars_ema_step(measure, case, variant):
     footprint = 4 * (3 * len(flat.params) + len(flat.targets))
     count = 4 * (8 * len(flat.params) + 2 * len(flat.targets))
 
-    runs = {"loop": lambda: one_by_one(parameters, momenta, targets)}
+    runs = {"eager": lambda: multi_tensor(parameters, momenta, targets)}
     if variant == "apex":
         runs["apex"] = by_apex(parameters, targets)
     run = runs.get(variant, lambda: flat.step(LR, TAU, **LARS))

@@ -26,8 +26,8 @@ def eager(act, added):
     def view(x, residual, gamma, beta, residual_gamma, residual_beta):
         x = norm(x, gamma, beta)
         if added != "nothing":
-            x = x + (residual if added == "plain" else norm(residual, residual_gamma, residual_beta))
-        return F.relu(x, inplace=True) if act == "relu" else x
+            x.add_(residual if added == "plain" else norm(residual, residual_gamma, residual_beta))
+        return F.relu_(x) if act == "relu" else x
 
     def views(first, second, first_residual, second_residual, *norms):
         return view(first, first_residual, *norms), view(second, second_residual, *norms)

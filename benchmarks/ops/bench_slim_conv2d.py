@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from dspnet_fast.ops import slim_conv2d
 
-from .layers import DIRECTIONS, IMAGES, MOBILENET, RESNET, nbytes, random, runner, variants
+from .layers import DIRECTIONS, IMAGES, MOBILENET, RESNET, nbytes, own_prefix, random, runner, variants
 
 NAMES = [name for name in MOBILENET if name.startswith(("stem", "1.1", "4.1 depthwise"))]
 CASES = {name: MOBILENET[name] for name in NAMES} | RESNET
@@ -15,8 +15,8 @@ CASES = {name: MOBILENET[name] for name in NAMES} | RESNET
 
 def eager(layer):
     def conv(x, weight):
-        prefix = weight[: layer.out_channels, : layer.channels // layer.groups]
-        return F.conv2d(x, prefix, None, layer.stride, layer.kernel // 2, 1, layer.groups)
+        y = F.conv2d(x.to(weight.dtype), weight, None, layer.stride, layer.kernel // 2, 1, layer.groups)
+        return y.to(x.dtype)
 
     return conv
 
@@ -39,8 +39,11 @@ def test_slim_conv2d(measure, case, direction, variant):
     x.requires_grad_(layer.channels > 3)
     full = random(*layer.full, layer.kernel, layer.kernel)
     dy = random(IMAGES, layer.out_channels, layer.out_size, layer.out_size).detach()
-    function = eager(layer) if variant in ("eager", "compile") else ours(layer, torch.zeros_like(full))
-    run = runner(variant, direction, function, (x, full), (dy,))
+    if variant in ("eager", "compile"):
+        function, inputs = eager(layer), (x, own_prefix(full, layer))
+    else:
+        function, inputs = ours(layer, torch.zeros_like(full)), (x, full)
+    run = runner(variant, direction, function, inputs, (dy,))
     count = footprint = nbytes(x, dy) + layer.prefix
     flops = layer.flops
     if direction != DIRECTIONS[0]:

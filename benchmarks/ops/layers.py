@@ -11,17 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.device import DEVICE, DTYPE, ON_GPU
+from benchmarks.eager import hardswish, prefix
 from dspnet_fast.ops import registry
 from dspnet_fast.ops.registry import Operator
 
 IMAGES, VIEWS = 2048 if ON_GPU else 64, 2  # images of both views together
 DIRECTIONS = ("forward", "forward + backward")  # without gradient, as in the target; with gradient
 
-ACTS: dict[str, Callable[..., Tensor]] = {
-    "identity": lambda x, inplace: x,
-    "relu": F.relu,
-    "hardswish": F.hardswish,
-}
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "relu": F.relu_, "hardswish": hardswish}
 
 
 @dataclass(frozen=True)
@@ -130,6 +127,16 @@ def weight(*shape: int) -> Tensor:
     """An fp32 tensor that requires a gradient, channels-last if 4D."""
     x = torch.randn(shape, device=DEVICE)
     return (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
+
+
+def own_prefix(full: Tensor, layer: Conv) -> Tensor:
+    """A layer's prefix of a weight, in the dtype that plain PyTorch multiplies in fastest; requires a gradient.
+
+    It is copied before the timing, as benchmarks/eager.py copies it once per step.
+    """
+    used = prefix(full, (layer.out_channels, layer.channels // layer.groups)).detach()
+    dtype = torch.float32 if layer.groups > 1 and not ON_GPU else DTYPE
+    return used.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
 def rows(channels: int) -> tuple[Tensor, Tensor]:
