@@ -32,7 +32,7 @@ from train.pretraining.dspnet import DSPNet
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 RELU_STAGES, STAGE_STRIDES = 3, (1, 2, 2, 2, 1, 2)  # MobileNetV3-Large uses hardswish from the fourth stage on
-VIEWS = 2
+VIEWS, HEADS = 2, ("projector", "predictor")
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,10 @@ def _basic_block(layers: Layers, name: str, x: Tensor, stride: int) -> Tensor:
 ENCODERS = {"mobilenet_v3_large": mobilenet_v3_large, "resnet": resnet}
 
 
-def heads(layers: Layers, x: Tensor, names: Sequence[str]) -> Tensor:
-    """Linear - BN - ReLU - Linear for each name, for the features [N, F] of both views."""
+def heads(layers: Layers, x: Tensor, names: Sequence[str], views: int) -> Tensor:
+    """Linear - BN - ReLU - Linear for each name, for the features [N, F] of `views` views."""
     for name in names:
-        hidden = F.relu_(layers.norm(f"{name}.bn1", layers.linear(f"{name}.fc1", x), VIEWS))
+        hidden = F.relu_(layers.norm(f"{name}.bn1", layers.linear(f"{name}.fc1", x), views))
         x = layers.linear(f"{name}.fc2", hidden)
     return x
 
@@ -221,8 +221,10 @@ class EagerStep:
         model: model whose weights are copied; its target must not have momentum batch norm.
         channels_last: channels-last images and weights, otherwise PyTorch's default layout.
         precision: "fp32", or "bf16" for autocast.
-        stacked: both views pass the encoder at once: fewer and larger convolutions, but batch norm copies its outputs
-            for the two views into one tensor, and their gradients likewise.
+        views: "separate": the encoder gets one view after another, the heads both at once. "stacked": the encoder also
+            gets both at once; convolutions are larger, but batch norm copies its outputs for the two views into one
+            tensor, and their gradients likewise. "sequential": the backward pass of one view precedes the forward pass
+            of the next, which needs least memory.
         compiled: torch.compile encoder and heads of each subnet.
         weight_decay: weight decay of LARS.
         momentum: momentum of LARS.
@@ -238,7 +240,7 @@ class EagerStep:
         *,
         channels_last: bool = True,
         precision: str = "fp32",
-        stacked: bool = False,
+        views: str = "separate",
         compiled: bool = False,
         weight_decay: float = 1.5e-6,
         momentum: float = 0.9,
@@ -253,7 +255,7 @@ class EagerStep:
         self._network, self._small_stem = ENCODERS[model.online.encoder.name], model.online.encoder.small_stem
         self._sizes = {subnet.name: model.online.layer_sizes(subnet)[1] for subnet in model.family}
         self._full = model.family.full
-        self._bf16, self._stacked = precision == "bf16", stacked
+        self._bf16, self._views = precision == "bf16", views
         example = next(model.parameters())
         self._device, self._dtype = example.device, example.dtype
         self._shapes = {subnet.name: self._prefix_shapes(subnet) for subnet in model.family}
@@ -279,7 +281,7 @@ class EagerStep:
         """Shapes of the subnet's weights by name, found by running it on a few images."""
         recorder = PrefixRecorder(self.parameters, self._sizes[subnet.name], VIEWS)
         images = torch.zeros(2 * VIEWS, 3, 64, 64, dtype=self._dtype, device=self._device)
-        heads(recorder, self._encode(recorder, images), ("projector", "predictor"))
+        heads(recorder, self._encode(recorder, images), HEADS, VIEWS)
         return recorder.shapes
 
     def _layers(self, full: Mapping[str, Tensor], subnet: Subnet) -> Layers:
@@ -291,13 +293,14 @@ class EagerStep:
                 if self._bf16 and weight.ndim > 1 and not (weight.shape[1] == 1 and self._device.type == "cpu"):
                     weight = weight.bfloat16()
                 weights[name] = weight.contiguous(memory_format=self._memory_format(weight)).detach()
-        return Layers(weights, self._sizes[subnet.name], VIEWS if self._stacked else 1)
+        return Layers(weights, self._sizes[subnet.name], VIEWS if self._views == "stacked" else 1)
 
-    def _forward(self, layers: Layers, images: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """Outputs of the heads for view 1 and view 2."""
+    def _forward(self, layers: Layers, images: Tensor, names: Sequence[str], views: int) -> Tensor:
+        """Outputs [N, D] of the heads for the images of `views` views."""
         with self._autocast():
-            features = [self._encoder(layers, part) for part in ([images] if self._stacked else images.chunk(VIEWS))]
-            return self._heads(layers, features[0] if self._stacked else torch.cat(features), names).chunk(VIEWS)
+            parts = [images] if self._views == "stacked" else images.chunk(views)
+            features = [self._encoder(layers, part) for part in parts]
+            return self._heads(layers, features[0] if len(parts) == 1 else torch.cat(features), names, views)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self._device.type, torch.bfloat16) if self._bf16 else nullcontext()
@@ -306,21 +309,24 @@ class EagerStep:
         """Add the gradients of `subnets` for two views, [2B, 3, H, W]; returns the losses."""
         images = images.contiguous(memory_format=self._format)
         with torch.no_grad():
-            target = self._layers(self.targets, self._full)
-            first_target, second_target = self._forward(target, images, ["projector"])
+            targets = self._forward(self._layers(self.targets, self._full), images, HEADS[:1], VIEWS)
+            targets = targets.roll(len(targets) // VIEWS, 0)  # each view predicts the other
+        parts = images.chunk(VIEWS) if self._views == "sequential" else [images]
+        views = VIEWS // len(parts)
         losses = {}
         for subnet in subnets:
             layers = self._layers(self.parameters, subnet)
             for weight in layers.weights.values():
                 weight.requires_grad_()
-            first, second = self._forward(layers, images, ["projector", "predictor"])
-            loss = regression(first, second_target) + regression(second, first_target)
-            loss.backward()
+            losses[subnet.name] = torch.zeros((), dtype=self._dtype, device=self._device)
+            for part, part_targets in zip(parts, targets.chunk(len(parts)), strict=True):
+                loss = views * regression(self._forward(layers, part, HEADS, views), part_targets)
+                loss.backward()
+                losses[subnet.name] += loss.detach()
             torch._foreach_add_(
                 [prefix(self.gradients[name], weight.shape) for name, weight in layers.weights.items()],
                 [weight.grad for weight in layers.weights.values()],
             )
-            losses[subnet.name] = loss.detach()
         return losses
 
     def update(self, lr: float | Tensor, tau: float | Tensor) -> None:

@@ -2,9 +2,8 @@
 
 A step starts from a uint8 batch of two views: normalisation, the target's forward pass, forward and backward pass of
 every subnet, LARS and the target's update. The baseline is benchmarks/eager.py, the same step in plain PyTorch without
-avoidable copies: in two layouts and precisions, with views that pass the encoder one after another or stacked, and with
---compile also under torch.compile. Timing starts only if the first step of every variant gives the same losses and
-weight updates.
+avoidable copies, in several variants: two layouts, two precisions, the two views stacked or one after another, and with
+--compile torch.compile. Timing starts only if the first step of every variant gives the same losses and weight updates.
 
 Samples of the variants are interleaved in one process. Each sample waits, for a limited time, until other processes use
 less than 6 % of the machine. Times are medians. `x` is the speed-up over the fastest plain fp32 step in channels-last,
@@ -88,18 +87,19 @@ class Variant:
     policy: str | None = None
     precision: str = "fp32"
     channels_last: bool = True
-    stacked: bool = False
+    views: str = "separate"
     compiled: bool = False
     quick: bool = True  # whether --quick includes it
 
 
 VARIANTS = {
     EAGER: Variant(),
-    "eager channels_last, views stacked": Variant(stacked=True),
+    "eager channels_last, views stacked": Variant(views="stacked"),
+    "eager channels_last, view by view": Variant(views="sequential"),
     "eager default layout": Variant(channels_last=False),
-    "eager default layout, views stacked": Variant(channels_last=False, stacked=True, quick=False),
+    "eager default layout, views stacked": Variant(channels_last=False, views="stacked", quick=False),
     "eager bf16 autocast": Variant(precision="bf16"),
-    "eager bf16 autocast, views stacked": Variant(precision="bf16", stacked=True),
+    "eager bf16 autocast, views stacked": Variant(precision="bf16", views="stacked"),
     "eager torch.compile": Variant(compiled=True),
     OURS: Variant(policy="auto"),
     OURS_BF16: Variant(policy="auto", precision="bf16"),
@@ -162,7 +162,7 @@ def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:
             trainer.model,
             channels_last=variant.channels_last,
             precision=variant.precision,
-            stacked=variant.stacked,
+            views=variant.views,
             compiled=variant.compiled,
         )
         return Run(lambda: eager.step(batch, subnets, lr, tau), eager.parameters)

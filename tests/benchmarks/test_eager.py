@@ -31,8 +31,14 @@ def named(tensors):
 @pytest.mark.parametrize(("network", "names"), [MOBILENET, RESNET])
 @pytest.mark.parametrize(
     ("stem", "options"),
-    [("small", {}), ("standard", {}), ("small", {"channels_last": False}), ("small", {"stacked": True})],
-    ids=["small stem", "standard stem", "default layout", "views stacked"],
+    [
+        ("small", {}),
+        ("standard", {}),
+        ("small", {"channels_last": False}),
+        ("small", {"views": "stacked"}),
+        ("small", {"views": "sequential"}),
+    ],
+    ids=["small stem", "standard stem", "default layout", "views stacked", "view by view"],
 )
 def test_losses_gradients_and_updates_equal_ours(network, names, stem, options, policy):
     policy("native")
@@ -71,12 +77,12 @@ def make_trainer():
 BATCH = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["views separate", "views stacked"])
+@pytest.mark.parametrize("views", ["separate", "stacked", "sequential"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_step_on_uint8_images_equals_the_trainers(precision, stacked, policy):
+def test_step_on_uint8_images_equals_the_trainers(precision, views, policy):
     policy("native")
     trainer = make_trainer()
-    eager = EagerStep(trainer.model, precision=precision, stacked=stacked)
+    eager = EagerStep(trainer.model, precision=precision, views=views)
     lr, tau = trainer.learning_rate(trainer.step), trainer.tau(trainer.step)
     expected = trainer.train_step(BATCH)
     losses = eager.step(BATCH, list(trainer.model.family), lr, tau)
