@@ -98,7 +98,7 @@ VARIANTS = {
     "eager channels_last, view by view": Variant(views="sequential"),
     "eager default layout": Variant(channels_last=False),
     "eager default layout, views stacked": Variant(channels_last=False, views="stacked", quick=False),
-    "eager bf16 autocast": Variant(precision="bf16"),
+    "eager bf16 autocast": Variant(precision="bf16", quick=False),
     "eager bf16 autocast, views stacked": Variant(precision="bf16", views="stacked"),
     "eager torch.compile": Variant(compiled=True),
     OURS: Variant(policy="auto"),
