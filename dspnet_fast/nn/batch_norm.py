@@ -145,7 +145,8 @@ class SlimBatchNorm(_BatchNorm):
 
     def _eager(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> Tensor:
         """Normalise each view by PyTorch's kernels."""
-        channels, count, parts = x.shape[1], self._count(x.shape, views), x.chunk(views)
+        channels, count = x.shape[1], self._count(x.shape, views)
+        parts = x.chunk(views) if views > 1 else (x,)  # the gradient of a chunk would be a copy
 
         def normalize(moments: Iterable[Statistics], training: bool = True, momentum: float = 0.0) -> Tensor:
             y = [

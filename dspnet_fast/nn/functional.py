@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import norm_act, norm_act_pool
@@ -110,6 +111,10 @@ def pool(x: Activation) -> Tensor:
         torch.Size([2, 8])
     """
     if isinstance(x, Tensor):
+        if (
+            torch.is_grad_enabled() and x.dtype != torch.float16
+        ):  # a mean copies its gradient
+            return x.sum((2, 3)) / x.shape[2:].numel()
         return x.mean((2, 3))
     if x.gate is not None:
         return x.gate * pool(replace(x, gate=None))

@@ -41,8 +41,9 @@ class SlimLinear(Sized, nn.Linear):
         features = x.shape[-1]
         if features > self.in_features:
             raise ValueError(f"SlimLinear has {self.in_features} input features, but the input has {features}")
-        if is_eager():
+        grad = main_grad(self.weight)
+        if is_eager() and (grad is None or x.dtype != self.weight.dtype):
             weight = prefix(self.weight, self.size, features, like=x)
             return F.linear(x, weight, prefix(self.bias, self.size, like=x))
         bias = None if self.bias is None else self.bias[: self.size]
-        return slim_linear(x, self.weight, bias, main_grad(self.weight), self.size)
+        return slim_linear(x, self.weight, bias, grad, self.size)  # adds the gradient by the matrix product

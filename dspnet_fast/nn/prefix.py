@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -10,6 +12,19 @@ from torch import Tensor
 from .sized import main_grad
 
 HALF = (torch.bfloat16, torch.float16)
+
+_shared: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] | None = None  # by id of the weight, sizes and dtype
+
+
+@contextmanager
+def shared_prefixes() -> Iterator[None]:
+    """Within this context a layer that runs several times uses one prefix, so its gradient is added once."""
+    global _shared
+    before, _shared = _shared, {}
+    try:
+        yield
+    finally:
+        _shared = before
 
 
 @overload
@@ -45,7 +60,12 @@ def prefix(weight: Any, *sizes: int, like: Tensor | None = None) -> Any:
     buffer = main_grad(weight)
     if buffer is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _prefix(weight, sizes).to(dtype)
-    return _Prefix.apply(weight, buffer, sizes, dtype)
+    if _shared is None:
+        return _Prefix.apply(weight, buffer, sizes, dtype)
+    key = id(weight), sizes, dtype
+    if key not in _shared:
+        _shared[key] = _Prefix.apply(weight, buffer, sizes, dtype)
+    return _shared[key]
 
 
 def _prefix(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -58,7 +78,8 @@ class _Prefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, buffer: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         ctx.buffer = _prefix(buffer, sizes)  # not saved for backward: autograd rejects tensors changed in place
-        return _prefix(weight.detach(), sizes).to(dtype)
+        # Convolutions would copy a prefix with gaps in their forward and again in their backward passes.
+        return torch.empty_like(_prefix(weight, sizes), dtype=dtype).copy_(_prefix(weight, sizes))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:

@@ -33,7 +33,7 @@ class GradientAllReduce:
         self._world = world
         self._pending: list[Callable[[], object]] = []
         self._unsent = len(flat.grads)  # elements before this index have not been sent
-        self._passes = 0
+        self._passes, self._encoder_passes = 0, 1
         self._done: Counter[str] = Counter()
 
     def overlap(self, online: nn.Module, modules: list[str]) -> None:
@@ -56,15 +56,15 @@ class GradientAllReduce:
         for name in modules:
             online.get_submodule(name).register_forward_pre_hook(watch(name))
 
-    def begin(self, passes: int) -> None:
-        """Begin a step of this many backward passes."""
-        self._passes = passes
+    def begin(self, passes: int, encoder_passes: int = 1) -> None:
+        """Begin a step of this many backward passes, each with `encoder_passes` passes of the encoder."""
+        self._passes, self._encoder_passes = passes, encoder_passes
         self._done.clear()
 
     def gradient_ready(self, module: str) -> None:
         """Gradient-ready hook: one backward pass has reached the input of a module."""
         self._done[module] += 1
-        if self._done[module] != self._passes:
+        if self._done[module] != self._passes * (self._encoder_passes if module.startswith("encoder.") else 1):
             return
         start = self._flat.start(module)
         if self._unsent - start >= MIN_PIECE * len(self._flat.grads):

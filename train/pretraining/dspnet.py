@@ -13,7 +13,7 @@ One training step on a batch of B images, two views each, stacked as [2B, 3, H, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from dspnet_fast.models import MLP, Network, build, family
 from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate, configure_batch_norm
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import SlimBatchNorm, SlimBatchNorm2d
+from dspnet_fast.nn.prefix import shared_prefixes
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.ops.registry import is_eager
 from dspnet_fast.subnets import Family, Subnet
@@ -49,7 +50,10 @@ class Branch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Prediction (online) or projection (target) of each image."""
-        features = self.encoder(images)
+        return self.heads(self.encoder(images))
+
+    def heads(self, features: Tensor) -> Tensor:
+        """Prediction or projection of features [N, F]."""
         projection = self.projector(features if is_eager() else features.to(self.projector.fc1.weight.dtype))
         return projection if self.predictor is None else self.predictor(projection)
 
@@ -115,20 +119,20 @@ class DSPNet(nn.Module):
         """
         configure_batch_norm(self.target, alpha=alpha)
         with activate(self.target, None, views=VIEWS):
-            first, second = torch.cat([self._run(self.target, *part) for part in self._parts(images)]).chunk(VIEWS)
+            first, second = self._run(self.target, images).chunk(VIEWS)
         return torch.cat([second, first])
 
     def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
         """Symmetrised loss of one subnet, a scalar between 0 and 8."""
-        return sum(self._losses(images, targets, subnet), start=torch.zeros((), device=images.device))
+        with activate(self.online, subnet, views=VIEWS):
+            predictions = self._run(self.online, images)
+        return VIEWS * normalized_mse(predictions, targets)
 
     def accumulate_subnet(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
         """Add the gradient of one subnet's loss, times `loss_scale`; returns the loss, detached."""
-        total = torch.zeros((), device=images.device)
-        for loss in self._losses(images, targets, subnet):
-            (loss if self.loss_scale is None else loss * self.loss_scale).backward()
-            total = total + loss.detach()
-        return total
+        loss = self.loss(images, targets, subnet)
+        (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+        return loss.detach()
 
     def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor = 1.0) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward pass at a time.
@@ -145,29 +149,22 @@ class DSPNet(nn.Module):
         return {subnet.name: self.accumulate_subnet(images, targets, subnet) for subnet in subnets}
 
     @property
-    def passes(self) -> int:
-        """Passes that every module makes for a subnet: plain PyTorch computes one view after another."""
+    def encoder_passes(self) -> int:
+        """Passes of the encoder for a subnet: plain PyTorch encodes one view after another."""
         return VIEWS if is_eager() else 1
 
-    def _losses(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Iterator[Tensor]:
-        """The terms of the loss. A backward pass of each before the next term frees its activations early."""
-        parts = self._parts(images)
-        with activate(self.online, subnet, views=VIEWS):
-            for part, part_targets in zip(parts, targets.chunk(len(parts)), strict=True):
-                yield VIEWS // len(parts) * normalized_mse(self._run(self.online, *part), part_targets)
-
-    def _parts(self, images: Tensor) -> list[tuple[int | None, Tensor]]:
-        """Parts of the batch that pass through a network one after another, with the index of their view.
-
-        In plain PyTorch each view is a part: batch normalisation would otherwise copy the views into one tensor.
-        """
+    def _run(self, branch: Branch, images: Tensor) -> Tensor:
+        """Outputs [2B, D] of a branch."""
         images = images.to(HALF.get(self.precision, images.dtype))
-        return list(enumerate(images.chunk(VIEWS))) if is_eager() else [(None, images)]
-
-    @staticmethod
-    def _run(branch: Branch, view: int | None, images: Tensor) -> Tensor:
-        with configure_batch_norm(branch, view=view):
+        if not is_eager():
             return branch(images)
+        features = []
+        with shared_prefixes():
+            # In one pass, batch normalisation would copy its outputs for the two views into one tensor.
+            for view, part in enumerate(images.chunk(VIEWS)):
+                with configure_batch_norm(branch.encoder, view=view):
+                    features.append(branch.encoder(part))
+        return branch.heads(torch.cat(features))
 
 
 def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.ProcessGroup | None = None) -> DSPNet:

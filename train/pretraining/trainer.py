@@ -100,7 +100,7 @@ class Trainer:
         self._alpha.fill_(momentum_alpha(self.step, self.steps))
         self.flat_buffers.schedule(self.learning_rate(self.step), self.tau(self.step))
         self.guard.begin()
-        self.all_reduce.begin(self._split.micro_batches * len(subnets) * self.model.passes)
+        self.all_reduce.begin(self._split.micro_batches * len(subnets), self.model.encoder_passes)
         losses = self.accumulate(batch, subnets)
         self.all_reduce.finish()
         if (shares := self.world.size * self._split.micro_batches) > 1:
