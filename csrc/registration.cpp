@@ -26,7 +26,8 @@ DSPNET_CPU_BUILDS(
     Tensors5, conv_moments_backward, Tensor grad_y, Tensor grad_mean, Tensor grad_variance, Tensor x,
     OptionalTensor scale, OptionalTensor shift, std::string_view act, OptionalTensor gate, Tensor weight,
     OptionalTensor main_grad, Tensor y, Tensor mean, int64_t stride, int64_t padding, int64_t groups,
-    bool input_gradient, bool weight_gradient)
+    bool input_gradient, bool weight_gradient, OptionalTensor pooled_grad, OptionalTensor pooled_scale,
+    OptionalTensor pooled_shift, std::string_view pooled_act)
 
 DSPNET_CPU_BUILDS(void, ema_update, at::TensorList targets, at::TensorList onlines, double tau)
 DSPNET_CPU_BUILDS(
@@ -41,10 +42,11 @@ DSPNET_CPU_BUILDS(
     std::string_view act, OptionalTensor gate, OptionalTensor residual, OptionalTensor residual_scale,
     OptionalTensor residual_shift, bool residual_gradient)
 DSPNET_CPU_BUILDS(
-    at::Tensor, norm_act_pool, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act)
+    Tensors3, norm_act_pool, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act,
+    bool gradient_means)
 DSPNET_CPU_BUILDS(
     Tensors3, norm_act_pool_backward, Tensor grad, Tensor x, OptionalTensor scale, OptionalTensor shift,
-    std::string_view act)
+    std::string_view act, Tensor gradient_mean, Tensor gradient_x_mean, bool input_gradient)
 DSPNET_CPU_BUILDS(at::Tensor, normalized_mse, Tensor p, Tensor z)
 DSPNET_CPU_BUILDS(
     Tensors2, normalized_mse_backward, Tensor grad, Tensor p, Tensor z, bool p_gradient, bool z_gradient)
@@ -72,7 +74,8 @@ TORCH_LIBRARY(dspnet_cpp, library) {
   library.def(
       "conv_moments_backward(Tensor grad_y, Tensor grad_mean, Tensor grad_variance, Tensor x, Tensor? scale, "
       "Tensor? shift, str act, Tensor? gate, Tensor weight, Tensor(a!)? main_grad, Tensor y, Tensor mean, int stride, "
-      "int padding, int groups, bool input_gradient, bool weight_gradient) -> "
+      "int padding, int groups, bool input_gradient, bool weight_gradient, Tensor? pooled_grad, "
+      "Tensor? pooled_scale, Tensor? pooled_shift, str pooled_act) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("ema_update(Tensor(a!)[] targets, Tensor[] onlines, float tau) -> ()");
   library.def(
@@ -85,10 +88,12 @@ TORCH_LIBRARY(dspnet_cpp, library) {
       "norm_act_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, "
       "Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool residual_gradient) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("norm_act_pool(Tensor x, Tensor? scale, Tensor? shift, str act) -> Tensor");
   library.def(
-      "norm_act_pool_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act) -> "
+      "norm_act_pool(Tensor x, Tensor? scale, Tensor? shift, str act, bool gradient_means) -> "
       "(Tensor, Tensor, Tensor)");
+  library.def(
+      "norm_act_pool_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, str act, Tensor gradient_mean, "
+      "Tensor gradient_x_mean, bool input_gradient) -> (Tensor, Tensor, Tensor)");
   library.def("normalized_mse(Tensor p, Tensor z) -> Tensor");
   library.def(
       "normalized_mse_backward(Tensor grad, Tensor p, Tensor z, bool p_gradient, bool z_gradient) -> "

@@ -69,6 +69,10 @@ def conv_moments_backward(
     groups: int,
     input_gradient: bool,
     weight_gradient: bool,
+    pooled_grad: Tensor | None,
+    pooled_scale: Tensor | None,
+    pooled_shift: Tensor | None,
+    pooled_act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.conv_moments_backward, for valid arguments that `accepts` supports."""
     deferred = Input.of(x, scale, shift, act, gate)
@@ -109,7 +113,10 @@ def conv_moments_backward(
         grad_x = torch.empty_like(deferred.x) if input_gradient else grad_x
         if algorithm == "depthwise":
             grad_h = grad_x if input_gradient else None
-            partial, grad_prefix = depthwise.backward(grads, deferred, weight, grad_h, stride, padding, weight_gradient)
+            pooled = Input.of(y, pooled_scale, pooled_shift, pooled_act, pooled_grad)
+            partial, grad_prefix = depthwise.backward(
+                grads, deferred, pooled, weight, grad_h, stride, padding, weight_gradient
+            )
             gate_sums = partial[2]
             if prefix is not None:
                 prefix += grad_prefix

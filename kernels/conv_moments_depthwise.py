@@ -2,6 +2,7 @@
 
     forward: y[o] = sum over taps k of W[k] h[o stride - padding + k], h = act(scale x + shift) * gate; moments of y
     backward: e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt, dW = sum(h e), dh = sum(W e), dz = dh gate act'(z)
+    if y was pooled, e also has the term dpool / positions scale act'(scale y + shift), with the scale and shift of y
 
 Bound by memory: forward reads x and writes y; backward reads dy, y and x and writes dx. To approach that bound, each h
 must be computed once or twice and each loaded value reused from registers. A lane processes a strip of an image, a few
@@ -9,6 +10,7 @@ columns wide, from top to bottom: the values of a row are used for all columns o
 rows that the taps reach. Sums over positions stay in the lane's registers until the end of the program.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -245,6 +247,9 @@ def conv_moments_depthwise_backward_kernel(
     scale,  # [scale_rows, C]
     shift,
     gate,  # [N, C]
+    pooled_grad,  # [N, C]
+    pooled_scale,  # [pooled_rows, C]
+    pooled_shift,
     taps,  # [k k, C]
     dx,
     partial,  # [2, programs, C]: sums for scale and shift
@@ -262,10 +267,13 @@ def conv_moments_depthwise_backward_kernel(
     images,
     segments,
     scale_rows,
+    pooled_rows,
     views,
     ACT: tl.constexpr,
     DEFERRED: tl.constexpr,
     GATED: tl.constexpr,
+    POOLED: tl.constexpr,  # the activation function before the mean; "" if y was not pooled
+    POOLED_DEFERRED: tl.constexpr,
     MOMENTS: tl.constexpr,
     INPUT: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -285,6 +293,11 @@ def conv_moments_depthwise_backward_kernel(
     center, mean_term, variance_factor = load_moment_gradients(
         mean, dmean, dvariance, segment * views // segments, column, channels, inverse_count, MOMENTS
     )
+    pooled_factor, pooled_offset = 1.0, 0.0
+    if POOLED != "":
+        pooled_factor, pooled_offset = load_row(
+            pooled_scale, pooled_shift, segment * pooled_rows // segments, column, inside, channels, POOLED_DEFERRED
+        )
     begin = program % parts * images
     first_image = (segment * size + begin).to(tl.int64)
     edge = padding // STRIDE
@@ -293,7 +306,7 @@ def conv_moments_depthwise_backward_kernel(
     kernel = _load_taps(taps, column, channels, KERNEL, BLOCK_P)
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     dtaps_sums = (zero,) * (KERNEL * KERNEL)
-    dscale, dshift, gates = zero, zero, zero
+    dscale, dshift, gates, pooled_share = zero, zero, zero, zero
     for first in range(0, lanes, BLOCK_P):
         lane = first + tl.arange(0, BLOCK_P)
         image = (lane // strips).to(tl.int64) + first_image
@@ -305,8 +318,12 @@ def conv_moments_depthwise_backward_kernel(
         in_x = (image * (height * width) + left_of_x)[:, None] * channels + column[None, :]
         from_dy, from_y, from_x, to_dx = dy + in_y, y + in_y, x + in_x, dx + in_x
         in_gate = image[:, None] * channels + column[None, :]
+        in_lanes = (lane < lanes)[:, None] & inside[None, :]
         if GATED:
-            gates = tl.load(gate + in_gate, mask=(lane < lanes)[:, None] & inside[None, :], other=0.0)
+            gates = tl.load(gate + in_gate, mask=in_lanes, other=0.0)
+        if POOLED != "":
+            pooled_share = tl.load(pooled_grad + in_gate, mask=in_lanes, other=0.0)
+            pooled_share *= pooled_factor / (out_height * out_width)
         dgate_sum = zero
         window = (zero,) * (REACH * WINDOW)
         for step in range(edge - (REACH - 1), (height - 1 + padding) // STRIDE + 1):
@@ -315,7 +332,10 @@ def conv_moments_depthwise_backward_kernel(
             for at in tl.static_range(WINDOW):
                 valid = ((left_of_e + at >= 0) & (left_of_e + at < right))[:, None] & inside[None, :]
                 to = (step * out_width + at) * channels
-                e = load_output_gradient(from_dy, from_y, center, mean_term, variance_factor, to, valid, MOMENTS)
+                e = load_output_gradient(
+                    from_dy, from_y, center, mean_term, variance_factor, to, valid, MOMENTS,
+                    pooled_share, pooled_factor, pooled_offset, POOLED,
+                )  # fmt: skip
                 window = window + (e,)
             if step >= edge:
                 for d in tl.static_range(STRIDE):
@@ -341,7 +361,7 @@ def conv_moments_depthwise_backward_kernel(
                             tl.store(to_dx + to, (dz * factor).to(dx.dtype.element_ty), mask=valid)
         if INPUT and GATED:
             to = dgate + (image * strips + lane % strips)[:, None] * channels + column[None, :]
-            tl.store(to, dgate_sum, mask=(lane < lanes)[:, None] & inside[None, :])
+            tl.store(to, dgate_sum, mask=in_lanes)
     if INPUT and DEFERRED:
         store_sums(partial, program, segments * parts, channels, column, tl.sum(dscale, 0), tl.sum(dshift, 0))
     if WEIGHT:
@@ -353,13 +373,14 @@ def conv_moments_depthwise_backward_kernel(
 def backward(
     grads: OutputGradient,
     deferred: Input,
+    pooled: Input,
     weight: Tensor,
     dx: Tensor | None,
     stride: int,
     padding: int,
     weight_gradient: bool,
 ) -> tuple[Sequence[Tensor], Tensor | None]:
-    """Fills dx, unless it is None.
+    """Fills dx, unless it is None. pooled: y as it was pooled; its gate is the gradient of the mean, or None.
 
     Returns the programs' sums for scale and shift [programs, C] and for the gate [N strips, C], and, with
     weight_gradient, the gradient of the weight's prefix, [C, 1, k, k] in fp32, otherwise None.
@@ -367,11 +388,12 @@ def backward(
     images, channels, height, width = deferred.x.shape
     kernel = weight.shape[2]
     columns = (width - 1 + padding) // stride - padding // stride + 1  # in units of the stride, as in the kernel
-    max_columns = 4 if kernel <= 3 or (kernel <= 5 and stride == 1) else 3
+    # The pooled term needs registers that a lane of 4 columns and 5 x 5 taps does not have.
+    max_columns = 4 if kernel <= 3 or (kernel <= 5 and stride == 1 and pooled.gate is None) else 3
     tile = _tile(channels, columns, max_columns, 256 if kernel <= 5 else 128)
     strips = triton.cdiv(columns, tile["COLUMNS"])
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
-    segments = max(grads.views, deferred.rows)
+    segments = math.lcm(max(grads.views, 1), deferred.rows, pooled.rows)
     rows = Rows.split(images, segments, max(1, tile["BLOCK_P"] // strips), blocks, deferred.x.device)
     partial = partial_sums(2, rows, channels, deferred.x)
     dgate = deferred.x.new_empty(images * strips if deferred.gate is not None else 0, channels, dtype=torch.float32)
@@ -383,6 +405,8 @@ def backward(
         rows.programs * blocks,
         *grads.pointers,
         *deferred.pointers,
+        pooled.pointers[3],
+        *pooled.pointers[1:3],
         _taps(weight, channels),
         deferred.x if dx is None else dx,
         partial,
@@ -399,8 +423,11 @@ def backward(
         rows.tiles * rows.block,
         rows.segments,
         deferred.rows,
+        pooled.rows,
         grads.views,
         **deferred.constants,
+        POOLED="" if pooled.gate is None else pooled.act,
+        POOLED_DEFERRED=pooled.scale is not None,
         MOMENTS=grads.views > 0,
         INPUT=dx is not None,
         WEIGHT=weight_gradient,

@@ -93,12 +93,22 @@ def load_moment_gradients(mean, dmean, dvariance, view, column, channels, invers
 
 
 @triton.jit
-def load_output_gradient(dy, y, center, mean_term, variance_factor, offsets, valid, MOMENTS: tl.constexpr):
-    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt; 0 where not valid."""
+def load_output_gradient(
+    dy, y, center, mean_term, variance_factor, offsets, valid, MOMENTS: tl.constexpr,
+    pooled_share=0.0, pooled_factor=1.0, pooled_offset=0.0, POOLED: tl.constexpr = "",
+):  # fmt: skip
+    """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt; 0 where not valid.
+
+    If POOLED names an activation function, plus pooled_share act'(pooled_factor y + pooled_offset).
+    """
     e = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
-    if MOMENTS:
-        deviation = tl.load(y + offsets, mask=valid, other=0.0).to(tl.float32) - center
-        e = tl.where(valid, e + mean_term + deviation * variance_factor, 0.0)
+    if MOMENTS or POOLED != "":
+        output = tl.load(y + offsets, mask=valid, other=0.0).to(tl.float32)
+        if MOMENTS:
+            e += mean_term + (output - center) * variance_factor
+        if POOLED != "":
+            e += pooled_share * activation_gradient(output * pooled_factor + pooled_offset, POOLED)
+        e = tl.where(valid, e, 0.0)
     return e
 
 

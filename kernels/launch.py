@@ -36,6 +36,7 @@ SIZES = (
     "programs",
     "scale_rows",
     "residual_rows",
+    "pooled_rows",
     "views",
 )
 

@@ -122,7 +122,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
     int64_t padding,
     int64_t groups,
     bool input_gradient,
-    bool weight_gradient) {
+    bool weight_gradient,
+    const OptionalTensor& pooled_grad,
+    const OptionalTensor& pooled_scale,
+    const OptionalTensor& pooled_shift,
+    std::string_view pooled_act) {
   const at::NoGradGuard no_grad;
   const char* op = "conv_moments_backward";
   check_activation(op, "y", y);
@@ -142,6 +146,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
   if (main_grad) {
     check_main_grad(op, "main_grad", *main_grad, weight);
   }
+  const CheckedDeferred pooled = check_deferred(op, y, pooled_scale, pooled_shift, pooled_act, pooled_grad, 0);
+  TORCH_CHECK(!pooled_grad || groups > 1, op, ": only depthwise convolutions support pooled_grad");
 
   const at::Tensor input = channels_last(x), output = channels_last(y), grad_output = channels_last(grad_y);
   const at::Tensor grad_x = input_gradient ? empty_channels_last(x) : at::empty({0}, x.options());
@@ -156,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
     const Backward<scalar_t> args{
         grad_output.const_data_ptr<scalar_t>(), grad_means.const_data_ptr<float>(),
         grad_variances.const_data_ptr<float>(), input.const_data_ptr<scalar_t>(), checked.deferred,
-        strided_prefix(weight), output.const_data_ptr<scalar_t>(), means.const_data_ptr<float>(),
+        strided_prefix(weight), output.const_data_ptr<scalar_t>(), means.const_data_ptr<float>(), pooled.deferred,
         input_gradient ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, data_or_null(grad_scale),
         data_or_null(grad_shift), data_or_null(grad_gate),
         weight_gradient ? strided_prefix(main_grad ? *main_grad : grad_weight) : Prefix{nullptr, 0, 0, 0, 0}};

@@ -3,6 +3,7 @@
 //   e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt        h = act(z) gate, z = scale x + shift, recomputed
 //   dW[ky, kx] = sum(h[q] e[o])  and  dh[q] = sum(W[ky, kx] e[o])  over the pairs q = o stride + k, q padded positions
 //   dz = dh gate act'(z)    dx = scale dz    dscale = sum(dz x)    dshift = sum(dz)    dgate = sum(dh act(z))
+//   if y was pooled: e += dpool / positions scale act'(scale y + shift), with the scale and shift of y
 //
 // It reads dy, y and x and writes dx, 8 bytes per pixel of x and of y in fp32, for 4 k^2 flops. Rows of x are processed
 // in order. The rows of e that a row of x reaches are in a ring buffer, and every loaded e contributes to dW and to dh.
@@ -234,9 +235,10 @@ class BackwardWorker {
         args_(call.args),
         size_(call.groups.size * kVec),
         scratch_(
-            DeferredChannels::floats(call.groups.size) + 6 * size_ +
+            2 * DeferredChannels::floats(call.groups.size) + 6 * size_ +
             call.groups.size * (call.row_scratch() + call.weight_scratch())),
         deferred_(scratch_, call.groups.size),
+        pooled_(scratch_, call.groups.size),
         mean_(scratch_.take(size_)),
         constant_(scratch_.take(size_)),
         factor_(scratch_.take(size_)),
@@ -270,6 +272,10 @@ class BackwardWorker {
     if (shape_.views > 0) {
       read_moments(n / (shape_.images / shape_.views));
     }
+    pooled_.read(shape_, args_.pooled, channels_, n);
+    for (int64_t c = 0; args_.pooled.gate && c < size_; ++c) {
+      pooled_.gate[c] *= pooled_.scale[c] / static_cast<float>(shape_.positions());
+    }
     next_row_ = 0;
     for (int64_t iy = 0; iy < shape_.height; ++iy) {
       input_row(n, iy);
@@ -301,6 +307,7 @@ class BackwardWorker {
   int64_t size_; // lanes of a group
   Scratch scratch_;
   DeferredChannels deferred_;
+  DeferredChannels pooled_; // scale and shift of y; gate: the factor of act'(z)
   float *mean_, *constant_, *factor_; // e = dy + constant + factor (y - mean)
   float *grad_scale_, *grad_shift_, *grad_gate_;
   float *weight_, *grad_weight_;
@@ -393,16 +400,20 @@ class BackwardWorker {
 
   void form_e_row(int64_t n, int64_t oy) {
     const int64_t at = (n * shape_.out_height + oy) * shape_.out_width * shape_.channels + channels_.first;
-    if (shape_.views > 0) {
-      form_e_row<true>(args_.grad_y + at, args_.y + at, ring_row(oy));
+    const scalar_t *grad_y = args_.grad_y + at, *y = args_.y + at;
+    if (args_.pooled.gate) { // without moments, their factors are zero
+      with_act(args_.pooled.act, [&](auto act) { form_e_row<true, true, act()>(grad_y, y, ring_row(oy)); });
+    } else if (shape_.views > 0) {
+      form_e_row<true, false, Act::identity>(grad_y, y, ring_row(oy));
     } else {
-      form_e_row<false>(args_.grad_y + at, args_.y + at, ring_row(oy));
+      form_e_row<false, false, Act::identity>(grad_y, y, ring_row(oy));
     }
   }
 
-  template <bool moments>
+  template <bool moments, bool pooled, Act act>
   void form_e_row(const scalar_t* grad_y, const scalar_t* y, float* e) const {
     const Channels channels = channels_;
+    const DeferredChannels of_pooled = pooled_;
     const float *means = mean_, *constants = constant_, *factors = factor_;
     const int64_t pixel = shape_.channels, ahead = shape_.out_width * pixel, vector_stride = call_.e_columns * kVec;
     e += call_.e_before * kVec;
@@ -410,7 +421,8 @@ class BackwardWorker {
       constexpr int count = pixels;
       for_vectors(channels, [&](int64_t v, auto lanes) __attribute__((always_inline)) {
         const Vec mean = Vec::loadu(means + v * kVec), constant = Vec::loadu(constants + v * kVec);
-        const Vec factor = Vec::loadu(factors + v * kVec);
+        const Vec factor = Vec::loadu(factors + v * kVec), share = Vec::loadu(of_pooled.gate + v * kVec);
+        const Vec scale = Vec::loadu(of_pooled.scale + v * kVec), shift = Vec::loadu(of_pooled.shift + v * kVec);
         const scalar_t *from_grad = grad_y + first * pixel + v * kVec, *from = y + first * pixel + v * kVec;
         float* to = e + v * vector_stride + first * kVec;
 #pragma GCC unroll 4
@@ -419,7 +431,11 @@ class BackwardWorker {
           Vec value = load_lanes(from_grad, lanes);
           if constexpr (moments) {
             prefetch(from + ahead);
-            value = at::vec::fmadd(load_lanes(from, lanes) - mean, factor, value + constant);
+            const Vec output = load_lanes(from, lanes);
+            value = at::vec::fmadd(output - mean, factor, value + constant);
+            if constexpr (pooled) {
+              value = at::vec::fmadd(activation_gradient<act>(at::vec::fmadd(output, scale, shift)), share, value);
+            }
           }
           value.store(to + p * kVec);
           from_grad += pixel;

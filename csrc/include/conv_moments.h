@@ -52,6 +52,7 @@ struct Backward {
   Prefix weight;
   const scalar_t* y;
   const float* mean;
+  Deferred pooled; // gate: the gradient of the mean over positions of act(scale y + shift), or null; depthwise only
   scalar_t* grad_x;
   float* grad_scale; // [deferred.rows, channels]; required if grad_x is not null and deferred.rows > 0
   float* grad_shift;

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..ops import norm_act, norm_act_pool
+from ..ops import norm_act
+from ..ops.norm_act_pool import pool_deferred
 from ..ops.registry import is_eager
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
@@ -118,7 +119,7 @@ def pool(x: Activation) -> Tensor:
         return x.mean((2, 3))
     if x.gate is not None:
         return x.gate * pool(replace(x, gate=None))
-    return norm_act_pool(x.x, x.scale, x.shift, x.act)
+    return pool_deferred(x.x, x.scale, x.shift, x.act)
 
 
 def gated(x: Activation, gate: Tensor) -> Activation:

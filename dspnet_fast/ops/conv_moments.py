@@ -6,6 +6,7 @@ becomes arithmetic on [V, C] moments outside the operator, which autograd differ
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from .deferred import (
 from .main_grad import check_main_grad
 from .registry import operator
 from .slim_conv2d import slim_conv2d_backward
+
+NOT_POOLED = (None, None, None, "identity")
 
 
 def _check(x: Tensor, weight: Tensor, out_channels: int, stride: int, padding: int, groups: int) -> None:
@@ -116,7 +119,22 @@ def conv_moments(
     return y, mean, variance
 
 
-@operator(mutates=("main_grad",))
+def _check_pooled(
+    y: Tensor,
+    pooled_grad: Tensor | None,
+    pooled_scale: Tensor | None,
+    pooled_shift: Tensor | None,
+    pooled_act: str,
+    groups: int,
+) -> None:
+    check_deferred("conv_moments_backward", y, pooled_scale, pooled_shift, pooled_act, pooled_grad)
+    torch._check(
+        pooled_grad is None or groups > 1,
+        lambda: "conv_moments_backward: only depthwise convolutions support pooled_grad",
+    )
+
+
+@operator(mutates=("main_grad",), checks=(_check_pooled,))
 def conv_moments_backward(
     grad_y: Tensor,
     grad_mean: Tensor,
@@ -135,6 +153,10 @@ def conv_moments_backward(
     groups: int,
     input_gradient: bool,
     weight_gradient: bool,
+    pooled_grad: Tensor | None,
+    pooled_scale: Tensor | None,
+    pooled_shift: Tensor | None,
+    pooled_act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of conv_moments. With cnt elements per channel and view,
 
@@ -142,6 +164,13 @@ def conv_moments_backward(
         dW = conv_weight_gradient(h, e), with h recomputed from x        dh = conv_transpose(e, W)
         dz = dh gate act'(z), z = scale x + shift        dx = scale dz
         dscale = sum(dz x), dshift = sum(dz), over each view        dgate = sum over positions of dh act(z)
+
+    pooled_grad [N, O] is the gradient of norm_act_pool(y, pooled_scale, pooled_shift, pooled_act), or None. It is only
+    supported for depthwise convolutions. With it, dy is without the part that passes through this mean, which is
+
+        pooled_grad / (H' W') pooled_scale act'(pooled_scale y + pooled_shift)
+
+    and is added to e.
 
     Returns:
         dx like x (channels-last), dscale and dshift [V, C], dgate [N, C], and dW like the full weight, zero outside the
@@ -155,6 +184,10 @@ def conv_moments_backward(
         count = y.numel() // (y.shape[1] * views)
         e = e + per_image(grad_mean / count, len(y))
         e = e + (upcast_y - per_image(mean, len(y))) * per_image(2 * grad_variance / count, len(y))
+    if pooled_grad is not None:
+        pooled = activation_gradient(normalized(y, pooled_scale, pooled_shift), pooled_act)
+        pooled = pooled * (pooled_grad / (y.shape[2] * y.shape[3]))[:, :, None, None]
+        e = e + (pooled if pooled_scale is None else pooled * per_image(pooled_scale, len(y)))
     e = e.to(x.dtype)
     z = normalized(x, scale, shift)
     value = apply_activation(z, act)
@@ -175,19 +208,48 @@ def conv_moments_backward(
     return grad_x, grad_scale, grad_shift, grad_gate, grad_weight
 
 
+@dataclass
+class PooledGradient:
+    """Passes the gradient of a pooled output to the backward of the convolution that computed the output.
+
+    Autograd calls this backward after those of all operators that read the output.
+
+    Attributes:
+        claimed: whether a pooling passes its gradient in this way; one at most can.
+        arguments: the last four arguments of conv_moments_backward.
+        graph_task: the call of backward() that computed them.
+    """
+
+    claimed: bool = False
+    arguments: tuple[Tensor | None, Tensor | None, Tensor | None, str] = NOT_POOLED
+    graph_task: int = -1
+
+    def put(self, *arguments: Any) -> None:
+        """Pass on the gradient; valid for the current call of backward() alone."""
+        self.arguments, self.graph_task = arguments, torch._C._current_graph_task_id()
+
+    def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, str]:
+        """The arguments for the current call of backward()."""
+        arguments, self.arguments = self.arguments, NOT_POOLED
+        return arguments if self.graph_task == torch._C._current_graph_task_id() else NOT_POOLED
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, scale, shift, act, gate, weight, main_grad, _, stride, padding, groups, _ = inputs
     y, mean, _ = output
     ctx.save_for_backward(x, scale, shift, gate, weight, y, mean)
     ctx.main_grad = main_grad  # not saved for backward: autograd rejects a saved tensor that was changed in place
     ctx.act, ctx.geometry = act, (stride, padding, groups)
+    ctx.pooled_gradient = PooledGradient(claimed=groups == 1)  # only depthwise convolutions support it
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     x, scale, shift, gate, weight, y, mean = ctx.saved_tensors
     *of_input, of_weight = ctx.needs_input_grad[:6]
-    grad_x, grad_scale, grad_shift, grad_gate, grad_weight = conv_moments_backward(  # type: ignore[call-arg]
-        *grads, x, scale, shift, ctx.act, gate, weight, ctx.main_grad, y, mean, *ctx.geometry, any(of_input), of_weight
+    wanted = any(of_input), of_weight
+    grad_x, grad_scale, grad_shift, grad_gate, grad_weight = conv_moments_backward(
+        *(*grads, x, scale, shift, ctx.act, gate, weight, ctx.main_grad, y, mean, *ctx.geometry, *wanted),
+        *ctx.pooled_gradient.take(),
     )
     return grad_x, grad_scale, grad_shift, None, grad_gate, grad_weight if ctx.main_grad is None else None
 

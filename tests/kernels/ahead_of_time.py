@@ -44,7 +44,7 @@ def layer_input(layer: Conv, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def call_conv_moments(layer: Conv, dtype: torch.dtype) -> None:
-    """Forward, with and without moments, and backward."""
+    """Forward, with and without moments, and backward, for depthwise layers with and without a pooled output."""
     kernels = provider.kernels("conv_moments")
     weight = empty(*layer.full, layer.kernel, layer.kernel)
     geometry = layer.stride, layer.kernel // 2, layer.groups
@@ -52,9 +52,21 @@ def call_conv_moments(layer: Conv, dtype: torch.dtype) -> None:
         kernels.conv_moments(*layer_input(layer, dtype), weight, layer.out_channels, *geometry, views)
     y = empty(IMAGES, layer.out_channels, layer.out_size, layer.out_size, dtype=dtype)
     moments = [empty(VIEWS, layer.out_channels) for _ in range(3)]
-    kernels.conv_moments_backward(
-        y, *moments[:2], *layer_input(layer, dtype), weight, weight, y, moments[2], *geometry, True, True
-    )
+    pooled = (None, None, None, "identity"), (empty(*y.shape[:2]), *moments[:2], layer.act)
+    for of_pooled in pooled if layer.groups > 1 else pooled[:1]:
+        kernels.conv_moments_backward(
+            y,
+            *moments[:2],
+            *layer_input(layer, dtype),
+            weight,
+            weight,
+            y,
+            moments[2],
+            *geometry,
+            True,
+            True,
+            *of_pooled,
+        )
 
 
 def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
@@ -68,11 +80,12 @@ def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
 
 
 def call_norm_act_pool(layer: Conv, dtype: torch.dtype) -> None:
-    """Forward and backward."""
+    """Forward with and without the means for the backward, and backward."""
     kernels = provider.kernels("norm_act_pool")
     x, scale, shift, act, _ = layer_input(layer, dtype)
-    kernels.norm_act_pool(x, scale, shift, act)
-    kernels.norm_act_pool_backward(empty(*x.shape[:2]), x, scale, shift, act)
+    for gradient_means in (False, True):
+        means = kernels.norm_act_pool(x, scale, shift, act, gradient_means)
+    kernels.norm_act_pool_backward(means[0], x, scale, shift, act, *means[1:], True)
 
 
 def call_scale_shift(layer: Conv, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ OUTPUT = "* N O Y X"
 DEFERRED = {"x": IMAGES, "scale": "V C", "shift": "V C", "gate": "N C"}
 RESIDUAL = {"residual": IMAGES, "residual_scale": "V C", "residual_shift": "V C"}
 CONV = {"weight": "O+ I+ K K", "main_grad": "O+ I+ K K", "stride": "S", "padding": "P", "groups": "G"}
+POOLED = {"pooled_grad": "N O", "pooled_scale": "V O", "pooled_shift": "V O"}
 MOMENTS = {"mean": "V O", "grad_mean": "V O", "grad_variance": "V O"}
 SLIM_CONV = {name: f"* {form}" for name, form in CONV.items() if name.endswith(("weight", "grad"))} | {
     "x": IMAGES,
@@ -37,13 +38,13 @@ VECTORS = dict.fromkeys(("weight", "weight_main_grad", "bias", "bias_main_grad")
 FLAT = dict.fromkeys(("params", "grads", "momenta"), "* 3T")
 FORMS: dict[str, dict[str, str]] = {
     "conv_moments": DEFERRED | CONV | {"out_channels": "O", "views": "V"},
-    "conv_moments_backward": DEFERRED | CONV | MOMENTS | {"grad_y": OUTPUT, "y": OUTPUT},
+    "conv_moments_backward": DEFERRED | CONV | MOMENTS | POOLED | {"grad_y": OUTPUT, "y": OUTPUT},
     "ema_update": {"targets": IMAGES, "onlines": IMAGES},
     "lars_ema_step": FLAT | {"targets": "* 2T", "starts": "0 T", "sizes": "T T", "lr": "+", "tau": "+"},
     "norm_act": DEFERRED | RESIDUAL,
     "norm_act_backward": DEFERRED | RESIDUAL | {"grad": IMAGES},
     "norm_act_pool": DEFERRED,
-    "norm_act_pool_backward": DEFERRED | {"grad": "N C"},
+    "norm_act_pool_backward": DEFERRED | dict.fromkeys(("grad", "gradient_mean", "gradient_x_mean"), "N C"),
     "normalized_mse": {"p": "* N C", "z": "* N C"},
     "normalized_mse_backward": {"p": "* N C", "z": "* N C", "grad": "+"},
     "scale_shift": VIEWS | VECTORS,

@@ -193,7 +193,7 @@ def test_block_compiles_without_a_graph_break(provider):
         y, mean, variance = conv_moments(x, None, None, "identity", None, weight, None, channels, 1, 1, 1, 2)
         scale = gamma * (variance + 1e-5).rsqrt()
         shift = beta - mean * scale
-        gate = torch.sigmoid(norm_act_pool(y, scale, shift, "hardswish") @ first)
+        gate = torch.sigmoid(norm_act_pool(y, scale, shift, "hardswish", True)[0] @ first)
         return norm_act(y, scale, shift, "hardswish", gate, x, None, None)
 
     inputs = [

@@ -18,7 +18,13 @@ def provider(request, policy):
     return request.param
 
 
-def make(case: str, act: str = "relu", deferred: bool = True, dtype: torch.dtype = torch.float32) -> dict:
+def make(
+    case: str,
+    act: str = "relu",
+    deferred: bool = True,
+    dtype: torch.dtype = torch.float32,
+    gradient_means: bool = True,
+) -> dict:
     """The operator's arguments."""
     images, channels, height, width, views = CASES[case]
     return {
@@ -26,20 +32,27 @@ def make(case: str, act: str = "relu", deferred: bool = True, dtype: torch.dtype
         "scale": 1 + torch.rand(views, channels) if deferred else None,
         "shift": torch.randn(views, channels) if deferred else None,
         "act": act,
+        "gradient_means": gradient_means,
     }
 
 
-def composed(x, scale, shift, act):
-    """The formula in ordinary PyTorch operations, view by view."""
+def composed(x, scale, shift, act, gradient_means):
+    """The formulas in ordinary PyTorch operations, view by view."""
+    z = x
     if scale is not None:
         parts = zip(x.chunk(len(scale)), scale, shift)
-        x = torch.cat([row[:, None, None] * part + other[:, None, None] for part, row, other in parts])
-    return ACTIVATIONS[act](x).mean((2, 3))
+        z = torch.cat([row[:, None, None] * part + other[:, None, None] for part, row, other in parts])
+    mean = ACTIVATIONS[act](z).mean((2, 3))
+    if not gradient_means:
+        return mean, mean.new_empty(0), mean.new_empty(0)
+    leaf = z.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(ACTIVATIONS[act](leaf).sum(), leaf)
+    return mean, gradient.mean((2, 3)), (gradient * x).mean((2, 3)).detach()
 
 
 def check(arguments: dict) -> None:
     """Check the active provider by the error rule."""
-    _, (of_x, *_) = harness.check(norm_act_pool, ("output",), arguments)
+    _, (of_x, *_) = harness.check(norm_act_pool, ("mean", "gradient mean", "gradient x mean"), arguments)
     assert of_x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -67,12 +80,22 @@ def test_single_row_of_scale(provider, nan_filled):
     check(arguments | {name: arguments[name][:1] for name in ("scale", "shift")})
 
 
+def test_gradients_without_gradient_means_are_equal(provider):
+    arguments = make("odd channels")
+    (mean, *_), cotangents, grads = run(norm_act_pool, arguments)
+    (other, *empty), _, other_grads = run(
+        norm_act_pool, arguments | {"gradient_means": False}, cotangents[:1] + 2 * (torch.zeros(0),)
+    )
+    assert not any(tensor.numel() for tensor in empty)
+    torch.testing.assert_close((other, *other_grads), (mean, *grads))
+
+
 @pytest.mark.parametrize("act", ["identity", "relu"])
 def test_other_memory_formats_give_equal_results(provider, act):
     arguments = make("wide", act)
-    want, (cotangent,), grads = run(norm_act_pool, arguments)
+    want, (cotangent, *rest), grads = run(norm_act_pool, arguments)
     got, _, got_grads = run(
-        norm_act_pool, arguments | {"x": arguments["x"].contiguous()}, (cotangent.t().contiguous().t(),)
+        norm_act_pool, arguments | {"x": arguments["x"].contiguous()}, (cotangent.t().contiguous().t(), *rest)
     )
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(got_grads, grads)
@@ -82,8 +105,8 @@ def test_other_memory_formats_give_equal_results(provider, act):
 def test_empty_tensors(provider, nan_filled, shape):
     x = torch.randn(shape, device=device()).requires_grad_()
     small = [torch.rand(2, shape[1], device=device()).requires_grad_() for _ in range(2)]
-    output = norm_act_pool(x, *small, "relu")
-    assert output.shape == shape[:2]
+    output, *means = norm_act_pool(x, *small, "relu", True)
+    assert output.shape == means[0].shape == means[1].shape == shape[:2]
     for gradient in torch.autograd.grad(output.sum(), (x, *small)):
         assert not gradient.count_nonzero()
 
@@ -103,6 +126,7 @@ def test_opcheck(provider):
     for name in differentiable(arguments):
         arguments[name].requires_grad_()
     opcheck(torch.ops.dspnet.norm_act_pool.default, tuple(arguments.values()))
+    opcheck(torch.ops.dspnet.norm_act_pool.default, tuple((arguments | {"gradient_means": False}).values()))
 
 
 REFUSED = {
