@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
+from . import conv_moments_pointwise_backward as pointwise_backward
 from .launch import Input, OutputGradient, accepts_dtype, channels_last
 from .moments import moments, no_moments
 from .norm_act import materialize_backward, norm_act
@@ -121,10 +122,15 @@ def conv_moments_backward(
             if prefix is not None:
                 prefix += grad_prefix
         else:
+            weight_sums = None
             if input_gradient:
-                partial, gate_sums = pointwise.input_gradient(grads, deferred, weight, grad_x)
+                partial, gate_sums, weight_sums = pointwise_backward.input_gradient(
+                    grads, deferred, weight, grad_x, weight_gradient
+                )
             if prefix is not None:
-                add_to_prefix(prefix, pointwise.weight_gradient(grads, deferred))
+                add_to_prefix(
+                    prefix, pointwise_backward.weight_gradient(grads, deferred) if weight_sums is None else weight_sums
+                )
     if input_gradient and partial is not None and scale is not None:
         grad_scale, grad_shift = sums(partial[0], partial[1], len(scale))
     if gate is not None and input_gradient:

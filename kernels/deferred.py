@@ -189,3 +189,24 @@ def moments_from(pivot, sums, squares, count):
     delta = sums / count
     squares -= sums * delta
     return pivot + delta, tl.where(squares < 0, 0.0, squares)
+
+
+@triton.jit
+def reduce_rows(x, ROWS_PER_LOAD: tl.constexpr):
+    """Adds up the rows of a tile that one thread holds: [ROWS_PER_LOAD, columns]. Needs no exchange between threads."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // ROWS_PER_LOAD, ROWS_PER_LOAD, x.shape[1])), 0)
+
+
+@triton.jit
+def sum_per_image(x, image, row_inside, IMAGES: tl.constexpr, SPLIT: tl.constexpr):
+    """The sums [IMAGES, columns] of each image's rows of x, as a product with a matrix of ones and zeros."""
+    # row_inside makes the matrix depend on the tile: otherwise the compiler would keep it in registers.
+    ones = tl.where((tl.arange(0, IMAGES)[:, None] == image[None, :]) & row_inside[None, :], 1.0, 0.0)
+    if SPLIT:  # on tensor cores: the sum of two bf16 products, of the upper and the lower bits of x
+        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        low = (x - high).to(tl.bfloat16)
+        ones = ones.to(tl.bfloat16)
+        sums = tl.dot(ones, low, tl.dot(ones, high.to(tl.bfloat16)))
+    else:
+        sums = tl.dot(ones, x, input_precision="ieee")
+    return sums

@@ -56,11 +56,15 @@ class Rows:
     tiles: int
 
     @staticmethod
-    def split(rows: int, segments: int, block: int, blocks: int, device: torch.device) -> "Rows":
-        """blocks: programs per tile of rows, one for each block of columns."""
+    def split(
+        rows: int, segments: int, block: int, blocks: int, device: torch.device, waves: int | None = WAVES
+    ) -> "Rows":
+        """blocks: programs per tile of rows, one for each block of columns. waves: programs per multiprocessor; None
+        for a program per tile."""
         size = check_row_count(rows) // segments
-        needed = triton.cdiv(size, block)
-        parts = min(needed, max(1, triton.cdiv(WAVES * _multiprocessors(device), segments * max(blocks, 1))))
+        needed = parts = triton.cdiv(size, block)
+        if waves is not None:
+            parts = min(needed, max(1, triton.cdiv(waves * _multiprocessors(device), segments * max(blocks, 1))))
         tiles = triton.cdiv(needed, max(parts, 1))
         return Rows(segments, size, block, triton.cdiv(needed, max(tiles, 1)), tiles)
 
