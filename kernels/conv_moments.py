@@ -115,12 +115,12 @@ def conv_moments_backward(
         if algorithm == "depthwise":
             grad_h = grad_x if input_gradient else None
             pooled = Input.of(y, pooled_scale, pooled_shift, pooled_act, pooled_grad)
-            partial, grad_prefix = depthwise.backward(
+            partial, dtaps = depthwise.backward(
                 grads, deferred, pooled, weight, grad_h, stride, padding, weight_gradient
             )
             gate_sums = partial[2]
             if prefix is not None:
-                prefix += grad_prefix
+                add_to_prefix(prefix.view(x.shape[1], -1).t(), dtaps)
         else:
             weight_sums = None
             if input_gradient:

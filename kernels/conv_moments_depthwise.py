@@ -379,11 +379,11 @@ def backward(
     stride: int,
     padding: int,
     weight_gradient: bool,
-) -> tuple[Sequence[Tensor], Tensor | None]:
+) -> tuple[Sequence[Tensor], Tensor]:
     """Fills dx, unless it is None. pooled: y as it was pooled; its gate is the gradient of the mean, or None.
 
-    Returns the programs' sums for scale and shift [programs, C] and for the gate [N strips, C], and, with
-    weight_gradient, the gradient of the weight's prefix, [C, 1, k, k] in fp32, otherwise None.
+    Returns the programs' sums for scale and shift [programs, C], for the gate [N strips, C], and for the weight
+    [programs, k k, C], which are empty without weight_gradient.
     """
     images, channels, height, width = deferred.x.shape
     kernel = weight.shape[2]
@@ -437,8 +437,7 @@ def backward(
         **tile,
         maxnreg=REGISTERS if kernel <= 3 else None,
     )
-    grad_prefix = dtaps.sum(0).t().reshape(channels, 1, kernel, kernel) if weight_gradient else None
-    return (*partial, dgate), grad_prefix
+    return (*partial, dgate), dtaps
 
 
 def _taps(weight: Tensor, channels: int) -> Tensor:
