@@ -17,11 +17,13 @@ class Network(nn.Module, ABC):
         full: the largest subnet, for which weights are allocated.
         small_stem: whether the stem keeps the resolution, for images below about 64 px.
         stages: names of the modules after the stem, which run one after another.
+        dense: whether most convolutions are neither pointwise nor depthwise.
     """
 
     name: str
     head_name: str
     stages: tuple[str, ...]
+    dense = False
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:
         super().__init__()

@@ -55,6 +55,7 @@ class ResNet(Network):
 
     name = "resnet"
     head_name = "fc"
+    dense = True
     stages = ("layer1", "layer2", "layer3", "layer4")
 
     def __init__(self, full: Subnet, small_stem: bool = False) -> None:

@@ -70,7 +70,7 @@ def materialize(x: Activation, shortcut: Activation | None = None, act: nn.Modul
     """Compute an activation as a tensor; with a shortcut, act(x + shortcut).
 
     Args:
-        x: activation, [N, C, H, W].
+        x: activation, [N, C, H, W]. Under autograd a Tensor is overwritten by its sum with a shortcut.
         shortcut: the residual to add, of the same shape, or None.
         act: activation function of the sum; not applied to a `Deferred` without shortcut, which holds its own.
 
@@ -84,7 +84,10 @@ def materialize(x: Activation, shortcut: Activation | None = None, act: nn.Modul
         True
     """
     if isinstance(x, Tensor) and not isinstance(shortcut, Deferred):
-        y = x if shortcut is None else x + shortcut
+        if shortcut is None:
+            y = x
+        else:
+            y = x + shortcut if x.grad_fn is None or x.dtype != shortcut.dtype else x.add_(shortcut)
         return y if act is None else act(y)
     x = x if isinstance(x, Deferred) else Deferred(x)
     if shortcut is None:

@@ -150,17 +150,22 @@ class DSPNet(nn.Module):
 
     @property
     def encoder_passes(self) -> int:
-        """Passes of the encoder for a subnet: plain PyTorch encodes one view after another."""
-        return VIEWS if is_eager() else 1
+        """Passes of the encoder for a subnet.
+
+        Plain PyTorch encodes one view after another, because batch normalisation of both would copy its outputs into
+        one tensor. On a CPU dense convolutions gain more from a single pass, which reorders each weight once.
+        """
+        encoder = self.online.encoder
+        on_cpu = next(encoder.parameters()).device.type == "cpu"
+        return VIEWS if is_eager() and not (on_cpu and encoder.dense) else 1
 
     def _run(self, branch: Branch, images: Tensor) -> Tensor:
         """Outputs [2B, D] of a branch."""
         images = images.to(HALF.get(self.precision, images.dtype))
-        if not is_eager():
+        if self.encoder_passes == 1:
             return branch(images)
         features = []
         with shared_prefixes():
-            # In one pass, batch normalisation would copy its outputs for the two views into one tensor.
             for view, part in enumerate(images.chunk(VIEWS)):
                 with configure_batch_norm(branch.encoder, view=view):
                     features.append(branch.encoder(part))
