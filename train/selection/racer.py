@@ -24,7 +24,7 @@ CONTROL = "control"  # eager steps that are measured as if they were those of an
 SAMPLE_SECONDS = 0.05  # shortest time that is measured: several steps if one takes less
 STEP_SECONDS = 1.5  # longest step of a race on a CPU, which has a smaller batch if necessary
 FEWEST_IMAGES = 8  # of such a batch, if the run has more: otherwise the heads and the update would dominate
-ROUNDS = 5, 15  # smallest and largest number of measurements
+ROUNDS = 3, 15  # smallest and largest number of measurements
 SEED_STEP = 1  # the step whose sampled subnets all steps of a race train
 
 

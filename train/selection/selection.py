@@ -27,7 +27,7 @@ VERIFIED_IMAGES, RACED_IMAGES = 4, 16  # images of a step on a CPU, if the run h
 # Time limits of a selection by one process, and by a rank for which others wait, at most COLLECTIVE_TIMEOUT.
 ALONE_SECONDS, RANK_SECONDS = 2400.0, 540.0
 VERIFYING_SHARE = 0.75  # of this time, for verification
-RACING_SECONDS = {"cpu": 20.0, "cuda": 30.0}  # for the timed steps
+RACING_SECONDS = {"cpu": 15.0, "cuda": 30.0}  # for the timed steps
 FIRST_STEPS_SECONDS = 300.0  # for the first steps of a formulation, which may compile kernels
 PROGRESS_SECONDS = 5.0  # between printed lines
 
