@@ -223,6 +223,7 @@ setup(
     entry_points={
         "console_scripts": [
             "dspnet-info = dspnet_fast.info:main",
+            "dspnet-select = dspnet_fast.train.select:main",
             "dspnet-pretrain = dspnet_fast.train.pretrain:main",
             "dspnet-evaluate = dspnet_fast.train.evaluate:main",
             "dspnet-finetune = dspnet_fast.train.finetune:main",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import settings, verdicts
 from .errors import InputError
 from .machine import cpu_model
 from .ops import apex, cpp, cuda, registry
@@ -19,10 +20,11 @@ def collect() -> dict[str, Any]:
 
     Returns:
         {"machine": {name: text}, "ops": registry.describe(), "policy": registry.get_policy(), "serving":
-        registry.serving()}. If the policy names a provider that cannot run, "serving" is empty and "error" is the
-        reason.
+        registry.serving(), "verdicts": [{name: text}]}. If the policy names a provider that cannot run, "serving" is
+        empty and "error" is the reason. "verdicts" are those of dspnet-select for this machine's devices.
     """
     facts = {"machine": _machine(), "ops": registry.describe(), "policy": registry.get_policy(), "serving": {}}
+    facts["verdicts"] = _verdicts()
     try:
         facts["serving"] = registry.serving()
     except InputError as error:
@@ -48,6 +50,28 @@ def _machine() -> dict[str, str]:
         "dali": _dali(),
         "apex": "NVIDIA's" if apex.installed()[0] else apex.installed()[1],
     }
+
+
+def _verdicts() -> list[dict[str, str]]:
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    keys = {key["device"]: key for key in map(verdicts.key, (*gpus, torch.device("cpu")))}
+    found = []
+    for verdict in verdicts.read_all():
+        key, run = keys.get(verdict.key["device"]), verdict.run
+        if key is not None:
+            lasting = [{n: v for n, v in some.items() if n not in settings.read()} for some in (verdict.key, key)]
+            size = f"{run['image_size']} px, {run['images']} images, {run['precision']}"
+            found.append(
+                {
+                    "run": f"{run['network']} {run['dns']}, {size}, {verdict.key['threads']} threads",
+                    "device": key["device"],
+                    "formulation": verdict.formulation,
+                    "reason": verdict.reason,
+                    "date": verdict.date,
+                    "outdated": verdicts.differences(*lasting),
+                }
+            )
+    return found
 
 
 def _os_name() -> str:
@@ -111,6 +135,16 @@ def _show(facts: dict[str, Any]) -> None:
     console.print()
     console.print(table)
 
+    kept = [Text("verdicts of dspnet-select", style="bold")] if facts["verdicts"] else []
+    for verdict in facts["verdicts"]:
+        reason = f"not used: {verdict['outdated']}" if verdict["outdated"] else verdict["reason"]
+        style = "dim" if verdict["outdated"] else ""
+        kept.append(Text(f"{verdict['date']}  {verdict['run']} on {verdict['device']}", style=style))
+        kept.append(Text(f"            {verdict['formulation']}: {reason}", style=style))
+    if kept:
+        console.print()
+        console.print(*kept, sep="\n", soft_wrap=True)
+
     reasons = Table(title="reasons", title_justify="left", title_style="bold", box=None, show_header=False)
     for provider, why in _reasons(facts["ops"]):
         reasons.add_row(provider, Text(why))
@@ -119,9 +153,10 @@ def _show(facts: dict[str, Any]) -> None:
         console.print(reasons)
     if "error" in facts:
         console.print(Text(facts["error"], style="red"))
-    if facts["policy"] == "native":
+    if facts["policy"] == "eager":
         console.print(
-            "\nThe policy is native: use --fast-kernels or DSPNET_KERNELS=auto for the fastest available provider."
+            "\nThe policy is eager: plain PyTorch. --fast-kernels uses the operators where they are faster; "
+            "dspnet-select verifies and times them on this device."
         )
 
 

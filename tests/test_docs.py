@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train import compare, detect, evaluate, finetune, pretrain
+from train import compare, detect, evaluate, finetune, pretrain, select
 from train.cli import to_config
 from train.config import FinetuneConfig, PretrainConfig
 from train.evaluate import PROTOCOLS
@@ -175,7 +175,8 @@ def test_links_and_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_exist(page):
-    commands = (make_parser(), finetune.make_parser(), compare.make_parser(), detect.make_parser())
+    modules = pretrain, select, finetune, compare, detect
+    commands = [module.make_parser() for module in modules]
     parsers = (*commands, *evaluate.make_parsers().values())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # options of other commands

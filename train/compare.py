@@ -11,7 +11,6 @@ from jsonargparse import Namespace
 
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
-from dspnet_fast.ops import registry
 
 from . import cli
 from .comparison.design import SET_BY_COMPARISON, CompareOptions, Comparison
@@ -77,8 +76,6 @@ def _main(argv: Sequence[str]) -> None:
     comparison = comparison_of(parsed)
     if not comparison.options.out:
         raise InputError("--out is missing: name a folder for the runs and the results, such as --out runs/compared")
-    if parsed.fast_kernels:
-        registry.fast_kernels()
     try:
         report = compare(comparison)
     except KeyboardInterrupt:

@@ -17,6 +17,8 @@ WORKERS_HELP = (
     f"image loading processes; 0 loads in the main process; auto: one per core, at most {MAX_WORKERS}, and 0 for sets "
     f"of up to {SMALL_SET} images"
 )
+FAST_KERNELS_HELP = "compute steps in the fastest way that is verified on this device; see docs/selection.md"
+PLUGINS_HELP = "modules or .py files, separated by commas, that register providers"
 SCRATCH = "none"  # value of --from for random weights
 
 
@@ -114,7 +116,8 @@ class ExecutionOptions:
     """execution"""
 
     device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
-    fast_kernels: bool = option(False, "use the fastest operator providers of this machine", changeable=True)
+    fast_kernels: bool = option(False, FAST_KERNELS_HELP, changeable=True)
+    plugins: str = option("", PLUGINS_HELP, True, "MODULES")
     grad_accum_steps: int = option(1, "micro-batches per optimizer step", True)
     overlap_all_reduce: bool = option(
         False, "all-reduce gradients of late layers during the backward pass of early ones", True
@@ -254,7 +257,8 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
 
     evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
     device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
-    fast_kernels: bool = option(False, "use the fastest operator providers of this machine", True)
+    fast_kernels: bool = option(False, FAST_KERNELS_HELP, True)
+    plugins: str = option("", PLUGINS_HELP, True, "MODULES")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""

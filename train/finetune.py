@@ -12,7 +12,6 @@ import torch
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Network, build
 from dspnet_fast.models import family as family_of
-from dspnet_fast.ops import registry
 from dspnet_fast.subnets import Family
 
 from . import cli
@@ -33,6 +32,7 @@ from .run.device import choose_device
 from .run.log import RunLog
 from .run.run_directory import check_run, open_run
 from .run.saved_config import read_config, with_saved_config
+from .selection.kernels import use_kernels
 
 DESCRIPTION = """\
 Train a slimmable classifier with labels: one set of weights that classifies at every size of a family (the paper's
@@ -200,6 +200,13 @@ def publish_finetune(out: Path, report: Report) -> None:
     publish(out / FOLDER, "finetune", report, table, f"accuracy on {report['data']}", series)
 
 
+def _use_kernels(config: FinetuneConfig) -> None:
+    assert config.image_size is not None
+    out = None if config.from_ == SCRATCH else Path(config.from_)
+    device = choose_device(config.device)
+    use_kernels(device, config.family(), config.image_size, out, tf32=False, plugins=config.plugins, trains=True)
+
+
 def make_parser() -> cli.ArgumentParser:
     """The parser of the command."""
     parser = cli.parser("finetune", DESCRIPTION, EXAMPLE, "[options] --from RUN --out DIR")
@@ -220,7 +227,7 @@ def _main(argv: Sequence[str]) -> None:
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/finetuned")
     if config.fast_kernels:
-        registry.fast_kernels()
+        _use_kernels(config)
     try:
         report = finetune(config, parsed.resume)
     except KeyboardInterrupt:

@@ -36,6 +36,11 @@ def builds() -> list[str]:
     return _capabilities(json.loads(LIBRARY.with_suffix(".json").read_text())) if load()[0] else []
 
 
+def is_vectorized() -> bool:
+    """Whether the library can be loaded and its build for this CPU uses AVX2 or AVX-512."""
+    return load()[0] and torch.ops.dspnet_cpp.cpu_capability() != "DEFAULT"
+
+
 def load_into(library: Path, name: str) -> tuple[bool, str]:
     """Load a library, called `name` in messages, into torch.ops.dspnet_cpp. Returns (True, "") or (False, reason)."""
     try:

@@ -9,7 +9,7 @@ import torch
 from . import cpp
 
 LIBRARY = cpp.PACKAGE / "_C_cuda.so"
-UNPROVEN = "not yet measured on a GPU: choose it with DSPNET_KERNELS=any or =cuda"
+UNPROVEN = "not verified on this device: dspnet-select does it, or choose it with DSPNET_KERNELS=any or =cuda"
 
 
 @functools.cache

@@ -18,7 +18,7 @@ The policy also decides the formulation of networks (docs/formulation.md). With 
 compute in plain PyTorch, and operators run their native bodies. With all others convolution and batch normalisation are
 operators: `native` runs their specifications, `auto` the first provider of PRIORITY that accepts the arguments, `any`
 also providers that were not yet measured, and a provider's name that provider. The policy is initialised from
-DSPNET_KERNELS at import.
+DSPNET_KERNELS at import. What was found about providers on this device (`use_findings`) restricts and extends `auto`.
 """
 
 import functools
@@ -26,7 +26,7 @@ import inspect
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import lazy_views
+from . import cpp, lazy_views
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +43,7 @@ Verdict = tuple[bool, str]  # (True, "") or (False, reason)
 PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 NATIVE = ("eager", "native")  # policies without providers
 CHOOSING = ("auto", "any")  # policies that choose among providers
+CONVOLUTIONS = ("conv_moments", "conv_moments_backward")  # operators that take most of a step
 PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
 NO_IMPLEMENTATION = "no implementation of this operator"
 
@@ -50,6 +51,7 @@ _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 log = logging.getLogger(__name__)
 operators: dict[str, "Operator[Any, Any]"] = {}
+_findings: dict[tuple[str, str], str] = {}
 
 
 @dataclass(frozen=True)
@@ -265,17 +267,47 @@ def is_eager() -> bool:
     return _policy == "eager"
 
 
-def fast_kernels() -> dict[str, str]:
-    """Apply a command's --fast-kernels: set the policy `auto`, unless DSPNET_KERNELS names another. Returns serving().
+def policy_of_environment() -> str:
+    """The policy that DSPNET_KERNELS gave at import, or an empty string."""
+    return _policy_of_environment
 
-    Logs a warning for each provider that could run on this machine's accelerator but that `auto` does not choose.
+
+def use_findings(findings: Mapping[tuple[str, str], str]) -> None:
+    """Make `auto` use the providers that were verified on this device, and not those that were refused.
+
+    Args:
+        findings: for pairs of operator and provider the reason against it, or an empty string if it was verified.
+            Replaces earlier findings; for all other pairs a provider's own note `unproven` decides.
     """
-    set_policy(_policy_of_environment or "auto")
-    if _policy == "auto":
-        able = (provider for name in operators for provider in _able(name, _accelerator()))
-        for provider, reason in sorted({(p.name, p.unproven) for p in able if p.unproven}):
-            log.warning("--fast-kernels does not use %s: %s", provider, reason)
-    return serving()
+    global _findings
+    _findings = dict(findings)
+    _candidates.cache_clear()
+
+
+def fast_kernels(device: str | None = None) -> dict[str, str]:
+    """Set the policy of --fast-kernels where nothing was verified: DSPNET_KERNELS, else `auto` if it is known to be
+    faster than plain PyTorch, else `eager`.
+
+    Args:
+        device: device type, by default the accelerator's.
+
+    Returns:
+        As `serving`.
+    """
+    device = device or _accelerator()
+    set_policy(_policy_of_environment or ("auto" if known_to_be_fast(device) else "eager"))
+    return serving(device)
+
+
+def known_to_be_fast(device: str) -> bool:
+    """Whether operators are known to be faster than plain PyTorch on a device type, without a race.
+
+    Convolutions must have a provider that is not marked unproven; the compiled library must have been built for AVX2 or
+    AVX-512.
+    """
+    if device == "cpu" and not cpp.is_vectorized():
+        return False
+    return all(any(not provider.unproven for provider in available(name, device)) for name in CONVOLUTIONS)
 
 
 def serving(device: str | None = None) -> dict[str, str]:
@@ -298,8 +330,13 @@ def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
     provider = op.providers.get(name)
     if provider is None:
         return {"available": False, "reason": NO_IMPLEMENTATION}
-    available, reason = provider.supported()
-    return {"available": available, "reason": provider.only_by_name or provider.unproven if available else reason}
+    runs, reason = provider.supported()
+    return {"available": runs, "reason": _objection(op.name, provider) if runs else reason}
+
+
+def _objection(operator: str, provider: Provider) -> str:
+    """The reason why `auto` does not choose a provider that can run, or an empty string."""
+    return provider.only_by_name or _findings.get((operator, provider.name), provider.unproven)
 
 
 @functools.cache
@@ -309,7 +346,7 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     if _policy in NATIVE:
         return ()
     if _policy in CHOOSING:
-        return tuple(p for p in _able(name, device) if _policy == "any" or not p.unproven)
+        return tuple(p for p in available(name, device) if _policy == "any" or not _objection(name, p))
     _check(_policy)
     if _policy not in providers:
         return ()
@@ -320,8 +357,8 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     return (provider,)
 
 
-def _able(name: str, device: str) -> Iterator[Provider]:
-    """The providers that this machine can run on a device type, in order of priority."""
+def available(name: str, device: str) -> Iterator[Provider]:
+    """The providers of an operator that this machine can run on a device type and that may be chosen, best first."""
     providers = operators[name].providers
     ordered = (providers[p] for p in PRIORITY.get(device, ()) if p in providers)
     return (p for p in ordered if not p.only_by_name and device in p.devices and p.supported()[0])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-UNPROVEN = "not yet measured on a GPU: choose it with DSPNET_KERNELS=any or =triton"
+UNPROVEN = "not verified on this device: dspnet-select does it, or choose it with DSPNET_KERNELS=any or =triton"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 

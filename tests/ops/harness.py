@@ -1,10 +1,4 @@
-"""Shared parts of the operators' tests: providers, devices, gradients, and the error rule.
-
-The error rule: a provider's error against float64 is at most twice the error of the native body in the same dtype,
-three times for gradients, plus a few units in the last place of the largest value. That value is the largest of the
-result, in its dtype, or of all results, in fp32: sums may cancel to almost nothing, where the rounding of their terms
-remains and the native body may be exact by chance.
-"""
+"""Shared parts of the operators' tests: providers, devices, gradients, and the check by the error rule."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,13 +9,11 @@ from torch import Tensor
 
 from dspnet_fast.ops import registry, triton
 from dspnet_fast.ops.registry import Operator
+from dspnet_fast.verification.error_rule import GRADIENT, OUTPUT, judge
 
 # Weights of an operator's outputs in a scalar loss, or a function that makes them from the outputs.
 Cotangents = tuple[Tensor, ...] | Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
-OUTPUT, GRADIENT = 2, 3
-# Units in the last place. Triton's interpreter sums the rows of a tile sequentially, a GPU pairwise.
-UNITS = 16 if triton.INTERPRETED else 4
 # Marks of cases that are slow in the interpreter and add little: only make test-kernels runs them.
 SLOW_INTERPRETED = [pytest.mark.slow] if triton.INTERPRETED else []
 # Dtypes of activations, as test parameters; conftest.py skips those that a provider does not support.
@@ -116,16 +108,8 @@ def check_errors(
     names: Sequence[str], got: Sequence[Tensor], native: Sequence[Tensor], exact: Sequence[Tensor], factor: int
 ) -> None:
     """Apply the error rule to each result, given by the provider, by the native body, and in float64."""
-    largest = max((truth.abs().max().item() for truth in exact if truth.numel()), default=0.0)
-    fp32_unit = torch.finfo(torch.float32).eps * largest
-    for name, ours, eager, truth in zip(names, got, native, exact, strict=True):
-        assert ours.shape == truth.shape and ours.dtype == eager.dtype, name
-        if not truth.numel():
-            continue
-        assert ours.isfinite().all(), f"{name} is not finite"
-        error, same_dtype = ((result.double() - truth).abs().max().item() for result in (ours, eager))
-        unit = max(torch.finfo(ours.dtype).eps * truth.abs().max().item(), fp32_unit)
-        assert error <= factor * same_dtype + UNITS * unit, f"{name}: off by {error:.3g}, native by {same_dtype:.3g}"
+    problem, _ = judge(names, got, native, exact, factor)
+    assert not problem, problem
 
 
 def check_build(run_python: Callable[..., str], capability: str, module: str, calls: str) -> None:

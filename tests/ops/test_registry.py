@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.ops import registry
+from dspnet_fast.ops import cpp, registry
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,31 @@ def test_any_chooses_unproven_providers_but_not_those_chosen_by_name_only(made, 
     assert registry.serving("cuda") == {"test_plus_one": "triton"}
 
 
-@pytest.mark.parametrize("gpu, said", [(True, ["--fast-kernels does not use triton: not measured"]), (False, [])])
-def test_fast_kernels_warns_of_unproven_providers(made, monkeypatch, caplog, gpu, said):
+def test_findings_restrict_and_extend_auto(made, monkeypatch):
     monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
+    registry.set_policy("auto")
+    registry.use_findings({("test_plus_one", "cpp"): "off by 1", ("test_plus_one", "triton"): ""})
+    try:
+        assert registry.serving("cpu") == {"test_plus_one": "native"} and value(made) == 1
+        assert registry.serving("cuda") == {"test_plus_one": "triton"}
+        assert registry.describe()["test_plus_one"]["cpp"] == {"available": True, "reason": "off by 1"}
+        assert registry.describe()["test_plus_one"]["triton"] == {"available": True, "reason": ""}
+    finally:
+        registry.use_findings({})
+    assert registry.serving("cpu") == {"test_plus_one": "cpp"}
+    assert registry.serving("cuda") == {"test_plus_one": "native"}
+
+
+@pytest.mark.parametrize(
+    "device, vectorized, policy", [("cpu", True, "auto"), ("cpu", False, "eager"), ("cuda", True, "eager")]
+)
+def test_fast_kernels_chooses_operators_where_they_are_known_to_be_fast(made, monkeypatch, device, vectorized, policy):
+    monkeypatch.setattr(cpp, "is_vectorized", lambda: vectorized)
+    monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
+    monkeypatch.setattr(registry, "CONVOLUTIONS", ("test_plus_one",))
     monkeypatch.setattr(registry, "_policy_of_environment", "")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert registry.fast_kernels() == {"test_plus_one": "native" if gpu else "cpp"}
-    assert [record.getMessage() for record in caplog.records] == said
+    registry.fast_kernels(device)
+    assert registry.get_policy() == policy
 
 
 def test_auto_logs_rejected_arguments_once(made, caplog):
@@ -226,8 +244,8 @@ print(registry.get_policy())
 @pytest.mark.parametrize(
     "variable, printed",
     [
-        (None, ["eager", "auto"]),
-        ("", ["eager", "auto"]),
+        (None, ["eager", "the known one"]),
+        ("", ["eager", "the known one"]),
         ("native", ["native", "native"]),
         (
             "cudo",
@@ -236,4 +254,6 @@ print(registry.get_policy())
     ],
 )
 def test_policy_from_the_environment_and_fast_kernels(run_python, variable, printed):
-    assert run_python("-c", ENVIRONMENT, DSPNET_KERNELS=variable).splitlines() == printed
+    known = "auto" if registry.known_to_be_fast(registry._accelerator()) else "eager"
+    expected = [known if line == "the known one" else line for line in printed]
+    assert run_python("-c", ENVIRONMENT, DSPNET_KERNELS=variable).splitlines() == expected

@@ -82,7 +82,7 @@ def quick(monkeypatch):
     Image.new("L", (1, 1)).save(file, "PNG")
     monkeypatch.setattr(drawing, "png", lambda draw, theme=None: file.getvalue())
 
-    def measured(config, steps):
+    def measured(config, steps, kernels):
         return StepMeasurement(0.25, {dn: 1.0 if dn == LARGE else 0.5 for dn in config.names()}, 0.125, 3 * 2**20)
 
     monkeypatch.setattr(times, "measure_step", measured)
@@ -321,10 +321,11 @@ def test_interrupted_comparison_continues_with_the_same_weights(
     assert "has another --base-lr" in capsys.readouterr().err and checkpoints(out) == before
 
 
-def test_no_separate_runs_trains_families_only(command, tmp_path, quick):
+def test_no_separate_runs_trains_families_only(command, tmp_path, quick, policy):
+    """With --fast-kernels all runs have the kernels that were chosen once for the comparison."""
     out = tmp_path / "out"
     dns = f"{SMALL},c16-d1112,c16-d1122"
-    argv = [*command(out, subnets_per_step="3,2", dns=dns), "--no-separate-runs"]
+    argv = [*command(out, subnets_per_step="3,2", dns=dns), "--no-separate-runs", "--fast-kernels"]
     assert run(compare, *argv) == DONE
     assert {path.name for path in (out / "runs").iterdir()} == {"family-n2-seed0", "family-n3-seed0"}
     found = read_comparison(out)
@@ -332,6 +333,8 @@ def test_no_separate_runs_trains_families_only(command, tmp_path, quick):
     n2, n3 = (found["ratios"]["separate runs"][name] for name in ("family-n2", "family-n3"))
     assert "measured" not in n2 and 0 < n2["counted"]["total"] < n3["counted"]["total"]
     assert "difference" not in (out / "compare.md").read_text()
+    chosen = {(folder / "kernels.json").read_text() for folder in (out, *(out / "runs").iterdir())}
+    assert len(chosen) == 1 and "too short for a race" in chosen.pop()
 
 
 def test_report_of_a_run_contains_its_comparison(finished_comparison, tmp_path, quick):

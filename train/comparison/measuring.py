@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from dspnet_fast.ops import registry
-
 from ..config import PretrainConfig
 from ..pretraining.cuda_graphs import StepGraphs
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer
 from ..run.device import choose_device
 from ..run.process import prepare_process
+from ..selection.kernels import Kernels
+from ..selection.selection import key_of
 
 WARM_UP = 2  # untimed steps
 STATUS = Path("/proc/self/status")
@@ -51,19 +51,20 @@ class StepMeasurement:
     peak_memory: int | None
 
 
-def measure_step(config: PretrainConfig, steps: int) -> StepMeasurement:
+def measure_step(config: PretrainConfig, steps: int, kernels: Kernels | None = None) -> StepMeasurement:
     """Measure a training step in a new process.
 
     Args:
         config: configuration of the run.
         steps: number of timed steps.
+        kernels: kernels of the step; by default those of this process's environment.
 
     Raises:
         RuntimeError: if the process ends without a result.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_and_send, args=(sender, config, steps, torch.get_num_threads()))
+    process = context.Process(target=_measure_and_send, args=(sender, config, steps, kernels, torch.get_num_threads()))
     process.start()
     sender.close()
     try:
@@ -79,11 +80,13 @@ def measure_step(config: PretrainConfig, steps: int) -> StepMeasurement:
         process.join()
 
 
-def _measure_and_send(sender: Connection, config: PretrainConfig, steps: int, threads: int) -> None:
+def _measure_and_send(
+    sender: Connection, config: PretrainConfig, steps: int, kernels: Kernels | None, threads: int
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C too and ends this process
     torch.set_num_threads(threads)
-    if config.fast_kernels:
-        registry.fast_kernels()
+    if kernels is not None:
+        kernels.apply(key_of(choose_device(config.device), config.tf32, config.plugins))
     sender.send(measure_in_this_process(config, steps))
 
 

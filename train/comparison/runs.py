@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import PretrainConfig
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
@@ -20,6 +22,7 @@ from ..run import checkpoint
 from ..run.device import choose_device
 from ..run.run_directory import open_run
 from ..run.saved_config import CONFIG
+from ..selection.kernels import Kernels, choose_kernels
 from .design import Comparison
 from .measuring import StepMeasurement
 from .ratios import ALONE, ratios
@@ -41,7 +44,9 @@ def compare(comparison: Comparison) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     base = comparison.config
-    resolved = resolve(base, open_train_images(base), choose_device(base.device), world_size=1)
+    device = choose_device(base.device)
+    resolved = resolve(base, open_train_images(base), device, world_size=1)
+    kernels = _kernels(comparison, resolved, device) if base.fast_kernels else None
     runs = [(variant, seed) for seed in comparison.seeds for variant in comparison.trained]
     accuracies: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in comparison.trained}
     for index, (variant, seed) in enumerate(runs):
@@ -54,20 +59,30 @@ def compare(comparison: Comparison) -> Report:
             data_backend=resolved.data_backend,
             bn_groups=resolved.bn_groups,
         )
-        _train(config, comparison.steps)
+        _train(config, comparison.steps, kernels)
         accuracies[variant.name][seed] = _evaluate(comparison, out)
-    measured = {variant.name: timed_step(comparison, variant) for variant in comparison.trained}
+    measured = {variant.name: timed_step(comparison, variant, kernels) for variant in comparison.trained}
     return _report(comparison, accuracies, measured)
 
 
-def _train(config: PretrainConfig, steps: int) -> None:
+def _kernels(comparison: Comparison, resolved: PretrainConfig, device: torch.device) -> Kernels:
+    """The kernels of all runs: the choice for the family, kept in the comparison's folder for a repeated command."""
+    out = comparison.out
+    config = replace(comparison.families[-1].config, out=str(out), bn_groups=resolved.bn_groups)
+    steps = len(comparison.trained) * len(comparison.seeds) * comparison.steps
+    kernels = choose_kernels(config, steps, device, resume=True)
+    kernels.write(out)
+    return kernels
+
+
+def _train(config: PretrainConfig, steps: int, kernels: Kernels | None) -> None:
     """Start or resume a run unless it is finished."""
     out = Path(config.out)
     begun = (out / CONFIG).exists()
     if begun:
         open_run(config, resume=True)  # raises InputError for a run with other options
     if checkpoint.latest_step(out / "checkpoints") < steps:
-        PretrainRun(config, resume=begun).run()
+        PretrainRun(config, begun, kernels).run()
         gc.unfreeze()  # the run froze its objects: without this they are never collected
         gc.collect()
 

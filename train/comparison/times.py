@@ -17,6 +17,7 @@ from dspnet_fast import atomic
 from ..costs import flops
 from ..run import fingerprint
 from ..run.log import read_metrics
+from ..selection.kernels import Kernels
 from .design import Comparison, Variant
 from .measuring import StepMeasurement, measure_step
 from .seeds import mean_and_range
@@ -25,18 +26,18 @@ MEASURED = "measured"
 UNRELATED_OPTIONS = ("workers", "log_steps", "probe_epochs", "probe_images", "checkpoint_epochs", "max_bad_images")
 
 
-def timed_step(comparison: Comparison, variant: Variant) -> StepMeasurement:
+def timed_step(comparison: Comparison, variant: Variant, kernels: Kernels | None) -> StepMeasurement:
     """Time a step of a variant, or load the saved measurement of the same configuration."""
     path = comparison.out / MEASURED / f"{variant.name}.json"
     config, steps = variant.config, comparison.options.timed_steps
     relevant = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in UNRELATED_OPTIONS}
-    key = fingerprint.digest(sorted(relevant.items()), steps)
+    key = fingerprint.digest(sorted(relevant.items()), steps, kernels and kernels.formulation)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: measured again
         saved = json.loads(path.read_text())
         if saved.pop("key") == key:
             return StepMeasurement(**saved)
     print(f"timing the parts of a step: {variant.label}", flush=True)
-    found = measure_step(config, steps)
+    found = measure_step(config, steps, kernels)
     atomic.write_text(path, json.dumps({"key": key, **asdict(found)}, indent=2) + "\n")
     return found
 

@@ -35,6 +35,7 @@ from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
+from ..selection.kernels import Kernels, choose_kernels
 from .probe import Probe
 from .trainer import Trainer
 
@@ -65,11 +66,12 @@ class PretrainRun:
     Args:
         config: the run's configuration.
         resume: continue the run in config.out.
+        kernels: kernels of a new run with --fast-kernels; chosen here by default.
 
     Raises InputError if configuration, images, run directory or process group cannot be used.
     """
 
-    def __init__(self, config: PretrainConfig, resume: bool) -> None:
+    def __init__(self, config: PretrainConfig, resume: bool, kernels: Kernels | None = None) -> None:
         device = choose_device(config.device)
         self.world = world = init_process_group(device)
         if device.type == "cuda" and world.size > 1:
@@ -82,13 +84,19 @@ class PretrainRun:
         self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
         self.bad = BadImages(limit, read_bad_images(self.out) if resume else None)
-        self.trainer = trainer = Trainer(config, self._sampler().steps_per_epoch, device, world)
+        epoch_steps = self._sampler().steps_per_epoch
+        self.kernels = kernels
+        if config.fast_kernels and (resume or kernels is None):
+            self.kernels = choose_kernels(config, config.epochs * epoch_steps, device, world, resume)
+        self.trainer = trainer = Trainer(config, epoch_steps, device, world)
         self.probe = None
         if config.probe_epochs and world.is_main:
             test = self._open_test_images()
             self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
         if world.is_main:
             open_run(config, resume)
+            if self.kernels is not None:
+                self.kernels.write(self.out)
         world.barrier()
         self._load()
         views = augmentation.byol(config.image_size, config.min_scale)
@@ -346,12 +354,14 @@ class PretrainRun:
 
     def _description(self) -> list[str]:
         trainer, config = self.trainer, self.config
-        serving = ", ".join(f"{op}: {provider}" for op, provider in registry.serving(trainer.device.type).items())
+        serving = registry.serving(trainer.device.type).items()
+        operators = ", ".join(f"{operator}: {provider}" for operator, provider in serving)
         return [
             f"{config.network} {', '.join(trainer.model.family.names)} on {len(self.images)} images of {config.data}, "
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
             f"data by {config.data_backend}" + (f", {self.world.size} ranks" if self.world.size > 1 else ""),
             *([f"data  {self.images.note}"] if self.images.note else []),
-            f"operators  {serving}",
+            *([self.kernels.line()] if self.kernels else []),
+            *([] if registry.is_eager() else [f"operators  {operators}"]),
             *([f"resumed at step {trainer.step}"] if trainer.step else []),
         ]

@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dspnet_fast.ops import registry
-
-from ...config import WORKERS_HELP, Workers, option
+from ...config import FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, option
 from ...costs.flops import network_cost
 from ...data.datasets import open_images
 from ...data.datasets.images import ImageDataset, require_labels
 from ...run.device import choose_device
+from ...selection.kernels import use_kernels
 from ..pretrained import PretrainedFamily
 
 FOLDER = "evaluation"
@@ -28,7 +27,8 @@ class EvaluationOptions:
     data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
     workers: Workers = option("auto", WORKERS_HELP)
     device: str = option("auto", "auto, cpu or cuda", metavar="DEVICE")
-    fast_kernels: bool = option(False, "use the fastest verified operator providers of this machine")
+    fast_kernels: bool = option(False, FAST_KERNELS_HELP)
+    plugins: str = option("", PLUGINS_HELP, metavar="MODULES")
 
 
 class EvaluationSetup:
@@ -37,6 +37,7 @@ class EvaluationSetup:
     Args:
         out: run directory.
         options: options of the protocol.
+        trains: whether the protocol computes gradients of the networks.
 
     Attributes:
         trained: the family.
@@ -50,10 +51,13 @@ class EvaluationSetup:
         InputError: if the run or the images cannot be used.
     """
 
-    def __init__(self, out: Path, options: EvaluationOptions) -> None:
+    def __init__(self, out: Path, options: EvaluationOptions, trains: bool = False) -> None:
+        device = choose_device(options.device)
+        self.trained = PretrainedFamily(out, device)
         if options.fast_kernels:
-            registry.fast_kernels()
-        self.trained = PretrainedFamily(out, choose_device(options.device))
+            config = self.trained.config
+            plugins = options.plugins or config.plugins
+            use_kernels(device, config, config.image_size, out, tf32=config.tf32, plugins=plugins, trains=trains)
         self.data = options.data or self.trained.config.data
         self.train: ImageDataset = open_images(self.data, "train")
         self.test: ImageDataset = open_images(self.data, "test")

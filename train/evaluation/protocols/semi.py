@@ -124,7 +124,7 @@ def evaluate_semi(out: Path, options: SemiOptions) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     options.check()
-    setup = EvaluationSetup(out, options)
+    setup = EvaluationSetup(out, options, trains=True)
     percents, methods = options.percents(), options.chosen_methods()
     chosen = {p: stratified_subset(setup.train_labels, p / 100, options.subset_seed) for p in percents}
     subsets: dict[str, Any] = {}

@@ -1,0 +1,91 @@
+"""`python -m train.select`: verify the kernels on this device and race the formulations, ahead of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dspnet_fast import plugins, verdicts
+from dspnet_fast.errors import InputError
+from dspnet_fast.ops import registry
+from dspnet_fast.verdicts import Verdict
+from dspnet_fast.verification.supervisor import CALL_SECONDS
+
+from . import cli
+from .config import PretrainConfig, positive
+from .run.device import choose_device
+from .run.tables import Table
+from .selection.recording import shape_of
+from .selection.selection import key_of, select
+
+DESCRIPTION = """\
+Select the kernels that dspnet-pretrain --fast-kernels uses on this device, ahead of a run with the same options. In
+another process, which may crash or hang, every provider of every operator is compared with the operator's
+specification on the calls of the run. Then whole training steps are timed in alternation: eager, in plain PyTorch,
+and fused, by the operators; eager a second time shows how exact the times are. Fused steps must be faster by 5 %
+or by three times the difference between eager and eager, if that is more.
+
+The verdict is kept in ~/.cache/dspnet-fast (or $XDG_CACHE_HOME) and used by all later runs with the same device,
+software, networks and batch; dspnet-info lists the kept verdicts. Without one, long runs select when they start."""
+EXAMPLE = """\
+  dspnet-select --network mobilenet_v3_large --dns w0.50,w0.75,w1.00 --image-size 96 --batch-size 256
+  dspnet-select --config recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --ranks 8 --again"""
+
+
+def make_parser() -> cli.ArgumentParser:
+    """The parser of the command."""
+    parser = cli.parser("select", DESCRIPTION, EXAMPLE)
+    cli.add_config_file(parser)
+    parser.add_argument("--again", action="store_true", help="ignore a verdict in the cache")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="number of processes of the run")
+    parser.add_argument(
+        "--call-seconds", type=float, default=CALL_SECONDS, metavar="X", help="seconds after which a call is hanging"
+    )
+    cli.add_options(parser, PretrainConfig)
+    return parser
+
+
+def show(verdict: Verdict) -> None:
+    """Print a verdict."""
+    found = [(name, provider, o) for name, outcomes in verdict.operators.items() for provider, o in outcomes.items()]
+    if found:
+        title = f"operators on {verdict.key['device']}; error: the largest, as a share of the error rule's bound"
+        rows = [
+            [name, provider, str(o.calls), f"{o.error:.2f}" if o.calls else "", "verified" if o.verified else "refused"]
+            for name, provider, o in found
+        ]
+        Table(title, ["operator", "provider", "calls", "error", "result"], rows).show()
+    for name, provider, outcome in found:
+        if not outcome.verified:
+            print(f"{name} by {provider} is refused: {outcome.reason}")
+    if (race := verdict.race) is not None:
+        rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in race.seconds.items()]
+        rows.append(["eager again", f"{1e3 * race.control:.1f}"])
+        title = f"step of {race.images} images, median of {race.rounds} rounds"
+        Table(title, ["formulation", "ms"], rows).show()
+    print(f"{verdict.formulation}: {verdict.reason}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and exit."""
+    cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parsed = make_parser().parse_args(argv)
+    config = cli.to_config(PretrainConfig, parsed)
+    positive(ranks=parsed.ranks, call_seconds=parsed.call_seconds)
+    if policy := registry.policy_of_environment():
+        raise InputError(f"DSPNET_KERNELS={policy} overrides every selection: unset it")
+    plugins.load(config.plugins)
+    device = choose_device(config.device)
+    key, shape = key_of(device, config.tf32, config.plugins), shape_of(config, parsed.ranks)
+    verdict = None if parsed.again else verdicts.read(key, shape)
+    if verdict is None:
+        verdict = select(config, device, parsed.ranks, call_seconds=parsed.call_seconds)
+    show(verdict)
+    if verdicts.read(key, shape) == verdict:
+        print(f"kept in {verdicts.path_of(key, shape)} on {verdict.date}")
+
+
+if __name__ == "__main__":
+    main()
