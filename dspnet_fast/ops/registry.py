@@ -27,6 +27,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -265,6 +266,19 @@ def is_eager() -> bool:
     return _policy == "eager"
 
 
+@contextmanager
+def triton_on_meta() -> Iterator[None]:
+    """Calls on meta tensors run the provider `triton` if calls on a GPU would, to observe its launches (ahead.py)."""
+    global _triton_on_meta
+    _triton_on_meta = True
+    _candidates.cache_clear()
+    try:
+        yield
+    finally:
+        _triton_on_meta = False
+        _candidates.cache_clear()
+
+
 def fast_kernels() -> dict[str, str]:
     """Apply a command's --fast-kernels: set the policy `auto`, unless DSPNET_KERNELS names another. Returns serving().
 
@@ -305,6 +319,8 @@ def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
 @functools.cache
 def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     """The providers to try, in order, before the native body."""
+    if device == "meta":
+        return tuple(p for p in _candidates(name, "cuda") if p.name == "triton") if _triton_on_meta else ()
     providers = operators[name].providers
     if _policy in NATIVE:
         return ()
@@ -365,7 +381,9 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
     ):
         return False
     return all(
-        type(arg) in (Tensor, torch.nn.Parameter) and not (arg.is_meta or lazy_views.is_lazy(arg))
+        type(arg) in (Tensor, torch.nn.Parameter)
+        and (_triton_on_meta or not arg.is_meta)
+        and not lazy_views.is_lazy(arg)
         for arg in args
         if isinstance(arg, Tensor)
     )
@@ -373,3 +391,4 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
 
 _policy_of_environment = os.environ.get("DSPNET_KERNELS", "")
 _policy = _policy_of_environment or "eager"  # validated at first use, so that `info` still starts
+_triton_on_meta = False

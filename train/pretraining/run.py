@@ -35,6 +35,7 @@ from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
+from .ahead import compile_kernels
 from .probe import Probe
 from .trainer import Trainer
 
@@ -162,6 +163,8 @@ class PretrainRun:
         ]
         if self.world.is_main:
             self.log = RunLog(self.out, trainer.step)
+        if self.world.local_rank == 0:
+            compile_kernels(config, trainer.device, print if self.world.is_main else lambda line: None, self.world.size)
         self.world.barrier()  # heartbeats begin here
         try:
             with Interruption() as interruption, self.monitor, self.watchdog:
