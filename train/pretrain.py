@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.ops import registry
 
 from . import cli
 from .config import PretrainConfig
@@ -47,8 +46,6 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/first")
-    if config.fast_kernels and config.precision != "fp16":  # the operators have no fp16
-        registry.fast_kernels()
     try:
         PretrainRun(config, resume).run()
     except SystemExit:  # all ranks agreed to stop

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dspnet_fast.ops.triton import SHARED_MEMORY
+
 ROOT = Path(__file__).parent.parent.parent
 OPERATORS = (
     "conv_moments",
@@ -22,7 +24,6 @@ OPERATORS = (
 )
 # Bytes of stack. ptxas may use a few to fit another block on a multiprocessor; spilling uses hundreds.
 MAX_STACK = 16
-MAX_SHARED_MEMORY = 99 << 10  # bytes per block of the smallest GPUs from compute capability 8.0 on: A10, L4, RTX
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
@@ -130,7 +131,7 @@ def test_kernels_compile_for_gpus_without_spills(run_python, operator, architect
     assert lines
     for line in lines:
         assert line["STACK"] <= MAX_STACK and line["LOCAL"] == 0, f"registers spill: {line}"
-        assert line["REG"] <= 255 and line["shared"] <= MAX_SHARED_MEMORY, line
+        assert line["REG"] <= 255 and line["shared"] <= SHARED_MEMORY, line
         if line.get("VECTORIZED"):
             for dtype, width in narrowest_load(line).items():
                 assert line[dtype] >= width, f"a load in {dtype} has less than {width} bytes: {line}"
