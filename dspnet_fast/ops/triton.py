@@ -28,7 +28,7 @@ def supported() -> tuple[bool, str]:
             return False, "no CUDA device"
         if torch.cuda.get_device_capability() < (8, 0):
             return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which Triton needs"
-        shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
+        shared = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 0)  # absent with ROCm
         if shared < SHARED_MEMORY:
             return False, (
                 f"{torch.cuda.get_device_name()} has {shared >> 10} KB of shared memory per block, and the kernels use "

@@ -52,8 +52,8 @@ def configure_cuda(tf32: bool, cudnn: str) -> None:
 
     Args:
         tf32: compute fp32 convolutions and products in tf32, otherwise in full.
-        cudnn: --cudnn, see config.py. "default" is PyTorch's: a heuristic may choose algorithms whose sums have no fixed
-            order. "benchmark" chooses by time, so two runs may choose differently.
+        cudnn: --cudnn, see config.py. "default" is PyTorch's: a heuristic may choose algorithms whose sums have no
+            fixed order. "benchmark" chooses by time, so two runs may choose differently.
     """
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
