@@ -178,7 +178,16 @@ def test_options_exist(page):
     commands = (make_parser(), finetune.make_parser(), compare.make_parser(), detect.make_parser())
     parsers = (*commands, *evaluate.make_parsers().values())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # options of other commands
+    known |= {
+        "--json",
+        "--backends",
+        "--shards",
+        "--onnx",
+        "--switchable",
+        "--threads",
+        "--second",
+        "--group",
+    }  # of others
     known |= {
         "--no-build-isolation",
         "--inplace",

@@ -94,10 +94,16 @@ def test_training_with_interpreted_kernels_matches_native(run_python, network, p
     assert "1 passed" in printed, printed
 
 
-def test_recorded_launches_are_those_of_the_step(run_python, tmp_path):
-    found = json.loads(
-        run_python("tests/kernels/recorded_steps.py", TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path))
-    )
+@pytest.fixture
+def run_compiler(run_python, tmp_path):
+    """run_compiler(*arguments): run Python with a compiling Triton, from the folder DSPNET_TRITON if it is set."""
+    path = [folder for folder in (os.environ.get("DSPNET_TRITON"), str(ROOT)) if folder]
+    environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path)}
+    return lambda *arguments: run_python(*arguments, **environment)
+
+
+def test_recorded_launches_are_those_of_the_step(run_compiler):
+    found = json.loads(run_compiler("tests/kernels/recorded_steps.py"))
     for name, (launched, missing) in found["missing"].items():
         assert launched > 100 and not missing, f"{name} launches kernels that were not recorded: {missing}"
     results, hits, lines = found["pool"]
@@ -116,17 +122,8 @@ def narrowest_load(line):
 
 @pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "slim_conv2d"])  # calls conv_moments
-def test_kernels_compile_for_gpus_without_spills(run_python, operator, architecture, tmp_path):
-    """DSPNET_TRITON: a folder with another version of Triton, to compile with."""
-    path = [folder for folder in (os.environ.get("DSPNET_TRITON"), str(ROOT)) if folder]
-    printed = run_python(
-        "tests/kernels/ahead_of_time.py",
-        operator,
-        str(architecture),
-        TRITON_INTERPRET=None,
-        TRITON_CACHE_DIR=str(tmp_path),
-        PYTHONPATH=os.pathsep.join(path),
-    )
+def test_kernels_compile_for_gpus_without_spills(run_compiler, operator, architecture):
+    printed = run_compiler("tests/kernels/ahead_of_time.py", operator, str(architecture))
     lines = [json.loads(line) for line in printed.splitlines()]
     assert lines
     for line in lines:

@@ -109,3 +109,27 @@ def test_rank_chooses_its_gpu_before_anything_asks_the_driver(gpu, monkeypatch, 
         run.PretrainRun(PretrainConfig(out=str(tmp_path / "run"), fast_kernels=True), resume=False)
     assert calls[0] == ("set_device", 1)
     assert [name for name, *_ in calls[1:]] == ["init_process_group", "fast_kernels"]
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("nccl", [1]), ("gloo", None)])
+def test_barrier_uses_the_gpu_of_the_rank(backend, devices, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: given.append(device_ids))
+    process_group.World(rank=3, size=4, local_rank=1).barrier()
+    assert given == [devices]
+
+
+def test_kernels_are_compiled_before_the_watchdog_starts(small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        run, "compile_kernels", lambda config, device, *rest: calls.append((config.network, device.type))
+    )
+
+    def stop(watchdog):
+        raise InterruptedError
+
+    monkeypatch.setattr(run.Watchdog, "__enter__", stop)
+    with pytest.raises(InterruptedError):
+        run.PretrainRun(small(), resume=False).run()
+    assert calls == [("resnet", "cpu")]
