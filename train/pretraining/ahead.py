@@ -46,18 +46,31 @@ def step_launches(config: PretrainConfig, world_size: int = 1) -> list[Launch]:
 
 
 def compile_kernels(
-    config: PretrainConfig, device: torch.device, report: Callable[[str], object], world_size: int = 1
+    config: PretrainConfig,
+    device: torch.device,
+    report: Callable[[str], object],
+    world_size: int = 1,
+    policy: str | None = None,
 ) -> None:
     """Compile the Triton kernels of a run on a GPU, if its operators use Triton, in a process per core.
 
     At their first launch, one after another, they would take minutes, and other ranks would time out. One rank of each
-    machine calls this, when the trainer has set the precision of products.
+    machine calls this, when the precision of products is set (`configure_cuda`).
 
     Args:
         config: the run's configuration.
         device: the run's device.
         report: called with lines about the progress.
         world_size: number of ranks.
+        policy: the policy of the run [the current one].
     """
-    if device.type == "cuda" and "triton" in registry.serving("cuda").values():
-        ahead.compile_launches(step_launches(config, world_size), torch.cuda.get_device_capability(device), report)
+    if device.type != "cuda":
+        return
+    before = registry.get_policy()
+    registry.set_policy(policy or before)
+    try:
+        if "triton" in registry.serving("cuda").values():
+            launches = step_launches(config, world_size)
+            ahead.compile_launches(launches, torch.cuda.get_device_capability(device), report)
+    finally:
+        registry.set_policy(before)
