@@ -4,7 +4,7 @@
 
 calls the operator's launchers with meta tensors of the shapes in benchmarks/ops/layers.py, and compiles each distinct
 launch for compute capability 9.0. Prints a line of JSON for each: registers, stack (spilled registers), shared memory,
-and the bytes of a thread's narrowest load of tiles in bf16 and f32.
+and for tiles of bf16 and f32 the bytes of a thread's loads.
 """
 
 import json
@@ -133,13 +133,16 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", result.stdout)}
 
 
-def narrowest(ttgir: str, dtype: str) -> int:
-    """Bytes that a thread reads at once in the narrowest load of a tile of a dtype, such as bf16; 16 without one."""
+def load_widths(ttgir: str, dtype: str, threads: int) -> list[tuple[int, int]]:
+    """For each load of a tile of a dtype, such as bf16: bytes that a thread reads at once, and that the tile allows."""
     blocked = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[\d+, (\d+)\].* order = \[1, 0\]"
     layouts = dict(re.findall(blocked, ttgir, re.M))
-    load = r"(?:tt\.load|async_copy_global_to_local)[^\n]*: tensor<\d+x\d+x!tt\.ptr<"
-    loads = re.findall(rf"{load}{dtype}>, (#\w+)>", ttgir)
-    return min([int(layouts.get(layout, 1)) * int(dtype[-2:]) // 8 for layout in loads], default=16)
+    load = r"(?:tt\.load|async_copy_global_to_local)[^\n]*: tensor<(\d+)x(\d+)x!tt\.ptr<"
+    size = int(dtype[-2:]) // 8
+    return sorted(
+        (int(layouts.get(layout, 1)) * size, min(16, max(int(rows) * int(columns) // threads, 1) * size))
+        for rows, columns, layout in set(re.findall(rf"{load}{dtype}>, (#\w+)>", ttgir))
+    )
 
 
 def main() -> None:
@@ -149,7 +152,8 @@ def main() -> None:
     for distinct in found:
         compiled, options = distinct.compile(), dict(distinct.options)
         line = {"kernel": distinct.kernel.split(":")[1], "sm": capability, "triton": triton.__version__}
-        widths = {dtype: narrowest(compiled.asm["ttgir"], dtype) for dtype in ("bf16", "f32")}
+        threads = 32 * options["num_warps"]
+        widths = {dtype: load_widths(compiled.asm["ttgir"], dtype, threads) for dtype in ("bf16", "f32")}
         line["shared"] = compiled.metadata.shared
         print(json.dumps(line | options | usage(compiled.asm["cubin"]) | widths), flush=True)
 

@@ -47,7 +47,7 @@ def check_activations(per_image: int, images: int, micro_batches: int = 1) -> No
     )
 
 
-def configure_cuda(tf32: bool, cudnn: str) -> None:
+def configure_cuda(tf32: bool, cudnn: str = "deterministic") -> None:
     """Set the precision of fp32 products and the choice of convolution algorithms.
 
     Args:
