@@ -122,8 +122,10 @@ def test_kernels_compile_for_gpus_without_spills(run_compiler, operator, archite
         assert line["STACK"] <= MAX_STACK and line["LOCAL"] == 0, f"registers spill: {line}"
         assert line["REG"] <= 255 and line["shared"] <= SHARED_MEMORY, line
         if line.get("VECTORIZED"):
-            # Tiles of weights in fp32 are read along their columns.
-            loads = line["bf16"] + ([] if "pointwise" in line["kernel"] else line["f32"])
+            # Weights, which products have in fp32 and slim_linear also in bf16, are read along their columns.
+            activations = ["bf16"] if operator != "slim_linear" else []
+            activations += ["f32"] if "pointwise" not in line["kernel"] else []
+            loads = [load for dtype in activations for load in line[dtype]]
             assert all(width >= allowed for width, allowed in loads), f"a load is narrower than its tile allows: {line}"
             # A thread has two or four channels of a depthwise convolution: registers limit their number.
             assert all(width >= 4 for width, _ in loads), line
