@@ -9,17 +9,15 @@ import gc
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks import device
 from benchmarks.device import DEVICE
+from train.pretraining.cuda_graphs import capture_graphs
 
-R = TypeVar("R")
 ON_GPU = DEVICE.type == "cuda"
-WARM_UP = 3  # calls before a capture
 
 
 def seconds_of(run: Callable[[], object]) -> float:
@@ -31,29 +29,9 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def captured(run: Callable[[], R]) -> Callable[[], R]:
-    """A replay of a call as one CUDA graph. The call must read and write the same tensors every time.
-
-    Raises:
-        RuntimeError: if the call cannot be captured.
-    """
-    if not ON_GPU:
-        return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> R:
-        graph.replay()
-        return result
-
-    return replay
+def capture(functions: Sequence[Callable[[], object]]) -> Sequence[Callable[[], object]]:
+    """Replays of functions as CUDA graphs, see `capture_graphs`."""
+    return capture_graphs(functions) if ON_GPU else functions
 
 
 def count_syncs(step: Callable[[], object]) -> int:

@@ -166,7 +166,7 @@ class Results:
         rows = []
         for (precision, operator, case), variants in self.operators.items():
             times = {name: line["ms"] for name, line in variants.items() if "ms" in line}
-            other = times.get("eager") or times.get("loop")
+            other = times.get("eager")
             for name in times.keys() & {"triton", "cuda"}:
                 gains = [_ratio(against, times[name]) for against in (other, times.get("native"))]
                 if any(gain and float(gain) < 1 for gain in gains):
@@ -247,7 +247,7 @@ class Results:
         for (of, operator, case), variants in self.operators.items():
             if of != precision:
                 continue
-            other = (variants.get("eager") or variants.get("loop") or {}).get("ms")
+            other = variants.get("eager", {}).get("ms")
             for name, line in variants.items():
                 if "error" in line:
                     rows.append([operator, case, name, line["error"][:80], *[""] * 5])
@@ -295,7 +295,7 @@ _ABOUT_SLOWER = (
     "`accepts` must refuse these cases, or the kernels must become faster, before `auto` chooses the provider."
 )
 _ABOUT_OPERATORS = (
-    "Medians of calls replayed as graphs; x is the speed-up over eager or a loop. limit: roofline time divided by the "
+    "Medians of calls replayed as graphs; x is the speed-up over eager. limit: roofline time divided by the "
     "time; the roofline time is the larger of bytes at copy speed and arithmetic at peak speed. warm L2: the data fit "
     "into the cache and stay there between calls. launched: not captured as a graph."
 )

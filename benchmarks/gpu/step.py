@@ -78,18 +78,21 @@ class Variant:
         policy: of our operators; None for the baseline.
         graphs: replay CUDA graphs.
         cudnn: choice of convolution algorithms, as --cudnn.
+        views: how the baseline computes the two views, see `EagerStep`.
         compiled: torch.compile the baseline's forward passes.
     """
 
     policy: str | None = None
     graphs: bool = True
     cudnn: str = "default"
+    views: str = "separate"
     compiled: bool = False
 
 
 VARIANTS = {
     page.EAGER: Variant(graphs=False),
     page.EAGER_GRAPHS: Variant(),
+    "eager stacked, graphs": Variant(views="stacked"),
     "eager, graphs, deterministic": Variant(cudnn="deterministic"),
     "eager, graphs, cudnn.benchmark": Variant(cudnn="benchmark"),
     page.COMPILED: Variant(graphs=False, compiled=True),
@@ -101,14 +104,12 @@ VARIANTS = {
     "ours native": Variant("native", cudnn="deterministic"),
 }
 # The first variant of a group gives the losses to compare with.
+BASELINE = [page.EAGER, page.EAGER_GRAPHS, "eager stacked, graphs"]
 GROUPS = {
-    "baseline": [page.EAGER, page.EAGER_GRAPHS],
-    "all": [
-        *(page.EAGER, page.EAGER_GRAPHS, "ours eager", "ours", "eager, graphs, deterministic"),
-        *("ours, launched", "ours native"),
-    ],
-    "short": [page.EAGER, page.EAGER_GRAPHS, "ours eager", "ours"],
-    "cudnn": [page.EAGER, page.EAGER_GRAPHS, "eager, graphs, cudnn.benchmark", "ours eager, cudnn.benchmark"],
+    "baseline": BASELINE,
+    "short": [*BASELINE, "ours eager", "ours"],
+    "all": [*BASELINE, "ours eager", "ours", "eager, graphs, deterministic", "ours, launched", "ours native"],
+    "cudnn": [page.EAGER, "eager, graphs, cudnn.benchmark", "ours eager, cudnn.benchmark"],
     "compiled": [page.EAGER, page.COMPILED, page.COMPILED_GRAPHS],
 }
 UNTIMED = {"compiled": page.EAGER, "cudnn": page.EAGER}  # timed in another group
@@ -169,18 +170,13 @@ def build(variant: Variant, case: Case, batch: Tensor) -> Step:
         return step
     subnets = sandwich(trainer.model.family, SUBNETS_PER_STEP, config.seed, 0)
     lr, tau = trainer.learning_rate(trainer.step), trainer.tau(trainer.step)
-    eager = EagerStep(trainer.model, precision=config.precision, compiled=variant.compiled)
+    eager = EagerStep(trainer.model, precision=config.precision, views=variant.views, compiled=variant.compiled)
     launched: Step = partial(eager.step, batch, subnets, lr, tau)
-    replay: Step | None = None
-    is_first = True  # its losses are compared, and a capture trains a few steps
+    run = partial(eager.graphed(batch, subnets, measuring.capture), lr, tau) if variant.graphs else launched
 
     def baseline() -> Mapping[str, Tensor]:
-        nonlocal replay, is_first
         set_up(variant, case.precision)
-        if variant.graphs and not is_first:
-            replay = replay or measuring.captured(launched)
-        is_first = False
-        return (replay or launched)()
+        return run()
 
     return baseline
 
