@@ -38,7 +38,7 @@ test: lint ## check style and types, then run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-kernels: install ## the kernels for GPUs alone, without one: interpreted, and compiled for several (an hour)
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels tests/csrc -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels tests/csrc tests/benchmarks/test_gpu.py -m ""
 
 test-faults: install ## every fault of docs/faults.md, several processes and hosts included (some minutes)
 	$(BIN)/python -m pytest tests/faults -m ""

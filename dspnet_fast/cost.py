@@ -31,3 +31,19 @@ def mac_count(model: nn.Module, image_size: int) -> int:
     with counter, torch.no_grad():
         meta_copy(torch.zeros(1, 3, image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2
+
+
+def largest_activation(model: nn.Module, image_size: int) -> int:
+    """Number of elements of the largest output of a layer for one image; arguments as of `mac_count`.
+
+    Example:
+        >>> largest_activation(nn.Sequential(nn.Conv2d(3, 8, 1), nn.AvgPool2d(2)), image_size=10)
+        800
+    """
+    meta_copy = copy.deepcopy(model).to("meta").eval()
+    sizes = [0]
+    for module in meta_copy.modules():
+        module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    with torch.no_grad():
+        meta_copy(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    return max(sizes)

@@ -6,6 +6,8 @@ Computation is in fp32. ACT is one of dspnet_fast.ops.deferred.ACTS.
 import triton
 import triton.language as tl
 
+NOT_POOLED = tl.constexpr("")  # Triton 3.6 takes a plain default of an inner function for a run-time value
+
 
 @triton.jit
 def assume_multiple_of(channels, VECTORIZED: tl.constexpr):
@@ -95,7 +97,7 @@ def load_moment_gradients(mean, dmean, dvariance, view, column, channels, invers
 @triton.jit
 def load_output_gradient(
     dy, y, center, mean_term, variance_factor, offsets, valid, MOMENTS: tl.constexpr,
-    pooled_share=0.0, pooled_factor=1.0, pooled_offset=0.0, POOLED: tl.constexpr = "",
+    pooled_share=0.0, pooled_factor=1.0, pooled_offset=0.0, POOLED: tl.constexpr = NOT_POOLED,
 ):  # fmt: skip
     """e = dy + dmean / cnt + 2 (y - mean) dvariance / cnt; 0 where not valid.
 

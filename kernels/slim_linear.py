@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import conv_moments_pointwise as pointwise
+from . import conv_moments_pointwise_backward as pointwise_backward
 from .launch import Input, OutputGradient, accepts_dtype
 from .prefix import add_to_prefix, gradient_prefix
 
@@ -34,12 +35,15 @@ def slim_linear_backward(
         Input(rows, None, None, "identity", None),
     )
     grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
+    weight_sums = None
     if input_gradient:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        pointwise.input_gradient(output_gradient, deferred, weight, grad_x)
+        *_, weight_sums = pointwise_backward.input_gradient(output_gradient, deferred, weight, grad_x, weight_gradient)
     if weight_gradient:
         prefix, grad_weight = gradient_prefix(weight, main_grad, grads.shape[1], rows.shape[1])
-        add_to_prefix(prefix, pointwise.weight_gradient(output_gradient, deferred))
+        if weight_sums is None:
+            weight_sums = pointwise_backward.weight_gradient(output_gradient, deferred)
+        add_to_prefix(prefix, weight_sums)
     if bias_gradient:
         grad_bias = grads.sum((0, 2, 3))
     return grad_x, grad_weight, grad_bias

@@ -179,7 +179,16 @@ def test_options_exist(page):
     commands = [module.make_parser() for module in modules]
     parsers = (*commands, *evaluate.make_parsers().values())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    known |= {"--json", "--backends", "--shards", "--onnx", "--switchable", "--threads"}  # options of other commands
+    known |= {
+        "--json",
+        "--backends",
+        "--shards",
+        "--onnx",
+        "--switchable",
+        "--threads",
+        "--second",
+        "--group",
+    }  # of others
     known |= {
         "--no-build-isolation",
         "--inplace",

@@ -122,6 +122,13 @@ class ExecutionOptions:
     overlap_all_reduce: bool = option(
         False, "all-reduce gradients of late layers during the backward pass of early ones", True
     )
+    cudnn: str = option(
+        "deterministic",
+        "choice of convolution algorithms on a GPU: deterministic, default, or benchmark, which times several and may "
+        "choose differently in every run",
+        True,
+        "MODE",
+    )
     no_cuda_graphs: bool = option(False, "launch kernels one by one instead of replaying CUDA graphs", changeable=True)
     probe_epochs: float = option(1.0, "epochs between measurements of kNN accuracy and feature std; 0: never", True)
     probe_images: int = option(2000, "reference images for kNN; half as many are classified", changeable=True)
@@ -166,6 +173,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "momentum_bn": ("on", "off", "momentum2"),
             "precision": ("fp32", "bf16", "fp16"),
             "device": ("auto", "cpu", "cuda"),
+            "cudnn": ("deterministic", "default", "benchmark"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -15,8 +15,10 @@ from dspnet_fast import atomic
 
 from . import records
 
-EAGER, AGAIN = "eager channels_last", "eager channels_last, repeated"
-TRIED, COMPILED = "eager channels_last, cudnn.benchmark", "torch.compile"
+EAGER, EAGER_GRAPHS = "eager", "eager, graphs"
+COMPILED, COMPILED_GRAPHS = "torch.compile", "torch.compile, graphs"
+AGAIN = ", repeated"  # appended to the name of the control
+KERNELS = 40  # rows of a table of kernels
 TIMED_OUT = (-1, 124, 137)  # not started; exit codes of timeout
 L2 = 50e6  # bytes of an H100's L2 cache
 Line = dict[str, Any]
@@ -44,7 +46,11 @@ def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
         times = variants.get(name, {}).get("ms")
         return statistics.median(times) if times else None
 
-    eager = min(filter(None, map(median, (EAGER, TRIED))), default=None)
+    def fastest(kind: str) -> float | None:
+        times = (median(name) for name in variants if name.startswith(kind) and not name.endswith(AGAIN))
+        return min(filter(None, times), default=None)
+
+    eager, compiled = fastest("eager"), fastest(COMPILED)
     rows = []
     for name, line in variants.items():
         ms, memory = median(name), line.get("peak_MiB")
@@ -64,7 +70,7 @@ def step_table(case: Mapping[str, Any], variants: Mapping[str, Line]) -> str:
                 f"{(max(times) - min(times)) / ms:.1%}",
                 f"{1e3 * case['images'] / ms:.0f}",
                 "" if "wrong" in line else _ratio(eager, ms),
-                "" if "wrong" in line else _ratio(median(COMPILED), ms),
+                "" if "wrong" in line else _ratio(compiled, ms),
                 _ratio(1e3 * case.get("TFLOP", 0), ms, 1),
                 f"{case['limit_ms'] / ms:.0%}" if case.get("limit_ms") else "",
                 "" if memory is None else f"{memory:.0f}",
@@ -83,6 +89,20 @@ def faults_of(variants: Mapping[str, Line]) -> list[str]:
     return [*faults, *(f"{name} synchronises with the GPU:\n{variants[name]['first_sync']}" for name in syncs)]
 
 
+def kernel_table(rows: Sequence[Line]) -> str:
+    """Table of the kernels that take most of a step."""
+    total = sum(row["ms"] for row in rows)
+    shown = [
+        *(
+            [row["operator"], row["shapes"], row["kernel"][:60], row["count"], f"{row['ms']:.3f}"]
+            + [f"{row['ms'] / max(total, 1e-9):.1%}", f"{row['GB/s']:.0f}"]
+            for row in rows[:KERNELS]
+        ),
+        ["all", "", f"{len(rows)} kinds", sum(row["count"] for row in rows), f"{total:.3f}", "", ""],
+    ]
+    return table(["operator", "shapes", "kernel", "launches", "ms", "share", "GB/s"], shown)
+
+
 class Results:
     """Lines of a run by kind; repeated measurements replace earlier ones."""
 
@@ -93,6 +113,9 @@ class Results:
         self.steps: dict[tuple, dict[str, Line]] = {}
         self.limits: dict[tuple, Line] = {}
         self.operators: dict[tuple, dict[str, Line]] = {}
+        self.verified: list[Line] = []
+        self.kernels: dict[tuple, list[Line]] = {}
+        self.ceilings: Line = {}
         for line in lines:
             rest = {key: value for key, value in line.items() if key != "kind"}
             getattr(self, "_" + line["kind"].replace(" ", "_"), lambda rest: None)(rest)
@@ -106,6 +129,15 @@ class Results:
     def _test(self, line: Line) -> None:
         if self.tests.get(line["id"], {}).get("outcome") != "failed":
             self.tests[line["id"]] = line
+
+    def _ceilings(self, line: Line) -> None:
+        self.ceilings = line
+
+    def _verified(self, line: Line) -> None:
+        self.verified.append(line)
+
+    def _kernel(self, line: Line) -> None:
+        self.kernels.setdefault((*self._case(line), line["policy"]), []).append(line)
 
     @staticmethod
     def _case(line: Line) -> tuple:
@@ -134,7 +166,7 @@ class Results:
         rows = []
         for (precision, operator, case), variants in self.operators.items():
             times = {name: line["ms"] for name, line in variants.items() if "ms" in line}
-            other = times.get("eager") or times.get("loop")
+            other = times.get("eager")
             for name in times.keys() & {"triton", "cuda"}:
                 gains = [_ratio(against, times[name]) for against in (other, times.get("native"))]
                 if any(gain and float(gain) < 1 for gain in gains):
@@ -147,6 +179,11 @@ class Results:
         for name, part in self.parts.items():
             if part["code"] and not (part["optional"] and part["code"] in TIMED_OUT):
                 found.append(f"{name}: {_ending(part)}")
+        found += [
+            f"{line['operator']} by {line['provider']}: {line['reason']}"
+            for line in self.verified
+            if not line["verified"]
+        ]
         failed = [line for line in self.tests.values() if line["outcome"] == "failed"]
         found += [f"{line['id']}\n{_last_lines(line.get('text', ''))}" for line in failed[:20]]
         if failed[20:]:
@@ -162,6 +199,8 @@ class Results:
     def page(self) -> str:
         """The page in Markdown."""
         parts = ["# On a GPU", ", ".join(f"{name} {value}" for name, value in self.environment.items())]
+        if self.ceilings:
+            parts.append("Limits: " + ", ".join(f"{name} {value:.0f}" for name, value in self.ceilings.items()) + ".")
         if limits := list(self.limits.values()):
             seen = {line["precision"]: f"{line['TFLOP/s']:.0f} TFLOP/s in {line['precision']}" for line in limits}
             copy = limits[0]["copy GB/s"]
@@ -178,6 +217,11 @@ class Results:
                     f"{limit['limit_ms']:.1f} ms."
                 )
             parts.append(step_table(known, variants))
+        for kernels in self.kernels.values():
+            about = f"{title(kernels[0])}, policy {kernels[0]['policy']}"
+            parts += [f"## Kernels of a step, {about}", _ABOUT_KERNELS, kernel_table(kernels)]
+        if self.verified:
+            parts += ["## Verification", _ABOUT_VERIFICATION, self._verified_table()]
         parts += self._operator_parts()
         if self.tests:
             parts += ["## Tests", table(["file", "passed", "skipped", "failed"], self._test_rows())]
@@ -203,7 +247,7 @@ class Results:
         for (of, operator, case), variants in self.operators.items():
             if of != precision:
                 continue
-            other = (variants.get("eager") or variants.get("loop") or {}).get("ms")
+            other = variants.get("eager", {}).get("ms")
             for name, line in variants.items():
                 if "error" in line:
                     rows.append([operator, case, name, line["error"][:80], *[""] * 5])
@@ -217,6 +261,13 @@ class Results:
                 rows.append([operator, case, name, *figures, f"{line['share']:.0%}", gains, ", ".join(marks)])
         return table(["operator", "case", "provider", "ms", "GB/s", "TFLOP/s", "limit", "x", ""], rows)
 
+    def _verified_table(self) -> str:
+        rows = [
+            [line["operator"], line["provider"], line["calls"], f"{line['error']:.2f}", line["reason"]]
+            for line in self.verified
+        ]
+        return table(["operator", "provider", "calls", "error", "refused because"], rows)
+
     def _test_rows(self) -> list[list[Any]]:
         files: dict[str, dict[str, int]] = {}
         for line in self.tests.values():
@@ -226,16 +277,25 @@ class Results:
 
 
 _ABOUT_STEPS = (
-    "Times are medians; range: of the samples, relative to the median. x eager: speed-up over the faster eager row; "
-    "ours use deterministic convolutions. tf32: all variants may round operands of fp32 products to tf32; fp32: none "
-    "does. limit: roofline time of convolutions and matrix products divided by the time. memory: peak of torch's "
-    "allocator in a step, including private memory of graphs. syncs: synchronisations of a step with the GPU."
+    "Times are medians; range: of the samples, relative to the median. x eager: speed-up over the fastest eager row; "
+    "x compile: over the faster row of torch.compile. ours eager: plain PyTorch, as without --fast-kernels; ours: all "
+    "providers. Both replay graphs and use deterministic convolutions unless said otherwise. tf32: all variants may "
+    "round operands of fp32 products to tf32; fp32: none does. limit: roofline time of convolutions and products "
+    "divided by the time. memory: peak of torch's allocator in a step, including private memory of graphs. syncs: "
+    "synchronisations of a step with the GPU."
+)
+_ABOUT_KERNELS = (
+    "One step launched kernel by kernel, profiled. Bytes of GB/s: the operator's arguments and results, each once."
+)
+_ABOUT_VERIFICATION = (
+    "Calls of the timed step and of odd sizes, compared with the specification in higher precision, in processes that "
+    "may die; error: the largest, as a share of its bound."
 )
 _ABOUT_SLOWER = (
     "`accepts` must refuse these cases, or the kernels must become faster, before `auto` chooses the provider."
 )
 _ABOUT_OPERATORS = (
-    "Medians of calls replayed as graphs; x is the speed-up over eager or a loop. limit: roofline time divided by the "
+    "Medians of calls replayed as graphs; x is the speed-up over eager. limit: roofline time divided by the "
     "time; the roofline time is the larger of bytes at copy speed and arithmetic at peak speed. warm L2: the data fit "
     "into the cache and stay there between calls. launched: not captured as a graph."
 )

@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p benchmarks.gpu.verdicts`: records the outcome of every test immediately (records.py).
+"""A pytest plugin, `-p benchmarks.gpu.verdicts`: records collected tests and the outcome of each (records.py).
 
 After an illegal access, all later tests of the process fail. Workers of pytest-xdist therefore exit, and xdist starts
 new ones. SIGTERM ends the session like Ctrl-C, with a summary.
@@ -16,13 +16,28 @@ from benchmarks.device import is_broken
 
 from . import records
 
+SESSION = "DSPNET_BENCH_SESSION"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _failed: set[str] = set()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Handle SIGTERM like Ctrl-C."""
+    """Handle SIGTERM like Ctrl-C, and name the session, also for workers."""
+    os.environ.setdefault(SESSION, str(os.getpid()))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Record the tests that will run, once: workers of pytest-xdist collect the same ones."""
+    if session.items and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
+        functions = sorted({item.nodeid.split("[")[0] for item in session.items})
+        records.write("tests begun", session=os.environ[SESSION], functions=functions)
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Record that all tests ran."""
+    if not IS_WORKER and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        records.write("tests done", session=os.environ[SESSION])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -42,8 +57,19 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 def of(operator: str) -> str:
-    """Recorded outcome of an operator's tests: "passed", "failed" or "untested"."""
+    """State of an operator's verification and tests.
+
+    Returns:
+        "failed" after any failure; "incomplete" if a session of tests was cut off; "passed"; "untested".
+    """
+    lines = records.read()
+    verified = [line["verified"] for line in lines if line["kind"] == "verified" and line["operator"] == operator]
     prefixes = f"tests/ops/test_{operator}.py::", f"tests/csrc/test_on_gpu.py::test_{operator}"
-    tests = [line for line in records.read() if line["kind"] == "test"]
-    outcomes = {line["outcome"] for line in tests if line["id"].startswith(prefixes)}
-    return next((outcome for outcome in ("failed", "passed") if outcome in outcomes), "untested")
+    outcomes = {line["outcome"] for line in lines if line["kind"] == "test" and line["id"].startswith(prefixes)}
+    done = {line["session"] for line in lines if line["kind"] == "tests done"}
+    begun = [line for line in lines if line["kind"] == "tests begun" and line["session"] not in done]
+    if "failed" in outcomes or not all(verified):
+        return "failed"
+    if any(function.startswith(prefixes) for line in begun for function in line["functions"]):
+        return "incomplete"
+    return "passed" if verified or "passed" in outcomes else "untested"

@@ -115,9 +115,7 @@ def pool(x: Activation) -> Tensor:
         torch.Size([2, 8])
     """
     if isinstance(x, Tensor):
-        if (
-            torch.is_grad_enabled() and x.dtype != torch.float16
-        ):  # a mean copies its gradient
+        if torch.is_grad_enabled() and x.dtype != torch.float16:  # a mean copies its gradient
             return x.sum((2, 3)) / x.shape[2:].numel()
         return x.mean((2, 3))
     if x.gate is not None:

@@ -27,6 +27,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -272,6 +273,19 @@ def policy_of_environment() -> str:
     return _policy_of_environment
 
 
+@contextmanager
+def triton_on_meta() -> Iterator[None]:
+    """Calls on meta tensors run the provider `triton` if calls on a GPU would, to observe its launches (ahead.py)."""
+    global _triton_on_meta
+    _triton_on_meta = True
+    _candidates.cache_clear()
+    try:
+        yield
+    finally:
+        _triton_on_meta = False
+        _candidates.cache_clear()
+
+
 def use_findings(findings: Mapping[tuple[str, str], str]) -> None:
     """Make `auto` use the providers that were verified on this device, and not those that were refused.
 
@@ -342,6 +356,8 @@ def _objection(operator: str, provider: Provider) -> str:
 @functools.cache
 def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     """The providers to try, in order, before the native body."""
+    if device == "meta":
+        return tuple(p for p in _candidates(name, "cuda") if p.name == "triton") if _triton_on_meta else ()
     providers = operators[name].providers
     if _policy in NATIVE:
         return ()
@@ -402,7 +418,9 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
     ):
         return False
     return all(
-        type(arg) in (Tensor, torch.nn.Parameter) and not (arg.is_meta or lazy_views.is_lazy(arg))
+        type(arg) in (Tensor, torch.nn.Parameter)
+        and (_triton_on_meta or not arg.is_meta)
+        and not lazy_views.is_lazy(arg)
         for arg in args
         if isinstance(arg, Tensor)
     )
@@ -410,3 +428,4 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
 
 _policy_of_environment = os.environ.get("DSPNET_KERNELS", "")
 _policy = _policy_of_environment or "eager"  # validated at first use, so that `info` still starts
+_triton_on_meta = False

@@ -16,17 +16,24 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UNPROVEN = "not verified on this device: dspnet-select does it, or choose it with DSPNET_KERNELS=any or =triton"
+SHARED_MEMORY = 99 << 10  # bytes per block that kernels may use: those of A10, L4 and RTX (tests/kernels)
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 @functools.cache
 def supported() -> tuple[bool, str]:
-    """Whether this machine can run the kernels. Returns (True, "") or (False, reason)."""
+    """Whether the current GPU can run the kernels. Returns (True, "") or (False, reason)."""
     if not INTERPRETED:
         if not torch.cuda.is_available():
             return False, "no CUDA device"
         if torch.cuda.get_device_capability() < (8, 0):
             return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which Triton needs"
+        shared = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 0)  # absent with ROCm
+        if shared < SHARED_MEMORY:
+            return False, (
+                f"{torch.cuda.get_device_name()} has {shared >> 10} KB of shared memory per block, and the kernels use "
+                f"up to {SHARED_MEMORY >> 10} KB"
+            )
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     if importlib.util.find_spec("dspnet_fast.kernels") is None:

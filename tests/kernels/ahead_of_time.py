@@ -3,7 +3,8 @@
     python tests/kernels/ahead_of_time.py conv_moments 90
 
 calls the operator's launchers with meta tensors of the shapes in benchmarks/ops/layers.py, and compiles each distinct
-launch for compute capability 9.0. Prints a line of JSON for each: registers, stack (spilled registers), shared memory.
+launch for compute capability 9.0. Prints a line of JSON for each: registers, stack (spilled registers), shared memory,
+and for tiles of bf16 and f32 the bytes of a thread's loads.
 """
 
 import json
@@ -11,22 +12,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from dspnet_fast.kernels import launch
+from dspnet_fast.kernels import ahead, launch
+from dspnet_fast.kernels.ahead import Launch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from benchmarks.ops.layers import IMAGES, MOBILENET, RESNET, VIEWS, Conv
 from dspnet_fast.ops import triton as provider
 
 DTYPES = (torch.bfloat16, torch.float32)
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -115,37 +113,15 @@ def call_slim_linear(layer: Conv, dtype: torch.dtype) -> None:
 CALLS = {name.removeprefix("call_"): function for name, function in globals().items() if name.startswith("call_")}
 
 
-def launches(operator: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict, dict[str, int]]]:
-    """All distinct launches: kernel, signature, constants, attributes and options, as in Triton's specialisation."""
-    launches_seen: dict[str, Any] = {}
-
-    def record(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        compile_options = {
-            name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options
-        }
-        signature, constants, attributes = {}, dict(options), {}
-        for position, (parameter, value) in enumerate(zip(kernel.params, args)):
-            name, specialized = parameter.name, not parameter.do_not_specialize
-            if isinstance(value, Tensor):
-                signature[name] = TYPES[value.dtype]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            elif specialized and value == 1:
-                signature[name], constants[name] = "constexpr", 1
-            else:
-                signature[name] = "i32" if value < 2**31 else "i64"
-            if isinstance(value, Tensor) or (specialized and isinstance(value, int) and value % 16 == 0):
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        signature |= dict.fromkeys(options, "constexpr")
-        key = repr((kernel.fn.__name__, signature, constants, attributes, compile_options))
-        launches_seen.setdefault(key, (kernel, signature, constants, attributes, compile_options))
-
-    launch.observer = record
+def launches(operator: str) -> list[Launch]:
+    """All distinct launches of an operator."""
+    found: dict[Launch, None] = {}
+    launch.observer = lambda *observed: found.setdefault(Launch.of(*observed))
     for layer in (MOBILENET | RESNET).values():
         for dtype in DTYPES:
             CALLS[operator](layer, dtype)
     launch.observer = None
-    yield from launches_seen.values()
+    return list(found)
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -157,22 +133,29 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", result.stdout)}
 
 
-def widest(ptx: str) -> int:
-    """Bytes of the widest load from global memory, to registers or (cp.async) to shared memory."""
-    loads = re.findall(r"\bld\.global(?:\.[a-z:]\w*)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
-    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
-    return max([int(words or 1) * int(bits) // 8 for words, bits in loads] + [int(size, 0) for size in copies])
+def load_widths(ttgir: str, dtype: str, threads: int) -> list[tuple[int, int]]:
+    """For each load of a tile of a dtype, such as bf16: bytes that a thread reads at once, and that the tile allows."""
+    blocked = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[\d+, (\d+)\].* order = \[1, 0\]"
+    layouts = dict(re.findall(blocked, ttgir, re.M))
+    load = r"(?:tt\.load|async_copy_global_to_local)[^\n]*: tensor<(\d+)x(\d+)x!tt\.ptr<"
+    size = int(dtype[-2:]) // 8
+    return sorted(
+        (int(layouts.get(layout, 1)) * size, min(16, max(int(rows) * int(columns) // threads, 1) * size))
+        for rows, columns, layout in set(re.findall(rf"{load}{dtype}>, (#\w+)>", ttgir))
+    )
 
 
 def main() -> None:
-    operator, architecture = sys.argv[1], int(sys.argv[2])
-    for kernel, signature, constants, attributes, options in launches(operator):
-        source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        found = usage(compiled.asm["cubin"])
-        line = {"kernel": kernel.fn.__name__, "sm": architecture, **options, "shared": compiled.metadata.shared}
-        constexprs = {name: value for name, value in constants.items() if name.isupper()}
-        print(json.dumps(line | found | {"constants": constexprs, "widest": widest(compiled.asm["ptx"])}), flush=True)
+    operator, capability = sys.argv[1], int(sys.argv[2])
+    found = launches(operator)
+    ahead.set_target(capability)
+    for distinct in found:
+        compiled, options = distinct.compile(), dict(distinct.options)
+        line = {"kernel": distinct.kernel.split(":")[1], "sm": capability, "triton": triton.__version__}
+        threads = 32 * options["num_warps"]
+        widths = {dtype: load_widths(compiled.asm["ttgir"], dtype, threads) for dtype in ("bf16", "f32")}
+        line["shared"] = compiled.metadata.shared
+        print(json.dumps(line | options | usage(compiled.asm["cubin"]) | widths), flush=True)
 
 
 if __name__ == "__main__":

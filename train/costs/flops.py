@@ -15,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from dspnet_fast import cost
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.models import MLP, build
 from dspnet_fast.models import family as family_of
@@ -73,9 +75,19 @@ def network_cost(options: FamilyOptions, subnet: Subnet, image_size: int) -> Net
         subnet: the subnet.
         image_size: height and width of an image, in pixels.
     """
-    with torch.device("meta"):
-        network = slim(build(options.network, subnet, options.stem), None)
+    network = _on_meta(options, subnet)
     return NetworkCost(parameter_count(network), mac_count(network, image_size), subnet.channels[-1])
+
+
+def largest_activation(config: PretrainConfig) -> int:
+    """Number of elements of the full network's largest activation for one image."""
+    return cost.largest_activation(_on_meta(config, family_of(config.network, config.names()).full), config.image_size)
+
+
+def _on_meta(options: FamilyOptions, subnet: Subnet) -> nn.Module:
+    """A network of torch.nn layers on the meta device."""
+    with torch.device("meta"):
+        return slim(build(options.network, subnet, options.stem), None)
 
 
 def network_costs(config: PretrainConfig) -> dict[str, NetworkCost]:

@@ -85,7 +85,8 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            # NCCL would otherwise guess the GPU from the rank, and create a context on it.
+            dist.barrier(device_ids=[self.local_rank] if dist.get_backend() == "nccl" else None)
 
 
 SINGLE_PROCESS = World()

@@ -36,6 +36,7 @@ from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
 from ..selection.kernels import Kernels, choose_kernels
+from .ahead import compile_kernels
 from .probe import Probe
 from .trainer import Trainer
 
@@ -76,6 +77,8 @@ class PretrainRun:
         self.world = world = init_process_group(device)
         if device.type == "cuda" and world.size > 1:
             device = torch.device("cuda", world.local_rank)
+        if config.fast_kernels and config.precision != "fp16":  # the operators have no fp16
+            registry.fast_kernels()  # looks at the current GPU, so after init_process_group has chosen it
         if world.is_main:
             check_out(config, resume)  # before images are downloaded
         self.images = images = open_train_images(config)
@@ -170,6 +173,8 @@ class PretrainRun:
         ]
         if self.world.is_main:
             self.log = RunLog(self.out, trainer.step)
+        if self.world.local_rank == 0:
+            compile_kernels(config, trainer.device, print if self.world.is_main else lambda line: None, self.world.size)
         self.world.barrier()  # heartbeats begin here
         try:
             with Interruption() as interruption, self.monitor, self.watchdog:

@@ -12,14 +12,15 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Subnet, sandwich
 
 from ..config import PretrainConfig
+from ..costs.flops import largest_activation
 from ..data.normalization import prepare
 from ..distributed.all_reduce import GradientAllReduce
 from ..distributed.batch_split import Accumulate, split_batch
 from ..distributed.process_group import SINGLE_PROCESS, World
-from ..run.device import configure_cuda
+from ..run.device import check_activations, check_precision, configure_cuda
 from ..run.schedules import learning_rate, momentum_alpha, target_tau
 from . import cuda_graphs
-from .dspnet import DSPNet, build_model
+from .dspnet import VIEWS, DSPNet, build_model
 from .flat_buffers import FlatBuffers
 from .loss_scale import SEARCH, LossScale
 from .nonfinite import MAX_IN_A_ROW, Finding, Guard, find_nonfinite
@@ -50,7 +51,8 @@ class Trainer:
         self, config: PretrainConfig, epoch_steps: int, device: torch.device, world: World = SINGLE_PROCESS
     ) -> None:
         if device.type == "cuda":
-            configure_cuda(config.tf32)
+            check_precision(config.precision, device)
+            configure_cuda(config.tf32, config.cudnn)
         self.config = config
         self.device = device
         self.world = world
@@ -63,6 +65,9 @@ class Trainer:
         self._split = split = split_batch(config, world.size)
         model = build_model(config, split.bn_groups, world.subgroup(split.ranks_per_group))
         self.model = model.to(device).to(memory_format=torch.channels_last).train()
+        if device.type == "cuda":
+            images = VIEWS // self.model.encoder_passes * config.batch_size // world.size
+            check_activations(largest_activation(config), images, split.micro_batches)
         self.flat_buffers = FlatBuffers(self.model.online, self.model.target)
         self.guard = Guard(self.flat_buffers)
         self.loss_scale = LossScale(device) if config.precision == "fp16" else None

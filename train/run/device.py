@@ -4,6 +4,9 @@ import torch
 
 from dspnet_fast.errors import InputError
 
+BF16_CAPABILITY = (8, 0)
+MAX_ELEMENTS = 2**31
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda"; raise InputError for "cuda" without a CUDA device."""
@@ -14,8 +17,45 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def configure_cuda(tf32: bool) -> None:
-    """Make convolutions deterministic, which is not the default, and compute fp32 products in tf32 or in full."""
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise InputError for bf16 on a GPU that has no bf16 convolutions: PyTorch would compute them without cuDNN."""
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise InputError(
+            f"--precision bf16, but {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
+            "cuDNN convolves bf16 from 8.0 (A100) on: use --precision fp16"
+        )
+
+
+def check_activations(per_image: int, images: int, micro_batches: int = 1) -> None:
+    """Check that activations have less than 2^31 elements: cuDNN refuses larger ones in channels-last memory.
+
+    Args:
+        per_image: elements of the largest activation of an image.
+        images: images that a pass computes, of all micro-batches of a rank.
+        micro_batches: --grad-accum-steps.
+
+    Raises:
+        InputError: if a micro-batch is too large.
+    """
+    if images // micro_batches * per_image < MAX_ELEMENTS:
+        return
+    enough = (n for n in range(micro_batches, images + 1) if images % n == 0 and images // n * per_image < MAX_ELEMENTS)
+    raise InputError(
+        f"an activation of {images // micro_batches} images has {images // micro_batches * per_image:.2g} elements, "
+        f"and cuDNN takes less than 2^31: use --grad-accum-steps {next(enough, images)}, or more GPUs"
+    )
+
+
+def configure_cuda(tf32: bool, cudnn: str = "deterministic") -> None:
+    """Set the precision of fp32 products and the choice of convolution algorithms.
+
+    Args:
+        tf32: compute fp32 convolutions and products in tf32, otherwise in full.
+        cudnn: --cudnn, see config.py. "default" is PyTorch's: a heuristic may choose algorithms whose sums have no
+            fixed order. "benchmark" chooses by time, so two runs may choose differently.
+    """
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = cudnn == "deterministic"
+    torch.backends.cudnn.benchmark = cudnn == "benchmark"
