@@ -188,7 +188,9 @@ def test_options_exist(page):
         "--threads",
         "--second",
         "--group",
-    }  # of others
+        "--pixels",
+        "--images",
+    }  # options of other commands
     known |= {
         "--no-build-isolation",
         "--inplace",

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.gpu import measuring, page, profile, records, step, verdicts
+from benchmarks.gpu import calls, measuring, page, profile, records, step, verdicts
 
 ROOT = Path(__file__).parent.parent.parent
 CASE = step.Case("resnet", 4, 12, "fp32")
@@ -170,7 +170,6 @@ def test_profile_of_a_step_has_its_operators(stand_in, results, monkeypatch, cap
 
 def test_classes_of_calls_cover_all_operators_and_kernels(monkeypatch):
     monkeypatch.setitem(step.FAMILIES, "mobilenet_v3_large", "w0.50,w1.00")
-    calls = pytest.importorskip("benchmarks.gpu.calls")
     found = calls.step_calls(step.Case("mobilenet_v3_large", 64, 64, "bf16"), small=False)
     chosen = calls.classes(found)
     assert {call.operator for call in chosen} == {call.operator for call in found}

@@ -97,7 +97,6 @@ def test_rank_chooses_its_gpu_before_anything_asks_the_driver(gpu, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(process_group, "rendezvous", lambda timeout: (None, "launch"))
     record(torch.distributed, "init_process_group")
-    monkeypatch.setattr(run.registry, "fast_kernels", lambda: {})
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
 

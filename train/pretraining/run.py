@@ -77,8 +77,6 @@ class PretrainRun:
         self.world = world = init_process_group(device)
         if device.type == "cuda" and world.size > 1:
             device = torch.device("cuda", world.local_rank)
-        if config.fast_kernels and config.precision != "fp16":  # the operators have no fp16
-            registry.fast_kernels()  # looks at the current GPU, so after init_process_group has chosen it
         if world.is_main:
             check_out(config, resume)  # before images are downloaded
         self.images = images = open_train_images(config)

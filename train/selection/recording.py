@@ -29,6 +29,7 @@ SHAPE_OPTIONS = (
     "subnets_per_step",
     "precision",
     "tf32",
+    "cudnn",
     "no_cuda_graphs",
 )
 

@@ -17,6 +17,7 @@ from dspnet_fast.verification.supervisor import CALL_SECONDS, Outcome, OutOfMemo
 from dspnet_fast.workers import Worker
 
 from ..config import PretrainConfig
+from ..pretraining.ahead import compile_kernels
 from ..run.device import configure_cuda
 from . import racer
 from .recording import calls_of, micro_batch_config, shape_of
@@ -91,6 +92,7 @@ def verify_run(
         return {}
     few = micro_batch_config(config, world_size, VERIFIED_IMAGES)
     reduced = few if device.type == "cpu" else micro_batch_config(config, world_size)
+    compile_kernels(reduced, device, progress, policy="any")  # for the race too
     progress(f"recording the operators' calls with {reduced.batch_size} images")
     calls = calls_of(few)
     variants = odd_variants(calls)
