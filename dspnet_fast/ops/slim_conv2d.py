@@ -200,7 +200,7 @@ def _backward_of_provider(
     no_moments = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
     of_x, *_ = functions().conv_moments_backward(
         *(grad, no_moments, no_moments, x, None, None, "identity", None, prefix.float(), of_prefix, grad, no_moments),
-        *(stride[0], padding[0], groups, input_gradient, weight_gradient),
+        *(stride[0], padding[0], groups, input_gradient, weight_gradient, None, None, None, "identity"),
     )
     if buffer_prefix is not None and of_prefix is not None:
         buffer_prefix += of_prefix
