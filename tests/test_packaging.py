@@ -75,7 +75,7 @@ def test_wheel_contains_all_packages_recipes_and_commands(source, tmp_path):
     assert json.loads(wheel.read("dspnet_fast/_C_cuda.json"))["reason"]
     scripts = wheel.read(f"dspnet_fast-{dspnet_fast.__version__}.dist-info/entry_points.txt").decode()
     entries = re.findall(r'"(dspnet-\w+ = [\w.]+:main)"', (ROOT / "setup.py").read_text())
-    assert len(entries) == 11 and all(entry in scripts for entry in entries)
+    assert len(entries) == 12 and all(entry in scripts for entry in entries)
 
 
 def test_failed_compilation_is_reported_and_fatal_only_on_demand(source, tmp_path):

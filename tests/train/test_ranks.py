@@ -17,7 +17,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from train.config import PretrainConfig
 from train.distributed.batch_split import BatchSplit, split_batch
-from train.pretraining.dspnet import build_model
+from train.pretraining.dspnet import VIEWS, build_model
 from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
@@ -140,7 +140,7 @@ def test_ranks_give_the_weights_of_one_rank(torchrun, arguments, tmp_path, case)
     assert counted[len(flat.statistics)] == 4
     others = {size for size in counted if size not in (*gradients, len(flat.statistics))}
     layers = {module.num_features for module in model.modules() if isinstance(module, SlimBatchNorm)}
-    shared = layers | {8, 16, 32, 64}  # channels of the full network and of the smaller ones, one view after another
+    shared = {VIEWS * size for size in layers | {8, 16, 32, 64}}  # channels of the full network and of the smaller ones
     assert others <= {1, 2, 3} | (shared if case == "four ranks that share two groups" else set())
 
 
