@@ -193,6 +193,17 @@ def test_failed_race_gives_eager_and_is_not_kept(small, monkeypatch):
     assert verdict.reason == "the race failed while first steps of fused: SIGFPE ended the process"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_race_on_a_busy_machine_is_not_kept(small, monkeypatch, known):
+    race = Race(16, {"eager": 2.0, "fused": 1.0}, 20.0, 3)
+    monkeypatch.setattr(selection, "verify_run", lambda *args: VERIFIED)
+    monkeypatch.setattr(selection, "_race", lambda *args: race)
+    monkeypatch.setattr(registry, "known_to_be_fast", lambda device, precision: known)
+    verdict = selection.select(small(**FAMILY), CPU)
+    assert verdict.formulation == ("fused" if known else "eager") and not list(verdicts.read_all())
+    assert verdict.reason == f"{selection.BUSY}: a step took 2 s and, again, 20 s"
+
+
 def test_convolution_without_verified_provider_gives_eager_without_a_race(small, monkeypatch, no_workers):
     refused = VERIFIED | {"conv_moments_backward": {"cpp": Outcome(False, "off by 1")}}
     monkeypatch.setattr(selection, "verify_run", lambda *args: refused)

@@ -23,6 +23,7 @@ from . import racer
 from .recording import calls_of, micro_batch_config, shape_of
 
 MARGIN = 0.05  # by which fused steps must be faster than eager ones
+NOISE = 0.1  # spread of the control from which steps cannot be compared
 SPREADS = 3  # multiples of the control's spread by which they must be faster, if this is more
 VERIFIED_IMAGES, RACED_IMAGES = 4, 16  # images of a step on a CPU, if the run has more
 # Time limits of a selection by one process, and by a rank for which others wait, at most COLLECTIVE_TIMEOUT.
@@ -30,6 +31,7 @@ ALONE_SECONDS, RANK_SECONDS = 2400.0, 540.0
 VERIFYING_SHARE = 0.75  # of this time, for verification
 RACING_SECONDS = {"cpu": 15.0, "cuda": 30.0}  # for the timed steps
 FIRST_STEPS_SECONDS = 300.0  # for the first steps of a formulation, which may compile kernels
+BUSY = "known without a race, for which the device was too busy"
 PROGRESS_SECONDS = 5.0  # between printed lines
 
 Print = Callable[[str], object]
@@ -75,6 +77,11 @@ def select(
         except RaceError as error:  # perhaps not again: not kept
             return Verdict(today, key, shape, outcomes, None, "eager", str(error))
         formulation, reason = decide(race)
+        if formulation == "eager" and race.spread > NOISE:  # perhaps not again: not kept
+            known = registry.known_to_be_fast(device.type, config.precision)
+            formulation = "fused" if known else "eager"
+            reason = f"{BUSY}: a step took {race.seconds['eager']:.2g} s and, again, {race.control:.2g} s"
+            return Verdict(today, key, shape, outcomes, race, formulation, reason)
     verdict = Verdict(today, key, shape, outcomes, race, formulation, reason)
     verdicts.write(verdict)
     return verdict
