@@ -313,13 +313,17 @@ def fast_kernels(device: str | None = None) -> dict[str, str]:
     return serving(device)
 
 
-def known_to_be_fast(device: str) -> bool:
+def known_to_be_fast(device: str, precision: str = "fp32") -> bool:
     """Whether operators are known to be faster than plain PyTorch on a device type, without a race.
 
-    Convolutions must have a provider that is not marked unproven; the compiled library must have been built for AVX2 or
-    AVX-512.
+    Convolutions must have a provider that is not marked unproven, and on a CPU the compiled library must be one that
+    was measured to be faster.
+
+    Args:
+        device: device type.
+        precision: "fp32", "bf16" or "fp16".
     """
-    if device == "cpu" and not cpp.is_vectorized():
+    if precision == "fp16" or (device == "cpu" and not cpp.is_fast(precision)):
         return False
     return all(any(not provider.unproven for provider in available(name, device)) for name in CONVOLUTIONS)
 

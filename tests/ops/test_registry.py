@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dspnet_fast.capability import executes
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import cpp, registry
 
@@ -91,10 +92,10 @@ def test_findings_restrict_and_extend_auto(made, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, vectorized, policy", [("cpu", True, "auto"), ("cpu", False, "eager"), ("cuda", True, "eager")]
+    "device, fast, policy", [("cpu", True, "auto"), ("cpu", False, "eager"), ("cuda", True, "eager")]
 )
-def test_fast_kernels_chooses_operators_where_they_are_known_to_be_fast(made, monkeypatch, device, vectorized, policy):
-    monkeypatch.setattr(cpp, "is_vectorized", lambda: vectorized)
+def test_fast_kernels_chooses_operators_where_they_are_known_to_be_fast(made, monkeypatch, device, fast, policy):
+    monkeypatch.setattr(cpp, "is_fast", lambda precision: fast)
     monkeypatch.setattr(registry, "operators", {"test_plus_one": made})
     monkeypatch.setattr(registry, "CONVOLUTIONS", ("test_plus_one",))
     monkeypatch.setattr(registry, "_policy_of_environment", "")
@@ -225,6 +226,15 @@ def test_checks_and_gradients_of_an_operator(monkeypatch):
         with pytest.raises(RuntimeError, match=r"factor -1.0 for \[3\]"):
             call(x, "", None, factor=-1.0)
     assert test_scaled.native(x.detach(), "", None).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("capability, known", [("DEFAULT", []), ("AVX2", ["fp32"]), ("AVX512", ["fp32", "bf16"])])
+def test_precisions_that_are_known_to_be_fast_depend_on_the_build(run_python, capability, known):
+    if not executes(capability) or not cpp.load()[0] or capability not in cpp.builds():
+        pytest.skip(f"no build for {capability} can be executed here")
+    program = "from dspnet_fast.ops import registry\n"
+    program += "print(*(p for p in ('fp32', 'bf16', 'fp16') if registry.known_to_be_fast('cpu', p)))"
+    assert run_python("-c", program, ATEN_CPU_CAPABILITY=capability.lower()).split() == known
 
 
 ENVIRONMENT = """

@@ -221,7 +221,7 @@ def test_fp16_gives_eager_without_verification(small, no_workers):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_short_run_without_verdict_does_not_select(small, monkeypatch, no_workers, known):
-    monkeypatch.setattr(registry, "known_to_be_fast", lambda device: known)
+    monkeypatch.setattr(registry, "known_to_be_fast", lambda device, precision: known)
     config = small(**FAMILY, fast_kernels=True)
     run = PretrainRun(config, resume=False)
     expected = Kernels("fused" if known else "eager", kernels.SHORT)
@@ -296,7 +296,7 @@ def test_resumed_run_that_was_short_needs_known_operators(small, tmp_path, monke
     config = small(**FAMILY, out=str(tmp_path))
     Kernels("fused", kernels.SHORT).write(tmp_path)
     for known in (True, False):
-        monkeypatch.setattr(registry, "known_to_be_fast", lambda device, known=known: known)
+        monkeypatch.setattr(registry, "known_to_be_fast", lambda device, precision, known=known: known)
         chosen = choose_kernels(config, 10_000, CPU, resume=True)
         assert chosen.formulation == ("fused" if known else "eager")
 

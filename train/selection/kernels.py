@@ -166,9 +166,7 @@ class _Rank:
 
     def _unverified(self, reason: str) -> Kernels:
         """What is known to be fast without verification, on all ranks."""
-        fused = all(
-            self.world.all_gather(self.config.precision != "fp16" and registry.known_to_be_fast(self.device.type))
-        )
+        fused = all(self.world.all_gather(registry.known_to_be_fast(self.device.type, self.config.precision)))
         return Kernels("fused" if fused else "eager", reason)
 
     def _verdict(self, steps: int) -> Verdict | None:
