@@ -1,0 +1,253 @@
+"""open_images of image folders: layouts, splits, links, and what is left out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspnet_fast.errors import InputError
+from tests.data.image_files import draw, error_of
+from train.data.datasets import open_images
+from train.data.datasets.folder_files import EXTENSIONS
+from train.data.datasets.images import ImageDataset, require_labels
+
+
+def files_of(images: ImageDataset, root: Path) -> list[str]:
+    return [Path(images.file(i)).relative_to(root).as_posix() for i in range(len(images))]
+
+
+def test_train_and_test_folders(tmp_path):
+    for split, counts in {"train": {"b": 3, "a": 2}, "test": {"a": 1, "b": 1}}.items():
+        for name, count in counts.items():
+            for i in range(count):
+                draw(tmp_path / split / name / f"{i}.png", value=100 * (name == "b") + i)
+    train, test = open_images(str(tmp_path), "train"), open_images(str(tmp_path), "test")
+    assert (len(train), len(test)) == (5, 2)
+    assert train.classes == test.classes == ["a", "b"]
+    assert train.labels.dtype == torch.int64
+    assert train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert [train.load(i).getpixel((0, 0))[0] for i in range(5)] == [0, 1, 100, 101, 102]
+    assert train.file(2) == str(tmp_path / "train" / "b" / "0.png")
+
+
+def test_val_folder_is_the_test_split(tmp_path):
+    draw(tmp_path / "train" / "a" / "0.png")
+    draw(tmp_path / "val" / "a" / "1.png")
+    assert open_images(str(tmp_path), "test").file(0).endswith("1.png")
+
+
+def test_class_folders_are_split_by_tenths(tmp_path):
+    for name, count in {"a": 21, "b": 2}.items():
+        for i in range(count):
+            draw(tmp_path / name / f"{i:02}.png", size=(2, 2))
+    train, test = open_images(str(tmp_path), "train"), open_images(str(tmp_path), "test")
+    names = [Path(test.file(i)).relative_to(tmp_path).as_posix() for i in range(len(test))]
+    assert names == ["a/00.png", "a/10.png", "b/00.png"]
+    assert test.labels.tolist() == [0, 0, 1]
+    files = {train.file(i) for i in range(len(train))} | {test.file(i) for i in range(len(test))}
+    assert len(files) == len(train) + len(test) == 23
+
+
+def test_folder_without_classes(tmp_path):
+    for i in range(11):
+        draw(tmp_path / f"{i:02}.PNG", size=(2, 2))
+    train, test = open_images(str(tmp_path), "train"), open_images(str(tmp_path), "test")
+    assert (len(train), len(test)) == (11, 2)
+    assert train.labels is None
+    assert train.classes == []
+    with pytest.raises(InputError, match=r"no labels.*folder per class"):
+        require_labels(train)
+
+
+def test_train_folder_without_classes(tmp_path):
+    draw(tmp_path / "train" / "0.png")
+    draw(tmp_path / "test" / "1.png")
+    assert open_images(str(tmp_path), "train").labels is None
+    assert open_images(str(tmp_path), "test").labels is None
+
+
+def test_subfolders_are_read_and_hidden_and_other_files_are_left_out(tmp_path):
+    for name in ("a/deep/1.jpg", "a/0.jpg", "a/.hidden.jpg", "a/.thumbs/2.jpg", ".git/3.jpg", ".4.jpg"):
+        draw(tmp_path / "train" / name)
+    draw(tmp_path / "test" / "a" / "5.jpg")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("not an image")
+    images = open_images(str(tmp_path), "train")
+    assert files_of(images, tmp_path / "train" / "a") == ["0.jpg", "deep/1.jpg"]
+    assert images.note == "left out: 1 files ending in .txt"
+
+
+def test_missing_folder_is_named_in_the_error(tmp_path):
+    message = error_of(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message
+    assert "fashion-mnist" in message
+    assert "cifar10" in message
+
+
+def test_folder_without_images_lists_extensions(tmp_path):
+    assert ".jpg" in error_of(tmp_path)
+    (tmp_path / "b").mkdir()
+    assert ".png" in error_of(tmp_path)
+
+
+def test_different_classes_in_train_and_test_raise_input_error(tmp_path):
+    for name in ("train/a", "train/b", "test/a"):
+        draw(tmp_path / name / "0.png")
+    message = error_of(tmp_path, "test")
+    assert "'b'" in message
+    assert str(tmp_path / "test") in message
+    assert len(open_images(str(tmp_path), "train")) == 2, "pretraining needs no test classes"
+    draw(tmp_path / "test" / "b" / "0.png")
+    draw(tmp_path / "test" / "c" / "0.png")
+    assert "'c'" in error_of(tmp_path, "test")
+
+
+def test_test_folder_without_train_folder_raises_input_error(tmp_path):
+    draw(tmp_path / "test" / "a" / "0.png")
+    assert "no folder train" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train", "valid"),
+        ("Train", "Test"),
+        ("Training", "Testing"),
+        ("training_set", "test_set"),
+        ("train2017", "val2017"),
+        ("TRAIN", "validation"),
+    ],
+)
+def test_usual_names_of_splits_are_recognised(tmp_path, train, test):
+    for i in range(3):
+        draw(tmp_path / train / "a" / f"{i}.png")
+    draw(tmp_path / test / "a" / "9.png")
+    assert files_of(open_images(str(tmp_path), "train"), tmp_path) == [f"{train}/a/{i}.png" for i in range(3)]
+    assert files_of(open_images(str(tmp_path), "test"), tmp_path) == [f"{test}/a/9.png"]
+
+
+def test_validation_folder_beside_a_test_folder_is_named_as_unused(tmp_path):
+    for split in ("train", "val", "test"):
+        draw(tmp_path / split / "a" / "0.png")
+    assert open_images(str(tmp_path), "train").note == "not used: val"
+    assert files_of(open_images(str(tmp_path), "test"), tmp_path) == ["test/a/0.png"]
+
+
+def test_train_folder_alone_is_split_by_tenths(tmp_path):
+    for i in range(12):
+        draw(tmp_path / "train" / "a" / f"{i:02}.png")
+    assert (len(open_images(str(tmp_path), "train")), len(open_images(str(tmp_path), "test"))) == (11, 1)
+
+
+def test_folder_named_train_among_others_is_a_class(tmp_path):
+    for name in ("bus", "train", "tram"):
+        draw(tmp_path / name / "0.png"), draw(tmp_path / name / "1.png")
+    assert open_images(str(tmp_path), "train").classes == ["bus", "train", "tram"]
+
+
+def test_two_folders_of_one_split_raise_input_error(tmp_path):
+    for name in ("train2014", "train2017", "val2017"):
+        draw(tmp_path / name / "0.png")
+    assert "train2014 and train2017" in error_of(tmp_path)
+
+
+def test_images_beside_class_folders_are_left_out_and_counted(tmp_path):
+    draw(tmp_path / "a" / "0.png"), draw(tmp_path / "a" / "1.png")
+    draw(tmp_path / "loose.png")
+    images = open_images(str(tmp_path), "train")
+    assert files_of(images, tmp_path) == ["a/1.png"]
+    assert "1 images beside the class folders are left out (--unlabelled takes them)" in images.note
+    assert len(open_images(str(tmp_path), "train", unlabelled=True)) == 3
+
+
+def test_class_with_one_image_is_trained_on(tmp_path):
+    draw(tmp_path / "a" / "0.png"), draw(tmp_path / "a" / "1.png"), draw(tmp_path / "rare" / "0.png")
+    images = open_images(str(tmp_path), "train")
+    assert images.labels.tolist() == [0, 1] and images.classes == ["a", "rare"]
+    assert "rare" in images.note
+    assert files_of(open_images(str(tmp_path), "test"), tmp_path) == ["a/0.png"]
+
+
+def test_folders_of_one_image_each_are_no_classes(tmp_path):
+    for i in range(20):
+        draw(tmp_path / f"p{i:03}" / "scan.png")
+    images = open_images(str(tmp_path), "train")
+    assert len(images) == 20 and images.labels is None
+    assert len(open_images(str(tmp_path), "test")) == 2
+
+
+def test_empty_and_foreign_folders_are_no_classes(tmp_path):
+    for name in ("a", "b"):
+        draw(tmp_path / name / "0.png"), draw(tmp_path / name / "1.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "__MACOSX" / "a").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "a" / "._0.png").write_bytes(b"\0")
+    images = open_images(str(tmp_path), "train")
+    assert images.classes == ["a", "b"]
+    assert "empty: folder without images" in images.note
+
+
+def test_unlabelled_folders_of_dates_are_one_list(tmp_path):
+    for name in ("2021/05/camera/1.png", "2021/06/2.png", "2022/3.png"):
+        draw(tmp_path / name)
+    images = open_images(str(tmp_path), "train", unlabelled=True)
+    assert len(images) == 3 and images.labels is None
+
+
+def test_link_cycles_and_doubled_files_are_met_once(tmp_path):
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+        draw(tmp_path / name)
+    (tmp_path / "a" / "latest").symlink_to(".")
+    (tmp_path / "a" / "parent").symlink_to("..")
+    (tmp_path / "a" / "other").symlink_to("../b")
+    (tmp_path / "a" / "copy.png").symlink_to("0.png")
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    images = open_images(str(tmp_path), "train")
+    assert files_of(images, tmp_path) == ["a/1.png", "b/1.png"]
+    assert "3 links to folders met before" in images.note and "1 links to files met before" in images.note
+    assert "1 links that lead nowhere" in images.note
+
+
+def test_linked_files_and_folders_are_followed(tmp_path):
+    for i in range(2):
+        draw(tmp_path / "store" / f"{i}.png"), draw(tmp_path / "other" / f"{i}.png")
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "0.png").symlink_to(tmp_path / "store" / "0.png")
+    (tmp_path / "set" / "a" / "1.png").symlink_to(tmp_path / "store" / "1.png")
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "other")
+    images = open_images(str(tmp_path / "set"), "train")
+    assert images.classes == ["a", "b"] and len(images) == 2
+
+
+def test_endings_that_pillow_reads_are_images_and_others_are_counted(tmp_path):
+    for name in ("0.gif", "1.jfif", "2.jp2", "3.webp", "4.tga", "5.png"):
+        draw(tmp_path / name)
+    (tmp_path / "6.heic").write_bytes(b"")
+    (tmp_path / "7.nef").write_bytes(b"")
+    images = open_images(str(tmp_path), "train")
+    assert len(images) == 6 + (".heic" in EXTENSIONS) and all(images.load(i).size == (12, 10) for i in range(6))
+    assert "1 files ending in .nef" in images.note
+
+
+def test_yolo_voc_and_roboflow_folders_are_opened_without_classes(tmp_path):
+    for name in ("yolo/images/train/0", "yolo/images/val/1", "voc/JPEGImages/0", "voc/SegmentationClass/0"):
+        draw(tmp_path / f"{name}.png")
+    for name in ("roboflow/train/images/0", "roboflow/valid/images/1"):
+        draw(tmp_path / f"{name}.png")
+    for name in ("yolo/labels/train", "voc/Annotations", "roboflow/train/labels", "roboflow/valid/labels"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.txt").write_text("0 0 0 1 1")
+    expected = {"yolo": "images/train/0.png", "voc": "JPEGImages/0.png", "roboflow": "train/images/0.png"}
+    for name, file in expected.items():
+        images = open_images(str(tmp_path / name), "train")
+        assert images.labels is None and files_of(images, tmp_path / name) == [file]
+    assert files_of(open_images(str(tmp_path / "yolo"), "test"), tmp_path / "yolo") == ["images/val/1.png"]
+
+
+def test_list_of_images_and_folders(tmp_path):
+    for name in ("a/0.png", "a/1.png", "b/2.png"):
+        draw(tmp_path / name)
+    (tmp_path / "list.txt").write_text("# images\nb/2.png\n\na\n")
+    images = open_images(str(tmp_path / "list.txt"), "train")
+    assert files_of(images, tmp_path) == ["b/2.png", "a/0.png", "a/1.png"] and images.labels is None
+    (tmp_path / "list.txt").write_text("nowhere.png\n")
+    assert "nowhere.png does not exist" in error_of(tmp_path / "list.txt")
