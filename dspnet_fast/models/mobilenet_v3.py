@@ -104,7 +104,7 @@ class DepthwiseSeparable(nn.Module):
         """Map [N, C, H, W] to [N, C', H', W']."""
         y = conv_norm_act(x, self.conv_dw, self.bn1, self.act1)
         y = conv_norm_act(y, self.conv_pw, self.bn2)
-        return materialize(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
+        return materialize(y, x, inplace=True) if self.stride == 1 and x.shape[1] == y.shape[1] else y
 
 
 class InvertedResidual(nn.Module):
@@ -137,7 +137,7 @@ class InvertedResidual(nn.Module):
         y = conv_norm_act(x, self.conv_pw, self.bn1, self.act1)
         y = self.se(conv_norm_act(y, self.conv_dw, self.bn2, self.act2))
         y = conv_norm_act(y, self.conv_pwl, self.bn3)
-        return materialize(y, x) if self.stride == 1 and x.shape[1] == y.shape[1] else y
+        return materialize(y, x, inplace=True) if self.stride == 1 and x.shape[1] == y.shape[1] else y
 
 
 class Feature(nn.Module):

@@ -42,7 +42,8 @@ class BasicBlock(nn.Module):
         """Map [N, C, H, W] to [N, C', H', W']."""
         y = conv_norm_act(x, self.conv1, self.bn1, self.act1)
         y = conv_norm_act(y, self.conv2, self.bn2)
-        return materialize(y, x if self.downsample is None else conv_norm_act(x, *self.downsample), self.act2)
+        shortcut = x if self.downsample is None else conv_norm_act(x, *self.downsample)
+        return materialize(y, shortcut, self.act2, inplace=True)
 
 
 class ResNet(Network):

@@ -66,13 +66,16 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
     return replace(deferred, act=act_name(act))
 
 
-def materialize(x: Activation, shortcut: Activation | None = None, act: nn.Module | None = None) -> Tensor:
+def materialize(
+    x: Activation, shortcut: Activation | None = None, act: nn.Module | None = None, inplace: bool = False
+) -> Tensor:
     """Compute an activation as a tensor; with a shortcut, act(x + shortcut).
 
     Args:
-        x: activation, [N, C, H, W]. Under autograd a Tensor is overwritten by its sum with a shortcut.
+        x: activation, [N, C, H, W].
         shortcut: the residual to add, of the same shape, or None.
         act: activation function of the sum; not applied to a `Deferred` without shortcut, which holds its own.
+        inplace: whether the sum may overwrite x where x is a Tensor, as it may be if nothing else reads x.
 
     Returns:
         The activation, [N, C, H, W].
@@ -87,7 +90,7 @@ def materialize(x: Activation, shortcut: Activation | None = None, act: nn.Modul
         if shortcut is None:
             y = x
         else:
-            y = x + shortcut if x.grad_fn is None or x.dtype != shortcut.dtype else x.add_(shortcut)
+            y = x.add_(shortcut) if inplace and x.dtype == shortcut.dtype else x + shortcut
         return y if act is None else act(y)
     x = x if isinstance(x, Deferred) else Deferred(x)
     if shortcut is None:
