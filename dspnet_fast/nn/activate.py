@@ -54,10 +54,11 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
         ...     layer(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 8, 8, 8])
     """
-    name, sizes = _resolve(model, dn)
+    modules = dict(model.named_modules())
+    name, sizes = _resolve(model, modules, dn)
     active = ActiveSubnet(name)
     left = dict(sizes)
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(module, Sized):
             size = left.pop(path, None)
             if size is not None and not 0 <= size <= module.full_size:
@@ -76,7 +77,9 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
     return active
 
 
-def _resolve(model: nn.Module, dn: Subnet | str | float | Sizes | None) -> tuple[str, Sizes]:
+def _resolve(
+    model: nn.Module, modules: Mapping[str, nn.Module], dn: Subnet | str | float | Sizes | None
+) -> tuple[str, Sizes]:
     """Return the subnet's name and the sizes that differ from the full network's."""
     if dn is None:
         return "full", {}
@@ -91,12 +94,11 @@ def _resolve(model: nn.Module, dn: Subnet | str | float | Sizes | None) -> tuple
         name = width_name(dn)
         sizes = {
             path: min(make_divisible(module.full_size * dn), module.full_size)
-            for path, module in model.named_modules()
+            for path, module in modules.items()
             if isinstance(module, SlimConv2d) and module.groups == 1
         }
     else:
         raise ValueError(
             f"{type(model).__name__} has no layer_sizes() method: give a width or a mapping instead of {dn!r}"
         )
-    modules = dict(model.named_modules())
     return name, {path: size for path, size in sizes.items() if size != getattr(modules.get(path), "full_size", None)}

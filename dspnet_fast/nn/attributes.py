@@ -8,7 +8,10 @@ from torch import nn
 
 
 class AttributeChanges:
-    """Changed attributes of modules; as a context manager it restores the previous values on exit."""
+    """Changed attributes of modules, none of them parameters, buffers or modules.
+
+    As a context manager it restores the previous values on exit.
+    """
 
     def __init__(self) -> None:
         self._previous: list[tuple[nn.Module, str, Any]] = []
@@ -16,11 +19,11 @@ class AttributeChanges:
     def set(self, module: nn.Module, attribute: str, value: Any) -> None:
         """Set an attribute of a module and remember its previous value."""
         self._previous.append((module, attribute, getattr(module, attribute)))
-        setattr(module, attribute, value)
+        vars(module)[attribute] = value  # nn.Module.__setattr__ is slow: it looks for parameters and modules
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         for module, attribute, value in reversed(self._previous):
-            setattr(module, attribute, value)
+            vars(module)[attribute] = value

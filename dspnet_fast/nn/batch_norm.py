@@ -25,7 +25,7 @@ from ..ops.deferred import upcast
 from ..ops.registry import is_eager
 from .attributes import AttributeChanges
 from .deferred import ConvOutput, Deferred
-from .prefix import prefix
+from .prefix import prefixes
 from .sized import main_grad
 
 # Called with the mean and biased variance [V, C] of each view and the number of values per channel and view.
@@ -124,7 +124,7 @@ class SlimBatchNorm(_BatchNorm):
         if isinstance(x, ConvOutput):
             return Deferred(x.y, *self._scale_shift(x))
         self._check_input_dim(x)
-        weight, bias = prefix(self.weight, channels), prefix(self.bias, channels)
+        weight, bias = prefixes(self, channels)
         views = self.batch_views
         if not views:
             mean, variance = self._stored_statistics(channels)
@@ -146,6 +146,12 @@ class SlimBatchNorm(_BatchNorm):
     def _eager(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> Tensor:
         """Normalise each view by PyTorch's kernels."""
         channels, count = x.shape[1], self._count(x.shape, views)
+        tracks = self._tracks(channels)
+        plain = self.observer is None and not tracks and not self._changes_moments
+        if plain and self.training:
+            self.measured.clear()
+        if plain and views == 1:
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         parts = x.chunk(views) if views > 1 else (x,)  # the gradient of a chunk would be a copy
 
         def normalize(moments: Iterable[Statistics], training: bool = True, momentum: float = 0.0) -> Tensor:
@@ -155,15 +161,12 @@ class SlimBatchNorm(_BatchNorm):
             ]
             return y[0] if views == 1 else torch.cat(y)
 
+        if plain:
+            return normalize(views * [(None, None)])
         if self._changes_moments:
             moments = [torch.batch_norm_update_stats(part, *self._zeros(x), 1.0) for part in parts]
             mean, variance = map(torch.stack, zip(*moments, strict=True))
             return normalize(zip(*self._statistics(mean, variance, count), strict=True), training=False)
-        tracks = self._tracks(channels)
-        if not tracks and self.observer is None:
-            if self.training:
-                self.measured.clear()
-            return normalize(views * [(None, None)])
         if tracks and self.bn_groups == 1 and self.momentum is not None:
             assert self.num_batches_tracked is not None
             self.measured.clear()
@@ -383,12 +386,14 @@ class BatchNormSettings(TypedDict, total=False):
     alpha: float | Tensor
 
 
-def configure_batch_norm(model: nn.Module, **settings: Unpack[BatchNormSettings]) -> AttributeChanges:
+def configure_batch_norm(
+    model: nn.Module | Iterable[SlimBatchNorm], **settings: Unpack[BatchNormSettings]
+) -> AttributeChanges:
     """Set attributes of all slimmable batch normalisation layers in a model: permanently, or inside a `with` block
     only.
 
     Args:
-        model: any module.
+        model: any module, or the layers themselves.
         settings: `bn_groups`, `process_group` and `view` for all layers, `alpha` for momentum batch normalisation, as
             documented at `SlimBatchNorm` and `MomentumBatchNorm`. Attributes not named here keep their values.
 
@@ -402,7 +407,7 @@ def configure_batch_norm(model: nn.Module, **settings: Unpack[BatchNormSettings]
         2
     """
     changes = AttributeChanges()
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else model:
         if isinstance(module, SlimBatchNorm):
             for name, value in settings.items():
                 if name != "alpha" or isinstance(module, MomentumBatchNorm):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops import conv_moments, slim_conv2d, slim_linear
 from ..ops.registry import is_eager
 from .deferred import ConvOutput, Deferred
-from .prefix import HALF, prefix
+from .prefix import HALF, prefixes
 from .sized import Sized, main_grad
 
 
@@ -62,13 +62,12 @@ class SlimConv2d(Sized, nn.Conv2d):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
         # On maps of one pixel, as in squeeze-and-excite.
-        is_product = groups == 1 and x.shape[2:].numel() == self.weight.shape[2:].numel() == 1 and padding == (0, 0)
+        is_product = self.kernel_size == (1, 1) and groups == 1 and x.shape[2:].numel() == 1 and padding == (0, 0)
         if is_eager():
             dtype = x.dtype
             if groups > 1 and x.device.type == "cpu" and dtype in HALF:
                 x = x.float()  # backward passes of grouped convolutions in 16 bits are several times slower
-            weight = prefix(self.weight, out_channels, x.shape[1] // groups, like=x)
-            bias = prefix(self.bias, out_channels, like=x)
+            weight, bias = prefixes(self, out_channels, x.shape[1] // groups, like=x)
             if is_product:
                 return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
             return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups).to(dtype)

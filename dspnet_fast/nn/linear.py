@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..ops import slim_linear
 from ..ops.registry import is_eager
-from .prefix import prefix
+from .prefix import prefixes
 from .sized import Sized, main_grad
 
 
@@ -43,7 +43,6 @@ class SlimLinear(Sized, nn.Linear):
             raise ValueError(f"SlimLinear has {self.in_features} input features, but the input has {features}")
         grad = main_grad(self.weight)
         if is_eager() and (grad is None or x.dtype != self.weight.dtype):
-            weight = prefix(self.weight, self.size, features, like=x)
-            return F.linear(x, weight, prefix(self.bias, self.size, like=x))
+            return F.linear(x, *prefixes(self, self.size, features, like=x))
         bias = None if self.bias is None else self.bias[: self.size]
         return slim_linear(x, self.weight, bias, grad, self.size)  # adds the gradient by the matrix product

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sized import main_grad
 
 HALF = (torch.bfloat16, torch.float16)
 
-_shared: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] | None = None  # by id of the weight, sizes and dtype
+Prefixes = tuple[Any, Any]  # of weight and bias: tensors, or None as for the parameters of torch.nn layers
+
+_shared: dict[tuple[nn.Module, tuple[int, ...], torch.dtype | None], Prefixes] | None = None
 
 
 @contextmanager
 def shared_prefixes() -> Iterator[None]:
-    """Within this context a layer that runs several times uses one prefix, so its gradient is added once."""
+    """Within this context a layer that runs several times uses the same prefixes, so their gradient is added once."""
     global _shared
     before, _shared = _shared, {}
     try:
@@ -27,45 +29,45 @@ def shared_prefixes() -> Iterator[None]:
         _shared = before
 
 
-@overload
-def prefix(weight: Tensor, *sizes: int, like: Tensor | None = None) -> Tensor: ...
-@overload
-def prefix(weight: None, *sizes: int, like: Tensor | None = None) -> None: ...
+def prefixes(layer: nn.Module, *sizes: int, like: Tensor | None = None) -> Prefixes:
+    """The first `sizes` elements of the weight's first dimensions and `sizes[0]` elements of the bias, differentiable.
 
-
-def prefix(weight: Any, *sizes: int, like: Tensor | None = None) -> Any:
-    """The first `sizes` elements of each of a weight's first dimensions, differentiable.
-
-    The gradient is added to the same prefix of the weight's `main_grad` if it has one. Otherwise autograd gets a
+    The gradient is added to the same prefix of the parameter's `main_grad` if it has one. Otherwise autograd gets a
     full-size gradient that is zero outside the prefix.
 
     Args:
-        weight: a parameter, or None.
+        layer: a layer whose `weight` and `bias` are parameters or None.
         sizes: sizes of the prefix, at most those of the weight.
-        like: with a tensor in 16 bits, round the prefix to its dtype, as automatic mixed precision does.
+        like: with a tensor in 16 bits, round the prefixes to its dtype, as automatic mixed precision does.
 
     Returns:
-        The prefix; None for None.
+        The prefixes of weight and bias; None for None.
 
     Example:
-        >>> prefix(torch.ones(4, 6), 2, 3).shape
-        torch.Size([2, 3])
+        >>> weight, bias = prefixes(nn.Linear(6, 4), 2, 3)
+        >>> weight.shape, bias.shape
+        (torch.Size([2, 3]), torch.Size([2]))
     """
+    half = like is not None and like.dtype in HALF and not torch.is_autocast_enabled()
+    dtype = like.dtype if like is not None and half else None
+    if _shared is None:
+        return _of(layer.weight, sizes, dtype), _of(layer.bias, sizes[:1], dtype)
+    key = layer, sizes, dtype
+    if key not in _shared:
+        _shared[key] = _of(layer.weight, sizes, dtype), _of(layer.bias, sizes[:1], dtype)
+    return _shared[key]
+
+
+def _of(weight: Any, sizes: tuple[int, ...], dtype: torch.dtype | None) -> Any:
     if weight is None:
         return None
-    whole = sizes == weight.shape[: len(sizes)]
-    dtype = like.dtype if like is not None and like.dtype in HALF and not torch.is_autocast_enabled() else weight.dtype
-    if whole and dtype == weight.dtype:
+    dtype = dtype or weight.dtype
+    if sizes == weight.shape[: len(sizes)] and dtype == weight.dtype:
         return weight
     buffer = main_grad(weight)
     if buffer is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _prefix(weight, sizes).to(dtype)
-    if _shared is None:
-        return _Prefix.apply(weight, buffer, sizes, dtype)
-    key = id(weight), sizes, dtype
-    if key not in _shared:
-        _shared[key] = _Prefix.apply(weight, buffer, sizes, dtype)
-    return _shared[key]
+    return _Prefix.apply(weight, buffer, sizes, dtype)
 
 
 def _prefix(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -79,7 +81,8 @@ class _Prefix(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, buffer: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         ctx.buffer = _prefix(buffer, sizes)  # not saved for backward: autograd rejects tensors changed in place
         # Convolutions would copy a prefix with gaps in their forward and again in their backward passes.
-        return torch.empty_like(_prefix(weight, sizes), dtype=dtype).copy_(_prefix(weight, sizes))
+        part = _prefix(weight, sizes)
+        return part.clone() if dtype == part.dtype else part.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:

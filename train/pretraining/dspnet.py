@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,11 @@ class Branch(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Prediction (online) or projection (target) of each image."""
         return self.heads(self.encoder(images))
+
+    @cached_property
+    def encoder_norms(self) -> list[SlimBatchNorm]:
+        """The encoder's batch normalisation layers."""
+        return [module for module in self.encoder.modules() if isinstance(module, SlimBatchNorm)]
 
     def heads(self, features: Tensor) -> Tensor:
         """Prediction or projection of features [N, F]."""
@@ -167,7 +173,7 @@ class DSPNet(nn.Module):
         features = []
         with shared_prefixes():
             for view, part in enumerate(images.chunk(VIEWS)):
-                with configure_batch_norm(branch.encoder, view=view):
+                with configure_batch_norm(branch.encoder_norms, view=view):
                     features.append(branch.encoder(part))
         return branch.heads(torch.cat(features))
 
