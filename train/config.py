@@ -150,12 +150,18 @@ class RunConfig:
     out: str = option("", "run directory for configuration, metrics, checkpoints and results", True, "DIR")
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Names of the options that differ and may not change on resuming."""
+        """Names of the options that differ in a resumed run, `other`, and may not. `epochs` may be raised."""
         return [
             f.name
             for f in fields(self)
-            if not f.metadata["changeable"] and getattr(self, f.name) != getattr(other, f.name)
+            if not f.metadata["changeable"]
+            and getattr(self, f.name) != getattr(other, f.name)
+            and not (f.name == "epochs" and self.is_raised_by(other))
         ]
+
+    def is_raised_by(self, other: RunConfig) -> bool:
+        """Whether a resumed run, `other`, has more epochs."""
+        return bool(vars(self)["epochs"] < vars(other)["epochs"])
 
 
 @dataclass(kw_only=True)
