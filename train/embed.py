@@ -19,7 +19,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.slim import slim
 
 from . import cli
-from .config import WORKERS_HELP, Workers
+from .config import DEVICE_HELP, WORKERS_HELP, Workers
 from .data.datasets.folder import open_files
 from .data.datasets.images import ImageDataset
 from .data.datasets.registry import open_images
@@ -80,6 +80,7 @@ def _cut(out: Path, dn: str | None) -> tuple[nn.Module, int]:
     trained, _ = load_family(out, config)
     (subnet,) = selected_subnets(out, options, [dn or trained.family.full.name], nested=False)
     if subnet.name not in trained.restore_statistics([subnet]):
+        atomic.check_writable(out)
         trained.measure_statistics([subnet], open_images(data, "train"), data)
         trained.restore_statistics([subnet])
     return slim(trained.model, subnet), image_size
@@ -129,10 +130,13 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--split", choices=("train", "test"), default="train", help="split of a dataset or shards")
     parser.add_argument("--out", metavar="FILE.npy", required=True, type=Path, help="file for the features")
     parser.add_argument("--workers", type=Workers, default="auto", metavar="N", help=WORKERS_HELP)
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
     options: Any = parser.parse_args(argv)
     if options.out.suffix != ".npy":
         raise InputError(f"--out {options.out}: give a file that ends in .npy")
+    if options.out.is_dir():
+        raise InputError(f"--out {options.out} is a folder: give a file that ends in .npy")
+    atomic.check_writable(options.out.absolute().parent)
     images = open_files([options.data]) if Path(options.data).is_dir() else open_images(options.data, options.split)
     embedder = open_embedder(options.network, options.dn, options.device)
     features = np.concatenate(list(embedder.batches(images, options.workers)))

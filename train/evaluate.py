@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dspnet_fast import atomic
+
 from . import cli
 from .evaluation.protocols import knn, linear, semi
 from .evaluation.protocols.common import EvaluationOptions
@@ -82,6 +84,7 @@ def _main(argv: Sequence[str]) -> None:
     given = parsed[parsed.protocol]
     options = cli.to_config(protocol.options, given)
     out: Path = given.out
+    atomic.check_writable(out)
     try:
         report = protocol.evaluate(out, options)
     except KeyboardInterrupt:

@@ -101,6 +101,8 @@ def init_process_group(device: torch.device) -> World:
     if size == 1:
         return SINGLE_PROCESS
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "mps":
+        raise InputError(f"{size} processes with --device mps: Apple's GPUs have no collectives; use one process")
     if device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise InputError(

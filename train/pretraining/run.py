@@ -102,6 +102,7 @@ class PretrainRun:
         step = checkpoint.latest_step(self.checkpoints) if resume else 0
         self._data_used, self._data_change = used.resumed(before, step, self.out)
         if world.is_main:
+            checkpoint.check_room(self.checkpoints, trainer.state(), 1 if resume else config.keep_checkpoints + 1)
             open_run(config, resume)
             write_data_used(self.out, self._data_used)
             if self.kernels is not None:

@@ -41,11 +41,13 @@ def check_out(config: RunConfig, resume: bool) -> None:
         resume: whether to continue the run in `config.out`.
 
     Raises:
-        InputError: `out` is a file, contains a run and `resume` is False, or contains none and `resume` is True.
+        InputError: `out` is a file, cannot be written to, contains a run and `resume` is False, or contains none and
+            `resume` is True.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
+    atomic.check_writable(out)
     if resume:
         read_config(out, type(config))
     elif (out / CONFIG).exists():

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...config import FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, option
+from ...config import DEVICE_HELP, FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, option
 from ...costs.flops import network_cost
 from ...data.datasets import open_images
 from ...data.datasets.images import ImageDataset, require_labels
@@ -26,7 +26,7 @@ class EvaluationOptions:
 
     data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
     workers: Workers = option("auto", WORKERS_HELP)
-    device: str = option("auto", "auto, cpu or cuda", metavar="DEVICE")
+    device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP)
     plugins: str = option("", PLUGINS_HELP, metavar="MODULES")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dspnet_fast.errors import InputError
 
-from ...config import option, positive
+from ...config import option, positive, two_images
 from ...data.datasets.images import dataset_digest
 from ...data.loader import one_view_batches
 from ...data.normalization import normalize
@@ -45,7 +45,8 @@ class ClassifierOptions(EvaluationOptions):
 
     def check(self) -> None:
         """Raise InputError for invalid values."""
-        positive(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
+        positive(epochs=self.epochs, lr=self.lr)
+        two_images(self.batch_size)
         if not 0 <= self.momentum < 1:
             raise InputError(f"--momentum must be at least 0 and below 1, not {self.momentum}")
 

@@ -105,7 +105,7 @@ class SemiOptions(ClassifierOptions):
 def fitting_batch(largest: int, images: int) -> int:
     """A batch size up to `largest` that drops few images: 256 would drop 244 of 500 images in each epoch."""
     whole = min(largest, images)
-    even = images // -(-images // whole)
+    even = max(2, images // -(-images // whole))  # batch normalisation needs two images
     return min((whole, even), key=lambda size: images % size)
 
 
