@@ -13,6 +13,7 @@ from ...config import DEVICE_HELP, FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP
 from ...costs.flops import network_cost
 from ...data.datasets import open_images
 from ...data.datasets.images import ImageDataset, require_labels
+from ...distributed.process_group import init_sharing
 from ...run.device import choose_device
 from ...selection.kernels import use_kernels
 from ..pretrained import PretrainedFamily
@@ -40,6 +41,7 @@ class EvaluationSetup:
         trains: whether the protocol computes gradients of the networks.
 
     Attributes:
+        world: the ranks that share the computation of features, until `end_sharing`.
         trained: the family.
         data: name of the dataset.
         train: training split.
@@ -52,8 +54,8 @@ class EvaluationSetup:
     """
 
     def __init__(self, out: Path, options: EvaluationOptions, trains: bool = False) -> None:
-        device = choose_device(options.device)
-        self.trained = PretrainedFamily(out, device)
+        self.world, device = init_sharing(choose_device(options.device))
+        self.trained = PretrainedFamily(out, device, world=self.world)
         if options.fast_kernels:
             config = self.trained.config
             plugins = options.plugins or config.plugins

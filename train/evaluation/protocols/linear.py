@@ -14,6 +14,7 @@ from ...data.loader import one_view_batches
 from ...data.normalization import normalize
 from ...data.sampler import EpochSampler
 from ...data.views import augmentation
+from ...distributed.process_group import end_sharing, refuse_ranks
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..features import representations
@@ -83,6 +84,8 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     options.check()
+    if options.augment:
+        refuse_ranks("--augment runs in one process")
     setup = EvaluationSetup(out, options)
     trained = setup.trained
     subnets = list(trained.family)
@@ -104,6 +107,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         def batches(start: int) -> Iterable[Batch]:
             return feature_batches(train, setup.train_labels, order(start), trained.device)
 
+    end_sharing(setup.world)
     classifiers = Classifiers({s.name: s.channels[-1] for s in subnets}, setup.classes, hparams.seed)
     training = ClassifierTraining(classifiers.to(trained.device), hparams, order().steps_per_epoch)
     view_key = (options.min_scale,) if options.augment else ()
