@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
 
+PROBE_BYTES = 1 << 16
 NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
@@ -34,6 +36,26 @@ def needs_room(path: Path) -> Iterator[None]:
             f"the disk is full: {path} could not be written, and what was saved before is whole; make room and go on "
             "from there (a training with --resume)"
         ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, which may not exist yet. Leaves nothing behind.
+
+    Raises:
+        InputError: the folder or its nearest existing parent is a file or read-only, or the disk is full.
+    """
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{existing} is not a folder: give a folder for the results")
+    try:
+        with needs_room(existing), tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+            file.write(bytes(PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot write to {existing}: {reason}; give a folder that this user can write to") from error
 
 
 def sync(path: Path) -> None:

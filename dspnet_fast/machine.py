@@ -1,7 +1,22 @@
-"""The machine's processor."""
+"""The machine's processor, and what its devices can compute with."""
 
 import platform
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WITHOUT_FLOAT64 = ("mps", "meta")  # meta, so that the tests can tell without an Apple GPU
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no float64."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """A tensor in float64; on the CPU if its device has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def cpu_model() -> str:

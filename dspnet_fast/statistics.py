@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .machine import in_float64
 from .nn import activate
 from .nn.batch_norm import Observer, SlimBatchNorm
 from .subnets import Subnet
@@ -34,7 +35,7 @@ class Moments:
 
     def add(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Merge the mean [C] and biased variance [C] of `count` values per channel."""
-        mean, squares = mean.double(), variance.double() * count
+        mean, squares = in_float64(mean), in_float64(variance) * count
         delta = mean - self.mean
         total = self.count + count
         self.mean = self.mean + delta * (count / total)

@@ -19,6 +19,7 @@ from dspnet_fast.atomic import is_for_lack_of_room
 from dspnet_fast.errors import InputError
 
 from .config import flag, key
+from .distributed.process_group import refuse_ranks
 from .run.terminal import protect_output
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -108,7 +109,7 @@ def to_config(config: type, namespace: Namespace) -> Any:
     return config(**{f.name: namespace[key(f.name)] for f in fields(config)})
 
 
-def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, several_ranks: bool = False) -> None:
     """Run a command and exit.
 
     The exit code is 0 after success, 2 after an `InputError`, 1 after any other error. Errors are one line on stderr;
@@ -117,11 +118,14 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     Args:
         main: function to run, given the arguments.
         argv: arguments [sys.argv[1:]].
+        several_ranks: whether `main` shares its work with other processes that torchrun started; else rank 0 refuses.
     """
     argv = sys.argv[1:] if argv is None else argv
     protect_output()
     try:
         with _full_disk_reported_once():
+            if not several_ranks:
+                refuse_ranks("this command runs in one process")
             main(argv)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)

@@ -76,6 +76,7 @@ def _main(argv: Sequence[str]) -> None:
     comparison = comparison_of(parsed)
     if not comparison.options.out:
         raise InputError("--out is missing: name a folder for the runs and the results, such as --out runs/compared")
+    atomic.check_writable(comparison.out)
     try:
         report = compare(comparison)
     except KeyboardInterrupt:

@@ -19,6 +19,8 @@ WORKERS_HELP = (
 )
 FAST_KERNELS_HELP = "compute steps in the fastest way that is verified on this device; see docs/selection.md"
 PLUGINS_HELP = "modules or .py files, separated by commas, that register providers"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICE_HELP = "auto, which is cuda or cpu; cpu; cuda; or mps, an Apple GPU"
 SCRATCH = "none"  # value of --from for random weights
 
 
@@ -115,7 +117,7 @@ class OptimizationOptions:
 class ExecutionOptions:
     """execution"""
 
-    device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
+    device: str = option("auto", DEVICE_HELP, True, "DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP, changeable=True)
     plugins: str = option("", PLUGINS_HELP, True, "MODULES")
     grad_accum_steps: int = option(1, "micro-batches per optimizer step", True)
@@ -150,12 +152,18 @@ class RunConfig:
     out: str = option("", "run directory for configuration, metrics, checkpoints and results", True, "DIR")
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Names of the options that differ and may not change on resuming."""
+        """Names of the options that differ in a resumed run, `other`, and may not. `epochs` may be raised."""
         return [
             f.name
             for f in fields(self)
-            if not f.metadata["changeable"] and getattr(self, f.name) != getattr(other, f.name)
+            if not f.metadata["changeable"]
+            and getattr(self, f.name) != getattr(other, f.name)
+            and not (f.name == "epochs" and self.is_raised_by(other))
         ]
+
+    def is_raised_by(self, other: RunConfig) -> bool:
+        """Whether a resumed run, `other`, has more epochs."""
+        return bool(vars(self)["epochs"] < vars(other)["epochs"])
 
 
 @dataclass(kw_only=True)
@@ -172,18 +180,18 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "stem": STEMS,
             "momentum_bn": ("on", "off", "momentum2"),
             "precision": ("fp32", "bf16", "fp16"),
-            "device": ("auto", "cpu", "cuda"),
+            "device": DEVICES,
             "cudnn": ("deterministic", "default", "benchmark"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        two_images(self.batch_size)
         sizes = (
             "image_size",
             "hidden_features",
             "out_features",
             "epochs",
-            "batch_size",
             "log_steps",
             "probe_images",
             "grad_accum_steps",
@@ -264,13 +272,14 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
     command = "dspnet-finetune"
 
     evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
-    device: str = option("auto", "auto, cpu or cuda", True, "DEVICE")
+    device: str = option("auto", DEVICE_HELP, True, "DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP, True)
     plugins: str = option("", PLUGINS_HELP, True, "MODULES")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
-        positive(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
+        positive(epochs=self.epochs, lr=self.lr)
+        two_images(self.batch_size)
         positive(head_lr=self.lr if self.head_lr is None else self.head_lr)
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
@@ -306,3 +315,9 @@ def positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise InputError(f"{flag(name)} must be above 0, not {value}")
+
+
+def two_images(batch_size: int) -> None:
+    """Raise InputError for a batch of fewer than two images, whose variance batch normalisation cannot take."""
+    if batch_size < 2:
+        raise InputError(f"--batch-size must be at least 2, for batch normalisation, not {batch_size}")

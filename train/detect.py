@@ -16,7 +16,7 @@ from dspnet_fast.models import Network, subnet
 from dspnet_fast.slim import slim
 
 from . import cli
-from .config import WORKERS_HELP, Workers, flag, option, positive
+from .config import DEVICE_HELP, WORKERS_HELP, Workers, flag, option, positive
 from .data.coco_loader import training_batches
 from .data.datasets import coco
 from .data.datasets.coco import CocoDataset, Instances
@@ -95,7 +95,7 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
     """Options of `train.detect`."""
 
     evaluate_steps: int = option(0, "steps between evaluations; 0: only at the end")
-    device: str = option("auto", "auto, cpu or cuda", metavar="DEVICE")
+    device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
@@ -316,6 +316,7 @@ def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     options = cli.to_config(DetectOptions, parsed)
     out: Path = parsed.out
+    atomic.check_writable(out)
     try:
         report = detect(out, parsed.dn, options)
     except KeyboardInterrupt:

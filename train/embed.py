@@ -19,11 +19,12 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.slim import slim
 
 from . import cli
-from .config import WORKERS_HELP, Workers
+from .config import DEVICE_HELP, WORKERS_HELP, Workers
 from .data.datasets.folder import open_files
 from .data.datasets.images import ImageDataset
 from .data.datasets.registry import open_images
-from .evaluation.pretrained import evaluation_views
+from .distributed.process_group import SINGLE_PROCESS, World, end_sharing, init_sharing
+from .evaluation.pretrained import BATCH, evaluation_views
 from .export import load_family, read_run, run_family, selected_subnets
 from .run.device import choose_device
 
@@ -44,44 +45,54 @@ class Embedder:
     image_size: int
     device: torch.device
 
-    def batches(self, images: ImageDataset, workers: Workers = "auto") -> Iterator[np.ndarray]:
-        """Features [B, F] in float32 of consecutive images, with a progress bar."""
+    def batches(
+        self, images: ImageDataset, workers: Workers = "auto", world: World = SINGLE_PROCESS
+    ) -> Iterator[np.ndarray]:
+        """Features [B, F] in float32 of consecutive images, with a progress bar; of all ranks on rank 0, else none."""
+        views = evaluation_views(images, self.image_size, self.device, "embed", workers, world=world)
         with torch.no_grad():
-            for batch in evaluation_views(images, self.image_size, self.device, "embed", workers):
-                yield self.network(batch).float().cpu().numpy()
+            mine = (self.network(batch).float().cpu().numpy() for batch in views)
+            yield from world.gather_in_order(mine, -(-len(images) // BATCH))
 
 
-def open_embedder(source: str | os.PathLike[str], dn: str | None = None, device: str = "auto") -> Embedder:
+def open_embedder(
+    source: str | os.PathLike[str],
+    dn: str | None = None,
+    device: str | torch.device = "auto",
+    world: World = SINGLE_PROCESS,
+) -> Embedder:
     """Load a network to compute features with.
 
     Args:
         source: run directory of a pretraining or fine-tuning, or folder of an exported network.
         dn: the subnet of a run; by default its largest network.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps", or a device.
+        world: the ranks, of which rank 0 measures post-statistics that the run does not have.
 
     Raises:
         InputError: if there is no such network.
     """
-    folder, chosen = Path(source), choose_device(device)
+    folder, chosen = Path(source), choose_device(device) if isinstance(device, str) else device
     if (folder / dspnet_fast.exported.MANIFEST).is_file():
         if dn is not None:
             raise InputError(f"{folder} is one exported network: leave --dn out, or give the run directory")
         network = dspnet_fast.exported.load(folder)
         image_size = json.loads((folder / dspnet_fast.exported.MANIFEST).read_text())["image_size"]
     else:
-        network, image_size = _cut(folder, dn)
+        network, image_size = _cut(folder, dn, world)
     return Embedder(network.to(chosen).to(memory_format=torch.channels_last).eval(), image_size, chosen)
 
 
-def _cut(out: Path, dn: str | None) -> tuple[nn.Module, int]:
+def _cut(out: Path, dn: str | None, world: World) -> tuple[nn.Module, int]:
     """A subnet of a run as an ordinary network, with its post-statistics, and the size of its images."""
     config = read_run(out)
     options, data, image_size = run_family(config)
     trained, _ = load_family(out, config)
+    trained.world = world
     (subnet,) = selected_subnets(out, options, [dn or trained.family.full.name], nested=False)
-    if subnet.name not in trained.restore_statistics([subnet]):
+    if world.all_gather(subnet.name not in trained.restore_statistics([subnet]))[0]:
+        atomic.check_writable(out)
         trained.measure_statistics([subnet], open_images(data, "train"), data)
-        trained.restore_statistics([subnet])
     return slim(trained.model, subnet), image_size
 
 
@@ -118,7 +129,7 @@ def embed(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit."""
-    cli.run(_main, argv)
+    cli.run(_main, argv, several_ranks=True)
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -129,20 +140,26 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--split", choices=("train", "test"), default="train", help="split of a dataset or shards")
     parser.add_argument("--out", metavar="FILE.npy", required=True, type=Path, help="file for the features")
     parser.add_argument("--workers", type=Workers, default="auto", metavar="N", help=WORKERS_HELP)
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
     options: Any = parser.parse_args(argv)
     if options.out.suffix != ".npy":
         raise InputError(f"--out {options.out}: give a file that ends in .npy")
+    if options.out.is_dir():
+        raise InputError(f"--out {options.out} is a folder: give a file that ends in .npy")
+    atomic.check_writable(options.out.absolute().parent)
     images = open_files([options.data]) if Path(options.data).is_dir() else open_images(options.data, options.split)
-    embedder = open_embedder(options.network, options.dn, options.device)
-    features = np.concatenate(list(embedder.batches(images, options.workers)))
-    atomic.write_atomically(options.out, lambda path: _save(path, features))
+    world, device = init_sharing(choose_device(options.device))
+    embedder = open_embedder(options.network, options.dn, device, world)
+    features = list(embedder.batches(images, options.workers, world))
+    end_sharing(world)
+    table = np.concatenate(features)
+    atomic.write_atomically(options.out, lambda path: _save(path, table))
     names = options.out.with_suffix(".json")
     files = [images.file(i) for i in range(len(images))]
     atomic.write_text(
         names, json.dumps({"network": options.network, "dn": options.dn, "files": files}, indent=1) + "\n"
     )
-    print(f"{options.out}: {features.shape[0]:,} images, {features.shape[1]} features each; their names: {names}")
+    print(f"{options.out}: {table.shape[0]:,} images, {table.shape[1]} features each; their names: {names}")
 
 
 def _save(path: Path, features: np.ndarray) -> None:

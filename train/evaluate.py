@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dspnet_fast import atomic
+
 from . import cli
 from .evaluation.protocols import knn, linear, semi
 from .evaluation.protocols.common import EvaluationOptions
@@ -68,7 +70,7 @@ def make_parsers() -> dict[str, cli.ArgumentParser]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit."""
-    cli.run(_main, argv)
+    cli.run(_main, argv, several_ranks=True)
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -82,6 +84,7 @@ def _main(argv: Sequence[str]) -> None:
     given = parsed[parsed.protocol]
     options = cli.to_config(protocol.options, given)
     out: Path = given.out
+    atomic.check_writable(out)
     try:
         report = protocol.evaluate(out, options)
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dspnet_fast
-from dspnet_fast import exported, latency, onnx_file
+from dspnet_fast import atomic, exported, latency, onnx_file
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, Network, subnet
@@ -114,6 +114,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     """
     options = options or ExportOptions()
     config = read_run(out)
+    atomic.check_writable(out)
     family_options, data, image_size = run_family(config)
     subnets = selected_subnets(out, family_options, dns, options.switchable)
     trained, classes = load_family(out, config)

@@ -27,10 +27,11 @@ from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report, accuracy_table, publish
 from .evaluation.supervised import Hyperparameters, SupervisedTraining, evaluate, labelled_batches, new_classifier
-from .run import loop
+from .run import checkpoint, loop
+from .run.data_used import data_used, read_data_used, write_data_used
 from .run.device import choose_device
 from .run.log import RunLog
-from .run.run_directory import check_run, open_run
+from .run.run_directory import check_run, open_run, raised_epochs
 from .run.saved_config import read_config, with_saved_config
 from .selection.kernels import use_kernels
 
@@ -136,15 +137,25 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     test: ImageDataset = open_images(config.data, "test")
     view = augmentation.supervised(config.image_size, config.min_scale)
 
+    before = read_data_used(Path(config.out)) if resume else None
+    epoch_steps = EpochSampler(len(train), hparams.batch_size, hparams.seed, hparams.epochs).steps_per_epoch
+    used = data_used(config.data, train, test, epoch_steps)
+    used, change = used.resumed(before, checkpoint.latest_step(Path(config.out) / "checkpoints"), Path(config.out))
+    steps, raised = hparams.epochs * used.epoch_steps, raised_epochs(config) if resume else ""
+
     def order(start: int = 0) -> EpochSampler:
-        return EpochSampler(len(train), hparams.batch_size, hparams.seed, hparams.epochs, start)
+        return EpochSampler(len(train), hparams.batch_size, hparams.seed, hparams.epochs, start, steps=steps)
 
     model = new_classifier(starting_network(config, switches), len(train.classes), hparams.seed).to(device)
-    training = SupervisedTraining(model, switches, hparams, order().steps_per_epoch)
+    training = SupervisedTraining(model, switches, hparams, used.epoch_steps)
     out = open_run(config, resume)
+    write_data_used(out, used)
     checkpoints = out / "checkpoints"
     loop.resume(training, checkpoints, device)
     log = RunLog(out, training.step)
+    for line in (f"data  {used.line()}", *([f"data  {change}"] if change else []), *([raised] if raised else [])):
+        print(line, flush=True)
+        log.line(line)
 
     def accuracies() -> dict[str, Accuracy]:
         assert config.image_size is not None
@@ -164,7 +175,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
             device,
             lambda step, loss: log.metrics(step, {"loss": loss}),
             measure,
-            config.evaluate_epochs * order().steps_per_epoch,
+            config.evaluate_epochs * used.epoch_steps,
         )
     finally:
         log.close()

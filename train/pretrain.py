@@ -67,7 +67,7 @@ def make_parser() -> cli.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit."""
-    cli.run(_main, argv)
+    cli.run(_main, argv, several_ranks=True)
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -205,6 +205,7 @@ def write(out: Path) -> Path:
         InputError: if `out` is not such a run directory, or a file in it is damaged.
     """
     run = Run(out)
+    atomic.check_writable(out)
     networks = network_summaries(run)
     pictures = list(pictures_of(run))
     folder = out / "report"

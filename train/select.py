@@ -12,7 +12,7 @@ from dspnet_fast.verification.supervisor import CALL_SECONDS
 
 from . import cli
 from .config import PretrainConfig, positive
-from .run.device import choose_device
+from .run.device import check_fast_kernels, choose_device
 from .run.tables import Table
 from .selection.recording import shape_of
 from .selection.selection import key_of, select
@@ -78,6 +78,7 @@ def _main(argv: Sequence[str]) -> None:
         raise InputError(f"DSPNET_KERNELS={policy} overrides every selection: unset it")
     plugins.load(config.plugins)
     device = choose_device(config.device)
+    check_fast_kernels(device)
     key, shape = key_of(device, config.tf32, config.plugins), shape_of(config, parsed.ranks)
     verdict = None if parsed.again else verdicts.read(key, shape)
     if verdict is None:

@@ -164,7 +164,7 @@ class SlimBatchNorm(_BatchNorm):
         if plain:
             return normalize(views * [(None, None)])
         if self._changes_moments:
-            moments = [torch.batch_norm_update_stats(part, *self._zeros(x), 1.0) for part in parts]
+            moments = [self._moments(part) for part in parts]
             mean, variance = map(torch.stack, zip(*moments, strict=True))
             return normalize(zip(*self._statistics(mean, variance, count), strict=True), training=False)
         if tracks and self.bn_groups == 1 and self.momentum is not None:
@@ -177,6 +177,13 @@ class SlimBatchNorm(_BatchNorm):
         mean, unbiased = map(torch.stack, zip(*scratch, strict=True))
         self._observe(mean, unbiased * ((count - 1) / count), count)
         return y
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [C] of one view."""
+        if x.device.type in ("cpu", "cuda"):  # the devices that have this operation, the fastest
+            return torch.batch_norm_update_stats(x, *self._zeros(x), 1.0)
+        variance, mean = torch.var_mean(upcast(x), [0, *range(2, x.ndim)], correction=0)
+        return mean, variance
 
     def _zeros(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance [C] for a kernel to write."""

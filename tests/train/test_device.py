@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import triton
@@ -11,7 +12,8 @@ from train.config import PretrainConfig
 from train.costs.flops import largest_activation
 from train.distributed import process_group
 from train.pretraining import run
-from train.run.device import check_activations, check_precision, configure_cuda
+from train.pretraining.trainer import Trainer
+from train.run.device import check_activations, check_fast_kernels, check_precision, choose_device, configure_cuda
 
 GPU = torch.device("cuda", 0)
 
@@ -132,3 +134,50 @@ def test_kernels_are_compiled_before_the_watchdog_starts(small, monkeypatch):
     with pytest.raises(InterruptedError):
         run.PretrainRun(small(), resume=False).run()
     assert calls == [("resnet", "cpu")]
+
+
+def test_unknown_and_absent_devices_are_named(monkeypatch):
+    with pytest.raises(InputError, match="--device must be one of auto, cpu, cuda, mps, not 'gpu'"):
+        choose_device("gpu")
+    with pytest.raises(InputError, match="--device mps, but Apple's GPU backend is not in this build of PyTorch"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    with pytest.raises(InputError, match="needs macOS 14 or later: use --device cpu"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == torch.device("mps")
+
+
+def test_mps_takes_fp32_without_fast_kernels_in_one_process(monkeypatch):
+    apple = torch.device("mps")
+    check_precision("fp32", apple)
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(InputError, match=f"--precision {precision} was not tested on Apple's GPUs: use .*fp32"):
+            check_precision(precision, apple)
+    with pytest.raises(InputError, match="--fast-kernels: no operator has a kernel for mps"):
+        check_fast_kernels(apple)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="2 processes with --device mps: .* use one process"):
+        process_group.init_process_group(apple)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Fails like MPS where a tensor on the meta device would be in float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, function
+        return result
+
+
+@pytest.mark.parametrize("network", [{}, {"network": "mobilenet_v3_large", "dns": "w0.50,w1.00", "image_size": 32}])
+def test_step_needs_no_float64_and_no_value_on_the_host(small, network):
+    """The meta device has no values, so reading one would raise."""
+    with WithoutFloat64():
+        trainer = Trainer(small(**network), 10, torch.device("meta"))
+        size = trainer.config.image_size
+        losses = trainer.train_step(torch.empty(16, 3, size, size, dtype=torch.uint8, device="meta"))
+    assert trainer.step == 1 and {loss.dtype for loss in losses.values()} == {torch.float32}

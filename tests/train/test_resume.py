@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 
 from dspnet_fast.errors import InputError
 from train.pretrain import _main
@@ -34,6 +35,11 @@ def assert_same_bits(actual, expected):
 def losses(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def learning_rates(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["learning_rate"] for line in lines if "learning_rate" in line]
 
 
 @pytest.fixture
@@ -126,6 +132,22 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(small, tmp_path, 
     PretrainRun(small(), resume=False)  # creates the run directory without training
     _main(["--resume", "--out", str(tmp_path / "run")])
     assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+
+
+def test_finished_run_continues_with_more_epochs_at_their_schedules(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    PretrainRun(small(epochs=1), resume=False).run()
+    capsys.readouterr()
+    _main(["--resume", "--out", str(out), "--epochs", "2"])
+    rates = learning_rates(out)
+    longer = Trainer(small(epochs=2), EPOCH_STEPS, torch.device("cpu"))
+    assert rates[EPOCH_STEPS:] == [longer.learning_rate(step) for step in range(EPOCH_STEPS, 2 * EPOCH_STEPS)]
+    assert rates[EPOCH_STEPS - 1] < 0.2 * rates[EPOCH_STEPS], "the cosine of one epoch had ended"
+    said = "raised from 1 to 2 epochs: all schedules continue as in a run of 2 epochs at this step; learning rate "
+    assert f"{said}{rates[EPOCH_STEPS]:.4g}" in capsys.readouterr().out
+    assert yaml.safe_load((out / "config.yaml").read_text())["epochs"] == 2
+    with pytest.raises(InputError, match="another --epochs"):
+        _main(["--resume", "--out", str(out), "--epochs", "1"])
 
 
 def test_resume_drops_incomplete_and_later_metrics(small, tmp_path):

@@ -155,6 +155,7 @@ def _main(argv: Sequence[str]) -> None:
     options = cli.to_config(InspectOptions, parser.parse_args(argv))
     if not options.out:
         raise InputError("--out is missing: give an output folder")
+    atomic.check_writable(Path(options.out))
     images = open_images(options.data, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [name.strip() for name in options.backends.split(",")]

@@ -23,13 +23,22 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         start_step: the first step to yield.
         rank: of this process.
         world_size: number of ranks.
+        steps: of the run, in place of `epochs` epochs.
 
     Raises:
         InputError: the batch is larger than the dataset or not a multiple of the number of ranks.
     """
 
     def __init__(
-        self, n: int, batch_size: int, seed: int, epochs: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        steps: int | None = None,
     ):
         if not 1 <= batch_size <= n:
             raise InputError(f"a batch of {batch_size} from a dataset of {n} images: give a batch size from 1 to {n}")
@@ -41,7 +50,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self._batch_size = batch_size
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
-        self._steps = range(start_step, epochs * self.steps_per_epoch)
+        self._steps = range(start_step, epochs * self.steps_per_epoch if steps is None else steps)
 
     @property
     def images_per_step(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dspnet_fast.atomic import sync
+from dspnet_fast.atomic import check_writable, sync
 from dspnet_fast.errors import InputError
 
 from .. import cli
@@ -59,6 +59,7 @@ def write_shards(options: ShardOptions) -> int:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists already: give a new folder")
+    check_writable(out.absolute().parent)
     train = open_images(options.data, "train")
     bad = BadImages(options.max_bad_images)
     temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -75,10 +75,16 @@ class BatchSplit:
 def split_batch(config: PretrainConfig, world_size: int) -> BatchSplit:
     """The split of a run's batches on `world_size` ranks. By default every micro-batch of every rank is a group.
 
-    Raises InputError if --bn-groups is incompatible with the number of ranks and micro-batches.
+    Raises InputError if --bn-groups is incompatible with the number of ranks and micro-batches, or if a group has a
+    single image on a rank.
     """
     micro_batches, shares = config.grad_accum_steps, config.grad_accum_steps * world_size
     groups = config.bn_groups or shares
+    if config.batch_size // max(shares, groups) < 2:
+        raise InputError(
+            f"--batch-size {config.batch_size} in {max(shares, groups)} parts: batch normalisation needs at least two "
+            f"images in each; give at least {2 * max(shares, groups)}, or fewer --bn-groups or --grad-accum-steps"
+        )
     if groups % shares == 0:
         return BatchSplit(micro_batches, groups // shares, 1)
     if micro_batches == 1 and world_size % groups == 0:

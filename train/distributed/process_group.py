@@ -8,10 +8,12 @@ weights and statistics are the same on all ranks after every step, and any rank 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,10 @@ from .rendezvous import rendezvous
 
 # Rank 0 may be measuring or writing a checkpoint while the others wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+EVALUATION_TIMEOUT = timedelta(days=1)  # rank 0 measures statistics while the others wait
+REFUSAL_SECONDS = 30.0  # until torchrun ends the ranks that wait for rank 0 to refuse
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,24 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_in_order(self, items: Iterable[Item], count: int) -> Iterator[Item]:
+        """Collect items of all ranks on rank 0. A collective per `size` items.
+
+        Args:
+            items: this rank's items: of `count` items those with the indices rank, rank + size, rank + 2 size, ...
+            count: number of items of all ranks.
+
+        Yields:
+            On rank 0 all items in the order of their indices, on the other ranks nothing.
+        """
+        mine = iter(items)
+        for start in range(0, count, self.size):
+            item = next(mine) if start + self.rank < count else None
+            gathered: list[Any] | None = [item] * self.size if self.is_main else None
+            if self.size > 1:
+                dist.gather_object(item, gathered)
+            yield from (gathered or [])[: count - start]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -92,15 +116,43 @@ class World:
 SINGLE_PROCESS = World()
 
 
-def init_process_group(device: torch.device) -> World:
-    """Join the process group described by torchrun's environment variables: NCCL on GPUs, Gloo elsewhere.
+def launched_ranks() -> int:
+    """Number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    Returns SINGLE_PROCESS without torchrun. Raises InputError if this rank has no GPU of its own.
+
+def refuse_ranks(reason: str) -> None:
+    """Raise InputError on rank 0 if torchrun started several processes; the other ranks end without a message."""
+    if launched_ranks() == 1:
+        return
+    if os.environ["RANK"] != "0":
+        time.sleep(REFUSAL_SECONDS)  # torchrun ends all ranks when rank 0 has printed the reason
+        sys.exit(2)
+    raise InputError(f"{reason}, and torchrun started {launched_ranks()}: start it without torchrun")
+
+
+def init_process_group(
+    device: torch.device, backend: str | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT
+) -> World:
+    """Join the process group described by torchrun's environment variables.
+
+    Args:
+        device: of this rank.
+        backend: of the collectives; by default NCCL on GPUs and Gloo elsewhere.
+        timeout: of a collective.
+
+    Returns:
+        This rank's place; SINGLE_PROCESS without torchrun.
+
+    Raises:
+        InputError: this rank has no GPU of its own.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched_ranks()
     if size == 1:
         return SINGLE_PROCESS
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "mps":
+        raise InputError(f"{size} processes with --device mps: Apple's GPUs have no collectives; use one process")
     if device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise InputError(
@@ -109,9 +161,32 @@ def init_process_group(device: torch.device) -> World:
             )
         torch.cuda.set_device(world.local_rank)
     store, launch_id = rendezvous(COLLECTIVE_TIMEOUT)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=size, timeout=timeout)
     return replace(world, launch_id=launch_id)
+
+
+def init_sharing(device: torch.device) -> tuple[World, torch.device]:
+    """Join the process group of a command whose ranks share the computation of features, by Gloo.
+
+    Only rank 0 prints from here on.
+
+    Returns:
+        This rank's place, and its own device.
+    """
+    world = init_process_group(device, "gloo", EVALUATION_TIMEOUT)
+    if not world.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+    return world, torch.device("cuda", world.local_rank) if device.type == "cuda" and world.size > 1 else device
+
+
+def end_sharing(world: World) -> None:
+    """Leave the process group; the other ranks than rank 0 end here. Call it after the last features."""
+    if world.size > 1:
+        world.barrier()
+        destroy_process_group()
+        if not world.is_main:
+            sys.exit(0)
 
 
 def destroy_process_group() -> None:

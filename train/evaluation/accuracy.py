@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.machine import in_float64
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,5 @@ def accuracies(batches: Iterable[tuple[Mapping[str, Tensor], Tensor]]) -> dict[s
             correct[name] = correct[name] + counts if name in correct else counts
     if n == 0:
         raise InputError("no test images to classify: the test split is empty")
-    fractions = {name: (counts.double() / n).tolist() for name, counts in correct.items()}
+    fractions = {name: (in_float64(counts) / n).tolist() for name, counts in correct.items()}
     return {name: Accuracy(top1, top5, interval95(top1, n)) for name, (top1, top5) in fractions.items()}

@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from dspnet_fast.machine import in_float64
+
 # A network with values below one of these has collapsed: its features are nearly a point or a line.
 MIN_STD, MIN_RANK = 0.1, 2.0
 ADVICE = "lower --base-lr, lengthen --warmup-epochs, or raise --tau towards 1"
@@ -25,7 +27,7 @@ def effective_rank(features: torch.Tensor) -> float:
     It lies between 1 and min(N, D) (Roy & Vetterli 2007; RankMe, Garrido et al. 2023). It is NaN if a feature is not
     finite, or if all are 0.
     """
-    features = features.double()
+    features = in_float64(features)
     if not features.isfinite().all():
         return math.nan
     # The smaller Gram matrix in float64 is accurate enough, and much cheaper than a singular value decomposition.

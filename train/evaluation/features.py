@@ -19,6 +19,8 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.nn import activate
 from dspnet_fast.subnets import Subnet
 
+from ..distributed.process_group import SINGLE_PROCESS, World
+
 FLOAT = 4  # bytes
 
 
@@ -60,6 +62,7 @@ def load_or_compute(
     shapes: Mapping[str, tuple[int, int]],
     batch: int,
     compute: Callable[[list[str], int], Iterable[Mapping[str, Tensor]]],
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
     """Load features from files; compute and save those whose file is missing.
 
@@ -70,7 +73,9 @@ def load_or_compute(
         files: file of each network, whose name must identify weights and images.
         shapes: (images, features) of each network.
         batch: rows per batch of `compute`; the last batch may be smaller.
-        compute: given names of networks and a row, yields their features from this row on in batches [<= batch, F].
+        compute: given names of networks and a row, yields their features from this row on in batches [<= batch, F]; on
+            several ranks it yields all of them on rank 0 and nothing on the others, which take part.
+        world: the ranks; all must see the files. Rank 0 writes them.
 
     Returns:
         Features [N, F] by network.
@@ -78,11 +83,12 @@ def load_or_compute(
     Raises:
         InputError: if the disk is too small or a file is damaged.
     """
-    missing = [name for name, path in files.items() if not path.exists()]
+    missing = world.all_gather([name for name, path in files.items() if not path.exists()])[0]
     if missing:
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        _compute_missing({name: files[name] for name in missing}, shapes, batch, compute)
+        _compute_missing({name: files[name] for name in missing}, shapes, batch, compute, world)
+        world.barrier()
     return {name: _load(path, shapes[name]) for name, path in files.items()}
 
 
@@ -102,10 +108,16 @@ def _compute_missing(
     shapes: Mapping[str, tuple[int, int]],
     batch: int,
     compute: Callable[[list[str], int], Iterable[Mapping[str, Tensor]]],
+    world: World,
 ) -> None:
     partial = {name: path.with_suffix(".partial") for name, path in files.items()}
     headers = {name: _header(shapes[name]) for name in files}
     done = min(_whole_rows(partial[name], len(headers[name]), shapes[name]) for name in files) // batch * batch
+    done = world.all_gather(done)[0]
+    if not world.is_main:
+        for _ in compute(list(files), done):
+            pass
+        return
     folder = next(iter(files.values())).parent
     needed = sum(rows * columns * FLOAT for rows, columns in (shapes[name] for name in files))
     free = shutil.disk_usage(folder).free

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.machine import in_float64
 
 from .accuracy import interval95
 
@@ -68,5 +69,5 @@ def knn(
         weights.scatter_add_(1, votes, (similarities / TEMPERATURE).exp())
         winners = torch.stack([(counts * num_classes + preference).argmax(dim=1), weights.argmax(dim=1)])
         correct += (winners == labels).sum(dim=1)
-    majority, weighted = (correct.double() / m).tolist()
+    majority, weighted = (in_float64(correct) / m).tolist()
     return KnnResult(majority, weighted, interval95(majority, m))

@@ -22,6 +22,7 @@ from ..config import PretrainConfig, Workers
 from ..data.datasets.images import ImageDataset, Subset, dataset_digest
 from ..data.loader import evaluation_batches
 from ..data.normalization import normalize
+from ..distributed.process_group import SINGLE_PROCESS, World
 from ..pretraining.dspnet import build_model
 from ..run import checkpoint, fingerprint
 from ..run.progress import Monitor
@@ -37,9 +38,15 @@ StatisticsSource = dict[str, Any]  # step, weights, data, images, files and size
 
 
 def evaluation_views(
-    images: ImageDataset, image_size: int, device: torch.device, name: str, workers: Workers = "auto", start: int = 0
+    images: ImageDataset,
+    image_size: int,
+    device: torch.device,
+    name: str,
+    workers: Workers = "auto",
+    start: int = 0,
+    world: World = SINGLE_PROCESS,
 ) -> Iterator[Tensor]:
-    """Load deterministic, normalised views of images, with a progress bar.
+    """Load deterministic, normalised views of images, with a progress bar on rank 0.
 
     Args:
         images: dataset.
@@ -48,12 +55,16 @@ def evaluation_views(
         name: name of the work on the progress bar.
         workers: number of loader processes.
         start: index of the first image, a multiple of BATCH.
+        world: the ranks; rank r of R loads batches r, r + R, r + 2 R, ... from `start` on.
 
     Yields:
         Batches [<= BATCH, 3, image_size, image_size] in float32.
     """
-    loader = evaluation_batches(images, range(start, len(images)), image_size, BATCH, workers)
-    with Monitor(name, -(-len(images) // BATCH), start // BATCH) as monitor:
+    firsts = range(start + world.rank * BATCH, len(images), world.size * BATCH)
+    indices = [i for first in firsts for i in range(first, min(first + BATCH, len(images)))]
+    loader = evaluation_batches(images, indices, image_size, BATCH, workers)
+    done = start // BATCH // world.size
+    with Monitor(name, done + len(firsts), done) as monitor:
         for batch in loader:
             yield normalize(batch.to(device, non_blocking=True))
             monitor.advance()
@@ -75,7 +86,10 @@ class EvaluatedFamily:
         model: slimmable network, from images to features or logits, in evaluation mode.
         image_size: height and width of images, in pixels.
         step: number of training steps of the weights.
+        world: the ranks that share the computation of features.
     """
+
+    world = SINGLE_PROCESS
 
     def __init__(
         self, out: Path, device: torch.device, family: Family, model: nn.Module, image_size: int, step: int
@@ -99,7 +113,7 @@ class EvaluatedFamily:
     def measure_statistics(
         self, subnets: Sequence[Subnet], images: ImageDataset, data: str, workers: Workers = "auto", prefix: str = ""
     ) -> None:
-        """Measure post-statistics of subnets on up to 10,000 images.
+        """Measure post-statistics of subnets on up to 10,000 images, on rank 0, which sends them to the others.
 
         Statistics of a trained family are saved in the run directory, and reused for the same weights and images.
 
@@ -110,6 +124,15 @@ class EvaluatedFamily:
             workers: number of loader processes.
             prefix: first part of the name on the progress bar.
         """
+        if self.world.is_main:
+            self._measure_statistics(subnets, images, data, workers, prefix)
+        if self.world.size > 1:
+            measured = {n: tensor.cpu() for n, tensor in measured_statistics(self.model, subnets).items()}
+            load_statistics(self.model, subnets, self.world.all_gather(measured)[0])
+
+    def _measure_statistics(
+        self, subnets: Sequence[Subnet], images: ImageDataset, data: str, workers: Workers, prefix: str
+    ) -> None:
         drawn = statistics_images(images)
         source = {
             "step": self.step,
@@ -160,6 +183,7 @@ class PretrainedFamily(EvaluatedFamily):
         out: run directory.
         device: device of the model.
         untrained: use the initial weights of the run instead of a checkpoint.
+        world: the ranks that share the computation of features.
 
     Attributes:
         config: configuration of the run.
@@ -169,7 +193,8 @@ class PretrainedFamily(EvaluatedFamily):
         InputError: if the run or its checkpoint cannot be used.
     """
 
-    def __init__(self, out: Path, device: torch.device, untrained: bool = False) -> None:
+    def __init__(self, out: Path, device: torch.device, untrained: bool = False, world: World = SINGLE_PROCESS) -> None:
+        self.world = world
         self.config: PretrainConfig = read_config(out, PretrainConfig)
         model = build_model(self.config)
         step = 0
@@ -218,7 +243,9 @@ class PretrainedFamily(EvaluatedFamily):
             shapes[dn] = (len(images), subnet.channels[-1])
 
         def compute(dns: list[str], start: int) -> Iterable[dict[str, Tensor]]:
-            batches = self.batches(images, name, workers, start)
-            return representations(self.encoder, [by_name[dn] for dn in dns], batches)
+            batches = evaluation_views(images, self.image_size, self.device, name, workers, start, self.world)
+            parts = representations(self.encoder, [by_name[dn] for dn in dns], batches)
+            on_cpu = ({dn: rows.cpu() for dn, rows in part.items()} for part in parts)
+            return self.world.gather_in_order(on_cpu, -(-(len(images) - start) // BATCH))
 
-        return load_or_compute(files, shapes, BATCH, compute)
+        return load_or_compute(files, shapes, BATCH, compute, self.world)

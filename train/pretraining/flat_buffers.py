@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dspnet_fast.machine import scalar_dtype
 from dspnet_fast.ops import lars_ema_step
 
 ALIGNMENT = 64  # bytes: a cache line, the widest vector, and more than a GPU's widest load
@@ -54,7 +55,9 @@ class FlatBuffers:
                 with_target = total
         self.params, self.grads, self.momenta = (example.detach().new_zeros(total) for _ in range(3))
         self.targets = example.detach().new_zeros(with_target)
-        self._lr, self._tau = (torch.zeros((), dtype=torch.float64, device=example.device) for _ in range(2))
+        self._lr, self._tau = (
+            torch.zeros((), dtype=scalar_dtype(example.device), device=example.device) for _ in range(2)
+        )
 
         adapted = [name for name, parameter in self._parameters.items() if parameter.ndim > 1]
         self._adapted_starts = [self._starts[name] for name in adapted]

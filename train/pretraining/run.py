@@ -28,13 +28,14 @@ from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
 from ..evaluation.collapse import ADVICE, MIN_RANK, MIN_STD, collapsed
 from ..run import checkpoint, loop
+from ..run.data_used import data_used, read_data_used, write_data_used
 from ..run.device import choose_device
 from ..run.interruption import Interruption
 from ..run.log import RunLog
 from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
-from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
+from ..run.run_directory import check_out, open_run, raised_epochs, read_bad_images, write_bad_images
 from ..selection.kernels import Kernels, choose_kernels
 from .ahead import compile_kernels
 from .probe import Probe
@@ -85,23 +86,31 @@ class PretrainRun:
         self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
         self.bad = BadImages(limit, read_bad_images(self.out) if resume else None)
-        epoch_steps = self._sampler().steps_per_epoch
+        before = read_data_used(self.out) if resume else None
+        self._raised = raised_epochs(config) if resume else ""
+        epoch_steps = self._sampler().steps_per_epoch if before is None else before.epoch_steps
         self.kernels = kernels
         if config.fast_kernels and (resume or kernels is None):
             self.kernels = choose_kernels(config, config.epochs * epoch_steps, device, world, resume)
         self.trainer = trainer = Trainer(config, epoch_steps, device, world)
         self.probe = None
+        test: ImageDataset | None = None
         if config.probe_epochs and world.is_main:
             test = self._open_test_images()
             self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
+        used = data_used(config.data, images, test, epoch_steps)
+        step = checkpoint.latest_step(self.checkpoints) if resume else 0
+        self._data_used, self._data_change = used.resumed(before, step, self.out)
         if world.is_main:
+            checkpoint.check_room(self.checkpoints, trainer.state(), 1 if resume else config.keep_checkpoints + 1)
             open_run(config, resume)
+            write_data_used(self.out, self._data_used)
             if self.kernels is not None:
                 self.kernels.write(self.out)
         world.barrier()
         self._load()
         views = augmentation.byol(config.image_size, config.min_scale)
-        sampler = self._sampler(trainer.step)
+        sampler = self._sampler(trainer.step, trainer.steps)
         self.meter = Meter(
             iter(open_batches(config.data_backend, images, views, sampler, config.workers, self.bad, device))
         )
@@ -124,11 +133,11 @@ class PretrainRun:
             test.labels = None
             return test
 
-    def _sampler(self, step: int = 0) -> EpochSampler:
-        """This rank's share of the batches from a step on."""
+    def _sampler(self, step: int = 0, steps: int | None = None) -> EpochSampler:
+        """This rank's share of the batches from a step to the last of `steps`, by default those of all epochs."""
         config, world = self.config, self.world
         return EpochSampler(
-            len(self.images), config.batch_size, config.seed, config.epochs, step, world.rank, world.size
+            len(self.images), config.batch_size, config.seed, config.epochs, step, world.rank, world.size, steps
         )
 
     def _load(self) -> None:
@@ -320,7 +329,7 @@ class PretrainRun:
         since = self.trainer.guard.skipped().since
         step = self.trainer.step - since
         finding = self.trainer.diagnose(self._batch) if since == 0 else None  # the batch of an earlier step is gone
-        batch = [self.images.file(index) for _, index in next(iter(self._sampler(step - 1)))]
+        batch = [self.images.file(index) for _, index in next(iter(self._sampler(step - 1, self.trainer.steps)))]
         by_rank = self.world.all_gather((finding, batch))
         report = self.out / "nonfinite.json"
         if self.world.is_main:
@@ -363,8 +372,10 @@ class PretrainRun:
             f"{config.network} {', '.join(trainer.model.family.names)} on {len(self.images)} images of {config.data}, "
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
             f"data by {config.data_backend}" + (f", {self.world.size} ranks" if self.world.size > 1 else ""),
-            *([f"data  {self.images.note}"] if self.images.note else []),
+            f"data  {self._data_used.line()}",
+            *([f"data  {self._data_change}"] if self._data_change else []),
             *([self.kernels.line()] if self.kernels else []),
             *([] if registry.is_eager() else [f"operators  {operators}"]),
             *([f"resumed at step {trainer.step}"] if trainer.step else []),
+            *([f"{self._raised}; learning rate {trainer.learning_rate(trainer.step):.4g}"] if self._raised else []),
         ]

@@ -50,8 +50,8 @@ class Trainer:
     def __init__(
         self, config: PretrainConfig, epoch_steps: int, device: torch.device, world: World = SINGLE_PROCESS
     ) -> None:
+        check_precision(config.precision, device)
         if device.type == "cuda":
-            check_precision(config.precision, device)
             configure_cuda(config.tf32, config.cudnn)
         self.config = config
         self.device = device

@@ -6,6 +6,7 @@ Reading unpickles tensors and plain values only.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def _write(contents: dict[str, Any], path: Path) -> None:
 def size(state: dict[str, Any]) -> int:
     """Return the bytes of the tensors in `state`, which is about the size of its checkpoint."""
     return sum(part.nbytes for part in _parts(state) if isinstance(part, Tensor))
+
+
+def check_room(folder: Path, state: dict[str, Any], count: int) -> None:
+    """Raise InputError if the disk of `folder`, which may not exist yet, has no room for `count` checkpoints."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    needed, free = count * size(state), shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"{count} checkpoints take {needed / 1e9:.3g} GB, and the disk of {existing} has {free / 1e9:.3g} GB free: "
+            "make room, or choose another --out"
+        )
 
 
 def _parts(value: Any, name: str = "") -> Iterator[Any]:

@@ -4,27 +4,45 @@ import torch
 
 from dspnet_fast.errors import InputError
 
+from ..config import DEVICES
+
 BF16_CAPABILITY = (8, 0)
 MAX_ELEMENTS = 2**31
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for "auto", "cpu" or "cuda"; raise InputError for "cuda" without a CUDA device."""
+    """Return the device for "auto" (CUDA or the CPU), "cpu", "cuda" or "mps"; raise InputError if it is absent."""
+    if name not in DEVICES:
+        raise InputError(f"--device must be one of {', '.join(DEVICES)}, not {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        reason = "needs macOS 14 or later" if torch.backends.mps.is_built() else "is not in this build of PyTorch"
+        raise InputError(f"--device mps, but Apple's GPU backend {reason}: use --device cpu")
     return torch.device(name)
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise InputError for bf16 on a GPU that has no bf16 convolutions: PyTorch would compute them without cuDNN."""
+    """Raise InputError for a precision that was not tested on MPS, and for bf16 on a GPU without bf16 convolutions.
+
+    PyTorch would compute the latter without cuDNN.
+    """
+    if precision != "fp32" and device.type == "mps":
+        raise InputError(f"--precision {precision} was not tested on Apple's GPUs: use --precision fp32")
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         raise InputError(
             f"--precision bf16, but {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
             "cuDNN convolves bf16 from 8.0 (A100) on: use --precision fp16"
         )
+
+
+def check_fast_kernels(device: torch.device) -> None:
+    """Raise InputError for --fast-kernels on a device for which no operator has a fast provider."""
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--fast-kernels: no operator has a kernel for {device.type}; leave the option out")
 
 
 def check_activations(per_image: int, images: int, micro_batches: int = 1) -> None:

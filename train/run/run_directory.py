@@ -1,6 +1,7 @@
 """The run directory: its files, and the checks before a run writes to it.
 
 OUT/config.yaml       configuration, can be passed to --config
+OUT/data_used.json    the images that the run uses, what is left out, and a digest of their names
 OUT/metrics.jsonl     metrics, one JSON object per line
 OUT/tensorboard/      the same metrics for TensorBoard
 OUT/train.log         printed lines with the time
@@ -24,6 +25,7 @@ from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from ..config import RunConfig, flag, key
+from .data_used import DATA_USED
 from .lock import lock
 from .saved_config import CONFIG, read_config
 
@@ -39,11 +41,13 @@ def check_out(config: RunConfig, resume: bool) -> None:
         resume: whether to continue the run in `config.out`.
 
     Raises:
-        InputError: `out` is a file, contains a run and `resume` is False, or contains none and `resume` is True.
+        InputError: `out` is a file, cannot be written to, contains a run and `resume` is False, or contains none and
+            `resume` is True.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
+    atomic.check_writable(out)
     if resume:
         read_config(out, type(config))
     elif (out / CONFIG).exists():
@@ -67,12 +71,21 @@ def check_run(config: RunConfig, resume: bool) -> None:
             )
 
 
+def raised_epochs(config: RunConfig) -> str:
+    """A line that states that a resumed run has more epochs than its configuration; empty if it has as many."""
+    saved = read_config(Path(config.out), type(config))
+    if not saved.is_raised_by(config):
+        return ""
+    before, now = vars(saved)["epochs"], vars(config)["epochs"]
+    return f"raised from {before} to {now} epochs: all schedules continue as in a run of {now} epochs at this step"
+
+
 def open_run(config: RunConfig, resume: bool) -> Path:
     """Create and lock the run directory, or lock the one to resume.
 
     Args:
         config: the configuration of the run.
-        resume: whether to continue the run in `config.out`.
+        resume: whether to continue the run in `config.out`; its config.yaml is written again if `epochs` was raised.
 
     Returns:
         The path of the directory.
@@ -84,9 +97,12 @@ def open_run(config: RunConfig, resume: bool) -> Path:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     lock(out.resolve() / LOCK)
-    if not (out / CONFIG).exists():
-        options = {key(name): value for name, value in asdict(config).items()}
-        atomic.write_text(out / CONFIG, yaml.safe_dump(options, sort_keys=False))
+    saved = read_config(out, type(config)) if (out / CONFIG).exists() else None
+    if saved is None or saved.is_raised_by(config):
+        options = {key(name): value for name, value in asdict(saved or config).items()}
+        options["epochs"] = vars(config)["epochs"]
+        note = f"# The images that the run uses, and those left out: {DATA_USED}\n"
+        atomic.write_text(out / CONFIG, note + yaml.safe_dump(options, sort_keys=False))
     return out
 
 

@@ -25,6 +25,7 @@ from ..config import FamilyOptions, PretrainConfig
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer
+from ..run.device import check_fast_kernels
 from .racer import FEWEST_IMAGES
 from .recording import micro_batch_config, shape_of
 from .selection import Print, Progress, key_of, select, verify_run
@@ -112,6 +113,7 @@ def choose_kernels(
         resume: whether the run in config.out is continued.
         write: prints a line.
     """
+    check_fast_kernels(device)
     load_plugins(config.plugins)
     if policy := registry.policy_of_environment():
         kernels = Kernels(policy, "DSPNET_KERNELS is set")
@@ -257,6 +259,7 @@ def use_kernels(
         tf32, plugins: options of the command, or of the run.
         trains: whether the command computes gradients, in fp32.
     """
+    check_fast_kernels(device)
     key = key_of(device, tf32, plugins)
     if policy := registry.policy_of_environment():
         kernels = Kernels(policy, "DSPNET_KERNELS is set")

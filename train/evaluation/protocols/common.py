@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...config import FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, option
+from ...config import DEVICE_HELP, FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, option
 from ...costs.flops import network_cost
 from ...data.datasets import open_images
 from ...data.datasets.images import ImageDataset, require_labels
+from ...distributed.process_group import init_sharing
 from ...run.device import choose_device
 from ...selection.kernels import use_kernels
 from ..pretrained import PretrainedFamily
@@ -26,7 +27,7 @@ class EvaluationOptions:
 
     data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
     workers: Workers = option("auto", WORKERS_HELP)
-    device: str = option("auto", "auto, cpu or cuda", metavar="DEVICE")
+    device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP)
     plugins: str = option("", PLUGINS_HELP, metavar="MODULES")
 
@@ -40,6 +41,7 @@ class EvaluationSetup:
         trains: whether the protocol computes gradients of the networks.
 
     Attributes:
+        world: the ranks that share the computation of features, until `end_sharing`.
         trained: the family.
         data: name of the dataset.
         train: training split.
@@ -52,8 +54,8 @@ class EvaluationSetup:
     """
 
     def __init__(self, out: Path, options: EvaluationOptions, trains: bool = False) -> None:
-        device = choose_device(options.device)
-        self.trained = PretrainedFamily(out, device)
+        self.world, device = init_sharing(choose_device(options.device))
+        self.trained = PretrainedFamily(out, device, world=self.world)
         if options.fast_kernels:
             config = self.trained.config
             plugins = options.plugins or config.plugins

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...config import Workers, option, positive
 from ...data.datasets.images import ImageDataset, Subset
 from ...data.loader import evaluation_batches
+from ...distributed.process_group import end_sharing
 from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
 from ..knn import knn
@@ -67,17 +68,20 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
         found = knn(train, train_labels, test, setup.test_labels, num_classes=setup.classes, k=options.k)
         return asdict(found)
 
-    def score_family(family: PretrainedFamily, prefix: str) -> dict[str, dict[str, float]]:
+    def features(family: PretrainedFamily, prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
         subnets = list(family.family)
         family.measure_statistics(subnets, setup.train, setup.data, options.workers, prefix)
         train = family.features(subnets, references, f"{prefix}train", options.workers)
         test = family.features(subnets, queries, f"{prefix}test", options.workers)
-        return {name: score(train[name], test[name]) for name in train}
+        return {name: (train[name], test[name]) for name in train}
 
-    pretrained = score_family(trained, "")
-    untrained = {}
+    of_pretrained, of_untrained = features(trained, ""), {}
     if options.baselines:
-        untrained = score_family(PretrainedFamily(out, trained.device, untrained=True), "untrained ")
+        of_untrained = features(PretrainedFamily(out, trained.device, True, setup.world), "untrained ")
+    end_sharing(setup.world)
+    pretrained, untrained = (
+        {name: score(train, test) for name, (train, test) in found.items()} for found in (of_pretrained, of_untrained)
+    )
     networks: dict[str, Any] = {
         name: {
             **costs,

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from dspnet_fast.errors import InputError
 
-from ...config import option, positive
+from ...config import option, positive, two_images
 from ...data.datasets.images import dataset_digest
 from ...data.loader import one_view_batches
 from ...data.normalization import normalize
 from ...data.sampler import EpochSampler
 from ...data.views import augmentation
+from ...distributed.process_group import end_sharing, refuse_ranks
 from ...run import fingerprint, loop
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..features import representations
@@ -45,7 +46,8 @@ class ClassifierOptions(EvaluationOptions):
 
     def check(self) -> None:
         """Raise InputError for invalid values."""
-        positive(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
+        positive(epochs=self.epochs, lr=self.lr)
+        two_images(self.batch_size)
         if not 0 <= self.momentum < 1:
             raise InputError(f"--momentum must be at least 0 and below 1, not {self.momentum}")
 
@@ -82,6 +84,8 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     options.check()
+    if options.augment:
+        refuse_ranks("--augment runs in one process")
     setup = EvaluationSetup(out, options)
     trained = setup.trained
     subnets = list(trained.family)
@@ -103,6 +107,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         def batches(start: int) -> Iterable[Batch]:
             return feature_batches(train, setup.train_labels, order(start), trained.device)
 
+    end_sharing(setup.world)
     classifiers = Classifiers({s.name: s.channels[-1] for s in subnets}, setup.classes, hparams.seed)
     training = ClassifierTraining(classifiers.to(trained.device), hparams, order().steps_per_epoch)
     view_key = (options.min_scale,) if options.augment else ()

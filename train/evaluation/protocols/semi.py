@@ -22,6 +22,7 @@ from ...data.datasets.images import Subset, dataset_digest
 from ...data.datasets.stratified import SEED, checksum, index_text, stratified_subset
 from ...data.sampler import EpochSampler
 from ...data.views import augmentation
+from ...distributed.process_group import end_sharing, refuse_ranks
 from ...run import fingerprint, loop
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
@@ -105,7 +106,7 @@ class SemiOptions(ClassifierOptions):
 def fitting_batch(largest: int, images: int) -> int:
     """A batch size up to `largest` that drops few images: 256 would drop 244 of 500 images in each epoch."""
     whole = min(largest, images)
-    even = images // -(-images // whole)
+    even = max(2, images // -(-images // whole))  # batch normalisation needs two images
     return min((whole, even), key=lambda size: images % size)
 
 
@@ -124,13 +125,16 @@ def evaluate_semi(out: Path, options: SemiOptions) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     options.check()
-    setup = EvaluationSetup(out, options, trains=True)
     percents, methods = options.percents(), options.chosen_methods()
+    if "finetune" in methods:
+        refuse_ranks("--methods finetune runs in one process")
+    setup = EvaluationSetup(out, options, trains=True)
     chosen = {p: stratified_subset(setup.train_labels, p / 100, options.subset_seed) for p in percents}
     subsets: dict[str, Any] = {}
     for percent, indices in chosen.items():
         file = f"semi-{percent:g}-percent.txt"
-        atomic.write_text(out / FOLDER / file, index_text(indices))
+        if setup.world.is_main:
+            atomic.write_text(out / FOLDER / file, index_text(indices))
         subsets[f"{percent:g} %"] = {
             "images": len(indices),
             "batch_size": fitting_batch(options.batch_size, len(indices)),
@@ -179,6 +183,7 @@ def _linear(setup: EvaluationSetup, options: SemiOptions, chosen: dict[float, li
     largest = chosen[max(chosen)]
     images = Subset(setup.train, largest)
     features = trained.features(subnets, images, f"{max(chosen):g}-percent", options.workers)
+    end_sharing(setup.world)
     place = {index: row for row, index in enumerate(largest)}
     found = {}
     for percent, indices in chosen.items():

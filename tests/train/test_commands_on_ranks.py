@@ -1,0 +1,100 @@
+"""Every command under torchrun with two processes: ranks share the features, or rank 0 refuses in one line."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from dspnet_fast.errors import InputError
+from train import cli
+from train.distributed.process_group import World, refuse_ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
+
+# Runs several commands in one process, because starting Python takes seconds. Batches of 7 images neither divide the
+# images nor give both ranks as many.
+PROGRAM = """
+import importlib, os, sys
+import train.embed, train.evaluation.pretrained
+train.embed.BATCH = train.evaluation.pretrained.BATCH = 7
+for line in sys.argv[1].strip().splitlines():
+    module, *argv = line.split()
+    try:
+        importlib.import_module(module).main(argv)
+    except SystemExit as ended:
+        print(f"rank {os.environ.get('RANK')} ended {module} with {ended.code}", file=sys.stderr, flush=True)
+"""
+
+
+def run(ranks, *command):
+    """Run a Python program in one process or under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *launcher, *map(str, command)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_two_ranks_give_the_files_of_one(trained, images, tmp_path):
+    alone = shutil.copytree(trained, tmp_path / "alone")
+    commands = f"""
+    train.evaluate knn OUT --device cpu --workers 0 --k 5 --baselines
+    train.evaluate linear OUT --device cpu --workers 0 --epochs 2
+    train.evaluate semi OUT --device cpu --workers 0 --epochs 2 --shares 50 --methods linear
+    train.embed OUT --device cpu --workers 0 --data {images} --out OUT/features.npy
+    """
+    (tmp_path / "program.py").write_text(PROGRAM)
+    for out, ranks in ((trained, 2), (alone, 1)):
+        ended = run(ranks, tmp_path / "program.py", commands.replace("OUT", str(out)))
+        assert ended.returncode == 0 and ended.stderr.count(" with 0\n") == 4 * ranks, ended.stderr
+        assert ended.stdout.count("kNN accuracy on") == 1, "rank 0 alone prints"
+    for name in ("knn", "linear", "semi"):
+        found, expected = (json.loads((out / "evaluation" / f"{name}.json").read_text()) for out in (trained, alone))
+        assert found == expected
+    for path in [*sorted((alone / "features").glob("*.npy")), alone / "features.npy"]:
+        np.testing.assert_array_equal(np.load(trained / path.relative_to(alone)), np.load(path))
+
+
+@pytest.mark.parametrize("module", ["finetune", "detect", "compare", "export", "report", "select"])
+def test_commands_of_one_process_refuse_ranks(module, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"train.{module}").main(["OUT"])
+    assert ended.value.code == cli.WRONG_INPUT
+    reason = "this command runs in one process, and torchrun started 2: start it without torchrun"
+    assert capsys.readouterr().err == f"error: {reason}\n"
+
+
+def test_other_ranks_than_rank_0_refuse_without_a_message(monkeypatch, capsys):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        refuse_ranks("this command runs in one process")
+    assert ended.value.code == cli.WRONG_INPUT and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("argv", [["linear", "OUT", "--augment"], ["semi", "OUT"]])
+def test_protocols_that_train_networks_refuse_ranks(argv, monkeypatch):
+    evaluate = importlib.import_module("train.evaluate")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="runs in one process, and torchrun started 2"):
+        evaluate._main(argv)
+
+
+def test_torchrun_shows_a_refusal_once(tmp_path):
+    ended = run(2, "-m", "train.export", tmp_path)
+    assert ended.stderr.count("this command runs in one process, and torchrun started 2") == 1, ended.stderr
+    assert re.search(r"exitcode +: 2 ", ended.stderr), "torchrun names rank 0's code"
+
+
+def test_one_process_gathers_its_own_items():
+    assert list(World().gather_in_order(iter("abc"), 3)) == ["a", "b", "c"]
