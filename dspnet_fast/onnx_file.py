@@ -58,7 +58,9 @@ def convert(network: nn.Module, image_size: int, output: str = "features") -> by
     require()
     program = torch.onnx.export(
         network.eval(),
-        (torch.zeros(2, image_channels(network), image_size, image_size),),  # a batch of one would be exported as a constant
+        (
+            torch.zeros(2, image_channels(network), image_size, image_size),
+        ),  # a batch of one would be exported as a constant
         dynamo=True,
         verbose=False,
         opset_version=OPSET,

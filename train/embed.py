@@ -22,9 +22,11 @@ from . import cli
 from .config import WORKERS_HELP, Workers
 from .data.datasets.folder import open_files
 from .data.datasets.images import ImageDataset
+from .data.datasets.pixels import PixelFormat
 from .data.datasets.registry import open_images
+from .data.pixel_options import read_as
 from .evaluation.pretrained import evaluation_views
-from .export import load_family, read_run, run_family, selected_subnets
+from .export import load_family, read_run, run_family, run_images, selected_subnets
 from .run.device import choose_device
 
 DESCRIPTION = """\
@@ -38,16 +40,17 @@ EXAMPLE = """\
 
 @dataclass(frozen=True)
 class Embedder:
-    """A network in evaluation mode on its device, and the size of its images in pixels."""
+    """A network in evaluation mode on its device, and the size in pixels and the format of its images."""
 
     network: nn.Module
     image_size: int
     device: torch.device
+    format: PixelFormat
 
     def batches(self, images: ImageDataset, workers: Workers = "auto") -> Iterator[np.ndarray]:
         """Features [B, F] in float32 of consecutive images, with a progress bar."""
         with torch.no_grad():
-            for batch in evaluation_views(images, self.image_size, self.device, "embed", workers):
+            for batch in evaluation_views(read_as(images, self.format), self.image_size, self.device, "embed", workers):
                 yield self.network(batch).float().cpu().numpy()
 
 
@@ -67,22 +70,23 @@ def open_embedder(source: str | os.PathLike[str], dn: str | None = None, device:
         if dn is not None:
             raise InputError(f"{folder} is one exported network: leave --dn out, or give the run directory")
         network = dspnet_fast.exported.load(folder)
-        image_size = json.loads((folder / dspnet_fast.exported.MANIFEST).read_text())["image_size"]
+        manifest = json.loads((folder / dspnet_fast.exported.MANIFEST).read_text())
+        image_size, format = manifest["image_size"], PixelFormat.of_manifest(manifest)
     else:
-        network, image_size = _cut(folder, dn)
-    return Embedder(network.to(chosen).to(memory_format=torch.channels_last).eval(), image_size, chosen)
+        network, image_size, format = _cut(folder, dn)
+    return Embedder(network.to(chosen).to(memory_format=torch.channels_last).eval(), image_size, chosen, format)
 
 
-def _cut(out: Path, dn: str | None) -> tuple[nn.Module, int]:
-    """A subnet of a run as an ordinary network, with its post-statistics, and the size of its images."""
+def _cut(out: Path, dn: str | None) -> tuple[nn.Module, int, PixelFormat]:
+    """A subnet of a run as an ordinary network, with its post-statistics, and the size and format of its images."""
     config = read_run(out)
     options, data, image_size = run_family(config)
     trained, _ = load_family(out, config)
     (subnet,) = selected_subnets(out, options, [dn or trained.family.full.name], nested=False)
     if subnet.name not in trained.restore_statistics([subnet]):
-        trained.measure_statistics([subnet], open_images(data, "train"), data)
+        trained.measure_statistics([subnet], run_images(config), data)
         trained.restore_statistics([subnet])
-    return slim(trained.model, subnet), image_size
+    return slim(trained.model, subnet), image_size, PixelFormat.of(config)
 
 
 def embed(

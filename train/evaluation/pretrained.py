@@ -21,7 +21,7 @@ from dspnet_fast.tensor_file import write_tensors
 from ..config import PretrainConfig, Workers
 from ..data.datasets.images import ImageDataset, Subset, dataset_digest
 from ..data.loader import evaluation_batches
-from ..data.normalization import normalize
+from ..data.normalization import prepare
 from ..pretraining.dspnet import build_model
 from ..run import checkpoint, fingerprint
 from ..run.progress import Monitor
@@ -50,12 +50,12 @@ def evaluation_views(
         start: index of the first image, a multiple of BATCH.
 
     Yields:
-        Batches [<= BATCH, 3, image_size, image_size] in float32.
+        Batches [<= BATCH, C, image_size, image_size] in float32.
     """
     loader = evaluation_batches(images, range(start, len(images)), image_size, BATCH, workers)
     with Monitor(name, -(-len(images) // BATCH), start // BATCH) as monitor:
         for batch in loader:
-            yield normalize(batch.to(device, non_blocking=True))
+            yield prepare(batch, device)
             monitor.advance()
             monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
@@ -185,7 +185,7 @@ class PretrainedFamily(EvaluatedFamily):
         if not subnet.within(self.family.full):
             raise InputError(f"{subnet} is no part of {self.family.full}, the largest network of {self.out}")
         with torch.random.fork_rng(devices=[]):
-            network = build(self.config.network, subnet, self.config.stem)
+            network = build(self.config.network, subnet, self.config.stem, self.config.in_channels)
         weights = dict(self.encoder.named_parameters())
         with torch.no_grad():
             for name, parameter in network.named_parameters():
