@@ -82,6 +82,7 @@ def resolve_pixels(options: Options, images: ImageDataset, report: Callable[[str
     Raises:
         InputError: the images have no common format, or the options contradict each other or the images.
     """
+    options.check_pixels()
     if options.pixel_range == EIGHT_BIT and (options.channels, options.normalization) == (3, "imagenet"):
         return options
     if (
@@ -201,6 +202,7 @@ def _normalization(options: PixelOptions, sample: _Sample) -> str:
             ],
             dim=1,
         )
-        deviation, average = torch.std_mean(values.double(), dim=1, correction=0)
-        mean, std = average.tolist(), torch.where(deviation > 0, deviation, 1.0).tolist()
+        values = values.double()
+        deviation = values.std(dim=1, correction=0)
+        mean, std = values.mean(dim=1).tolist(), torch.where(deviation > 0, deviation, 1.0).tolist()
     return ";".join(",".join(f"{value:.6g}" for value in values) for values in (mean, std))

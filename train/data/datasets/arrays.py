@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_png
 
 from .images import unreadable
 
 ARRAYS = (".npy",) + (".dcm",) * (importlib.util.find_spec("pydicom") is not None)  # endings
-PNG, PNG_BITS = b"\x89PNG\r\n\x1a\n", 24  # signature, and place of the bit depth
+PNG, PNG_BITS, GREY = b"\x89PNG\r\n\x1a\n", 24, 0  # signature, place of the bit depth, the next byte for grey
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
-NEEDS_TIFFFILE = "this TIFF needs tifffile: pip install 'dspnet-fast[tiff]'"
 
 Decoded = tuple[np.ndarray, int]  # values [H, W, C], and the number of channels that are not transparency
 
@@ -74,13 +73,22 @@ def _decode(content: bytes, file: str) -> Decoded:
         return _npy(content)
     if is_array(file):
         return _dicom(content)
-    if content.startswith(PNG) and not is_eight_bit(content, file):  # Pillow keeps 8 bits of 16-bit RGB
-        values = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-        return values.permute(1, 2, 0).numpy(), values.shape[0] - (values.shape[0] % 2 == 0)
+    if content.startswith(PNG) and content[PNG_BITS] == 16 and content[PNG_BITS + 1] != GREY:
+        values = _package("imagecodecs").png_decode(content)  # Pillow keeps 8 bits
+        return values, values.shape[-1] - (values.shape[-1] % 2 == 0)
     if content.startswith(TIFF):
         return _tiff(content)
     with Image.open(io.BytesIO(content)) as image:
         return _of_pillow(image)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            "its colours have 16 bits or more than 4 samples: pip install 'dspnet-fast[images]'"
+        ) from error
 
 
 def _npy(content: bytes) -> Decoded:
@@ -131,12 +139,8 @@ def _page(image: Image.Image, page: int) -> Decoded:
 
 def _by_tifffile(content: bytes) -> Decoded:
     """Several samples above 8 bits, and other layouts that Pillow cannot read."""
-    if importlib.util.find_spec("tifffile") is None:
-        raise ValueError(NEEDS_TIFFFILE)
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(content)) as tiff:
-        series, extra = tiff.series[0], tiff.pages[0].extrasamples  # type: ignore[union-attr]
+    with _package("tifffile").TiffFile(io.BytesIO(content)) as tiff:
+        series, extra = tiff.series[0], tiff.pages[0].extrasamples
         values, axes = series.asarray(), series.axes
     values = np.moveaxis(values, (axes.index("Y"), axes.index("X")), (0, 1))
     values = values.reshape(*values.shape[:2], -1)
