@@ -176,11 +176,15 @@ PACKAGES = packages()
 # the CPU with headers of the last.
 CUDA_12 = [f"nvidia-cuda-{part}-cu12; sys_platform == 'linux'" for part in ("nvrtc", "runtime", "cccl")]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
+IMAGES = ["tifffile", "imagecodecs"]  # 16-bit colours, more than 4 samples per pixel
+DICOM = ["pydicom"]
 DETECT = ["pycocotools"]
 EXTRAS = {
     "timm": ["timm"],
     "onnx": ONNX,
     "detect": DETECT,
+    "images": IMAGES,
+    "dicom": DICOM,
     "dali": ["nvidia-dali-cuda130"],  # with CUDA 12: nvidia-dali-cuda120
     "test": [
         "pytest",
@@ -191,6 +195,8 @@ EXTRAS = {
         "timm",
         *ONNX,
         *DETECT,
+        *IMAGES,
+        *DICOM,
         "nvidia-dali-cuda130; sys_platform == 'linux'",
         *CUDA_12,
     ],

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .models import image_channels
+
 
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters."""
@@ -17,7 +19,7 @@ def mac_count(model: nn.Module, image_size: int) -> int:
 
     Args:
         model: a network of images; not changed.
-        image_size: height and width of the image [1, 3, image_size, image_size].
+        image_size: height and width of the image [1, C, image_size, image_size]; C is 3 for others than our networks.
 
     Returns:
         The number of multiply-accumulates.
@@ -29,7 +31,7 @@ def mac_count(model: nn.Module, image_size: int) -> int:
     meta_copy = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        meta_copy(torch.zeros(1, 3, image_size, image_size, device="meta"))
+        meta_copy(torch.zeros(1, image_channels(model), image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -45,5 +47,5 @@ def largest_activation(model: nn.Module, image_size: int) -> int:
     for module in meta_copy.modules():
         module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
     with torch.no_grad():
-        meta_copy(torch.zeros(1, 3, image_size, image_size, device="meta"))
+        meta_copy(torch.zeros(1, image_channels(model), image_size, image_size, device="meta"))
     return max(sizes)

@@ -65,7 +65,7 @@ def save(
         "features": subnet.channels[-1],
         **({"num_classes": count, "class_names": list(classes)} if count else {}),
         **extra,
-        "loads_into": _loads_into(encoder.name, subnet, stem, count),
+        "loads_into": _loads_into(encoder, subnet, stem, count),
         "layers": layers(network),
     }
     state = network.state_dict()
@@ -85,9 +85,10 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
         directory: the network's folder, written by `save` or `dspnet-export`.
 
     Returns:
-        A module from images [N, 3, H, W] to features [N, F], or for a classifier to logits [N, classes] in the order of
-        the manifest's `class_names`. Images are RGB, float32 from 0 to 1, normalised by
-        torchvision.transforms.functional.normalize(images, **manifest["normalization"]).
+        A module from images [N, C, H, W] to features [N, F], or for a classifier to logits [N, classes] in the order of
+        the manifest's `class_names`. Images have the manifest's `pixels["channels"]` (RGB if 3), float32, rescaled from
+        its `pixels["range"]` to 0 to 1, normalised by torchvision.transforms.functional.normalize(images,
+        **manifest["normalization"]).
 
     Raises:
         InputError: if the folder contains no exported network, or the weights do not fit the manifest.
@@ -102,7 +103,8 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         subnet = Subnet(manifest["dn"], tuple(manifest["channels"]), tuple(manifest["depths"]))
-        network = plain(manifest["network"], subnet, manifest["stem"], len(manifest.get("class_names", ())))
+        classes, channels = len(manifest.get("class_names", ())), manifest.get("pixels", {}).get("channels", 3)
+        network = plain(manifest["network"], subnet, manifest["stem"], classes, channels)
         names = {_timm_name(network, name): name for name in network.state_dict()}
         tensors = load_file(folder / WEIGHTS)
         network.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()})
@@ -114,7 +116,7 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
     return network
 
 
-def plain(network: str, subnet: Subnet, stem: str, classes: int = 0) -> nn.Module:
+def plain(network: str, subnet: Subnet, stem: str, classes: int = 0, in_channels: int = 3) -> nn.Module:
     """A new network of torch.nn layers.
 
     Args:
@@ -122,8 +124,9 @@ def plain(network: str, subnet: Subnet, stem: str, classes: int = 0) -> nn.Modul
         subnet: its size.
         stem: "standard" or "small".
         classes: number of classes of a classifier; 0 for a network that returns features.
+        in_channels: channels of the images.
     """
-    encoder = build(network, subnet, stem)
+    encoder = build(network, subnet, stem, in_channels)
     return slim(Classifier(encoder, classes) if classes else encoder, None)
 
 
@@ -150,16 +153,18 @@ def layers(network: nn.Module) -> list[dict[str, Any]]:
     return described
 
 
-def _loads_into(network: str, subnet: Subnet, stem: str, classes: int) -> dict[str, str]:
+def _loads_into(network: Network, subnet: Subnet, stem: str, classes: int) -> dict[str, str]:
     """Constructors of timm's and torchvision's networks that take these weights, and the changes to them that are
     needed.
 
     See docs/export.md.
     """
     targets, changes = {}, []
-    if network == "mobilenet_v3_large":
+    channels = network.in_channels
+    in_chans = "" if channels == 3 else f", in_chans={channels}"
+    if network.name == "mobilenet_v3_large":
         width = subnet.name.removeprefix("w")
-        timm = f"timm.models.mobilenetv3._gen_mobilenet_v3('mobilenetv3_large_100', {width}, num_classes=0)"
+        timm = f"timm.models.mobilenetv3._gen_mobilenet_v3('mobilenetv3_large_100', {width}, num_classes=0{in_chans})"
         targets["timm"] = timm
         if stem == "small":
             changes.append("conv_stem.stride = (1, 1)")
@@ -167,13 +172,16 @@ def _loads_into(network: str, subnet: Subnet, stem: str, classes: int) -> dict[s
             changes.append("conv_head = torch.nn.Identity(); act2 = torch.nn.Identity()")
             changes.append(f"classifier = torch.nn.Linear({subnet.channels[-1]}, {classes})")
     elif subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels
-        arguments = f"timm.models.resnet.BasicBlock, {list(subnet.depths)}, num_classes={classes}"
+        arguments = f"timm.models.resnet.BasicBlock, {list(subnet.depths)}, num_classes={classes}{in_chans}"
         targets["timm"] = f"timm.models.resnet.ResNet({arguments})"
         if subnet.depths in TORCHVISION:
             arguments = f"num_classes={classes}" if classes else ""
             targets["torchvision"] = f"torchvision.models.{TORCHVISION[subnet.depths]}({arguments})"
         if stem == "small":
-            changes.append("conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); maxpool = torch.nn.Identity()")
+            changes.append(f"conv1 = torch.nn.Conv2d({channels}, 64, 3, padding=1, bias=False)")
+            changes.append("maxpool = torch.nn.Identity()")
+        elif channels != 3:
+            changes.append(f"conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)")
     if changes:
         targets["then"] = "; ".join(changes)
     return targets

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .cost import parameter_count
 from .errors import InputError
+from .models import image_channels
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
@@ -30,7 +31,7 @@ def require() -> None:
 
 
 def convert(network: nn.Module, image_size: int, output: str = "features") -> bytes:
-    """Convert a network cut out by `slim` to ONNX, from images float32 [batch, 3, S, S] to [batch, F], with any batch
+    """Convert a network cut out by `slim` to ONNX, from images float32 [batch, C, S, S] to [batch, F], with any batch
     size.
 
     Batch normalisation is folded into the convolutions. The exporter's notes about the source code, which contain
@@ -57,7 +58,9 @@ def convert(network: nn.Module, image_size: int, output: str = "features") -> by
     require()
     program = torch.onnx.export(
         network.eval(),
-        (torch.zeros(2, 3, image_size, image_size),),  # a batch of one would be exported as a constant
+        (
+            torch.zeros(2, image_channels(network), image_size, image_size),
+        ),  # a batch of one would be exported as a constant
         dynamo=True,
         verbose=False,
         opset_version=OPSET,
@@ -92,7 +95,7 @@ def _check_size(network: nn.Module, model: Any, size: int) -> None:
 
 
 class Session:
-    """onnxruntime on the CPU with a converted network: float32 [N, 3, S, S] to [N, F], both on the CPU.
+    """onnxruntime on the CPU with a converted network: float32 [N, C, S, S] to [N, F], both on the CPU.
 
     Args:
         model: content of the ONNX file.
@@ -122,7 +125,7 @@ def verify(session: Session, network: nn.Module, images: Tensor) -> float:
     Args:
         session: the converted network.
         network: the original network.
-        images: normalised images, float32 [N, 3, S, S], on the CPU.
+        images: normalised images, float32 [N, C, S, S], on the CPU.
 
     Returns:
         The largest absolute difference between the outputs of onnxruntime and PyTorch.

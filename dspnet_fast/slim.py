@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .models import Classifier, Network, encoder_of
+from .models import Classifier, Network, encoder_of, image_channels
 from .nn import (
     SlimBatchNorm1d,
     SlimBatchNorm2d,
@@ -28,7 +28,8 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Ten
     Args:
         model: a model of slimmable layers; not changed.
         dn: the subnet, in a form that `activate` takes.
-        example: an input of the model, used to find the input channels of each layer; by default images [2, 3, 64, 64].
+        example: an input of the model, used to find the input channels of each layer; by default images
+            [2, C, 64, 64], with the C of a network of `models`, otherwise 3.
 
     Returns:
         The network in evaluation mode, with only the subnet's weights. Parameter names are the model's; inactive blocks
@@ -44,7 +45,7 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Ten
         Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
     """
     with activate(model, dn):
-        channels = _input_channels(model, torch.zeros(2, 3, 64, 64) if example is None else example)
+        channels = _input_channels(model, torch.zeros(2, image_channels(model), 64, 64) if example is None else example)
         plain = _plain(model, "", channels)
     if isinstance(plain, Network | Classifier) and isinstance(dn, Subnet | str):
         encoder = encoder_of(plain)

@@ -34,10 +34,11 @@ from .tensor_file import write_tensors
 
 KIND, FORMAT = "dspnet-fast switchable", 1
 WEIGHTS = "weights/"
+EIGHT_BIT_RGB = {"channels": 3, "range": [0, 255]}
 
 
 class Switchable(nn.Module):
-    """Images [N, 3, H, W] to features [N, F], or logits [N, classes] for classifiers, by the active network of a
+    """Images [N, C, H, W] to features [N, F], or logits [N, classes] for classifiers, by the active network of a
     family.
 
     The largest network is active at first. For inference only: weights have no gradients. To train an exported network,
@@ -46,7 +47,8 @@ class Switchable(nn.Module):
     Attributes:
         family: the networks, smallest first.
         image_size: height and width of the images that the family was pretrained on.
-        normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+        normalization: {"mean": C numbers, "std": C numbers} to normalise images with values from 0 to 1.
+        pixels: {"channels": C, "range": the two values that are rescaled to 0 and 1}.
         class_names: names of the logits; empty for networks that return features.
         latency: latency of each network by name, from `measure` or the file; empty if not measured.
         conditions: device, threads, batch size and image size of `latency`.
@@ -67,6 +69,7 @@ class Switchable(nn.Module):
         image_size: int,
         normalization: Mapping[str, Any],
         class_names: Sequence[str] = (),
+        pixels: Mapping[str, Any] = EIGHT_BIT_RGB,
     ) -> None:
         """Make a Switchable of tensors; `load` and `of` call this.
 
@@ -77,13 +80,15 @@ class Switchable(nn.Module):
             tensors: `weights/<parameter>` of the full network; `<subnet>/<layer>.running_mean` and `.running_var` of
                 each.
             image_size: height and width of the images that the family was pretrained on.
-            normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+            normalization: {"mean": C numbers, "std": C numbers} to normalise images with values from 0 to 1.
             class_names: names of the logits; empty for networks that return features.
+            pixels: {"channels": C, "range": the two values that are rescaled to 0 and 1}; by default 8-bit RGB.
         """
         super().__init__()
         self.network, self.stem, self.family = network, stem, family
         self.image_size, self.normalization = image_size, dict(normalization)
         self.class_names = tuple(class_names)
+        self.pixels = dict(pixels)
         self.latency: dict[str, Latency] = {}
         self.conditions: dict[str, Any] = {}
         self._tensors = dict(tensors)
@@ -99,6 +104,7 @@ class Switchable(nn.Module):
         image_size: int,
         normalization: Mapping[str, Any],
         class_names: Sequence[str] = (),
+        pixels: Mapping[str, Any] = EIGHT_BIT_RGB,
     ) -> Switchable:
         """Make a Switchable of a pretrained model; the tensors are copied.
 
@@ -106,8 +112,9 @@ class Switchable(nn.Module):
             model: a slimmable model with post-statistics of all networks of `family`.
             family: the networks.
             image_size: height and width of the images that the family was pretrained on.
-            normalization: {"mean": 3 numbers, "std": 3 numbers} to normalise images with values from 0 to 1.
+            normalization: {"mean": C numbers, "std": C numbers} to normalise images with values from 0 to 1.
             class_names: names of the logits; empty for networks that return features.
+            pixels: {"channels": C, "range": the two values that are rescaled to 0 and 1}; by default 8-bit RGB.
 
         Raises:
             RuntimeError: if no statistics were measured for a network.
@@ -118,7 +125,7 @@ class Switchable(nn.Module):
             tensors |= {f"{dn}/{name}": network.get_buffer(name) for name in _statistics(network)}
         encoder = encoder_of(model)
         stem = "small" if encoder.small_stem else "standard"
-        return cls(encoder.name, stem, family, tensors, image_size, normalization, class_names)
+        return cls(encoder.name, stem, family, tensors, image_size, normalization, class_names, pixels)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Switchable:
@@ -141,6 +148,7 @@ class Switchable(nn.Module):
                 manifest["image_size"],
                 manifest["normalization"],
                 manifest.get("class_names", ()),
+                manifest.get("pixels", EIGHT_BIT_RGB),
             )
             made.latency = {name: Latency(**taken) for name, taken in manifest["latency"].items()}
             made.conditions = dict(manifest["conditions"])
@@ -164,6 +172,7 @@ class Switchable(nn.Module):
             "image_size": self.image_size,
             "normalization": self.normalization,
             "class_names": self.class_names,
+            "pixels": self.pixels,
             "conditions": self.conditions,
             "latency": {name: asdict(taken) for name, taken in self.latency.items()},
         }
@@ -200,7 +209,7 @@ class Switchable(nn.Module):
         """Compute the active network.
 
         Args:
-            images: normalised images, [N, 3, H, W].
+            images: normalised images, [N, C, H, W].
 
         Returns:
             Features [N, F], or logits [N, classes] for a family of classifiers.
@@ -218,7 +227,7 @@ class Switchable(nn.Module):
         """
         size = image_size or self.image_size
         weight = next(iter(self._tensors.values()))
-        images = torch.randn(batch_size, 3, size, size, device=weight.device, dtype=weight.dtype)
+        images = torch.randn(batch_size, self.pixels["channels"], size, size, device=weight.device, dtype=weight.dtype)
 
         def call(network: nn.Module) -> None:
             network(images)
@@ -276,7 +285,7 @@ class Switchable(nn.Module):
 
     def _network(self, dn: Subnet) -> nn.Module:
         with torch.device("meta"):
-            network = plain(self.network, dn, self.stem, len(self.class_names))
+            network = plain(self.network, dn, self.stem, len(self.class_names), self.pixels["channels"])
         state = {}
         for name, wanted in network.state_dict().items():
             if name.endswith("num_batches_tracked"):
@@ -318,7 +327,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"{path} has format {metadata.get('version')}, but this version of dspnet-fast reads {FORMAT}: "
                     "export the family again"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            # Copied to aligned memory: at other addresses convolutions may add in another order.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
         manifest = json.loads(metadata["manifest"])
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ FAST_KERNELS_HELP = "compute steps in the fastest way that is verified on this d
 PLUGINS_HELP = "modules or .py files, separated by commas, that register providers"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DEVICE_HELP = "auto, which is cuda or cpu; cpu; cuda; or mps, an Apple GPU"
+EIGHT_BIT = "8bit"  # value of --pixel-range for images that are read as 8-bit grey or RGB
 SCRATCH = "none"  # value of --from for random weights
 
 
@@ -61,7 +63,109 @@ class DataOptions:
 
 
 @dataclass(kw_only=True)
-class FamilyOptions:
+class AugmentationOptions:
+    """augmentation"""
+
+    flip_probability: float = option(0.5, "fraction of views that are mirrored left to right")
+    jitter_probability: float = option(0.8, "fraction of views whose brightness, contrast, saturation and hue change")
+    brightness: float = option(0.4, "largest deviation of the brightness factor from 1")
+    contrast: float = option(0.4, "largest deviation of the contrast factor from 1")
+    saturation: float = option(0.2, "largest deviation of the saturation factor from 1; 3 channels only")
+    hue: float = option(0.1, "largest shift of the hue, at most 0.5; 3 channels only")
+    grey_probability: float = option(0.2, "fraction of views that become greyscale; 3 channels only")
+    blur_probability: str = option("1.0,0.1", "fractions of first and second views that are blurred", metavar="P,P")
+    blur_sigma: str = option(
+        "0.1,2.0", "smallest and largest sigma in pixels of views of 224, scaled to --image-size", metavar="MIN,MAX"
+    )
+    solarize_probability: str = option(
+        "0.0,0.2", "fractions of first and second views that are solarised", metavar="P,P"
+    )
+    solarize_threshold: int = option(128, "value from 0 to 255 from which on solarisation inverts")
+
+    def pair(self, name: str) -> tuple[float, float]:
+        """The two numbers of an option."""
+        first, second = _finite_numbers(flag(name), getattr(self, name), 2)
+        return first, second
+
+    def check_augmentation(self) -> None:
+        """Raise InputError for invalid values."""
+        for name in (
+            "flip_probability",
+            "jitter_probability",
+            "grey_probability",
+            "brightness",
+            "contrast",
+            "saturation",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{flag(name)} must lie between 0 and 1, not at {getattr(self, name)}")
+        for name in ("blur_probability", "solarize_probability"):
+            if not all(0 <= probability <= 1 for probability in self.pair(name)):
+                raise InputError(f"{flag(name)} must be two numbers between 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.pair("blur_sigma")[0] <= self.pair("blur_sigma")[1]:
+            raise InputError(f"--blur-sigma must be two numbers above 0, the smaller first, not {self.blur_sigma}")
+        if not 0 <= self.hue <= 0.5:
+            raise InputError(f"--hue must lie between 0 and 0.5, not at {self.hue}")
+        if not 0 <= self.solarize_threshold <= 255:
+            raise InputError(f"--solarize-threshold must lie between 0 and 255, not at {self.solarize_threshold}")
+
+
+@dataclass(kw_only=True)
+class PixelOptions:
+    """pixels"""
+
+    channels: int | Literal["auto"] = option(
+        "auto", "channels of an image; a number takes the first N; auto: as stored, 3 for 8-bit images"
+    )
+    pixel_range: str = option(
+        "auto",
+        "values that become 0 and 1: MIN,MAX; percentile, the 0.1th and 99.9th of a sample; 8bit; or auto, which is "
+        "8bit for such images, and for others chosen from a sample; see docs/pixels.md",
+        metavar="RANGE",
+    )
+    normalization: str = option(
+        "auto",
+        "mean and std: imagenet; measure; or MEANS;STDS of the values from 0 to 1, such as '0.3;0.1'; auto: imagenet "
+        "for 8bit, else measure",
+        metavar="M;S",
+    )
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the networks' images; 3 before "auto" is resolved."""
+        return 3 if self.channels == "auto" else self.channels
+
+    def pixel_options(self) -> dict[str, Any]:
+        """The values of these options, to copy them to another configuration."""
+        return {f.name: getattr(self, f.name) for f in fields(PixelOptions)}
+
+    def check_pixels(self) -> None:
+        """Raise InputError for invalid values."""
+        if self.channels != "auto" and self.channels < 1:
+            raise InputError(f"--channels {self.channels}: give auto or at least 1")
+        if self.pixel_range not in ("auto", "percentile", EIGHT_BIT):
+            low, high = _finite_numbers("--pixel-range", self.pixel_range, 2)
+            if low >= high:
+                raise InputError(f"--pixel-range {self.pixel_range}: give the smaller value first")
+        if self.normalization not in ("auto", "imagenet", "measure"):
+            mean, _, std = self.normalization.partition(";")
+            count = len(_finite_numbers("--normalization", mean))
+            if min(_finite_numbers("--normalization", std, count)) <= 0:
+                raise InputError(f"--normalization {self.normalization}: standard deviations must be above 0")
+
+
+def _finite_numbers(flag: str, text: str, count: int | None = None) -> list[float]:
+    try:
+        found = [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{flag} {text!r}: give numbers separated by commas; see --help") from error
+    if not all(map(math.isfinite, found)) or len(found) != (count or len(found)):
+        raise InputError(f"{flag} {text!r}: give {count or 'finite'} numbers")
+    return found
+
+
+@dataclass(kw_only=True)
+class FamilyOptions(PixelOptions):
     """family"""
 
     network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}", metavar="NAME")
@@ -167,7 +271,7 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, DataOptions):
+class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, AugmentationOptions, DataOptions):
     """Configuration of `train.pretrain`. Defaults are those of the paper if it states them (docs/algorithm.md)."""
 
     command = "dspnet-pretrain"
@@ -221,6 +325,8 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             )
         if self.max_bad_images is not None and self.max_bad_images < 0:
             raise InputError(f"--max-bad-images cannot be negative: {self.max_bad_images}")
+        self.check_pixels()
+        self.check_augmentation()
         if not self.names():
             raise InputError("--dns names no network: give for example --dns w0.50,w0.75,w1.00")
 
@@ -266,7 +372,7 @@ class SupervisedOptions:
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions):
+class FinetuneConfig(RunConfig, SupervisedOptions, PixelOptions, LabelledOptions, StartOptions):
     """Configuration of `train.finetune`."""
 
     command = "dspnet-finetune"
@@ -287,6 +393,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
         for name in ("weight_decay", "warmup_epochs", "evaluate_epochs"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
+        self.check_pixels()
         if not self.from_:
             raise InputError(
                 "--from is missing: name a run directory of dspnet-pretrain, or none to start from scratch"
@@ -297,7 +404,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, LabelledOptions, StartOptions
     def family(self) -> FamilyOptions:
         """The family of subnets to train; the configuration must be completed."""
         assert self.network is not None and self.dns is not None and self.stem is not None
-        return FamilyOptions(network=self.network, dns=self.dns, stem=self.stem)
+        return FamilyOptions(network=self.network, dns=self.dns, stem=self.stem, **self.pixel_options())
 
 
 def key(name: str) -> str:

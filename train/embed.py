@@ -22,10 +22,12 @@ from . import cli
 from .config import DEVICE_HELP, WORKERS_HELP, Workers
 from .data.datasets.folder import open_files
 from .data.datasets.images import ImageDataset
+from .data.datasets.pixels import PixelFormat
 from .data.datasets.registry import open_images
+from .data.pixel_options import read_as
 from .distributed.process_group import SINGLE_PROCESS, World, end_sharing, init_sharing
 from .evaluation.pretrained import BATCH, evaluation_views
-from .export import load_family, read_run, run_family, selected_subnets
+from .export import load_family, read_run, run_family, run_images, selected_subnets
 from .run.device import choose_device
 
 DESCRIPTION = """\
@@ -39,17 +41,20 @@ EXAMPLE = """\
 
 @dataclass(frozen=True)
 class Embedder:
-    """A network in evaluation mode on its device, and the size of its images in pixels."""
+    """A network in evaluation mode on its device, and the size in pixels and the format of its images."""
 
     network: nn.Module
     image_size: int
     device: torch.device
+    format: PixelFormat
 
     def batches(
         self, images: ImageDataset, workers: Workers = "auto", world: World = SINGLE_PROCESS
     ) -> Iterator[np.ndarray]:
         """Features [B, F] in float32 of consecutive images, with a progress bar; of all ranks on rank 0, else none."""
-        views = evaluation_views(images, self.image_size, self.device, "embed", workers, world=world)
+        views = evaluation_views(
+            read_as(images, self.format), self.image_size, self.device, "embed", workers, world=world
+        )
         with torch.no_grad():
             mine = (self.network(batch).float().cpu().numpy() for batch in views)
             yield from world.gather_in_order(mine, -(-len(images) // BATCH))
@@ -77,14 +82,15 @@ def open_embedder(
         if dn is not None:
             raise InputError(f"{folder} is one exported network: leave --dn out, or give the run directory")
         network = dspnet_fast.exported.load(folder)
-        image_size = json.loads((folder / dspnet_fast.exported.MANIFEST).read_text())["image_size"]
+        manifest = json.loads((folder / dspnet_fast.exported.MANIFEST).read_text())
+        image_size, format = manifest["image_size"], PixelFormat.of_manifest(manifest)
     else:
-        network, image_size = _cut(folder, dn, world)
-    return Embedder(network.to(chosen).to(memory_format=torch.channels_last).eval(), image_size, chosen)
+        network, image_size, format = _cut(folder, dn, world)
+    return Embedder(network.to(chosen).to(memory_format=torch.channels_last).eval(), image_size, chosen, format)
 
 
-def _cut(out: Path, dn: str | None, world: World) -> tuple[nn.Module, int]:
-    """A subnet of a run as an ordinary network, with its post-statistics, and the size of its images."""
+def _cut(out: Path, dn: str | None, world: World) -> tuple[nn.Module, int, PixelFormat]:
+    """A subnet of a run as an ordinary network, with its post-statistics, and the size and format of its images."""
     config = read_run(out)
     options, data, image_size = run_family(config)
     trained, _ = load_family(out, config)
@@ -92,8 +98,8 @@ def _cut(out: Path, dn: str | None, world: World) -> tuple[nn.Module, int]:
     (subnet,) = selected_subnets(out, options, [dn or trained.family.full.name], nested=False)
     if world.all_gather(subnet.name not in trained.restore_statistics([subnet]))[0]:
         atomic.check_writable(out)
-        trained.measure_statistics([subnet], open_images(data, "train"), data)
-    return slim(trained.model, subnet), image_size
+        trained.measure_statistics([subnet], run_images(config), data)
+    return slim(trained.model, subnet), image_size, PixelFormat.of(config)
 
 
 def embed(

@@ -15,7 +15,7 @@ import dspnet_fast
 from dspnet_fast import atomic, exported, latency, onnx_file
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Classifier, Network, subnet
+from dspnet_fast.models import Classifier, Network, image_channels, subnet
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
@@ -23,8 +23,9 @@ from dspnet_fast.switchable import Switchable
 from . import cli
 from .config import FamilyOptions, FinetuneConfig, PretrainConfig, option
 from .data.datasets import open_images
-from .data.datasets.images import Subset
-from .data.normalization import MEAN, STD
+from .data.datasets.images import ImageDataset, Subset
+from .data.datasets.pixels import PixelFormat
+from .data.pixel_options import read_as
 from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from .run.progress import Monitor
@@ -74,6 +75,12 @@ def run_family(config: PretrainConfig | FinetuneConfig) -> tuple[FamilyOptions, 
     return options, config.data, config.image_size
 
 
+def run_images(config: PretrainConfig | FinetuneConfig) -> ImageDataset:
+    """The training images of a run, in its pixel format."""
+    assert config.data is not None
+    return read_as(open_images(config.data, "train"), PixelFormat.of(config))
+
+
 def selected_subnets(out: Path, options: FamilyOptions, dns: Sequence[str], nested: bool) -> Family | list[Subnet]:
     """Look up subnets by name.
 
@@ -115,14 +122,15 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     options = options or ExportOptions()
     config = read_run(out)
     atomic.check_writable(out)
+    format = PixelFormat.of(config)
     family_options, data, image_size = run_family(config)
     subnets = selected_subnets(out, family_options, dns, options.switchable)
     trained, classes = load_family(out, config)
     missing = [chosen for chosen in subnets if chosen.name not in trained.restore_statistics(subnets)]
     if missing:
-        trained.measure_statistics(missing, open_images(data, "train"), data)
+        trained.measure_statistics(missing, run_images(config), data)
     sources = trained.restore_statistics(subnets)
-    examples = _examples(trained, data) if options.onnx else None
+    examples = _examples(trained, run_images(config)) if options.onnx else None
     written = []
     with Monitor("export", len(subnets) + options.switchable) as monitor:
         for chosen in subnets:
@@ -134,7 +142,8 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
                 "parameters": parameter_count(network),
                 "macs": mac_count(network, image_size),
                 "image_size": image_size,
-                "normalization": {"mean": MEAN, "std": STD},
+                "pixels": format.pixels,
+                "normalization": format.normalization,
                 "batch_norm": {"statistics": "measured after training", **sources[chosen.name]},
                 **_training_facts(trained, config),
                 "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
@@ -145,7 +154,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
             monitor.advance()
         if isinstance(subnets, Family):
             assert isinstance(trained.model, Network | Classifier)
-            runtime = Switchable.of(trained.model, subnets, image_size, {"mean": MEAN, "std": STD}, classes)
+            runtime = Switchable.of(trained.model, subnets, image_size, format.normalization, classes, format.pixels)
             runtime.measure(options.batch_size, threads=options.threads)
             runtime.save(out / "exported" / SWITCHABLE)
             written.append(out / "exported" / SWITCHABLE)
@@ -169,9 +178,8 @@ def _training_facts(trained: EvaluatedFamily, config: PretrainConfig | FinetuneC
     return {"pretraining": facts}
 
 
-def _examples(trained: EvaluatedFamily, data: str) -> Tensor:
-    """Eight training images, [8, 3, S, S], to verify the ONNX model."""
-    images = open_images(data, "train")
+def _examples(trained: EvaluatedFamily, images: ImageDataset) -> Tensor:
+    """Eight training images, [8, C, S, S], to verify the ONNX model."""
     few = Subset.random(images, min(VERIFICATION_IMAGES, len(images)), seed=0)
     return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
 
@@ -180,7 +188,7 @@ def _convert_and_time(
     network: Network | Classifier, image_size: int, examples: Tensor | None, options: ExportOptions
 ) -> tuple[bytes | None, dict[str, Any]]:
     """Convert to ONNX if `examples` are given, and measure latency; returns the model and facts for the manifest."""
-    images = torch.randn(options.batch_size, 3, image_size, image_size)
+    images = torch.randn(options.batch_size, image_channels(network), image_size, image_size)
     runtimes: dict[str, Callable[[], object]] = {"torch": lambda: network(images)}
     facts: dict[str, Any] = {}
     converted = None

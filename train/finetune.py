@@ -19,6 +19,8 @@ from .config import SCRATCH, FinetuneConfig, PretrainConfig, flag
 from .costs.flops import network_cost
 from .data.datasets import open_images
 from .data.datasets.images import ImageDataset
+from .data.datasets.pixels import PixelFormat
+from .data.pixel_options import read_as, resolve_pixels
 from .data.sampler import EpochSampler
 from .data.views import augmentation
 from .evaluation.accuracy import Accuracy
@@ -70,8 +72,8 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
         whole = replace(config, stem=config.stem or "standard")
     else:
         run = read_config(Path(config.from_), PretrainConfig)
-        for name in ("network", "stem"):
-            if getattr(config, name) not in (None, getattr(run, name)):
+        for name in ("network", "stem", *run.pixel_options()):
+            if getattr(config, name) not in (None, "auto", getattr(run, name)):
                 raise InputError(f"{flag(name)} {getattr(config, name)}, but {config.from_} has {getattr(run, name)}")
         whole = replace(
             config,
@@ -81,6 +83,7 @@ def completed(config: FinetuneConfig) -> FinetuneConfig:
             dn=None,
             data=config.data or run.data,
             image_size=config.image_size or run.image_size,
+            **run.pixel_options(),
         )
     if len(whole.family().names()) > 1 and whole.subnets_per_step < 2:
         raise InputError("--subnets-per-step must be at least 2: the smallest and the full network")
@@ -111,7 +114,7 @@ def starting_network(config: FinetuneConfig, switches: Family) -> Network:
     options = config.family()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build(options.network, switches.full, options.stem)
+        return build(options.network, switches.full, options.stem, options.in_channels)
 
 
 def finetune(config: FinetuneConfig, resume: bool) -> Report:
@@ -128,13 +131,17 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
         InputError: if the run or the images cannot be used.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
-    assert config.data is not None and config.image_size is not None
     device = choose_device(config.device)
     check_run(config, resume)
-    options, hparams = config.family(), hyperparameters(config)
-    switches = family_of(options.network, options.names())
+    hparams = hyperparameters(config)
+    assert config.data is not None
     train: ImageDataset = open_images(config.data, "train")
-    test: ImageDataset = open_images(config.data, "test")
+    if config.from_ == SCRATCH and not resume:
+        config = resolve_pixels(config, train)
+    assert config.data is not None and config.image_size is not None
+    options, format = config.family(), PixelFormat.of(config)
+    train, test = read_as(train, format), read_as(open_images(config.data, "test"), format)
+    switches = family_of(options.network, options.names())
     view = augmentation.supervised(config.image_size, config.min_scale)
 
     before = read_data_used(Path(config.out)) if resume else None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 from ..subnets import Family, Subnet
-from .classifier import Classifier, encoder_of
+from .classifier import Classifier, encoder_of, image_channels
 from .heads import MLP
 from .mobilenet_v3 import MobileNetV3
 from .network import Network
@@ -24,6 +24,7 @@ __all__ = [
     "build",
     "encoder_of",
     "family",
+    "image_channels",
     "subnet",
 ]
 
@@ -68,13 +69,14 @@ def family(network: str, dns: Sequence[str]) -> Family:
     return Family(subnet(network, dn) for dn in dns)
 
 
-def build(network: str, full: Subnet, stem: str = "standard") -> Network:
+def build(network: str, full: Subnet, stem: str = "standard", in_channels: int = 3) -> Network:
     """Build a slimmable network, with the full network active.
 
     Args:
         network: a key of `NETWORKS`.
         full: the largest subnet, for which weights are allocated.
         stem: "standard" as published, or "small", which keeps the resolution, for images below about 64 px.
+        in_channels: channels of the images, 3 for RGB.
 
     Raises:
         InputError: if the network or stem is unknown.
@@ -86,4 +88,4 @@ def build(network: str, full: Subnet, stem: str = "standard") -> Network:
     """
     if stem not in STEMS:
         raise InputError(f"unknown stem {stem!r}: use one of {', '.join(STEMS)}")
-    return _network(network)(full, small_stem=stem == "small")
+    return _network(network)(full, small_stem=stem == "small", in_channels=in_channels)

@@ -11,7 +11,7 @@ from .network import Network
 
 
 class Classifier(nn.Module):
-    """Images [N, 3, H, W] to logits [N, classes]. Its subnets are those of the encoder.
+    """Images [N, C, H, W] to logits [N, classes]. Its subnets are those of the encoder.
 
     Args:
         encoder: a slimmable network.
@@ -36,3 +36,8 @@ class Classifier(nn.Module):
 def encoder_of(model: Network | Classifier) -> Network:
     """The encoder of a classifier, or the network itself."""
     return model.encoder if isinstance(model, Classifier) else model
+
+
+def image_channels(model: nn.Module) -> int:
+    """The channels of the images that a network or classifier takes; 3 for other modules."""
+    return encoder_of(model).in_channels if isinstance(model, Network | Classifier) else 3

@@ -159,21 +159,22 @@ def _block_type(stage: int) -> type[DepthwiseSeparable] | type[InvertedResidual]
 
 
 class MobileNetV3(Network):
-    """Images [N, 3, H, W] to pooled features [N, F], F = 960 x width.
+    """Images [N, C, H, W] to pooled features [N, F], F = 960 x width.
 
     Args:
         full: the largest subnet, for which weights are allocated.
         small_stem: stride 1 instead of 2 in the first convolution.
+        in_channels: channels C of the images.
     """
 
     name = "mobilenet_v3_large"
     head_name = "classifier"
     stages = tuple(f"blocks.{index}" for index in range(len(STAGES) + 1))
 
-    def __init__(self, full: Subnet, small_stem: bool = False) -> None:
-        super().__init__(full, small_stem)
+    def __init__(self, full: Subnet, small_stem: bool = False, in_channels: int = 3) -> None:
+        super().__init__(full, small_stem, in_channels)
         stem, *stages, feature = full.channels
-        self.conv_stem = SlimConv2d(3, stem, 3, 1 if small_stem else 2, 1, bias=False)
+        self.conv_stem = SlimConv2d(in_channels, stem, 3, 1 if small_stem else 2, 1, bias=False)
         self.bn1 = SlimBatchNorm2d(stem)
         self.act1 = nn.Hardswish()
         self.blocks = nn.Sequential()
@@ -218,7 +219,7 @@ class MobileNetV3(Network):
         return subnet.name, sizes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to features [N, F]."""
+        """Images [N, C, H, W] to features [N, F]."""
         return pool(self.blocks(conv_norm_act(x, self.conv_stem, self.bn1, self.act1)))
 
     @property

@@ -9,13 +9,14 @@ from ..subnets import Subnet
 
 
 class Network(nn.Module, ABC):
-    """An encoder of images [N, 3, H, W] to pooled features [N, F], whose subnets are prefixes.
+    """An encoder of images [N, C, H, W] to pooled features [N, F], whose subnets are prefixes.
 
     Attributes:
         name: key in `dspnet_fast.models.NETWORKS`.
         head_name: timm's name of a classifier's linear layer.
         full: the largest subnet, for which weights are allocated.
         small_stem: whether the stem keeps the resolution, for images below about 64 px.
+        in_channels: channels of the images, 3 for RGB.
         stages: names of the modules after the stem, which run one after another.
         dense: whether most convolutions are neither pointwise nor depthwise.
     """
@@ -25,10 +26,11 @@ class Network(nn.Module, ABC):
     stages: tuple[str, ...]
     dense = False
 
-    def __init__(self, full: Subnet, small_stem: bool = False) -> None:
+    def __init__(self, full: Subnet, small_stem: bool = False, in_channels: int = 3) -> None:
         super().__init__()
         self.full = full
         self.small_stem = small_stem
+        self.in_channels = in_channels
 
     @property
     def num_features(self) -> int:
@@ -54,7 +56,7 @@ class Network(nn.Module, ABC):
         """The last feature map of each resolution, for feature pyramids.
 
         Args:
-            x: images, [N, 3, H, W].
+            x: images, [N, C, H, W].
 
         Returns:
             Maps [N, C, H/r, W/r] for r = 4, 8, 16, 32, or smaller r with a small stem. The mean of the last map over H

@@ -47,11 +47,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(Network):
-    """Images [N, 3, H, W] to pooled features [N, F], F = 8 x channels of the first stage.
+    """Images [N, C, H, W] to pooled features [N, F], F = 8 x channels of the first stage.
 
     Args:
         full: the largest subnet, for which weights are allocated.
         small_stem: a 3x3 convolution of stride 1 without pooling, instead of 7x7 of stride 2 with max pooling.
+        in_channels: channels C of the images.
     """
 
     name = "resnet"
@@ -59,13 +60,13 @@ class ResNet(Network):
     dense = True
     stages = ("layer1", "layer2", "layer3", "layer4")
 
-    def __init__(self, full: Subnet, small_stem: bool = False) -> None:
-        super().__init__(full, small_stem)
+    def __init__(self, full: Subnet, small_stem: bool = False, in_channels: int = 3) -> None:
+        super().__init__(full, small_stem, in_channels)
         stem, *stages = full.channels
         if small_stem:
-            self.conv1 = SlimConv2d(3, stem, 3, 1, 1, bias=False)
+            self.conv1 = SlimConv2d(in_channels, stem, 3, 1, 1, bias=False)
         else:
-            self.conv1 = SlimConv2d(3, stem, 7, 2, 3, bias=False)
+            self.conv1 = SlimConv2d(in_channels, stem, 7, 2, 3, bias=False)
         self.bn1 = SlimBatchNorm2d(stem)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
@@ -102,7 +103,7 @@ class ResNet(Network):
         return subnet.name, sizes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to features [N, F]."""
+        """Images [N, C, H, W] to features [N, F]."""
         return pool(self.feature_maps(x)[-1])
 
     @property

@@ -24,7 +24,7 @@ import torch
 from ..config import PretrainConfig
 from ..pretraining.cuda_graphs import StepGraphs
 from ..pretraining.dspnet import VIEWS
-from ..pretraining.trainer import Trainer
+from ..pretraining.trainer import Trainer, random_batch
 from ..run.device import choose_device
 from ..run.process import prepare_process
 from ..selection.kernels import Kernels
@@ -94,7 +94,7 @@ def measure_in_this_process(config: PretrainConfig, steps: int) -> StepMeasureme
     """Measure a step in this process; peak memory is correct only if no larger work ran here before."""
     device = choose_device(config.device)
     views = VIEWS * config.batch_size
-    batch = torch.randint(256, (views, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    batch = random_batch(config, views)
     before = _peak_memory(device)
     # full_only_epochs=0: every subnet is trained from the first step on
     trainer = Trainer(replace(config, full_only_epochs=0), epoch_steps=WARM_UP, device=device)

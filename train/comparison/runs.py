@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..config import PretrainConfig
+from ..data.pixel_options import resolve_pixels
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from ..evaluation.results import Report
@@ -43,9 +44,11 @@ def compare(comparison: Comparison) -> Report:
         InputError: if the folder contains other runs, or the images cannot be used.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
+    images = open_train_images(comparison.config)
+    comparison = Comparison(comparison.options, resolve_pixels(comparison.config, images))
     base = comparison.config
     device = choose_device(base.device)
-    resolved = resolve(base, open_train_images(base), device, world_size=1)
+    resolved = resolve(base, images, device, world_size=1)
     kernels = _kernels(comparison, resolved, device) if base.fast_kernels else None
     runs = [(variant, seed) for seed in comparison.seeds for variant in comparison.trained]
     accuracies: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in comparison.trained}

@@ -87,7 +87,7 @@ def largest_activation(config: PretrainConfig) -> int:
 def _on_meta(options: FamilyOptions, subnet: Subnet) -> nn.Module:
     """A network of torch.nn layers on the meta device."""
     with torch.device("meta"):
-        return slim(build(options.network, subnet, options.stem), None)
+        return slim(build(options.network, subnet, options.stem, options.in_channels), None)
 
 
 def network_costs(config: PretrainConfig) -> dict[str, NetworkCost]:

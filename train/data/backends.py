@@ -22,13 +22,14 @@ SAMPLED = 16  # images that `auto` inspects
 MIN_PHOTOGRAPH_SIZE = 128  # pixels of the shorter side from which on `auto` prefers DALI for JPEGs
 
 
-def choose_backend(name: str, images: ImageDataset, device: torch.device) -> str:
+def choose_backend(name: str, images: ImageDataset, device: torch.device, eight_bit: bool = True) -> str:
     """Resolve the option --data-backend.
 
     Args:
         name: a backend or "auto", which is dali-cpu for JPEG photographs if DALI is installed, else torchvision.
         images: the dataset, inspected for "auto".
         device: the device of the training.
+        eight_bit: whether images are read as 8-bit grey or RGB.
 
     Returns:
         One of `BACKENDS`.
@@ -39,6 +40,13 @@ def choose_backend(name: str, images: ImageDataset, device: torch.device) -> str
     if name not in ("auto", *BACKENDS):
         raise InputError(f"unknown data backend {name!r}: give auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if not eight_bit:
+        if name.startswith("dali"):
+            raise InputError(
+                f"--data-backend {name} reads 8-bit grey and RGB images, normalised as ImageNet's: use --data-backend "
+                "torchvision for others"
+            )
+        return "torchvision"
     if name == "auto":
         return "dali-cpu" if installed and _mostly_photographs(images) else "torchvision"
     if name.startswith("dali") and not installed:
@@ -85,7 +93,8 @@ def open_batches(
         device: where dali-gpu computes.
 
     Returns:
-        From torchvision and dali-cpu uint8 [2B, 1 or 3, S, S] on the CPU; from dali-gpu float32 [2B, 3, S, S] on
+        From torchvision and dali-cpu uint8 [2B, 1 or 3, S, S] on the CPU, or normalised float32 [2B, C, S, S] of images
+        that are not 8-bit; from dali-gpu float32 [2B, 3, S, S] on
         `device`, normalised, in channels-last memory.
 
     Raises:

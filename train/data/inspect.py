@@ -1,4 +1,4 @@
-"""`python -m train.data.inspect`: compare the views that the backends compute from the same parameters."""
+"""`python -m train.data.inspect`: show the pixels and views of images, and compare the views of the backends."""
 
 from __future__ import annotations
 
@@ -15,32 +15,40 @@ from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from .. import cli
-from ..config import option
+from ..config import PixelOptions, option
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages
 from .datasets import open_images
 from .datasets.images import ImageDataset, Subset
-from .normalization import MEAN, STD
+from .datasets.pixels import PixelFormat
+from .pixel_options import read_as, resolve_pixels
 from .sampler import EpochSampler
 from .views.augmentation import OPERATIONS, ViewSpec, byol, only
 
 DESCRIPTION = """\
-Compute two views of some images with every backend, from the same parameters, and compare them pixel by pixel with
-those of the first backend: each operation alone, the colour jitter in random order, and everything together.
-Writes OUT/views.png, OUT/differences.md and OUT/differences.json."""
+Print the channels, range, mean and std that dspnet-pretrain would use for a set of images. Compute two views of some
+images with every backend, from the same parameters, and compare them pixel by pixel with those of the first backend:
+each operation alone, the colour jitter in random order, and everything together.
+Writes OUT/views.png, OUT/differences.md and OUT/differences.json. Of images with other than one or three channels
+views.png shows the first channel, or the first three as RGB."""
 EXAMPLE = """\
   dspnet-inspect --data photos --backends torchvision,dali-cpu --out runs/views"""
 
 EVERYTHING = "everything"
+EIGHT_BIT_RGB = PixelFormat()
 HEADER = 16  # pixels above the images, for the names of the backends
 
 
 @dataclass(kw_only=True)
-class InspectOptions:
+class InspectOptions(PixelOptions):
     """Options of `train.data.inspect`."""
 
     data: str = option("fashion-mnist", "image dataset, as in dspnet-pretrain")
-    backends: str = option("torchvision,dali-cpu", "backends to compare; the first is the reference")
+    backends: str | None = option(
+        None,
+        "backends to compare; the first is the reference [torchvision,dali-cpu; torchvision alone if not 8-bit]",
+        metavar="NAMES",
+    )
     out: str = option("", "output folder")
     image_size: int = option(128, "height and width of the views in pixels")
     images: int = option(64, "images to compare, chosen at random")
@@ -69,7 +77,13 @@ class Difference:
     shift: float
 
 
-def compute_views(backend: str, images: ImageDataset, specs: tuple[ViewSpec, ViewSpec], seed: int) -> torch.Tensor:
+def compute_views(
+    backend: str,
+    images: ImageDataset,
+    specs: tuple[ViewSpec, ViewSpec],
+    seed: int,
+    format: PixelFormat = EIGHT_BIT_RGB,
+) -> torch.Tensor:
     """Compute both views of all images, in the order of epoch 0.
 
     Args:
@@ -77,9 +91,10 @@ def compute_views(backend: str, images: ImageDataset, specs: tuple[ViewSpec, Vie
         images: the dataset.
         specs: the distributions of the two views.
         seed: of the order and the parameters.
+        format: of the images.
 
     Returns:
-        uint8 [2, N, 3, S, S].
+        uint8 [2, N, 3, S, S]; 0 and 255 are the ends of the range.
 
     Raises:
         InputError: an image cannot be read.
@@ -88,21 +103,23 @@ def compute_views(backend: str, images: ImageDataset, specs: tuple[ViewSpec, Vie
     sampler = EpochSampler(len(images), len(images), seed, epochs=1)
     (batch,) = open_batches(backend, images, specs, sampler, 0, BadImages(), device)
     if batch.is_floating_point():
-        mean, deviation = (torch.tensor(values, device=batch.device).view(3, 1, 1) for values in (MEAN, STD))
-        batch = ((batch * deviation + mean) * 255).round().clamp(0, 255).byte()
-    batch = batch.cpu().expand(-1, 3, -1, -1)
-    return torch.stack(batch.chunk(2))
+        mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in (format.mean, format.std))
+        batch = ((batch.cpu() * deviation + mean) * 255).round().clamp(0, 255).byte()
+    shown = batch.cpu()[:, : 3 if format.channels >= 3 else 1]
+    return torch.stack(shown.expand(-1, 3, -1, -1).chunk(2))
 
 
-def compare(backends: Sequence[str], images: ImageDataset, image_size: int, seed: int) -> list[Difference]:
+def compare(
+    backends: Sequence[str], images: ImageDataset, image_size: int, seed: int, format: PixelFormat = EIGHT_BIT_RGB
+) -> list[Difference]:
     """Compare every backend with the first, for each operation and for everything together."""
     differences = []
     whole = byol(image_size)
     for operation in (*OPERATIONS, EVERYTHING):
         specs = whole if operation == EVERYTHING else (only(whole[0], operation), only(whole[1], operation))
-        reference = compute_views(backends[0], images, specs, seed).float()
+        reference = compute_views(backends[0], images, specs, seed, format).float()
         for backend in backends[1:]:
-            difference = compute_views(backend, images, specs, seed).float() - reference
+            difference = compute_views(backend, images, specs, seed, format).float() - reference
             absolute = difference.abs().flatten()
             differences.append(
                 Difference(
@@ -117,9 +134,11 @@ def compare(backends: Sequence[str], images: ImageDataset, image_size: int, seed
     return differences
 
 
-def view_grid(backends: Sequence[str], images: ImageDataset, image_size: int, seed: int) -> Image.Image:
+def view_grid(
+    backends: Sequence[str], images: ImageDataset, image_size: int, seed: int, format: PixelFormat = EIGHT_BIT_RGB
+) -> Image.Image:
     """Return a picture with a row for each image and two columns, one for each view, for each backend."""
-    made = [compute_views(backend, images, byol(image_size), seed) for backend in backends]
+    made = [compute_views(backend, images, byol(image_size), seed, format) for backend in backends]
     columns = torch.cat([pair for both in made for pair in both.unsqueeze(0)])  # 2 * backends, N, 3, S, S
     grid = columns.permute(1, 3, 0, 4, 2).reshape(len(images) * image_size, len(columns) * image_size, 3)
     result = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADER), "white")
@@ -158,16 +177,19 @@ def _main(argv: Sequence[str]) -> None:
     atomic.check_writable(Path(options.out))
     images = open_images(options.data, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = [name.strip() for name in options.backends.split(",")]
-    backends = [choose_backend(name, images, device) for name in names]
+    format = PixelFormat.of(resolve_pixels(options, images))
+    print(f"pixels  {format.describe()}")
+    given = options.backends or ("torchvision,dali-cpu" if format.eight_bit else "torchvision")
+    backends = [choose_backend(name.strip(), images, device, format.eight_bit) for name in given.split(",")]
+    images = read_as(images, format)
     images = Subset.random(images, min(options.images, len(images)), options.seed)
-    differences = compare(backends, images, options.image_size, options.seed)
+    differences = compare(backends, images, options.image_size, options.seed, format)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     shown = Subset(images, range(min(options.rows, len(images))))
-    grid = view_grid(backends, shown, options.image_size, options.seed)
+    grid = view_grid(backends, shown, options.image_size, options.seed, format)
     atomic.write_atomically(out / "views.png", lambda path: grid.save(path, "png"))
-    text = markdown_table(differences, backends[0])
+    text = markdown_table(differences, backends[0]) if differences else f"{backends[0]} alone: nothing to compare\n"
     atomic.write_text(out / "differences.md", text)
     atomic.write_text(out / "differences.json", json.dumps([asdict(d) for d in differences], indent=2) + "\n")
     print(text)

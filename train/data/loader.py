@@ -1,4 +1,4 @@
-"""Loaders of uint8 batches, deterministic in the seed.
+"""Loaders of batches, deterministic in the seed: uint8, or normalised float32 of images that are not 8-bit.
 
 The order of epoch e is a function of (seed, e), and the views of image i in it are a function of (seed, e, i). So
 neither the number of workers, nor the batch that contains an image, nor an interruption changes a bit of the views.
@@ -20,10 +20,12 @@ from dspnet_fast.errors import InputError
 from ..config import MAX_WORKERS, SMALL_SET, Workers
 from ..run.interruption import SIGNALS
 from .bad_images import BadImages, Unreadable, load_or_next
-from .datasets.images import ImageDataset
+from .datasets.images import ImageDataset, Loaded
+from .datasets.pixels import RescaledImage
 from .sampler import EpochSampler
-from .views.augmentation import ViewSpec, sample_view, uniform_numbers
-from .views.torchvision_backend import View, augment, evaluation_view
+from .views.augmentation import ViewParameters, ViewSpec, check_image_size, sample_view, uniform_numbers
+from .views.rescaled_views import augment_rescaled, evaluate_rescaled
+from .views.torchvision_backend import augment, evaluation_view
 
 
 def two_view_batches(
@@ -44,7 +46,8 @@ def two_view_batches(
 
     Returns:
         A loader of uint8 [2B, C, S, S]: the first view of all B images, then the second view of all. C is 1 in a batch
-        of greyscale images and 3 otherwise. The memory is pinned if there is a CUDA device.
+        of greyscale images and 3 otherwise. Images read as another format (`pixel_options.read_as`) give normalised
+        float32 batches with its channels. The memory is pinned if there is a CUDA device.
 
     Raises:
         InputError: while iterating, if more images are unreadable than `bad` allows, in any worker.
@@ -56,10 +59,10 @@ def two_view_batches(
 def one_view_batches(
     images: ImageDataset, view: ViewSpec, sampler: EpochSampler, workers: Workers = "auto"
 ) -> DataLoader:
-    """Return a loader of one view of each image, uint8 [B, C, S, S].
+    """Return a loader of one view of each image, [B, C, S, S].
 
-    Every image must be readable, because labels are looked up by the sampler's indices. C, memory, errors and `workers`
-    as in `two_view_batches`.
+    Every image must be readable, because labels are looked up by the sampler's indices. C, dtype, memory, errors and
+    `workers` as in `two_view_batches`.
     """
     bad = BadImages()
     return make_loader(
@@ -72,12 +75,12 @@ def evaluation_batches(
 ) -> Iterable[torch.Tensor]:
     """Return a loader of the evaluation views of the images at `indices`, in this order, none dropped.
 
-    A batch is uint8 [<= batch_size, C, S, S]. C, memory, errors and `workers` as in `two_view_batches`.
+    A batch is [<= batch_size, C, S, S]. C, dtype, memory, errors and `workers` as in `two_view_batches`.
     """
     if batch_size < 1:
         raise InputError(f"evaluation batches of {batch_size} images: give at least 1")
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    dataset = _Evaluation(images, evaluation_view(image_size))
+    dataset = _Evaluation(images, image_size)
     return make_loader(dataset, batches, worker_count(workers, len(indices)), BadImages())
 
 
@@ -90,15 +93,15 @@ def readable_views(images: ImageDataset, image_size: int, bad: BadImages) -> tup
         bad: counts the images that cannot be read.
 
     Returns:
-        The views, uint8 [n, C, S, S], and the indices of their images.
+        The views [n, C, S, S], dtype as in `two_view_batches`, and the indices of their images.
 
     Raises:
         InputError: no image is readable, or more are unreadable than `bad` allows.
     """
-    view, pixels, kept = evaluation_view(image_size), [], []
+    pixels, kept = [], []
     for i in range(len(images)):
         try:
-            pixels.append(view(images.load(i)))
+            pixels.append(_evaluation(image_size, images.load(i)))
             kept.append(i)
         except InputError as error:
             bad.add([(images.file(i), str(error))])
@@ -152,7 +155,7 @@ class _Views(BatchDataset):
             numbers = uniform_numbers(self._seed, epoch, i, len(self._views))
             samples.append(
                 [
-                    augment(view, sample_view(view, uniform, image.height, image.width), image)
+                    _augment(view, sample_view(view, uniform, image.height, image.width), image)
                     for view, uniform in zip(self._views, numbers, strict=True)
                 ]
             )
@@ -160,12 +163,25 @@ class _Views(BatchDataset):
 
 
 class _Evaluation(BatchDataset):
-    def __init__(self, images: ImageDataset, view: View):
+    def __init__(self, images: ImageDataset, image_size: int):
+        check_image_size(image_size)
         self._images = images
-        self._view = view
+        self._image_size = image_size
 
     def batch(self, items: Sequence[int], unreadable: list[Unreadable]) -> torch.Tensor:
-        return _stack([self._view(self._images.load(int(i))) for i in items])
+        return _stack([_evaluation(self._image_size, self._images.load(int(i))) for i in items])
+
+
+def _augment(view: ViewSpec, parameters: ViewParameters, image: Loaded) -> torch.Tensor:
+    if isinstance(image, RescaledImage):
+        return augment_rescaled(view, parameters, image)
+    return augment(view, parameters, image)
+
+
+def _evaluation(image_size: int, image: Loaded) -> torch.Tensor:
+    if isinstance(image, RescaledImage):
+        return evaluate_rescaled(image_size, image)
+    return evaluation_view(image_size)(image)
 
 
 class _Loader(DataLoader):

@@ -1,4 +1,4 @@
-"""Normalisation of images with ImageNet's mean and standard deviation, for every dataset."""
+"""Normalisation of 8-bit images with ImageNet's mean and standard deviation."""
 
 import functools
 
@@ -10,8 +10,9 @@ STD = (0.229, 0.224, 0.225)
 
 
 def prepare(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a batch to the device and normalise it there; a float batch is normalised already and returned unchanged."""
-    return batch if batch.is_floating_point() else normalize(batch.to(device, non_blocking=True))
+    """Copy a batch to the device, in channels-last memory, and normalise it there unless it is float and normalised."""
+    batch = batch.to(device, non_blocking=True)
+    return batch.contiguous(memory_format=torch.channels_last) if batch.is_floating_point() else normalize(batch)
 
 
 def normalize(batch: torch.Tensor) -> torch.Tensor:

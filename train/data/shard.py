@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from dspnet_fast.atomic import check_writable, sync
 from dspnet_fast.errors import InputError
@@ -20,6 +21,7 @@ from ..config import option
 from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images
+from .datasets.arrays import is_array
 from .datasets.folder_files import EXTENSIONS
 from .datasets.images import ImageDataset
 from .datasets.webdataset import CLASSES, LABEL, TEST, write_index
@@ -123,11 +125,14 @@ def _write_split(images: ImageDataset, folder: Path, shards: int, bad: BadImages
 
 def _file(images: ImageDataset, i: int) -> tuple[str, bytes]:
     """Name and content of the image's member of the shard; InputError if the image cannot be decoded."""
-    image = images.load(i)
     suffix = Path(images.file(i)).suffix.lower()
+    if is_array(suffix):
+        raise InputError(f"{images.file(i)} is an array: shards hold images; train on the folder")
+    image = images.load(i)
     if suffix in EXTENSIONS:
         return f"{i:08}{suffix}", images.encoded(i)
     content = io.BytesIO()
+    assert isinstance(image, Image.Image)
     image.save(content, "png")
     return f"{i:08}.png", content.getvalue()
 

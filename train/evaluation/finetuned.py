@@ -40,7 +40,9 @@ class FinetunedFamily(EvaluatedFamily):
         self.classes = open_images(self.config.data, "train").classes
         state = checkpoint.load_of_run(out, "cpu", print)
         with torch.random.fork_rng(devices=[]):
-            model = Classifier(build(options.network, family.full, options.stem), len(self.classes))
+            model = Classifier(
+                build(options.network, family.full, options.stem, options.in_channels), len(self.classes)
+            )
         try:
             model.load_state_dict(state["model"])
         except (KeyError, RuntimeError) as error:

@@ -21,7 +21,7 @@ from dspnet_fast.tensor_file import write_tensors
 from ..config import PretrainConfig, Workers
 from ..data.datasets.images import ImageDataset, Subset, dataset_digest
 from ..data.loader import evaluation_batches
-from ..data.normalization import normalize
+from ..data.normalization import prepare
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..pretraining.dspnet import build_model
 from ..run import checkpoint, fingerprint
@@ -58,7 +58,7 @@ def evaluation_views(
         world: the ranks; rank r of R loads batches r, r + R, r + 2 R, ... from `start` on.
 
     Yields:
-        Batches [<= BATCH, 3, image_size, image_size] in float32.
+        Batches [<= BATCH, C, image_size, image_size] in float32.
     """
     firsts = range(start + world.rank * BATCH, len(images), world.size * BATCH)
     indices = [i for first in firsts for i in range(first, min(first + BATCH, len(images)))]
@@ -66,7 +66,7 @@ def evaluation_views(
     done = start // BATCH // world.size
     with Monitor(name, done + len(firsts), done) as monitor:
         for batch in loader:
-            yield normalize(batch.to(device, non_blocking=True))
+            yield prepare(batch, device)
             monitor.advance()
             monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
@@ -210,7 +210,7 @@ class PretrainedFamily(EvaluatedFamily):
         if not subnet.within(self.family.full):
             raise InputError(f"{subnet} is no part of {self.family.full}, the largest network of {self.out}")
         with torch.random.fork_rng(devices=[]):
-            network = build(self.config.network, subnet, self.config.stem)
+            network = build(self.config.network, subnet, self.config.stem, self.config.in_channels)
         weights = dict(self.encoder.named_parameters())
         with torch.no_grad():
             for name, parameter in network.named_parameters():

@@ -25,7 +25,7 @@ from dspnet_fast.subnets import Family, Subnet, sandwich
 from ..config import Workers
 from ..data.datasets.images import ImageDataset, require_labels
 from ..data.loader import one_view_batches
-from ..data.normalization import normalize
+from ..data.normalization import prepare
 from ..data.sampler import EpochSampler
 from ..data.views.augmentation import ViewSpec
 from ..run.loop import SingleModelTraining
@@ -33,7 +33,7 @@ from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
 from .pretrained import evaluation_views, statistics_images
 
-Batch = tuple[Tensor, Tensor]  # images [B, 3, S, S], labels [B]
+Batch = tuple[Tensor, Tensor]  # images [B, C, S, S], labels [B]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def labelled_batches(
     """Batches of augmented, normalised images and their labels on the device, in the given order."""
     labels = require_labels(images)
     for pixels, items in zip(one_view_batches(images, view, order, workers), order, strict=True):
-        yield normalize(pixels.to(device, non_blocking=True)), labels[[i for _, i in items]].to(device)
+        yield prepare(pixels, device), labels[[i for _, i in items]].to(device)
 
 
 def evaluate(

@@ -32,7 +32,9 @@ def step_launches(config: PretrainConfig, world_size: int = 1) -> list[Launch]:
         FlatBuffers(model.online, model.target)
         count = VIEWS * config.batch_size // (world_size * split.micro_batches)
         images, probed = (
-            torch.empty(n, 3, config.image_size, config.image_size).to(memory_format=torch.channels_last)
+            torch.empty(n, config.in_channels, config.image_size, config.image_size).to(
+                memory_format=torch.channels_last
+            )
             for n in (count, BATCH)
         )
 

@@ -98,8 +98,8 @@ def captured(
 
 
 def _to_rgb(batch: Tensor) -> Tensor:
-    """[N, 3, H, W], also of a batch of greyscale images, [N, 1, H, W]."""
-    return batch.expand(-1, 3, -1, -1)
+    """[N, 3, H, W], also of an 8-bit batch of greyscale images, [N, 1, H, W]; float batches stay as they are."""
+    return batch if batch.is_floating_point() else batch.expand(-1, 3, -1, -1)
 
 
 def capture_graphs(functions: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:

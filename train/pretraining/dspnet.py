@@ -1,6 +1,6 @@
 """The algorithm: BYOL whose online network is, in turn, every sampled subnet of a family (DSPNet, section 4).
 
-One training step on a batch of B images, two views each, stacked as [2B, 3, H, W]:
+One training step on a batch of B images, two views each, stacked as [2B, C, H, W]:
 
     z' = target(view 1; view 2)                                  once, full network, no gradient
     for every sampled subnet s, the full network last:
@@ -36,7 +36,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of the precisio
 
 
 class Branch(nn.Module):
-    """Encoder, projector and, in the online branch, predictor: images [N, 3, H, W] to [N, D]."""
+    """Encoder, projector and, in the online branch, predictor: images [N, C, H, W] to [N, D]."""
 
     def __init__(self, encoder: Network, projector: MLP, predictor: MLP | None) -> None:
         super().__init__()
@@ -82,6 +82,7 @@ class DSPNet(nn.Module):
             operators of `dspnet_fast.ops` the heads too.
         bn_groups: ghost-batch-norm groups per view.
         process_group: ranks that share a group and synchronise its statistics; None for this rank alone.
+        in_channels: channels of the images.
     """
 
     def __init__(
@@ -95,12 +96,13 @@ class DSPNet(nn.Module):
         precision: str = "fp32",
         bn_groups: int = 1,
         process_group: dist.ProcessGroup | None = None,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         self.family = family
         self.precision = precision
         self.loss_scale: Tensor | None = None
-        encoder = build(network, family.full, stem)
+        encoder = build(network, family.full, stem, in_channels)
         projector = MLP(encoder.num_features, hidden_features, out_features)
         self.online = Branch(encoder, projector, MLP(out_features, hidden_features, out_features))
         self.target = Branch(copy.deepcopy(encoder), copy.deepcopy(projector), None).requires_grad_(False)
@@ -117,7 +119,7 @@ class DSPNet(nn.Module):
         """Projections by the full target network, with the two views swapped.
 
         Args:
-            images: the two views, [2B, 3, H, W]: view 1 of every image, then view 2.
+            images: the two views, [2B, C, H, W]: view 1 of every image, then view 2.
             alpha: weight of the batch in momentum batch normalisation, a number or a scalar tensor.
 
         Returns:
@@ -192,6 +194,7 @@ def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.
             config.precision,
             bn_groups,
             process_group,
+            config.in_channels,
         )
 
 

@@ -13,7 +13,7 @@ from dspnet_fast.subnets import Family
 from ..data.bad_images import BadImages
 from ..data.datasets.images import ImageDataset, Subset
 from ..data.loader import readable_views
-from ..data.normalization import normalize
+from ..data.normalization import prepare
 from ..evaluation.collapse import effective_rank, feature_std
 from ..evaluation.features import extract
 from ..evaluation.knn import knn
@@ -39,7 +39,7 @@ class Probe:
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         for batch in images.split(BATCH):
-            yield normalize(batch.to(self._device))
+            yield prepare(batch, self._device)
 
     def measure(self, encoder: nn.Module, family: Family) -> dict[str, dict[str, float]]:
         """Measure all subnets of a family.
@@ -75,7 +75,7 @@ class Probe:
 
 
 def _draw(images: ImageDataset, count: int, image_size: int, bad: BadImages) -> tuple[Tensor, Tensor | None]:
-    """Evaluation views uint8 [n, C, S, S] and labels [n] of up to `count` images."""
+    """Evaluation views [n, C, S, S] and labels [n] of up to `count` images."""
     drawn = Subset.random(images, min(count, len(images)), seed=0)
     pixels, kept = readable_views(drawn, image_size, bad)
     return pixels, None if drawn.labels is None else drawn.labels[kept]

@@ -22,6 +22,8 @@ from ..data.backends import choose_backend, open_batches
 from ..data.bad_images import BadImages
 from ..data.datasets import open_images
 from ..data.datasets.images import ImageDataset, Subset
+from ..data.datasets.pixels import PixelFormat
+from ..data.pixel_options import read_as, resolve_pixels
 from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..distributed.process_group import init_process_group
@@ -58,7 +60,7 @@ def resolve(config: PretrainConfig, images: ImageDataset, device: torch.device, 
     return replace(
         config,
         bn_groups=config.bn_groups or world_size * config.grad_accum_steps,
-        data_backend=choose_backend(config.data_backend, images, device),
+        data_backend=choose_backend(config.data_backend, images, device, PixelFormat.of(config).eight_bit),
     )
 
 
@@ -80,7 +82,11 @@ class PretrainRun:
             device = torch.device("cuda", world.local_rank)
         if world.is_main:
             check_out(config, resume)  # before images are downloaded
-        self.images = images = open_train_images(config)
+        images = open_train_images(config)
+        if not resume:
+            config = world.all_gather(resolve_pixels(config, images) if world.is_main else None)[0] or config
+        self.format = PixelFormat.of(config)
+        self.images = images = read_as(images, self.format)
         self.config = config = resolve(config, images, device, world.size)
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
@@ -109,7 +115,7 @@ class PretrainRun:
                 self.kernels.write(self.out)
         world.barrier()
         self._load()
-        views = augmentation.byol(config.image_size, config.min_scale)
+        views = augmentation.byol(config.image_size, config.min_scale, config)
         sampler = self._sampler(trainer.step, trainer.steps)
         self.meter = Meter(
             iter(open_batches(config.data_backend, images, views, sampler, config.workers, self.bad, device))
@@ -126,7 +132,8 @@ class PretrainRun:
     def _open_test_images(self) -> ImageDataset:
         """The images that the probe classifies, or, without a usable test split, training images without labels."""
         try:
-            return open_images(self.config.data, "test", unlabelled=self.config.unlabelled)
+            images = open_images(self.config.data, "test", unlabelled=self.config.unlabelled)
+            return read_as(images, self.format)
         except InputError as error:
             print(f"accuracy is not measured during the run: {error}")
             test = Subset(self.images, range(0, len(self.images), 10))
@@ -372,6 +379,7 @@ class PretrainRun:
             f"{config.network} {', '.join(trainer.model.family.names)} on {len(self.images)} images of {config.data}, "
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
             f"data by {config.data_backend}" + (f", {self.world.size} ranks" if self.world.size > 1 else ""),
+            f"pixels  {self.format.describe()}",
             f"data  {self._data_used.line()}",
             *([f"data  {self._data_change}"] if self._data_change else []),
             *([self.kernels.line()] if self.kernels else []),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Subnet, sandwich
 
-from ..config import PretrainConfig
+from ..config import EIGHT_BIT, PretrainConfig
 from ..costs.flops import largest_activation
 from ..data.normalization import prepare
 from ..distributed.all_reduce import GradientAllReduce
@@ -95,8 +95,8 @@ class Trainer:
         """One step.
 
         Args:
-            batch: this rank's share of the batch, two views of B images: uint8 [2B, C, S, S] on any device, or
-                normalised float32 [2B, 3, S, S] on the trainer's device.
+            batch: this rank's share of the batch, two views of B images: 8-bit uint8 [2B, 1 or 3, S, S], or
+                normalised float32 [2B, C, S, S], on any device.
 
         Returns:
             The losses of the sampled subnets on this rank, scalars on the device.
@@ -192,3 +192,11 @@ def _accumulate_on(model: DSPNet, alpha: Tensor, device: torch.device) -> Accumu
         return model.accumulate(prepare(batch, device), subnets, alpha)
 
     return accumulate
+
+
+def random_batch(config: PretrainConfig, views: int) -> Tensor:
+    """Random views for measurements, of the shape and dtype of a loader's batches."""
+    shape = (views, config.in_channels, config.image_size, config.image_size)
+    if config.pixel_range in ("auto", EIGHT_BIT):
+        return torch.randint(256, shape, dtype=torch.uint8)
+    return torch.randn(shape)

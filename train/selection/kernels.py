@@ -24,7 +24,7 @@ from dspnet_fast.verdicts import FORMULATIONS, POLICIES, Verdict
 from ..config import FamilyOptions, PretrainConfig
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..pretraining.dspnet import VIEWS
-from ..pretraining.trainer import Trainer
+from ..pretraining.trainer import Trainer, random_batch
 from ..run.device import check_fast_kernels
 from .racer import FEWEST_IMAGES
 from .recording import micro_batch_config, shape_of
@@ -229,7 +229,7 @@ def step_seconds(config: PretrainConfig, device: torch.device, world_size: int) 
 
 def _time_step(config: PretrainConfig, device: torch.device) -> float:
     trainer = Trainer(config, 1000, device)
-    batch = torch.randint(256, (VIEWS * config.batch_size, 3, *2 * [config.image_size]), dtype=torch.uint8)
+    batch = random_batch(config, VIEWS * config.batch_size)
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         losses = trainer.train_step(batch)

@@ -17,7 +17,7 @@ from dspnet_fast.workers import receive
 
 from ..config import PretrainConfig
 from ..pretraining.dspnet import VIEWS
-from ..pretraining.trainer import Trainer
+from ..pretraining.trainer import Trainer, random_batch
 from ..run.process import prepare_process
 
 CONTROL = "control"  # eager steps that are measured as if they were those of another formulation
@@ -90,7 +90,7 @@ class Steps:
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device, report: Callable[..., None]) -> None:
-        self._device, self._size = device, config.image_size
+        self._device, self._config = device, config
         self._trainers = {name: Trainer(config, 1000, device) for name in POLICIES}
         self._images = config.batch_size
         if device.type == "cpu":
@@ -109,7 +109,7 @@ class Steps:
             self.seconds[name] = self.time(name, 1)
 
     def _draw(self, images: int) -> None:
-        self._batch = torch.randint(256, (VIEWS * images, 3, self._size, self._size), dtype=torch.uint8)
+        self._batch = random_batch(self._config, VIEWS * images)
 
     def time(self, name: str, steps: int) -> float:
         """Seconds per step of a formulation."""

@@ -40,6 +40,7 @@ def shape_of(config: PretrainConfig, world_size: int) -> dict[str, Any]:
     images = config.batch_size // world_size
     return {
         **{name: getattr(config, name) for name in SHAPE_OPTIONS},
+        **({} if config.in_channels == 3 else {"in_channels": config.in_channels}),
         "images": images,
         "micro_batch": images // split.micro_batches,
         "bn_groups": split.bn_groups,
@@ -74,7 +75,7 @@ def calls_of(config: PretrainConfig) -> list[Call]:
     with meta:
         trainer = Trainer(replace(config, no_cuda_graphs=True), 1, meta)
     model, views = trainer.model, VIEWS * config.batch_size
-    images = torch.empty(views, 3, config.image_size, config.image_size, device=meta)
+    images = torch.empty(views, config.in_channels, config.image_size, config.image_size, device=meta)
     images = images.contiguous(memory_format=torch.channels_last)
 
     def run() -> None:

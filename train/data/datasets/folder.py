@@ -17,7 +17,7 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from .folder_files import EXTENSIONS, Walk, describe_left_out, entries, folders, is_image, split_of
+from .folder_files import EXTENSIONS, Walk, describe_left_out, entries, folders, is_image, split_of, without_arrays
 from .images import decode, held_out
 
 # Folders of annotated datasets (VOC, YOLO, Roboflow), in lower case.
@@ -150,6 +150,7 @@ def _list(root: Path, unlabelled: bool) -> Listing:
     notes = []
     if loose:
         if not any(by_class.values()):
+            (loose,) = without_arrays([loose], walk.left_out)
             return Listing({}, loose, _left_out(walk))
         notes.append(f"{len(loose)} images beside the class folders are left out (--unlabelled takes them)")
     if empty := [name for name, files in by_class.items() if not files]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import features
 
+from .arrays import ARRAYS, is_array
+
 EXTENSIONS = tuple(
     [
         ".bmp",
@@ -57,8 +59,8 @@ def split_of(name: str) -> str | None:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the ending of an image."""
-    return name.lower().endswith(EXTENSIONS)
+    """Whether a file name has the ending of an image or of an array."""
+    return name.lower().endswith(EXTENSIONS + ARRAYS)
 
 
 class Walk:
@@ -103,7 +105,7 @@ class Walk:
             else:
                 met.add(identity)
                 found[index].append(str(path))
-        return [sorted(files) for files in found]
+        return without_arrays([sorted(files) for files in found], self.left_out)
 
     def _scan(self, index: int, folder: Path, found: list[str], links: list[tuple[int, Path]]) -> None:
         if (identity := _identity(folder)) in self._folders:
@@ -119,6 +121,15 @@ class Walk:
                 found.append(entry.path)
             else:
                 self.left_out[Path(entry.name).suffix.lower() or "files without an ending"] += 1
+
+
+def without_arrays(found: list[list[str]], left_out: Counter[str]) -> list[list[str]]:
+    """Drop arrays from lists of files that have images too: these are masks, features and the like of the images."""
+    arrays = [Path(file).suffix.lower() for files in found for file in files if is_array(file)]
+    if len(arrays) == sum(map(len, found)):
+        return found
+    left_out.update(arrays)
+    return [[file for file in files if not is_array(file)] for files in found]
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

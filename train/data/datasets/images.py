@@ -11,6 +11,9 @@ from PIL import Image, ImageOps
 from dspnet_fast.errors import InputError
 
 from ...run.fingerprint import digest
+from .pixels import RescaledImage
+
+Loaded = Image.Image | RescaledImage
 
 
 class ImageDataset(Protocol):
@@ -30,8 +33,8 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, i: int) -> Image.Image:
-        """Return image i in mode "L" or "RGB"; raise InputError if it cannot be read."""
+    def load(self, i: int) -> Loaded:
+        """Return image i, in mode "L" or "RGB" or rescaled; raise InputError if it cannot be read."""
         ...
 
     def encoded(self, i: int) -> bytes:
@@ -100,7 +103,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def load(self, i: int) -> Image.Image:
+    def load(self, i: int) -> Loaded:
         return self._images.load(self._indices[i])
 
     def encoded(self, i: int) -> bytes:
@@ -149,8 +152,13 @@ def decode(content: bytes, file: str) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
             return to_grey_or_rgb(image)
     except Exception as error:  # decoders raise many types of exceptions for broken files
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot read the image {file}: repair it or take it out ({reason})") from error
+        raise unreadable(file, content, error) from error
+
+
+def unreadable(file: str, content: bytes, error: Exception) -> InputError:
+    """The error for an image that a decoder refuses."""
+    reason = " ".join(str(error).split())
+    return InputError(f"cannot read the image {file}: repair it or take it out ({reason})")
 
 
 def encode_pnm(image: Image.Image) -> bytes:

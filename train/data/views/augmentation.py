@@ -16,10 +16,12 @@ import torch
 
 from dspnet_fast.errors import InputError
 
+from ...config import AugmentationOptions
 from ..sampler import mix
 
 MIN_IMAGE_SIZE = 8  # pixels
 CROP_TRIES = 10
+KERNEL_PER_SIGMA = 11.5  # of the largest sigma: 23 pixels for 2
 NUMBERS_PER_VIEW = 2 * CROP_TRIES + 2 + 6 + 4 + 4  # split up in `sample_view`
 JITTER = ("brightness", "contrast", "saturation", "hue")
 OPERATIONS = ("resize", "flip", *JITTER, "order", "grey", "blur", "solarize")
@@ -70,7 +72,9 @@ class ViewSpec:
     solarize_threshold: int = 128
 
 
-def byol(image_size: int, min_scale: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
+def byol(
+    image_size: int, min_scale: float = 0.08, options: AugmentationOptions | None = None
+) -> tuple[ViewSpec, ViewSpec]:
     """Return the distributions of BYOL's two views.
 
     BYOL blurs views of 224 pixels with sigma 0.1 to 2 and a kernel of 23 pixels. Both are scaled with `image_size`, so
@@ -80,6 +84,7 @@ def byol(image_size: int, min_scale: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
     Args:
         image_size: height and width of the views in pixels, at least `MIN_IMAGE_SIZE`.
         min_scale: smallest area of a crop, as a fraction of the image's area.
+        options: probabilities and strengths of the operations; by default BYOL's.
 
     Raises:
         InputError: one of the arguments is out of range.
@@ -87,13 +92,31 @@ def byol(image_size: int, min_scale: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
     check_image_size(image_size)
     if not 0 < min_scale <= 1:
         raise InputError(f"a smallest crop of {min_scale} of the image's area: give a number above 0 and at most 1")
+    options = options or AugmentationOptions()
     scale = image_size / 224
-    kernel = max(1, (int(23 * scale) - 1) // 2 * 2 + 1)
+    low, high = options.pair("blur_sigma")
+    kernel = max(1, (int(KERNEL_PER_SIGMA * high * scale) - 1) // 2 * 2 + 1)
 
     def view(blur: float, solarize: float) -> ViewSpec:
-        return ViewSpec(image_size, min_scale, blur, kernel, (0.1 * scale, 2.0 * scale), solarize)
+        return ViewSpec(
+            image_size,
+            min_scale,
+            blur,
+            kernel,
+            (low * scale, high * scale),
+            solarize,
+            flip_probability=options.flip_probability,
+            jitter_probability=options.jitter_probability,
+            brightness=options.brightness,
+            contrast=options.contrast,
+            saturation=options.saturation,
+            hue=options.hue,
+            grey_probability=options.grey_probability,
+            solarize_threshold=options.solarize_threshold,
+        )
 
-    return view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
+    first, second = map(view, options.pair("blur_probability"), options.pair("solarize_probability"))
+    return first, second
 
 
 def supervised(image_size: int, min_scale: float = 0.08) -> ViewSpec:

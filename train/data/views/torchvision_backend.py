@@ -57,11 +57,16 @@ def evaluation_view(image_size: int) -> View:
 
 
 def _evaluate(image_size: int, image: Image.Image) -> torch.Tensor:
-    shorter = min(image.size)
-    target = round(image_size * 8 / 7) if shorter > image_size else image_size
-    height, width = (round(side * target / shorter) for side in (image.height, image.width))
-    image = _resized_crop(image, (0, 0, image.height, image.width), (height, width))
+    size = evaluation_size(image_size, image.height, image.width)
+    image = _resized_crop(image, (0, 0, image.height, image.width), size)
     return F.pil_to_tensor(F.center_crop(image, [image_size, image_size]))
+
+
+def evaluation_size(image_size: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of an image after the resize of `evaluation_view`."""
+    shorter = min(height, width)
+    target = round(image_size * 8 / 7) if shorter > image_size else image_size
+    return round(height * target / shorter), round(width * target / shorter)
 
 
 def _resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:

@@ -13,6 +13,8 @@ from ...config import DEVICE_HELP, FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP
 from ...costs.flops import network_cost
 from ...data.datasets import open_images
 from ...data.datasets.images import ImageDataset, require_labels
+from ...data.datasets.pixels import PixelFormat
+from ...data.pixel_options import read_as
 from ...distributed.process_group import init_sharing
 from ...run.device import choose_device
 from ...selection.kernels import use_kernels
@@ -61,8 +63,9 @@ class EvaluationSetup:
             plugins = options.plugins or config.plugins
             use_kernels(device, config, config.image_size, out, tf32=config.tf32, plugins=plugins, trains=trains)
         self.data = options.data or self.trained.config.data
-        self.train: ImageDataset = open_images(self.data, "train")
-        self.test: ImageDataset = open_images(self.data, "test")
+        format = PixelFormat.of(self.trained.config)
+        self.train: ImageDataset = read_as(open_images(self.data, "train"), format)
+        self.test: ImageDataset = read_as(open_images(self.data, "test"), format)
         self.train_labels: Tensor = require_labels(self.train)
         self.test_labels: Tensor = require_labels(self.test)
 

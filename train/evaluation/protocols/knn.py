@@ -107,12 +107,12 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
 
 
 def _pixels(images: ImageDataset, image_size: int, workers: Workers) -> Tensor:
-    """Pixels of the evaluation views as features, float32 [N, C * S * S] from 0 to 1."""
+    """Pixels of the evaluation views as features, float32 [N, C * S * S]: from 0 to 1, or normalised if not 8-bit."""
     batches = evaluation_batches(images, range(len(images)), image_size, BATCH, workers)
     with Monitor("raw pixels", -(-len(images) // BATCH)) as monitor:
         rows = []
         for batch in batches:
-            rows.append(batch.flatten(1).float() / 255)
+            rows.append(batch.flatten(1) if batch.is_floating_point() else batch.flatten(1).float() / 255)
             monitor.advance()
     return torch.cat(rows)
 

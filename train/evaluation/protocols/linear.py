@@ -11,7 +11,7 @@ from dspnet_fast.errors import InputError
 from ...config import option, positive, two_images
 from ...data.datasets.images import dataset_digest
 from ...data.loader import one_view_batches
-from ...data.normalization import normalize
+from ...data.normalization import prepare
 from ...data.sampler import EpochSampler
 from ...data.views import augmentation
 from ...distributed.process_group import end_sharing, refuse_ranks
@@ -131,7 +131,7 @@ def _augmented(
     """Batches of features of random crops and flips."""
     trained, device = setup.trained, setup.trained.device
     loader = one_view_batches(setup.train, view, order, options.workers)
-    pixels = (normalize(batch.to(device, non_blocking=True)) for batch in loader)
+    pixels = (prepare(batch, device) for batch in loader)
     features = representations(trained.encoder, trained.family, pixels)
     for features_of_batch, items in zip(features, order, strict=True):
         yield features_of_batch, setup.train_labels[[i for _, i in items]].to(device)

@@ -1,0 +1,159 @@
+"""Image files as arrays of the values that they store, without conversion to 8 bits or three channels."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .images import unreadable
+
+ARRAYS = (".npy",) + (".dcm",) * (importlib.util.find_spec("pydicom") is not None)  # endings
+PNG, PNG_BITS, GREY = b"\x89PNG\r\n\x1a\n", 24, 0  # signature, place of the bit depth, the next byte for grey
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
+
+Decoded = tuple[np.ndarray, int]  # values [H, W, C], and the number of channels that are not transparency
+
+
+def is_array(file: str) -> bool:
+    """Whether a file holds values without a colour model, by its ending."""
+    return file.lower().endswith(ARRAYS)
+
+
+def is_eight_bit(content: bytes, file: str) -> bool:
+    """Whether an image is 8-bit grey or colour, by its header; also for a damaged file, which is reported later."""
+    if is_array(file):
+        return False
+    if content.startswith(PNG):
+        return content[PNG_BITS : PNG_BITS + 1] != b"\x10"
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format == "TIFF":
+                bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+                pages_are_channels = getattr(image, "n_frames", 1) > 1 and len(image.getbands()) == 1
+                return bits <= 8 and image.mode != "RGBX" and not pages_are_channels
+            return image.mode[0] not in "IF"
+    except UnidentifiedImageError:
+        return not content.startswith(TIFF)
+    except Exception:  # decoders raise many types of exceptions for broken files
+        return True
+
+
+def decode_array(content: bytes, file: str) -> Decoded:
+    """Decode an image.
+
+    Args:
+        content: of the file: an image of any depth, TIFF pages or .npy with one channel each, or DICOM.
+        file: the name of the file, which tells .npy and DICOM from images, and for the error message.
+
+    Returns:
+        The values, [H, W, C] in the file's dtype, and the number of channels without transparency.
+
+    Raises:
+        InputError: the file is no image, is damaged, or has values that are not finite.
+    """
+    try:
+        values, colours = _decode(content, file)
+        if values.dtype.kind not in "uif" or values.ndim != 3 or not values.size:
+            raise ValueError(f"{values.dtype} of shape {list(values.shape)} is no image")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("it has values that are not finite")
+        return values.astype(values.dtype.newbyteorder("="), copy=False), colours
+    except Exception as error:  # decoders raise many types of exceptions for broken files
+        raise unreadable(file, content, error) from error
+
+
+def _decode(content: bytes, file: str) -> Decoded:
+    if file.lower().endswith(".npy"):
+        return _npy(content)
+    if is_array(file):
+        return _dicom(content)
+    if content.startswith(PNG) and content[PNG_BITS] == 16 and content[PNG_BITS + 1] != GREY:
+        values = _package("imagecodecs").png_decode(content)  # Pillow keeps 8 bits
+        return values, values.shape[-1] - (values.shape[-1] % 2 == 0)
+    if content.startswith(TIFF):
+        return _tiff(content)
+    with Image.open(io.BytesIO(content)) as image:
+        return _of_pillow(image)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            "its colours have 16 bits or more than 4 samples: pip install 'dspnet-fast[images]'"
+        ) from error
+
+
+def _npy(content: bytes) -> Decoded:
+    """[H, W], [H, W, C] or [C, H, W]: the smaller of the first and the last axis is the channels."""
+    values = np.load(io.BytesIO(content), allow_pickle=False)
+    if values.ndim == 3 and values.shape[0] < values.shape[2]:
+        values = values.transpose(1, 2, 0)
+    values = values[..., None] if values.ndim == 2 else values
+    return values.astype(np.uint8) if values.dtype == bool else values, values.shape[-1]
+
+
+def _dicom(content: bytes) -> Decoded:
+    """The stored values by the file's modality function (Hounsfield units in CT), bright where the image is bright."""
+    import pydicom
+
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    values = pydicom.pixels.apply_modality_lut(dataset.pixel_array, dataset)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        values = values.max() + values.min() - values
+    if int(dataset.get("NumberOfFrames", 1)) > 1:
+        raise ValueError("it has several frames")
+    values = values[..., None] if values.ndim == 2 else values
+    return values, values.shape[-1]
+
+
+def _tiff(content: bytes) -> Decoded:
+    """All pages of one grey channel and one size, or the first page."""
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        return _by_tifffile(content)
+    with image:
+        samples = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)  # type: ignore[attr-defined]
+        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+        if samples > 4 or (samples > 1 and bits > 8):
+            return _by_tifffile(content)
+        first, *others = (_page(image, page) for page in range(getattr(image, "n_frames", 1)))
+        if others and all(values.shape == first[0].shape and colours == 1 for values, colours in (first, *others)):
+            values = np.concatenate([first[0], *(values for values, _ in others)], axis=-1)
+            return values, values.shape[-1]
+        return first
+
+
+def _page(image: Image.Image, page: int) -> Decoded:
+    image.seek(page)
+    return _of_pillow(image)
+
+
+def _by_tifffile(content: bytes) -> Decoded:
+    """Several samples above 8 bits, and other layouts that Pillow cannot read."""
+    with _package("tifffile").TiffFile(io.BytesIO(content)) as tiff:
+        series, extra = tiff.series[0], tiff.pages[0].extrasamples
+        values, axes = series.asarray(), series.axes
+    values = np.moveaxis(values, (axes.index("Y"), axes.index("X")), (0, 1))
+    values = values.reshape(*values.shape[:2], -1)
+    return values, values.shape[-1] - sum(kind != 0 for kind in extra)  # 0: no transparency
+
+
+def _of_pillow(image: Image.Image) -> Decoded:
+    image = ImageOps.exif_transpose(image)
+    transparent = image.mode in ("LA", "La", "RGBA", "RGBa")
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode[0] not in "IFL" and image.mode not in ("RGB", "RGBX") and not transparent:
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    values = values[..., None] if values.ndim == 2 else values
+    return values, values.shape[-1] - transparent
