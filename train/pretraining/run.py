@@ -36,6 +36,7 @@ from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
 from ..selection.kernels import Kernels, choose_kernels
+from . import recipe
 from .ahead import compile_kernels
 from .probe import Probe
 from .trainer import Trainer
@@ -54,6 +55,7 @@ def resolve(config: PretrainConfig, images: ImageDataset, device: torch.device, 
 
     A resumed run reads them there, so it stays the same run on another number of ranks or with other packages.
     """
+    config = recipe.complete(config, len(images), world_size)
     return replace(
         config,
         bn_groups=config.bn_groups or world_size * config.grad_accum_steps,
@@ -68,11 +70,14 @@ class PretrainRun:
         config: the run's configuration.
         resume: continue the run in config.out.
         kernels: kernels of a new run with --fast-kernels; chosen here by default.
+        allow_untrained: allow subnets that no step trains, as comparisons of --subnets-per-step may have.
 
     Raises InputError if configuration, images, run directory or process group cannot be used.
     """
 
-    def __init__(self, config: PretrainConfig, resume: bool, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, config: PretrainConfig, resume: bool, kernels: Kernels | None = None, allow_untrained: bool = False
+    ) -> None:
         device = choose_device(config.device)
         self.world = world = init_process_group(device)
         if device.type == "cuda" and world.size > 1:
@@ -80,7 +85,10 @@ class PretrainRun:
         if world.is_main:
             check_out(config, resume)  # before images are downloaded
         self.images = images = open_train_images(config)
+        self._choices = recipe.chosen(config, len(images), world.size)
         self.config = config = resolve(config, images, device, world.size)
+        if not allow_untrained:
+            recipe.check_sampling(config, len(images))
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
@@ -364,6 +372,7 @@ class PretrainRun:
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
             f"data by {config.data_backend}" + (f", {self.world.size} ranks" if self.world.size > 1 else ""),
             *([f"data  {self.images.note}"] if self.images.note else []),
+            *recipe.lines(self._choices, len(self.images)),
             *([self.kernels.line()] if self.kernels else []),
             *([] if registry.is_eager() else [f"operators  {operators}"]),
             *([f"resumed at step {trainer.step}"] if trainer.step else []),
