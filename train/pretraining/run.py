@@ -38,6 +38,7 @@ from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_
 from ..selection.kernels import Kernels, choose_kernels
 from . import recipe
 from .ahead import compile_kernels
+from .duration import Duration
 from .probe import Probe
 from .trainer import Trainer
 
@@ -114,6 +115,7 @@ class PretrainRun:
             iter(open_batches(config.data_backend, images, views, sampler, config.workers, self.bad, device))
         )
         self.log: RunLog | None = None  # on rank 0, while it runs
+        self._duration: Duration | None = None  # on rank 0
         self.monitor = Monitor(
             "pretrain", trainer.steps, trainer.step, Console(highlight=False, quiet=not world.is_main)
         )
@@ -172,6 +174,7 @@ class PretrainRun:
         """Train to the end. KeyboardInterrupt or SystemExit after saving, if a signal asked to stop."""
         trainer, config = self.trainer, self.config
         events: list[loop.Event[dict[str, Tensor]]] = [
+            loop.Event(self._estimate, 1, at_end=False),
             loop.Event(self._check_skipped, 1),
             loop.Event(self._record, config.log_steps),
             loop.Event(self._measure, self._in_steps(config.probe_epochs)),
@@ -179,6 +182,7 @@ class PretrainRun:
         ]
         if self.world.is_main:
             self.log = RunLog(self.out, trainer.step)
+            self._duration = Duration(config, trainer.epoch_steps, trainer.device)
         if self.world.local_rank == 0:
             compile_kernels(config, trainer.device, print if self.world.is_main else lambda line: None, self.world.size)
         self.world.barrier()  # heartbeats begin here
@@ -222,6 +226,12 @@ class PretrainRun:
             self._report_bad()
             self._save_and_stop(this_rank=True)
             raise
+
+    def _estimate(self, losses: dict[str, Tensor]) -> None:
+        """Print the estimated duration of the run after a few steps."""
+        line = None if self._duration is None else self._duration.after_step(self.trainer.step, losses)
+        if line is not None:
+            self._print(line)
 
     def _check_skipped(self, losses: dict[str, Tensor]) -> None:
         """Report skipped steps; end the run after too many in a row."""
