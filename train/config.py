@@ -32,6 +32,9 @@ PAPER = {
     "tau": 0.996,
     "min_scale": 0.08,
 }
+# Values of AdamW instead.
+ADAMW = {"base_lr": 1e-3, "weight_decay": 0.05}
+OPTIMIZERS = ("lars", "adamw")
 RECIPES = ("auto", "paper")
 
 
@@ -107,6 +110,7 @@ class OptimizationOptions:
         "values of options that are not given: auto, for the number of images; or paper; see docs/recipes.md",
         metavar="NAME",
     )
+    optimizer: str = option("lars", f"optimizer: {', '.join(OPTIMIZERS)}", metavar="NAME")
     epochs: int = option(None, "passes over the images [by --recipe]")
     batch_size: int = option(None, "images per step, over all ranks [by --recipe]")
     bn_groups: int | None = option(None, "ghost batch norm groups of a batch [one per micro-batch and rank]")
@@ -115,7 +119,11 @@ class OptimizationOptions:
     warmup_epochs: float = option(None, "epochs of linear learning rate warm-up [by --recipe]")
     full_only_epochs: float | None = option(None, "initial epochs that train the full network alone [--warmup-epochs]")
     weight_decay: float = option(None, "weight decay of tensors with two or more dimensions [by --recipe]")
-    momentum: float = option(0.9, "LARS momentum")
+    weight_decay_end: float | None = option(
+        None, "weight decay at the end; it follows a cosine from --weight-decay [--weight-decay]"
+    )
+    momentum: float = option(0.9, "momentum of LARS; beta1 of AdamW")
+    beta2: float = option(0.999, "decay rate of AdamW's average of squared gradients")
     eta: float = option(1e-3, "LARS trust coefficient")
     tau: float = option(None, "initial decay rate of the target; rises to 1 [by --recipe]")
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
@@ -192,13 +200,14 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "precision": ("fp32", "bf16", "fp16"),
             "device": ("auto", "cpu", "cuda"),
             "recipe": RECIPES,
+            "optimizer": OPTIMIZERS,
             "cudnn": ("deterministic", "default", "benchmark"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.recipe == "paper":
-            for name, value in PAPER.items():
+            for name, value in (PAPER | (ADAMW if self.optimizer == "adamw" else {})).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -224,11 +233,12 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "stall_timeout",
             "base_lr",
             "weight_decay",
+            "weight_decay_end",
             "seed",
         ):
             if given.get(name, 0) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
-        for name in ("tau", "momentum", "min_scale"):
+        for name in ("tau", "momentum", "beta2", "min_scale"):
             if not 0 <= given.get(name, 0) <= 1:
                 raise InputError(f"{flag(name)} must lie between 0 and 1, not at {getattr(self, name)}")
         if self.bn_groups is not None and (self.bn_groups < 1 or given.get("batch_size", 0) % self.bn_groups):

@@ -38,13 +38,14 @@ class Memory:
     weights: int
     gradients: int
     momentum: int
+    variance: int
     target: int
     checkpoint: int
 
     @property
     def total(self) -> int:
         """Bytes on each device."""
-        return self.weights + self.gradients + self.momentum + self.target
+        return self.weights + self.gradients + self.momentum + self.variance + self.target
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def _memory(config: PretrainConfig) -> Memory:
         weights=flat.params.nbytes,
         gradients=flat.grads.nbytes,
         momentum=flat.momenta.nbytes,
+        variance=flat.variances.nbytes,
         target=flat.targets.nbytes,
         checkpoint=checkpoint.size(trainer.state()),
     )
@@ -175,11 +177,13 @@ def show(estimated: RunEstimate) -> None:
     heading = ["network", "params", "MACs", "features", "steps", "online MACs"]
     Table(title, heading, rows).show()
     lines = {"images": _images(estimated), "steps": _steps(estimated)}
-    passes = {"target": "forward", "online": "forward and backward", "optimizer": "LARS and the moving average"}
+    passes = {"target": "forward", "online": "forward and backward", "optimizer": "optimizer step and moving average"}
     for part, macs in total.parts().items():
         lines[part] = f"{quantity(macs)}MAC  {passes[part]}"
     lines["total"] = f"{quantity(sum(total.parts().values()))}MAC"
     parts = {"weights": memory.weights, "gradients": memory.gradients, "momentum": memory.momentum}
+    if memory.variance:
+        parts["variance"] = memory.variance
     lines["memory"] = f"{quantity(memory.total)}B on each device without activations: " + ", ".join(
         f"{name} {quantity(size)}B" for name, size in (parts | {"target": memory.target}).items()
     )

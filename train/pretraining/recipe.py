@@ -11,7 +11,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import sandwich
 
-from ..config import PAPER, PretrainConfig, flag
+from ..config import ADAMW, PAPER, PretrainConfig, flag
 from ..data.sampler import EpochSampler
 
 VIEWED = 1_000_000  # images over all epochs
@@ -19,7 +19,8 @@ MIN_EPOCHS, MAX_EPOCHS = 100, 1000
 STEPS = 2_000  # a smaller batch than 256 is used if it takes that to reach this number of steps
 MIN_BATCH, MAX_BATCH = 32, 256
 GROUP = 16  # images per ghost batch norm group, at least
-PEAK = 1.5  # learning rate of LARS; it depends little on the batch, because the steps are normalised
+PEAK = 1.5  # learning rate of LARS; independent of the batch, because the steps are normalised
+ADAMW_PEAK = ADAMW["base_lr"]
 TAU_SHARE = 0.1  # averaging time of the target, as a share of the run
 MIN_TAU, MAX_TAU = 0.97, 0.996
 WARMUP_EPOCHS = 10.0
@@ -74,11 +75,15 @@ def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[s
     if round(warmup * epoch_steps) > steps / 10:
         warmup = steps // 10 / epoch_steps
     choose("warmup_epochs", warmup, f"{WARMUP_EPOCHS:g} epochs, but at most a tenth of the run")
-    choose("base_lr", PEAK * 256 / max(1, batch), f"a peak of {PEAK:g}, because LARS normalises steps of any batch")
+    peak = ADAMW_PEAK if config.optimizer == "adamw" else PEAK
+    choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g}, because steps are normalised in any batch")
     tau = min(max(1 - 1 / (TAU_SHARE * steps), MIN_TAU), MAX_TAU)
     choose("tau", round(tau, 4), f"for {steps:,} steps")
     choose("min_scale", MIN_SCALE, "small crops make the task hard, which pays off in long runs only")
-    choose("weight_decay", PAPER["weight_decay"], "as in the paper")
+    if config.optimizer == "adamw":
+        choose("weight_decay", ADAMW["weight_decay"], "usual with AdamW")
+    else:
+        choose("weight_decay", PAPER["weight_decay"], "as in the paper")
     return found
 
 
