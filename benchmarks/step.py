@@ -121,6 +121,7 @@ def configuration(options: argparse.Namespace, precision: str = "fp32") -> Pretr
     """Configuration of a run in which every step trains all subnets of the family."""
     subnets = _names(options.subnets)
     return PretrainConfig(
+        recipe="paper",
         network=options.network,
         dns=",".join(subnets),
         stem=options.stem,

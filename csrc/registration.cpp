@@ -19,6 +19,10 @@ using Tensors7 =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 DSPNET_CPU_BUILDS(
+    void, adamw_ema_step, Tensor params, Tensor grads, Tensor momenta, Tensor variances, Tensor targets, Tensor steps,
+    at::IntArrayRef starts, at::IntArrayRef sizes, Tensor lr, Tensor weight_decay, Tensor tau, double beta1,
+    double beta2, double eps, OptionalTensor apply)
+DSPNET_CPU_BUILDS(
     Tensors3, conv_moments, Tensor x, OptionalTensor scale, OptionalTensor shift, std::string_view act,
     OptionalTensor gate, Tensor weight, int64_t out_channels, int64_t stride, int64_t padding, int64_t groups,
     int64_t views)
@@ -69,6 +73,10 @@ TORCH_LIBRARY(dspnet_cpp, library) {
   });
   library.def("cuda_problem(int device) -> str"); // the error message, empty if the device is usable
   library.def(
+      "adamw_ema_step(Tensor(a!) params, Tensor(b!) grads, Tensor(c!) momenta, Tensor(d!) variances, "
+      "Tensor(e!) targets, Tensor(f!) steps, int[] starts, int[] sizes, Tensor lr, Tensor weight_decay, Tensor tau, "
+      "float beta1, float beta2, float eps, Tensor? apply=None) -> ()");
+  library.def(
       "conv_moments(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor weight, int out_channels, "
       "int stride, int padding, int groups, int views) -> (Tensor, Tensor, Tensor)");
   library.def(
@@ -115,6 +123,7 @@ TORCH_LIBRARY_IMPL(dspnet_cpp, CPU, library) {
   if (dspnet::build_capability() == dspnet::Capability::none) {
     return;
   }
+  library.impl("adamw_ema_step", DSPNET_CPU_BUILD(adamw_ema_step));
   library.impl("conv_moments", DSPNET_CPU_BUILD(conv_moments));
   library.impl("conv_moments_backward", DSPNET_CPU_BUILD(conv_moments_backward));
   library.impl("ema_update", DSPNET_CPU_BUILD(ema_update));

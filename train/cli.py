@@ -94,7 +94,11 @@ def add_options(made: ArgumentParser, config: type, without: Collection[str] = (
             groups[base].add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
         else:
             groups[base].add_argument(
-                flag(f.name), type=hints[f.name], default=f.default, help=f.metadata["help"], metavar=_metavar(f, hints)
+                flag(f.name),
+                type=hints[f.name] | None if f.default is None else hints[f.name],
+                default=f.default,
+                help=f.metadata["help"],
+                metavar=_metavar(f, hints),
             )
 
 

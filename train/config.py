@@ -26,11 +26,27 @@ EIGHT_BIT = "8bit"  # value of --pixel-range for images that are read as 8-bit g
 SCRATCH = "none"  # value of --from for random weights
 
 
+# The paper's values of the options that --recipe chooses; inferred ones are marked in docs/algorithm.md.
+PAPER = {
+    "epochs": 300,
+    "batch_size": 256,
+    "base_lr": 0.2,
+    "warmup_epochs": 10.0,
+    "weight_decay": 1.5e-6,
+    "tau": 0.996,
+    "min_scale": 0.08,
+}
+# Values of AdamW instead.
+ADAMW = {"base_lr": 1e-3, "weight_decay": 0.05}
+OPTIMIZERS = ("lars", "adamw")
+RECIPES = ("auto", "paper")
+
+
 def option(default: Any, help: str, changeable: bool = False, metavar: str | None = None) -> Any:
     """Make a dataclass field that is an option.
 
     Args:
-        default: default value.
+        default: default value; None in a field of another type: `resolve` chooses one (train/pretraining/recipe.py).
         help: help text, a noun phrase.
         changeable: whether a resumed run may have another value.
         metavar: placeholder of the value in the help.
@@ -54,7 +70,7 @@ class DataOptions:
     )
     unlabelled: bool = option(False, "take the images of all subfolders, which are no classes")
     image_size: int = option(96, "height and width of the augmented views, in pixels")
-    min_scale: float = option(0.08, "smallest area of a random crop, as a fraction of the image")
+    min_scale: float = option(None, "smallest area of a random crop, as a fraction of the image [by --recipe]")
     train_images: int | None = option(None, "number of training images, drawn at random [all]")
     workers: Workers = option("auto", WORKERS_HELP, True)
     max_bad_images: int | None = option(
@@ -195,17 +211,27 @@ class FamilyOptions(PixelOptions):
 class OptimizationOptions:
     """optimization"""
 
-    epochs: int = option(300, "passes over the images")
-    batch_size: int = option(256, "images per step, over all ranks")
+    recipe: str = option(
+        "auto",
+        "values of options that are not given: auto, for the number of images; or paper; see docs/recipes.md",
+        metavar="NAME",
+    )
+    optimizer: str = option("lars", f"optimizer: {', '.join(OPTIMIZERS)}", metavar="NAME")
+    epochs: int = option(None, "passes over the images [by --recipe]")
+    batch_size: int = option(None, "images per step, over all ranks [by --recipe]")
     bn_groups: int | None = option(None, "ghost batch norm groups of a batch [one per micro-batch and rank]")
     subnets_per_step: int = option(4, "subnets per step: the smallest, the full one, and random others")
-    base_lr: float = option(0.2, "learning rate per 256 images: the peak is base_lr * batch_size / 256")
-    warmup_epochs: float = option(10.0, "epochs of linear learning rate warm-up")
+    base_lr: float = option(None, "learning rate per 256 images: the peak is base_lr * batch_size / 256 [by --recipe]")
+    warmup_epochs: float = option(None, "epochs of linear learning rate warm-up [by --recipe]")
     full_only_epochs: float | None = option(None, "initial epochs that train the full network alone [--warmup-epochs]")
-    weight_decay: float = option(1.5e-6, "weight decay of tensors with two or more dimensions")
-    momentum: float = option(0.9, "LARS momentum")
+    weight_decay: float = option(None, "weight decay of tensors with two or more dimensions [by --recipe]")
+    weight_decay_end: float | None = option(
+        None, "weight decay at the end; it follows a cosine from --weight-decay [--weight-decay]"
+    )
+    momentum: float = option(0.9, "momentum of LARS; beta1 of AdamW")
+    beta2: float = option(0.999, "decay rate of AdamW's average of squared gradients")
     eta: float = option(1e-3, "LARS trust coefficient")
-    tau: float = option(0.996, "initial decay rate of the target; rises to 1")
+    tau: float = option(None, "initial decay rate of the target; rises to 1 [by --recipe]")
     seed: int = option(0, "seed of weights, order, augmentation and sampling")
     precision: str = option(
         "fp32", "fp32; or bf16 or fp16, the dtype of activations, convolutions and products", metavar="DTYPE"
@@ -272,7 +298,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, AugmentationOptions, DataOptions):
-    """Configuration of `train.pretrain`. Defaults are those of the paper if it states them (docs/algorithm.md)."""
+    """Configuration of `train.pretrain`. Options that are None are chosen when the run starts (docs/recipes.md)."""
 
     command = "dspnet-pretrain"
 
@@ -285,12 +311,20 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "momentum_bn": ("on", "off", "momentum2"),
             "precision": ("fp32", "bf16", "fp16"),
             "device": DEVICES,
+            "recipe": RECIPES,
+            "optimizer": OPTIMIZERS,
             "cudnn": ("deterministic", "default", "benchmark"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        two_images(self.batch_size)
+        if self.recipe == "paper":
+            for name, value in (PAPER | (ADAMW if self.optimizer == "adamw" else {})).items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.batch_size is not None:
+            two_images(self.batch_size)
         sizes = (
             "image_size",
             "hidden_features",
@@ -302,7 +336,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "keep_checkpoints",
         )
         for name in sizes:
-            if getattr(self, name) < 1:
+            if given.get(name, 1) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
             "warmup_epochs",
@@ -312,14 +346,15 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "stall_timeout",
             "base_lr",
             "weight_decay",
+            "weight_decay_end",
             "seed",
         ):
-            if getattr(self, name) < 0:
+            if given.get(name, 0) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
-        for name in ("tau", "momentum", "min_scale"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("tau", "momentum", "beta2", "min_scale"):
+            if not 0 <= given.get(name, 0) <= 1:
                 raise InputError(f"{flag(name)} must lie between 0 and 1, not at {getattr(self, name)}")
-        if self.bn_groups is not None and (self.bn_groups < 1 or self.batch_size % self.bn_groups):
+        if self.bn_groups is not None and (self.bn_groups < 1 or given.get("batch_size", 0) % self.bn_groups):
             raise InputError(
                 f"--batch-size {self.batch_size} cannot be divided into {self.bn_groups} equal groups: see --bn-groups"
             )

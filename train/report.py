@@ -94,7 +94,7 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
     if len(run.family) == 1:
         title = f"{config.network} {run.family.full}, pretrained alone"
     body = ["<header>", page.heading(title, 1), page.paragraph(_state(run), "lead"), "</header>", "<main>"]
-    body += [page.heading("The networks"), page.table(*table_of(networks)), _verdict(networks)]
+    body += [page.heading("The networks"), page.table(*table_of(networks)), *_verdict(run), _collapse(networks)]
     body += [page.paragraph(note, "note") for note in _notes(run, networks)]
 
     body.append(page.heading("Accuracy"))
@@ -165,7 +165,15 @@ def indicators_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     return ["network", "feature std", "effective rank", "cosine similarity to the target"], rows
 
 
-def _verdict(networks: Sequence[Mapping[str, Any]]) -> str:
+def _verdict(run: Run) -> Iterator[str]:
+    """The comparison with untrained networks and raw pixels."""
+    if run.verdict is not None:
+        text = f"After {run.verdict['step']:,} steps: {run.verdict['conclusion']}"
+        yield page.paragraph(text, "" if run.verdict["good"] else "bad")
+        yield from (page.paragraph(line, "note") for line in run.verdict["details"])
+
+
+def _collapse(networks: Sequence[Mapping[str, Any]]) -> str:
     if all(network["feature_std"] is None for network in networks):
         return page.paragraph("Collapse indicators were not measured: `--probe-epochs` was 0.")
     collapsed = [network["network"] for network in networks if network["collapsed"]]

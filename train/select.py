@@ -12,6 +12,8 @@ from dspnet_fast.verification.supervisor import CALL_SECONDS
 
 from . import cli
 from .config import PretrainConfig, positive
+from .costs.dry_run import known_images, known_size
+from .pretraining import recipe
 from .run.device import check_fast_kernels, choose_device
 from .run.tables import Table
 from .selection.recording import shape_of
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     config = cli.to_config(PretrainConfig, parsed)
+    config = recipe.complete(config, known_images(config, known_size(config.data)), parsed.ranks)
     positive(ranks=parsed.ranks, call_seconds=parsed.call_seconds)
     if policy := registry.policy_of_environment():
         raise InputError(f"DSPNET_KERNELS={policy} overrides every selection: unset it")

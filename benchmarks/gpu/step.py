@@ -127,6 +127,7 @@ def set_up(variant: Variant, precision: str) -> None:
 def configuration(case: Case, graphs: bool = True, cudnn: str = "deterministic", small: bool = SMALL) -> PretrainConfig:
     """Configuration of a run of a case."""
     config = PretrainConfig(
+        recipe="paper",
         network=case.network,
         dns=FAMILIES[case.network],
         image_size=case.pixels,

@@ -1,6 +1,7 @@
 """Operators, one file each: a body in plain PyTorch, which is the specification, and faster providers."""
 
 from . import registry
+from .adamw_ema_step import adamw_ema_step
 from .conv_moments import conv_moments
 from .ema_update import ema_update
 from .lars_ema_step import lars_ema_step
@@ -13,6 +14,7 @@ from .slim_conv2d import slim_conv2d
 from .slim_linear import slim_linear
 
 __all__ = [
+    "adamw_ema_step",
     "conv_moments",
     "ema_update",
     "lars_ema_step",

@@ -1,66 +1,27 @@
 """lars_ema_step: the optimizer step with LARS and the target update, on flat buffers (You et al. 2017; BYOL)."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import cpp, cuda
+from .flat_step import check_buffers, check_scalars, check_segments
 from .registry import operator
 
 
 def _check_buffers(params: Tensor, grads: Tensor, momenta: Tensor, targets: Tensor) -> None:
-    flats = {"params": params, "grads": grads, "momenta": momenta, "targets": targets}
-    for name, flat in flats.items():
-        if flat.layout != torch.strided or flat.ndim != 1 or not flat.is_contiguous():
-            raise RuntimeError(f"lars_ema_step: {name} must be a contiguous vector, got {tuple(flat.shape)}")
-        fits = flat.dtype in (torch.float32, torch.float64) and flat.dtype == params.dtype
-        if not fits or flat.device != params.device:
-            raise RuntimeError(
-                f"lars_ema_step: all must be float32 or all float64, on one device: {name} is {flat.dtype} on "
-                f"{flat.device}, params is {params.dtype} on {params.device}"
-            )
-    if not len(grads) == len(momenta) == len(params) >= len(targets):
-        raise RuntimeError(
-            "lars_ema_step: grads and momenta must be as long as params and targets no longer, got "
-            + ", ".join(f"{len(flat)} {name}" for name, flat in flats.items())
-        )
-    spans = sorted((flat.data_ptr(), flat.data_ptr() + flat.nbytes, name) for name, flat in flats.items() if len(flat))
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            raise RuntimeError(f"lars_ema_step: {name} and {other} share memory")
-
-
-def _check_segments(params: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> None:
-    if len(starts) != len(sizes):
-        raise RuntimeError(f"lars_ema_step: {len(starts)} starts but {len(sizes)} sizes")
-    end = 0
-    for segment, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        if start < end or size < 0 or start + size > len(params):
-            raise RuntimeError(
-                f"lars_ema_step: segment {segment}, {size} elements from {start}, must start at {end} or later and end "
-                f"at {len(params)} or earlier"
-            )
-        end = start + size
+    check_buffers("lars_ema_step", {"params": params, "grads": grads, "momenta": momenta}, targets)
 
 
 def _check_scalars(params: Tensor, lr: Tensor, tau: Tensor, apply: Tensor | None) -> None:
-    for name, scalar in {"lr": lr, "tau": tau}.items():
-        if scalar.ndim != 0 or not scalar.is_floating_point() or scalar.device != params.device:
-            raise RuntimeError(
-                f"lars_ema_step: {name} must be a floating-point scalar on {params.device}, got {tuple(scalar.shape)} "
-                f"{scalar.dtype} on {scalar.device}"
-            )
-    if apply is not None and (apply.ndim != 0 or apply.dtype != torch.bool or apply.device != params.device):
-        raise RuntimeError(
-            f"lars_ema_step: apply must be a bool scalar on {params.device}, got {tuple(apply.shape)} {apply.dtype} on "
-            f"{apply.device}"
-        )
+    check_scalars("lars_ema_step", params, {"lr": lr, "tau": tau}, apply)
 
 
 @operator(
     mutates=("params", "grads", "momenta", "targets"),
-    checks=(_check_buffers, _check_segments, _check_scalars),
+    checks=(_check_buffers, functools.partial(check_segments, "lars_ema_step"), _check_scalars),
 )
 def lars_ema_step(
     params: Tensor,

@@ -60,6 +60,7 @@ def test_losses_gradients_and_updates_equal_ours(network, names, stem, options, 
 
 def make_trainer():
     config = PretrainConfig(
+        recipe="paper",
         network="resnet",
         dns="c8-d1111,c16-d1111",
         stem="small",

@@ -25,7 +25,14 @@ from train.config import PretrainConfig  # noqa: E402
 from train.pretraining.ahead import step_launches  # noqa: E402
 from train.pretraining.trainer import Trainer  # noqa: E402
 
-SMALL = {"hidden_features": 16, "out_features": 8, "batch_size": 4, "full_only_epochs": 0.0, "probe_epochs": 0.0}
+SMALL = {
+    "recipe": "paper",
+    "hidden_features": 16,
+    "out_features": 8,
+    "batch_size": 4,
+    "full_only_epochs": 0.0,
+    "probe_epochs": 0.0,
+}
 CASES = {
     "mobilenet bf16": {"dns": "w0.35,w0.50,w0.75", "precision": "bf16", "image_size": 32},
     "mobilenet fp32, 2 micro-batches": {"dns": "w0.50,w0.75", "image_size": 32, "grad_accum_steps": 2},

@@ -37,6 +37,9 @@ VIEWS = dict.fromkeys(("mean", "variance", "grad_mean", "grad_variance", "grad_s
 VECTORS = dict.fromkeys(("weight", "weight_main_grad", "bias", "bias_main_grad"), "C+")
 FLAT = dict.fromkeys(("params", "grads", "momenta"), "* 3T")
 FORMS: dict[str, dict[str, str]] = {
+    "adamw_ema_step": FLAT
+    | {"variances": "* 3T", "targets": "* 2T", "starts": "0 T", "sizes": "T T"}
+    | dict.fromkeys(("steps", "lr", "weight_decay", "tau"), "+"),
     "conv_moments": DEFERRED | CONV | {"out_channels": "O", "views": "V"},
     "conv_moments_backward": DEFERRED | CONV | MOMENTS | POOLED | {"grad_y": OUTPUT, "y": OUTPUT},
     "ema_update": {"targets": IMAGES, "onlines": IMAGES},
@@ -56,7 +59,12 @@ FORMS: dict[str, dict[str, str]] = {
     "slim_linear": LINEAR | {"out_features": "O"},
     "slim_linear_backward": LINEAR,
 }
-STORED = {"normalized_mse": 4, "ema_update": 4, "lars_ema_step": 2}  # number of KINDS in use; otherwise ACTIVATIONS are
+STORED = {
+    "normalized_mse": 4,
+    "ema_update": 4,
+    "lars_ema_step": 2,
+    "adamw_ema_step": 2,
+}  # number of KINDS in use; otherwise ACTIVATIONS are
 KINDS = ("float32", "float64", "bfloat16", "float16")
 ACTIVATIONS = ("float32", "float32", "bfloat16")
 

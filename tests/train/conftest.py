@@ -18,6 +18,7 @@ from train.evaluation.features import extract
 from train.pretraining.run import PretrainRun
 
 SMALL_RUN = {
+    "recipe": "paper",
     "network": "resnet",
     "dns": "c8-d1111,c8-d1121,c16-d2121",
     "stem": "small",

@@ -35,6 +35,7 @@ from train.reporting.findings import read_comparison
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
 OPTIONS = {
+    "recipe": "paper",
     "network": "resnet",
     "stem": "small",
     "dns": f"{LARGE},{SMALL}",
@@ -99,6 +100,7 @@ def weights(out):
 def test_run_cost_equals_a_calculation_by_hand():
     small, middle, large = "c8-d1111", "c8-d1121", "c16-d1121"
     config = PretrainConfig(
+        recipe="paper",
         network="resnet",
         dns=f"{small},{middle},{large}",
         hidden_features=10,
@@ -156,7 +158,9 @@ def mac_count_of(model, features):
 
 def test_expected_steps_match_sampled_subnets():
     dns = ["c8-d1111", "c8-d1112", "c16-d1112", "c16-d1122", "c16-d2222"]
-    config = PretrainConfig(network="resnet", dns=",".join(dns), epochs=4, warmup_epochs=1, subnets_per_step=4)
+    config = PretrainConfig(
+        recipe="paper", network="resnet", dns=",".join(dns), epochs=4, warmup_epochs=1, subnets_per_step=4
+    )
     networks = family("resnet", dns)
     drawn = Counter(subnet.name for step in range(200, 800) for subnet in sandwich(networks, 4, seed=0, step=step))
     drawn[networks.full.name] += 200

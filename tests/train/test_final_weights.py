@@ -67,6 +67,7 @@ class Run:
 @mock.patch.multiple(mobilenet_v3, **BLOCKS)
 def train(network: str, policy: str, precision: str = "fp32", perturbed: bool = False, device: str = "cpu") -> Run:
     config = PretrainConfig(
+        recipe="paper",
         network=network,
         dns=NETWORKS[network],
         stem="small",

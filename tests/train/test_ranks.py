@@ -117,7 +117,7 @@ def test_ranks_give_the_weights_of_one_rank(torchrun, arguments, tmp_path, case)
     """The subnets omit blocks, so some parameters have no gradient in some steps."""
     ranks, options, flags = CASES[case]
     # ten images per group: normalised features of two images are signs, which rounding flips
-    options = {"base_lr": 1.0, "subnets_per_step": 2, "epochs": 2, "batch_size": 40, "probe_epochs": 0, **options}
+    options = {"base_lr": 1.0, "dns": "c8-d1111,c16-d2121", "epochs": 2, "batch_size": 40, "probe_epochs": 0, **options}
     printed = run(torchrun(ranks, [*arguments(**options, out=tmp_path / "ranks"), *flags]), DOUBLE="1")
     assert f", {ranks} ranks" in printed
     run([sys.executable, *torchrun(1, arguments(**options, out=tmp_path / "one"))[5:]], DOUBLE="1")

@@ -15,6 +15,7 @@ from ..costs.dry_run import images_of
 from ..data.datasets import dataset_size
 from ..data.sampler import EpochSampler
 from ..evaluation.results import Report
+from ..pretraining import recipe
 from .ratios import ratios
 
 RUNS = "runs"
@@ -81,6 +82,9 @@ class Comparison:
                 raise InputError(f"{flag(name)} must be at least 1, not {getattr(options, name)}")
         if options.linear_epochs < 0:
             raise InputError(f"--linear-epochs cannot be negative: {options.linear_epochs}")
+        self.size = dataset_size(config.data)
+        self.images = images_of(config, self.size)
+        self.config = config = recipe.complete(config, self.images)
         self.alone = [Variant(dn, f"{dn} alone", replace(config, dns=dn), alone=True) for dn in self.family.names]
         dns = ",".join(self.family.names)
         self.families = [
@@ -89,14 +93,15 @@ class Comparison:
         ]
         self.variants = [*self.alone, *self.families]
         self.costs = flops.network_costs(config)
-        self.size = dataset_size(config.data)
-        self.images = images_of(config, self.size)
         references = self.size.train if options.references is None else options.references
         if not options.k <= references <= self.size.train:
             raise InputError(
                 f"--k {options.k} neighbours among --references {references} of {self.size.train} images of "
                 f"{config.data}: neither can exceed the number of images"
             )
+        for variant, seed in ((v, s) for v in self.families for s in self.seeds):
+            if variant.config.subnets_per_step > 2:  # with 2 the networks between are only evaluated, an ablation
+                recipe.check_sampling(replace(variant.config, seed=seed), self.images)
         self.epoch_steps = EpochSampler(self.images, config.batch_size, 0, config.epochs).steps_per_epoch
 
     @property

@@ -113,7 +113,7 @@ def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
     device = trainer.device
     captures = device.type == "cuda" and not trainer.config.no_cuda_graphs
     alpha = torch.ones((), device=device)
-    trainer.flat_buffers.schedule(trainer.learning_rate(trainer.step), trainer.tau(trainer.step))
+    trainer.schedule(trainer.step)
     graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, alpha, None if captures else list)
     pieces = [graphs.target, *graphs.subnets.values(), trainer.update]
     taken: list[list[float]] = [[] for _ in pieces]

@@ -85,7 +85,7 @@ def _train(config: PretrainConfig, steps: int, kernels: Kernels | None) -> None:
     if begun:
         open_run(config, resume=True)  # raises InputError for a run with other options
     if checkpoint.latest_step(out / "checkpoints") < steps:
-        PretrainRun(config, begun, kernels).run()
+        PretrainRun(config, begun, kernels, allow_untrained=True).run()
         gc.unfreeze()  # the run froze its objects: without this they are never collected
         gc.collect()
 

@@ -20,6 +20,7 @@ from ..config import PretrainConfig
 from ..data.datasets import DatasetSize, dataset_size, exists_locally
 from ..data.sampler import EpochSampler
 from ..data.views import augmentation
+from ..pretraining import recipe
 from ..pretraining.trainer import Trainer
 from ..run import checkpoint
 from ..run.run_directory import check_run
@@ -37,13 +38,14 @@ class Memory:
     weights: int
     gradients: int
     momentum: int
+    variance: int
     target: int
     checkpoint: int
 
     @property
     def total(self) -> int:
         """Bytes on each device."""
-        return self.weights + self.gradients + self.momentum + self.target
+        return self.weights + self.gradients + self.momentum + self.variance + self.target
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class RunEstimate:
     """Cost of a whole run, or of one step if the number of images is unknown.
 
     Attributes:
-        config: configuration of the run.
+        config: configuration of the run, completed by its recipe.
+        choices: values that the recipe chose.
         size: size of the dataset; None if unknown.
         images: number of training images; None if unknown.
         epoch_steps: steps per epoch; None if unknown.
@@ -62,6 +65,7 @@ class RunEstimate:
     """
 
     config: PretrainConfig
+    choices: dict[str, recipe.Choice]
     size: DatasetSize | None
     images: int | None
     epoch_steps: int | None
@@ -87,19 +91,22 @@ def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
         check_run(config, resume)
     family = family_of(config.network, config.names())
     sandwich(family, config.subnets_per_step, config.seed, 0)
+    size = known_size(config.data)
+    images = known_images(config, size)
+    choices = recipe.chosen(config, images)
+    config = recipe.complete(config, images)
     augmentation.byol(config.image_size, config.min_scale)
-    size = _known_size(config.data)
-    images = config.train_images if size is None else images_of(config, size)
     epoch_steps: int | None
     if images is None:  # count one step after the initial steps that train the full network alone
         epoch_steps, counted_steps, counted_as = None, 1, replace(config, epochs=1, full_only_epochs=0.0)
     else:
         epoch_steps = EpochSampler(images, config.batch_size, config.seed, config.epochs).steps_per_epoch
         counted_steps, counted_as = epoch_steps, config
+        recipe.check_sampling(config, images)
     costs = network_costs(config)
     trained = expected_steps(counted_as, counted_steps)
     counted = run_cost(counted_as, counted_steps, costs)
-    return RunEstimate(config, size, images, epoch_steps, costs, trained, counted, _memory(config))
+    return RunEstimate(config, choices, size, images, epoch_steps, costs, trained, counted, _memory(config))
 
 
 def images_of(config: PretrainConfig, size: DatasetSize) -> int:
@@ -118,7 +125,12 @@ def images_of(config: PretrainConfig, size: DatasetSize) -> int:
     return wanted
 
 
-def _known_size(data: str) -> DatasetSize | None:
+def known_images(config: PretrainConfig, size: DatasetSize | None) -> int | None:
+    """Number of images that a run trains on; None if `size` and --train-images are unknown."""
+    return config.train_images if size is None else images_of(config, size)
+
+
+def known_size(data: str) -> DatasetSize | None:
     """Size of a dataset; None if it is neither local nor published. InputError if it is local and unusable."""
     try:
         return dataset_size(data, labelled=False)
@@ -141,6 +153,7 @@ def _memory(config: PretrainConfig) -> Memory:
         weights=flat.params.nbytes,
         gradients=flat.grads.nbytes,
         momentum=flat.momenta.nbytes,
+        variance=flat.variances.nbytes,
         target=flat.targets.nbytes,
         checkpoint=checkpoint.size(trainer.state()),
     )
@@ -164,11 +177,13 @@ def show(estimated: RunEstimate) -> None:
     heading = ["network", "params", "MACs", "features", "steps", "online MACs"]
     Table(title, heading, rows).show()
     lines = {"images": _images(estimated), "steps": _steps(estimated)}
-    passes = {"target": "forward", "online": "forward and backward", "optimizer": "LARS and the moving average"}
+    passes = {"target": "forward", "online": "forward and backward", "optimizer": "optimizer step and moving average"}
     for part, macs in total.parts().items():
         lines[part] = f"{quantity(macs)}MAC  {passes[part]}"
     lines["total"] = f"{quantity(sum(total.parts().values()))}MAC"
     parts = {"weights": memory.weights, "gradients": memory.gradients, "momentum": memory.momentum}
+    if memory.variance:
+        parts["variance"] = memory.variance
     lines["memory"] = f"{quantity(memory.total)}B on each device without activations: " + ", ".join(
         f"{name} {quantity(size)}B" for name, size in (parts | {"target": memory.target}).items()
     )
@@ -176,6 +191,8 @@ def show(estimated: RunEstimate) -> None:
     lines["checkpoint"] = f"{quantity(memory.checkpoint)}B each; the newest {config.keep_checkpoints} are kept"
     for name, text in lines.items():
         print(f"{name:14}{text}")
+    if estimated.images is not None:
+        print(*recipe.lines(estimated.choices, estimated.images), sep="\n")
 
 
 def _all_reduce(config: PretrainConfig) -> str:

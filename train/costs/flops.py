@@ -4,10 +4,11 @@ In each step, the two views of B images pass through:
 
     target      encoder + projector of the full network, forward                                       2 B views
     online      encoder + projector + predictor of every sampled subnet, forward and backward           2 B views
-    optimizer   LARS: 6 MACs for each online parameter; moving average: 2 for each target parameter
+    optimizer   LARS: 6 MACs for each online parameter, AdamW: 7; moving average: 2 for each target parameter
 
 A backward pass counts as two forward passes: input gradient and weight gradient. This includes the gradient of the
-images, which is not computed. The 6 MACs of LARS are: weight decay 1, norms 2, momentum 2, update 1.
+images, which is not computed. The 6 MACs of LARS are: weight decay 1, norms 2, momentum 2, update 1. The 7 of AdamW:
+weight decay 1, averages 3, denominator 2, update 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..config import FamilyOptions, PretrainConfig
 from ..pretraining.dspnet import VIEWS
 
 PASSES = 3  # a forward pass, and a backward pass that counts as two
-LARS_MACS, EMA_MACS = 6, 2  # per parameter
+OPTIMIZER_MACS, EMA_MACS = {"lars": 6, "adamw": 7}, 2  # per parameter
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunCost:
         views: number of views that a network sees, two for each image and epoch.
         target: MACs of the target network.
         online: MACs by subnet.
-        optimizer: MACs of LARS and of the moving average.
+        optimizer: MACs of the optimizer and of the moving average.
     """
 
     views: int
@@ -138,7 +139,9 @@ def run_cost(config: PretrainConfig, epoch_steps: int, costs: dict[str, NetworkC
         for name, trained in expected_steps(config, epoch_steps).items()
     }
     target_parameters = full.parameters + projector
-    optimizer = steps * (LARS_MACS * (target_parameters + predictor) + EMA_MACS * target_parameters)
+    optimizer = steps * (
+        OPTIMIZER_MACS[config.optimizer] * (target_parameters + predictor) + EMA_MACS * target_parameters
+    )
     return RunCost(views * steps, float(steps * views * projection_macs(full)), online, float(optimizer))
 
 

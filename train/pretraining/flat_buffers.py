@@ -1,7 +1,7 @@
 """Flat buffers: online parameters, gradients, momentum, target and running statistics, one flat tensor each.
 
-The update of all parameters is one operator (`lars_ema_step`), and an all-reduce is one call. Parameters remain tensors
-of a module, with their names, shapes, strides and state_dict.
+The update of all parameters is one operator (`lars_ema_step` or `adamw_ema_step`), and an all-reduce is one call.
+Parameters remain tensors of a module, with their names, shapes, strides and state_dict.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dspnet_fast.machine import scalar_dtype
-from dspnet_fast.ops import lars_ema_step
+from dspnet_fast.ops import adamw_ema_step, lars_ema_step
 
+ADAMW_EPS = 1e-8
 ALIGNMENT = 64  # bytes: a cache line, the widest vector, and more than a GPU's widest load
 
 
@@ -30,17 +31,20 @@ class FlatBuffers:
     Args:
         online: module trained by gradients; every parameter must require one.
         target: module that follows the online parameters of the same names; it may have fewer.
+        optimizer: "lars" or "adamw", which needs memory for the variances too.
 
     Raises:
         ValueError: if the modules do not match, or have parameters of several dtypes or on several devices.
 
     Attributes:
         params, grads, momenta: [N].
+        variances: [N] with AdamW, the moving averages of squared gradients; otherwise [0].
+        steps: number of AdamW's steps, a scalar.
         targets: [T], the moving averages of the first T elements of `params`.
         statistics: [S], all floating-point buffers, which are batch normalisation's running statistics.
     """
 
-    def __init__(self, online: nn.Module, target: nn.Module) -> None:
+    def __init__(self, online: nn.Module, target: nn.Module, optimizer: str = "lars") -> None:
         parameters, targets = dict(online.named_parameters()), dict(target.named_parameters())
         _check(parameters, targets)
         self._parameters = {name: parameters[name] for name in (*targets, *parameters)}
@@ -55,8 +59,9 @@ class FlatBuffers:
                 with_target = total
         self.params, self.grads, self.momenta = (example.detach().new_zeros(total) for _ in range(3))
         self.targets = example.detach().new_zeros(with_target)
-        self._lr, self._tau = (
-            torch.zeros((), dtype=scalar_dtype(example.device), device=example.device) for _ in range(2)
+        self.variances = example.detach().new_zeros(total if optimizer == "adamw" else 0)
+        self.steps, self._lr, self._tau, self._weight_decay = (
+            torch.zeros((), dtype=scalar_dtype(example.device), device=example.device) for _ in range(4)
         )
 
         adapted = [name for name, parameter in self._parameters.items() if parameter.ndim > 1]
@@ -84,10 +89,11 @@ class FlatBuffers:
         """Offset of the first parameter of an online submodule in `params` and `grads`."""
         return next(start for name, start in self._starts.items() if name.startswith(f"{part}."))
 
-    def schedule(self, lr: float, tau: float) -> None:
-        """Set learning rate and target decay for `update`, on the device."""
+    def schedule(self, lr: float, tau: float, weight_decay: float = 0.0) -> None:
+        """Set learning rate, target decay and AdamW's weight decay for the next update, on the device."""
         self._lr.fill_(lr)
         self._tau.fill_(tau)
+        self._weight_decay.fill_(weight_decay)
 
     @torch.no_grad()
     def update(self, *, weight_decay: float, momentum: float, eta: float, apply: Tensor | None = None) -> None:
@@ -96,14 +102,7 @@ class FlatBuffers:
         Where `apply`, a bool scalar on the device, is false, only g = 0 is done. Does not synchronise the host.
         Raises RuntimeError if a parameter or gradient is no longer a view of the flat buffers.
         """
-        for name, parameter, gradient in self._gradients:
-            if parameter.grad is not gradient:
-                raise RuntimeError(
-                    f"the gradient of {name} was replaced: `update` zeroes gradients, zero_grad must not"
-                )
-        for name, parameter, address in self._addresses:
-            if parameter.data_ptr() != address:
-                raise RuntimeError(f"the memory of {name} was replaced: create FlatBuffers after moving the modules")
+        self._check_views()
         lars_ema_step(
             self.params,
             self.grads,
@@ -119,6 +118,38 @@ class FlatBuffers:
             apply,
         )
 
+    @torch.no_grad()
+    def update_adamw(self, *, beta1: float, beta2: float, apply: Tensor | None = None) -> None:
+        """As `update`, by AdamW with the scheduled weight decay."""
+        self._check_views()
+        adamw_ema_step(
+            self.params,
+            self.grads,
+            self.momenta,
+            self.variances,
+            self.targets,
+            self.steps,
+            self._adapted_starts,
+            self._adapted_sizes,
+            self._lr,
+            self._weight_decay,
+            self._tau,
+            beta1,
+            beta2,
+            ADAMW_EPS,
+            apply,
+        )
+
+    def _check_views(self) -> None:
+        for name, parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                raise RuntimeError(
+                    f"the gradient of {name} was replaced: `update` zeroes gradients, zero_grad must not"
+                )
+        for name, parameter, address in self._addresses:
+            if parameter.data_ptr() != address:
+                raise RuntimeError(f"the memory of {name} was replaced: create FlatBuffers after moving the modules")
+
     def step(self, lr: float, tau: float, *, weight_decay: float, momentum: float, eta: float) -> None:
         """`schedule` and `update` in one."""
         self.schedule(lr, tau)
@@ -126,23 +157,34 @@ class FlatBuffers:
 
     def checksum(self) -> list[int]:
         """Equal for flat buffers with bit-identical weights, momentum, target and statistics."""
-        flats = (self.params, self.momenta, self.targets, self.statistics)
+        flats = (self.params, self.momenta, self.variances, self.targets, self.statistics)
         return [int(flat.view({4: torch.int32, 8: torch.int64}[flat.element_size()]).sum()) for flat in flats]
 
     def momentum(self) -> dict[str, Tensor]:
         """The momentum of every parameter by name, as views."""
         return {name: self._view(self.momenta, name) for name in self._parameters}
 
+    def variance(self) -> dict[str, Tensor]:
+        """AdamW's variance of every parameter by name, as views."""
+        return {name: self._view(self.variances, name) for name in self._parameters}
+
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
         """Load a result of `momentum`, of these or other flat buffers; ValueError if names or shapes differ."""
-        own = self.momentum()
-        if momentum.keys() != own.keys():
-            raise ValueError(f"the momentum of {min(momentum.keys() ^ own.keys())} is missing, or not of this network")
-        for name, value in own.items():
-            if momentum[name].shape != value.shape:
-                raise ValueError(f"the momentum of {name} is {list(momentum[name].shape)}, not {list(value.shape)}")
-        for name, value in own.items():
-            value.copy_(momentum[name])
+        _load("momentum", self.momentum(), momentum)
+
+    def load_variance(self, variance: Mapping[str, Tensor]) -> None:
+        """Load a result of `variance`, as `load_momentum`."""
+        _load("variance", self.variance(), variance)
+
+
+def _load(kind: str, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    if loaded.keys() != own.keys():
+        raise ValueError(f"the {kind} of {min(loaded.keys() ^ own.keys())} is missing, or not of this network")
+    for name, value in own.items():
+        if loaded[name].shape != value.shape:
+            raise ValueError(f"the {kind} of {name} is {list(loaded[name].shape)}, not {list(value.shape)}")
+    for name, value in own.items():
+        value.copy_(loaded[name])
 
 
 def _flatten_buffers(*modules: nn.Module) -> Tensor:

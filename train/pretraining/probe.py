@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspnet_fast.statistics import post_statistics
@@ -19,6 +20,7 @@ from ..evaluation.features import extract
 from ..evaluation.knn import knn
 
 NEIGHBOURS = 20
+RAW_SIZE = 64  # pixels
 BATCH = 256
 
 
@@ -36,6 +38,16 @@ class Probe:
         self._reference, self._reference_labels = _draw(train, count, image_size, bad)
         self._query, self._query_labels = _draw(test, max(1, count // 2), image_size, bad)
         self._classes = len(train.classes)
+
+    @property
+    def queries(self) -> int:
+        """Number of images that are classified."""
+        return len(self._query)
+
+    @property
+    def references(self) -> int:
+        """Number of images among which neighbours are searched."""
+        return len(self._reference)
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         for batch in images.split(BATCH):
@@ -59,19 +71,30 @@ class Probe:
         }
         if self._reference_labels is not None and self._query_labels is not None:
             queries = extract(encoder, family, self._batches(self._query))
-            result["knn"] = {
-                name: knn(
-                    references[name],
-                    self._reference_labels,
-                    queries[name],
-                    self._query_labels,
-                    k=min(NEIGHBOURS, len(references[name])),
-                    num_classes=self._classes,
-                ).majority
-                for name in references
-            }
+            result["knn"] = {name: self._knn(references[name], queries[name]) for name in references}
         encoder.train(training)
         return result
+
+    def raw_pixels(self) -> float | None:
+        """kNN accuracy of the views' pixels, of at most RAW_SIZE x RAW_SIZE; None if the images have no labels."""
+        if self._reference_labels is None or self._query_labels is None:
+            return None
+        return self._knn(_pixels(self._reference), _pixels(self._query))
+
+    def _knn(self, references: Tensor, queries: Tensor) -> float:
+        """Accuracy of the majority vote with these features."""
+        assert self._reference_labels is not None and self._query_labels is not None
+        k = min(NEIGHBOURS, len(references))
+        found = knn(references, self._reference_labels, queries, self._query_labels, k=k, num_classes=self._classes)
+        return found.majority
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Pixels as features, [n, C * S * S] with S up to RAW_SIZE."""
+    size = min(RAW_SIZE, images.shape[-1])
+    return torch.cat(
+        [F.interpolate(part.float(), (size, size), mode="area").flatten(1) for part in images.split(BATCH)]
+    )
 
 
 def _draw(images: ImageDataset, count: int, image_size: int, bad: BadImages) -> tuple[Tensor, Tensor | None]:

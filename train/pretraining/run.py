@@ -28,18 +28,22 @@ from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
+from ..evaluation.accuracy import interval95
 from ..evaluation.collapse import ADVICE, MIN_RANK, MIN_STD, collapsed
+from ..evaluation.verdict import RAW_PIXELS, UNTRAINED, VERDICT, Baseline, Score, describe, judge
 from ..run import checkpoint, loop
 from ..run.data_used import data_used, read_data_used, write_data_used
 from ..run.device import choose_device
 from ..run.interruption import Interruption
-from ..run.log import RunLog
+from ..run.log import RunLog, read_metrics
 from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, raised_epochs, read_bad_images, write_bad_images
 from ..selection.kernels import Kernels, choose_kernels
+from . import recipe
 from .ahead import compile_kernels
+from .duration import Duration
 from .probe import Probe
 from .trainer import Trainer
 
@@ -57,6 +61,7 @@ def resolve(config: PretrainConfig, images: ImageDataset, device: torch.device, 
 
     A resumed run reads them there, so it stays the same run on another number of ranks or with other packages.
     """
+    config = recipe.complete(config, len(images), world_size)
     return replace(
         config,
         bn_groups=config.bn_groups or world_size * config.grad_accum_steps,
@@ -71,11 +76,14 @@ class PretrainRun:
         config: the run's configuration.
         resume: continue the run in config.out.
         kernels: kernels of a new run with --fast-kernels; chosen here by default.
+        allow_untrained: allow subnets that no step trains, as comparisons of --subnets-per-step may have.
 
     Raises InputError if configuration, images, run directory or process group cannot be used.
     """
 
-    def __init__(self, config: PretrainConfig, resume: bool, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, config: PretrainConfig, resume: bool, kernels: Kernels | None = None, allow_untrained: bool = False
+    ) -> None:
         device = choose_device(config.device)
         self.world = world = init_process_group(device)
         if device.type == "cuda" and world.size > 1:
@@ -87,7 +95,10 @@ class PretrainRun:
             config = world.all_gather(resolve_pixels(config, images) if world.is_main else None)[0] or config
         self.format = PixelFormat.of(config)
         self.images = images = read_as(images, self.format)
+        self._choices = recipe.chosen(config, len(images), world.size)
         self.config = config = resolve(config, images, device, world.size)
+        if not allow_untrained:
+            recipe.check_sampling(config, len(images))
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
@@ -121,6 +132,7 @@ class PretrainRun:
             iter(open_batches(config.data_backend, images, views, sampler, config.workers, self.bad, device))
         )
         self.log: RunLog | None = None  # on rank 0, while it runs
+        self._duration: Duration | None = None  # on rank 0
         self.monitor = Monitor(
             "pretrain", trainer.steps, trainer.step, Console(highlight=False, quiet=not world.is_main)
         )
@@ -180,6 +192,7 @@ class PretrainRun:
         """Train to the end. KeyboardInterrupt or SystemExit after saving, if a signal asked to stop."""
         trainer, config = self.trainer, self.config
         events: list[loop.Event[dict[str, Tensor]]] = [
+            loop.Event(self._estimate, 1, at_end=False),
             loop.Event(self._check_skipped, 1),
             loop.Event(self._record, config.log_steps),
             loop.Event(self._measure, self._in_steps(config.probe_epochs)),
@@ -187,6 +200,7 @@ class PretrainRun:
         ]
         if self.world.is_main:
             self.log = RunLog(self.out, trainer.step)
+            self._duration = Duration(config, trainer.epoch_steps, trainer.device)
         if self.world.local_rank == 0:
             compile_kernels(config, trainer.device, print if self.world.is_main else lambda line: None, self.world.size)
         self.world.barrier()  # heartbeats begin here
@@ -208,6 +222,7 @@ class PretrainRun:
                     self._stop_requested,
                 )
                 self._print(f"pretrained {', '.join(trainer.model.family.names)} in {self.out}")
+                self._judge()
         finally:
             if self.log is not None:
                 self.log.close()
@@ -230,6 +245,12 @@ class PretrainRun:
             self._report_bad()
             self._save_and_stop(this_rank=True)
             raise
+
+    def _estimate(self, losses: dict[str, Tensor]) -> None:
+        """Print the estimated duration of the run after a few steps."""
+        line = None if self._duration is None else self._duration.after_step(self.trainer.step, losses)
+        if line is not None:
+            self._print(line)
 
     def _check_skipped(self, losses: dict[str, Tensor]) -> None:
         """Report skipped steps; end the run after too many in a row."""
@@ -295,6 +316,36 @@ class PretrainRun:
                 f"step {step}  COLLAPSE of {', '.join(fallen)}: feature std below {MIN_STD:g} or effective rank "
                 f"below {MIN_RANK:g}, so their features no longer tell images apart; {ADVICE}"
             )
+
+    def _judge(self) -> None:
+        """Compare the networks with untrained ones and raw pixels, print it and write OUT/verdict.json."""
+        if self.probe is None or self.log is None:
+            return
+        measured = [line for line in read_metrics(self.out) if "feature_std" in line]
+        if not measured:
+            return
+        after = measured[-1]
+        before = measured[0] if measured[0]["step"] == 0 else None
+        pixels = self.probe.raw_pixels()
+        if pixels is None:
+            verdict = describe(before, after)
+        else:
+            baselines = [Baseline(RAW_PIXELS, self._score(pixels))]
+            if before is not None:
+                start = UNTRAINED if self.config.init_from is None else "before training"
+                baselines.insert(0, Baseline(start, self._scores(before["knn"])))
+            on = f"kNN accuracy on {self.probe.queries:,} images with {self.probe.references:,} references"
+            verdict = judge(self._scores(after["knn"]), baselines, on)
+        self._print(*(f"verdict  {line}" for line in verdict.lines))
+        contents = {"step": self.trainer.step, **verdict.to_json()}
+        atomic.write_text(self.out / VERDICT, json.dumps(contents, indent=1) + "\n")
+
+    def _scores(self, accuracies: dict[str, float]) -> dict[str, Score]:
+        return {name: self._score(accuracy) for name, accuracy in accuracies.items()}
+
+    def _score(self, accuracy: float) -> Score:
+        assert self.probe is not None
+        return Score(accuracy, interval95(accuracy, self.probe.queries))
 
     def _save(self, losses: dict[str, Tensor] | None = None, this_rank: bool = False) -> None:
         """Write a checkpoint on rank 0 (`this_rank`: here), and merge the ranks' bad images."""
@@ -382,6 +433,7 @@ class PretrainRun:
             f"pixels  {self.format.describe()}",
             f"data  {self._data_used.line()}",
             *([f"data  {self._data_change}"] if self._data_change else []),
+            *recipe.lines(self._choices, len(self.images)),
             *([self.kernels.line()] if self.kernels else []),
             *([] if registry.is_eager() else [f"operators  {operators}"]),
             *([f"resumed at step {trainer.step}"] if trainer.step else []),

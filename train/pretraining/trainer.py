@@ -18,7 +18,7 @@ from ..distributed.all_reduce import GradientAllReduce
 from ..distributed.batch_split import Accumulate, split_batch
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..run.device import check_activations, check_precision, configure_cuda
-from ..run.schedules import learning_rate, momentum_alpha, target_tau
+from ..run.schedules import learning_rate, momentum_alpha, target_tau, weight_decay
 from . import cuda_graphs
 from .dspnet import VIEWS, DSPNet, build_model
 from .flat_buffers import FlatBuffers
@@ -68,13 +68,14 @@ class Trainer:
         if device.type == "cuda":
             images = VIEWS // self.model.encoder_passes * config.batch_size // world.size
             check_activations(largest_activation(config), images, split.micro_batches)
-        self.flat_buffers = FlatBuffers(self.model.online, self.model.target)
+        self.flat_buffers = FlatBuffers(self.model.online, self.model.target, config.optimizer)
         self.guard = Guard(self.flat_buffers)
         self.loss_scale = LossScale(device) if config.precision == "fp16" else None
         self.model.loss_scale = self.loss_scale.scale if self.loss_scale else None
         self.max_skipped = MAX_IN_A_ROW + (SEARCH if self.loss_scale else 0)
         self.all_reduce = GradientAllReduce(self.flat_buffers, world)
         self._alpha = torch.zeros((), device=device)
+        self._weight_decay = config.weight_decay
 
         overlaps = config.overlap_all_reduce and world.size > 1
         graphs = device.type == "cuda" and not config.no_cuda_graphs
@@ -103,7 +104,7 @@ class Trainer:
         """
         subnets = self._sample(self.step)
         self._alpha.fill_(momentum_alpha(self.step, self.steps))
-        self.flat_buffers.schedule(self.learning_rate(self.step), self.tau(self.step))
+        self.schedule(self.step)
         self.guard.begin()
         self.all_reduce.begin(self._split.micro_batches * len(subnets), self.model.encoder_passes)
         losses = self.accumulate(batch, subnets)
@@ -123,13 +124,21 @@ class Trainer:
             return [self.model.family.full]
         return sandwich(self.model.family, self.config.subnets_per_step, self.config.seed, step)
 
+    def schedule(self, step: int) -> None:
+        """Set the scheduled values of a step for `update`."""
+        self._weight_decay = self.weight_decay(step)
+        self.flat_buffers.schedule(self.learning_rate(step), self.tau(step), self._weight_decay)
+
     def update(self) -> None:
-        """LARS and target update with the accumulated gradient, skipped if a number is not finite."""
-        config = self.config
+        """Optimizer step and target update with the accumulated gradient, skipped if a number is not finite."""
+        config, flat = self.config, self.flat_buffers
         self.guard.check()
-        self.flat_buffers.update(
-            weight_decay=config.weight_decay, momentum=config.momentum, eta=config.eta, apply=self.guard.finite
-        )
+        if config.optimizer == "adamw":
+            flat.update_adamw(beta1=config.momentum, beta2=config.beta2, apply=self.guard.finite)
+        else:
+            flat.update(
+                weight_decay=self._weight_decay, momentum=config.momentum, eta=config.eta, apply=self.guard.finite
+            )
         self.guard.finish()
         if self.loss_scale is not None:
             self.loss_scale.update(self.guard.finite)
@@ -138,6 +147,11 @@ class Trainer:
         """Learning rate of a step."""
         peak = self.config.base_lr * self.config.batch_size / 256
         return learning_rate(step, self.steps, self.warmup_steps, peak)
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of a step."""
+        start, end = self.config.weight_decay, self.config.weight_decay_end
+        return weight_decay(step, self.steps, start, start if end is None else end)
 
     def tau(self, step: int) -> float:
         """Decay of the target in a step."""
@@ -158,15 +172,24 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "momentum": self.flat_buffers.momentum(),
+            **self._adamw_state(),
             "skipped": self.guard.counts[2].clone(),
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()}),
         }
+
+    def _adamw_state(self) -> dict[str, Any]:
+        if self.config.optimizer != "adamw":
+            return {}
+        return {"variance": self.flat_buffers.variance(), "optimizer_steps": self.flat_buffers.steps.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; InputError if it is of another network or holds no momentum."""
         self.load_weights(state)
         try:
             self.flat_buffers.load_momentum(state.get("momentum", {}))
+            if self.config.optimizer == "adamw":
+                self.flat_buffers.load_variance(state.get("variance", {}))
+                self.flat_buffers.steps.copy_(state["optimizer_steps"])
         except ValueError as error:
             raise InputError(f"the checkpoint can be evaluated, but not continued: {error}") from error
         if self.loss_scale is not None:

@@ -17,6 +17,7 @@ from ..config import PretrainConfig
 from ..costs.flops import network_cost
 from ..evaluation.collapse import collapsed
 from ..evaluation.plot_data import Point
+from ..evaluation.verdict import VERDICT
 from ..run.log import read_metrics
 from ..run.saved_config import read_config
 
@@ -113,6 +114,14 @@ class Run:
         self.skipped_files = [name for name, evaluation in read.items() if evaluation is None]
         self.manifests = {dn: _json(out / "exported" / dn / "manifest.json") for dn in self.family.names}
         self.comparison = read_comparison(out)
+        self.verdict = self._read_verdict()
+
+    def _read_verdict(self) -> dict[str, Any] | None:
+        """The verdict of `train.evaluate knn --baselines`, otherwise that of the end of the run."""
+        evaluation = _json(self.out / "evaluation" / "knn.json")
+        if isinstance(evaluation, dict) and "verdict" in evaluation:
+            return {"step": evaluation["step"], **evaluation["verdict"]}
+        return _json(self.out / VERDICT)
 
     @property
     def epochs(self) -> float:

@@ -29,6 +29,11 @@ def target_tau(step: int, steps: int, start: float) -> float:
     return 1 - (1 - start) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
+def weight_decay(step: int, steps: int, start: float, end: float) -> float:
+    """A cosine from `start` to `end`, as of DINO (Caron et al. 2021): constant if both are equal."""
+    return end - (end - start) * (math.cos(math.pi * step / steps) + 1) / 2
+
+
 def momentum_alpha(step: int, steps: int) -> float:
     """Weight of the batch in momentum batch norm: (cos(pi step / steps) + 1) / 2, from 1 to 0 (Li et al. 2021)."""
     return (math.cos(math.pi * step / steps) + 1) / 2

@@ -25,6 +25,7 @@ SHAPE_OPTIONS = (
     "hidden_features",
     "out_features",
     "momentum_bn",
+    "optimizer",
     "image_size",
     "subnets_per_step",
     "precision",

@@ -22,6 +22,7 @@ from ..knn import knn
 from ..plot_data import points
 from ..pretrained import BATCH, PretrainedFamily
 from ..results import Report, publish
+from ..verdict import RAW_PIXELS, UNTRAINED, Baseline, Score, Verdict, judge
 from .common import FOLDER, EvaluationOptions, EvaluationSetup
 
 MAX_RAW_SIZE = 64  # pixels; the raw-pixel baseline reduces larger images to this or to the run's image size
@@ -103,6 +104,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
         size = max(trained.config.image_size, min(*references.load(0).size, MAX_RAW_SIZE))
         pixels = [_pixels(images, size, options.workers) for images in (references, queries)]
         report["raw_pixels"] = {"size": size, **score(*pixels)}
+        report["verdict"] = _verdict(report).to_json()
     return report
 
 
@@ -115,6 +117,18 @@ def _pixels(images: ImageDataset, image_size: int, workers: Workers) -> Tensor:
             rows.append(batch.flatten(1) if batch.is_floating_point() else batch.flatten(1).float() / 255)
             monitor.advance()
     return torch.cat(rows)
+
+
+def _verdict(report: Report) -> Verdict:
+    def scores(state: str) -> dict[str, Score]:
+        return {name: _score(network[state]) for name, network in report["networks"].items()}
+
+    baselines = [Baseline(UNTRAINED, scores("untrained")), Baseline(RAW_PIXELS, _score(report["raw_pixels"]))]
+    return judge(scores("pretrained"), baselines, f"kNN accuracy on {report['queries']:,} test images")
+
+
+def _score(result: dict[str, float]) -> Score:
+    return Score(result["majority"], result["interval"])
 
 
 def _table(report: Report) -> Table:
@@ -148,3 +162,5 @@ def publish_knn(out: Path, report: Report) -> None:
     lines = {"raw pixels": report["raw_pixels"]["majority"]} if "raw_pixels" in report else {}
     label = f"kNN accuracy on {report['data']}"
     publish(out / FOLDER, "knn", report, _table(report), label, series, lines)
+    if "verdict" in report:
+        print(*report["verdict"]["details"], report["verdict"]["conclusion"], sep="\n")

@@ -1,0 +1,164 @@
+// One AdamW step and the following EMA update of the target, in place on flat buffers:
+//
+//   t = t + 1        p = (1 - lr wd) p, in decayed segments only
+//   m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+//   p = p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)        xi = tau xi + (1 - tau) p        g = 0
+//
+// If `apply` is false, only g = 0.
+//
+// Bound by memory, fp32: one pass reads p, g, m, v, xi and writes them, 40 bytes per element. All elements are split
+// evenly over the threads, independent of segments, and no element depends on another one.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "flat_step.h"
+
+namespace dspnet::inline CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kAdamwGrain = 16384; // elements per thread at least
+
+template <typename scalar_t>
+struct AdamwBuffers {
+  scalar_t* p;
+  scalar_t* g;
+  scalar_t* m;
+  scalar_t* v;
+  scalar_t* xi;
+  int64_t target_size; // elements of xi
+};
+
+struct AdamwScalars {
+  double keep; // 1 - lr wd
+  double to_gradient; // 1 - b1
+  double beta2, to_square; // b2, 1 - b2
+  double correction; // 1 / sqrt(1 - b2^t)
+  double eps;
+  double step; // lr / (1 - b1^t)
+  double tau;
+};
+
+// Elements that are all decayed or none, and all have a target or none.
+template <typename scalar_t, bool decayed, bool has_target>
+void adamw_update(const AdamwBuffers<scalar_t>& buffers, int64_t begin, int64_t end, const AdamwScalars& scalars) {
+  using Vec = at::vec::Vectorized<scalar_t>;
+  const auto all = [](double value) { return Vec(static_cast<scalar_t>(value)); };
+  const Vec zero = all(0), keep = all(scalars.keep), to_gradient = all(scalars.to_gradient);
+  const Vec beta2 = all(scalars.beta2), to_square = all(scalars.to_square), correction = all(scalars.correction);
+  const Vec eps = all(scalars.eps), minus_step = all(-scalars.step);
+  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
+  const bool from_target = scalars.tau > 0.5;
+  const Vec weight = all(from_target ? 1 - scalars.tau : scalars.tau);
+  for (int64_t i = begin; i < end; i += Vec::size()) {
+    const int64_t count = std::min<int64_t>(Vec::size(), end - i);
+    Vec p = Vec::loadu(buffers.p + i, count);
+    const Vec g = Vec::loadu(buffers.g + i, count);
+    Vec m = Vec::loadu(buffers.m + i, count);
+    Vec v = Vec::loadu(buffers.v + i, count);
+    if constexpr (decayed) {
+      p = p * keep;
+    }
+    m = at::vec::fmadd(to_gradient, g - m, m);
+    v = at::vec::fmadd(to_square * g, g, beta2 * v);
+    p = at::vec::fmadd(minus_step, m / at::vec::fmadd(v.sqrt(), correction, eps), p);
+    m.store(buffers.m + i, count);
+    v.store(buffers.v + i, count);
+    p.store(buffers.p + i, count);
+    zero.store(buffers.g + i, count);
+    if constexpr (has_target) {
+      const Vec xi = Vec::loadu(buffers.xi + i, count);
+      const Vec stepped = from_target ? at::vec::fmadd(weight, p - xi, xi) : at::vec::fmadd(weight, xi - p, p);
+      stepped.store(buffers.xi + i, count);
+    }
+  }
+}
+
+template <typename scalar_t, bool decayed>
+void adamw_update(const AdamwBuffers<scalar_t>& buffers, int64_t begin, int64_t end, const AdamwScalars& scalars) {
+  const int64_t split = std::clamp(buffers.target_size, begin, end);
+  adamw_update<scalar_t, decayed, true>(buffers, begin, split, scalars);
+  adamw_update<scalar_t, decayed, false>(buffers, split, end, scalars);
+}
+
+template <typename scalar_t>
+void adamw_step(
+    const AdamwBuffers<scalar_t>& buffers,
+    int64_t total,
+    at::IntArrayRef starts,
+    at::IntArrayRef sizes,
+    const AdamwScalars& scalars) {
+  at::parallel_for(0, total, kAdamwGrain, [&](int64_t begin, int64_t end) {
+    // The first segment that does not end before `begin`.
+    size_t segment = std::partition_point(
+                         starts.begin(), starts.end(),
+                         [&](const int64_t& start) { return start + sizes[&start - starts.begin()] <= begin; }) -
+        starts.begin();
+    for (; begin < end; ++segment) {
+      const bool is_last = segment == starts.size();
+      const int64_t first = is_last ? end : std::clamp(starts[segment], begin, end);
+      const int64_t stop = is_last ? end : std::clamp(starts[segment] + sizes[segment], first, end);
+      adamw_update<scalar_t, false>(buffers, begin, first, scalars);
+      adamw_update<scalar_t, true>(buffers, first, stop, scalars);
+      begin = stop;
+    }
+  });
+}
+
+} // namespace
+
+void adamw_ema_step(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& momenta,
+    const at::Tensor& variances,
+    const at::Tensor& targets,
+    const at::Tensor& steps,
+    at::IntArrayRef starts,
+    at::IntArrayRef sizes,
+    const at::Tensor& lr,
+    const at::Tensor& weight_decay,
+    const at::Tensor& tau,
+    double beta1,
+    double beta2,
+    double eps,
+    const std::optional<at::Tensor>& apply) {
+  const at::NoGradGuard no_grad;
+  check_flat_step(
+      "adamw_ema_step",
+      {{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"variances", &variances}, {"targets", &targets}},
+      starts, sizes, {{"steps", &steps}, {"lr", &lr}, {"weight_decay", &weight_decay}, {"tau", &tau}}, apply, at::kCPU);
+  if (apply && !apply->item<bool>()) {
+    grads.zero_();
+    return;
+  }
+  const double done = steps.item<double>() + 1, rate = lr.item<double>(), decay = weight_decay.item<double>();
+  const AdamwScalars scalars{
+      1 - rate * decay, 1 - beta1,
+      beta2,            1 - beta2,
+      1 / std::sqrt(1 - std::pow(beta2, done)),
+      eps,
+      rate / (1 - std::pow(beta1, done)),
+      tau.item<double>()};
+  steps.add_(1);
+  const auto run = [&]<typename scalar_t>(scalar_t) {
+    const AdamwBuffers<scalar_t> buffers{
+        params.mutable_data_ptr<scalar_t>(),    grads.mutable_data_ptr<scalar_t>(),
+        momenta.mutable_data_ptr<scalar_t>(),   variances.mutable_data_ptr<scalar_t>(),
+        targets.mutable_data_ptr<scalar_t>(), targets.numel()};
+    adamw_step(buffers, params.numel(), starts, sizes, scalars);
+  };
+  if (params.scalar_type() == at::kFloat) {
+    run(float{});
+  } else {
+    run(double{});
+  }
+}
+
+} // namespace dspnet::CPU_CAPABILITY

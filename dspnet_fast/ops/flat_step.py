@@ -1,0 +1,67 @@
+"""Checks of the operators that update flat buffers: lars_ema_step and adamw_ema_step."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_buffers(op: str, flats: Mapping[str, Tensor], targets: Tensor) -> None:
+    """Check that vectors have one length, dtype and device and share no memory.
+
+    Args:
+        op: name of the operator, for messages.
+        flats: the vectors of equal length, `params` first.
+        targets: a vector that may be shorter.
+    """
+    params = flats["params"]
+    everything = {**flats, "targets": targets}
+    for name, flat in everything.items():
+        if flat.layout != torch.strided or flat.ndim != 1 or not flat.is_contiguous():
+            raise RuntimeError(f"{op}: {name} must be a contiguous vector, got {tuple(flat.shape)}")
+        fits = flat.dtype in (torch.float32, torch.float64) and flat.dtype == params.dtype
+        if not fits or flat.device != params.device:
+            raise RuntimeError(
+                f"{op}: all must be float32 or all float64, on one device: {name} is {flat.dtype} on "
+                f"{flat.device}, params is {params.dtype} on {params.device}"
+            )
+    if any(len(flat) != len(params) for flat in flats.values()) or len(targets) > len(params):
+        raise RuntimeError(
+            f"{op}: {' and '.join(list(flats)[1:])} must be as long as params and targets no longer, got "
+            + ", ".join(f"{len(flat)} {name}" for name, flat in everything.items())
+        )
+    spans = sorted(
+        (flat.data_ptr(), flat.data_ptr() + flat.nbytes, name) for name, flat in everything.items() if len(flat)
+    )
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise RuntimeError(f"{op}: {name} and {other} share memory")
+
+
+def check_segments(op: str, params: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> None:
+    """Check that segments of params ascend and do not overlap."""
+    if len(starts) != len(sizes):
+        raise RuntimeError(f"{op}: {len(starts)} starts but {len(sizes)} sizes")
+    end = 0
+    for segment, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if start < end or size < 0 or start + size > len(params):
+            raise RuntimeError(
+                f"{op}: segment {segment}, {size} elements from {start}, must start at {end} or later and end "
+                f"at {len(params)} or earlier"
+            )
+        end = start + size
+
+
+def check_scalars(op: str, params: Tensor, scalars: Mapping[str, Tensor], apply: Tensor | None) -> None:
+    """Check that scalars are floating-point and on the device of params, and that `apply` is bool."""
+    for name, scalar in scalars.items():
+        if scalar.ndim != 0 or not scalar.is_floating_point() or scalar.device != params.device:
+            raise RuntimeError(
+                f"{op}: {name} must be a floating-point scalar on {params.device}, got {tuple(scalar.shape)} "
+                f"{scalar.dtype} on {scalar.device}"
+            )
+    if apply is not None and (apply.ndim != 0 or apply.dtype != torch.bool or apply.device != params.device):
+        raise RuntimeError(
+            f"{op}: apply must be a bool scalar on {params.device}, got {tuple(apply.shape)} {apply.dtype} on "
+            f"{apply.device}"
+        )

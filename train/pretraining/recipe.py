@@ -1,0 +1,139 @@
+"""Values of the options that are not given: chosen for the number of images and steps (docs/recipes.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import family as family_of
+from dspnet_fast.subnets import sandwich
+
+from ..config import ADAMW, PAPER, PretrainConfig, flag
+from ..data.sampler import EpochSampler
+
+VIEWED = 1_000_000  # images over all epochs
+MIN_EPOCHS, MAX_EPOCHS = 100, 1000
+STEPS = 2_000  # a smaller batch than 256 is used if it takes that to reach this number of steps
+MIN_BATCH, MAX_BATCH = 32, 256
+GROUP = 16  # images per ghost batch norm group, at least
+PEAK = 1.5  # learning rate of LARS; independent of the batch, because the steps are normalised
+ADAMW_PEAK = ADAMW["base_lr"]
+TAU_SHARE = 0.1  # averaging time of the target, as a share of the run
+MIN_TAU, MAX_TAU = 0.97, 0.996
+WARMUP_EPOCHS = 10.0
+MIN_SCALE = 0.2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value of an option, and the reason for it."""
+
+    value: Any
+    reason: str
+
+
+def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[str, Choice]:
+    """Choose values of the options that the configuration leaves open.
+
+    Args:
+        config: a configuration; its other options are used as they are.
+        images: number of training images; None if it is unknown, which only the cost of a step allows.
+        ranks: number of processes.
+
+    Returns:
+        Choices by name of the option.
+
+    Raises:
+        InputError: if the number of images is unknown and the batch size depends on it.
+    """
+    found: dict[str, Choice] = {}
+    if images is None:
+        if config.batch_size is None:
+            raise InputError(
+                f"--recipe auto chooses the batch size for the number of images, and {config.data} is not on this "
+                "machine: give --batch-size, --train-images or --recipe paper"
+            )
+        images = config.batch_size
+
+    def choose(name: str, value: Any, reason: str) -> Any:
+        given = getattr(config, name)
+        if given is None:
+            found[name] = Choice(value, reason)
+        return value if given is None else given
+
+    epochs = min(max(round(VIEWED / images), MIN_EPOCHS), MAX_EPOCHS)
+    epochs = choose("epochs", epochs, f"{VIEWED:,} images, in {MIN_EPOCHS} to {MAX_EPOCHS:,} passes")
+    groups = config.bn_groups or ranks * config.grad_accum_steps
+    batch = _batch_size(images, epochs, groups, math.lcm(groups, ranks * config.grad_accum_steps))
+    batch = choose("batch_size", batch, f"{STEPS:,} steps or more, if {MIN_BATCH} to {MAX_BATCH} images give them")
+    epoch_steps = max(1, images // max(1, batch))
+    steps = epochs * epoch_steps
+    warmup = min(WARMUP_EPOCHS, epochs / 10)
+    if round(warmup * epoch_steps) > steps / 10:
+        warmup = steps // 10 / epoch_steps
+    choose("warmup_epochs", warmup, f"{WARMUP_EPOCHS:g} epochs, but at most a tenth of the run")
+    peak = ADAMW_PEAK if config.optimizer == "adamw" else PEAK
+    choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g}, because steps are normalised in any batch")
+    tau = min(max(1 - 1 / (TAU_SHARE * steps), MIN_TAU), MAX_TAU)
+    choose("tau", round(tau, 4), f"for {steps:,} steps")
+    choose("min_scale", MIN_SCALE, "small crops make the task hard, which pays off in long runs only")
+    if config.optimizer == "adamw":
+        choose("weight_decay", ADAMW["weight_decay"], "usual with AdamW")
+    else:
+        choose("weight_decay", PAPER["weight_decay"], "as in the paper")
+    return found
+
+
+def _batch_size(images: int, epochs: int, groups: int, unit: int) -> int:
+    """The largest batch that gives STEPS steps: a multiple of `unit`, with GROUP images per group if possible."""
+    batch = MAX_BATCH
+    while batch > MIN_BATCH and epochs * (images // batch) < STEPS:
+        batch //= 2
+    batch = max(batch, GROUP * groups)
+    return max(min(-(-batch // unit), images // unit), 1) * unit
+
+
+def complete(config: PretrainConfig, images: int | None, ranks: int = 1) -> PretrainConfig:
+    """The configuration with the values of `chosen`."""
+    values = {name: choice.value for name, choice in chosen(config, images, ranks).items()}
+    return replace(config, **values) if values else config
+
+
+def lines(choices: Mapping[str, Choice], images: int) -> list[str]:
+    """Lines for the screen about chosen values; none if there are none."""
+    if not choices:
+        return []
+    return [f"recipe  chosen for {images:,} images, because not given:"] + [
+        f"recipe  {flag(name)} {choice.value:g}: {choice.reason}" for name, choice in choices.items()
+    ]
+
+
+def check_sampling(config: PretrainConfig, images: int) -> None:
+    """Check that every subnet of a completed configuration is trained in at least one step.
+
+    Args:
+        config: a completed configuration.
+        images: number of training images.
+
+    Raises:
+        InputError: if a subnet is trained in no step.
+    """
+    epoch_steps = EpochSampler(images, config.batch_size, config.seed, config.epochs).steps_per_epoch
+    family = family_of(config.network, config.names())
+    steps, first = config.epochs * epoch_steps, config.full_only_steps(epoch_steps)
+    missing = set(family.names) - {family.full.name}
+    for step in range(first, steps):
+        missing -= {subnet.name for subnet in sandwich(family, config.subnets_per_step, config.seed, step)}
+        if not missing or config.subnets_per_step <= 2:
+            break
+    if missing:
+        names = ", ".join(name for name in family.names if name in missing)
+        raise InputError(
+            f"{names} would not be trained: of {steps} steps the first {min(first, steps)} train {family.full} alone, "
+            f"and later ones {config.subnets_per_step} networks each. Use more --epochs, "
+            + ("a smaller --full-only-epochs" if config.full_only_epochs is not None else "fewer --warmup-epochs")
+            + ", more --subnets-per-step, or fewer --dns"
+        )
