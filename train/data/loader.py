@@ -68,17 +68,23 @@ def one_view_batches(
 
 
 def evaluation_batches(
-    images: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, workers: Workers = "auto"
+    images: ImageDataset,
+    indices: Sequence[int],
+    image_size: int,
+    batch_size: int,
+    workers: Workers = "auto",
+    bad: BadImages | None = None,
 ) -> Iterable[torch.Tensor]:
     """Return a loader of the evaluation views of the images at `indices`, in this order, none dropped.
 
-    A batch is uint8 [<= batch_size, C, S, S]. C, memory, errors and `workers` as in `two_view_batches`.
+    A batch is uint8 [<= batch_size, C, S, S]. C, memory, errors, `workers` and `bad` as in `two_view_batches`.
     """
+    bad = BadImages() if bad is None else bad
     if batch_size < 1:
         raise InputError(f"evaluation batches of {batch_size} images: give at least 1")
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    dataset = _Evaluation(images, evaluation_view(image_size))
-    return make_loader(dataset, batches, worker_count(workers, len(indices)), BadImages())
+    dataset = _Evaluation(images, evaluation_view(image_size), bad.limit)
+    return make_loader(dataset, batches, worker_count(workers, len(indices)), bad)
 
 
 def readable_views(images: ImageDataset, image_size: int, bad: BadImages) -> tuple[torch.Tensor, list[int]]:
@@ -160,12 +166,15 @@ class _Views(BatchDataset):
 
 
 class _Evaluation(BatchDataset):
-    def __init__(self, images: ImageDataset, view: View):
+    def __init__(self, images: ImageDataset, view: View, limit: int):
         self._images = images
         self._view = view
+        self._limit = limit
 
     def batch(self, items: Sequence[int], unreadable: list[Unreadable]) -> torch.Tensor:
-        return _stack([self._view(self._images.load(int(i))) for i in items])
+        load = self._images.load
+        loaded = (load_or_next(self._images, int(i), self._limit, load, unreadable) for i in items)
+        return _stack([self._view(image) for image in loaded])
 
 
 class _Loader(DataLoader):

@@ -36,6 +36,8 @@ from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
 from ..selection.kernels import Kernels, choose_kernels
+from ..teachers.start import teacher_targets
+from ..teachers.teacher import Teacher, TeacherFacts, check_same, open_teacher, write_facts
 from .ahead import compile_kernels
 from .probe import Probe
 from .trainer import Trainer
@@ -49,7 +51,13 @@ def open_train_images(config: PretrainConfig) -> ImageDataset:
     return images if config.train_images is None else Subset.random(images, config.train_images, config.seed)
 
 
-def resolve(config: PretrainConfig, images: ImageDataset, device: torch.device, world_size: int) -> PretrainConfig:
+def resolve(
+    config: PretrainConfig,
+    images: ImageDataset,
+    device: torch.device,
+    world_size: int,
+    teacher: TeacherFacts | None = None,
+) -> PretrainConfig:
     """The configuration with all defaults that depend on data and machine filled in, as OUT/config.yaml keeps it.
 
     A resumed run reads them there, so it stays the same run on another number of ranks or with other packages.
@@ -58,6 +66,8 @@ def resolve(config: PretrainConfig, images: ImageDataset, device: torch.device, 
         config,
         bn_groups=config.bn_groups or world_size * config.grad_accum_steps,
         data_backend=choose_backend(config.data_backend, images, device),
+        teacher_size=None if teacher is None else teacher.image_size,
+        teacher_features=None if teacher is None else teacher.features,
     )
 
 
@@ -80,8 +90,12 @@ class PretrainRun:
         if world.is_main:
             check_out(config, resume)  # before images are downloaded
         self.images = images = open_train_images(config)
-        self.config = config = resolve(config, images, device, world.size)
         self.out = Path(config.out)
+        self.teacher = teacher = self._open_teacher(config, device)
+        facts = None if teacher is None else teacher.facts
+        if world.is_main and resume:
+            check_same(self.out, facts)
+        self.config = config = resolve(config, images, device, world.size, facts)
         self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
         self.bad = BadImages(limit, read_bad_images(self.out) if resume else None)
@@ -96,9 +110,13 @@ class PretrainRun:
             self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
         if world.is_main:
             open_run(config, resume)
+            if facts is not None:
+                write_facts(self.out, facts)
             if self.kernels is not None:
                 self.kernels.write(self.out)
         world.barrier()
+        if teacher is not None:
+            trainer.teacher = teacher_targets(config, teacher, images, self._sampler(), self.bad, device, world)
         self._load()
         views = augmentation.byol(config.image_size, config.min_scale)
         sampler = self._sampler(trainer.step)
@@ -113,6 +131,12 @@ class PretrainRun:
         self._skipped = trainer.guard.skipped().total
         self._sync_steps = config.log_steps
         self._batch: Tensor | None = None
+
+    def _open_teacher(self, config: PretrainConfig, device: torch.device) -> Teacher | None:
+        """The teacher, on rank 0 first: it may download weights, or measure the statistics of a run."""
+        teacher = open_teacher(config, device) if self.world.is_main else None
+        self.world.barrier()
+        return teacher if self.world.is_main else open_teacher(config, device)
 
     def _open_test_images(self) -> ImageDataset:
         """The images that the probe classifies, or, without a usable test split, training images without labels."""
@@ -364,6 +388,7 @@ class PretrainRun:
             f"{config.epochs} epochs of {trainer.epoch_steps} steps, {config.precision} on {trainer.device}, "
             f"data by {config.data_backend}" + (f", {self.world.size} ranks" if self.world.size > 1 else ""),
             *([f"data  {self.images.note}"] if self.images.note else []),
+            *([] if self.teacher is None else self.teacher.description()),
             *([self.kernels.line()] if self.kernels else []),
             *([] if registry.is_eager() else [f"operators  {operators}"]),
             *([f"resumed at step {trainer.step}"] if trainer.step else []),

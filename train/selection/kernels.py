@@ -25,6 +25,7 @@ from ..config import FamilyOptions, PretrainConfig
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer
+from ..teachers.targets import random_targets
 from .racer import FEWEST_IMAGES
 from .recording import micro_batch_config, shape_of
 from .selection import Print, Progress, key_of, select, verify_run
@@ -227,6 +228,7 @@ def step_seconds(config: PretrainConfig, device: torch.device, world_size: int) 
 
 def _time_step(config: PretrainConfig, device: torch.device) -> float:
     trainer = Trainer(config, 1000, device)
+    trainer.teacher = random_targets(config, device)
     batch = torch.randint(256, (VIEWS * config.batch_size, 3, *2 * [config.image_size]), dtype=torch.uint8)
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
