@@ -1,6 +1,7 @@
 """Dry run of pretraining: check the options, build the networks on the meta device, count the cost.
 
-Reads only the names of local images and the run that --init-from or --resume names. Writes nothing.
+Reads only the names of local images and the run that --init-from or --resume names; of a teacher it builds the network
+without its weights. Writes nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..pretraining.trainer import Trainer
 from ..run import checkpoint
 from ..run.run_directory import check_run
 from ..run.tables import Table, cost_cells, quantity
+from ..teachers.teacher import TeacherFacts, expected_facts, with_teacher
 from .communication import traffic
 from .flops import NetworkCost, RunCost, expected_steps, network_costs, run_cost
 
@@ -59,6 +61,7 @@ class RunEstimate:
         trained: expected number of steps that train each network.
         cost: multiply-accumulates.
         memory: bytes of the state.
+        teacher: facts of the teacher; None without one.
     """
 
     config: PretrainConfig
@@ -69,6 +72,7 @@ class RunEstimate:
     trained: dict[str, float]
     cost: RunCost
     memory: Memory
+    teacher: TeacherFacts | None = None
 
 
 def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
@@ -88,6 +92,8 @@ def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
     family = family_of(config.network, config.names())
     sandwich(family, config.subnets_per_step, config.seed, 0)
     augmentation.byol(config.image_size, config.min_scale)
+    teacher = expected_facts(config)
+    config = with_teacher(config, teacher)
     size = _known_size(config.data)
     images = config.train_images if size is None else images_of(config, size)
     epoch_steps: int | None
@@ -98,8 +104,9 @@ def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
         counted_steps, counted_as = epoch_steps, config
     costs = network_costs(config)
     trained = expected_steps(counted_as, counted_steps)
-    counted = run_cost(counted_as, counted_steps, costs)
-    return RunEstimate(config, size, images, epoch_steps, costs, trained, counted, _memory(config))
+    teacher_cost = None if teacher is None else teacher.cost(config, images)
+    counted = run_cost(counted_as, counted_steps, costs, teacher_cost)
+    return RunEstimate(config, size, images, epoch_steps, costs, trained, counted, _memory(config), teacher)
 
 
 def images_of(config: PretrainConfig, size: DatasetSize) -> int:
@@ -165,6 +172,8 @@ def show(estimated: RunEstimate) -> None:
     Table(title, heading, rows).show()
     lines = {"images": _images(estimated), "steps": _steps(estimated)}
     passes = {"target": "forward", "online": "forward and backward", "optimizer": "LARS and the moving average"}
+    if estimated.teacher is not None:
+        passes["teacher"] = _teacher(config, estimated.teacher)
     for part, macs in total.parts().items():
         lines[part] = f"{quantity(macs)}MAC  {passes[part]}"
     lines["total"] = f"{quantity(sum(total.parts().values()))}MAC"
@@ -186,6 +195,11 @@ def _all_reduce(config: PretrainConfig) -> str:
             sent[ranks] = quantity(traffic(config, ranks).sent)
     shown = ", ".join(f"{count}B on {ranks} ranks" for ranks, count in sent.items())
     return f"each rank sends {shown} per step" if sent else "none: --bn-groups allows one rank"
+
+
+def _teacher(config: PretrainConfig, facts: TeacherFacts) -> str:
+    when = "forward" if config.teacher_cache is None else "forward, two views of every image once"
+    return f"{when}: {facts.architecture}, {quantity(facts.macs)}MAC for a view of {facts.image_size} px"
 
 
 def _images(estimated: RunEstimate) -> str:

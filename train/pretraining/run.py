@@ -37,7 +37,7 @@ from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, read_bad_images, write_bad_images
 from ..selection.kernels import Kernels, choose_kernels
 from ..teachers.start import teacher_targets
-from ..teachers.teacher import Teacher, TeacherFacts, check_same, open_teacher, write_facts
+from ..teachers.teacher import Teacher, TeacherFacts, check_same, open_teacher, with_teacher, write_facts
 from .ahead import compile_kernels
 from .probe import Probe
 from .trainer import Trainer
@@ -63,11 +63,9 @@ def resolve(
     A resumed run reads them there, so it stays the same run on another number of ranks or with other packages.
     """
     return replace(
-        config,
+        with_teacher(config, teacher),
         bn_groups=config.bn_groups or world_size * config.grad_accum_steps,
         data_backend=choose_backend(config.data_backend, images, device),
-        teacher_size=None if teacher is None else teacher.image_size,
-        teacher_features=None if teacher is None else teacher.features,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dspnet_fast.cost import mac_count
 from dspnet_fast.errors import InputError
 
 from ..config import PretrainConfig
+from ..costs.flops import TeacherCost
 from ..data.normalization import MEAN, STD
 from ..pretraining.dspnet import HALF
 from .sources import Source, load_source
@@ -52,6 +53,10 @@ class TeacherFacts:
     normalization: dict[str, list[float]]
     interpolation: str
     macs: int
+
+    def cost(self, config: PretrainConfig, images: int | None) -> TeacherCost:
+        """Cost of the teacher in a run on this many images; with an unknown number, as if its views were computed."""
+        return TeacherCost(self.macs, self.features, None if config.teacher_cache is None else images)
 
 
 class Teacher:
@@ -138,6 +143,18 @@ def expected_facts(config: PretrainConfig) -> TeacherFacts | None:
     source = load_source(config.teacher, config.teacher_size, weights=False)
     size = config.teacher_size or default_size(source, config.image_size)
     return _facts(config.teacher, source, "", _check(source.network, config, size), size)
+
+
+def with_teacher(config: PretrainConfig, facts: TeacherFacts | None) -> PretrainConfig:
+    """The configuration with the teacher's size and number of features filled in."""
+    if facts is None:
+        return config
+    return replace(config, teacher_size=facts.image_size, teacher_features=facts.features)
+
+
+def without_teacher(config: PretrainConfig) -> PretrainConfig:
+    """The configuration of the same run without a teacher."""
+    return replace(config, teacher=None, teacher_size=None, teacher_features=None, teacher_cache=None, self_weight=0.0)
 
 
 def default_size(source: Source, image_size: int) -> int:
