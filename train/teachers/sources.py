@@ -27,7 +27,7 @@ from ..data.normalization import MEAN, STD
 from ..evaluation.finetuned import FinetunedFamily
 from ..evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from ..run.saved_config import CONFIG, read_any_config
-from .weights import match, read_weights
+from .weights import SORTED, match, read_weights
 
 FORMS = "a run, RUN:DN, an export, timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function"
 OWN = "own weights"  # licence of networks that this project trained
@@ -110,7 +110,7 @@ def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source
         tensors = read_weights(Path(file))
         classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
         try:
-            state, by_order = match(network, tensors, classifiers)
+            state, by_order = match(network, tensors, classifiers, not file.endswith(SORTED))
             network.load_state_dict(state, strict=False)  # match has compared everything but counters
             note = _by_order(file) if by_order else ""
         except InputError as error:
@@ -159,7 +159,7 @@ def _torchvision(name: str, file: str, weights: bool) -> Source:
     note = ""
     if weights and file:
         try:
-            state, by_order = match(network, read_weights(Path(file)), [classifier])
+            state, by_order = match(network, read_weights(Path(file)), [classifier], not file.endswith(SORTED))
         except InputError as error:
             raise InputError(f"{file} does not fit {name}: {error}") from error
         network.load_state_dict(state, strict=False)

@@ -17,6 +17,7 @@ from dspnet_fast.errors import InputError
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training programs save the weights
 PREFIXES = ("module.", "_orig_mod.")  # of networks in DistributedDataParallel and torch.compile
 COUNTER = "num_batches_tracked"  # of batch normalisation: unused in evaluation, and missing in old files
+SORTED = ".safetensors"  # files that hold the tensors in the order of their names
 SHOWN = 3  # tensors that an error message names
 
 
@@ -33,7 +34,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"there is no file {path}: give the path of the teacher's weights, .safetensors or .pth")
     content: Any
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == SORTED:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -60,7 +61,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def match(
-    network: nn.Module, tensors: Mapping[str, Tensor], classifiers: Sequence[str]
+    network: nn.Module, tensors: Mapping[str, Tensor], classifiers: Sequence[str], ordered: bool = True
 ) -> tuple[dict[str, Tensor], bool]:
     """Match the tensors of a file with those of a network.
 
@@ -71,6 +72,7 @@ def match(
         network: a network without classifier.
         tensors: tensors of a file by name.
         classifiers: names of the classifier's modules, whose tensors are left out.
+        ordered: whether the file keeps the order of the network's tensors; .safetensors files are sorted.
 
     Returns:
         A state_dict of the network, without counters of batch normalisation, and whether it was matched by order.
@@ -90,10 +92,10 @@ def match(
         if wrong:
             raise InputError(f"{len(wrong)} tensors have other shapes: {'; '.join(wrong[:SHOWN])}")
         return body, False
-    ordered = list(given.values())
-    same = [tensor.shape for tensor in ordered[: len(own)]] == [tensor.shape for tensor in own.values()]
-    if same and all(tensor.ndim <= 2 for tensor in ordered[len(own) :]) and len(ordered) - len(own) <= 2:
-        return dict(zip(own, ordered, strict=False)), True
+    values, more = list(given.values())[: len(own)], list(given.values())[len(own) :]
+    same = [tensor.shape for tensor in values] == [tensor.shape for tensor in own.values()]
+    if ordered and same and len(more) <= 2 and all(tensor.ndim <= 2 for tensor in more):
+        return dict(zip(own, values, strict=True)), True
     raise InputError(_difference(own, body))
 
 
