@@ -278,6 +278,13 @@ def test_run_states_its_teacher_and_so_does_every_export(taught, tmp_path, capsy
     assert json.loads((folder / "manifest.json").read_text())["teacher"] == facts
 
 
+def test_accuracy_of_the_teacher_is_printed_before_the_first_step(taught, tmp_path):
+    run = PretrainRun(taught(epochs=1, probe_epochs=1), resume=False)
+    run.run()
+    (line,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "knn  teacher" in line]
+    assert f"step 0  knn  teacher {run.probe.accuracy(run.teacher.features):.3f}" in line
+
+
 def test_export_of_a_run_without_a_teacher_says_so(trained):
     (folder,) = export(trained, ["c8-d1111"], ExportOptions())
     assert json.loads((folder / "manifest.json").read_text())["teacher"] is None
@@ -305,7 +312,7 @@ def test_cost_of_the_teacher_is_a_part_of_its_own(small):
     live = run_cost(small(teacher="x", teacher_features=5, self_weight=0.5), 10, costs, TeacherCost(1000, 5))
     assert live.parts()["teacher"] == live.views * 1000 and "teacher" not in alone.parts()
     assert live.target == alone.target and live.optimizer > alone.optimizer
-    head = {dn: costs[dn].features * 16 + 16 * 5 for dn in costs}
+    head = {dn: costs[dn].features * 5 for dn in costs}
     for dn, macs in live.online.items():
         assert macs == pytest.approx(alone.online[dn] + alone.online[dn] / self_macs(plain, costs[dn]) * head[dn])
     only = run_cost(small(teacher="x", teacher_features=5), 10, costs, TeacherCost(1000, 5, cached_images=80))

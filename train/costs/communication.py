@@ -90,7 +90,9 @@ def _batch_norm_passes(config: PretrainConfig) -> tuple[float, float]:
     subnets = family(config.network, config.names())
     head = [config.hidden_features]  # every head has one layer
     regresses = config.teacher_features is None or config.self_weight > 0
-    heads = head * (2 * regresses + (config.teacher_features is not None))
+    heads = 2 * head if regresses else []
+    if config.teacher_features is not None:
+        heads = [*heads, config.teacher_features]
     trained = expected_steps(replace(config, epochs=1, warmup_epochs=0.0, full_only_epochs=0.0), 1)
     target = _batch_norm_channels(config, subnets.full) + head if regresses else []
     passes, channels = float(len(target)), float(sum(target))

@@ -23,7 +23,7 @@ from torch import nn
 
 from dspnet_fast import cost
 from dspnet_fast.cost import mac_count, parameter_count
-from dspnet_fast.models import MLP, build
+from dspnet_fast.models import MLP, TeacherHead, build
 from dspnet_fast.models import family as family_of
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
@@ -155,12 +155,12 @@ def run_cost(
     regresses = teacher is None or config.self_weight > 0  # has projector, predictor and a target's forward pass
     taught = 0 if teacher is None else teacher.features
 
-    def head_parameters(features: int, outputs: int) -> int:
-        with torch.device("meta"):
-            return parameter_count(MLP(features, hidden, outputs))
+    with torch.device("meta"):
+        projector, predictor = (parameter_count(MLP(features, hidden, out)) for features in (full.features, out))
+        teacher_head = parameter_count(TeacherHead(full.features, taught)) if taught else 0
 
     def online_macs(network: NetworkCost) -> int:
-        macs = network.macs + (head_macs(network.features, hidden, taught) if taught else 0)
+        macs = network.macs + network.features * taught
         return macs + (head_macs(network.features, hidden, out) + head_macs(out, hidden, out) if regresses else 0)
 
     online = {
@@ -168,9 +168,8 @@ def run_cost(
         for name, trained in expected_steps(config, epoch_steps).items()
     }
     target = views * steps * (full.macs + head_macs(full.features, hidden, out)) if regresses else 0
-    target_parameters = full.parameters + (head_parameters(full.features, out) if regresses else 0)
-    parameters = target_parameters + (head_parameters(out, out) if regresses else 0)
-    parameters += head_parameters(full.features, taught) if taught else 0
+    target_parameters = full.parameters + (projector if regresses else 0)
+    parameters = target_parameters + (predictor if regresses else 0) + teacher_head
     optimizer = steps * (LARS_MACS * parameters + EMA_MACS * target_parameters)
     seen = VIEWS * teacher.cached_images if teacher and teacher.cached_images is not None else views * steps
     return RunCost(

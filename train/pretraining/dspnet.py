@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dspnet_fast.models import MLP, Network, build, family
+from dspnet_fast.models import MLP, Network, TeacherHead, build, family
 from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate, configure_batch_norm
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import SlimBatchNorm, SlimBatchNorm2d
@@ -54,7 +54,7 @@ class Branch(nn.Module):
         encoder: Network,
         projector: MLP | None,
         predictor: MLP | None = None,
-        teacher_head: MLP | None = None,
+        teacher_head: TeacherHead | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -130,7 +130,7 @@ class DSPNet(nn.Module):
             projector = MLP(encoder.num_features, hidden_features, out_features)
             predictor = MLP(out_features, hidden_features, out_features)
         if teacher_features is not None:
-            teacher_head = MLP(encoder.num_features, hidden_features, teacher_features)
+            teacher_head = TeacherHead(encoder.num_features, teacher_features)
         self.online = Branch(encoder, projector, predictor, teacher_head)
         self.target = Branch(copy.deepcopy(encoder), copy.deepcopy(projector)).requires_grad_(False)
         if momentum_bn != "off":

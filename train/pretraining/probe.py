@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +59,26 @@ class Probe:
         }
         if self._reference_labels is not None and self._query_labels is not None:
             queries = extract(encoder, family, self._batches(self._query))
-            result["knn"] = {
-                name: knn(
-                    references[name],
-                    self._reference_labels,
-                    queries[name],
-                    self._query_labels,
-                    k=min(NEIGHBOURS, len(references[name])),
-                    num_classes=self._classes,
-                ).majority
-                for name in references
-            }
+            result["knn"] = {name: self._knn(references[name], queries[name]) for name in references}
         encoder.train(training)
         return result
+
+    def accuracy(self, features: Callable[[Tensor], Tensor]) -> float | None:
+        """kNN accuracy of another network's features of normalised images; None if the images have no labels."""
+        if self._reference_labels is None or self._query_labels is None:
+            return None
+        found = [
+            torch.cat([features(batch).cpu() for batch in self._batches(images)])
+            for images in (self._reference, self._query)
+        ]
+        return self._knn(*found)
+
+    def _knn(self, references: Tensor, queries: Tensor) -> float:
+        """Accuracy of the majority vote with these features."""
+        assert self._reference_labels is not None and self._query_labels is not None
+        k = min(NEIGHBOURS, len(references))
+        found = knn(references, self._reference_labels, queries, self._query_labels, k=k, num_classes=self._classes)
+        return found.majority
 
 
 def _draw(images: ImageDataset, count: int, image_size: int, bad: BadImages) -> tuple[Tensor, Tensor | None]:

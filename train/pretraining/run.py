@@ -200,6 +200,7 @@ class PretrainRun:
             with Interruption() as interruption, self.monitor, self.watchdog:
                 self._print(*self._description())
                 if trainer.step == 0:
+                    self._measure_teacher()
                     self._measure()
                 prepare_process(trainer.device)
                 self.meter.restart()
@@ -280,6 +281,15 @@ class PretrainRun:
         shown = "  ".join(f"{name} {values[name]:.3f}" for name in trainer.model.family.names if name in values)
         bad = f"  bad images {len(self.bad)}" if len(self.bad) else ""
         self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
+
+    def _measure_teacher(self) -> None:
+        """Print the teacher's kNN accuracy on the images of the probe."""
+        if self.probe is None or self.log is None or self.teacher is None:
+            return
+        self.watchdog.at(0, "measuring")
+        accuracy = self.probe.accuracy(self.teacher.features)
+        if accuracy is not None:
+            self._print(f"step 0  knn  teacher {accuracy:.3f}")
 
     def _measure(self, losses: dict[str, Tensor] | None = None) -> None:
         """Measure kNN accuracy, feature std and rank of every subnet, and warn of collapse."""

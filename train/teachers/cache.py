@@ -59,7 +59,14 @@ def cached_features(
         with Monitor("teacher", -(-len(images) // BATCH), start // BATCH) as monitor:
             for batch in loader:
                 views = normalize(batch.to(device, non_blocking=True))
-                yield {name: teacher.features(views if name == VIEW else views.flip(3)) for name in names}
+                found = {name: teacher.features(views if name == VIEW else views.flip(3)) for name in names}
+                if not all(features.isfinite().all() for features in found.values()):
+                    first = BATCH * monitor.done
+                    raise InputError(
+                        f"--teacher {facts.source} has features that are not finite, among the {BATCH} images from "
+                        f"{images.file(first)} on"
+                    )
+                yield found
                 monitor.advance()
                 monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
@@ -101,4 +108,7 @@ class CachedFeatures:
         for k, spec in enumerate(self._views):
             mirrored = torch.tensor([is_mirrored(spec, uniform[k]) for uniform in numbers])
             rows.append(torch.where(mirrored[:, None], mirror[indices], view[indices]))
-        return torch.cat(rows).to(self._device, non_blocking=True)
+        features = torch.cat(rows)
+        if self._device.type == "cuda":
+            features = features.pin_memory()  # copying from pageable memory would block
+        return features.to(self._device, non_blocking=True)

@@ -167,7 +167,15 @@ def _torchvision(name: str, file: str, weights: bool) -> Source:
     preset = default.transforms() if default is not None else None
     size = preset.crop_size[0] if preset is not None else 224
     network = nn.Sequential(network, nn.Flatten())
-    return Source(network, name, None, interpolation="bilinear", image_size=size, any_size="vit" not in name, note=note)
+    return Source(
+        network,
+        name,
+        None,
+        interpolation="bilinear",
+        image_size=size,
+        any_size=not name.startswith(("vit", "maxvit")),
+        note=note,
+    )
 
 
 def _own(folder: Path, dn: str | None, weights: bool) -> Source:

@@ -74,6 +74,7 @@ class Teacher:
         self.note = source.note
         network = source.network.requires_grad_(False).eval()
         self.network = network.to(device, HALF.get(precision)).to(memory_format=torch.channels_last)
+        self._dtype = _dtype(self.network)
         # Views are normalised with MEAN and STD: (x STD + MEAN - mean) / std undoes that and applies the teacher's.
         mean, std, own_mean, own_std = (
             torch.tensor(values, dtype=torch.float64, device=device).view(1, 3, 1, 1)
@@ -115,9 +116,8 @@ class Teacher:
     def features(self, images: Tensor) -> Tensor:
         """Features [N, F] of images as `prepare` takes them, in float32, or float64 of a float64 network."""
         with torch.inference_mode():
-            dtype = next(self.network.parameters()).dtype
-            features = self.network(self.prepare(images).to(dtype))
-            features = features.to(torch.promote_types(dtype, torch.float32))
+            features = self.network(self.prepare(images).to(self._dtype))
+            features = features.to(torch.promote_types(self._dtype, torch.float32))
         return features.clone()  # autograd cannot save tensors of the inference mode
 
 
@@ -180,10 +180,9 @@ def _check(network: nn.Module, config: PretrainConfig, size: int) -> int:
     """The number of features of a network, after computing those of one image."""
     generator = torch.Generator().manual_seed(0)
     network.eval()
-    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
     try:
         with torch.inference_mode():
-            features = network(torch.randn(1, 3, size, size, generator=generator).to(dtype))
+            features = network(torch.randn(1, 3, size, size, generator=generator).to(_dtype(network)))
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"--teacher {config.teacher} does not take images of {size} pixels: {reason[0]}") from error
@@ -196,6 +195,10 @@ def _check(network: nn.Module, config: PretrainConfig, size: int) -> int:
     if config.teacher_features not in (None, count):
         raise InputError(f"--teacher-features {config.teacher_features}, but {config.teacher} has {count} features")
     return count
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in network.parameters()), torch.float32)
 
 
 def _sha256(network: nn.Module) -> str:
