@@ -25,7 +25,8 @@ DESCRIPTION = """\
 Pretrain each network of a family alone (BYOL) and all of them jointly (DSPNet) with the same options, and compare
 accuracy and cost. Every run is a run directory of dspnet-pretrain in OUT/runs. Writes OUT/compare.json, compare.md and
 figures: accuracies of the networks, measured training time and peak memory, counted multiply-accumulates, and ratios of
-the family to all separate runs and to the largest network alone, for each part of a step.
+the family to all separate runs and to the largest network alone, for each part of a step. With --teacher the networks
+alone and the family learn from it, and the family is trained by itself too.
 
 Several --seeds give means and ranges; several --subnets-per-step give several families. Finished runs are not repeated.
 After Ctrl-C the same command continues."""

@@ -208,6 +208,34 @@ class FamilyOptions(PixelOptions):
 
 
 @dataclass(kw_only=True)
+class TeacherOptions:
+    """teacher"""
+
+    teacher: str | None = option(
+        None,
+        "frozen network whose features the subnets learn to predict: a run, RUN:DN, an export, timm:NAME[=FILE], "
+        "torchvision:NAME[=FILE] or module:function; see docs/teacher.md",
+        True,
+        "SOURCE",
+    )
+    teacher_size: int | None = option(
+        None, "height and width of the teacher's images, in pixels [its own, at most twice --image-size]"
+    )
+    teacher_features: int | None = option(None, "number of features, another one is an error [the teacher's]")
+    teacher_target: str = option(
+        "centred",
+        "centred: the teacher's features without their mean; whitened: also decorrelated, with equal variances",
+        metavar="KIND",
+    )
+    self_weight: float = option(0.0, "with a teacher, weight of the loss against the moving-average target, 0 to 1")
+    teacher_cache: str | None = option(
+        None,
+        "folder for the teacher's features of every image and of its mirror image, which replace those of the views",
+        metavar="DIR",
+    )
+
+
+@dataclass(kw_only=True)
 class OptimizationOptions:
     """optimization"""
 
@@ -297,7 +325,9 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOptions, AugmentationOptions, DataOptions):
+class PretrainConfig(
+    RunConfig, ExecutionOptions, OptimizationOptions, TeacherOptions, FamilyOptions, AugmentationOptions, DataOptions
+):
     """Configuration of `train.pretrain`. Options that are None are chosen when the run starts (docs/recipes.md)."""
 
     command = "dspnet-pretrain"
@@ -309,6 +339,7 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
             "network": tuple(NETWORKS),
             "stem": STEMS,
             "momentum_bn": ("on", "off", "momentum2"),
+            "teacher_target": ("centred", "whitened"),
             "precision": ("fp32", "bf16", "fp16"),
             "device": DEVICES,
             "recipe": RECIPES,
@@ -326,16 +357,9 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
         if self.batch_size is not None:
             two_images(self.batch_size)
         sizes = (
-            "image_size",
-            "hidden_features",
-            "out_features",
-            "epochs",
-            "log_steps",
-            "probe_images",
-            "grad_accum_steps",
-            "keep_checkpoints",
+            "image_size hidden_features out_features epochs log_steps probe_images grad_accum_steps keep_checkpoints"
         )
-        for name in sizes:
+        for name in sizes.split():
             if given.get(name, 1) < 1:
                 raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
@@ -351,13 +375,20 @@ class PretrainConfig(RunConfig, ExecutionOptions, OptimizationOptions, FamilyOpt
         ):
             if given.get(name, 0) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
-        for name in ("tau", "momentum", "beta2", "min_scale"):
+        for name in ("tau", "momentum", "beta2", "min_scale", "self_weight"):
             if not 0 <= given.get(name, 0) <= 1:
                 raise InputError(f"{flag(name)} must lie between 0 and 1, not at {getattr(self, name)}")
         if self.bn_groups is not None and (self.bn_groups < 1 or given.get("batch_size", 0) % self.bn_groups):
             raise InputError(
                 f"--batch-size {self.batch_size} cannot be divided into {self.bn_groups} equal groups: see --bn-groups"
             )
+        for name in ("teacher_size", "teacher_features"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
+        if self.teacher is None:
+            for name in ("teacher_size", "teacher_features", "self_weight", "teacher_cache"):
+                if getattr(self, name):
+                    raise InputError(f"{flag(name)} needs --teacher: name the network to learn from")
         if self.max_bad_images is not None and self.max_bad_images < 0:
             raise InputError(f"--max-bad-images cannot be negative: {self.max_bad_images}")
         self.check_pixels()

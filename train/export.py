@@ -30,6 +30,7 @@ from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from .run.progress import Monitor
 from .run.saved_config import read_any_config
+from .teachers.teacher import read_facts
 
 DESCRIPTION = """\
 Save each network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network whose weights
@@ -146,6 +147,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
                 "normalization": format.normalization,
                 "batch_norm": {"statistics": "measured after training", **sources[chosen.name]},
                 **_training_facts(trained, config),
+                "teacher": read_facts(out if isinstance(config, PretrainConfig) else Path(config.from_)),
                 "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
                 **facts,
             }

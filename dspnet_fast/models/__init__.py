@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..errors import InputError
 from ..subnets import Family, Subnet
 from .classifier import Classifier, encoder_of, image_channels
-from .heads import MLP
+from .heads import MLP, TeacherHead
 from .mobilenet_v3 import MobileNetV3
 from .network import Network
 from .resnet import ResNet
@@ -21,6 +21,7 @@ __all__ = [
     "MobileNetV3",
     "Network",
     "ResNet",
+    "TeacherHead",
     "build",
     "encoder_of",
     "family",

@@ -1,4 +1,4 @@
-"""The multi-layer perceptron used as BYOL's projector and predictor."""
+"""Heads of pretraining: BYOL's projector and predictor, and the prediction of a teacher's features."""
 
 from torch import Tensor, nn
 
@@ -26,3 +26,28 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Project [N, F] to [N, out_features]."""
         return self.fc2(self.act1(self.bn1(self.fc1(x))))
+
+
+class TeacherHead(nn.Module):
+    """Linear - BN, [N, F] -> [N, teacher_features].
+
+    The batch norm centres the predictions, as the teacher's features are centred that they are compared with. The
+    linear layer uses as many columns as the input has features.
+
+    Args:
+        in_features: features of the full network.
+        teacher_features: features of the teacher.
+
+    Example:
+        >>> TeacherHead(8, 5)(torch.randn(4, 6)).shape
+        torch.Size([4, 5])
+    """
+
+    def __init__(self, in_features: int, teacher_features: int) -> None:
+        super().__init__()
+        self.fc = SlimLinear(in_features, teacher_features, bias=False)  # the batch norm's shift is its bias
+        self.bn = SlimBatchNorm1d(teacher_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predict a teacher's features from features [N, F]."""
+        return self.bn(self.fc(x))

@@ -1,12 +1,14 @@
 """Bytes that a step sends, counted from the networks; tests/faults/test_two_hosts.py measures them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dspnet_fast.errors import InputError
-from train.costs.communication import ring, traffic
-from train.pretraining.dspnet import build_model
+from train.costs.communication import VECTORS, ring, traffic
+from train.pretraining.dspnet import VIEWS, build_model
 from train.pretraining.trainer import Trainer
 
 
@@ -60,3 +62,16 @@ def test_bn_groups_that_do_not_fit_the_ranks_are_refused(small):
     with pytest.raises(InputError, match="does not fit 6 ranks"):
         traffic(small(bn_groups=4), 6)
     assert traffic(small(bn_groups=4), 2).collectives == 2
+
+
+def test_batch_norm_traffic_counts_the_heads_of_a_run_with_a_teacher(small):
+    plain = small(dns="c8-d1121")
+    alone, beside = (
+        replace(plain, teacher="x", teacher_features=5, self_weight=weight, bn_groups=1) for weight in (0.0, 0.5)
+    )
+    encoder = [m.num_features for m in build_model(plain).online.encoder.modules() if isinstance(m, _BatchNorm)]
+    heads = 2 * plain.hidden_features
+    per_channel = VECTORS * ring(VIEWS, 2)
+    assert traffic(alone, 2).normalisation == per_channel * 2 * (sum(encoder) + 5)
+    target = sum(encoder) + plain.hidden_features
+    assert traffic(beside, 2).normalisation == per_channel * (target + 2 * (sum(encoder) + heads + 5))

@@ -16,6 +16,7 @@ from ..data.datasets import dataset_size
 from ..data.sampler import EpochSampler
 from ..evaluation.results import Report
 from ..pretraining import recipe
+from ..teachers.teacher import expected_facts, with_teacher, without_teacher
 from .ratios import ratios
 
 RUNS = "runs"
@@ -40,7 +41,10 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """A run without its seed: a network alone, or the family with a number of subnets per step."""
+    """A run without its seed: a network alone, or the family with a number of subnets per step.
+
+    With a teacher there are runs of the family with it and by itself, without it.
+    """
 
     name: str
     label: str
@@ -56,7 +60,8 @@ class Comparison:
         config: configuration of all runs; the comparison replaces the options in `SET_BY_COMPARISON`.
 
     Attributes:
-        variants: networks alone, smallest first, then families.
+        variants: networks alone, smallest first, then families; with a teacher, families by themselves before these.
+        teacher: facts of the teacher; None without one.
         costs: costs of the networks by name.
         images: number of training images.
 
@@ -65,6 +70,8 @@ class Comparison:
     """
 
     def __init__(self, options: CompareOptions, config: PretrainConfig) -> None:
+        self.teacher = expected_facts(config)
+        config = with_teacher(config, self.teacher)
         self.options, self.config = options, config
         self.out = Path(options.out)
         self.family = family_of(config.network, config.names())
@@ -85,12 +92,20 @@ class Comparison:
         self.size = dataset_size(config.data)
         self.images = images_of(config, self.size)
         self.config = config = recipe.complete(config, self.images)
-        self.alone = [Variant(dn, f"{dn} alone", replace(config, dns=dn), alone=True) for dn in self.family.names]
-        dns = ",".join(self.family.names)
-        self.families = [
-            Variant(f"family-n{n}", f"family, n = {n}", replace(config, dns=dns, subnets_per_step=n), alone=False)
-            for n in sampled
+        taught = "" if self.teacher is None else " with teacher"
+        self.alone = [
+            Variant(dn, f"{dn} alone{taught}", replace(config, dns=dn), alone=True) for dn in self.family.names
         ]
+        dns = ",".join(self.family.names)
+        configs = {n: replace(config, dns=dns, subnets_per_step=n) for n in sampled}
+        self.families = [
+            Variant(f"family-n{n}", f"family, n = {n}{taught}", of_n, alone=False) for n, of_n in configs.items()
+        ]
+        if self.teacher is not None:
+            self.families[:0] = [
+                Variant(f"family-n{n}-itself", f"family by itself, n = {n}", without_teacher(of_n), alone=False)
+                for n, of_n in configs.items()
+            ]
         self.variants = [*self.alone, *self.families]
         self.costs = flops.network_costs(config)
         references = self.size.train if options.references is None else options.references
@@ -116,7 +131,15 @@ class Comparison:
 
     def run_costs(self) -> dict[str, flops.RunCost]:
         """Counted costs of a run of each variant."""
-        return {v.name: flops.run_cost(v.config, self.epoch_steps, self.costs) for v in self.variants}
+        return {
+            v.name: flops.run_cost(v.config, self.epoch_steps, self.costs, self._teacher_cost(v.config))
+            for v in self.variants
+        }
+
+    def _teacher_cost(self, config: PretrainConfig) -> flops.TeacherCost | None:
+        if self.teacher is None or config.teacher is None:
+            return None
+        return self.teacher.cost(config, self.images)
 
     def run_directory(self, variant: Variant, seed: int) -> Path:
         """The directory of a run."""

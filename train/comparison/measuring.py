@@ -2,8 +2,9 @@
 
 The timed step has the configuration, threads and operators of a run, and random images. It is divided as in
 `pretraining/cuda_graphs.py`: the target's forward pass (with the normalisation of the batch), the forward and backward
-pass of every subnet, and the update. The steps of real runs are therefore free of timers, and on CUDA the graphs that
-they replay are timed. Data loading is excluded; runs record how long they wait for it.
+pass of every subnet, and the update; besides, the teacher's features of the batch, if there is a teacher. The steps of
+real runs are therefore free of timers, and on CUDA the graphs that they replay are timed. Data loading is excluded;
+runs record how long they wait for it.
 
 Peak memory is measured over a few whole steps: on CUDA torch's allocations; on the CPU the growth of the process's peak
 resident memory (VmHWM) since before the networks were built. VmHWM, unlike getrusage, excludes the parent process.
@@ -16,6 +17,7 @@ import signal
 import statistics
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -29,6 +31,9 @@ from ..run.device import choose_device
 from ..run.process import prepare_process
 from ..selection.kernels import Kernels
 from ..selection.selection import key_of
+from ..teachers.live import LiveFeatures
+from ..teachers.targets import TeacherTargets, random_targets
+from ..teachers.teacher import open_teacher
 
 WARM_UP = 2  # untimed steps
 STATUS = Path("/proc/self/status")
@@ -43,12 +48,14 @@ class StepMeasurement:
         online: median time of each subnet's forward and backward pass, in seconds.
         optimizer: median time of the update, in seconds.
         peak_memory: bytes; None on a CPU outside Linux.
+        teacher: median time of the teacher's forward pass, in seconds; 0 without a teacher or with its features cached.
     """
 
     target: float
     online: dict[str, float]
     optimizer: float
     peak_memory: int | None
+    teacher: float = 0.0
 
 
 def measure_step(config: PretrainConfig, steps: int, kernels: Kernels | None = None) -> StepMeasurement:
@@ -98,6 +105,8 @@ def measure_in_this_process(config: PretrainConfig, steps: int) -> StepMeasureme
     before = _peak_memory(device)
     # full_only_epochs=0: every subnet is trained from the first step on
     trainer = Trainer(replace(config, full_only_epochs=0), epoch_steps=WARM_UP, device=device)
+    live = config.teacher is not None and config.teacher_cache is None
+    trainer.teacher = _live_targets(config, device) if live else random_targets(config, device)
     prepare_process(device)
     for _ in range(WARM_UP):
         trainer.train_step(batch)
@@ -105,17 +114,27 @@ def measure_in_this_process(config: PretrainConfig, steps: int) -> StepMeasureme
     peak = None if before is None or after is None else after - before
     seconds = _time(trainer, batch, steps)
     names = trainer.model.family.names
-    return StepMeasurement(seconds[0], dict(zip(names, seconds[1:-1], strict=True)), seconds[-1], peak)
+    target, *online, optimizer, teacher = seconds
+    return StepMeasurement(target, dict(zip(names, online, strict=True)), optimizer, peak, teacher if live else 0.0)
+
+
+def _live_targets(config: PretrainConfig, device: torch.device) -> TeacherTargets:
+    teacher = open_teacher(config, device)
+    assert teacher is not None
+    graphs = device.type == "cuda" and not config.no_cuda_graphs
+    return TeacherTargets(LiveFeatures(teacher, device, graphs=graphs))
 
 
 def _time(trainer: Trainer, batch: torch.Tensor, steps: int) -> list[float]:
-    """Median times of the target, of each subnet and of the update, in seconds."""
+    """Median times of the target, of each subnet, of the update and of the teacher's targets, in seconds."""
     device = trainer.device
     captures = device.type == "cuda" and not trainer.config.no_cuda_graphs
     alpha = torch.ones((), device=device)
     trainer.schedule(trainer.step)
-    graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, alpha, None if captures else list)
-    pieces = [graphs.target, *graphs.subnets.values(), trainer.update]
+    teacher = trainer.teacher or (lambda step, batch: None)
+    capture = None if captures else list
+    graphs = StepGraphs(trainer.model, trainer.flat_buffers, batch, alpha, capture, teacher(0, batch))
+    pieces = [graphs.target, *graphs.subnets.values(), trainer.update, partial(teacher, 0, batch)]
     taken: list[list[float]] = [[] for _ in pieces]
     for _ in range(WARM_UP + steps):
         for piece, times in zip(pieces, taken, strict=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SEPARATE, ALONE = "separate runs", "alone"  # all networks one after another; each network
+PARTS = ("target", "online", "optimizer", "teacher", "data")  # of the cost of a run, counted or measured
 
 
 def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,6 +22,8 @@ def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:
     """
     alone = {name: run for name, run in runs.items() if run["subnets_per_step"] is None}
     largest = list(alone)[-1]
+    counted = part_names(run["counted"] for run in runs.values())
+    measured = part_names(run["measured"]["parts"] for run in runs.values() if "measured" in run)
     rows = {SEPARATE: list(alone.values()), largest: [alone[largest]]}
     references = dict(rows)
     rows |= {name: [run] for name, run in runs.items() if name not in alone}
@@ -28,11 +31,13 @@ def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:
     for reference, base in references.items():
         found[reference] = {}
         for row, of in rows.items():
-            found[reference][row] = {"counted": _ratios(_counted(of), sum(_counted(base).values()))}
+            costs, whole = ([run["counted"] for run in group] for group in (of, base))
+            found[reference][row] = {"counted": _ratios(costs, whole, counted)}
             if all("measured" in run for run in (*of, *base)):
+                costs, whole = ([run["measured"]["parts"] for run in group] for group in (of, base))
                 seconds, base_seconds = _seconds_by_seed(of), _seconds_by_seed(base)
                 found[reference][row]["measured"] = {
-                    **_ratios(_parts(of), sum(_parts(base).values())),
+                    **_ratios(costs, whole, measured),
                     "seeds": {seed: seconds[seed] / base_seconds[seed] for seed in seconds},
                 }
                 peaks = [_peak(of), _peak(base)]
@@ -41,12 +46,10 @@ def ratios(runs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _counted(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {part: sum(run["counted"][part] for run in runs) for part in ("target", "online", "optimizer")}
-
-
-def _parts(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {part: sum(run["measured"]["parts"][part] for run in runs) for part in runs[0]["measured"]["parts"]}
+def part_names(costs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The parts that any of these costs of runs has, in the order of `PARTS`."""
+    present = {part for cost in costs for part in cost}
+    return [part for part in PARTS if part in present]
 
 
 def _seconds_by_seed(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -59,5 +62,9 @@ def _peak(runs: Sequence[Mapping[str, Any]]) -> Any:
     return None if None in peaks else max(peaks)
 
 
-def _ratios(parts: Mapping[str, float], whole: float) -> dict[str, float]:
-    return {"total": sum(parts.values()) / whole, **{part: value / whole for part, value in parts.items()}}
+def _ratios(
+    costs: Sequence[Mapping[str, float]], whole: Sequence[Mapping[str, float]], parts: Sequence[str]
+) -> dict[str, float]:
+    total = sum(cost.get(part, 0.0) for cost in whole for part in parts)
+    shares = {part: sum(cost.get(part, 0.0) for cost in costs) / total for part in parts}
+    return {"total": sum(shares.values()), **shares}

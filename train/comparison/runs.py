@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dspnet_fast.errors import InputError
+
 from ..config import PretrainConfig
 from ..data.pixel_options import resolve_pixels
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
@@ -24,6 +26,7 @@ from ..run.device import choose_device
 from ..run.run_directory import open_run
 from ..run.saved_config import CONFIG
 from ..selection.kernels import Kernels, choose_kernels
+from ..teachers.teacher import read_facts
 from .design import Comparison
 from .measuring import StepMeasurement
 from .ratios import ALONE, ratios
@@ -84,6 +87,9 @@ def _train(config: PretrainConfig, steps: int, kernels: Kernels | None) -> None:
     begun = (out / CONFIG).exists()
     if begun:
         open_run(config, resume=True)  # raises InputError for a run with other options
+        facts = read_facts(out)
+        if (facts and facts["source"]) != config.teacher:
+            raise InputError(f"the run in {out} was begun with another --teacher: choose another --out")
     if checkpoint.latest_step(out / "checkpoints") < steps:
         PretrainRun(config, begun, kernels, allow_untrained=True).run()
         gc.unfreeze()  # the run froze its objects: without this they are never collected

@@ -10,15 +10,22 @@ from ..evaluation.plot_data import Point
 from ..evaluation.results import Report
 from ..reporting import figures
 from ..run.tables import Table, cost_cells, percent, quantity
-from .ratios import ALONE, SEPARATE
+from .ratios import ALONE, SEPARATE, part_names
 
-MEASURED_PARTS = {
+PART_LABELS = {
     "target": "target forward",
     "online": "online subnets",
     "optimizer": "optimizer",
+    "teacher": "teacher forward",
     "data": "data wait",
 }
-FIGURE_PARTS = {"target": "target", "online": "subnets", "optimizer": "optimizer", "data": "data wait"}
+FIGURE_PARTS = {
+    "target": "target",
+    "online": "subnets",
+    "optimizer": "optimizer",
+    "teacher": "teacher",
+    "data": "data wait",
+}
 MIB = 2**20
 
 
@@ -68,7 +75,8 @@ def _label(report: Report, name: str) -> str:
 
 
 def _measured(report: Report) -> Table:
-    heading = ["run", "seconds", *MEASURED_PARTS.values(), "peak memory"]
+    parts = part_names(run["measured"]["parts"] for run in report["runs"].values() if "measured" in run)
+    heading = ["run", "seconds", *(PART_LABELS[part] for part in parts), "peak memory"]
     rows = []
     for run in report["runs"].values():
         if "measured" in run:
@@ -79,7 +87,8 @@ def _measured(report: Report) -> Table:
                 total += f" [{seconds['low']:,.1f}, {seconds['high']:,.1f}]"
             peak = found["peak_memory"]
             memory = "–" if peak is None else f"{peak / MIB:,.0f} MiB"
-            rows.append([run["label"], total, *(f"{found['parts'][part]:,.1f}" for part in MEASURED_PARTS), memory])
+            seconds_of = [f"{found['parts'].get(part, 0.0):,.1f}" for part in parts]
+            rows.append([run["label"], total, *seconds_of, memory])
     title = (
         "Seconds of training without probes and checkpoints, divided among the parts of a step in proportion to their "
         "separately timed durations; peak memory of a step."
@@ -88,10 +97,11 @@ def _measured(report: Report) -> Table:
 
 
 def _counted(report: Report) -> Table:
-    heading = ["run", "MACs", "target forward", "online subnets", "optimizer"]
+    names = part_names(run["counted"] for run in report["runs"].values())
+    heading = ["run", "MACs", *(PART_LABELS[part] for part in names)]
     rows = []
     for run in report["runs"].values():
-        parts = [run["counted"][part] for part in ("target", "online", "optimizer")]
+        parts = [run["counted"].get(part, 0.0) for part in names]
         rows.append([run["label"], *(f"{quantity(value)}MAC" for value in (sum(parts), *parts))])
     views = next(iter(report["runs"].values()))["counted"]["views"]
     title = (
@@ -103,17 +113,18 @@ def _counted(report: Report) -> Table:
 
 def _ratios(report: Report, reference: str) -> Table:
     rows_of = report["ratios"][reference]
-    measured = any("measured" in row for row in rows_of.values())
-    heading = ["run", *(["time", *MEASURED_PARTS.values(), "peak memory"] if measured else [])]
-    heading += ["MACs", "target MACs", "online MACs", "optimizer MACs"]
+    measured = part_names(row["measured"] for row in rows_of.values() if "measured" in row)
+    counted = part_names(row["counted"] for row in rows_of.values())
+    heading = ["run", *(["time", *(PART_LABELS[part] for part in measured), "peak memory"] if measured else [])]
+    heading += ["MACs", *(f"{part} MACs" for part in counted)]
     rows = []
     for name, row in rows_of.items():
         cells = [_row_label(report, name)]
         if measured:
             found = row.get("measured")
-            cells += [f"{found[part]:.3f}" if found else "–" for part in ("total", *MEASURED_PARTS)]
+            cells += [f"{found[part]:.3f}" if found else "–" for part in ("total", *measured)]
             cells.append(f"{row['peak_memory']:.3f}" if "peak_memory" in row else "–")
-        cells += [f"{row['counted'][part]:.3f}" for part in ("total", "target", "online", "optimizer")]
+        cells += [f"{row['counted'][part]:.3f}" for part in ("total", *counted)]
         rows.append(cells)
     if measured and len(report["seeds"]) > 1:
         for cells, row in zip(rows, rows_of.values(), strict=True):

@@ -53,6 +53,7 @@ def run_times(comparison: Comparison, variant: Variant, found: StepMeasurement) 
         "target": comparison.steps * found.target,
         "online": sum(steps * found.online[dn] for dn, steps in sampled.items()),
         "optimizer": comparison.steps * found.optimizer,
+        **({"teacher": comparison.steps * found.teacher} if variant.config.teacher is not None else {}),
     }
     batch_size = comparison.config.batch_size
     recorded = {
@@ -64,7 +65,12 @@ def run_times(comparison: Comparison, variant: Variant, found: StepMeasurement) 
     return {
         "seconds": {**seconds, "seeds": {str(seed): total for seed, (total, _) in recorded.items()}},
         "parts": {**{part: scale * value for part, value in timed.items()}, "data": data},
-        "timed_step": {"target": found.target, "online": found.online, "optimizer": found.optimizer},
+        "timed_step": {
+            "target": found.target,
+            "online": found.online,
+            "optimizer": found.optimizer,
+            "teacher": found.teacher,
+        },
         "timed_over_recorded": 1 / scale,
         "peak_memory": found.peak_memory,
     }

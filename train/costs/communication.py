@@ -88,12 +88,16 @@ def traffic(config: PretrainConfig, ranks: int) -> Traffic:
 def _batch_norm_passes(config: PretrainConfig) -> tuple[float, float]:
     """Forward and backward passes through batch norm layers in a step, and the sum of their channels."""
     subnets = family(config.network, config.names())
-    head = [config.hidden_features]  # projector and predictor have one layer each
+    head = [config.hidden_features]  # every head has one layer
+    regresses = config.teacher_features is None or config.self_weight > 0
+    heads = 2 * head if regresses else []
+    if config.teacher_features is not None:
+        heads = [*heads, config.teacher_features]
     trained = expected_steps(replace(config, epochs=1, warmup_epochs=0.0, full_only_epochs=0.0), 1)
-    target = _batch_norm_channels(config, subnets.full) + head
+    target = _batch_norm_channels(config, subnets.full) + head if regresses else []
     passes, channels = float(len(target)), float(sum(target))
     for name, share in trained.items():
-        online = _batch_norm_channels(config, subnets.find(name)) + 2 * head
+        online = _batch_norm_channels(config, subnets.find(name)) + heads
         passes += 2 * share * len(online)
         channels += 2 * share * sum(online)
     return passes, channels

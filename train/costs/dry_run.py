@@ -1,6 +1,7 @@
 """Dry run of pretraining: check the options, build the networks on the meta device, count the cost.
 
-Reads only the names of local images and the run that --init-from or --resume names. Writes nothing.
+Reads only the names of local images and the run that --init-from or --resume names; of a teacher it builds the network
+without its weights. Writes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..pretraining.trainer import Trainer
 from ..run import checkpoint
 from ..run.run_directory import check_run
 from ..run.tables import Table, cost_cells, quantity
+from ..teachers.teacher import TeacherFacts, expected_facts, with_teacher
 from .communication import traffic
 from .flops import NetworkCost, RunCost, expected_steps, network_costs, run_cost
 
@@ -62,6 +64,7 @@ class RunEstimate:
         trained: expected number of steps that train each network.
         cost: multiply-accumulates.
         memory: bytes of the state.
+        teacher: facts of the teacher; None without one.
     """
 
     config: PretrainConfig
@@ -73,6 +76,7 @@ class RunEstimate:
     trained: dict[str, float]
     cost: RunCost
     memory: Memory
+    teacher: TeacherFacts | None = None
 
 
 def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
@@ -96,6 +100,8 @@ def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
     choices = recipe.chosen(config, images)
     config = recipe.complete(config, images)
     augmentation.byol(config.image_size, config.min_scale)
+    teacher = expected_facts(config)
+    config = with_teacher(config, teacher)
     epoch_steps: int | None
     if images is None:  # count one step after the initial steps that train the full network alone
         epoch_steps, counted_steps, counted_as = None, 1, replace(config, epochs=1, full_only_epochs=0.0)
@@ -105,8 +111,9 @@ def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
         recipe.check_sampling(config, images)
     costs = network_costs(config)
     trained = expected_steps(counted_as, counted_steps)
-    counted = run_cost(counted_as, counted_steps, costs)
-    return RunEstimate(config, choices, size, images, epoch_steps, costs, trained, counted, _memory(config))
+    teacher_cost = None if teacher is None else teacher.cost(config, images)
+    counted = run_cost(counted_as, counted_steps, costs, teacher_cost)
+    return RunEstimate(config, choices, size, images, epoch_steps, costs, trained, counted, _memory(config), teacher)
 
 
 def images_of(config: PretrainConfig, size: DatasetSize) -> int:
@@ -178,6 +185,8 @@ def show(estimated: RunEstimate) -> None:
     Table(title, heading, rows).show()
     lines = {"images": _images(estimated), "steps": _steps(estimated)}
     passes = {"target": "forward", "online": "forward and backward", "optimizer": "optimizer step and moving average"}
+    if estimated.teacher is not None:
+        passes["teacher"] = _teacher(config, estimated.teacher)
     for part, macs in total.parts().items():
         lines[part] = f"{quantity(macs)}MAC  {passes[part]}"
     lines["total"] = f"{quantity(sum(total.parts().values()))}MAC"
@@ -203,6 +212,11 @@ def _all_reduce(config: PretrainConfig) -> str:
             sent[ranks] = quantity(traffic(config, ranks).sent)
     shown = ", ".join(f"{count}B on {ranks} ranks" for ranks, count in sent.items())
     return f"each rank sends {shown} per step" if sent else "none: --bn-groups allows one rank"
+
+
+def _teacher(config: PretrainConfig, facts: TeacherFacts) -> str:
+    when = "forward" if config.teacher_cache is None else "forward, two views of every image once"
+    return f"{when}: {facts.architecture}, {quantity(facts.macs)}MAC for a view of {facts.image_size} px"
 
 
 def _images(estimated: RunEstimate) -> str:

@@ -5,6 +5,10 @@ In each step, the two views of B images pass through:
     target      encoder + projector of the full network, forward                                       2 B views
     online      encoder + projector + predictor of every sampled subnet, forward and backward           2 B views
     optimizer   LARS: 6 MACs for each online parameter, AdamW: 7; moving average: 2 for each target parameter
+    teacher     a frozen network at its own image size, forward                                         2 B views
+
+With a teacher, the online heads include the one that predicts its features. With --self-weight 0, projector, predictor
+and target's forward pass are left out. With --teacher-cache the teacher sees two views of every image once in the run.
 
 A backward pass counts as two forward passes: input gradient and weight gradient. This includes the gradient of the
 images, which is not computed. The 6 MACs of LARS are: weight decay 1, norms 2, momentum 2, update 1. The 7 of AdamW:
@@ -20,7 +24,7 @@ from torch import nn
 
 from dspnet_fast import cost
 from dspnet_fast.cost import mac_count, parameter_count
-from dspnet_fast.models import MLP, build
+from dspnet_fast.models import MLP, TeacherHead, build
 from dspnet_fast.models import family as family_of
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
@@ -48,6 +52,21 @@ class NetworkCost:
 
 
 @dataclass(frozen=True)
+class TeacherCost:
+    """Cost of a teacher.
+
+    Attributes:
+        macs: multiply-accumulates for one view.
+        features: number of features.
+        cached_images: images whose features are computed once for the whole run; None if every view is computed.
+    """
+
+    macs: int
+    features: int
+    cached_images: int | None = None
+
+
+@dataclass(frozen=True)
 class RunCost:
     """Multiply-accumulates of a whole run.
 
@@ -56,16 +75,19 @@ class RunCost:
         target: MACs of the target network.
         online: MACs by subnet.
         optimizer: MACs of the optimizer and of the moving average.
+        teacher: MACs of the teacher; 0 without one.
     """
 
     views: int
     target: float
     online: dict[str, float]
     optimizer: float
+    teacher: float = 0.0
 
     def parts(self) -> dict[str, float]:
-        """MACs of the target, of all online subnets together and of the optimizer."""
-        return {"target": self.target, "online": sum(self.online.values()), "optimizer": self.optimizer}
+        """MACs of the target, of all online subnets together, of the optimizer and, if there is one, of the teacher."""
+        teacher = {"teacher": self.teacher} if self.teacher else {}
+        return {"target": self.target, "online": sum(self.online.values()), "optimizer": self.optimizer, **teacher}
 
 
 def network_cost(options: FamilyOptions, subnet: Subnet, image_size: int) -> NetworkCost:
@@ -116,33 +138,44 @@ def expected_steps(config: PretrainConfig, epoch_steps: int) -> dict[str, float]
     return {family.smallest.name: float(later), **middle, family.full.name: float(steps)}
 
 
-def run_cost(config: PretrainConfig, epoch_steps: int, costs: dict[str, NetworkCost]) -> RunCost:
+def run_cost(
+    config: PretrainConfig, epoch_steps: int, costs: dict[str, NetworkCost], teacher: TeacherCost | None = None
+) -> RunCost:
     """Cost of a run.
 
     Args:
         config: configuration of the run.
         epoch_steps: steps per epoch.
         costs: result of `network_costs`.
+        teacher: cost of the run's teacher, if it has one.
     """
     hidden, out = config.hidden_features, config.out_features
     full = costs[family_of(config.network, config.names()).full.name]
-    with torch.device("meta"):
-        projector, predictor = (parameter_count(MLP(features, hidden, out)) for features in (full.features, out))
     steps = config.epochs * epoch_steps
     views = VIEWS * config.batch_size
+    regresses = teacher is None or config.self_weight > 0  # has projector, predictor and a target's forward pass
+    taught = 0 if teacher is None else teacher.features
 
-    def projection_macs(network: NetworkCost) -> int:
-        return network.macs + head_macs(network.features, hidden, out)
+    with torch.device("meta"):
+        projector, predictor = (parameter_count(MLP(features, hidden, out)) for features in (full.features, out))
+        teacher_head = parameter_count(TeacherHead(full.features, taught)) if taught else 0
+
+    def online_macs(network: NetworkCost) -> int:
+        macs = network.macs + network.features * taught
+        return macs + (head_macs(network.features, hidden, out) + head_macs(out, hidden, out) if regresses else 0)
 
     online = {
-        name: trained * views * PASSES * (projection_macs(costs[name]) + head_macs(out, hidden, out))
+        name: trained * views * PASSES * online_macs(costs[name])
         for name, trained in expected_steps(config, epoch_steps).items()
     }
-    target_parameters = full.parameters + projector
-    optimizer = steps * (
-        OPTIMIZER_MACS[config.optimizer] * (target_parameters + predictor) + EMA_MACS * target_parameters
+    target = views * steps * (full.macs + head_macs(full.features, hidden, out)) if regresses else 0
+    target_parameters = full.parameters + (projector if regresses else 0)
+    parameters = target_parameters + (predictor if regresses else 0) + teacher_head
+    optimizer = steps * (OPTIMIZER_MACS[config.optimizer] * parameters + EMA_MACS * target_parameters)
+    seen = VIEWS * teacher.cached_images if teacher and teacher.cached_images is not None else views * steps
+    return RunCost(
+        views * steps, float(target), online, float(optimizer), float(seen * teacher.macs) if teacher else 0.0
     )
-    return RunCost(views * steps, float(steps * views * projection_macs(full)), online, float(optimizer))
 
 
 def head_macs(features: int, hidden: int, out: int) -> int:

@@ -71,17 +71,23 @@ def one_view_batches(
 
 
 def evaluation_batches(
-    images: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, workers: Workers = "auto"
+    images: ImageDataset,
+    indices: Sequence[int],
+    image_size: int,
+    batch_size: int,
+    workers: Workers = "auto",
+    bad: BadImages | None = None,
 ) -> Iterable[torch.Tensor]:
     """Return a loader of the evaluation views of the images at `indices`, in this order, none dropped.
 
-    A batch is [<= batch_size, C, S, S]. C, dtype, memory, errors and `workers` as in `two_view_batches`.
+    A batch is [<= batch_size, C, S, S]. C, dtype, memory, errors, `workers` and `bad` as in `two_view_batches`.
     """
+    bad = BadImages() if bad is None else bad
     if batch_size < 1:
         raise InputError(f"evaluation batches of {batch_size} images: give at least 1")
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    dataset = _Evaluation(images, image_size)
-    return make_loader(dataset, batches, worker_count(workers, len(indices)), BadImages())
+    dataset = _Evaluation(images, image_size, bad.limit)
+    return make_loader(dataset, batches, worker_count(workers, len(indices)), bad)
 
 
 def readable_views(images: ImageDataset, image_size: int, bad: BadImages) -> tuple[torch.Tensor, list[int]]:
@@ -163,13 +169,16 @@ class _Views(BatchDataset):
 
 
 class _Evaluation(BatchDataset):
-    def __init__(self, images: ImageDataset, image_size: int):
+    def __init__(self, images: ImageDataset, image_size: int, limit: int):
         check_image_size(image_size)
         self._images = images
         self._image_size = image_size
+        self._limit = limit
 
     def batch(self, items: Sequence[int], unreadable: list[Unreadable]) -> torch.Tensor:
-        return _stack([_evaluation(self._image_size, self._images.load(int(i))) for i in items])
+        load = self._images.load
+        loaded = (load_or_next(self._images, int(i), self._limit, load, unreadable) for i in items)
+        return _stack([_evaluation(self._image_size, image) for image in loaded])
 
 
 def _augment(view: ViewSpec, parameters: ViewParameters, image: Loaded) -> torch.Tensor:

@@ -51,6 +51,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
         self._steps = range(start_step, epochs * self.steps_per_epoch if steps is None else steps)
+        self._order: tuple[int, torch.Tensor] | None = None
 
     @property
     def images_per_step(self) -> int:
@@ -61,13 +62,17 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return len(self._steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = None
         for step in self._steps:
-            epoch, within = divmod(step, self.steps_per_epoch)
-            if order is None or within == 0:
-                order = torch.randperm(self._n, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
-            batch = order[within * self._batch_size : (within + 1) * self._batch_size]
-            yield [(epoch, i) for i in batch[self._share].tolist()]
+            yield self.batch(step)
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The batch of a step; the order of the last epoch that was asked for is kept."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            self._order = epoch, torch.randperm(self._n, generator=generator)
+        batch = self._order[1][within * self._batch_size : (within + 1) * self._batch_size]
+        return [(epoch, i) for i in batch[self._share].tolist()]
 
 
 def mix(*numbers: int) -> int:

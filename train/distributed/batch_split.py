@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from dspnet_fast.subnets import Subnet
 from ..config import PretrainConfig
 from ..pretraining.dspnet import VIEWS
 
-# Adds the gradients of the subnets' losses on a batch of views [2B, ...]; returns the losses.
-Accumulate = Callable[[Tensor, Sequence[Subnet]], dict[str, Tensor]]
+# Adds the gradients of the subnets' losses on a batch of views [2B, ...] and, if there is a teacher, its targets
+# [2B, T]; returns the losses.
+Accumulate = Callable[[Tensor, Sequence[Subnet], Tensor | None], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,13 @@ class BatchSplit:
         if self.micro_batches == 1:
             return accumulate
 
-        def accumulate_all(batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+        def accumulate_all(batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None) -> dict[str, Tensor]:
             before, total = statistics.clone(), torch.zeros_like(statistics)
             mean: dict[str, Tensor] = {}
-            for micro_batch in self.split(batch):
+            parts = repeat(None) if taught is None else self.split(taught)
+            for micro_batch, part in zip(self.split(batch), parts, strict=False):
                 statistics.copy_(before)
-                losses = accumulate(micro_batch, subnets)
+                losses = accumulate(micro_batch, subnets, part)
                 mean = {name: mean.get(name, 0) + loss / self.micro_batches for name, loss in losses.items()}
                 total.add_(statistics, alpha=1 / self.micro_batches)
             statistics.copy_(total)

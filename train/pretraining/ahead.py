@@ -38,8 +38,10 @@ def step_launches(config: PretrainConfig, world_size: int = 1) -> list[Launch]:
             for n in (count, BATCH)
         )
 
+        taught = None if config.teacher_features is None else torch.empty(count, config.teacher_features)
+
         def run() -> None:
-            model.accumulate(images, list(model.family))
+            model.accumulate(images, list(model.family), taught=taught)
             if config.probe_epochs:
                 post_statistics(model.online.encoder, model.family, [probed])
                 list(representations(model.online.encoder, model.family, [probed]))

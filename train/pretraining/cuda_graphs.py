@@ -36,6 +36,7 @@ class StepGraphs:
         batch: an example batch, see `Trainer.train_step`.
         alpha: scalar on the device, read by every replay; see `DSPNet.targets`.
         capture: how to capture; by default as CUDA graphs.
+        taught: targets of the teacher for `batch`; None without a teacher.
 
     Attributes:
         target: computes the targets of the static batch.
@@ -45,12 +46,19 @@ class StepGraphs:
     """
 
     def __init__(
-        self, model: DSPNet, flat: FlatBuffers, batch: Tensor, alpha: Tensor, capture: Capture | None = None
+        self,
+        model: DSPNet,
+        flat: FlatBuffers,
+        batch: Tensor,
+        alpha: Tensor,
+        capture: Capture | None = None,
+        taught: Tensor | None = None,
     ) -> None:
         device = flat.params.device
         self._model, self._alpha = model, alpha
         self._batch = _to_rgb(batch).to(device, copy=True)
         self._images = prepare(self._batch, device).clone()
+        self._taught = None if taught is None else taught.clone()
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
         with _state_restored(model, flat):
             self._targets = model.targets(self._images, alpha)
@@ -64,9 +72,11 @@ class StepGraphs:
         self._targets.copy_(self._model.targets(self._images, self._alpha))
 
     def _run_subnet(self, subnet: Subnet) -> None:
-        self._losses[subnet.name].copy_(self._model.accumulate_subnet(self._images, self._targets, subnet))
+        self._losses[subnet.name].copy_(
+            self._model.accumulate_subnet(self._images, self._targets, subnet, self._taught)
+        )
 
-    def accumulate(self, batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+    def accumulate(self, batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None = None) -> dict[str, Tensor]:
         """As `DSPNet.accumulate`, on the batch before normalisation.
 
         Raises RuntimeError for a batch of another shape than the captured one.
@@ -77,6 +87,9 @@ class StepGraphs:
             )
         # Copy first, expand to RGB on the GPU: expanding on the host gives unpinned memory, and the copy would block.
         self._batch.copy_(_to_rgb(batch.to(self._batch.device, non_blocking=True)))
+        if self._taught is not None:
+            assert taught is not None
+            self._taught.copy_(taught)
         self.target()
         for subnet in subnets:
             self.subnets[subnet.name]()
@@ -85,16 +98,44 @@ class StepGraphs:
 
 def captured(
     model: DSPNet, flat: FlatBuffers, alpha: Tensor, capture: Capture | None = None
-) -> Callable[[Tensor, Sequence[Subnet]], dict[str, Tensor]]:
+) -> Callable[[Tensor, Sequence[Subnet], Tensor | None], dict[str, Tensor]]:
     """`StepGraphs.accumulate`, captured at the first call for the shape of its batch."""
     graphs: StepGraphs | None = None
 
-    def accumulate(batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+    def accumulate(batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None) -> dict[str, Tensor]:
         nonlocal graphs
-        graphs = graphs or StepGraphs(model, flat, batch, alpha, capture)
-        return graphs.accumulate(batch, subnets)
+        graphs = graphs or StepGraphs(model, flat, batch, alpha, capture, taught)
+        return graphs.accumulate(batch, subnets, taught)
 
     return accumulate
+
+
+class CapturedFunction:
+    """A function of one tensor, without gradients, captured at the first call for the shape of its argument.
+
+    Args:
+        function: maps a tensor to a new one.
+        capture: how to capture; by default as CUDA graphs.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], capture: Capture | None = None) -> None:
+        self._function = function
+        self._capture = capture
+        self._argument: Tensor | None = None
+
+    def __call__(self, argument: Tensor) -> Tensor:
+        """The function's value, which the next call overwrites."""
+        if self._argument is None or self._argument.shape != argument.shape:
+            self._argument = argument.clone()
+            self._value = self._function(self._argument)
+            (self._replay,) = (self._capture or capture_graphs)([self._run])
+        self._argument.copy_(argument)
+        self._replay()
+        return self._value
+
+    def _run(self) -> None:
+        assert self._argument is not None
+        self._value.copy_(self._function(self._argument))
 
 
 def _to_rgb(batch: Tensor) -> Tensor:

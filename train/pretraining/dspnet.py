@@ -8,6 +8,11 @@ One training step on a batch of B images, two views each, stacked as [2B, C, H, 
         L_s = mean_b [(2 - 2 cos(p_1, z'_2)) + (2 - 2 cos(p_2, z'_1))]
         backward at once: gradients add up, activations are freed
     LARS step, then  target <- tau target + (1 - tau) online     (flat_buffers.py)
+
+With a frozen teacher (docs/teacher.md) the loss has another term and a weight w, and with w = 0 no z' is computed:
+
+    q   = teacher head(encoder_s(view 1; view 2))
+    L_s = mean_b [(2 - 2 cos(q_1, t_1)) + (2 - 2 cos(q_2, t_2))] + w (the loss above)    t_v: teacher's target of view v
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dspnet_fast.models import MLP, Network, build, family
+from dspnet_fast.models import MLP, Network, TeacherHead, build, family
 from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate, configure_batch_norm
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import SlimBatchNorm, SlimBatchNorm2d
@@ -36,13 +41,27 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of the precisio
 
 
 class Branch(nn.Module):
-    """Encoder, projector and, in the online branch, predictor: images [N, C, H, W] to [N, D]."""
+    """Encoder and heads.
 
-    def __init__(self, encoder: Network, projector: MLP, predictor: MLP | None) -> None:
+    Args:
+        encoder: images [N, 3, H, W] to features [N, F].
+        projector: features to projections [N, D]; None if no projection is regressed.
+        predictor: projections to predictions [N, D], in the online branch.
+        teacher_head: features to predictions [N, T] of a teacher's features, in the online branch.
+    """
+
+    def __init__(
+        self,
+        encoder: Network,
+        projector: MLP | None,
+        predictor: MLP | None = None,
+        teacher_head: TeacherHead | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.predictor = predictor
+        self.teacher_head = teacher_head
 
     def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         """The encoder's sizes for a subnet; the heads are shared and always full."""
@@ -51,7 +70,12 @@ class Branch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Prediction (online) or projection (target) of each image."""
-        return self.heads(self.encoder(images))
+        return self.heads(self.encode(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features [N, F] of images, in the dtype that the heads take."""
+        features = self.encoder(images)
+        return features if is_eager() else features.to(next(self.parameters()).dtype)
 
     @cached_property
     def encoder_norms(self) -> list[SlimBatchNorm]:
@@ -60,7 +84,8 @@ class Branch(nn.Module):
 
     def heads(self, features: Tensor) -> Tensor:
         """Prediction or projection of features [N, F]."""
-        projection = self.projector(features if is_eager() else features.to(self.projector.fc1.weight.dtype))
+        assert self.projector is not None
+        projection = self.projector(features)
         return projection if self.predictor is None else self.predictor(projection)
 
 
@@ -83,6 +108,8 @@ class DSPNet(nn.Module):
         bn_groups: ghost-batch-norm groups per view.
         process_group: ranks that share a group and synchronise its statistics; None for this rank alone.
         in_channels: channels of the images.
+        teacher_features: features T of a frozen teacher; None without a teacher.
+        self_weight: with a teacher, weight of BYOL's loss; 0 leaves out projector, predictor and target's forward pass.
     """
 
     def __init__(
@@ -97,15 +124,23 @@ class DSPNet(nn.Module):
         bn_groups: int = 1,
         process_group: dist.ProcessGroup | None = None,
         in_channels: int = 3,
+        teacher_features: int | None = None,
+        self_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.family = family
+        self.self_weight = 1.0 if teacher_features is None else self_weight
         self.precision = precision
         self.loss_scale: Tensor | None = None
         encoder = build(network, family.full, stem, in_channels)
-        projector = MLP(encoder.num_features, hidden_features, out_features)
-        self.online = Branch(encoder, projector, MLP(out_features, hidden_features, out_features))
-        self.target = Branch(copy.deepcopy(encoder), copy.deepcopy(projector), None).requires_grad_(False)
+        projector = predictor = teacher_head = None
+        if self.self_weight:
+            projector = MLP(encoder.num_features, hidden_features, out_features)
+            predictor = MLP(out_features, hidden_features, out_features)
+        if teacher_features is not None:
+            teacher_head = TeacherHead(encoder.num_features, teacher_features)
+        self.online = Branch(encoder, projector, predictor, teacher_head)
+        self.target = Branch(copy.deepcopy(encoder), copy.deepcopy(projector)).requires_grad_(False)
         if momentum_bn != "off":
             _use_momentum_batch_norm(self.target, double_correction=momentum_bn == "momentum2")
         configure_batch_norm(self, bn_groups=bn_groups, process_group=process_group)
@@ -123,38 +158,63 @@ class DSPNet(nn.Module):
             alpha: weight of the batch in momentum batch normalisation, a number or a scalar tensor.
 
         Returns:
-            [2B, D]; row i is the regression target of the online prediction in row i.
+            [2B, D]; row i is the regression target of the online prediction in row i. [0, 0] if `self_weight` is 0.
         """
+        if not self.self_weight:
+            return images.new_zeros(0, 0)
         configure_batch_norm(self.target, alpha=alpha)
         with activate(self.target, None, views=VIEWS):
-            first, second = self._run(self.target, images).chunk(VIEWS)
+            first, second = self.target.heads(self._encode(self.target, images)).chunk(VIEWS)
         return torch.cat([second, first])
 
-    def loss(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
-        """Symmetrised loss of one subnet, a scalar between 0 and 8."""
-        with activate(self.online, subnet, views=VIEWS):
-            predictions = self._run(self.online, images)
-        return VIEWS * normalized_mse(predictions, targets)
+    def loss(self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Tensor | None = None) -> Tensor:
+        """Symmetrised loss of one subnet, a scalar between 0 and 8, or 8 (1 + self_weight) with a teacher.
 
-    def accumulate_subnet(self, images: Tensor, targets: Tensor, subnet: Subnet) -> Tensor:
+        Args:
+            images, targets: see `targets`.
+            subnet: the subnet.
+            taught: the teacher's targets, [2B, T], in the order of `images`; None without a teacher.
+        """
+        online = self.online
+        losses = []
+        with activate(online, subnet, views=VIEWS):
+            features = self._encode(online, images)
+            if online.teacher_head is not None:
+                assert taught is not None
+                losses.append(VIEWS * normalized_mse(online.teacher_head(features), taught))
+            if online.projector is not None:
+                loss = VIEWS * normalized_mse(online.heads(features), targets)
+                losses.append(self.self_weight * loss if losses else loss)
+        return losses[0] if len(losses) == 1 else losses[0] + losses[1]
+
+    def accumulate_subnet(
+        self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Tensor | None = None
+    ) -> Tensor:
         """Add the gradient of one subnet's loss, times `loss_scale`; returns the loss, detached."""
-        loss = self.loss(images, targets, subnet)
+        loss = self.loss(images, targets, subnet, taught)
         (loss if self.loss_scale is None else loss * self.loss_scale).backward()
         return loss.detach()
 
-    def accumulate(self, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor = 1.0) -> dict[str, Tensor]:
+    def accumulate(
+        self,
+        images: Tensor,
+        subnets: Sequence[Subnet],
+        alpha: float | Tensor = 1.0,
+        taught: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward pass at a time.
 
         Args:
             images: see `targets`.
             subnets: the subnets that `sandwich` sampled, the full network last.
             alpha: see `targets`.
+            taught: see `loss`.
 
         Returns:
             The loss of each subnet by name, detached scalars on the device.
         """
         targets = self.targets(images, alpha)
-        return {subnet.name: self.accumulate_subnet(images, targets, subnet) for subnet in subnets}
+        return {subnet.name: self.accumulate_subnet(images, targets, subnet, taught) for subnet in subnets}
 
     @property
     def encoder_passes(self) -> int:
@@ -167,17 +227,17 @@ class DSPNet(nn.Module):
         on_cpu = next(encoder.parameters()).device.type == "cpu"
         return VIEWS if is_eager() and not (on_cpu and encoder.dense) else 1
 
-    def _run(self, branch: Branch, images: Tensor) -> Tensor:
-        """Outputs [2B, D] of a branch."""
+    def _encode(self, branch: Branch, images: Tensor) -> Tensor:
+        """Features [2B, F] of a branch."""
         images = images.to(HALF.get(self.precision, images.dtype))
         if self.encoder_passes == 1:
-            return branch(images)
+            return branch.encode(images)
         features = []
         with shared_prefixes():
             for view, part in enumerate(images.chunk(VIEWS)):
                 with configure_batch_norm(branch.encoder_norms, view=view):
-                    features.append(branch.encoder(part))
-        return branch.heads(torch.cat(features))
+                    features.append(branch.encode(part))
+        return torch.cat(features)
 
 
 def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.ProcessGroup | None = None) -> DSPNet:
@@ -195,6 +255,8 @@ def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.
             bn_groups,
             process_group,
             config.in_channels,
+            config.teacher_features,
+            config.self_weight,
         )
 
 

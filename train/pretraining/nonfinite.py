@@ -77,8 +77,8 @@ class Guard:
 class Finding(NamedTuple):
     """The place of the first non-finite number.
 
-    subnet: "target", the online subnet's name, or "all". layer: name of a module or parameter. where: "weights",
-    "images", "forward" or "backward".
+    subnet: "teacher", "target", the online subnet's name, or "all". layer: name of a module or parameter. where:
+    "weights", "images", "forward" or "backward".
     """
 
     subnet: str
@@ -91,7 +91,12 @@ class Finding(NamedTuple):
 
 @torch.no_grad()
 def find_nonfinite(
-    model: DSPNet, flat: FlatBuffers, images: Tensor, subnets: Sequence[Subnet], alpha: float | Tensor
+    model: DSPNet,
+    flat: FlatBuffers,
+    images: Tensor,
+    subnets: Sequence[Subnet],
+    alpha: float | Tensor,
+    taught: Tensor | None = None,
 ) -> Finding | None:
     """Repeat the passes of a step, without the update, until a number is not finite; None if all are finite.
 
@@ -99,13 +104,15 @@ def find_nonfinite(
 
     Args:
         images: normalised views, [2B, 3, H, W].
-        subnets, alpha: see `DSPNet.accumulate`.
+        subnets, alpha, taught: see `DSPNet.accumulate`.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not finite(tensor):
             return Finding("all", name, "weights")
     if not finite(images):
         return Finding("all", "the images", "images")
+    if not finite(taught):
+        return Finding("teacher", "the features", "forward")
     names = {module: name for root in (model.target, model.online) for name, module in root.named_modules() if name}
     found: list[str] = []
 
@@ -125,7 +132,7 @@ def find_nonfinite(
         for subnet in subnets:
             flat.grads.zero_()
             with torch.enable_grad():
-                loss = model.accumulate_subnet(images, targets, subnet)
+                loss = model.accumulate_subnet(images, targets, subnet, taught)
             if found or not finite(loss):
                 return Finding(subnet.name, found[0] if found else "the loss", "forward")
             # The backward pass runs from the last parameter to the first, so the last non-finite one was the first.

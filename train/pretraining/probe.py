@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,16 @@ class Probe:
         if self._reference_labels is None or self._query_labels is None:
             return None
         return self._knn(_pixels(self._reference), _pixels(self._query))
+
+    def accuracy(self, features: Callable[[Tensor], Tensor]) -> float | None:
+        """kNN accuracy of another network's features of normalised images; None if the images have no labels."""
+        if self._reference_labels is None or self._query_labels is None:
+            return None
+        found = [
+            torch.cat([features(batch).cpu() for batch in self._batches(images)])
+            for images in (self._reference, self._query)
+        ]
+        return self._knn(*found)
 
     def _knn(self, references: Tensor, queries: Tensor) -> float:
         """Accuracy of the majority vote with these features."""

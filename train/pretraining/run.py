@@ -41,6 +41,8 @@ from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, raised_epochs, read_bad_images, write_bad_images
 from ..selection.kernels import Kernels, choose_kernels
+from ..teachers.start import teacher_targets
+from ..teachers.teacher import Teacher, TeacherFacts, check_same, open_teacher, with_teacher, write_facts
 from . import recipe
 from .ahead import compile_kernels
 from .duration import Duration
@@ -56,14 +58,20 @@ def open_train_images(config: PretrainConfig) -> ImageDataset:
     return images if config.train_images is None else Subset.random(images, config.train_images, config.seed)
 
 
-def resolve(config: PretrainConfig, images: ImageDataset, device: torch.device, world_size: int) -> PretrainConfig:
+def resolve(
+    config: PretrainConfig,
+    images: ImageDataset,
+    device: torch.device,
+    world_size: int,
+    teacher: TeacherFacts | None = None,
+) -> PretrainConfig:
     """The configuration with all defaults that depend on data and machine filled in, as OUT/config.yaml keeps it.
 
     A resumed run reads them there, so it stays the same run on another number of ranks or with other packages.
     """
     config = recipe.complete(config, len(images), world_size)
     return replace(
-        config,
+        with_teacher(config, teacher),
         bn_groups=config.bn_groups or world_size * config.grad_accum_steps,
         data_backend=choose_backend(config.data_backend, images, device, PixelFormat.of(config).eight_bit),
     )
@@ -95,11 +103,19 @@ class PretrainRun:
             config = world.all_gather(resolve_pixels(config, images) if world.is_main else None)[0] or config
         self.format = PixelFormat.of(config)
         self.images = images = read_as(images, self.format)
+        if config.teacher is not None and not self.format.eight_bit:
+            raise InputError(
+                "--teacher needs images that are read as 8-bit grey or RGB: see --pixel-range and --channels"
+            )
         self._choices = recipe.chosen(config, len(images), world.size)
-        self.config = config = resolve(config, images, device, world.size)
+        self.out = Path(config.out)
+        self.teacher = teacher = self._open_teacher(config, device)
+        facts = None if teacher is None else teacher.facts
+        if world.is_main and resume:
+            check_same(self.out, facts)
+        self.config = config = resolve(config, images, device, world.size, facts)
         if not allow_untrained:
             recipe.check_sampling(config, len(images))
-        self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
         self.bad = BadImages(limit, read_bad_images(self.out) if resume else None)
@@ -122,9 +138,13 @@ class PretrainRun:
             checkpoint.check_room(self.checkpoints, trainer.state(), 1 if resume else config.keep_checkpoints + 1)
             open_run(config, resume)
             write_data_used(self.out, self._data_used)
+            if facts is not None:
+                write_facts(self.out, facts)
             if self.kernels is not None:
                 self.kernels.write(self.out)
         world.barrier()
+        if teacher is not None:
+            trainer.teacher = teacher_targets(config, teacher, images, self._sampler(), self.bad, device, world)
         self._load()
         views = augmentation.byol(config.image_size, config.min_scale, config)
         sampler = self._sampler(trainer.step, trainer.steps)
@@ -140,6 +160,12 @@ class PretrainRun:
         self._skipped = trainer.guard.skipped().total
         self._sync_steps = config.log_steps
         self._batch: Tensor | None = None
+
+    def _open_teacher(self, config: PretrainConfig, device: torch.device) -> Teacher | None:
+        """The teacher, on rank 0 first: it may download weights, or measure the statistics of a run."""
+        teacher = open_teacher(config, device) if self.world.is_main else None
+        self.world.barrier()
+        return teacher if self.world.is_main else open_teacher(config, device)
 
     def _open_test_images(self) -> ImageDataset:
         """The images that the probe classifies, or, without a usable test split, training images without labels."""
@@ -208,6 +234,7 @@ class PretrainRun:
             with Interruption() as interruption, self.monitor, self.watchdog:
                 self._print(*self._description())
                 if trainer.step == 0:
+                    self._measure_teacher()
                     self._measure()
                 prepare_process(trainer.device)
                 self.meter.restart()
@@ -295,6 +322,15 @@ class PretrainRun:
         shown = "  ".join(f"{name} {values[name]:.3f}" for name in trainer.model.family.names if name in values)
         bad = f"  bad images {len(self.bad)}" if len(self.bad) else ""
         self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
+
+    def _measure_teacher(self) -> None:
+        """Print the teacher's kNN accuracy on the images of the probe."""
+        if self.probe is None or self.log is None or self.teacher is None:
+            return
+        self.watchdog.at(0, "measuring")
+        accuracy = self.probe.accuracy(self.teacher.features)
+        if accuracy is not None:
+            self._print(f"step 0  knn  teacher {accuracy:.3f}")
 
     def _measure(self, losses: dict[str, Tensor] | None = None) -> None:
         """Measure kNN accuracy, feature std and rank of every subnet, and warn of collapse."""
@@ -434,6 +470,7 @@ class PretrainRun:
             f"data  {self._data_used.line()}",
             *([f"data  {self._data_change}"] if self._data_change else []),
             *recipe.lines(self._choices, len(self.images)),
+            *([] if self.teacher is None else self.teacher.description()),
             *([self.kernels.line()] if self.kernels else []),
             *([] if registry.is_eager() else [f"operators  {operators}"]),
             *([f"resumed at step {trainer.step}"] if trainer.step else []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..distributed.batch_split import Accumulate, split_batch
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..run.device import check_activations, check_precision, configure_cuda
 from ..run.schedules import learning_rate, momentum_alpha, target_tau, weight_decay
+from ..teachers.targets import TeacherTargets
 from . import cuda_graphs
 from .dspnet import VIEWS, DSPNet, build_model
 from .flat_buffers import FlatBuffers
@@ -41,6 +43,7 @@ class Trainer:
     Attributes:
         model: the networks, a `DSPNet`.
         flat_buffers: their parameters, gradients, momentum and statistics.
+        teacher: targets of the teacher; to be set before the first step of a run with one.
         guard: skips and counts non-finite steps.
         loss_scale: factor of the loss with fp16; None with other precisions.
         max_skipped: consecutive non-finite steps after which a run ends.
@@ -56,6 +59,7 @@ class Trainer:
         self.config = config
         self.device = device
         self.world = world
+        self.teacher: TeacherTargets | None = None
         self.step = 0
         self.steps = config.epochs * epoch_steps
         self.epoch_steps = epoch_steps
@@ -86,7 +90,9 @@ class Trainer:
             )
         if overlaps:
             stages = [f"encoder.{stage}" for stage in self.model.online.encoder.stages]
-            self.all_reduce.overlap(self.model.online, [*stages, "projector"])
+            self.all_reduce.overlap(
+                self.model.online, [*stages, "projector" if self.model.self_weight else "teacher_head"]
+            )
         accumulate = _accumulate_on(self.model, self._alpha, device)
         if graphs:
             accumulate = cuda_graphs.captured(self.model, self.flat_buffers, self._alpha)
@@ -107,7 +113,7 @@ class Trainer:
         self.schedule(self.step)
         self.guard.begin()
         self.all_reduce.begin(self._split.micro_batches * len(subnets), self.model.encoder_passes)
-        losses = self.accumulate(batch, subnets)
+        losses = self.accumulate(batch, subnets, None if self.teacher is None else self.teacher(self.step, batch))
         self.all_reduce.finish()
         if (shares := self.world.size * self._split.micro_batches) > 1:
             self.flat_buffers.grads /= shares
@@ -160,9 +166,11 @@ class Trainer:
     def diagnose(self, batch: Tensor) -> Finding | None:
         """The first non-finite number in a step on this batch, with the subnets of the last step."""
         subnets = self._sample(self.step - 1)
-        for micro_batch in self._split.split(batch):
+        taught = None if self.teacher is None else self.teacher(self.step - 1, batch)
+        parts = repeat(None) if taught is None else self._split.split(taught)
+        for micro_batch, part in zip(self._split.split(batch), parts, strict=False):
             images = prepare(micro_batch, self.device)
-            finding = find_nonfinite(self.model, self.flat_buffers, images, subnets, self._alpha)
+            finding = find_nonfinite(self.model, self.flat_buffers, images, subnets, self._alpha, part)
             if finding is not None:
                 return finding
         return None
@@ -211,8 +219,8 @@ class Trainer:
 def _accumulate_on(model: DSPNet, alpha: Tensor, device: torch.device) -> Accumulate:
     """`DSPNet.accumulate` on batches before normalisation. No method: a trainer that refers to itself is freed late."""
 
-    def accumulate(batch: Tensor, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
-        return model.accumulate(prepare(batch, device), subnets, alpha)
+    def accumulate(batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None) -> dict[str, Tensor]:
+        return model.accumulate(prepare(batch, device), subnets, alpha, taught)
 
     return accumulate
 

@@ -6,6 +6,7 @@ OUT/metrics.jsonl     metrics, one JSON object per line
 OUT/tensorboard/      the same metrics for TensorBoard
 OUT/train.log         printed lines with the time
 OUT/kernels.json      formulation of the steps and the verdicts on its providers, with --fast-kernels
+OUT/teacher.json      facts about the teacher, with --teacher
 OUT/bad_images.json   error messages of images that were left out, if any
 OUT/nonfinite.json    the non-finite tensor and the images of its batch, if that ended the run
 OUT/stalled.txt       stack traces of all threads, if the run stalled

@@ -26,6 +26,7 @@ from ..distributed.process_group import SINGLE_PROCESS, World
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer, random_batch
 from ..run.device import check_fast_kernels
+from ..teachers.targets import random_targets
 from .racer import FEWEST_IMAGES
 from .recording import micro_batch_config, shape_of
 from .selection import Print, Progress, key_of, select, verify_run
@@ -229,6 +230,7 @@ def step_seconds(config: PretrainConfig, device: torch.device, world_size: int) 
 
 def _time_step(config: PretrainConfig, device: torch.device) -> float:
     trainer = Trainer(config, 1000, device)
+    trainer.teacher = random_targets(config, device)
     batch = random_batch(config, VIEWS * config.batch_size)
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()

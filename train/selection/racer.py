@@ -19,6 +19,7 @@ from ..config import PretrainConfig
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer, random_batch
 from ..run.process import prepare_process
+from ..teachers.targets import random_targets
 
 CONTROL = "control"  # eager steps that are measured as if they were those of another formulation
 SAMPLE_SECONDS = 0.05  # shortest time that is measured: several steps if one takes less
@@ -92,6 +93,8 @@ class Steps:
     def __init__(self, config: PretrainConfig, device: torch.device, report: Callable[..., None]) -> None:
         self._device, self._config = device, config
         self._trainers = {name: Trainer(config, 1000, device) for name in POLICIES}
+        for trainer in self._trainers.values():
+            trainer.teacher = random_targets(config, device)
         self._images = config.batch_size
         if device.type == "cpu":
             groups = config.bn_groups or 1

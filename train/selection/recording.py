@@ -33,6 +33,7 @@ SHAPE_OPTIONS = (
     "cudnn",
     "no_cuda_graphs",
 )
+TEACHER_OPTIONS = ("teacher_features", "self_weight")  # others, of runs with a teacher
 
 
 def shape_of(config: PretrainConfig, world_size: int) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def shape_of(config: PretrainConfig, world_size: int) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in SHAPE_OPTIONS},
         **({} if config.in_channels == 3 else {"in_channels": config.in_channels}),
+        **({name: getattr(config, name) for name in TEACHER_OPTIONS} if config.teacher is not None else {}),
         "images": images,
         "micro_batch": images // split.micro_batches,
         "bn_groups": split.bn_groups,
@@ -78,9 +80,10 @@ def calls_of(config: PretrainConfig) -> list[Call]:
     model, views = trainer.model, VIEWS * config.batch_size
     images = torch.empty(views, config.in_channels, config.image_size, config.image_size, device=meta)
     images = images.contiguous(memory_format=torch.channels_last)
+    taught = None if config.teacher_features is None else torch.empty(views, config.teacher_features, device=meta)
 
     def run() -> None:
-        model.accumulate(images, list(model.family), torch.zeros((), device=meta))
+        model.accumulate(images, list(model.family), torch.zeros((), device=meta), taught)
         trainer.update()
         post_statistics(model.online.encoder, model.family, [images[:MEASURED]])
         for subnet in model.family:

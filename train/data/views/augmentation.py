@@ -22,7 +22,8 @@ from ..sampler import mix
 MIN_IMAGE_SIZE = 8  # pixels
 CROP_TRIES = 10
 KERNEL_PER_SIGMA = 11.5  # of the largest sigma: 23 pixels for 2
-NUMBERS_PER_VIEW = 2 * CROP_TRIES + 2 + 6 + 4 + 4  # split up in `sample_view`
+FLIP = 2 * CROP_TRIES + 2  # index of the number that decides about the flip
+NUMBERS_PER_VIEW = FLIP + 6 + 4 + 4  # split up in `sample_view`
 JITTER = ("brightness", "contrast", "saturation", "hue")
 OPERATIONS = ("resize", "flip", *JITTER, "order", "grey", "blur", "solarize")
 
@@ -176,18 +177,23 @@ def sample_view(view: ViewSpec, uniform: Sequence[float], height: int, width: in
         height: of the image in pixels.
         width: of the image in pixels.
     """
-    crop, order, factors = uniform[: 2 * CROP_TRIES + 2], uniform[-8:-4], uniform[-4:]
-    flip, jitter, grey, blur, sigma, solarize = uniform[2 * CROP_TRIES + 2 : -8]
+    crop, order, factors = uniform[:FLIP], uniform[-8:-4], uniform[-4:]
+    _, jitter, grey, blur, sigma, solarize = uniform[FLIP:-8]
     low, high = view.blur_sigma
     blurred = blur < view.blur_probability and view.blur_kernel >= 3
     return ViewParameters(
         box=_crop_box(view, height, width, crop),
-        flip=flip < view.flip_probability,
+        flip=is_mirrored(view, uniform),
         jitter=_jitter(view, order, factors) if jitter < view.jitter_probability else (),
         grey=grey < view.grey_probability,
         sigma=low + (high - low) * sigma if blurred else 0.0,
         solarize=solarize < view.solarize_probability,
     )
+
+
+def is_mirrored(view: ViewSpec, uniform: Sequence[float]) -> bool:
+    """Whether `sample_view` mirrors a view, which depends on no size."""
+    return uniform[FLIP] < view.flip_probability
 
 
 def _jitter(view: ViewSpec, order: Sequence[float], factors: Sequence[float]) -> tuple[tuple[str, float], ...]:

@@ -1,0 +1,384 @@
+"""Training with a frozen teacher: losses in float64, targets, micro-batches, ranks, resume, cache, graphs and costs."""
+
+import copy
+import json
+import signal
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import family
+from dspnet_fast.nn import activate
+from train import compare
+from train.comparison import times
+from train.comparison.measuring import StepMeasurement, measure_in_this_process
+from train.costs.flops import TeacherCost, network_costs, run_cost
+from train.export import ExportOptions, export
+from train.pretrain import _main
+from train.pretraining import cuda_graphs
+from train.pretraining.cuda_graphs import CapturedFunction
+from train.pretraining.dspnet import DSPNet
+from train.pretraining.run import PretrainRun
+from train.pretraining.trainer import Trainer
+from train.run import checkpoint
+from train.teachers.cache import CachedFeatures
+from train.teachers.live import LiveFeatures
+from train.teachers.targets import RIDGE, TeacherTargets, measure_whitening
+from train.teachers.teacher import FACTS, expected_facts, open_teacher, with_teacher, without_teacher
+
+NAMES = ["c8-d1111", "c8-d2111", "c16-d2111"]
+TAUGHT = 12
+CPU = torch.device("cpu")
+
+
+def make(self_weight, **options):
+    torch.manual_seed(0)
+    model = DSPNet(
+        "resnet", family("resnet", NAMES), "small", 32, 16, teacher_features=TAUGHT, self_weight=self_weight, **options
+    ).double()
+    for parameter in model.target.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    images, features = torch.randn(8, 3, 16, 16).double(), torch.randn(8, TAUGHT).double() + 3
+    return model, images, TeacherTargets(lambda step, batch: features)(0, images), features
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.online.named_parameters() if p.grad is not None}
+
+
+def cosine_distance(p, z):
+    return 2 - 2 * F.cosine_similarity(p, z)
+
+
+@pytest.mark.parametrize("self_weight", [0.0, 0.3, 1.0])
+def test_loss_and_gradients_equal_the_written_out_formula(self_weight):
+    model, images, taught, features = make(self_weight, momentum_bn="off")
+    dn, twin = model.family[1], copy.deepcopy(model)
+    losses = model.accumulate(images, [dn], taught=taught)
+
+    expected = torch.zeros((), dtype=torch.float64)
+    with activate(twin.online, dn):
+        encoded = [twin.online.encoder(view) for view in images.chunk(2)]
+        predicted = [twin.online.teacher_head(view) for view in encoded]
+        for prediction, feature in zip(predicted, features.chunk(2)):  # the same view, centred over both
+            expected = expected + cosine_distance(prediction, feature - features.mean(0)).mean()
+        if self_weight:
+            p1, p2 = (twin.online.predictor(twin.online.projector(view)) for view in encoded)
+            with torch.no_grad():
+                z1, z2 = (twin.target.projector(twin.target.encoder(view)) for view in images.chunk(2))
+            expected = expected + self_weight * (cosine_distance(p1, z2) + cosine_distance(p2, z1)).mean()
+    expected.backward()
+    torch.testing.assert_close(losses[dn.name], expected.detach())
+    assert gradients(model).keys() == gradients(twin).keys()
+    torch.testing.assert_close(gradients(model), gradients(twin))
+
+
+@pytest.mark.parametrize("self_weight", [0.0, 0.5])
+def test_accumulated_gradients_equal_those_of_the_summed_loss(self_weight):
+    model, images, taught, _ = make(self_weight)
+    twin = copy.deepcopy(model)
+    losses = model.accumulate(images, list(model.family), alpha=0.6, taught=taught)
+    targets = twin.targets(images, alpha=0.6)
+    total = sum(twin.loss(images, targets, dn, taught) for dn in twin.family)
+    total.backward()
+    torch.testing.assert_close(sum(losses.values()), total.detach())
+    torch.testing.assert_close(gradients(model), gradients(twin))
+
+
+def test_without_self_weight_the_target_computes_nothing():
+    model, images, taught, _ = make(0.0)
+    assert model.online.projector is model.online.predictor is model.target.projector is None
+    model.target.encoder.forward = None  # calling it would fail
+    assert model.targets(images).shape == (0, 0)
+    model.accumulate(images, list(model.family), taught=taught)
+
+
+def test_whitened_targets_are_uncorrelated_with_equal_variances_up_to_the_ridge():
+    torch.manual_seed(0)
+    features = torch.randn(500, 6) @ torch.diag(torch.tensor([5.0, 3.0, 2.0, 1.0, 1.0, 0.5])) @ torch.randn(6, 6) + 4
+    mean, matrix = measure_whitening(features.split(100))
+    torch.testing.assert_close(mean, features.mean(0))
+    covariance = torch.cov(features.T.double(), correction=0)
+    values, vectors = torch.linalg.eigh(covariance)
+    ridge = RIDGE * values.mean()
+    white = TeacherTargets(lambda step, batch: features, whitening=(mean, matrix))(0, features).double()
+    expected = vectors @ torch.diag(values / (values + ridge)) @ vectors.T
+    torch.testing.assert_close(torch.cov(white.T, correction=0), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="same features for all images"):
+        measure_whitening([torch.ones(3, 2)])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def taught(small, weights):
+    """taught(**options): the configuration of a small run with a teacher."""
+
+    def configuration(**options):
+        source = {"teacher": f"timm:test_efficientnet={weights}", "teacher_size": 32, "probe_epochs": 0}
+        return small(**{**source, **options})
+
+    return configuration
+
+
+def trainer_of(config, teacher=None):
+    config = copy.copy(config)
+    teacher = teacher or open_teacher(config, CPU)
+    config.teacher_features = teacher.facts.features
+    trainer = Trainer(config, 10, CPU)
+    trainer.teacher = TeacherTargets(LiveFeatures(teacher, CPU, config.grad_accum_steps))
+    return trainer
+
+
+def views(config):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (2 * config.batch_size, 3, 12, 12), dtype=torch.uint8, generator=generator)
+
+
+def test_centre_is_that_of_the_whole_batch_with_micro_batches(taught, monkeypatch):
+    whole, parts = trainer_of(taught(bn_groups=2)), trainer_of(taught(bn_groups=2, grad_accum_steps=2))
+    batch = views(whole.config)
+    torch.testing.assert_close(parts.teacher(0, batch), whole.teacher(0, batch))
+    assert whole.teacher(0, batch).mean(0).abs().max() < 1e-5
+    torch.testing.assert_close(parts.train_step(batch), whole.train_step(batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.flat_buffers.params, whole.flat_buffers.params, rtol=1e-4, atol=1e-4)
+
+
+def test_centre_is_that_of_all_ranks():
+    features = torch.randn(2, 6, TAUGHT).double()
+
+    class Ranks:
+        def all_reduce_mean(self, tensor):
+            torch.testing.assert_close(tensor, features[0].mean(0))
+            tensor.copy_(features.mean((0, 1)))
+
+    found = TeacherTargets(lambda step, batch: features[0], Ranks())(0, features[0])
+    torch.testing.assert_close(found, features[0] - features.flatten(0, 1).mean(0))
+
+
+def run_and_return(functions):
+    for function in functions:
+        function()
+    return list(functions)
+
+
+@pytest.mark.parametrize("self_weight", [0.0, 0.5])
+def test_captured_steps_equal_launched_steps(taught, self_weight):
+    config = taught(self_weight=self_weight)
+    teacher = open_teacher(config, CPU)
+    plain, captured = trainer_of(config, teacher), trainer_of(config, teacher)
+    flat = captured.flat_buffers
+    captured.accumulate = cuda_graphs.captured(captured.model, flat, captured._alpha, run_and_return)
+    captured.teacher._source._features = CapturedFunction(teacher.features, run_and_return)
+    for index in range(2):
+        batch = views(config) + index
+        torch.testing.assert_close(captured.train_step(batch), plain.train_step(batch), rtol=0, atol=0)
+    torch.testing.assert_close(flat.params, plain.flat_buffers.params, rtol=0, atol=0)
+
+
+def test_nonfinite_features_are_skipped_and_found(taught):
+    trainer = trainer_of(taught())
+    before = trainer.flat_buffers.params.clone()
+    trainer.teacher = TeacherTargets(lambda step, batch: torch.full((len(batch), 256), float("nan")))
+    trainer.train_step(views(trainer.config))
+    assert trainer.guard.skipped().total == 1 and torch.equal(trainer.flat_buffers.params, before)
+    assert trainer.diagnose(views(trainer.config)).subnet == "teacher"
+
+
+def stop_after(config, step, monkeypatch):
+    train_step = Trainer.train_step
+
+    def interrupting_step(self, batch):
+        losses = train_step(self, batch)
+        if self.step == step:
+            signal.raise_signal(signal.SIGINT)
+        return losses
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", interrupting_step)
+        PretrainRun(config, resume=False).run()
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+@pytest.mark.parametrize("target", ["centred", "whitened"])
+def test_resume_is_exact(taught, tmp_path, monkeypatch, cached, target):
+    cache = {"teacher_cache": str(tmp_path / "cache")} if cached else {}
+    options = {"teacher_target": target, "self_weight": 0.5 if cached else 0.0, **cache}
+    PretrainRun(taught(out=str(tmp_path / "whole"), **options), resume=False).run()
+    stop_after(taught(**options), 3, monkeypatch)
+    _main(["--resume", "--out", str(tmp_path / "run")])
+    actual, expected = (checkpoint.load(checkpoint.newest_of_run(tmp_path / name)) for name in ("run", "whole"))
+    for part in ("model", "momentum"):
+        torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
+    assert not any("teacher" in name and "head" not in name for name in actual["model"]), "weights of the teacher"
+
+
+def test_resume_with_another_teacher_is_refused(taught, tmp_path, weights, monkeypatch):
+    stop_after(taught(), 1, monkeypatch)
+    state = timm.create_model("test_efficientnet", pretrained=False).state_dict()
+    save_file(state, tmp_path / "other.safetensors")
+    out = ["--resume", "--out", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="was begun with a teacher of weights"):
+        _main([*out, "--teacher", f"timm:test_efficientnet={tmp_path / 'other.safetensors'}"])
+    moved = weights.rename(weights.with_name("moved.safetensors"))
+    try:
+        _main([*out, "--teacher", f"timm:test_efficientnet={moved}"])  # the same weights elsewhere
+    finally:
+        moved.rename(weights)
+
+
+def test_cached_features_are_those_of_the_image_or_of_its_mirror_image(taught, tmp_path):
+    config = taught(teacher_cache=str(tmp_path / "cache"), out=str(tmp_path / "first"))
+    first = PretrainRun(config, resume=False)
+    source, sampler = first.trainer.teacher._source, first._sampler()
+    assert isinstance(source, CachedFeatures)
+    rows = [array for array in source._rows]
+    teacher = first.teacher
+    from train.data.loader import evaluation_batches
+    from train.data.normalization import normalize
+    from train.data.views.augmentation import byol, sample_view, uniform_numbers
+
+    batch = next(iter(evaluation_batches(first.images, range(80), 32, 80, 0)))
+    torch.testing.assert_close(rows[0], teacher.features(normalize(batch)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows[1], teacher.features(normalize(batch.flip(3))), rtol=1e-4, atol=1e-4)
+    for step in (3, 12):
+        found = source(step, torch.empty(0)).chunk(2)
+        for k, spec in enumerate(byol(config.image_size, config.min_scale)):
+            for (epoch, index), row in zip(sampler.batch(step), found[k]):
+                parameters = sample_view(spec, uniform_numbers(config.seed, epoch, index)[k], 16, 16)
+                torch.testing.assert_close(row, rows[parameters.flip][index])
+
+
+def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path, monkeypatch):
+    options = {"teacher_cache": str(tmp_path / "cache"), "epochs": 1}
+    PretrainRun(taught(**options), resume=False)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert sorted(path.name.split("-")[0] for path in files) == ["mirror", "view"]
+    PretrainRun(taught(out=str(tmp_path / "second"), **options), resume=False)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files
+
+
+def test_run_states_its_teacher_and_so_does_every_export(taught, tmp_path, capsys):
+    config = taught(epochs=1, warmup_epochs=0)
+    PretrainRun(config, resume=False).run()
+    assert "teacher  test_efficientnet, 256 features of views at 32 px, apache-2.0" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "run" / FACTS).read_text())
+    assert facts["sha256"] == open_teacher(config, CPU).facts.sha256 and facts["licence"] == "apache-2.0"
+    (folder,) = export(tmp_path / "run", ["c8-d1111"], ExportOptions())
+    assert json.loads((folder / "manifest.json").read_text())["teacher"] == facts
+
+
+def test_accuracy_of_the_teacher_is_printed_before_the_first_step(taught, tmp_path):
+    run = PretrainRun(taught(epochs=1, probe_epochs=1), resume=False)
+    run.run()
+    (line,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "knn  teacher" in line]
+    assert f"step 0  knn  teacher {run.probe.accuracy(run.teacher.features):.3f}" in line
+
+
+def test_export_of_a_run_without_a_teacher_says_so(trained):
+    (folder,) = export(trained, ["c8-d1111"], ExportOptions())
+    assert json.loads((folder / "manifest.json").read_text())["teacher"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"self_weight": 0.5}, "--self-weight needs --teacher"),
+        ({"teacher_cache": "cache"}, "--teacher-cache needs --teacher"),
+        ({"teacher": "x", "self_weight": 1.5}, "--self-weight must lie between 0 and 1"),
+        ({"teacher": "x", "teacher_size": 0}, "--teacher-size must be at least 1"),
+        ({"teacher": "x", "teacher_target": "raw"}, "--teacher-target must be one of centred, whitened"),
+    ],
+)
+def test_invalid_options_are_refused(small, options, message):
+    with pytest.raises(InputError, match=message):
+        small(**options)
+
+
+def test_cost_of_the_teacher_is_a_part_of_its_own(small):
+    plain = small()
+    costs = network_costs(plain)
+    alone = run_cost(plain, 10, costs)
+    live = run_cost(small(teacher="x", teacher_features=5, self_weight=0.5), 10, costs, TeacherCost(1000, 5))
+    assert live.parts()["teacher"] == live.views * 1000 and "teacher" not in alone.parts()
+    assert live.target == alone.target and live.optimizer > alone.optimizer
+    head = {dn: costs[dn].features * 5 for dn in costs}
+    for dn, macs in live.online.items():
+        assert macs == pytest.approx(alone.online[dn] + alone.online[dn] / self_macs(plain, costs[dn]) * head[dn])
+    only = run_cost(small(teacher="x", teacher_features=5), 10, costs, TeacherCost(1000, 5, cached_images=80))
+    assert only.target == 0 and only.parts()["teacher"] == 2 * 80 * 1000
+    assert sum(only.online.values()) < sum(live.online.values())
+
+
+def self_macs(config, cost):
+    hidden, out = config.hidden_features, config.out_features
+    return cost.macs + cost.features * hidden + hidden * out + 2 * out * hidden
+
+
+def test_dry_run_shows_the_teacher_and_reads_no_weights(taught, capsys, tmp_path):
+    config = taught(out="")
+    arguments = [f"--{name}={getattr(config, name.replace('-', '_'))}" for name in ("data", "network", "dns", "stem")]
+    _main(
+        [*arguments, "--image-size=12", "--teacher=timm:test_efficientnet=missing.pth", "--batch-size=8", "--dry-run"]
+    )
+    shown = capsys.readouterr().out
+    assert "teacher       " in shown and "test_efficientnet" in shown
+
+
+def test_comparison_has_three_arms_and_the_teacher_as_a_part(images, weights, tmp_path, monkeypatch):
+    def measured(config, steps, kernels):
+        teacher = 0.0 if config.teacher is None else 0.5
+        return StepMeasurement(0.25, dict.fromkeys(config.names(), 1.0), 0.125, 2**20, teacher)
+
+    monkeypatch.setattr(times, "measure_step", measured)
+    options = {
+        "data": images,
+        "network": "resnet",
+        "stem": "small",
+        "dns": "c8-d1111,c16-d1111",
+        "image_size": 12,
+        "hidden_features": 16,
+        "out_features": 8,
+        "epochs": 1,
+        "batch_size": 40,
+        "warmup_epochs": 0,
+        "workers": 0,
+        "probe_epochs": 0,
+        "log_steps": 1,
+        "k": 5,
+        "out": tmp_path / "out",
+        "teacher": f"timm:test_efficientnet={weights}",
+    }
+    with pytest.raises(SystemExit) as end:
+        compare.main([f"--{name.replace('_', '-')}={value}" for name, value in options.items()])
+    assert end.value.code == 0
+    report = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert list(report["runs"]) == ["c8-d1111", "c16-d1111", "family-n4-itself", "family-n4"]
+    assert list(report["accuracy"]["kNN"]) == ["alone", "family-n4-itself", "family-n4"]
+    itself, taught = report["runs"]["family-n4-itself"], report["runs"]["family-n4"]
+    assert "teacher" not in itself["counted"] and taught["counted"]["teacher"] > 0
+    assert taught["measured"]["parts"]["teacher"] > 0
+    alone, together = report["ratios"]["separate runs"]["separate runs"], report["ratios"]["separate runs"]["family-n4"]
+    assert together["counted"]["teacher"] == pytest.approx(alone["counted"]["teacher"] / 2), "one forward for both"
+    for kind in ("counted", "measured"):
+        parts = {name: value for name, value in together[kind].items() if name not in ("total", "seeds")}
+        assert sum(parts.values()) == pytest.approx(together[kind]["total"])
+    assert "teacher forward" in (tmp_path / "out" / "compare.md").read_text()
+    facts = [json.loads((tmp_path / f"out/runs/{run}-seed0" / FACTS).read_text()) for run in ("c8-d1111", "family-n4")]
+    assert facts[0] == facts[1] and not (tmp_path / "out/runs/family-n4-itself-seed0" / FACTS).exists()
+
+
+def test_timed_step_has_the_time_of_the_teacher(taught):
+    config = with_teacher(taught(batch_size=4), expected_facts(taught()))
+    assert measure_in_this_process(config, 1).teacher > 0
+    assert measure_in_this_process(without_teacher(config), 1).teacher == 0

@@ -1,0 +1,1 @@
+"""Frozen teachers: where their networks come from, their features, and the targets made of these (docs/teacher.md)."""

@@ -1,0 +1,31 @@
+"""A teacher's features of the views that the subnets see, computed in every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..data.normalization import prepare
+from ..pretraining.cuda_graphs import CapturedFunction
+from .teacher import Teacher
+
+
+class LiveFeatures:
+    """Computes the features of a batch of views in parts.
+
+    Args:
+        teacher: the teacher.
+        device: device of the run.
+        parts: number of parts, such as the micro-batches of a step; they bound the memory.
+        graphs: replay the network as a CUDA graph.
+    """
+
+    def __init__(self, teacher: Teacher, device: torch.device, parts: int = 1, graphs: bool = False) -> None:
+        self._features = CapturedFunction(teacher.features) if graphs else teacher.features
+        self._device = device
+        self._parts = parts
+
+    def __call__(self, step: int, batch: Tensor) -> Tensor:
+        """Features [2B, T] of `batch`, [2B, C, S, S]; see `Trainer.train_step`."""
+        features = [self._features(prepare(part, self._device)).clone() for part in batch.chunk(self._parts)]
+        return torch.cat(features)

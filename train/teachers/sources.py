@@ -1,0 +1,244 @@
+"""Networks by the value of --teacher: a run or export of this project, timm, torchvision, or a function.
+
+Every network maps normalised images [N, 3, H, W] to pooled features [N, F], without a classifier.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dspnet_fast import exported
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import Classifier, subnet
+from dspnet_fast.slim import slim
+
+from ..config import FinetuneConfig, PretrainConfig
+from ..data.datasets import open_images
+from ..data.normalization import MEAN, STD
+from ..evaluation.finetuned import FinetunedFamily
+from ..evaluation.pretrained import EvaluatedFamily, PretrainedFamily
+from ..run.saved_config import CONFIG, read_any_config
+from .weights import SORTED, match, read_weights
+
+FORMS = "a run, RUN:DN, an export, timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function"
+OWN = "own weights"  # licence of networks that this project trained
+TORCHVISION_CLASSIFIERS = ("classifier", "fc", "heads", "head")
+
+
+@dataclass
+class Source:
+    """A network and what its images must look like.
+
+    Attributes:
+        network: images [N, 3, H, W] to features [N, F].
+        architecture: name of the architecture.
+        licence: licence of the weights; None if nothing states one.
+        mean, std: normalisation of images from 0 to 1, by channel.
+        interpolation: how images are resized, "bilinear" or "bicubic".
+        image_size: height and width of the images the weights were trained for, in pixels.
+        any_size: whether the network takes images of other sizes.
+        note: a line to print; empty for none.
+    """
+
+    network: nn.Module
+    architecture: str
+    licence: str | None
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    interpolation: str = "bicubic"
+    image_size: int = 224
+    any_size: bool = True
+    note: str = ""
+
+
+def load_source(source: str, image_size: int | None = None, weights: bool = True) -> Source:
+    """Load the network that a value of --teacher names.
+
+    Args:
+        source: the value.
+        image_size: height and width of its images [those of its training]; some networks are built for one size.
+        weights: False builds the architecture alone, with arbitrary weights and without reading files of weights.
+
+    Raises:
+        InputError: there is no such network or file, or the file's tensors do not fit the network.
+    """
+    library, _, rest = source.partition(":")
+    name, _, file = rest.partition("=")
+    try:
+        if library == "timm":
+            return _timm(name, file, image_size, weights)
+        if library == "torchvision":
+            return _torchvision(name, file, weights)
+        if Path(source).is_dir():
+            return _own(Path(source), None, weights)
+        folder, _, dn = source.rpartition(":")
+        if folder and Path(folder).is_dir():
+            return _own(Path(folder), dn, weights)
+        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
+            return _function(library, rest)
+    except InputError as error:
+        raise InputError(f"--teacher {source}: {error}") from error
+    raise InputError(f"--teacher {source}: there is no such folder; give {FORMS}")
+
+
+def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError("timm is not installed: pip install 'dspnet-fast[timm]'") from error
+    if not timm.is_model(name.partition(".")[0]):
+        raise InputError(f"timm {timm.__version__} has no model {name!r}: timm.list_models() names them")
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        raise InputError(f"timm {timm.__version__} has no weights {name!r}: timm.list_pretrained() names them")
+    sized: dict[str, Any] = {"img_size": image_size} if config.fixed_input_size and image_size else {}
+    note = ""
+    download = weights and not file
+    if download and not config.has_weights:
+        raise InputError(f"timm has no weights of {name}: give a file, timm:{name}=FILE")
+    network = _attempt(lambda: timm.create_model(name, pretrained=download, num_classes=0, **sized), "timm")
+    if weights and file:
+        tensors = read_weights(Path(file))
+        classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
+        try:
+            state, by_order = match(network, tensors, classifiers, not file.endswith(SORTED))
+            network.load_state_dict(state, strict=False)  # match has compared everything but counters
+            note = _by_order(file) if by_order else ""
+        except InputError as error:
+            overlay = {"state_dict": tensors}
+            try:  # timm converts the original files of many publications
+                network = timm.create_model(
+                    name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **sized
+                )
+            except Exception:
+                raise InputError(f"{file} does not fit {name}: {error}") from error
+    return described(network, config.to_dict(), name, note)
+
+
+def described(network: nn.Module, config: Mapping[str, Any], name: str, note: str = "") -> Source:
+    """A source with the normalisation, size and licence of a configuration in timm's form."""
+    size = tuple(config.get("input_size") or (3, 224, 224))
+    if size[0] != 3 or size[1] != size[2]:
+        raise InputError(f"{name} takes images of {list(size)}; square images of three channels are needed")
+    interpolation = config.get("interpolation")
+    return Source(
+        network,
+        name,
+        config.get("license") or None,
+        tuple(config.get("mean") or MEAN),
+        tuple(config.get("std") or STD),
+        interpolation if interpolation in ("bilinear", "bicubic") else "bicubic",
+        size[1],
+        not config.get("fixed_input_size", False),
+        note,
+    )
+
+
+def _torchvision(name: str, file: str, weights: bool) -> Source:
+    from torchvision import models
+
+    if name not in models.list_models(models):
+        raise InputError(f"torchvision has no classifier {name!r}: torchvision.models.list_models() names them")
+    published = models.get_model_weights(name)
+    default = getattr(published, "DEFAULT", None)
+    download = default if weights and not file else None
+    network = _attempt(lambda: models.get_model(name, weights=download), "torchvision")
+    classifier = next((part for part in TORCHVISION_CLASSIFIERS if hasattr(network, part)), None)
+    if classifier is None:
+        raise InputError(f"{name} has no classifier that could be removed: name a function of your own")
+    setattr(network, classifier, nn.Identity())
+    note = ""
+    if weights and file:
+        try:
+            state, by_order = match(network, read_weights(Path(file)), [classifier], not file.endswith(SORTED))
+        except InputError as error:
+            raise InputError(f"{file} does not fit {name}: {error}") from error
+        network.load_state_dict(state, strict=False)
+        note = _by_order(file) if by_order else ""
+    preset = default.transforms() if default is not None else None
+    size = preset.crop_size[0] if preset is not None else 224
+    network = nn.Sequential(network, nn.Flatten())
+    return Source(
+        network,
+        name,
+        None,
+        interpolation="bilinear",
+        image_size=size,
+        any_size=not name.startswith(("vit", "maxvit")),
+        note=note,
+    )
+
+
+def _own(folder: Path, dn: str | None, weights: bool) -> Source:
+    if dn is None and (folder / exported.MANIFEST).is_file():
+        return _export(folder)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds neither a run ({CONFIG}) nor an export ({exported.MANIFEST})")
+    config = read_any_config(folder, PretrainConfig, FinetuneConfig)
+    assert isinstance(config, PretrainConfig | FinetuneConfig)
+    family = config.family() if isinstance(config, FinetuneConfig) else config
+    chosen = subnet(family.network, dn or family.names()[-1])
+    if weights:
+        cpu = torch.device("cpu")
+        trained: EvaluatedFamily
+        trained = FinetunedFamily(folder, cpu) if isinstance(config, FinetuneConfig) else PretrainedFamily(folder, cpu)
+        if not chosen.within(trained.family.full):
+            raise InputError(f"{chosen} is no part of {trained.family.full}, the largest network of {folder}")
+        assert config.data is not None
+        if chosen.name not in trained.restore_statistics([chosen]):
+            trained.measure_statistics([chosen], open_images(config.data, "train"), config.data)
+        network = slim(trained.model, chosen)
+    else:
+        network = exported.plain(family.network, chosen, family.stem)
+    assert config.image_size is not None
+    network = network.encoder if isinstance(network, Classifier) else network
+    return Source(network, f"{family.network} {chosen.name}", OWN, image_size=config.image_size)
+
+
+def _export(folder: Path) -> Source:
+    network = exported.load(folder)  # InputError for an invalid manifest
+    manifest = json.loads((folder / exported.MANIFEST).read_text())
+    network = network.encoder if isinstance(network, Classifier) else network
+    normalization = manifest.get("normalization", {"mean": MEAN, "std": STD})
+    return Source(
+        network,
+        f"{manifest['network']} {manifest['dn']}",
+        OWN,
+        tuple(normalization["mean"]),
+        tuple(normalization["std"]),
+        image_size=manifest.get("image_size", 224),
+    )
+
+
+def _function(module: str, function: str) -> Source:
+    """The network that a user's function returns; its attribute `pretrained_cfg`, if any, has the form of timm's."""
+    try:
+        made = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{error}: give {FORMS}, and see that Python finds the module (PYTHONPATH)") from error
+    network = _attempt(made, f"{module}:{function}")
+    if not isinstance(network, nn.Module):
+        raise InputError(f"the function returns {type(network).__name__}, not a torch.nn.Module")
+    return described(network, getattr(network, "pretrained_cfg", None) or {}, f"{module}:{function}")
+
+
+def _attempt(make: Callable[[], nn.Module], what: str) -> nn.Module:
+    """Call a function of another library; its errors, such as those of a failed download, become InputErrors."""
+    try:
+        return make()
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{what} cannot make the network ({type(error).__name__}): {reason[0]}") from error
+
+
+def _by_order(file: str) -> str:
+    return f"teacher  the names in {file} are not the network's: matched by order, all shapes agree"

@@ -1,0 +1,235 @@
+"""A frozen teacher: features of the same views that the subnets see, and the facts that runs and exports state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dspnet_fast import atomic
+from dspnet_fast.cost import mac_count
+from dspnet_fast.errors import InputError
+
+from ..config import PretrainConfig
+from ..costs.flops import TeacherCost
+from ..data.normalization import MEAN, STD
+from ..pretraining.dspnet import HALF
+from .sources import Source, load_source
+
+FACTS = "teacher.json"
+MULTIPLE = 32  # of a default size, in pixels: the stride of most networks
+VIEW_SIZES = 2  # largest default size, as a multiple of the views' size: larger ones add pixels but no detail
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a run and the manifests of its exports state about the teacher.
+
+    Attributes:
+        source: value of --teacher.
+        architecture: name of the network.
+        sha256: digest of its weights: names, dtypes, shapes and bytes of the state_dict's tensors.
+        licence: licence of the weights; None if nothing states one.
+        features: number of features.
+        image_size: height and width of its images, in pixels.
+        normalization: mean and std of its images.
+        interpolation: how views are resized.
+        macs: multiply-accumulates for one view.
+    """
+
+    source: str
+    architecture: str
+    sha256: str
+    licence: str | None
+    features: int
+    image_size: int
+    normalization: dict[str, list[float]]
+    interpolation: str
+    macs: int
+
+    def cost(self, config: PretrainConfig, images: int | None) -> TeacherCost:
+        """Cost of the teacher in a run on this many images; with an unknown number, as if its views were computed."""
+        return TeacherCost(self.macs, self.features, None if config.teacher_cache is None else images)
+
+
+class Teacher:
+    """A frozen network in evaluation mode.
+
+    Args:
+        source: the network and its images.
+        facts: facts about it.
+        device: device to compute on.
+        precision: precision of the run; "bf16" and "fp16" cast the network's weights.
+    """
+
+    def __init__(self, source: Source, facts: TeacherFacts, device: torch.device, precision: str = "fp32") -> None:
+        self.facts = facts
+        self.note = source.note
+        network = source.network.requires_grad_(False).eval()
+        self.network = network.to(device, HALF.get(precision)).to(memory_format=torch.channels_last)
+        self._dtype = _dtype(self.network)
+        # Views are normalised with MEAN and STD: (x STD + MEAN - mean) / std undoes that and applies the teacher's.
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, dtype=torch.float64, device=device).view(1, 3, 1, 1)
+            for values in (source.mean, source.std, MEAN, STD)
+        )
+        self._scale, self._shift = own_std / std, (own_mean - mean) / std
+        self._normalized = (tuple(source.mean), tuple(source.std)) == (tuple(MEAN), tuple(STD))
+
+    def description(self) -> list[str]:
+        """Lines to print at the start of a run."""
+        facts = self.facts
+        licence = facts.licence or "licence unknown"
+        lines = [
+            f"teacher  {facts.architecture}, {facts.features} features of views at {facts.image_size} px, {licence}, "
+            f"weights {facts.sha256[:12]}"
+        ]
+        if facts.licence is None:
+            lines.append(f"teacher  nothing states the licence of {facts.source}: see that you may use its weights")
+        return [*lines, *([self.note] if self.note else [])]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Convert images to the teacher's normalisation and size.
+
+        Args:
+            images: floating point [N, 3, S, S], normalised with `train.data.normalization`'s mean and std.
+
+        Returns:
+            [N, 3, T, T] in the same dtype, channels-last, for `facts.image_size` T.
+        """
+        if not self._normalized:
+            images = torch.addcmul(self._shift.to(images.dtype), images, self._scale.to(images.dtype))
+        size = self.facts.image_size
+        if images.shape[-1] != size:
+            images = F.interpolate(
+                images, (size, size), mode=self.facts.interpolation, antialias=images.shape[-1] > size
+            )
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [N, F] of images as `prepare` takes them, in float32, or float64 of a float64 network."""
+        with torch.inference_mode():
+            features = self.network(self.prepare(images).to(self._dtype))
+            features = features.to(torch.promote_types(self._dtype, torch.float32))
+        return features.clone()  # autograd cannot save tensors of the inference mode
+
+
+def open_teacher(config: PretrainConfig, device: torch.device) -> Teacher | None:
+    """Load the teacher of a run; None without --teacher.
+
+    Raises:
+        InputError: the network or its weights cannot be used, or its features are not finite or not [N, F].
+    """
+    if config.teacher is None:
+        return None
+    source = load_source(config.teacher, config.teacher_size)
+    size = config.teacher_size or default_size(source, config.image_size)
+    features = _check(source.network, config, size)
+    facts = _facts(config.teacher, source, _sha256(source.network), features, size)
+    return Teacher(source, facts, device, config.precision)
+
+
+def expected_facts(config: PretrainConfig) -> TeacherFacts | None:
+    """Facts of the teacher of a run without its weights, for counts; None without --teacher."""
+    if config.teacher is None:
+        return None
+    source = load_source(config.teacher, config.teacher_size, weights=False)
+    size = config.teacher_size or default_size(source, config.image_size)
+    return _facts(config.teacher, source, "", _check(source.network, config, size), size)
+
+
+def with_teacher(config: PretrainConfig, facts: TeacherFacts | None) -> PretrainConfig:
+    """The configuration with the teacher's size and number of features filled in."""
+    if facts is None:
+        return config
+    return replace(config, teacher_size=facts.image_size, teacher_features=facts.features)
+
+
+def without_teacher(config: PretrainConfig) -> PretrainConfig:
+    """The configuration of the same run without a teacher."""
+    return replace(config, teacher=None, teacher_size=None, teacher_features=None, teacher_cache=None, self_weight=0.0)
+
+
+def default_size(source: Source, image_size: int) -> int:
+    """Size of the teacher's images: that of its training, and if it takes any, at most twice that of the views.
+
+    Args:
+        source: the teacher.
+        image_size: height and width of the run's views, in pixels.
+    """
+    bound = MULTIPLE * math.ceil(VIEW_SIZES * image_size / MULTIPLE)
+    return min(source.image_size, bound) if source.any_size else source.image_size
+
+
+def _facts(name: str, source: Source, sha256: str, features: int, size: int) -> TeacherFacts:
+    normalization = {"mean": list(source.mean), "std": list(source.std)}
+    macs = mac_count(source.network, size)
+    return TeacherFacts(
+        name, source.architecture, sha256, source.licence, features, size, normalization, source.interpolation, macs
+    )
+
+
+def _check(network: nn.Module, config: PretrainConfig, size: int) -> int:
+    """The number of features of a network, after computing those of one image."""
+    generator = torch.Generator().manual_seed(0)
+    network.eval()
+    try:
+        with torch.inference_mode():
+            features = network(torch.randn(1, 3, size, size, generator=generator).to(_dtype(network)))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"--teacher {config.teacher} does not take images of {size} pixels: {reason[0]}") from error
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"--teacher {config.teacher} returns {shape} for one image: features [1, F] are needed")
+    if not features.isfinite().all():
+        raise InputError(f"--teacher {config.teacher} has features that are not finite: its weights are damaged")
+    count = features.shape[1]
+    if config.teacher_features not in (None, count):
+        raise InputError(f"--teacher-features {config.teacher_features}, but {config.teacher} has {count} features")
+    return count
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in network.parameters()), torch.float32)
+
+
+def _sha256(network: nn.Module) -> str:
+    hashed = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def write_facts(out: Path, facts: TeacherFacts) -> None:
+    """Write the facts of a run's teacher to OUT/teacher.json."""
+    atomic.write_text(out / FACTS, json.dumps(asdict(facts), indent=2) + "\n")
+
+
+def read_facts(out: Path) -> dict[str, Any] | None:
+    """Read the facts of a run's teacher as JSON values; None for a run without one."""
+    path = out / FACTS
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): copy it from another run with this teacher") from error
+
+
+def check_same(out: Path, facts: TeacherFacts | None) -> None:
+    """Raise InputError if the run in `out` was begun with another teacher."""
+    saved = read_facts(out)
+    begun, given = None if saved is None else saved.get("sha256"), None if facts is None else facts.sha256
+    if begun == given:
+        return
+    was, now = ("no teacher" if digest is None else f"a teacher of weights {digest[:12]}" for digest in (begun, given))
+    raise InputError(f"the run in {out} was begun with {was} and cannot continue with {now}")

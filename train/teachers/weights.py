@@ -1,0 +1,110 @@
+"""Weight files of other libraries: read without executing code, and matched with a network by name or by order."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dspnet_fast.errors import InputError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training programs save the weights
+PREFIXES = ("module.", "_orig_mod.")  # of networks in DistributedDataParallel and torch.compile
+COUNTER = "num_batches_tracked"  # of batch normalisation: unused in evaluation, and missing in old files
+SORTED = ".safetensors"  # files that hold the tensors in the order of their names
+SHOWN = 3  # tensors that an error message names
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state_dict in the order of the file.
+
+    Args:
+        path: a .safetensors file, or a .pth or .bin file of `torch.save` that holds tensors and plain values only.
+
+    Raises:
+        InputError: the file is missing or damaged, holds no weights, or would execute code when it is unpickled.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: give the path of the teacher's weights, .safetensors or .pth")
+    content: Any
+    try:
+        if path.suffix == SORTED:
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors, or is damaged: reading it could execute code, so it is refused; save its "
+            "state_dict as a .safetensors file"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path} is no readable file of weights: {reason[0]}") from error
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {}
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        if isinstance(value, Tensor):
+            tensors[name] = value
+    if not tensors:
+        raise InputError(f"{path} holds no weights: a state_dict, tensors by name, is needed")
+    return tensors
+
+
+def match(
+    network: nn.Module, tensors: Mapping[str, Tensor], classifiers: Sequence[str], ordered: bool = True
+) -> tuple[dict[str, Tensor], bool]:
+    """Match the tensors of a file with those of a network.
+
+    By order means: the file's names are different, but its tensors have the shapes of the network's, in the same
+    order; the file may have a classifier's weight and bias at the end.
+
+    Args:
+        network: a network without classifier.
+        tensors: tensors of a file by name.
+        classifiers: names of the classifier's modules, whose tensors are left out.
+        ordered: whether the file keeps the order of the network's tensors; .safetensors files are sorted.
+
+    Returns:
+        A state_dict of the network, without counters of batch normalisation, and whether it was matched by order.
+
+    Raises:
+        InputError: tensors are missing or have other shapes; the message names the first of them.
+    """
+    own = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)}
+    given = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
+    body = {name: tensor for name, tensor in given.items() if not name.startswith(tuple(f"{c}." for c in classifiers))}
+    if body.keys() == own.keys():
+        wrong = [
+            f"{name} is {list(body[name].shape)}, not {list(own[name].shape)}"
+            for name in own
+            if body[name].shape != own[name].shape
+        ]
+        if wrong:
+            raise InputError(f"{len(wrong)} tensors have other shapes: {'; '.join(wrong[:SHOWN])}")
+        return body, False
+    values, more = list(given.values())[: len(own)], list(given.values())[len(own) :]
+    same = [tensor.shape for tensor in values] == [tensor.shape for tensor in own.values()]
+    if ordered and same and len(more) <= 2 and all(tensor.ndim <= 2 for tensor in more):
+        return dict(zip(own, values, strict=True)), True
+    raise InputError(_difference(own, body))
+
+
+def _difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    missing = [f"{name} {list(own[name].shape)}" for name in own if name not in given]
+    unknown = [f"{name} {list(given[name].shape)}" for name in given if name not in own]
+    parts = []
+    for names, what in ((missing, "the file lacks"), (unknown, "the network has no")):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            parts.append(f"{what} {', '.join(names[:SHOWN])}{more}")
+    return "; ".join(parts)
