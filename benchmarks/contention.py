@@ -1,0 +1,212 @@
+"""Time of a training step beside a busy process, for several limits of the threads' spinning.
+
+The threads of a step wait for each other at the end of every parallel loop, by spinning or by sleeping until they are
+woken. A thread that spins is fast to continue, but beside a busy process it takes the time of the thread that it waits
+for. Training commands limit the spinning (train.SPIN_COUNT); GNU OpenMP's default is 300,000, some milliseconds.
+
+Each limit has a process for each formulation. They take samples in turn, alone and then beside a process that keeps one
+core busy. Times are medians. `ratio` is the time beside the busy process over the time alone; with C cores in use and
+one busy process more, a fair scheduler gives a step C / (C + 1) of the processor time: (C + 1) / C is the best ratio.
+`cost` is the time alone over that with GNU OpenMP's default, minus 1.
+
+The last line is machine-readable, for steps with fast kernels and the training commands' limit:
+
+    contended_ratio=R quiet_cost=Q
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from dspnet_fast.machine import cpu_model
+from train import SPIN_COUNT, cli
+from train.run.progress import Monitor
+
+from .quiet import QuietWait
+
+GNU_DEFAULT = 300_000
+FORMULATIONS = {"fused": "auto", "eager": "eager"}  # policy by formulation
+WARM_UP = 3
+EPILOG = """\
+examples:
+  python -m benchmarks.contention
+      the training commands' limit and GNU OpenMP's default, in about two minutes on two cores
+  python -m benchmarks.contention --spin-counts 0,2000,20000,100000
+      other limits
+"""
+
+
+def step_times(options: argparse.Namespace) -> None:
+    """Read numbers of steps from stdin, run as many, and print their seconds as JSON."""
+    import torch
+
+    from dspnet_fast.ops import registry
+    from train.config import PretrainConfig
+    from train.pretraining.trainer import Trainer
+    from train.run.process import prepare_process
+
+    config = PretrainConfig(
+        dns=options.dns,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        epochs=1000,
+        full_only_epochs=0,
+        recipe="paper",
+    )
+    registry.set_policy(FORMULATIONS[options.worker])
+    trainer = Trainer(config, 1000, torch.device("cpu"))
+    shape = (2 * options.batch_size, 3, options.image_size, options.image_size)
+    batch = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    trainer.train_step(batch)
+    prepare_process(torch.device("cpu"))
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            trainer.train_step(batch)
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps(seconds), flush=True)
+
+
+class Worker:
+    """A process that runs training steps.
+
+    Args:
+        formulation: one of FORMULATIONS.
+        spin_count: limit of the threads' spinning.
+        arguments: command-line arguments that define the step.
+    """
+
+    def __init__(self, formulation: str, spin_count: int, arguments: Sequence[str]) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.contention", "--worker", formulation, *arguments],
+            env={**environment, "GOMP_SPINCOUNT": str(spin_count)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of `count` steps."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(count, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process that runs training steps ended with code {self._process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """A process that keeps one core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Contention:
+    """Median seconds of a step, alone and beside a busy process."""
+
+    alone: float
+    contended: float
+
+    @property
+    def ratio(self) -> float:
+        """Time beside a busy process over time alone."""
+        return self.contended / self.alone
+
+
+def measure(options: argparse.Namespace, spin_counts: Sequence[int]) -> dict[tuple[str, int], Contention]:
+    """Times by formulation and limit."""
+    arguments = ["--dns", options.dns, *("--image-size", str(options.image_size))]
+    arguments += ["--batch-size", str(options.batch_size)]
+    keys = [(formulation, count) for formulation in FORMULATIONS for count in spin_counts]
+    alone: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+    contended: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+    quiet = QuietWait(60, 5)
+    with ExitStack() as stack, Monitor("contention", len(keys) * (2 * options.rounds + 1)) as monitor:
+        workers = {}
+        for key in keys:  # one after another, because starting is work
+            workers[key] = stack.enter_context(Worker(*key, arguments))
+            workers[key].steps(WARM_UP)
+            monitor.advance()
+        for _ in range(options.rounds):
+            for key, worker in workers.items():
+                quiet.wait()
+                alone[key] += worker.steps(options.steps)
+                monitor.advance()
+            with busy_process():
+                for key, worker in workers.items():
+                    contended[key] += worker.steps(options.steps)
+                    monitor.advance()
+    return {key: Contention(statistics.median(alone[key]), statistics.median(contended[key])) for key in keys}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.contention",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dns", default="w0.50,w0.75,w1.00", metavar="NAMES", help="the family [%(default)s]")
+    parser.add_argument("--image-size", type=int, default=96, metavar="PX", help="height and width [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per step [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="samples per process [%(default)s]")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps per sample [%(default)s]")
+    parser.add_argument(
+        "--spin-counts", default="", metavar="N,N", help=f"further limits beside {SPIN_COUNT} and {GNU_DEFAULT}"
+    )
+    parser.add_argument("--worker", choices=list(FORMULATIONS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        step_times(options)
+        return
+    more = [int(count) for count in options.spin_counts.split(",") if count.strip()]
+    spin_counts = list(dict.fromkeys([SPIN_COUNT, *more, GNU_DEFAULT]))
+    results = measure(options, spin_counts)
+    console = Console()
+    console.print(
+        f"[bold]{options.dns}[/], {options.batch_size} images of {options.image_size} px, two views, "
+        f"{os.cpu_count()} cores of {cpu_model()}"
+    )
+    table = Table("step", "spin count", "alone ms", "cost", "beside a busy process ms", "ratio")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    cost = {key: result.alone / results[key[0], GNU_DEFAULT].alone - 1 for key, result in results.items()}
+    for key, result in results.items():
+        formulation, count = key
+        times = f"{1e3 * result.alone:.0f}", f"{cost[key]:+.1%}", f"{1e3 * result.contended:.0f}"
+        table.add_row(formulation, f"{count:,}", *times, f"{result.ratio:.2f}")
+    console.print(table)
+    key = "fused", SPIN_COUNT
+    print(f"contended_ratio={results[key].ratio:.2f} quiet_cost={cost[key]:.3f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
