@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
+from dspnet_fast.models.published import Source
 from dspnet_fast.ops import registry
 
 from ..config import PretrainConfig
@@ -193,6 +194,8 @@ class PretrainRun:
         state = self._newest(self.checkpoints)
         if state is not None:
             trainer.load_state(state)
+        elif config.init_from is not None and (source := Source.parse(config.init_from)):
+            trainer.load_published(source)
         elif config.init_from is not None:
             run = Path(config.init_from)
             checkpoint.newest_of_run(run)  # raises if there is none
