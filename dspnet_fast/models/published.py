@@ -222,6 +222,8 @@ def load_published(network: Network, source: Source) -> Tensor:
         >>> load_published(network, Source.parse("torchvision:resnet18=resnet18.pth"))  # doctest: +SKIP
     """
     check_name(network.name, source)
+    if network.in_channels != 3:
+        raise InputError(f"--init-from: published networks take 3 channels, not {network.in_channels}: see --channels")
     state = _as_timm(source, network, source.read())
     own = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in state]

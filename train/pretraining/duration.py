@@ -31,7 +31,7 @@ class Duration:
         cost, trained = run_cost(config, epoch_steps, network_costs(config)), expected_steps(config, epoch_steps)
         self._online = cost.online
         self._per_step = {name: cost.online[name] / max(1.0, steps) for name, steps in trained.items()}
-        self._shared = (cost.target + cost.optimizer) / self._steps
+        self._shared = (sum(cost.parts().values()) - sum(cost.online.values())) / self._steps
         self._full = list(trained)[-1]
         self._last = 0.0
         self._rates: list[float] = []  # seconds per multiply-accumulate
