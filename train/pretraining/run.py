@@ -229,7 +229,9 @@ class PretrainRun:
         ]
         if self.world.is_main:
             self.log = RunLog(self.out, trainer.step)
-            self._duration = Duration(config, trainer.epoch_steps, trainer.device)
+            live = None if config.teacher_cache is not None else self.teacher
+            cost = None if live is None else live.facts.cost(config, None)
+            self._duration = Duration(config, trainer.epoch_steps, trainer.device, cost)
         if self.world.local_rank == 0:
             compile_kernels(config, trainer.device, print if self.world.is_main else lambda line: None, self.world.size)
         self.world.barrier()  # heartbeats begin here
