@@ -199,7 +199,9 @@ class FamilyOptions(PixelOptions):
         metavar="MODE",
     )
     init_from: str | None = option(
-        None, "run directory whose newest checkpoint gives the initial weights", metavar="DIR"
+        None,
+        "initial weights: a run directory, or published ones: timm:NAME, torchvision:NAME, or timm:NAME=FILE",
+        metavar="SOURCE",
     )
 
     def names(self) -> list[str]:

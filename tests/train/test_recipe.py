@@ -69,6 +69,11 @@ def test_tau_rises_with_the_number_of_steps():
     assert taus[2] == pytest.approx(1 - 1 / 60, abs=1e-4)
 
 
+def test_long_runs_have_the_papers_crops():
+    scales = [complete(PretrainConfig(epochs=epochs, batch_size=100), 10_000).min_scale for epochs in (199, 200)]
+    assert scales == [recipe.MIN_SCALE, PAPER["min_scale"]]
+
+
 def test_given_options_win():
     given = {name: value / 2 for name, value in PAPER.items()} | {"epochs": 4, "batch_size": 8}
     config = complete(PretrainConfig(**given), 3_000)

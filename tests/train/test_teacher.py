@@ -131,6 +131,13 @@ def taught(small, weights):
     return configuration
 
 
+def test_verdict_shows_the_teacher(taught, tmp_path):
+    PretrainRun(taught(epochs=1, warmup_epochs=0, probe_epochs=1), resume=False).run()
+    verdict = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert all(" than the teacher (" in line or " from the teacher (" in line for line in verdict["details"][1:])
+    assert "the teacher" not in verdict["conclusion"]
+
+
 def trainer_of(config, teacher=None):
     config = copy.copy(config)
     teacher = teacher or open_teacher(config, CPU)

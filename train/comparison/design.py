@@ -64,6 +64,7 @@ class Comparison:
         teacher: facts of the teacher; None without one.
         costs: costs of the networks by name.
         images: number of training images.
+        choices: values that the recipe chose for all runs.
 
     Raises:
         InputError: if the options are invalid or the family has fewer than two networks.
@@ -91,6 +92,7 @@ class Comparison:
             raise InputError(f"--linear-epochs cannot be negative: {options.linear_epochs}")
         self.size = dataset_size(config.data)
         self.images = images_of(config, self.size)
+        self.choices = recipe.chosen(config, self.images)
         self.config = config = recipe.complete(config, self.images)
         taught = "" if self.teacher is None else " with teacher"
         self.alone = [

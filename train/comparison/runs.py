@@ -20,6 +20,7 @@ from ..data.pixel_options import resolve_pixels
 from ..evaluation.protocols.knn import KnnOptions, evaluate_knn, publish_knn
 from ..evaluation.protocols.linear import LinearOptions, evaluate_linear, publish_linear
 from ..evaluation.results import Report
+from ..pretraining import recipe
 from ..pretraining.run import PretrainRun, open_train_images, resolve
 from ..run import checkpoint
 from ..run.device import choose_device
@@ -53,6 +54,8 @@ def compare(comparison: Comparison) -> Report:
     device = choose_device(base.device)
     resolved = resolve(base, images, device, world_size=1)
     kernels = _kernels(comparison, resolved, device) if base.fast_kernels else None
+    for line in recipe.lines(comparison.choices, comparison.images):
+        print(line, flush=True)
     runs = [(variant, seed) for seed in comparison.seeds for variant in comparison.trained]
     accuracies: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in comparison.trained}
     for index, (variant, seed) in enumerate(runs):

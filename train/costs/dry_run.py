@@ -15,6 +15,7 @@ import torch
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
+from dspnet_fast.models.published import Source, check_name
 from dspnet_fast.subnets import sandwich
 
 from ..config import PretrainConfig
@@ -152,7 +153,11 @@ def _memory(config: PretrainConfig) -> Memory:
     meta = torch.device("meta")
     with meta:
         trainer = Trainer(config, 1, meta)
-    if config.init_from is not None:
+    if config.init_from is not None and (source := Source.parse(config.init_from)):
+        check_name(config.network, source)
+        if source.file is not None:
+            trainer.load_published(source)
+    elif config.init_from is not None:
         with warnings.catch_warnings(action="ignore"):  # copying to meta tensors warns; here it only compares shapes
             trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), "cpu", print))
     flat = trainer.flat_buffers

@@ -9,8 +9,8 @@ from typing import Any
 from ..run.tables import percent
 
 VERDICT = "verdict.json"  # in the run directory
-UNTRAINED, RAW_PIXELS = "untrained", "raw pixels"
-ADVICE = "Train longer (more --epochs), with more images, or start from published weights (--init-from)."
+UNTRAINED, RAW_PIXELS, TEACHER = "untrained", "raw pixels", "the teacher"
+ADVICE = "Train longer (more --epochs), use a --teacher, or start from published weights (--init-from)."
 UNLABELLED = (
     "The images have no labels, so the accuracy is unknown. To measure it on other images: dspnet-evaluate knn OUT "
     "--data LABELLED --baselines"

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from ..config import PretrainConfig
-from ..costs.flops import expected_steps, network_costs, run_cost
+from ..costs.flops import TeacherCost, expected_steps, network_costs, run_cost
 
 TIMED = 3  # steps, after a first one that compiles, captures and allocates
 
@@ -21,17 +21,21 @@ class Duration:
         config: configuration of the run.
         epoch_steps: steps per epoch.
         device: device of the run.
+        teacher: cost of a teacher that computes every view.
     """
 
-    def __init__(self, config: PretrainConfig, epoch_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, config: PretrainConfig, epoch_steps: int, device: torch.device, teacher: TeacherCost | None = None
+    ) -> None:
         self._steps = config.epochs * epoch_steps
         self._first = config.full_only_steps(epoch_steps)
         self._description = f"{config.epochs:,} epochs, {self._steps:,} steps"
         self._device = device
-        cost, trained = run_cost(config, epoch_steps, network_costs(config)), expected_steps(config, epoch_steps)
+        cost = run_cost(config, epoch_steps, network_costs(config), teacher)
+        trained = expected_steps(config, epoch_steps)
         self._online = cost.online
         self._per_step = {name: cost.online[name] / max(1.0, steps) for name, steps in trained.items()}
-        self._shared = (cost.target + cost.optimizer) / self._steps
+        self._shared = (sum(cost.parts().values()) - sum(cost.online.values())) / self._steps
         self._full = list(trained)[-1]
         self._last = 0.0
         self._rates: list[float] = []  # seconds per multiply-accumulate

@@ -22,9 +22,9 @@ GROUP = 16  # images per ghost batch norm group, at least
 PEAK = 1.5  # learning rate of LARS; independent of the batch, because the steps are normalised
 ADAMW_PEAK = ADAMW["base_lr"]
 TAU_SHARE = 0.1  # averaging time of the target, as a share of the run
-MIN_TAU, MAX_TAU = 0.97, 0.996
+MIN_TAU, MAX_TAU = 0.97, 0.99
 WARMUP_EPOCHS = 10.0
-MIN_SCALE = 0.2
+MIN_SCALE, LONG_RUN = 0.2, 20_000  # steps from which the paper's smaller crops are used
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[s
     choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g}, because steps are normalised in any batch")
     tau = min(max(1 - 1 / (TAU_SHARE * steps), MIN_TAU), MAX_TAU)
     choose("tau", round(tau, 4), f"for {steps:,} steps")
-    choose("min_scale", MIN_SCALE, "small crops make the task hard, which pays off in long runs only")
+    min_scale = MIN_SCALE if steps < LONG_RUN else PAPER["min_scale"]
+    choose("min_scale", min_scale, f"smaller crops make the task harder, which pays off from {LONG_RUN:,} steps on")
     if config.optimizer == "adamw":
         choose("weight_decay", ADAMW["weight_decay"], "usual with AdamW")
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
+from dspnet_fast.models.published import Source
 from dspnet_fast.ops import registry
 
 from ..config import PretrainConfig
@@ -28,9 +29,8 @@ from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
-from ..evaluation.accuracy import interval95
 from ..evaluation.collapse import ADVICE, MIN_RANK, MIN_STD, collapsed
-from ..evaluation.verdict import RAW_PIXELS, UNTRAINED, VERDICT, Baseline, Score, describe, judge
+from ..evaluation.verdict import VERDICT
 from ..run import checkpoint, loop
 from ..run.data_used import data_used, read_data_used, write_data_used
 from ..run.device import choose_device
@@ -46,6 +46,7 @@ from ..teachers.teacher import Teacher, TeacherFacts, check_same, open_teacher, 
 from . import recipe
 from .ahead import compile_kernels
 from .duration import Duration
+from .outcome import verdict_of
 from .probe import Probe
 from .trainer import Trainer
 
@@ -193,6 +194,8 @@ class PretrainRun:
         state = self._newest(self.checkpoints)
         if state is not None:
             trainer.load_state(state)
+        elif config.init_from is not None and (source := Source.parse(config.init_from)):
+            trainer.load_published(source)
         elif config.init_from is not None:
             run = Path(config.init_from)
             checkpoint.newest_of_run(run)  # raises if there is none
@@ -226,7 +229,9 @@ class PretrainRun:
         ]
         if self.world.is_main:
             self.log = RunLog(self.out, trainer.step)
-            self._duration = Duration(config, trainer.epoch_steps, trainer.device)
+            live = None if config.teacher_cache is not None else self.teacher
+            cost = None if live is None else live.facts.cost(config, None)
+            self._duration = Duration(config, trainer.epoch_steps, trainer.device, cost)
         if self.world.local_rank == 0:
             compile_kernels(config, trainer.device, print if self.world.is_main else lambda line: None, self.world.size)
         self.world.barrier()  # heartbeats begin here
@@ -357,31 +362,13 @@ class PretrainRun:
         """Compare the networks with untrained ones and raw pixels, print it and write OUT/verdict.json."""
         if self.probe is None or self.log is None:
             return
-        measured = [line for line in read_metrics(self.out) if "feature_std" in line]
-        if not measured:
+        teacher = None if self.teacher is None else self.teacher.features
+        verdict = verdict_of(read_metrics(self.out), self.probe, self.config.init_from is not None, teacher)
+        if verdict is None:
             return
-        after = measured[-1]
-        before = measured[0] if measured[0]["step"] == 0 else None
-        pixels = self.probe.raw_pixels()
-        if pixels is None:
-            verdict = describe(before, after)
-        else:
-            baselines = [Baseline(RAW_PIXELS, self._score(pixels))]
-            if before is not None:
-                start = UNTRAINED if self.config.init_from is None else "before training"
-                baselines.insert(0, Baseline(start, self._scores(before["knn"])))
-            on = f"kNN accuracy on {self.probe.queries:,} images with {self.probe.references:,} references"
-            verdict = judge(self._scores(after["knn"]), baselines, on)
         self._print(*(f"verdict  {line}" for line in verdict.lines))
         contents = {"step": self.trainer.step, **verdict.to_json()}
         atomic.write_text(self.out / VERDICT, json.dumps(contents, indent=1) + "\n")
-
-    def _scores(self, accuracies: dict[str, float]) -> dict[str, Score]:
-        return {name: self._score(accuracy) for name, accuracy in accuracies.items()}
-
-    def _score(self, accuracy: float) -> Score:
-        assert self.probe is not None
-        return Score(accuracy, interval95(accuracy, self.probe.queries))
 
     def _save(self, losses: dict[str, Tensor] | None = None, this_rank: bool = False) -> None:
         """Write a checkpoint on rank 0 (`this_rank`: here), and merge the ranks' bad images."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.models.published import Source, load_published
 from dspnet_fast.subnets import Subnet, sandwich
 
 from ..config import EIGHT_BIT, PretrainConfig
@@ -204,6 +205,15 @@ class Trainer:
             self.loss_scale.load_state(state["loss_scale"])
         self.step = state["step"]
         self.guard.restart(int(state.get("skipped", 0)))
+
+    def load_published(self, source: Source) -> None:
+        """Start both encoders with published weights; InputError if they do not fit."""
+        load_published(self.model.online.encoder, source)
+        weights = self.model.online.encoder.state_dict()
+        with torch.no_grad():
+            for name, tensor in self.model.target.encoder.state_dict().items():
+                if name in weights:
+                    tensor.copy_(weights[name])
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Load the weights of a checkpoint, of this or another run; InputError if the networks differ."""
