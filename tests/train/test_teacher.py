@@ -3,6 +3,9 @@
 import copy
 import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -33,6 +36,7 @@ from train.teachers.teacher import FACTS, expected_facts, open_teacher, with_tea
 NAMES = ["c8-d1111", "c8-d2111", "c16-d2111"]
 TAUGHT = 12
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(self_weight, **options):
@@ -262,10 +266,28 @@ def test_cached_features_are_those_of_the_image_or_of_its_mirror_image(taught, t
 def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path, monkeypatch):
     options = {"teacher_cache": str(tmp_path / "cache"), "epochs": 1}
     PretrainRun(taught(**options), resume=False)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")}
     assert sorted(path.name.split("-")[0] for path in files) == ["mirror", "view"]
     PretrainRun(taught(out=str(tmp_path / "second"), **options), resume=False)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")} == files
+
+
+def test_cache_is_computed_by_one_process_at_a_time(taught, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    program = "import sys, pathlib, train.run.lock as l; l.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(cache.resolve() / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="is writing to the features in .*or choose another --teacher-cache"):
+            PretrainRun(taught(teacher_cache=str(cache)), resume=False)
+    finally:
+        other.communicate(b"\n")
 
 
 def test_run_states_its_teacher_and_so_does_every_export(taught, tmp_path, capsys):
@@ -282,7 +304,11 @@ def test_accuracy_of_the_teacher_is_printed_before_the_first_step(taught, tmp_pa
     run = PretrainRun(taught(epochs=1, probe_epochs=1), resume=False)
     run.run()
     (line,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "knn  teacher" in line]
-    assert f"step 0  knn  teacher {run.probe.accuracy(run.teacher.features):.3f}" in line
+    accuracy = run.probe.accuracy(run.teacher.features)
+    assert f"step 0  knn  teacher {accuracy:.3f}" in line
+    verdict = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert all(f"the teacher ({100 * accuracy:.1f}" in line for line in verdict["details"][1:])
+    assert "the teacher" not in verdict["conclusion"]
 
 
 def test_export_of_a_run_without_a_teacher_says_so(trained):
