@@ -10,7 +10,7 @@ from ..run.tables import percent
 
 VERDICT = "verdict.json"  # in the run directory
 UNTRAINED, RAW_PIXELS = "untrained", "raw pixels"
-ADVICE = "Train longer (more --epochs), with more images, with a --teacher, or from published weights (--init-from)."
+ADVICE = "Train longer (more --epochs), with more images, or start from published weights (--init-from)."
 UNLABELLED = (
     "The images have no labels, so the accuracy is unknown. To measure it on other images: dspnet-evaluate knn OUT "
     "--data LABELLED --baselines"

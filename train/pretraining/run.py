@@ -49,7 +49,6 @@ from .duration import Duration
 from .probe import Probe
 from .trainer import Trainer
 
-TEACHER_KNN = "teacher_knn"  # in metrics.jsonl
 SYNC_SECONDS = 5.0  # between questions that synchronise the GPU; a cluster waits 30 s or more after asking to stop
 
 
@@ -325,13 +324,12 @@ class PretrainRun:
         self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
 
     def _measure_teacher(self) -> None:
-        """Measure the teacher's kNN accuracy on the images of the probe."""
+        """Print the teacher's kNN accuracy on the images of the probe."""
         if self.probe is None or self.log is None or self.teacher is None:
             return
         self.watchdog.at(0, "measuring")
         accuracy = self.probe.accuracy(self.teacher.features)
         if accuracy is not None:
-            self.log.metrics(0, {TEACHER_KNN: accuracy})
             self._print(f"step 0  knn  teacher {accuracy:.3f}")
 
     def _measure(self, losses: dict[str, Tensor] | None = None) -> None:
@@ -359,8 +357,7 @@ class PretrainRun:
         """Compare the networks with untrained ones and raw pixels, print it and write OUT/verdict.json."""
         if self.probe is None or self.log is None:
             return
-        metrics = read_metrics(self.out)
-        measured = [line for line in metrics if "feature_std" in line]
+        measured = [line for line in read_metrics(self.out) if "feature_std" in line]
         if not measured:
             return
         after = measured[-1]
@@ -373,8 +370,6 @@ class PretrainRun:
             if before is not None:
                 start = UNTRAINED if self.config.init_from is None else "before training"
                 baselines.insert(0, Baseline(start, self._scores(before["knn"])))
-            teachers = [line[TEACHER_KNN] for line in metrics if TEACHER_KNN in line]
-            baselines += [Baseline("the teacher", self._score(knn), to_beat=False) for knn in teachers]
             on = f"kNN accuracy on {self.probe.queries:,} images with {self.probe.references:,} references"
             verdict = judge(self._scores(after["knn"]), baselines, on)
         self._print(*(f"verdict  {line}" for line in verdict.lines))
