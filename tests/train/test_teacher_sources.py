@@ -80,6 +80,16 @@ def test_other_normalisation_and_size_are_those_of_timms_transform():
     assert not teacher.features((pixels - mean) / std).is_inference()
 
 
+def test_bf16_casts_the_network_and_returns_float32(file):
+    source = f"timm:{NAME}={file}"
+    exact, rough = (open_teacher(config(source, precision=precision), CPU) for precision in ("fp32", "bf16"))
+    images = torch.randn(2, 3, 32, 32)
+    assert {parameter.dtype for parameter in rough.network.parameters()} == {torch.bfloat16}
+    assert rough.features(images).dtype == torch.float32
+    distance = (rough.features(images) - exact.features(images)).norm() / exact.features(images).norm()
+    assert 0 < distance < 0.05
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
 def test_weights_are_read_with_wrappers_and_prefixes(network, tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
