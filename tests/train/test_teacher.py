@@ -28,6 +28,7 @@ from train.pretraining.dspnet import DSPNet
 from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
+from train.selection.recording import calls_of, shape_of
 from train.teachers.cache import CachedFeatures
 from train.teachers.live import LiveFeatures
 from train.teachers.targets import RIDGE, TeacherTargets, measure_whitening
@@ -311,6 +312,14 @@ def test_accuracy_of_the_teacher_is_printed_before_the_first_step(taught, tmp_pa
 def test_export_of_a_run_without_a_teacher_says_so(trained):
     (folder,) = export(trained, ["c8-d1111"], ExportOptions())
     assert json.loads((folder / "manifest.json").read_text())["teacher"] is None
+
+
+@pytest.mark.parametrize("self_weight", [0.0, 0.5])
+def test_selection_knows_the_operators_of_a_run_with_a_teacher(taught, self_weight):
+    config = with_teacher(taught(self_weight=self_weight), expected_facts(taught()))
+    shapes = {call.arguments[0].shape for call in calls_of(config) if call.operator == "normalized_mse"}
+    assert shapes == {(16, 256), *([(16, config.out_features)] if self_weight else [])}
+    assert shape_of(config, 1)["teacher_features"] == 256
 
 
 @pytest.mark.parametrize(
