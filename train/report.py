@@ -134,6 +134,7 @@ def _state(run: Run) -> str:
     return (
         f"Pretrained on {config.data} without labels: {progress}, {run.steps:,} steps of {config.batch_size} images, "
         f"{config.image_size} px, {config.precision}."
+        + (f" The networks learned from the teacher {config.teacher}." if config.teacher else "")
     )
 
 

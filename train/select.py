@@ -18,6 +18,7 @@ from .run.device import check_fast_kernels, choose_device
 from .run.tables import Table
 from .selection.recording import shape_of
 from .selection.selection import key_of, select
+from .teachers.teacher import expected_facts, with_teacher
 
 DESCRIPTION = """\
 Select the kernels that dspnet-pretrain --fast-kernels uses on this device, ahead of a run with the same options. In
@@ -76,6 +77,7 @@ def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     config = cli.to_config(PretrainConfig, parsed)
     config = recipe.complete(config, known_images(config, known_size(config.data)), parsed.ranks)
+    config = with_teacher(config, expected_facts(config))
     positive(ranks=parsed.ranks, call_seconds=parsed.call_seconds)
     if policy := registry.policy_of_environment():
         raise InputError(f"DSPNET_KERNELS={policy} overrides every selection: unset it")

@@ -3,6 +3,9 @@
 import copy
 import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -25,6 +28,7 @@ from train.pretraining.dspnet import DSPNet
 from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
+from train.selection.recording import calls_of, shape_of
 from train.teachers.cache import CachedFeatures
 from train.teachers.live import LiveFeatures
 from train.teachers.targets import RIDGE, TeacherTargets, measure_whitening
@@ -33,6 +37,7 @@ from train.teachers.teacher import FACTS, expected_facts, open_teacher, with_tea
 NAMES = ["c8-d1111", "c8-d2111", "c16-d2111"]
 TAUGHT = 12
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(self_weight, **options):
@@ -269,10 +274,28 @@ def test_cached_features_are_those_of_the_image_or_of_its_mirror_image(taught, t
 def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path, monkeypatch):
     options = {"teacher_cache": str(tmp_path / "cache"), "epochs": 1}
     PretrainRun(taught(**options), resume=False)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")}
     assert sorted(path.name.split("-")[0] for path in files) == ["mirror", "view"]
     PretrainRun(taught(out=str(tmp_path / "second"), **options), resume=False)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")} == files
+
+
+def test_cache_is_computed_by_one_process_at_a_time(taught, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    program = "import sys, pathlib, train.run.lock as l; l.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(cache.resolve() / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="is writing to the features in .*or choose another --teacher-cache"):
+            PretrainRun(taught(teacher_cache=str(cache)), resume=False)
+    finally:
+        other.communicate(b"\n")
 
 
 def test_run_states_its_teacher_and_so_does_every_export(taught, tmp_path, capsys):
@@ -289,12 +312,21 @@ def test_accuracy_of_the_teacher_is_printed_before_the_first_step(taught, tmp_pa
     run = PretrainRun(taught(epochs=1, probe_epochs=1), resume=False)
     run.run()
     (line,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "knn  teacher" in line]
-    assert f"step 0  knn  teacher {run.probe.accuracy(run.teacher.features):.3f}" in line
+    accuracy = run.probe.accuracy(run.teacher.features)
+    assert f"step 0  knn  teacher {accuracy:.3f}" in line
 
 
 def test_export_of_a_run_without_a_teacher_says_so(trained):
     (folder,) = export(trained, ["c8-d1111"], ExportOptions())
     assert json.loads((folder / "manifest.json").read_text())["teacher"] is None
+
+
+@pytest.mark.parametrize("self_weight", [0.0, 0.5])
+def test_selection_knows_the_operators_of_a_run_with_a_teacher(taught, self_weight):
+    config = with_teacher(taught(self_weight=self_weight), expected_facts(taught()))
+    shapes = {call.arguments[0].shape for call in calls_of(config) if call.operator == "normalized_mse"}
+    assert shapes == {(16, 256), *([(16, config.out_features)] if self_weight else [])}
+    assert shape_of(config, 1)["teacher_features"] == 256
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,23 @@ def test_other_normalisation_and_size_are_those_of_timms_transform():
     source.network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
     from train.teachers.teacher import Teacher, TeacherFacts
 
-    facts = TeacherFacts("", "", "", None, 3, 20, {}, "bicubic", 0)
+    facts = TeacherFacts("", "", "", None, 3, 20, {}, "bicubic", 0, 0)
     teacher = Teacher(source, facts, CPU)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
     pixels = torch.rand(2, 3, 10, 10, dtype=torch.float64)
-    resized = nn.functional.interpolate((pixels - 0.5) / 0.5, (20, 20), mode="bicubic")
+    resized = nn.functional.interpolate((pixels - 0.5) / 0.5, (20, 20), mode="bicubic", antialias=True)
     torch.testing.assert_close(teacher.prepare((pixels - mean) / std), resized)
     assert not teacher.features((pixels - mean) / std).is_inference()
+
+
+def test_bf16_casts_the_network_and_returns_float32(file):
+    source = f"timm:{NAME}={file}"
+    exact, rough = (open_teacher(config(source, precision=precision), CPU) for precision in ("fp32", "bf16"))
+    images = torch.randn(2, 3, 32, 32)
+    assert {parameter.dtype for parameter in rough.network.parameters()} == {torch.bfloat16}
+    assert rough.features(images).dtype == torch.float32
+    distance = (rough.features(images) - exact.features(images)).norm() / exact.features(images).norm()
+    assert 0 < distance < 0.05
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
@@ -247,7 +257,16 @@ def test_networks_of_one_size_keep_it():
 
 def test_facts_without_weights_agree_with_those_of_the_teacher(file):
     known, expected = open_teacher(config(f"timm:{NAME}={file}"), CPU).facts, expected_facts(config(f"timm:{NAME}"))
-    for name in ("architecture", "licence", "features", "image_size", "normalization", "interpolation", "macs"):
+    for name in (
+        "architecture",
+        "licence",
+        "features",
+        "image_size",
+        "normalization",
+        "interpolation",
+        "macs",
+        "parameters",
+    ):
         assert getattr(known, name) == getattr(expected, name)
 
 

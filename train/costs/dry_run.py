@@ -201,6 +201,9 @@ def show(estimated: RunEstimate) -> None:
     lines["memory"] = f"{quantity(memory.total)}B on each device without activations: " + ", ".join(
         f"{name} {quantity(size)}B" for name, size in (parts | {"target": memory.target}).items()
     )
+    if estimated.teacher is not None:
+        bytes_each = 4 if config.precision == "fp32" else 2
+        lines["memory"] += f"; and the teacher's {quantity(bytes_each * estimated.teacher.parameters)}B"
     lines["all-reduce"] = _all_reduce(config)
     lines["checkpoint"] = f"{quantity(memory.checkpoint)}B each; the newest {config.keep_checkpoints} are kept"
     for name, text in lines.items():

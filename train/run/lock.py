@@ -1,4 +1,4 @@
-"""The lock of a run directory."""
+"""Locks of folders that one process at a time may write to, such as run directories."""
 
 from __future__ import annotations
 
@@ -27,8 +27,13 @@ else:
 _locks: dict[Path, IO[str]] = {}  # held by this process; closing a file would release its lock
 
 
-def lock(path: Path) -> None:
+def lock(path: Path, what: str = "the run in", option: str = "--out") -> None:
     """Lock a file until this process ends; without effect if this process has locked it before.
+
+    Args:
+        path: the file; its folder is the one that is written to.
+        what: for the error message, what the folder is.
+        option: for the error message, the option that names another folder.
 
     Raises:
         InputError: another process has the lock.
@@ -43,7 +48,7 @@ def lock(path: Path) -> None:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise InputError(
-                f"{holder} is writing to the run in {path.parent}: wait for its end, or choose another --out"
+                f"{holder} is writing to {what} {path.parent}: wait for its end, or choose another {option}"
             ) from error
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise

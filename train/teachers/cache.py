@@ -26,7 +26,9 @@ from ..data.views.augmentation import ViewSpec, is_mirrored, uniform_numbers
 from ..distributed.process_group import World
 from ..evaluation.features import load_or_compute
 from ..run import fingerprint
+from ..run.lock import lock
 from ..run.progress import Monitor
+from ..run.run_directory import LOCK
 from .teacher import Teacher
 
 BATCH = 64  # images per forward pass, each twice
@@ -41,16 +43,19 @@ def cached_features(
     An interrupted computation continues. An unreadable image has the features of the next readable one, as in training.
 
     Raises:
-        InputError: the disk is too small, or several ranks would have to compute.
+        InputError: the disk is too small, several ranks would have to compute, or another process computes.
     """
     assert config.teacher_cache is not None
     folder, facts = Path(config.teacher_cache), teacher.facts
     key = fingerprint.digest(facts.sha256, facts.image_size, config.precision, dataset_digest(images))
     files = {name: folder / f"{name}-{key}.npy" for name in (VIEW, MIRROR)}
-    if world.size > 1 and not all(path.exists() for path in files.values()):
-        raise InputError(
-            f"{folder} lacks features of these images: start the run with one process once, which computes them first"
-        )
+    if not all(path.exists() for path in files.values()):
+        if world.size > 1:
+            raise InputError(
+                f"{folder} lacks features of these images: start the run with one process once, which computes them"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder.resolve() / LOCK, "the features in", "--teacher-cache")
 
     def compute(names: list[str], start: int) -> Iterator[dict[str, Tensor]]:
         loader: Iterable[Tensor] = evaluation_batches(
