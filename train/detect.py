@@ -22,7 +22,7 @@ from .data.datasets import coco
 from .data.datasets.coco import CocoDataset, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
-from .detection.mask_rcnn import DetectorConfig, build_mask_rcnn, normalization
+from .detection.mask_rcnn import DetectorConfig, build_detector, normalization
 from .detection.training import DetectionTraining, Hyperparameters, evaluate
 from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
@@ -32,21 +32,29 @@ from .run.device import choose_device
 from .run.tables import Table
 
 DESCRIPTION = """\
-Train Mask R-CNN with a feature pyramid on a network of a run of dspnet-pretrain, on a dataset in COCO format, and
-evaluate its boxes and masks (the paper's figure 6 and table 1(c)). The network is read from OUT/exported/<dn>, the
-folder that dspnet-export writes, or else cut out of the newest checkpoint. Writes the average precision, in total and
-of each category, to OUT/evaluation/detect/<dn>.json and <dn>.md. After Ctrl-C the same command continues.
+Train Mask R-CNN (with --boxes-only Faster R-CNN) with a feature pyramid on a network of a run of dspnet-pretrain, on a
+dataset in COCO format, and evaluate its boxes and masks (the paper's figure 6 and table 1(c)). The network is read from
+OUT/exported/<dn>, the folder that dspnet-export writes, or else cut out of the newest checkpoint. Writes the average
+precision, in total and of each category, to OUT/evaluation/detect/<dn>.json and <dn>.md. After Ctrl-C the same command
+continues.
 Needs pycocotools: pip install 'dspnet-fast[detect]'."""
 EXAMPLE = """\
   dspnet-detect runs/first --dn w0.50 --coco coco --config recipes/detect/mask-rcnn_coco_180k.yaml
   dspnet-detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8"""
 
 
+ROBOFLOW = "_annotations.coco.json"
+
+
 @dataclass(kw_only=True)
 class CocoOptions:
     """data"""
 
-    coco: str | None = option(None, "folder with annotations/NAME.json and folders of images", metavar="DIR")
+    coco: str | None = option(
+        None,
+        "folder with annotations/NAME.json and folders of images, or, as Roboflow exports them, with train/ and valid/",
+        metavar="DIR",
+    )
     train_annotations: str = option(
         "instances_train2017", "training annotations: the NAME in annotations/NAME.json", metavar="NAME"
     )
@@ -55,6 +63,10 @@ class CocoOptions:
         "instances_val2017", "test annotations: the NAME in annotations/NAME.json", metavar="NAME"
     )
     val_images: str = option("val2017", "folder of the test images in --coco", metavar="DIR")
+    boxes_only: bool = option(False, "train Faster R-CNN on boxes and ignore masks")
+    crowds_as_objects: bool = option(
+        False, "treat annotations with iscrowd 1 as single objects, for masks that CVAT exports"
+    )
     keep_empty: bool = option(False, "train also on images without annotations, as background")
     max_bad_annotations: int | None = option(None, "number of invalid boxes and masks to skip in each set [1 in 1,000]")
     workers: Workers = option("auto", WORKERS_HELP)
@@ -148,11 +160,8 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
         if not root.is_dir():
             raise InputError(f"--coco {root} is not a folder: name one with annotations/ and images")
         train, val = (
-            coco.read(root / "annotations" / f"{name}.json", root / folder, self.max_bad_annotations)
-            for name, folder in (
-                (self.train_annotations, self.train_images),
-                (self.val_annotations, self.val_images),
-            )
+            coco.read(file, folder, self.max_bad_annotations, self.boxes_only, self.crowds_as_objects)
+            for file, folder in self._places(root)
         )
         ids = [{category["id"]: category["name"] for category in part.categories} for part in (train, val)]
         if ids[0] != ids[1]:
@@ -164,6 +173,18 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             if len(part.left_out) > coco.MAX_REPORTED:
                 print(f"left out of {part.file.name}: {len(part.left_out) - coco.MAX_REPORTED:,} more", flush=True)
         return (train if self.keep_empty else train.annotated()), val
+
+    def _places(self, root: Path) -> list[tuple[Path, Path]]:
+        """Annotations and folder of images of the training and the test set, in COCO's or Roboflow's layout."""
+        if not (root / "annotations").is_dir() and (root / "train" / ROBOFLOW).is_file():
+            tests = [root / name for name in ("valid", "test") if (root / name / ROBOFLOW).is_file()]
+            if not tests:
+                raise InputError(f"{root} has train/{ROBOFLOW}, but none in valid/ or test/: export a test split too")
+            return [(folder / ROBOFLOW, folder) for folder in (root / "train", tests[0])]
+        return [
+            (root / "annotations" / f"{self.train_annotations}.json", root / self.train_images),
+            (root / "annotations" / f"{self.val_annotations}.json", root / self.val_images),
+        ]
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:
@@ -224,8 +245,9 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
     train, val = options.sets()
     detector, hparams = options.detector(), options.hyperparameters()
     epochs = _epochs(hparams, len(train))
-    key = fingerprint.digest(*network.parameters(), hparams, detector, train.digest, len(train), train.left_out)
-    model = build_mask_rcnn(network, len(train.categories), detector, hparams.seed).to(device)
+    extra = [name for name in ("boxes_only", "crowds_as_objects") if getattr(options, name)]
+    key = fingerprint.digest(*network.parameters(), hparams, detector, train.digest, len(train), train.left_out, *extra)
+    model = build_detector(network, len(train.categories), detector, hparams.seed, not options.boxes_only).to(device)
     training = DetectionTraining(model, hparams, device)
     print(f"{dn}: {source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}", flush=True)
 
@@ -235,7 +257,7 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
 
     def measure() -> str:
         scores = evaluate(model, val, options.workers, device)
-        return "  ".join(f"{kind} AP {_percent(scores[kind]['AP'])}" for kind in KINDS)
+        return "  ".join(f"{kind} AP {_percent(scores[kind]['AP'])}" for kind in KINDS if kind in scores)
 
     folder = out / FOLDER / "detect" / f"{dn}-{key}"
     loop.run(f"detector {dn}", training, batches, folder, device, None, measure, options.evaluate_steps)
@@ -250,6 +272,7 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
             **asdict(hparams),
             **asdict(detector),
             "keep_empty": options.keep_empty,
+            "boxes_only": options.boxes_only,
             "normalization": normalization(),
         },
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -273,21 +296,23 @@ def _percent(share: float | None) -> str:
 def publish_detect(out: Path, report: Report) -> None:
     """Write the report to OUT/evaluation/detect and print it."""
     folder, dn = out / FOLDER / "detect", report["dn"]
+    kinds = [kind for kind in KINDS if kind in report]
+    name = "Mask" if "mask" in kinds else "Faster"
     title = (
-        f"Mask R-CNN on {dn} ({report['from']}): {report['hyperparameters']['steps']:,} steps, "
+        f"{name} R-CNN on {dn} ({report['from']}): {report['hyperparameters']['steps']:,} steps, "
         f"{report['val']['images']:,} images of {report['val']['annotations']}, AP in percent"
     )
     summary = Table(
         title,
         [dn, *MEASURES],
-        [[kind, *(_percent(report[kind][measure]) for measure in MEASURES)] for kind in KINDS],
+        [[kind, *(_percent(report[kind][measure]) for measure in MEASURES)] for kind in kinds],
     )
     categories = Table(
         "AP of each category, in percent",
-        ["category", "instances", *KINDS],
+        ["category", "instances", *kinds],
         [
-            [name, f"{scores['instances']:,}", *(_percent(scores[kind]) for kind in KINDS)]
-            for name, scores in report["categories"].items()
+            [category, f"{scores['instances']:,}", *(_percent(scores[kind]) for kind in kinds)]
+            for category, scores in report["categories"].items()
         ],
     )
     atomic.write_text(folder / f"{dn}.json", json.dumps(report, indent=2) + "\n")

@@ -48,5 +48,6 @@ def flip(instances: Instances) -> Instances:
     """Mirror an image, its boxes and its masks left to right."""
     left, top, right, bottom = instances.boxes.unbind(1)
     width = instances.image.shape[-1]
+    masks = None if instances.masks is None else instances.masks.flip(-1)
     boxes = torch.stack([width - right, top, width - left, bottom], dim=1)
-    return Instances(instances.image.flip(-1), boxes, instances.labels, instances.masks.flip(-1))
+    return Instances(instances.image.flip(-1), boxes, instances.labels, masks)

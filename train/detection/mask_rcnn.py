@@ -1,4 +1,5 @@
-"""torchvision's Mask R-CNN (He et al. 2017) with a feature pyramid (Lin et al. 2017) on a network of a family.
+"""torchvision's Mask R-CNN (He et al. 2017) or Faster R-CNN (Ren et al. 2015) with a feature pyramid (Lin et al. 2017)
+on a network of a family.
 
 As in the paper's appendix A.4, network and pyramid have batch normalisation, the heads have none, and all parameters
 are trained. The pyramid has five levels: the last feature maps of strides 4 to 32, and a level of stride 64.
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
@@ -62,7 +63,7 @@ class PyramidBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), features) for i, features in enumerate(self.network.feature_maps(images))))
 
 
-def build_mask_rcnn(network: Network, classes: int, config: DetectorConfig, seed: int) -> MaskRCNN:
+def build_detector(network: Network, classes: int, config: DetectorConfig, seed: int, masks: bool = True) -> FasterRCNN:
     """Build a detector, with SyncBatchNorm if torch.distributed is initialised with several processes.
 
     Args:
@@ -70,11 +71,12 @@ def build_mask_rcnn(network: Network, classes: int, config: DetectorConfig, seed
         classes: number of classes without background.
         config: configuration of the detector.
         seed: seed of pyramid and head weights.
+        masks: whether to build Mask R-CNN, which predicts masks too, instead of Faster R-CNN.
     """
     anchors = AnchorGenerator(tuple((config.anchor_size << level,) for level in range(LEVELS)), (RATIOS,) * LEVELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MaskRCNN(
+        model = (MaskRCNN if masks else FasterRCNN)(
             PyramidBackbone(network),
             classes + 1,
             min_size=config.sizes,

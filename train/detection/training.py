@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN
 
 from dspnet_fast.errors import InputError
 
@@ -50,9 +50,9 @@ class Hyperparameters:
 class DetectionTraining(SingleModelTraining):
     """Training of a detector by the sum of its five losses; implements `train.run.loop.Training`."""
 
-    model: MaskRCNN
+    model: FasterRCNN
 
-    def __init__(self, model: MaskRCNN, hparams: Hyperparameters, device: torch.device) -> None:
+    def __init__(self, model: FasterRCNN, hparams: Hyperparameters, device: torch.device) -> None:
         self.model, self.hparams, self.device = model, hparams, device
         self.step, self.steps = 0, hparams.steps
         parameters = list(model.parameters())
@@ -68,7 +68,11 @@ class DetectionTraining(SingleModelTraining):
         self.model.train()
         images = [one.image.to(device, non_blocking=True) / 255 for one in batch]
         targets = [
-            {name: value.to(device, non_blocking=True) for name, value in one._asdict().items() if name != "image"}
+            {
+                name: value.to(device, non_blocking=True)
+                for name, value in one._asdict().items()
+                if name != "image" and value is not None
+            }
             for one in batch
         ]
         # torchvision draws sizes and regions from the global generator: seed it per step, so that a resumed training
@@ -90,7 +94,7 @@ class DetectionTraining(SingleModelTraining):
 
 @torch.no_grad()
 def detections(
-    model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device
+    model: FasterRCNN, images: CocoDataset, workers: Workers, device: torch.device
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Id and detections of each image, the input of `average_precision`."""
     model.eval()
@@ -102,6 +106,6 @@ def detections(
             monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
 
-def evaluate(model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device) -> dict[str, Any]:
+def evaluate(model: FasterRCNN, images: CocoDataset, workers: Workers, device: torch.device) -> dict[str, Any]:
     """Average precision of boxes and masks: see `average_precision`."""
     return average_precision(images, detections(model, images, workers, device))

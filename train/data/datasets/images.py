@@ -134,12 +134,13 @@ def dataset_digest(images: ImageDataset) -> str:
     return digest(*(images.file(i) for i in range(len(images))), *labels)
 
 
-def decode(content: bytes, file: str) -> Image.Image:
+def decode(content: bytes, file: str, turn: bool = True) -> Image.Image:
     """Decode an image and rotate it by its EXIF orientation; of an animation the first frame.
 
     Args:
         content: of the file.
         file: the name of the file, for the error message.
+        turn: whether to apply the orientation.
 
     Returns:
         An image in mode "L" or "RGB".
@@ -149,7 +150,8 @@ def decode(content: bytes, file: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            if turn:
+                ImageOps.exif_transpose(image, in_place=True)
             return to_grey_or_rgb(image)
     except Exception as error:  # decoders raise many types of exceptions for broken files
         raise unreadable(file, content, error) from error
