@@ -8,12 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
-
-from dspnet_fast import atomic, exported
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, subnet
-from dspnet_fast.slim import slim
 
 from . import cli
 from .config import DEVICE_HELP, WORKERS_HELP, Workers, flag, option, positive
@@ -22,25 +18,27 @@ from .data.datasets import coco
 from .data.datasets.coco import CocoDataset, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
+from .detection.backbones import open_backbone
 from .detection.mask_rcnn import DetectorConfig, build_detector, normalization
 from .detection.training import DetectionTraining, Hyperparameters, evaluate
-from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
-from .run import checkpoint, fingerprint, loop
+from .run import fingerprint, loop
 from .run.device import choose_device
 from .run.tables import Table
 
 DESCRIPTION = """\
 Train Mask R-CNN (with --boxes-only Faster R-CNN) with a feature pyramid on a network of a run of dspnet-pretrain, on a
 dataset in COCO format, and evaluate its boxes and masks (the paper's figure 6 and table 1(c)). The network is read from
-OUT/exported/<dn>, the folder that dspnet-export writes, or else cut out of the newest checkpoint. Writes the average
-precision, in total and of each category, to OUT/evaluation/detect/<dn>.json and <dn>.md. After Ctrl-C the same command
-continues.
+OUT/exported/<dn>, the folder that dspnet-export writes, or else cut out of the newest checkpoint. --weights compares
+with random weights and with networks of timm and torchvision. Writes the average precision, in total and of each
+category, to OUT/evaluation/detect/<dn>.json and <dn>.md. After Ctrl-C the same command continues.
 Needs pycocotools: pip install 'dspnet-fast[detect]'."""
 EXAMPLE = """\
   dspnet-detect runs/first --dn w0.50 --coco coco --config recipes/detect/mask-rcnn_coco_180k.yaml
-  dspnet-detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8"""
+  dspnet-detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8
+  dspnet-detect runs/first --dn w0.50 --coco coco --weights random
+  dspnet-detect runs/resnet18 --coco coco --weights torchvision:resnet18=resnet18.pth"""
 
 
 ROBOFLOW = "_annotations.coco.json"
@@ -106,7 +104,13 @@ class DetectOptimizationOptions:
 class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
     """Options of `train.detect`."""
 
+    weights: str = option(
+        "run",
+        "run: those of the pretraining; random; or published ones, timm:NAME[=FILE] or torchvision:NAME[=FILE]",
+        metavar="WEIGHTS",
+    )
     evaluate_steps: int = option(0, "steps between evaluations; 0: only at the end")
+    stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never")
     device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
 
     def __post_init__(self) -> None:
@@ -119,7 +123,7 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             batch_size=self.batch_size,
             lr=self.lr,
         )
-        for name in ("warmup_steps", "weight_decay", "evaluate_steps"):
+        for name in ("warmup_steps", "weight_decay", "evaluate_steps", "stall_timeout"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
@@ -194,42 +198,12 @@ def _whole_numbers(name: str, text: str) -> list[int]:
         raise InputError(f"{flag(name)} {text!r}: give whole numbers separated by commas") from error
 
 
-def pretrained_network(out: Path, dn: str) -> tuple[Network, str]:
-    """Load a network of a run: the exported one if it exists, otherwise cut out of the newest checkpoint.
-
-    Args:
-        out: run directory.
-        dn: name of the network.
-
-    Returns:
-        The network in torch.nn layers, and a description of its origin.
-
-    Raises:
-        InputError: if neither exists, or if the run was trained further after the export.
-    """
-    folder = out / "exported" / dn
-    if folder.is_dir():
-        network = exported.load(folder)
-        steps = json.loads((folder / exported.MANIFEST).read_text()).get("pretraining", {}).get("steps")
-        newest = checkpoint.latest_step(out / "checkpoints")
-        if newest and steps != newest:
-            raise InputError(
-                f"{folder} was exported at step {steps}, the run is at {newest}: export it again, or remove it"
-            )
-        assert isinstance(network, Network)
-        return network, f"exported/{dn}, {steps} steps"
-    trained = PretrainedFamily(out, torch.device("cpu"))
-    network = slim(trained.cut(subnet(trained.config.network, dn)), None)
-    assert isinstance(network, Network)
-    return network, f"checkpoint, {trained.step} steps"
-
-
-def detect(out: Path, dn: str, options: DetectOptions) -> Report:
+def detect(out: Path, dn: str | None, options: DetectOptions) -> Report:
     """Train a detector to the end and evaluate it.
 
     Args:
-        out: run directory of the pretraining.
-        dn: name of the network.
+        out: run directory of the pretraining; with published weights, folder for the results.
+        dn: name of the network; None with published weights.
         options: options of the command.
 
     Returns:
@@ -241,15 +215,19 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
     """
     coco.require_pycocotools()
     device = choose_device(options.device)
-    network, source = pretrained_network(out, dn)
+    backbone = open_backbone(options.weights, out, dn, options.seed)
+    network, name = backbone.network, backbone.name
     train, val = options.sets()
     detector, hparams = options.detector(), options.hyperparameters()
     epochs = _epochs(hparams, len(train))
     extra = [name for name in ("boxes_only", "crowds_as_objects") if getattr(options, name)]
     key = fingerprint.digest(*network.parameters(), hparams, detector, train.digest, len(train), train.left_out, *extra)
-    model = build_detector(network, len(train.categories), detector, hparams.seed, not options.boxes_only).to(device)
+    model = build_detector(backbone, len(train.categories), detector, hparams.seed, not options.boxes_only).to(device)
     training = DetectionTraining(model, hparams, device)
-    print(f"{dn}: {source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}", flush=True)
+    print(
+        f"{name}: {backbone.source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}",
+        flush=True,
+    )
 
     def batches(start: int) -> Iterator[list[Instances]]:
         order = EpochSampler(len(train), hparams.batch_size, hparams.seed, epochs, start)
@@ -259,12 +237,23 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
         scores = evaluate(model, val, options.workers, device)
         return "  ".join(f"{kind} AP {_percent(scores[kind]['AP'])}" for kind in KINDS if kind in scores)
 
-    folder = out / FOLDER / "detect" / f"{dn}-{key}"
-    loop.run(f"detector {dn}", training, batches, folder, device, None, measure, options.evaluate_steps)
+    folder = out / FOLDER / "detect" / f"{name}-{key}"
+    loop.run(
+        f"detector {name}",
+        training,
+        batches,
+        folder,
+        device,
+        None,
+        measure,
+        options.evaluate_steps,
+        [training.guard],
+        options.stall_timeout,
+    )
     return {
         "protocol": "detect",
-        "dn": dn,
-        "from": source,
+        "dn": name,
+        "from": backbone.source,
         "coco": options.coco,
         "train": {"annotations": options.train_annotations, **_counts(train)},
         "val": {"annotations": options.val_annotations, **_counts(val)},
@@ -325,8 +314,13 @@ def publish_detect(out: Path, report: Report) -> None:
 def make_parser() -> cli.ArgumentParser:
     """The parser of the command."""
     parser = cli.parser("detect", DESCRIPTION, EXAMPLE, "[options] --dn NAME --coco DIR OUT")
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
-    parser.add_argument("--dn", required=True, metavar="NAME", help="network, such as w0.50")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="run directory of dspnet-pretrain, or with published --weights a folder for the results",
+    )
+    parser.add_argument("--dn", metavar="NAME", help="network of the run, such as w0.50")
     cli.add_config_file(parser)
     cli.add_options(parser, DetectOptions)
     return parser

@@ -183,6 +183,8 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
             lambda step, loss: log.metrics(step, {"loss": loss}),
             measure,
             config.evaluate_epochs * used.epoch_steps,
+            [training.guard],
+            config.stall_timeout,
         )
     finally:
         log.close()

@@ -20,9 +20,9 @@ from dspnet_fast.slim import slim
 from tests.train.coco_set import NAMES
 from train import detect, export
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.detect import pretrained_network
 from train.detection import mask_rcnn
 from train.detection.average_precision import KINDS, MEASURES, average_precision
+from train.detection.backbones import Backbone, pretrained_network
 from train.detection.mask_rcnn import DetectorConfig, build_detector
 from train.detection.training import DetectionTraining
 from train.run.schedules import stepped_learning_rate
@@ -118,7 +118,7 @@ def test_average_precision_equals_pycocotools(read, content):
 def test_pyramid_uses_every_resolution(name, dn):
     network = slim(build(name, subnet(name, dn)), None)
     with torch.device("meta"):
-        model = build_detector(network.to("meta"), 2, DetectorConfig((64,), 64, 8, 16), seed=0)
+        model = build_detector(Backbone(network.to("meta"), name, ""), 2, DetectorConfig((64,), 64, 8, 16), seed=0)
         maps = model.backbone(torch.empty(1, 3, 64, 96))
     assert [features.shape[1:] for features in maps.values()] == [(256, 64 // r, 96 // r) for r in (4, 8, 16, 32)] + [
         (256, 1, 2)
@@ -133,7 +133,7 @@ def test_detector_uses_sync_batch_norm_with_several_processes(monkeypatch):
     network = slim(build("resnet", subnet("resnet", "c8-d1111")), None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = build_detector(network, 2, DetectorConfig((64,), 64, 8, 16), seed=0)
+    model = build_detector(Backbone(network, "one", ""), 2, DetectorConfig((64,), 64, 8, 16), seed=0)
     kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert kinds == {torch.nn.SyncBatchNorm}
 

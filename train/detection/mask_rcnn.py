@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from dspnet_fast.models import Network
 
-from ..data.normalization import MEAN, STD
+from .backbones import Backbone, FeatureMaps
 
 CHANNELS = 256
 LEVELS = 5
@@ -47,10 +47,10 @@ class PyramidBackbone(nn.Module):
     """Network and feature pyramid: images [N, 3, H, W] to maps [N, 256, H/r, W/r] for r = 4, 8, 16, 32, 64.
 
     Args:
-        network: network of torch.nn layers, from `slim` or `exported.load`.
+        network: network of torch.nn layers with `map_channels` and `feature_maps`, as those of `Network`.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network | FeatureMaps) -> None:
         super().__init__()
         self.network = network
         self.fpn = FeaturePyramidNetwork(
@@ -63,11 +63,13 @@ class PyramidBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), features) for i, features in enumerate(self.network.feature_maps(images))))
 
 
-def build_detector(network: Network, classes: int, config: DetectorConfig, seed: int, masks: bool = True) -> FasterRCNN:
+def build_detector(
+    backbone: Backbone, classes: int, config: DetectorConfig, seed: int, masks: bool = True
+) -> FasterRCNN:
     """Build a detector, with SyncBatchNorm if torch.distributed is initialised with several processes.
 
     Args:
-        network: network of torch.nn layers.
+        backbone: network and normalisation of its images.
         classes: number of classes without background.
         config: configuration of the detector.
         seed: seed of pyramid and head weights.
@@ -77,12 +79,12 @@ def build_detector(network: Network, classes: int, config: DetectorConfig, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (MaskRCNN if masks else FasterRCNN)(
-            PyramidBackbone(network),
+            PyramidBackbone(backbone.network),
             classes + 1,
             min_size=config.sizes,
             max_size=config.max_size,
-            image_mean=list(MEAN),
-            image_std=list(STD),
+            image_mean=list(backbone.mean),
+            image_std=list(backbone.std),
             rpn_anchor_generator=anchors,
             box_batch_size_per_image=config.rois,
         )

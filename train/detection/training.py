@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from dspnet_fast.errors import InputError
-
 from ..config import Workers
 from ..data.coco_loader import evaluation_images
 from ..data.datasets.coco import CocoDataset, Instances
@@ -19,6 +17,7 @@ from ..data.sampler import mix
 from ..run.loop import SingleModelTraining
 from ..run.progress import Monitor
 from ..run.schedules import stepped_learning_rate
+from ..run.update_guard import UpdateGuard
 from .average_precision import average_precision
 
 
@@ -55,6 +54,7 @@ class DetectionTraining(SingleModelTraining):
     def __init__(self, model: FasterRCNN, hparams: Hyperparameters, device: torch.device) -> None:
         self.model, self.hparams, self.device = model, hparams, device
         self.step, self.steps = 0, hparams.steps
+        self.guard = UpdateGuard(model)
         parameters = list(model.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": hparams.weight_decay},
@@ -63,8 +63,9 @@ class DetectionTraining(SingleModelTraining):
         self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=hparams.momentum)
 
     def train_step(self, batch: list[Instances]) -> Tensor:
-        """Train one step; returns the sum of the losses. InputError if it is not finite."""
+        """Train one step; returns the sum of the losses. A step whose numbers are not finite changes nothing."""
         hparams, device = self.hparams, self.device
+        self.guard.begin()
         self.model.train()
         images = [one.image.to(device, non_blocking=True) / 255 for one in batch]
         targets = [
@@ -80,15 +81,14 @@ class DetectionTraining(SingleModelTraining):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(mix(hparams.seed, -1, self.step))
             loss = torch.stack(list(self.model(images, targets).values())).sum()
-        if not loss.isfinite():
-            raise InputError(f"the loss is {loss.item()} in step {self.step + 1}: start again with a smaller --lr")
         self._optimizer.zero_grad()
         loss.backward()
         peak = hparams.lr * hparams.batch_size / 16
         for group in self._optimizer.param_groups:
             group["lr"] = stepped_learning_rate(self.step, hparams.warmup_steps, peak, hparams.drops)
-        self._optimizer.step()
         self.step += 1
+        if self.guard.allows(self.step, loss.detach()):
+            self._optimizer.step()
         return loss.detach()
 
 
