@@ -26,6 +26,7 @@ from dspnet_fast.errors import InputError
 from ...run.progress import Monitor
 from .coco_records import convert, crowd_problem, integer, unused_root
 from .coco_shapes import Record, box_problem, clip_box, decode_mask, encode_mask, is_integer, mask_problem
+from .decoders import unreadable
 from .images import decode
 
 MAX_REPORTED = 10  # invalid annotations listed in a message
@@ -253,13 +254,19 @@ def _wrong_sizes(images: list[Record], folder: Path) -> Iterator[str]:
                 with Image.open(folder / record["file_name"]) as image:
                     found = image.size
             except Exception as error:  # decoders raise many types of exceptions for broken files
-                yield f"{record['file_name']} of image {record['id']} cannot be read ({error})"
+                path = folder / record["file_name"]
+                yield f"image {record['id']}: {unreadable(str(path), _start(path), error)}"
             else:
                 if size not in (found, found[::-1]):
                     yield f"{record['file_name']} is {found[0]} x {found[1]}, but its record says {size[0]} x {size[1]}"
             if place % CHECKED_AT_ONCE == 0 or place == len(images):
                 monitor.advance()
                 monitor.status(f"{place:,} checked")
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
 
 
 def _raise_if_any(file: Path, wrong: list[str], what: str = "") -> None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from dspnet_fast.errors import InputError
 
 from ...run.fingerprint import digest
+from .decoders import reading, unreadable
 from .pixels import RescaledImage
 
 Loaded = Image.Image | RescaledImage
@@ -148,6 +149,7 @@ def decode(content: bytes, file: str, turn: bool = True) -> Image.Image:
     Raises:
         InputError: the file is no image, is damaged, or has more pixels than Pillow considers safe.
     """
+    reading(file)
     try:
         with Image.open(io.BytesIO(content)) as image:
             if turn:
@@ -155,12 +157,6 @@ def decode(content: bytes, file: str, turn: bool = True) -> Image.Image:
             return to_grey_or_rgb(image)
     except Exception as error:  # decoders raise many types of exceptions for broken files
         raise unreadable(file, content, error) from error
-
-
-def unreadable(file: str, content: bytes, error: Exception) -> InputError:
-    """The error for an image that a decoder refuses."""
-    reason = " ".join(str(error).split())
-    return InputError(f"cannot read the image {file}: repair it or take it out ({reason})")
 
 
 def encode_pnm(image: Image.Image) -> bytes:
