@@ -19,6 +19,7 @@ from dspnet_fast.atomic import is_for_lack_of_room
 from dspnet_fast.errors import InputError
 
 from .config import flag, key
+from .data.datasets.decoders import gather_warnings
 from .distributed.process_group import refuse_ranks
 from .run.terminal import protect_output
 
@@ -126,6 +127,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """
     argv = sys.argv[1:] if argv is None else argv
     protect_output()
+    gather_warnings()
     try:
         with _full_disk_reported_once():
             if not several_ranks:

@@ -446,6 +446,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, PixelOptions, LabelledOptions
     command = "dspnet-finetune"
 
     evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
+    stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never", True)
     device: str = option("auto", DEVICE_HELP, True, "DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP, True)
     plugins: str = option("", PLUGINS_HELP, True, "MODULES")
@@ -458,7 +459,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, PixelOptions, LabelledOptions
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "evaluate_epochs"):
+        for name in ("weight_decay", "warmup_epochs", "evaluate_epochs", "stall_timeout"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         self.check_pixels()

@@ -8,12 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
-
-from dspnet_fast import atomic, exported
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, subnet
-from dspnet_fast.slim import slim
 
 from . import cli
 from .config import DEVICE_HELP, WORKERS_HELP, Workers, flag, option, positive
@@ -22,31 +18,41 @@ from .data.datasets import coco
 from .data.datasets.coco import CocoDataset, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
-from .detection.mask_rcnn import DetectorConfig, build_mask_rcnn, normalization
+from .detection.backbones import open_backbone
+from .detection.mask_rcnn import DetectorConfig, build_detector, normalization
 from .detection.training import DetectionTraining, Hyperparameters, evaluate
-from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
-from .run import checkpoint, fingerprint, loop
+from .run import fingerprint, loop
 from .run.device import choose_device
 from .run.tables import Table
 
 DESCRIPTION = """\
-Train Mask R-CNN with a feature pyramid on a network of a run of dspnet-pretrain, on a dataset in COCO format, and
-evaluate its boxes and masks (the paper's figure 6 and table 1(c)). The network is read from OUT/exported/<dn>, the
-folder that dspnet-export writes, or else cut out of the newest checkpoint. Writes the average precision, in total and
-of each category, to OUT/evaluation/detect/<dn>.json and <dn>.md. After Ctrl-C the same command continues.
+Train Mask R-CNN (with --boxes-only Faster R-CNN) with a feature pyramid on a network of a run of dspnet-pretrain, on a
+dataset in COCO format, and evaluate its boxes and masks (the paper's figure 6 and table 1(c)). The network is read from
+OUT/exported/<dn>, the folder that dspnet-export writes, or else cut out of the newest checkpoint. --weights compares
+with random weights and with networks of timm and torchvision. Writes the average precision, in total and of each
+category, to OUT/evaluation/detect/<dn>.json and <dn>.md. After Ctrl-C the same command continues.
 Needs pycocotools: pip install 'dspnet-fast[detect]'."""
 EXAMPLE = """\
   dspnet-detect runs/first --dn w0.50 --coco coco --config recipes/detect/mask-rcnn_coco_180k.yaml
-  dspnet-detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8"""
+  dspnet-detect runs/first --dn w0.50 --coco coco --steps 9000 --lr-drops 6000,8000 --batch-size 8
+  dspnet-detect runs/first --dn w0.50 --coco coco --weights random
+  dspnet-detect runs/resnet18 --coco coco --weights torchvision:resnet18=resnet18.pth"""
+
+
+ROBOFLOW = "_annotations.coco.json"
 
 
 @dataclass(kw_only=True)
 class CocoOptions:
     """data"""
 
-    coco: str | None = option(None, "folder with annotations/NAME.json and folders of images", metavar="DIR")
+    coco: str | None = option(
+        None,
+        "folder with annotations/NAME.json and folders of images, or, as Roboflow exports them, with train/ and valid/",
+        metavar="DIR",
+    )
     train_annotations: str = option(
         "instances_train2017", "training annotations: the NAME in annotations/NAME.json", metavar="NAME"
     )
@@ -55,6 +61,10 @@ class CocoOptions:
         "instances_val2017", "test annotations: the NAME in annotations/NAME.json", metavar="NAME"
     )
     val_images: str = option("val2017", "folder of the test images in --coco", metavar="DIR")
+    boxes_only: bool = option(False, "train Faster R-CNN on boxes and ignore masks")
+    crowds_as_objects: bool = option(
+        False, "treat annotations with iscrowd 1 as single objects, for masks that CVAT exports"
+    )
     keep_empty: bool = option(False, "train also on images without annotations, as background")
     max_bad_annotations: int | None = option(None, "number of invalid boxes and masks to skip in each set [1 in 1,000]")
     workers: Workers = option("auto", WORKERS_HELP)
@@ -94,7 +104,13 @@ class DetectOptimizationOptions:
 class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
     """Options of `train.detect`."""
 
+    weights: str = option(
+        "run",
+        "run: those of the pretraining; random; or published ones, timm:NAME[=FILE] or torchvision:NAME[=FILE]",
+        metavar="WEIGHTS",
+    )
     evaluate_steps: int = option(0, "steps between evaluations; 0: only at the end")
+    stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never")
     device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
 
     def __post_init__(self) -> None:
@@ -107,7 +123,7 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             batch_size=self.batch_size,
             lr=self.lr,
         )
-        for name in ("warmup_steps", "weight_decay", "evaluate_steps"):
+        for name in ("warmup_steps", "weight_decay", "evaluate_steps", "stall_timeout"):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
@@ -148,11 +164,8 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
         if not root.is_dir():
             raise InputError(f"--coco {root} is not a folder: name one with annotations/ and images")
         train, val = (
-            coco.read(root / "annotations" / f"{name}.json", root / folder, self.max_bad_annotations)
-            for name, folder in (
-                (self.train_annotations, self.train_images),
-                (self.val_annotations, self.val_images),
-            )
+            coco.read(file, folder, self.max_bad_annotations, self.boxes_only, self.crowds_as_objects)
+            for file, folder in self._places(root)
         )
         ids = [{category["id"]: category["name"] for category in part.categories} for part in (train, val)]
         if ids[0] != ids[1]:
@@ -165,6 +178,18 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
                 print(f"left out of {part.file.name}: {len(part.left_out) - coco.MAX_REPORTED:,} more", flush=True)
         return (train if self.keep_empty else train.annotated()), val
 
+    def _places(self, root: Path) -> list[tuple[Path, Path]]:
+        """Annotations and folder of images of the training and the test set, in COCO's or Roboflow's layout."""
+        if not (root / "annotations").is_dir() and (root / "train" / ROBOFLOW).is_file():
+            tests = [root / name for name in ("valid", "test") if (root / name / ROBOFLOW).is_file()]
+            if not tests:
+                raise InputError(f"{root} has train/{ROBOFLOW}, but none in valid/ or test/: export a test split too")
+            return [(folder / ROBOFLOW, folder) for folder in (root / "train", tests[0])]
+        return [
+            (root / "annotations" / f"{self.train_annotations}.json", root / self.train_images),
+            (root / "annotations" / f"{self.val_annotations}.json", root / self.val_images),
+        ]
+
 
 def _whole_numbers(name: str, text: str) -> list[int]:
     try:
@@ -173,42 +198,12 @@ def _whole_numbers(name: str, text: str) -> list[int]:
         raise InputError(f"{flag(name)} {text!r}: give whole numbers separated by commas") from error
 
 
-def pretrained_network(out: Path, dn: str) -> tuple[Network, str]:
-    """Load a network of a run: the exported one if it exists, otherwise cut out of the newest checkpoint.
-
-    Args:
-        out: run directory.
-        dn: name of the network.
-
-    Returns:
-        The network in torch.nn layers, and a description of its origin.
-
-    Raises:
-        InputError: if neither exists, or if the run was trained further after the export.
-    """
-    folder = out / "exported" / dn
-    if folder.is_dir():
-        network = exported.load(folder)
-        steps = json.loads((folder / exported.MANIFEST).read_text()).get("pretraining", {}).get("steps")
-        newest = checkpoint.latest_step(out / "checkpoints")
-        if newest and steps != newest:
-            raise InputError(
-                f"{folder} was exported at step {steps}, the run is at {newest}: export it again, or remove it"
-            )
-        assert isinstance(network, Network)
-        return network, f"exported/{dn}, {steps} steps"
-    trained = PretrainedFamily(out, torch.device("cpu"))
-    network = slim(trained.cut(subnet(trained.config.network, dn)), None)
-    assert isinstance(network, Network)
-    return network, f"checkpoint, {trained.step} steps"
-
-
-def detect(out: Path, dn: str, options: DetectOptions) -> Report:
+def detect(out: Path, dn: str | None, options: DetectOptions) -> Report:
     """Train a detector to the end and evaluate it.
 
     Args:
-        out: run directory of the pretraining.
-        dn: name of the network.
+        out: run directory of the pretraining; with published weights, folder for the results.
+        dn: name of the network; None with published weights.
         options: options of the command.
 
     Returns:
@@ -220,14 +215,19 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
     """
     coco.require_pycocotools()
     device = choose_device(options.device)
-    network, source = pretrained_network(out, dn)
+    backbone = open_backbone(options.weights, out, dn, options.seed)
+    network, name = backbone.network, backbone.name
     train, val = options.sets()
     detector, hparams = options.detector(), options.hyperparameters()
     epochs = _epochs(hparams, len(train))
-    key = fingerprint.digest(*network.parameters(), hparams, detector, train.digest, len(train), train.left_out)
-    model = build_mask_rcnn(network, len(train.categories), detector, hparams.seed).to(device)
+    extra = [name for name in ("boxes_only", "crowds_as_objects") if getattr(options, name)]
+    key = fingerprint.digest(*network.parameters(), hparams, detector, train.digest, len(train), train.left_out, *extra)
+    model = build_detector(backbone, len(train.categories), detector, hparams.seed, not options.boxes_only).to(device)
     training = DetectionTraining(model, hparams, device)
-    print(f"{dn}: {source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}", flush=True)
+    print(
+        f"{name}: {backbone.source}; {len(train):,} images, {train.instances:,} annotations; {normalization()}",
+        flush=True,
+    )
 
     def batches(start: int) -> Iterator[list[Instances]]:
         order = EpochSampler(len(train), hparams.batch_size, hparams.seed, epochs, start)
@@ -235,14 +235,25 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
 
     def measure() -> str:
         scores = evaluate(model, val, options.workers, device)
-        return "  ".join(f"{kind} AP {_percent(scores[kind]['AP'])}" for kind in KINDS)
+        return "  ".join(f"{kind} AP {_percent(scores[kind]['AP'])}" for kind in KINDS if kind in scores)
 
-    folder = out / FOLDER / "detect" / f"{dn}-{key}"
-    loop.run(f"detector {dn}", training, batches, folder, device, None, measure, options.evaluate_steps)
+    folder = out / FOLDER / "detect" / f"{name}-{key}"
+    loop.run(
+        f"detector {name}",
+        training,
+        batches,
+        folder,
+        device,
+        None,
+        measure,
+        options.evaluate_steps,
+        [training.guard],
+        options.stall_timeout,
+    )
     return {
         "protocol": "detect",
-        "dn": dn,
-        "from": source,
+        "dn": name,
+        "from": backbone.source,
         "coco": options.coco,
         "train": {"annotations": options.train_annotations, **_counts(train)},
         "val": {"annotations": options.val_annotations, **_counts(val)},
@@ -250,6 +261,7 @@ def detect(out: Path, dn: str, options: DetectOptions) -> Report:
             **asdict(hparams),
             **asdict(detector),
             "keep_empty": options.keep_empty,
+            "boxes_only": options.boxes_only,
             "normalization": normalization(),
         },
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -273,21 +285,23 @@ def _percent(share: float | None) -> str:
 def publish_detect(out: Path, report: Report) -> None:
     """Write the report to OUT/evaluation/detect and print it."""
     folder, dn = out / FOLDER / "detect", report["dn"]
+    kinds = [kind for kind in KINDS if kind in report]
+    name = "Mask" if "mask" in kinds else "Faster"
     title = (
-        f"Mask R-CNN on {dn} ({report['from']}): {report['hyperparameters']['steps']:,} steps, "
+        f"{name} R-CNN on {dn} ({report['from']}): {report['hyperparameters']['steps']:,} steps, "
         f"{report['val']['images']:,} images of {report['val']['annotations']}, AP in percent"
     )
     summary = Table(
         title,
         [dn, *MEASURES],
-        [[kind, *(_percent(report[kind][measure]) for measure in MEASURES)] for kind in KINDS],
+        [[kind, *(_percent(report[kind][measure]) for measure in MEASURES)] for kind in kinds],
     )
     categories = Table(
         "AP of each category, in percent",
-        ["category", "instances", *KINDS],
+        ["category", "instances", *kinds],
         [
-            [name, f"{scores['instances']:,}", *(_percent(scores[kind]) for kind in KINDS)]
-            for name, scores in report["categories"].items()
+            [category, f"{scores['instances']:,}", *(_percent(scores[kind]) for kind in kinds)]
+            for category, scores in report["categories"].items()
         ],
     )
     atomic.write_text(folder / f"{dn}.json", json.dumps(report, indent=2) + "\n")
@@ -300,8 +314,13 @@ def publish_detect(out: Path, report: Report) -> None:
 def make_parser() -> cli.ArgumentParser:
     """The parser of the command."""
     parser = cli.parser("detect", DESCRIPTION, EXAMPLE, "[options] --dn NAME --coco DIR OUT")
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
-    parser.add_argument("--dn", required=True, metavar="NAME", help="network, such as w0.50")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="run directory of dspnet-pretrain, or with published --weights a folder for the results",
+    )
+    parser.add_argument("--dn", metavar="NAME", help="network of the run, such as w0.50")
     cli.add_config_file(parser)
     cli.add_options(parser, DetectOptions)
     return parser

@@ -20,7 +20,7 @@ from .costs.flops import network_cost
 from .data.datasets import open_images
 from .data.datasets.images import ImageDataset
 from .data.datasets.pixels import PixelFormat
-from .data.pixel_options import read_as, resolve_pixels
+from .data.pixel_options import read_as, resolve_pixels, resumed_pixels
 from .data.sampler import EpochSampler
 from .data.views import augmentation
 from .evaluation.accuracy import Accuracy
@@ -132,6 +132,8 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     device = choose_device(config.device)
+    if resume:
+        config = resumed_pixels(config, read_config(Path(config.out), FinetuneConfig))
     check_run(config, resume)
     hparams = hyperparameters(config)
     assert config.data is not None
@@ -183,6 +185,8 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
             lambda step, loss: log.metrics(step, {"loss": loss}),
             measure,
             config.evaluate_epochs * used.epoch_steps,
+            [training.guard],
+            config.stall_timeout,
         )
     finally:
         log.close()

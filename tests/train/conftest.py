@@ -1,5 +1,6 @@
 """Fixtures: small image folders, small runs and features."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image
 
 from dspnet_fast.models import build, family
 from dspnet_fast.statistics import post_statistics
+from tests.train.coco_set import draw
 from train.config import PretrainConfig
-from train.data.datasets import data_folder, open_images
+from train.data.datasets import coco, data_folder, open_images
 from train.data.datasets.images import Subset
 from train.data.loader import evaluation_batches
 from train.data.normalization import normalize
@@ -116,3 +118,31 @@ def arguments(images, tmp_path):
         return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A dataset in COCO format with 9 training and 4 test images."""
+    root = tmp_path_factory.mktemp("shapes")
+    (root / "annotations").mkdir()
+    for split, count in (("train", 9), ("val", 4)):
+        content = draw(root / f"{split}2017", count, seed=count)
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def content(shapes):
+    return json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+
+
+@pytest.fixture
+def read(shapes, tmp_path):
+    """read(content, **options): a dataset with these annotations and the test images."""
+
+    def read(content, **options):
+        file = tmp_path / "set.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return coco.read(file, shapes / "val2017", **options)
+
+    return read

@@ -1,4 +1,4 @@
-"""train.detect: datasets in COCO format and their errors, average precision against pycocotools, Mask R-CNN."""
+"""train.detect: average precision against pycocotools, Mask R-CNN."""
 
 import copy
 import importlib.util
@@ -9,7 +9,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -18,19 +17,16 @@ from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, subnet
 from dspnet_fast.slim import slim
+from tests.train.coco_set import NAMES
 from train import detect, export
 from train.cli import DONE, FAILED, WRONG_INPUT
-from train.data.coco_loader import flip
-from train.data.datasets import coco, coco_shapes
-from train.detect import pretrained_network
 from train.detection import mask_rcnn
 from train.detection.average_precision import KINDS, MEASURES, average_precision
-from train.detection.mask_rcnn import DetectorConfig, build_mask_rcnn
+from train.detection.backbones import Backbone, pretrained_network
+from train.detection.mask_rcnn import DetectorConfig, build_detector
 from train.detection.training import DetectionTraining
 from train.run.schedules import stepped_learning_rate
 
-WIDTH, HEIGHT = 64, 48
-NAMES = {3: "disc", 7: "square"}  # ids with gaps, as in COCO
 TINY = {
     "sizes": "32",
     "max_size": 64,
@@ -52,214 +48,6 @@ def run(*argv):
 
 def command(**options):
     return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items()]
-
-
-def draw(folder, count, seed):
-    """Draw bright discs and squares on noise; returns their annotations. The last image is empty."""
-    random = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    images, annotations = [], []
-    for number in range(1, count + 1):
-        picture = Image.fromarray(random.integers(0, 80, (HEIGHT, WIDTH, 3), dtype=np.uint8))
-        pen = ImageDraw.Draw(picture)
-        for place, (category, name) in enumerate(NAMES.items() if number < count else ()):
-            side = int(random.integers(14, 24))
-            left, top = int(random.integers(0, 32 - side)) + 32 * place, int(random.integers(0, HEIGHT - side))
-            if name == "disc":
-                pen.ellipse((left, top, left + side - 1, top + side - 1), (250, 60, 60))
-                angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-                outline = np.stack([np.cos(angles), np.sin(angles)], 1) * side / 2 + side / 2 + (left, top)
-                polygon = outline.ravel().tolist()
-            else:
-                pen.rectangle((left, top, left + side - 1, top + side - 1), (60, 250, 60))
-                polygon = [left, top, left + side, top, left + side, top + side, left, top + side]
-            annotations.append(
-                {
-                    "id": len(annotations),  # starts at 0
-                    "image_id": number * 10,
-                    "category_id": category,
-                    "bbox": [left, top, side, side],
-                    "segmentation": [polygon],
-                    "area": side * side,
-                    "iscrowd": 0,
-                }
-            )
-        picture.save(folder / f"{number:03}.png")
-        images.append({"id": number * 10, "file_name": f"{number:03}.png", "width": WIDTH, "height": HEIGHT})
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in reversed(NAMES.items())],
-    }
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A dataset in COCO format with 9 training and 4 test images."""
-    root = tmp_path_factory.mktemp("shapes")
-    (root / "annotations").mkdir()
-    for split, count in (("train", 9), ("val", 4)):
-        content = draw(root / f"{split}2017", count, seed=count)
-        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-    return root
-
-
-@pytest.fixture
-def content(shapes):
-    return json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
-
-
-@pytest.fixture
-def read(shapes, tmp_path):
-    """read(content, **options): a dataset with these annotations and the test images."""
-
-    def read(content, **options):
-        file = tmp_path / "set.json"
-        file.write_text(content if isinstance(content, str) else json.dumps(content))
-        return coco.read(file, shapes / "val2017", **options)
-
-    return read
-
-
-def test_read_gives_images_boxes_labels_and_masks(read, content):
-    crowd = {"counts": [0, HEIGHT * WIDTH], "size": [HEIGHT, WIDTH]}
-    bbox = [-0.5, 0, WIDTH + 0.5, HEIGHT]  # beyond the image by rounding, as in published annotations
-    content["annotations"].append(
-        {"id": 99, "image_id": 10, "category_id": 7, "bbox": bbox, "segmentation": crowd, "iscrowd": 1}
-    )
-    made = read(content)
-    assert [category["name"] for category in made.categories] == ["disc", "square"]
-    assert (len(made), made.instances, made.left_out) == (4, 7, [])
-    assert made.annotations[10][2]["area"] == HEIGHT * WIDTH
-    assert len(made.annotated()) == 3
-    one = made.load(0)
-    assert one.image.shape == (3, HEIGHT, WIDTH) and one.image.dtype == torch.uint8
-    assert one.labels.tolist() == [1, 2], "crowds are excluded from training"
-    for box, shape in zip(one.boxes.int().tolist(), one.masks):
-        ys, xs = shape.nonzero(as_tuple=True)
-        assert all(abs(a - b) <= 1 for a, b in zip(box, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)))
-    # masks cover the drawn shapes: discs are red, squares green
-    assert one.image[0][one.masks[0].bool()].float().mean() > 200 > one.image[0][one.masks[1].bool()].float().mean()
-    empty = made.load(3)
-    assert (empty.boxes.shape, empty.labels.shape, empty.masks.shape) == ((0, 4), (0,), (0, HEIGHT, WIDTH))
-
-
-def test_flipping_twice_restores_the_image(read, content):
-    one = read(content).load(1)
-    other = flip(one)
-    for box, shape in zip(other.boxes.int().tolist(), other.masks):
-        xs = shape.any(0).nonzero()
-        assert abs(int(xs.min()) - box[0]) <= 1 and abs(int(xs.max()) + 1 - box[2]) <= 1
-    assert not torch.equal(one.image, other.image)
-    for before, after in zip(one, flip(other)):
-        torch.testing.assert_close(before, after)
-
-
-def change(part, place, **values):
-    def apply(content):
-        content[part][place].update(values)
-
-    return apply
-
-
-def repeat(part):
-    def apply(content):
-        content[part].append({**content[part][0], "name": "other"})
-
-    return apply
-
-
-RUNS = {"size": [HEIGHT, WIDTH]}
-
-
-@pytest.mark.parametrize(
-    ("change_content", "message"),
-    [
-        (repeat("images"), "the id of image 10 is used more than once"),
-        (repeat("annotations"), "the id of annotation 0 is used more than once"),
-        (repeat("categories"), "the id of category 7 is used more than once"),
-        (change("categories", 0, name="disc"), "category 7 has the name 'disc', which is missing or not unique"),
-        (change("images", 1, width=0), "image 20: width and height are 0 and 48"),
-        (change("images", 1, file_name="gone.png"), "gone.png of image 20"),
-        (change("annotations", 2, image_id=5), "annotation 2: image 5 is not in images"),
-        (change("annotations", 2, category_id=5), "annotation 2: category 5 is not in categories"),
-        (change("annotations", 1, bbox=[1, 2, 3]), "annotation 1: its box is [1, 2, 3], not four numbers"),
-        (change("annotations", 1, bbox=[1, 2, float("nan"), 3]), "annotation 1: its box is [1, 2, nan, 3]"),
-        (change("annotations", 1, bbox=[1, 2, 3, 0]), "annotation 1: its box [1, 2, 3, 0] has no area"),
-        (change("annotations", 1, bbox=[60, 2, 9, 9]), "annotation 1: its box [60, 2, 9, 9] lies outside its image"),
-        (change("annotations", 1, bbox=[64, 2, 1, 9]), "annotation 1: its box [64, 2, 1, 9] has no area in its image"),
-        (change("annotations", 1, segmentation=[]), "annotation 1: it has no polygon"),
-        (change("annotations", 1, segmentation=None), "annotation 1: it has no segmentation"),
-        (change("annotations", 1, segmentation=[[1, 2, 3, 4]]), "annotation 1: one of its polygons is not three"),
-        (change("annotations", 1, segmentation=[[1, 2, 3, 4, 5, "6"]]), "annotation 1: one of its polygons is not"),
-        (
-            change("annotations", 1, segmentation={"counts": [9], "size": [3, 3]}),
-            "annotation 1: its run lengths have size",
-        ),
-        (
-            change("annotations", 1, segmentation={"counts": [9], **RUNS}),
-            "its run lengths add up to 9 pixels, its image has 3072",
-        ),
-        (change("annotations", 1, segmentation={"counts": [-1, 3073], **RUNS}), "are not integers from 0"),
-        (change("annotations", 1, segmentation={"counts": "o", **RUNS}), "its compressed run lengths are damaged"),
-        (change("annotations", 1, segmentation={"counts": "\x01", **RUNS}), "its compressed run lengths are damaged"),
-        (lambda content: content.pop("annotations"), "annotations must be a list of objects"),
-        (lambda content: content["images"].clear(), "there is no image"),
-    ],
-)
-def test_read_names_the_invalid_annotation(read, content, change_content, message):
-    change_content(content)
-    with pytest.raises(InputError, match=r"set\.json") as error:
-        read(content)
-    assert message in str(error.value)
-
-
-def test_read_refuses_files_in_another_format(read, shapes, tmp_path):
-    for text in ("{", "[]"):
-        with pytest.raises(InputError, match=r"set\.json"):
-            read(text)
-    with pytest.raises(InputError, match="cannot read the annotations"):
-        coco.read(tmp_path / "none.json", shapes)
-
-
-def test_invalid_annotations_are_skipped_up_to_a_limit(read, content):
-    for annotation in content["annotations"][:2]:
-        annotation["bbox"] = [0, 0, 0, 0]
-    made = read(content, max_bad=2)
-    assert [line.split(":")[0] for line in made.left_out] == ["annotation 0", "annotation 1"] and made.instances == 4
-    with pytest.raises(InputError, match="--max-bad-annotations allows 1"):
-        read(content, max_bad=1)
-    with pytest.raises(InputError, match="--max-bad-annotations allows 0"):
-        read(content)
-    many = [{**content["annotations"][0], "id": number} for number in range(25)]
-    with pytest.raises(InputError, match="annotation 9: .*; and 15 more"):
-        read({**content, "annotations": many})
-
-
-def test_load_refuses_an_image_of_another_size(read, content):
-    content["images"][0].update(width=70)
-    with pytest.raises(InputError, match="001.png is 64 x 48, but .* says 70 x 48"):
-        read(content).load(0)
-
-
-@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
-def test_compressed_run_lengths_decode_as_in_pycocotools(density):
-    pixels = (np.random.default_rng(0).random((37, 300)) < density).astype(np.uint8)
-    text = mask.encode(np.asfortranarray(pixels))["counts"].decode()
-    flat = np.concatenate([[0], pixels.ravel(order="F")])
-    changes = np.flatnonzero(np.diff(flat))
-    assert coco_shapes._decompressed(text) == np.diff([0, *changes, pixels.size]).tolist()
-
-
-def test_polygons_and_run_lengths_give_the_same_mask(read, content):
-    rle = mask.frPyObjects(content["annotations"][0]["segmentation"], HEIGHT, WIDTH)[0]
-    pixels = mask.decode(rle)
-    changes = np.flatnonzero(np.diff(np.concatenate([[0], pixels.ravel(order="F")])))
-    plain = {"size": [HEIGHT, WIDTH], "counts": np.diff([0, *changes, pixels.size]).tolist()}
-    compressed = {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
-    for form in (content["annotations"][0]["segmentation"], plain, compressed):
-        content["annotations"][0]["segmentation"] = form
-        assert np.array_equal(read(content).load(0).masks[0].numpy(), pixels)
 
 
 def made_detections(truth, shift=0, noise=None):
@@ -330,7 +118,7 @@ def test_average_precision_equals_pycocotools(read, content):
 def test_pyramid_uses_every_resolution(name, dn):
     network = slim(build(name, subnet(name, dn)), None)
     with torch.device("meta"):
-        model = build_mask_rcnn(network.to("meta"), 2, DetectorConfig((64,), 64, 8, 16), seed=0)
+        model = build_detector(Backbone(network.to("meta"), name, ""), 2, DetectorConfig((64,), 64, 8, 16), seed=0)
         maps = model.backbone(torch.empty(1, 3, 64, 96))
     assert [features.shape[1:] for features in maps.values()] == [(256, 64 // r, 96 // r) for r in (4, 8, 16, 32)] + [
         (256, 1, 2)
@@ -345,7 +133,7 @@ def test_detector_uses_sync_batch_norm_with_several_processes(monkeypatch):
     network = slim(build("resnet", subnet("resnet", "c8-d1111")), None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = build_mask_rcnn(network, 2, DetectorConfig((64,), 64, 8, 16), seed=0)
+    model = build_detector(Backbone(network, "one", ""), 2, DetectorConfig((64,), 64, 8, 16), seed=0)
     kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert kinds == {torch.nn.SyncBatchNorm}
 
@@ -484,3 +272,21 @@ def test_non_finite_loss_ends_the_training(unexported, shapes, monkeypatch, caps
 def test_help_has_an_example(capsys):
     assert run("--help") == DONE
     assert "example:" in capsys.readouterr().out
+
+
+def test_boxes_alone_train_faster_rcnn_in_roboflows_layout(unexported, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)
+    for split, name in (("train", "train"), ("valid", "val")):
+        folder = shutil.copytree(shapes / f"{name}2017", tmp_path / "set" / split)
+        content = json.loads((shapes / "annotations" / f"instances_{name}2017.json").read_text())
+        for annotation in content["annotations"]:
+            del annotation["segmentation"], annotation["area"]
+        (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    arguments = ("--dn", "c8-d1111", "--coco", tmp_path / "set", *command(steps=2))
+    assert run(unexported, *arguments) == WRONG_INPUT
+    assert "--boxes-only" in capsys.readouterr().err
+    assert run(unexported, *arguments, "--boxes-only") == DONE
+    report = json.loads((unexported / "evaluation" / "detect" / "c8-d1111.json").read_text())
+    assert set(report["box"]) == set(MEASURES) and "mask" not in report
+    assert list(report["categories"]["disc"]) == ["instances", "box"]
+    assert "Faster R-CNN on c8-d1111" in capsys.readouterr().out

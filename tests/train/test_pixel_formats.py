@@ -73,7 +73,7 @@ def test_pixels_are_the_same_from_pretraining_to_export(
     format = PixelFormat.of(saved)
     assert saved.channels == channels and pixel_range in (None, saved.pixel_range)
     assert format.describe() in capsys.readouterr().out
-    PretrainRun(saved, resume=True)
+    PretrainRun(config, resume=True)
     report = evaluate_knn(run, KnnOptions(k=5, baselines=True, workers=0, device="cpu"))
     assert report["networks"]["c16-d1111"]["pretrained"]["weighted"] > 0.7
     export(run, ["c8-d1111"], ExportOptions(onnx=channels == 4, switchable=True, threads=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ class BadImages:
     Args:
         limit: the number of unreadable images that the run allows.
         known: error messages by image name, of the images counted before the run was interrupted.
+        report: called with each line; by default `new_messages` returns them.
 
     Attributes:
         found: error messages of all counted images by name.
@@ -27,10 +29,17 @@ class BadImages:
         InputError: more images than `limit` are known.
     """
 
-    def __init__(self, limit: int = 0, known: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        limit: int = 0,
+        known: Mapping[str, str] | None = None,
+        report: Callable[[str], object] | None = None,
+    ) -> None:
         self.limit = limit
         self.found: dict[str, str] = dict(known or {})
         self._messages: list[str] = []
+        self._report = report or self._messages.append
+        self._warned: set[str] = set()
         if len(self) > limit:
             raise InputError(
                 f"--max-bad-images {limit}, but the run has left out {len(self)} already: give at least {len(self)}"
@@ -47,11 +56,20 @@ class BadImages:
             if len(self) == self.limit:
                 raise InputError(reason + (f"; that is more than --max-bad-images {self.limit}" if self.limit else ""))
             self.found[name] = reason
-            self._messages.append(f"left out, bad image {len(self)} of {self.limit} allowed: {reason}")
+            self._report(f"left out, bad image {len(self)} of {self.limit} allowed: {reason}")
+
+    def add_warnings(self, warned: list[Unreadable]) -> None:
+        """Note warnings of decoders, by file and text: one line for each text, whatever its numbers."""
+        for name, text in warned:
+            kind = re.sub(r"\d+", "N", text)
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self._report(f"decoder warning: {text} ({name or 'an image'}; further ones are not shown)")
 
     def new_messages(self) -> list[str]:
-        """Return a line for each image counted since the last call."""
-        messages, self._messages = self._messages, []
+        """Return a line for each image counted, and each kind of decoder warning, since the last call."""
+        messages = self._messages.copy()
+        self._messages.clear()
         return messages
 
 

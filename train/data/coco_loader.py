@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ..config import Workers
-from .bad_images import BadImages, Unreadable
+from .bad_images import Unreadable
 from .datasets.coco import CocoDataset, Instances
 from .loader import BatchDataset, make_loader, worker_count
 from .sampler import EpochSampler, mix
@@ -15,14 +15,13 @@ from .sampler import EpochSampler, mix
 
 def training_batches(images: CocoDataset, sampler: EpochSampler, workers: Workers) -> Iterator[list[Instances]]:
     """Yield the images of each batch, mirrored with probability 1/2 as a function of (seed, epoch, image)."""
-    bad = BadImages()
-    yield from make_loader(_TrainingDataset(images, sampler.seed), sampler, worker_count(workers, len(images)), bad)
+    yield from make_loader(_TrainingDataset(images, sampler.seed), sampler, worker_count(workers, len(images)))
 
 
 def evaluation_images(images: CocoDataset, workers: Workers) -> Iterable[list[Instances]]:
     """Return the images in the dataset's order, one per batch."""
     each = [[i] for i in range(len(images))]
-    return make_loader(_EvaluationDataset(images), each, worker_count(workers, len(images)), BadImages())
+    return make_loader(_EvaluationDataset(images), each, worker_count(workers, len(images)))
 
 
 class _TrainingDataset(BatchDataset):
@@ -48,5 +47,6 @@ def flip(instances: Instances) -> Instances:
     """Mirror an image, its boxes and its masks left to right."""
     left, top, right, bottom = instances.boxes.unbind(1)
     width = instances.image.shape[-1]
+    masks = None if instances.masks is None else instances.masks.flip(-1)
     boxes = torch.stack([width - right, top, width - left, bottom], dim=1)
-    return Instances(instances.image.flip(-1), boxes, instances.labels, instances.masks.flip(-1))
+    return Instances(instances.image.flip(-1), boxes, instances.labels, masks)

@@ -20,6 +20,7 @@ from dspnet_fast.errors import InputError
 from ..config import MAX_WORKERS, SMALL_SET, Workers
 from ..run.interruption import SIGNALS
 from .bad_images import BadImages, Unreadable, load_or_next
+from .datasets.decoders import gather_warnings, new_warnings
 from .datasets.images import ImageDataset, Loaded
 from .datasets.pixels import RescaledImage
 from .sampler import EpochSampler
@@ -64,10 +65,7 @@ def one_view_batches(
     Every image must be readable, because labels are looked up by the sampler's indices. C, dtype, memory, errors and
     `workers` as in `two_view_batches`.
     """
-    bad = BadImages()
-    return make_loader(
-        _Views(images, (view,), sampler.seed, bad.limit), sampler, worker_count(workers, len(images)), bad
-    )
+    return make_loader(_Views(images, (view,), sampler.seed, limit=0), sampler, worker_count(workers, len(images)))
 
 
 def evaluation_batches(
@@ -111,6 +109,7 @@ def readable_views(images: ImageDataset, image_size: int, bad: BadImages) -> tup
             kept.append(i)
         except InputError as error:
             bad.add([(images.file(i), str(error))])
+    bad.add_warnings(new_warnings())
     if not kept:
         raise InputError(f"none of the {len(images)} images of {images.name} can be read: give another dataset")
     return _stack(pixels), kept
@@ -135,12 +134,12 @@ class _WorkerError:
 class BatchDataset(Dataset[Any]):
     """A dataset that returns a whole batch for a list of items; DataLoader calls `__getitems__` if it exists."""
 
-    def __getitems__(self, items: Sequence[Any]) -> tuple[Any, list[Unreadable]]:
+    def __getitems__(self, items: Sequence[Any]) -> tuple[Any, list[Unreadable], list[Unreadable]]:
         unreadable: list[Unreadable] = []
         try:
-            return self.batch(items, unreadable), unreadable
+            return self.batch(items, unreadable), unreadable, new_warnings()
         except InputError as error:
-            return _WorkerError(str(error)), unreadable
+            return _WorkerError(str(error)), unreadable, new_warnings()
 
     @abstractmethod
     def batch(self, items: Sequence[Any], unreadable: list[Unreadable]) -> Any:
@@ -203,7 +202,8 @@ class _Loader(DataLoader):
     bad: BadImages
 
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
-        for batch, unreadable in super().__iter__():
+        for batch, unreadable, warned in super().__iter__():
+            self.bad.add_warnings(warned)
             self.bad.add(unreadable)
             if isinstance(batch, _WorkerError):
                 raise InputError(batch.message)
@@ -219,8 +219,13 @@ def _context(workers: int) -> str | None:
     return "forkserver"
 
 
-def make_loader(dataset: BatchDataset, batches: Iterable[Any], workers: int, bad: BadImages) -> DataLoader:
-    """Return a loader with a batch for each list of items; memory and errors as in `two_view_batches`."""
+def make_loader(
+    dataset: BatchDataset, batches: Iterable[Any], workers: int, bad: BadImages | None = None
+) -> DataLoader:
+    """Return a loader with a batch for each list of items; memory and errors as in `two_view_batches`.
+
+    By default no image may be unreadable, and warnings of decoders are printed.
+    """
     loader = _Loader(
         dataset,
         batch_sampler=batches,
@@ -228,10 +233,10 @@ def make_loader(dataset: BatchDataset, batches: Iterable[Any], workers: int, bad
         multiprocessing_context=_context(workers),
         collate_fn=_identity,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # iterating would advance the global one
     )
-    loader.bad = bad
+    loader.bad = BadImages(report=print) if bad is None else bad
     return loader
 
 
@@ -239,11 +244,12 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """Ignore signals that terminals, torchrun and Slurm send to whole process groups.
+def _prepare_worker(worker: int) -> None:
+    """Gather decoders' warnings, and ignore signals that terminals, torchrun and Slurm send to whole process groups.
 
     The run needs its workers to finish the current step before it saves.
     """
+    gather_warnings()
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
     for number in SIGNALS:

@@ -14,7 +14,8 @@ from dspnet_fast.errors import InputError
 
 from ..config import EIGHT_BIT, PixelOptions
 from .datasets.arrays import decode_array, is_eight_bit
-from .datasets.images import ImageDataset, Subset, unreadable
+from .datasets.decoders import unreadable
+from .datasets.images import ImageDataset, Subset
 from .datasets.pixels import PixelFormat, RescaledImage
 from .normalization import MEAN, STD
 
@@ -113,6 +114,13 @@ def resolve_pixels(options: Options, images: ImageDataset, report: Callable[[str
         f"--normalization '{made.normalization}'"
     )
     return made
+
+
+def resumed_pixels(options: Options, saved: PixelOptions) -> Options:
+    """Replace options that are chosen from images or named by a word by those that a run has resolved."""
+    named = ("auto", "percentile", "measure", "imagenet", EIGHT_BIT)
+    resolved = saved.pixel_options().items()
+    return replace(options, **{name: value for name, value in resolved if getattr(options, name) in named})
 
 
 def _readable(images: ImageDataset, count: int) -> list[int]:

@@ -26,12 +26,13 @@ def average_precision(truth: CocoDataset, detections: Iterable[tuple[int, Mappin
 
     Args:
         truth: annotated images; crowds are ignored, as in COCO's evaluation.
-        detections: id and detections of each image, as torchvision's Mask R-CNN returns them for n objects: boxes
-            [n, 4] (left, top, right, bottom in pixels), labels [n], scores [n], masks [n, 1, H, W] from 0 to 1.
+        detections: id and detections of each image, as torchvision's detectors return them for n objects: boxes
+            [n, 4] (left, top, right, bottom in pixels), labels [n], scores [n], and unless the dataset has boxes only
+            masks [n, 1, H, W] from 0 to 1.
 
     Returns:
         {"box": measures from 0 to 1 by name, "mask": the same, "categories": {name: {"instances", "box", "mask"}}}.
-        A measure is None if there are no annotations for it.
+        A measure is None if there are no annotations for it. Of boxes alone there is no "mask".
     """
     coco.require_pycocotools()
     from pycocotools.cocoeval import COCOeval
@@ -46,8 +47,9 @@ def average_precision(truth: CocoDataset, detections: Iterable[tuple[int, Mappin
         category["name"]: {"instances": sum(a["category_id"] == category["id"] for a in annotations)}
         for category in truth.categories
     }
-    with Monitor("AP", len(KINDS), console=Console(file=sys.stdout, highlight=False)) as monitor:
-        for kind, iou_type in KINDS.items():
+    kinds = {kind: KINDS[kind] for kind in KINDS if kind == "box" or not truth.boxes_only}
+    with Monitor("AP", len(kinds), console=Console(file=sys.stdout, highlight=False)) as monitor:
+        for kind, iou_type in kinds.items():
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints progress
                 evaluation = COCOeval(_index(truth, annotations), _index(truth, _of_kind(found, kind)), iou_type)
                 evaluation.evaluate()
@@ -72,19 +74,22 @@ def _none_if_negative(value: float) -> float | None:
 
 
 def _records(truth: CocoDataset, image: int, detected: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Detections of an image as pycocotools' results, each with a box and a mask."""
+    """Detections of an image as pycocotools' results, with boxes and, unless the dataset has boxes only, masks."""
     from pycocotools import mask
 
     boxes = detected["boxes"].detach().double().cpu()
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    masks = (detected["masks"][:, 0] >= 0.5).cpu().numpy().astype(np.uint8)
+    shapes: list[dict[str, Any]] = [{}] * len(boxes)
+    if not truth.boxes_only:
+        masks = (detected["masks"][:, 0] >= 0.5).cpu().numpy().astype(np.uint8)
+        shapes = [{"segmentation": mask.encode(np.asfortranarray(shape))} for shape in masks]
     return [
         {
             "image_id": image,
             "category_id": truth.categories[label - 1]["id"],
             "score": score,
             "bbox": [*corner, *side],
-            "segmentation": mask.encode(np.asfortranarray(shape)),
+            **shape,
             "iscrowd": 0,
         }
         for label, score, corner, side, shape in zip(
@@ -92,7 +97,7 @@ def _records(truth: CocoDataset, image: int, detected: Mapping[str, Tensor]) -> 
             detected["scores"].tolist(),
             corners.tolist(),
             sides.tolist(),
-            masks,
+            shapes,
             strict=True,
         )
     ]

@@ -1,4 +1,5 @@
-"""torchvision's Mask R-CNN (He et al. 2017) with a feature pyramid (Lin et al. 2017) on a network of a family.
+"""torchvision's Mask R-CNN (He et al. 2017) or Faster R-CNN (Ren et al. 2015) with a feature pyramid (Lin et al. 2017)
+on a network of a family.
 
 As in the paper's appendix A.4, network and pyramid have batch normalisation, the heads have none, and all parameters
 are trained. The pyramid has five levels: the last feature maps of strides 4 to 32, and a level of stride 64.
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from dspnet_fast.models import Network
 
-from ..data.normalization import MEAN, STD
+from .backbones import Backbone, FeatureMaps
 
 CHANNELS = 256
 LEVELS = 5
@@ -46,10 +47,10 @@ class PyramidBackbone(nn.Module):
     """Network and feature pyramid: images [N, 3, H, W] to maps [N, 256, H/r, W/r] for r = 4, 8, 16, 32, 64.
 
     Args:
-        network: network of torch.nn layers, from `slim` or `exported.load`.
+        network: network of torch.nn layers with `map_channels` and `feature_maps`, as those of `Network`.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network | FeatureMaps) -> None:
         super().__init__()
         self.network = network
         self.fpn = FeaturePyramidNetwork(
@@ -62,25 +63,28 @@ class PyramidBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), features) for i, features in enumerate(self.network.feature_maps(images))))
 
 
-def build_mask_rcnn(network: Network, classes: int, config: DetectorConfig, seed: int) -> MaskRCNN:
+def build_detector(
+    backbone: Backbone, classes: int, config: DetectorConfig, seed: int, masks: bool = True
+) -> FasterRCNN:
     """Build a detector, with SyncBatchNorm if torch.distributed is initialised with several processes.
 
     Args:
-        network: network of torch.nn layers.
+        backbone: network and normalisation of its images.
         classes: number of classes without background.
         config: configuration of the detector.
         seed: seed of pyramid and head weights.
+        masks: whether to build Mask R-CNN, which predicts masks too, instead of Faster R-CNN.
     """
     anchors = AnchorGenerator(tuple((config.anchor_size << level,) for level in range(LEVELS)), (RATIOS,) * LEVELS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MaskRCNN(
-            PyramidBackbone(network),
+        model = (MaskRCNN if masks else FasterRCNN)(
+            PyramidBackbone(backbone.network),
             classes + 1,
             min_size=config.sizes,
             max_size=config.max_size,
-            image_mean=list(MEAN),
-            image_std=list(STD),
+            image_mean=list(backbone.mean),
+            image_std=list(backbone.std),
             rpn_anchor_generator=anchors,
             box_batch_size_per_image=config.rois,
         )

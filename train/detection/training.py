@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.detection import MaskRCNN
-
-from dspnet_fast.errors import InputError
+from torchvision.models.detection import FasterRCNN
 
 from ..config import Workers
 from ..data.coco_loader import evaluation_images
@@ -19,6 +17,7 @@ from ..data.sampler import mix
 from ..run.loop import SingleModelTraining
 from ..run.progress import Monitor
 from ..run.schedules import stepped_learning_rate
+from ..run.update_guard import UpdateGuard
 from .average_precision import average_precision
 
 
@@ -50,11 +49,12 @@ class Hyperparameters:
 class DetectionTraining(SingleModelTraining):
     """Training of a detector by the sum of its five losses; implements `train.run.loop.Training`."""
 
-    model: MaskRCNN
+    model: FasterRCNN
 
-    def __init__(self, model: MaskRCNN, hparams: Hyperparameters, device: torch.device) -> None:
+    def __init__(self, model: FasterRCNN, hparams: Hyperparameters, device: torch.device) -> None:
         self.model, self.hparams, self.device = model, hparams, device
         self.step, self.steps = 0, hparams.steps
+        self.guard = UpdateGuard(model)
         parameters = list(model.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": hparams.weight_decay},
@@ -63,12 +63,17 @@ class DetectionTraining(SingleModelTraining):
         self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=hparams.momentum)
 
     def train_step(self, batch: list[Instances]) -> Tensor:
-        """Train one step; returns the sum of the losses. InputError if it is not finite."""
+        """Train one step; returns the sum of the losses. A step whose numbers are not finite changes nothing."""
         hparams, device = self.hparams, self.device
+        self.guard.begin()
         self.model.train()
         images = [one.image.to(device, non_blocking=True) / 255 for one in batch]
         targets = [
-            {name: value.to(device, non_blocking=True) for name, value in one._asdict().items() if name != "image"}
+            {
+                name: value.to(device, non_blocking=True)
+                for name, value in one._asdict().items()
+                if name != "image" and value is not None
+            }
             for one in batch
         ]
         # torchvision draws sizes and regions from the global generator: seed it per step, so that a resumed training
@@ -76,21 +81,20 @@ class DetectionTraining(SingleModelTraining):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(mix(hparams.seed, -1, self.step))
             loss = torch.stack(list(self.model(images, targets).values())).sum()
-        if not loss.isfinite():
-            raise InputError(f"the loss is {loss.item()} in step {self.step + 1}: start again with a smaller --lr")
         self._optimizer.zero_grad()
         loss.backward()
         peak = hparams.lr * hparams.batch_size / 16
         for group in self._optimizer.param_groups:
             group["lr"] = stepped_learning_rate(self.step, hparams.warmup_steps, peak, hparams.drops)
-        self._optimizer.step()
         self.step += 1
+        if self.guard.allows(self.step, loss.detach()):
+            self._optimizer.step()
         return loss.detach()
 
 
 @torch.no_grad()
 def detections(
-    model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device
+    model: FasterRCNN, images: CocoDataset, workers: Workers, device: torch.device
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Id and detections of each image, the input of `average_precision`."""
     model.eval()
@@ -102,6 +106,6 @@ def detections(
             monitor.status(f"{monitor.done / monitor.steps:.0%}")
 
 
-def evaluate(model: MaskRCNN, images: CocoDataset, workers: Workers, device: torch.device) -> dict[str, Any]:
+def evaluate(model: FasterRCNN, images: CocoDataset, workers: Workers, device: torch.device) -> dict[str, Any]:
     """Average precision of boxes and masks: see `average_precision`."""
     return average_precision(images, detections(model, images, workers, device))

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -68,6 +68,15 @@ class Watchdog:
     def at(self, step: int, doing: str) -> None:
         """Record progress: `step` steps are done, and `doing` is the activity that begins."""
         self._step, self._doing, self._since = step, doing, time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Report no stall during work that may take long without steps."""
+        self._since = float("inf")
+        try:
+            yield
+        finally:
+            self.at(self._step, self._doing)
 
     def __enter__(self) -> Watchdog:
         self.at(self._step, self._doing)

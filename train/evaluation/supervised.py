@@ -30,6 +30,7 @@ from ..data.sampler import EpochSampler
 from ..data.views.augmentation import ViewSpec
 from ..run.loop import SingleModelTraining
 from ..run.schedules import learning_rate
+from ..run.update_guard import UpdateGuard
 from .accuracy import Accuracy, accuracies
 from .pretrained import evaluation_views, statistics_images
 
@@ -93,14 +94,16 @@ class SupervisedTraining(SingleModelTraining):
             ):
                 groups.append({"params": chosen, "peak": lr * hparams.batch_size / 256, "weight_decay": decay})
         self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=hparams.momentum)
+        self.guard = UpdateGuard(model)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
             parameter.main_grad = parameter.grad  # type: ignore[attr-defined]  # operators accumulate into its prefix
 
     def train_step(self, batch: Batch) -> Tensor:
-        """Train one step; returns the full network's loss."""
+        """Train one step; returns the full network's loss. A step whose numbers are not finite changes nothing."""
         images, labels = batch
         hparams = self.hparams
+        self.guard.begin()
         self.model.train()
         subnets = sandwich(self.family, hparams.subnets_per_step, hparams.seed, self.step)
         teacher: Tensor | None = None
@@ -117,9 +120,10 @@ class SupervisedTraining(SingleModelTraining):
                 teacher = logits.detach().softmax(dim=1)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self._warmup, group["peak"])
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=False)
         self.step += 1
+        if self.guard.allows(self.step, losses[0]):
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
         return losses[0]
 
 

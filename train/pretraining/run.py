@@ -24,7 +24,7 @@ from ..data.bad_images import BadImages
 from ..data.datasets import open_images
 from ..data.datasets.images import ImageDataset, Subset
 from ..data.datasets.pixels import PixelFormat
-from ..data.pixel_options import read_as, resolve_pixels
+from ..data.pixel_options import read_as, resolve_pixels, resumed_pixels
 from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..distributed.process_group import init_process_group
@@ -40,6 +40,7 @@ from ..run.meter import Meter
 from ..run.process import prepare_process
 from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, raised_epochs, read_bad_images, write_bad_images
+from ..run.saved_config import read_config
 from ..selection.kernels import Kernels, choose_kernels
 from ..teachers.start import teacher_targets
 from ..teachers.teacher import Teacher, TeacherFacts, check_same, open_teacher, with_teacher, write_facts
@@ -100,7 +101,9 @@ class PretrainRun:
         if world.is_main:
             check_out(config, resume)  # before images are downloaded
         images = open_train_images(config)
-        if not resume:
+        if resume:
+            config = resumed_pixels(config, read_config(Path(config.out), PretrainConfig))
+        else:
             config = world.all_gather(resolve_pixels(config, images) if world.is_main else None)[0] or config
         self.format = PixelFormat.of(config)
         self.images = images = read_as(images, self.format)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -11,9 +12,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dspnet_fast.errors import InputError
+
+from ..distributed.process_group import SINGLE_PROCESS
+from ..distributed.watchdog import Watchdog
 from . import checkpoint
 from .interruption import Interruption
 from .progress import Monitor
+from .update_guard import UpdateGuard
 
 SAVE_SECONDS = 60.0  # between checkpoints: the most work that a crash costs
 LOSS_STEPS = 20  # steps between losses on the screen: reading one waits for the device
@@ -133,6 +139,8 @@ def run(
     log: Callable[[int, float], None] | None = None,
     measure: Callable[[], str] | None = None,
     measure_steps: int = 0,
+    guards: Sequence[UpdateGuard] = (),
+    stall_timeout: float = 300.0,
 ) -> None:
     """Train with a progress bar and checkpoints, from the newest checkpoint if the training has not begun.
 
@@ -144,37 +152,62 @@ def run(
         device: device of the training's state.
         log: called with a step and its loss, every LOSS_STEPS steps.
         measure: called every `measure_steps` steps, except at the end; returns text to show.
+        guards: those of the training, whose messages are shown.
+        stall_timeout: seconds without a step before a stall is reported; 0: never.
 
     Raises:
+        InputError: after saving, if a step or a batch cannot be computed.
         KeyboardInterrupt or SystemExit after saving, if a signal asked to stop.
     """
     if training.step == 0:
         resume(training, folder, device)
     if training.step == training.steps:
         return
-    with Interruption() as interruption, Monitor(name, training.steps, training.step) as monitor:
+    with (
+        Interruption() as interruption,
+        Monitor(name, training.steps, training.step) as monitor,
+        Watchdog(SINGLE_PROCESS, stall_timeout, folder.parent / "stalled.txt", monitor.line) as watchdog,
+    ):
+
+        def watched() -> Iterator[Batch]:
+            watchdog.at(training.step, "waiting for images")
+            for batch in batches(training.step):
+                watchdog.at(training.step, "training")
+                yield batch
+                watchdog.at(training.step, "waiting for images")
+
+        def show_skipped(loss: Tensor | None = None) -> None:
+            for guard in guards:
+                for line in guard.new_messages():
+                    monitor.line(line)
 
         def show(loss: Tensor) -> None:
             value = loss.item()
             monitor.status(f"loss {value:.3f}")
-            if log is not None:
+            if log is not None and math.isfinite(value):
                 log(training.step, value)
 
         def show_measured(loss: Tensor) -> None:
             assert measure is not None
-            with monitor.paused():
+            with monitor.paused(), watchdog.paused():
                 text = measure()
             monitor.line(f"step {training.step}  {text}")
 
         def save(loss: Tensor | None = None) -> None:
+            watchdog.at(training.step, "writing a checkpoint")
             checkpoint.save(folder, training.step, training.state())
 
         def save_and_stop() -> None:
             save()
             monitor.line(f"stopped and saved after step {training.step} of {training.steps}")
 
-        events = [Event(show, LOSS_STEPS)]
+        events: list[Event[Tensor]] = [Event(show_skipped, 1), Event(show, LOSS_STEPS)]
         if measure is not None:
             events.append(Event(show_measured, measure_steps, at_end=False))
         events.append(Event(save, seconds=SAVE_SECONDS))
-        train(training, batches(training.step), events, interruption, monitor, save_and_stop)
+        try:
+            train(training, watched(), events, interruption, monitor, save_and_stop)
+        except InputError:
+            show_skipped()
+            save()
+            raise

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .images import unreadable
+from .decoders import reading, unreadable
 
 ARRAYS = (".npy",) + (".dcm",) * (importlib.util.find_spec("pydicom") is not None)  # endings
 PNG, PNG_BITS, GREY = b"\x89PNG\r\n\x1a\n", 24, 0  # signature, place of the bit depth, the next byte for grey
@@ -57,6 +57,7 @@ def decode_array(content: bytes, file: str) -> Decoded:
     Raises:
         InputError: the file is no image, is damaged, or has values that are not finite.
     """
+    reading(file)
     try:
         values, colours = _decode(content, file)
         if values.dtype.kind not in "uif" or values.ndim != 3 or not values.size:

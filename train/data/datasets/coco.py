@@ -18,12 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dspnet_fast.errors import InputError
 
 from ...run.progress import Monitor
+from .coco_records import convert, crowd_problem, integer, unused_root
 from .coco_shapes import Record, box_problem, clip_box, decode_mask, encode_mask, is_integer, mask_problem
+from .decoders import unreadable
 from .images import decode
 
 MAX_REPORTED = 10  # invalid annotations listed in a message
@@ -37,13 +40,13 @@ class Instances(NamedTuple):
         image: uint8 [3, H, W].
         boxes: float32 [n, 4], left, top, right, bottom in pixels.
         labels: int64 [n], from 1; 0 is the background.
-        masks: uint8 [n, H, W].
+        masks: uint8 [n, H, W]; None for boxes alone.
     """
 
     image: Tensor
     boxes: Tensor
     labels: Tensor
-    masks: Tensor
+    masks: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class CocoDataset:
         categories: records with id and name, sorted by id; label k is the k-th of them, counted from 1.
         annotations: records with id, category_id, bbox, segmentation, area and iscrowd, by image id.
         left_out: an error message for each annotation that was left out.
+        boxes_only: whether masks are ignored.
         digest: of the file's content.
     """
 
@@ -67,6 +71,7 @@ class CocoDataset:
     annotations: dict[int, list[Record]]
     left_out: list[str]
     digest: str
+    boxes_only: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,7 +85,10 @@ class CocoDataset:
         """Drop the images that have no annotation but crowds; raise InputError if none is left."""
         chosen = [image for image in self.images if any(not a["iscrowd"] for a in self.annotations[image["id"]])]
         if not chosen:
-            raise InputError(f"{self.file} has no annotation but crowds: give another dataset")
+            raise InputError(
+                f"{self.file} has no annotation but crowds, which are not trained on: if these are single objects, as "
+                "CVAT exports masks that were drawn by brush, give --crowds-as-objects"
+            )
         return replace(self, images=chosen)
 
     def load(self, i: int) -> Instances:
@@ -93,23 +101,26 @@ class CocoDataset:
         except OSError as error:
             raise InputError(f"cannot read the image {path}: {error.strerror}") from error
         image = decode(content, str(path)).convert("RGB")
+        if image.size != (width, height):  # of a tool that ignores EXIF's orientation
+            image = decode(content, str(path), turn=False).convert("RGB")
         if image.size != (width, height):
-            found = f"{image.width} x {image.height}"
-            raise InputError(
-                f"{path} is {found}, but {self.file} says {width} x {height}: the annotations do not match"
-            )
+            raise InputError(f"{path} is no longer {width} x {height} pixels: the annotations do not match")
         annotations = [annotation for annotation in self.annotations[record["id"]] if not annotation["iscrowd"]]
         labels = {category["id"]: label for label, category in enumerate(self.categories, 1)}
         boxes = torch.tensor(
             [clip_box(annotation["bbox"], width, height) for annotation in annotations], dtype=torch.float32
         )
-        masks = [decode_mask(annotation["segmentation"], height, width) for annotation in annotations]
+        masks = [decode_mask(one["segmentation"], height, width) for one in annotations if not self.boxes_only]
         return Instances(
             torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),
             boxes.reshape(-1, 4),
             torch.tensor([labels[annotation["category_id"]] for annotation in annotations], dtype=torch.int64),
-            torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8),
+            None if self.boxes_only else _stacked(masks, height, width),
         )
+
+
+def _stacked(masks: list[np.ndarray], height: int, width: int) -> Tensor:
+    return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
 
 
 def require_pycocotools() -> None:
@@ -118,13 +129,21 @@ def require_pycocotools() -> None:
         raise InputError("COCO's masks and AP need pycocotools: pip install 'dspnet-fast[detect]'")
 
 
-def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoDataset:
+def read(
+    file: Path,
+    folder: Path,
+    max_bad: int | None = None,
+    boxes_only: bool = False,
+    crowds_as_objects: bool = False,
+) -> CocoDataset:
     """Read and validate a dataset.
 
     Args:
         file: the annotations, JSON with images, annotations and categories.
         folder: of the images; their file_name is relative to it.
         max_bad: how many annotations with an invalid box or mask may be left out; by default 1 in 1,000.
+        boxes_only: ignore masks, which annotations need not have.
+        crowds_as_objects: treat every annotation as a single object, whatever its iscrowd says.
 
     Raises:
         InputError: the dataset is damaged or has more invalid annotations; the message lists their ids.
@@ -133,6 +152,14 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoDataset:
     content, digest = _parse(file)
     wrong: list[str] = []
     images, categories, annotations = (_records(file, content, key) for key in ("images", "categories", "annotations"))
+    convert(images, "images")
+    convert(categories, "categories")
+    convert(annotations, "annotations", crowds_as_objects)
+    if (root := unused_root(categories, annotations)) is not None:
+        categories = [category for category in categories if category is not root]
+        print(f"left out of {file.name}: the category {root['name']!r}, the root of others, which no annotation has")
+    if annotations and not boxes_only and not any(one["segmentation"] for one in annotations):
+        raise InputError(f"{file} has boxes without masks: give --boxes-only, which trains Faster R-CNN")
     for what, records in (("image", images), ("category", categories), ("annotation", annotations)):
         wrong += _repeated_ids(what, records)
     _raise_if_any(file, wrong)
@@ -151,6 +178,7 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoDataset:
         wrong.append("there is no image" if not images else "there is no category")
     _raise_if_any(file, wrong)
     _raise_if_any(file, list(_missing_files(images, folder)), f"not in {folder}: ")
+    _raise_if_any(file, list(_wrong_sizes(images, folder)))
     by_id = {image["id"]: image for image in images}
     known = {category["id"] for category in categories}
     for annotation in annotations:
@@ -161,12 +189,19 @@ def read(file: Path, folder: Path, max_bad: int | None = None) -> CocoDataset:
                 f"annotation {annotation['id']}: category {annotation.get('category_id')!r} is not in categories"
             )
     _raise_if_any(file, wrong)
-    kept, left_out = _valid_annotations(annotations, by_id)
+    kept, left_out = _valid_annotations(annotations, by_id, boxes_only)
     limit = len(annotations) // 1000 if max_bad is None else max_bad
     if len(left_out) > limit:
         _raise_if_any(file, left_out, f"--max-bad-annotations allows {limit:,}: ")
     return CocoDataset(
-        file, folder, images, sorted(categories, key=lambda category: category["id"]), kept, left_out, digest
+        file,
+        folder,
+        images,
+        sorted(categories, key=lambda category: category["id"]),
+        kept,
+        left_out,
+        digest,
+        boxes_only,
     )
 
 
@@ -188,7 +223,9 @@ def _parse(file: Path) -> tuple[Record, str]:
 
 def _records(file: Path, content: Record, key: str) -> list[Record]:
     records = content.get(key)
-    if not isinstance(records, list) or not all(isinstance(r, dict) and is_integer(r.get("id")) for r in records):
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and is_integer(integer(r.get("id"))) for r in records
+    ):
         raise InputError(f"{file} is not in COCO's format: {key} must be a list of objects, each with an integer id")
     return records
 
@@ -208,6 +245,30 @@ def _missing_files(images: list[Record], folder: Path) -> Iterator[str]:
             yield f"{name} of image {image['id']}"
 
 
+def _wrong_sizes(images: list[Record], folder: Path) -> Iterator[str]:
+    """Error messages for images of other sizes than their records say, with or without EXIF's orientation."""
+    with Monitor("images", -(-len(images) // CHECKED_AT_ONCE)) as monitor:
+        for place, record in enumerate(images, 1):
+            size = record["width"], record["height"]
+            try:
+                with Image.open(folder / record["file_name"]) as image:
+                    found = image.size
+            except Exception as error:  # decoders raise many types of exceptions for broken files
+                path = folder / record["file_name"]
+                yield f"image {record['id']}: {unreadable(str(path), _start(path), error)}"
+            else:
+                if size not in (found, found[::-1]):
+                    yield f"{record['file_name']} is {found[0]} x {found[1]}, but its record says {size[0]} x {size[1]}"
+            if place % CHECKED_AT_ONCE == 0 or place == len(images):
+                monitor.advance()
+                monitor.status(f"{place:,} checked")
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
+
+
 def _raise_if_any(file: Path, wrong: list[str], what: str = "") -> None:
     """Raise InputError if `wrong` has messages; list the first few."""
     if wrong:
@@ -216,30 +277,35 @@ def _raise_if_any(file: Path, wrong: list[str], what: str = "") -> None:
 
 
 def _valid_annotations(
-    annotations: list[Record], images: dict[int, Record]
+    annotations: list[Record], images: dict[int, Record], boxes_only: bool
 ) -> tuple[dict[int, list[Record]], list[str]]:
-    """Valid annotations by image id, with area and iscrowd added, and an error message for each of the others."""
+    """Valid annotations by image id, with areas added, and an error message for each of the others."""
     kept: dict[int, list[Record]] = {image: [] for image in images}
     wrong = []
     with Monitor("annotations", -(-len(annotations) // CHECKED_AT_ONCE)) as monitor:
         for place, annotation in enumerate(annotations, 1):
             image = images[annotation["image_id"]]
             size = image["height"], image["width"]
-            problem = box_problem(annotation.get("bbox"), *size) or mask_problem(annotation.get("segmentation"), *size)
+            problem = crowd_problem(annotation) or box_problem(annotation.get("bbox"), *size)
+            if not problem and not boxes_only:
+                problem = mask_problem(annotation["segmentation"], *size)
             if problem:
                 wrong.append(f"annotation {annotation['id']}: {problem}")
             else:
-                kept[image["id"]].append(_with_area(annotation, *size))
+                kept[image["id"]].append(_with_area(annotation, *size, boxes_only))
             if place % CHECKED_AT_ONCE == 0 or place == len(annotations):
                 monitor.advance()
                 monitor.status(f"{place:,} checked")
     return kept, wrong
 
 
-def _with_area(annotation: Record, height: int, width: int) -> Record:
+def _with_area(annotation: Record, height: int, width: int, boxes_only: bool) -> Record:
     from pycocotools import mask
 
-    made = {"iscrowd": 0, **annotation}
-    if "area" not in made:
-        made["area"] = float(mask.area(encode_mask(made["segmentation"], height, width)))
-    return made
+    if "area" in annotation:
+        return annotation
+    left, top, right, bottom = clip_box(annotation["bbox"], width, height)
+    area = (right - left) * (bottom - top)
+    if not boxes_only:
+        area = float(mask.area(encode_mask(annotation["segmentation"], height, width)))
+    return {**annotation, "area": area}

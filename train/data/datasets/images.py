@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from dspnet_fast.errors import InputError
 
 from ...run.fingerprint import digest
+from .decoders import reading, unreadable
 from .pixels import RescaledImage
 
 Loaded = Image.Image | RescaledImage
@@ -134,12 +135,13 @@ def dataset_digest(images: ImageDataset) -> str:
     return digest(*(images.file(i) for i in range(len(images))), *labels)
 
 
-def decode(content: bytes, file: str) -> Image.Image:
+def decode(content: bytes, file: str, turn: bool = True) -> Image.Image:
     """Decode an image and rotate it by its EXIF orientation; of an animation the first frame.
 
     Args:
         content: of the file.
         file: the name of the file, for the error message.
+        turn: whether to apply the orientation.
 
     Returns:
         An image in mode "L" or "RGB".
@@ -147,18 +149,14 @@ def decode(content: bytes, file: str) -> Image.Image:
     Raises:
         InputError: the file is no image, is damaged, or has more pixels than Pillow considers safe.
     """
+    reading(file)
     try:
         with Image.open(io.BytesIO(content)) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            if turn:
+                ImageOps.exif_transpose(image, in_place=True)
             return to_grey_or_rgb(image)
     except Exception as error:  # decoders raise many types of exceptions for broken files
         raise unreadable(file, content, error) from error
-
-
-def unreadable(file: str, content: bytes, error: Exception) -> InputError:
-    """The error for an image that a decoder refuses."""
-    reason = " ".join(str(error).split())
-    return InputError(f"cannot read the image {file}: repair it or take it out ({reason})")
 
 
 def encode_pnm(image: Image.Image) -> bytes:

@@ -22,6 +22,7 @@ from nvidia.dali.pipeline import Pipeline
 from dspnet_fast.errors import InputError
 
 from ..bad_images import BadImages, Unreadable, load_or_next
+from ..datasets.decoders import new_warnings
 from ..datasets.images import ImageDataset, decode, encode_pnm
 from ..sampler import EpochSampler
 from .augmentation import ViewSpec, sample_view, uniform_numbers
@@ -92,6 +93,7 @@ class DaliLoader:
         try:
             while True:
                 batch, unreadable = ready.get()
+                self._bad.add_warnings(new_warnings())
                 self._bad.add(unreadable)
                 if batch is None:
                     return

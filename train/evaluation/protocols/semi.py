@@ -233,6 +233,7 @@ def _finetune(setup: EvaluationSetup, options: SemiOptions, percent: float, indi
         lambda start: labelled_batches(images, view, order(start), options.workers, device),
         trained.out / FOLDER / "finetuned" / f"semi-{key}",
         device,
+        guards=[one.guard for one in training.trainings.values()],
     )
     return supervised.evaluate(
         {s.name: (models[s.name], [s]) for s in trained.family}, images, setup.test, size, options.workers, device
