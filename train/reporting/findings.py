@@ -39,6 +39,7 @@ class Evaluation:
         step: training step of the evaluated weights; None if unknown.
         series: accuracies of networks by column.
         lines: accuracies without a network, such as raw pixels.
+        intervals: half-widths of their intervals.
     """
 
     file: str
@@ -47,6 +48,12 @@ class Evaluation:
     step: int | None = None
     series: dict[str, list[Point]] = field(default_factory=dict)
     lines: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def column(self) -> str:
+        """The column of the trained networks, to which `lines` compare."""
+        return next(iter(self.series))
 
 
 def accuracy_of(result: object) -> tuple[float, float] | None:
@@ -96,7 +103,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
     for name, result in report.items():
         accuracy = accuracy_of(result)
         if accuracy is not None:
-            found.lines[name.replace("_", " ")] = accuracy[0]
+            found.lines[name.replace("_", " ")], found.intervals[name.replace("_", " ")] = accuracy
     return found if found.series else None
 
 
