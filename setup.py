@@ -182,6 +182,7 @@ DETECT = ["pycocotools"]
 EXTRAS = {
     "timm": ["timm"],
     "onnx": ONNX,
+    "openvino": [*ONNX, "openvino"],
     "detect": DETECT,
     "images": IMAGES,
     "dicom": DICOM,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ LABEL_GAP = 0.055  # smallest distance of two labels, as a fraction of the axis
 POINTS = 240  # largest number of points of a curve; longer curves are averaged
 
 
-def styles(names: Sequence[str], theme: Theme) -> dict[str, dict[str, str]]:
+def styles(names: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
     """Colour and dashes of each network's curve: all colours with solid lines, then again with other dashes."""
     count = len(theme.colours)
     return {
