@@ -183,6 +183,8 @@ EXTRAS = {
     "timm": ["timm"],
     "onnx": ONNX,
     "openvino": [*ONNX, "openvino"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny"],
     "detect": DETECT,
     "images": IMAGES,
     "dicom": DICOM,

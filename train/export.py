@@ -30,6 +30,7 @@ from .data.pixel_options import read_as
 from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from .formats import FormatImages
+from .model_card import push, require_hub, write_card
 from .run.progress import Monitor
 from .run.saved_config import read_any_config
 from .teachers.teacher import read_facts
@@ -59,6 +60,11 @@ class ExportOptions:
         metavar="NAMES",
     )
     switchable: bool = option(False, f"also write OUT/exported/{SWITCHABLE}, for dspnet_fast.switchable")
+    card: bool = option(False, "also write README.md, a model card for the Hugging Face Hub, with the run's accuracies")
+    license: str = option("other", "licence of the weights that the card states, as the Hub names it", metavar="NAME")
+    push: str = option(
+        "", "account on the Hub to upload each network to, as NAME/<run>-<dn>; implies --card", metavar="NAME"
+    )
     batch_size: int = option(1, "images per call for the latency measurement")
     threads: int | None = option(None, "threads for the latency measurement [PyTorch's number]")
 
@@ -69,6 +75,8 @@ class ExportOptions:
         if self.onnx:
             onnx_file.require()
         device_formats.require(self.format_names())
+        if self.push:
+            require_hub()
 
     def format_names(self) -> list[str]:
         """The names in `formats`."""
@@ -171,6 +179,10 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
             }
             exported.save(out / "exported" / chosen.name, network, chosen, manifest, converted, classes)
             written.append(out / "exported" / chosen.name)
+            if options.card or options.push:
+                write_card(out, written[-1], config, options.license)
+            if options.push:
+                monitor.line(push(written[-1], f"{options.push}/{out.resolve().name}-{chosen.name}"))
             monitor.advance()
         if isinstance(subnets, Family):
             assert isinstance(trained.model, Network | Classifier)

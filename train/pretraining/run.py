@@ -31,7 +31,7 @@ from ..distributed.watchdog import Watchdog
 from ..evaluation.accuracy import interval95
 from ..evaluation.collapse import ADVICE, MIN_RANK, MIN_STD, collapsed
 from ..evaluation.verdict import RAW_PIXELS, UNTRAINED, VERDICT, Baseline, Score, describe, judge
-from ..run import checkpoint, loop
+from ..run import checkpoint, loop, trackers
 from ..run.data_used import data_used, read_data_used, write_data_used
 from ..run.device import choose_device
 from ..run.interruption import Interruption
@@ -97,6 +97,7 @@ class PretrainRun:
         if device.type == "cuda" and world.size > 1:
             device = torch.device("cuda", world.local_rank)
         if world.is_main:
+            trackers.require(config.log_to)
             check_out(config, resume)  # before images are downloaded
         images = open_train_images(config)
         if not resume:
@@ -225,7 +226,7 @@ class PretrainRun:
             loop.Event(self._save, self._in_steps(config.checkpoint_epochs)),
         ]
         if self.world.is_main:
-            self.log = RunLog(self.out, trainer.step)
+            self.log = RunLog(self.out, trainer.step, trackers.names_of(config.log_to))
             self._duration = Duration(config, trainer.epoch_steps, trainer.device)
         if self.world.local_rank == 0:
             compile_kernels(config, trainer.device, print if self.world.is_main else lambda line: None, self.world.size)

@@ -84,6 +84,8 @@ def read_evaluation(path: Path) -> Evaluation | None:
         return None
     protocol = str(report.get("protocol", path.stem))
     protocol_name = PROTOCOL_NAMES.get(protocol, protocol)
+    if "network_part" in report:
+        protocol_name += f" of the {report['network_part']}"
     data, step = str(report.get("data", "unknown images")), report.get("step")
     images = report.get("test_images", report.get("queries"))
     about = f"{protocol_name} on {data}" + (f", {images:,} test images" if images else "")
