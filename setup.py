@@ -182,6 +182,9 @@ DETECT = ["pycocotools"]
 EXTRAS = {
     "timm": ["timm"],
     "onnx": ONNX,
+    "openvino": [*ONNX, "openvino"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny"],
     "detect": DETECT,
     "images": IMAGES,
     "dicom": DICOM,

@@ -7,9 +7,10 @@ also has model.onnx.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .atomic import write_bytes
+from .device_formats import FILES
 from .errors import InputError
 from .models import Classifier, Network, build, encoder_of
 from .slim import slim
@@ -33,7 +35,7 @@ def save(
     network: Network | Classifier,
     subnet: Subnet,
     extra: dict[str, Any],
-    converted: bytes | None = None,
+    converted: Mapping[str, bytes] | None = None,
     classes: Sequence[str] = (),
 ) -> None:
     """Write a network cut out by `slim` to a directory; existing files are replaced atomically.
@@ -43,7 +45,8 @@ def save(
         network: a MobileNetV3 or ResNet of `subnet` in torch.nn layers, or a classifier with one as encoder.
         subnet: the network's subnet.
         extra: additional entries of the manifest (JSON values).
-        converted: the network as ONNX. Without it an existing ONNX file, perhaps of other weights, is deleted.
+        converted: the network in other formats, content by file name. Files of other formats that are not given are
+            deleted, because they are perhaps of other weights.
         classes: names of a classifier's classes.
 
     Raises:
@@ -70,11 +73,12 @@ def save(
     }
     state = network.state_dict()
     tensors = {_timm_name(network, name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    (directory / ONNX).unlink(missing_ok=True)
+    for name in (ONNX, *itertools.chain(*FILES.values())):
+        (directory / name).unlink(missing_ok=True)
     metadata = {"format": "pt", "dn": subnet.name}
     write_tensors(directory / WEIGHTS, tensors, metadata)
-    if converted is not None:
-        write_bytes(directory / ONNX, converted)
+    for name, content in (converted or {}).items():
+        write_bytes(directory / name, content)
     write_bytes(directory / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 

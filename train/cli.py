@@ -12,12 +12,13 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 
 from dspnet_fast.atomic import is_for_lack_of_room
 from dspnet_fast.errors import InputError
 
+from .arguments import ArgumentParser
 from .config import flag, key
 from .data.datasets.decoders import gather_warnings
 from .distributed.process_group import refuse_ranks
@@ -63,6 +64,7 @@ def parser(command: str, description: str, example: str, usage: str = "[options]
         description=description,
         epilog=f"example:\n{example}{recipes}",
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument("--debug", action="store_true", help="show the traceback if an error occurs")
     return made

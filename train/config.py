@@ -19,6 +19,7 @@ WORKERS_HELP = (
     f"of up to {SMALL_SET} images"
 )
 FAST_KERNELS_HELP = "compute steps in the fastest way that is verified on this device; see docs/selection.md"
+LOG_TO_HELP = "programs that show the metrics: tensorboard, wandb, mlflow, separated by commas, or none"
 PLUGINS_HELP = "modules or .py files, separated by commas, that register providers"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DEVICE_HELP = "auto, which is cuda or cpu; cpu; cuda; or mps, an Apple GPU"
@@ -301,6 +302,7 @@ class ExecutionOptions:
     keep_epochs: float = option(0.0, "epochs between checkpoints that are never deleted; 0: none", changeable=True)
     stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never", True)
     log_steps: int = option(10, "steps between log entries", changeable=True)
+    log_to: str = option("tensorboard", LOG_TO_HELP, True, "NAMES")
 
 
 @dataclass(kw_only=True)
@@ -450,6 +452,7 @@ class FinetuneConfig(RunConfig, SupervisedOptions, PixelOptions, LabelledOptions
     device: str = option("auto", DEVICE_HELP, True, "DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP, True)
     plugins: str = option("", PLUGINS_HELP, True, "MODULES")
+    log_to: str = option("tensorboard", LOG_TO_HELP, True, "NAMES")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import dspnet_fast
-from dspnet_fast import atomic, exported, latency, onnx_file
+from dspnet_fast import atomic, device_formats, exported, latency, onnx_file
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, Network, image_channels, subnet
@@ -28,6 +29,8 @@ from .data.datasets.pixels import PixelFormat
 from .data.pixel_options import read_as
 from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
+from .formats import FormatImages
+from .model_card import push, require_hub, write_card
 from .run.progress import Monitor
 from .run.saved_config import read_any_config
 from .teachers.teacher import read_facts
@@ -35,8 +38,9 @@ from .teachers.teacher import read_facts
 DESCRIPTION = """\
 Save each network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network whose weights
 load into timm's and torchvision's classes. The manifest states its latency on this machine's CPU. Networks of a run of
-dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx adds model.onnx;
---switchable adds one file of all networks that can switch between them at run time."""
+dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx adds model.onnx,
+and --formats fp16 and int8 ONNX and OpenVINO; --switchable adds one file of all networks that can switch between them
+at run time."""
 EXAMPLE = """\
   dspnet-export runs/first --dn w0.50
   dspnet-export runs/first --onnx --switchable
@@ -50,7 +54,17 @@ class ExportOptions:
     """Options of `train.export`."""
 
     onnx: bool = option(False, "also write model.onnx, and compare its outputs with PyTorch's on images of the run")
+    formats: str = option(
+        "",
+        f"further formats of each network, verified and measured: {', '.join(device_formats.FILES)}",
+        metavar="NAMES",
+    )
     switchable: bool = option(False, f"also write OUT/exported/{SWITCHABLE}, for dspnet_fast.switchable")
+    card: bool = option(False, "also write README.md, a model card for the Hugging Face Hub, with the run's accuracies")
+    license: str = option("other", "licence of the weights that the card states, as the Hub names it", metavar="NAME")
+    push: str = option(
+        "", "account on the Hub to upload each network to, as NAME/<run>-<dn>; implies --card", metavar="NAME"
+    )
     batch_size: int = option(1, "images per call for the latency measurement")
     threads: int | None = option(None, "threads for the latency measurement [PyTorch's number]")
 
@@ -60,6 +74,13 @@ class ExportOptions:
             raise InputError("--batch-size and --threads must be at least 1")
         if self.onnx:
             onnx_file.require()
+        device_formats.require(self.format_names())
+        if self.push:
+            require_hub()
+
+    def format_names(self) -> list[str]:
+        """The names in `formats`."""
+        return [name.strip() for name in self.formats.split(",") if name.strip()]
 
 
 def read_run(out: Path) -> PretrainConfig | FinetuneConfig:
@@ -76,10 +97,10 @@ def run_family(config: PretrainConfig | FinetuneConfig) -> tuple[FamilyOptions, 
     return options, config.data, config.image_size
 
 
-def run_images(config: PretrainConfig | FinetuneConfig) -> ImageDataset:
-    """The training images of a run, in its pixel format."""
+def run_images(config: PretrainConfig | FinetuneConfig, split: Literal["train", "test"] = "train") -> ImageDataset:
+    """The training or test images of a run, in its pixel format."""
     assert config.data is not None
-    return read_as(open_images(config.data, "train"), PixelFormat.of(config))
+    return read_as(open_images(config.data, split), PixelFormat.of(config))
 
 
 def selected_subnets(out: Path, options: FamilyOptions, dns: Sequence[str], nested: bool) -> Family | list[Subnet]:
@@ -131,14 +152,17 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     if missing:
         trained.measure_statistics(missing, run_images(config), data)
     sources = trained.restore_statistics(subnets)
-    examples = _examples(trained, run_images(config)) if options.onnx else None
+    examples = _examples(trained, run_images(config)) if options.onnx or options.formats else None
+    images = FormatImages(trained, run_images(config), run_images(config, "test")) if options.formats else None
     written = []
     with Monitor("export", len(subnets) + options.switchable) as monitor:
         for chosen in subnets:
             monitor.status(chosen.name)
             network = slim(trained.model, chosen)
             assert isinstance(network, Network | Classifier)
-            converted, facts = _convert_and_time(network, image_size, examples, options)
+            converted, facts = _convert_and_time(network, image_size, examples, images, options)
+            for name, entry in facts.get("formats", {}).items():
+                monitor.line(f"{chosen.name} {_sentence(name, entry)}")
             manifest = {
                 "parameters": parameter_count(network),
                 "macs": mac_count(network, image_size),
@@ -153,6 +177,10 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
             }
             exported.save(out / "exported" / chosen.name, network, chosen, manifest, converted, classes)
             written.append(out / "exported" / chosen.name)
+            if options.card or options.push:
+                write_card(out, written[-1], config, options.license)
+            if options.push:
+                monitor.line(push(written[-1], f"{options.push}/{out.resolve().name}-{chosen.name}"))
             monitor.advance()
         if isinstance(subnets, Family):
             assert isinstance(trained.model, Network | Classifier)
@@ -186,17 +214,35 @@ def _examples(trained: EvaluatedFamily, images: ImageDataset) -> Tensor:
     return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
 
 
+def _sentence(name: str, entry: dict[str, Any]) -> str:
+    """A line about a format."""
+    if "refused" in entry:
+        return f"{name} is not kept: {entry['refused']}"
+    lost = "" if entry["accuracy"] is None else f", accuracy {entry['accuracy']:.1%}, fp32 {entry['accuracy_fp32']:.1%}"
+    return f"{name}: {entry['bytes']:,} bytes, cosine similarity {entry['cosine']:.5f}{lost}"
+
+
 def _convert_and_time(
-    network: Network | Classifier, image_size: int, examples: Tensor | None, options: ExportOptions
-) -> tuple[bytes | None, dict[str, Any]]:
-    """Convert to ONNX if `examples` are given, and measure latency; returns the model and facts for the manifest."""
+    network: Network | Classifier,
+    image_size: int,
+    examples: Tensor | None,
+    of_formats: FormatImages | None,
+    options: ExportOptions,
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Convert to ONNX and other formats if `examples` are given, and measure latency.
+
+    Returns:
+        Content of files by name, and facts for the manifest.
+    """
     images = torch.randn(options.batch_size, image_channels(network), image_size, image_size)
     runtimes: dict[str, Callable[[], object]] = {"torch": lambda: network(images)}
     facts: dict[str, Any] = {}
-    converted = None
+    files: dict[str, bytes] = {}
     if examples is not None:
         output = "logits" if isinstance(network, Classifier) else "features"
         converted = onnx_file.convert(network, image_size, output)
+        if options.onnx:
+            files[exported.ONNX] = converted
         session = onnx_file.Session(converted, options.threads)
         runtimes["onnxruntime"] = lambda: session(images)
         facts["onnx"] = {
@@ -206,13 +252,27 @@ def _convert_and_time(
             "verified_on": len(examples),
             "largest_difference": onnx_file.verify(session, network, examples),
         }
+        if of_formats is not None:
+            facts["formats"] = {}
+            fp32 = of_formats.accuracy(network)
+        for name in options.format_names():
+            assert of_formats is not None
+            other = device_formats.convert(name, converted, of_formats.calibration, options.threads)
+            try:
+                entry = of_formats.facts(name, other, network, examples)
+            except RuntimeError as error:
+                facts["formats"][name] = {"refused": str(error)}
+                continue
+            facts["formats"][name] = {**entry, "accuracy_fp32": fp32}
+            runtimes[name] = functools.partial(other.run, images)
+            files |= other.files
     with torch.no_grad():
         results = latency.measure(runtimes, threads=options.threads)
     facts["latency"] = {
         **latency.conditions(images.device, options.threads, options.batch_size, image_size),
         "of": {name: asdict(result) for name, result in results.items()},
     }
-    return converted, facts
+    return files, facts
 
 
 def _commit() -> str | None:

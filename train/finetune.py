@@ -29,7 +29,7 @@ from .evaluation.pretrained import PretrainedFamily
 from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report, accuracy_table, publish
 from .evaluation.supervised import Hyperparameters, SupervisedTraining, evaluate, labelled_batches, new_classifier
-from .run import checkpoint, loop
+from .run import checkpoint, loop, trackers
 from .run.data_used import data_used, read_data_used, write_data_used
 from .run.device import choose_device
 from .run.log import RunLog
@@ -132,6 +132,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     device = choose_device(config.device)
+    trackers.require(config.log_to)
     if resume:
         config = resumed_pixels(config, read_config(Path(config.out), FinetuneConfig))
     check_run(config, resume)
@@ -161,7 +162,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     write_data_used(out, used)
     checkpoints = out / "checkpoints"
     loop.resume(training, checkpoints, device)
-    log = RunLog(out, training.step)
+    log = RunLog(out, training.step, trackers.names_of(config.log_to))
     for line in (f"data  {used.line()}", *([f"data  {change}"] if change else []), *([raised] if raised else [])):
         print(line, flush=True)
         log.line(line)

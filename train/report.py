@@ -15,7 +15,7 @@ from .comparison.tables import figures_of, tables_of
 from .evaluation import drawing
 from .evaluation.collapse import MIN_RANK, MIN_STD
 from .reporting import figures, page
-from .reporting.findings import COMPARE, Run, finite, network_summaries
+from .reporting.findings import COMPARE, Evaluation, Run, finite, network_summaries
 from .run.progress import Monitor
 
 DESCRIPTION = """\
@@ -94,7 +94,8 @@ def document(run: Run, networks: Sequence[Mapping[str, Any]], drawn: Mapping[str
     if len(run.family) == 1:
         title = f"{config.network} {run.family.full}, pretrained alone"
     body = ["<header>", page.heading(title, 1), page.paragraph(_state(run), "lead"), "</header>", "<main>"]
-    body += [page.heading("The networks"), page.table(*table_of(networks)), *_verdict(run), _collapse(networks)]
+    body += [page.heading("The networks"), page.table(*table_of(networks, run.evaluations))]
+    body += [*_verdict(run), _collapse(networks)]
     body += [page.paragraph(note, "note") for note in _notes(run, networks)]
 
     body.append(page.heading("Accuracy"))
@@ -138,8 +139,10 @@ def _state(run: Run) -> str:
     )
 
 
-def table_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the first table, without empty columns."""
+def table_of(
+    networks: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Heading and cells of the first table, without empty columns; baselines such as raw pixels are its last rows."""
     columns = list(dict.fromkeys(column for network in networks for column in network["accuracies"]))
     runtimes = list(dict.fromkeys(name for n in networks if n["latency"] for name in n["latency"]["of"]))
     rows = []
@@ -152,6 +155,11 @@ def table_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
             score = network["accuracies"].get(column)
             cells.append(f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}" if score else "–")
         rows.append(cells)
+    for evaluation in evaluations:
+        for name, accuracy in evaluation.lines.items():
+            score = f"{100 * accuracy:.1f} ± {100 * evaluation.intervals[name]:.1f}"
+            scores = [score if column == evaluation.column else "–" for column in columns]
+            rows.append([name, "–", "–", *("–" for _ in runtimes), *scores])
     heads = [*(f"{runtime} ms" for runtime in runtimes), *(f"{column} %" for column in columns)]
     return ["network", "parameters", "MACs", *heads], rows
 

@@ -322,3 +322,25 @@ def test_browser_shows_light_and_dark_page(reported, tmp_path):
         assert image.size == (1280, 1600) and image.getpixel((3, 3)) == background
         blue = (0x25, 0x63, 0xA8) if scheme else (0x6A, 0xA9, 0xEE)  # the first series of the accuracies
         assert any(all(abs(a - b) < 12 for a, b in zip(pixel, blue)) for _, pixel in image.getcolors(2**21))
+
+
+def test_curves_have_distinct_colours_or_dashes_and_labels_apart():
+    names = [f"w{k}" for k in range(9)]
+    looks = [tuple(style.values()) for style in figures.styles(names, drawing.LIGHT).values()]
+    assert len(set(looks)) == 9 and len({colour for colour, _ in looks[:6]}) == 6
+    figure = figures.curves({name: ([0, 1], [1.0, 0.5]) for name in names}, "loss")(drawing.LIGHT)
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    heights = sorted(text.xy[1] for text in axes.texts)
+    assert [text.get_text() for text in axes.texts] == names
+    assert all(b - a > 0.05 * (high - low) for a, b in zip(heights, heights[1:]))
+
+
+def test_first_table_has_raw_pixels_below_the_networks(trained):
+    evaluate_knn = ["knn", trained, "--k=5", "--workers=0", "--device=cpu", "--baselines"]
+    assert run(evaluate, *evaluate_knn) == DONE and run(report, trained) == DONE
+    page = Page((trained / "report" / "index.html").read_text())
+    found = json.loads((trained / "evaluation" / "knn.json").read_text())["raw_pixels"]
+    score = f"{100 * found['majority']:.1f} ± {100 * found['interval']:.1f}"
+    rows = [row for row in page.rows if row and row[0] == "raw pixels"]
+    assert len(rows) == 1 and score in rows[0] and rows[0][1:3] == ["–", "–"]

@@ -184,6 +184,7 @@ class PretrainedFamily(EvaluatedFamily):
         device: device of the model.
         untrained: use the initial weights of the run instead of a checkpoint.
         world: the ranks that share the computation of features.
+        part: "online", or "target" for the moving average of the weights.
 
     Attributes:
         config: configuration of the run.
@@ -193,8 +194,17 @@ class PretrainedFamily(EvaluatedFamily):
         InputError: if the run or its checkpoint cannot be used.
     """
 
-    def __init__(self, out: Path, device: torch.device, untrained: bool = False, world: World = SINGLE_PROCESS) -> None:
-        self.world = world
+    def __init__(
+        self,
+        out: Path,
+        device: torch.device,
+        untrained: bool = False,
+        world: World = SINGLE_PROCESS,
+        part: str = "online",
+    ) -> None:
+        if part not in ("online", "target"):
+            raise InputError(f"--network-part must be online or target, not {part!r}")
+        self.world, self.part = world, part
         self.config: PretrainConfig = read_config(out, PretrainConfig)
         model = build_model(self.config)
         step = 0
@@ -203,6 +213,9 @@ class PretrainedFamily(EvaluatedFamily):
             model.load_state_dict(state["model"])
             step = state["step"]
         self.encoder = model.online.encoder
+        if part == "target":
+            weights = dict(model.target.encoder.named_parameters())
+            self.encoder.load_state_dict({n: weights.get(n, value) for n, value in self.encoder.state_dict().items()})
         super().__init__(out, device, model.family, self.encoder, self.config.image_size, step)
 
     def cut(self, subnet: Subnet) -> Network:

@@ -42,12 +42,13 @@ def publish(
     Args:
         folder: folder of the files.
         name: name of the files without suffix.
-        report: content of NAME.json.
+        report: content of NAME.json; with a "network_part" it is part of the name.
         table: content of NAME.md.
         label: label of the figure's accuracy axis.
         series: points of the figure.
         lines: accuracies from 0 to 1, drawn as horizontal lines.
     """
+    name = "-".join(filter(None, (name, report.get("network_part"))))
     from . import drawing  # not at the top: importing matplotlib takes a second that training saves
 
     atomic.write_text(folder / f"{name}.json", json.dumps(report, indent=2) + "\n")

@@ -31,7 +31,7 @@ from ..distributed.process_group import init_process_group
 from ..distributed.watchdog import Watchdog
 from ..evaluation.collapse import ADVICE, MIN_RANK, MIN_STD, collapsed
 from ..evaluation.verdict import VERDICT
-from ..run import checkpoint, loop
+from ..run import checkpoint, loop, trackers
 from ..run.data_used import data_used, read_data_used, write_data_used
 from ..run.device import choose_device
 from ..run.interruption import Interruption
@@ -99,6 +99,7 @@ class PretrainRun:
         if device.type == "cuda" and world.size > 1:
             device = torch.device("cuda", world.local_rank)
         if world.is_main:
+            trackers.require(config.log_to)
             check_out(config, resume)  # before images are downloaded
         images = open_train_images(config)
         if resume:
@@ -231,7 +232,7 @@ class PretrainRun:
             loop.Event(self._save, self._in_steps(config.checkpoint_epochs)),
         ]
         if self.world.is_main:
-            self.log = RunLog(self.out, trainer.step)
+            self.log = RunLog(self.out, trainer.step, trackers.names_of(config.log_to))
             live = None if config.teacher_cache is not None else self.teacher
             cost = None if live is None else live.facts.cost(config, None)
             self._duration = Duration(config, trainer.epoch_steps, trainer.device, cost)

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..evaluation.drawing import Draw, Theme, legend
+from ..evaluation.drawing import WIDTH, Draw, Theme, legend
 from .findings import Curve
 
+DASHES = ("-", "--", ":", "-.")
+LABEL_GAP = 0.055  # smallest distance of two labels, as a fraction of the axis
 POINTS = 240  # largest number of points of a curve; longer curves are averaged
 
 
-def shades(names: Sequence[str], theme: Theme) -> dict[str, str]:
-    """A colour of viridis for each network, smallest first."""
-    low, high = theme.shades
-    last = max(1, len(names) - 1)
-    return {name: to_hex(colormaps["viridis"](low + (high - low) * i / last)) for i, name in enumerate(names)}
+def styles(names: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
+    """Colour and dashes of each network's curve: all colours with solid lines, then again with other dashes."""
+    count = len(theme.colours)
+    return {
+        name: {"color": theme.colours[i % count], "linestyle": DASHES[i // count % len(DASHES)]}
+        for i, name in enumerate(names)
+    }
+
+
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """Write the name of each curve beside its end, moved apart where curves end close together."""
+    low, high = axes.get_ylim()
+    gap, previous = (high - low) * LABEL_GAP, low - (high - low)
+    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
+        previous = max(y, previous + gap)
+        axes.annotate(
+            name,
+            (x, previous),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colours[name],
+            annotation_clip=False,
+        )
 
 
 def curves(lines: Mapping[str, Curve], label: str, percent: bool = False, mark: bool = False) -> Draw:
@@ -33,12 +56,15 @@ def curves(lines: Mapping[str, Curve], label: str, percent: bool = False, mark: 
     """
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axes = figure.subplots()
-        colours = {"": theme.colours[0]} if list(lines) == [""] else shades(list(lines), theme)
+        drawn = styles(list(lines), theme)
+        ends = {}
         for name, (x, y) in lines.items():
             xs, ys = averaged(x), averaged(y)
-            axes.plot(xs, ys, color=colours[name], label=name, marker="o" if mark else None, markersize=3)
+            axes.plot(xs, ys, **drawn[name], label=name, marker="o" if mark else None, markersize=3)
+            if ys and math.isfinite(ys[-1]):
+                ends[name] = xs[-1], ys[-1]
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.margins(x=0.02)
@@ -46,6 +72,7 @@ def curves(lines: Mapping[str, Curve], label: str, percent: bool = False, mark: 
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if list(lines) != [""]:
             legend(figure, list(lines))
+            label_ends(axes, ends, {name: drawn[name]["color"] for name in lines})
         return figure
 
     return draw
@@ -61,7 +88,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], label: str) -> Draw:
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(6.0, 1.1 + 0.36 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.1 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()
         names = list(rows)
         ends = [0.0] * len(rows)

@@ -39,6 +39,7 @@ class Evaluation:
         step: training step of the evaluated weights; None if unknown.
         series: accuracies of networks by column.
         lines: accuracies without a network, such as raw pixels.
+        intervals: half-widths of their intervals.
     """
 
     file: str
@@ -47,6 +48,12 @@ class Evaluation:
     step: int | None = None
     series: dict[str, list[Point]] = field(default_factory=dict)
     lines: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def column(self) -> str:
+        """The column of the trained networks, to which `lines` compare."""
+        return next(iter(self.series))
 
 
 def accuracy_of(result: object) -> tuple[float, float] | None:
@@ -77,6 +84,8 @@ def read_evaluation(path: Path) -> Evaluation | None:
         return None
     protocol = str(report.get("protocol", path.stem))
     protocol_name = PROTOCOL_NAMES.get(protocol, protocol)
+    if "network_part" in report:
+        protocol_name += f" of the {report['network_part']}"
     data, step = str(report.get("data", "unknown images")), report.get("step")
     images = report.get("test_images", report.get("queries"))
     about = f"{protocol_name} on {data}" + (f", {images:,} test images" if images else "")
@@ -96,7 +105,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
     for name, result in report.items():
         accuracy = accuracy_of(result)
         if accuracy is not None:
-            found.lines[name.replace("_", " ")] = accuracy[0]
+            found.lines[name.replace("_", " ")], found.intervals[name.replace("_", " ")] = accuracy
     return found if found.series else None
 
 

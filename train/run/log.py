@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from dspnet_fast import atomic
 
+from .trackers import open_trackers
+
 
 class RunLog:
-    """Writes lines to train.log, and metrics to metrics.jsonl and TensorBoard.
+    """Writes lines to train.log, and metrics to metrics.jsonl and trackers.
 
     Args:
         out: the run directory.
         step: the step at which the run continues; metrics of later steps, written before an interruption, are dropped.
+        trackers: names of trackers, see `trackers.open_trackers`.
 
     Raises:
         InputError: from every method, if the disk is full.
     """
 
-    def __init__(self, out: Path, step: int) -> None:
-        # takes seconds, which commands that only read a run should not wait
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, out: Path, step: int, trackers: Sequence[str] = ("tensorboard",)) -> None:
         metrics = out / "metrics.jsonl"
         if metrics.exists():
             atomic.write_text(metrics, "".join(f"{line}\n" for line in _lines_until(metrics, step)))
@@ -35,7 +36,7 @@ class RunLog:
             self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed by close)
             # File names that are not UTF-8 are written with escapes.
             self._log = open(out / "train.log", "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-            self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+            self._trackers = open_trackers(trackers, out, step)
 
     def line(self, text: str) -> None:
         """Append a line to train.log, preceded by the time."""
@@ -49,7 +50,8 @@ class RunLog:
             for name, value in values.items():
                 scalars = value if isinstance(value, dict) else {"": value}
                 for part, scalar in scalars.items():
-                    self._tensorboard.add_scalar(f"{name}/{part}" if part else name, scalar, step)
+                    for tracker in self._trackers:
+                        tracker.scalar(f"{name}/{part}" if part else name, scalar, step)
 
     def sync(self) -> None:
         """Wait until the metrics are on the disk. Call it before saving a checkpoint, which must not precede them."""
@@ -60,8 +62,10 @@ class RunLog:
     def close(self) -> None:
         """Flush and close all files."""
         with atomic.needs_room(self._out), ExitStack() as each:  # closes all of them even if one fails
-            for part in (self._tensorboard, self._metrics, self._log):
-                each.callback(part.close)
+            for tracker in self._trackers:
+                each.callback(tracker.close)
+            for file in (self._metrics, self._log):
+                each.callback(file.close)
 
 
 def _lines_until(metrics: Path, step: int) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 
 from ..sampler import mix
+from .images import ImageDataset
 
 SEED = 0  # of the published subsets
 
@@ -51,3 +54,36 @@ def index_text(indices: Sequence[int]) -> str:
 def checksum(indices: Sequence[int]) -> str:
     """Return the SHA-256 of `index_text`."""
     return hashlib.sha256(index_text(indices).encode()).hexdigest()
+
+
+def listed_subsets(images: ImageDataset, files: Sequence[str]) -> dict[float, list[int]]:
+    """Subsets given by lists, such as SimCLR's of 1 and 10 percent of ImageNet.
+
+    Args:
+        images: training images.
+        files: text files with the name of an image per line; folders before the name are ignored.
+
+    Returns:
+        Ascending indices by percentage of the images.
+
+    Raises:
+        InputError: a list cannot be read, is empty, or names an image that is not among `images`.
+    """
+    by_name = {os.path.basename(images.file(i)): i for i in range(len(images))}
+    if len(by_name) < len(images):
+        raise InputError(
+            f"images of {images.name} in different folders have equal names: lists of names need unique ones"
+        )
+    subsets = {}
+    for file in files:
+        try:
+            names = [os.path.basename(line) for line in map(str.strip, Path(file).read_text().splitlines()) if line]
+        except OSError as error:
+            raise InputError(f"cannot read the list {file}: {error.strerror}") from error
+        unknown = next((name for name in names if name not in by_name), None)
+        if not names or unknown is not None:
+            reason = "is empty" if not names else f"names {unknown}, which is not in {images.name}"
+            raise InputError(f"the list {file} {reason}")
+        indices = sorted({by_name[name] for name in names})
+        subsets[round(100 * len(indices) / len(images), 2)] = indices
+    return subsets

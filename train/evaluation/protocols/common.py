@@ -28,6 +28,7 @@ class EvaluationOptions:
     """data and execution"""
 
     data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
+    network_part: str = option("online", "weights to evaluate: online, or target, their moving average", metavar="PART")
     workers: Workers = option("auto", WORKERS_HELP)
     device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP)
@@ -57,7 +58,7 @@ class EvaluationSetup:
 
     def __init__(self, out: Path, options: EvaluationOptions, trains: bool = False) -> None:
         self.world, device = init_sharing(choose_device(options.device))
-        self.trained = PretrainedFamily(out, device, world=self.world)
+        self.trained = PretrainedFamily(out, device, world=self.world, part=options.network_part)
         if options.fast_kernels:
             config = self.trained.config
             plugins = options.plugins or config.plugins
@@ -68,6 +69,11 @@ class EvaluationSetup:
         self.test: ImageDataset = read_as(open_images(self.data, "test"), format)
         self.train_labels: Tensor = require_labels(self.train)
         self.test_labels: Tensor = require_labels(self.test)
+
+    @property
+    def part(self) -> dict[str, str]:
+        """An entry of the report for target weights; none for online weights."""
+        return {} if self.trained.part == "online" else {"network_part": self.trained.part}
 
     @property
     def classes(self) -> int:

@@ -98,6 +98,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
         "references": len(references),
         "queries": len(queries),
         "step": trained.step,
+        **setup.part,
         "networks": networks,
     }
     if options.baselines:

@@ -120,6 +120,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         "train_images": len(setup.train),
         "test_images": len(setup.test),
         "step": trained.step,
+        **setup.part,
         "hyperparameters": {**asdict(hparams), "augment": options.augment, "min_scale": options.min_scale},
         "networks": {name: {**costs, "linear": asdict(found[name])} for name, costs in setup.networks.items()},
     }

@@ -6,6 +6,7 @@ as in linear evaluation), and fine-tuning of each network (learning rate 0.001, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from dspnet_fast.subnets import Family
 
 from ...config import option, positive
 from ...data.datasets.images import Subset, dataset_digest
-from ...data.datasets.stratified import SEED, checksum, index_text, stratified_subset
+from ...data.datasets.stratified import SEED, checksum, index_text, listed_subsets, stratified_subset
 from ...data.sampler import EpochSampler
 from ...data.views import augmentation
 from ...distributed.process_group import end_sharing, refuse_ranks
@@ -53,6 +54,11 @@ class SemiOptions(ClassifierOptions):
 
     epochs: int = option(50, "linear: passes over the labelled images")
     lr: float = option(0.02, "linear: learning rate per 256 images")
+    subset_file: str = option(
+        "",
+        "lists of labelled images in place of --shares: files with a name per line, such as SimCLR's",
+        metavar="FILES",
+    )
     shares: str = option("1,10", "percentages of labelled images of each class", metavar="PERCENTS")
     subset_seed: int = option(SEED, "seed of the subsets; 0: the published subsets")
     methods: str = option("linear,finetune", "linear, finetune or both", metavar="METHODS")
@@ -130,6 +136,9 @@ def evaluate_semi(out: Path, options: SemiOptions) -> Report:
         refuse_ranks("--methods finetune runs in one process")
     setup = EvaluationSetup(out, options, trains=True)
     chosen = {p: stratified_subset(setup.train_labels, p / 100, options.subset_seed) for p in percents}
+    if options.subset_file:
+        chosen = listed_subsets(setup.train, options.subset_file.split(","))
+        percents = list(chosen)
     subsets: dict[str, Any] = {}
     for percent, indices in chosen.items():
         file = f"semi-{percent:g}-percent.txt"
@@ -156,7 +165,8 @@ def evaluate_semi(out: Path, options: SemiOptions) -> Report:
         "data": setup.data,
         "test_images": len(setup.test),
         "step": setup.trained.step,
-        "subset_seed": options.subset_seed,
+        **setup.part,
+        **({"subset_files": options.subset_file} if options.subset_file else {"subset_seed": options.subset_seed}),
         "subsets": subsets,
         "hyperparameters": {
             **({"linear": asdict(options.hyperparameters(options.batch_size))} if "linear" in methods else {}),
@@ -180,7 +190,7 @@ def _linear(setup: EvaluationSetup, options: SemiOptions, chosen: dict[float, li
     subnets = list(trained.family)
     trained.measure_statistics(subnets, setup.train, setup.data, options.workers)
     test = trained.features(subnets, setup.test, "test", options.workers)
-    largest = chosen[max(chosen)]
+    largest = list(dict.fromkeys(itertools.chain(chosen[max(chosen)], *chosen.values())))  # others may be no parts
     images = Subset(setup.train, largest)
     features = trained.features(subnets, images, f"{max(chosen):g}-percent", options.workers)
     end_sharing(setup.world)

@@ -1,0 +1,89 @@
+"""Device formats: fp16 and int8 ONNX and OpenVINO, verified, measured and described in the manifest."""
+
+import importlib.util
+import json
+import shutil
+
+import onnxruntime
+import pytest
+import torch
+
+from dspnet_fast import device_formats, exported
+from dspnet_fast.errors import InputError
+from train.data.datasets import open_images
+from train.evaluation.pretrained import PretrainedFamily
+from train.export import ExportOptions, export
+
+has_openvino = importlib.util.find_spec("openvino") is not None
+FORMATS = ["onnx-fp16", "onnx-int8", *(["openvino"] if has_openvino else [])]
+DN = "c16-d2121"
+
+
+@pytest.fixture(scope="module")
+def deployed(finished, tmp_path_factory):
+    out = shutil.copytree(finished, tmp_path_factory.mktemp("formats") / "run")
+    export(out, [DN], ExportOptions(formats=",".join(FORMATS), threads=1))
+    return out / "exported" / DN
+
+
+@pytest.fixture(scope="module")
+def pixels(finished, images):
+    trained = PretrainedFamily(finished, torch.device("cpu"))
+    return torch.cat(list(trained.batches(open_images(str(images), "test"), "test", 0)))[:10].contiguous()
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("onnx-fp16", 0.01), ("onnx-int8", 0.2), ("openvino", 1e-4)])
+@torch.no_grad()
+def test_files_compute_the_features_of_the_network(deployed, pixels, name, tolerance):
+    if name not in FORMATS:
+        pytest.skip("OpenVINO is not installed")
+    expected = exported.load(deployed)(pixels)
+    if name == "openvino":
+        import openvino
+
+        compiled = openvino.Core().compile_model(deployed / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        features = torch.from_numpy(compiled(pixels.numpy())[0])
+    else:
+        session = onnxruntime.InferenceSession(deployed / device_formats.FILES[name][0])
+        features = torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
+    assert (features - expected).norm() <= tolerance * expected.norm()
+    entry = manifest(deployed)["formats"][name]
+    assert entry["cosine"] >= device_formats.SMALLEST_COSINE[name] and entry["verified_on"] == 8
+    assert entry["bytes"] == sum((deployed / file).stat().st_size for file in entry["files"])
+    assert 0 <= entry["accuracy"] <= 1 and 0 <= entry["accuracy_fp32"] <= 1
+    assert manifest(deployed)["latency"]["of"][name]["median_ms"] > 0
+
+
+def test_smaller_types_make_smaller_files(deployed):
+    formats, weights = manifest(deployed)["formats"], (deployed / "model.safetensors").stat().st_size
+    assert formats["onnx-fp16"]["bytes"] < 0.6 * weights
+    assert formats["onnx-int8"]["bytes"] < 0.4 * weights and formats["onnx-int8"]["calibrated_on"] == 80
+
+
+def test_format_with_other_outputs_is_not_kept(finished, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setitem(device_formats.SMALLEST_COSINE, "onnx-int8", 2.0)
+    (folder,) = export(out, [DN], ExportOptions(formats="onnx-int8", threads=1))
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "manifest.json"}
+    assert "below 2.0" in manifest(folder)["formats"]["onnx-int8"]["refused"]
+    assert f"{DN} onnx-int8 is not kept: " in capsys.readouterr().out
+
+
+def test_export_without_formats_deletes_files_of_other_weights(deployed, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(deployed, out / "exported" / DN, dirs_exist_ok=True)
+    (folder,) = export(out, [DN], ExportOptions(threads=1))
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "manifest.json"}
+
+
+def test_unknown_format_and_missing_package_are_named(monkeypatch):
+    with pytest.raises(InputError, match="--formats tflite: give some of onnx-fp16, onnx-int8, openvino"):
+        ExportOptions(formats="tflite")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+    with pytest.raises(InputError, match="needs OpenVINO, not installed here: pip install 'dspnet-fast\\[openvino\\]'"):
+        ExportOptions(formats="openvino")

@@ -1,0 +1,51 @@
+"""The argument parser of all commands: wrong arguments are an `InputError` of one line that names what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NoReturn
+
+import jsonargparse
+
+from dspnet_fast.errors import InputError
+
+UNKNOWN = "unrecognized arguments: "
+REQUIRED = "the following arguments are required: "
+KINDS = {"<class 'int'>": "a whole number", "<class 'float'>": "a number"}
+
+
+class ArgumentParser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser without the usage block of its errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise InputError."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise InputError(_one_line(message, parser)) from ex
+
+
+def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """An error of jsonargparse as a sentence."""
+    text = " ".join(message.split())
+    if text.startswith(UNKNOWN):
+        return _unknown(text.removeprefix(UNKNOWN).split()[0], parser)
+    if text.startswith(REQUIRED):
+        names = {action.dest: action.metavar for action in parser._actions if not action.option_strings}
+        missing = [str(names.get(name) or name) for name in text.removeprefix(REQUIRED).split(", ")]
+        return f"{', '.join(missing)} missing: see {parser.prog} --help"
+    if (found := re.match(r'Parser key "([^"]+)": (.*)', text)) is not None:
+        option, reason = "--" + found[1].split(".")[-1].replace("_", "-"), found[2]
+        value = re.search(r"(?:Got|Given) value: (.*)", reason)
+        expected = [words for kind, words in KINDS.items() if kind in reason]
+        expected += ["auto"] if "Literal['auto']" in reason else []
+        return f"{option} {value[1]}: expected {' or '.join(expected)}" if value and expected else f"{option}: {reason}"
+    return text
+
+
+def _unknown(given: str, parser: jsonargparse.ArgumentParser) -> str:
+    if not given.startswith("-"):
+        return f"{given!r} is one argument too many: see {parser.prog} --help"
+    name = given.split("=")[0]
+    options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    meant = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options, 1)
+    return f"unknown option {name}" + (f": did you mean {meant[0]}?" if meant else f": {parser.prog} --help lists all")

@@ -1,0 +1,75 @@
+"""Device formats of an exported network, verified and measured on images of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dspnet_fast import device_formats
+from dspnet_fast.device_formats import Converted
+
+from .data.datasets.images import ImageDataset, Subset
+from .evaluation.knn import knn
+from .evaluation.pretrained import EvaluatedFamily
+
+CALIBRATION_IMAGES = 128
+REFERENCES, QUERIES, NEIGHBOURS = 1000, 500, 20  # of the kNN accuracy
+BATCH = 50
+
+
+class FormatImages:
+    """Images of a run that formats are calibrated and compared on.
+
+    Args:
+        trained: family of the run.
+        train: training images of the run.
+        test: its test images.
+
+    Attributes:
+        calibration: normalised training images.
+    """
+
+    def __init__(self, trained: EvaluatedFamily, train: ImageDataset, test: ImageDataset) -> None:
+        self._trained = trained
+        self.calibration = self._pixels(_drawn(train, CALIBRATION_IMAGES))
+        self.classes = len(train.classes)
+        self._labelled = train.labels is not None and test.labels is not None
+        if self._labelled:
+            self._parts = _drawn(train, REFERENCES), _drawn(test, QUERIES)
+            self._views = [self._pixels(part) for part in self._parts]
+
+    def _pixels(self, images: ImageDataset) -> Tensor:
+        return torch.cat(list(self._trained.batches(images, "images", 0))).contiguous()
+
+    @torch.no_grad()
+    def accuracy(self, run: Callable[[Tensor], Tensor]) -> float | None:
+        """kNN accuracy of features, or top-1 accuracy of a classifier's logits; None without labels."""
+        if not self._labelled:
+            return None
+        (references, queries) = self._parts
+        assert references.labels is not None and queries.labels is not None
+        outputs = [torch.cat([run(batch) for batch in views.split(BATCH)]) for views in self._views]
+        if outputs[0].shape[1] == self.classes:
+            return (outputs[1].argmax(1) == queries.labels).float().mean().item()
+        k = min(NEIGHBOURS, len(references))
+        found = knn(outputs[0], references.labels, outputs[1], queries.labels, num_classes=self.classes, k=k)
+        return found.majority
+
+    def facts(self, name: str, converted: Converted, network: nn.Module, examples: Tensor) -> dict[str, Any]:
+        """Entries of the manifest for a format; RuntimeError if its outputs are too different."""
+        return {
+            "files": list(converted.files),
+            "bytes": converted.size,
+            "runtime": converted.runtime,
+            **({"calibrated_on": len(self.calibration)} if name == "onnx-int8" else {}),
+            "verified_on": len(examples),
+            **device_formats.compare(name, converted, network, examples),
+            "accuracy": self.accuracy(converted.run),
+        }
+
+
+def _drawn(images: ImageDataset, count: int) -> Subset:
+    return Subset.random(images, min(count, len(images)), seed=0)
