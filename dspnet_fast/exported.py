@@ -136,10 +136,15 @@ def plain(network: str, subnet: Subnet, stem: str, classes: int = 0, in_channels
 
 def _timm_name(network: nn.Module, name: str) -> str:
     """timm's name of a layer or tensor of a network."""
-    if not isinstance(network, Classifier):
+    if not isinstance(network, Network | Classifier):
         return name
-    part, dot, rest = name.partition(".")
-    return rest if part == "encoder" else f"{network.encoder.head_name}{dot}{rest}"
+    encoder = encoder_of(network)
+    if isinstance(network, Classifier):
+        part, dot, rest = name.partition(".")
+        if part != "encoder":
+            return f"{encoder.head_name}{dot}{rest}"
+        name = rest
+    return name.removeprefix(encoder.prefix)
 
 
 def layers(network: nn.Module) -> list[dict[str, Any]]:
@@ -175,6 +180,10 @@ def _loads_into(network: Network, subnet: Subnet, stem: str, classes: int) -> di
         if classes:  # timm has an additional layer before the classifier
             changes.append("conv_head = torch.nn.Identity(); act2 = torch.nn.Identity()")
             changes.append(f"classifier = torch.nn.Linear({subnet.channels[-1]}, {classes})")
+    elif ":" in network.name:
+        library, _, name = network.name.partition(":")
+        if library == "timm" and subnet.name in ("w1.0", "w1.00") and not classes:
+            targets["timm"] = f"timm.create_model({name!r}, num_classes=0{in_chans})"
     elif subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels
         arguments = f"timm.models.resnet.BasicBlock, {list(subnet.depths)}, num_classes={classes}{in_chans}"
         targets["timm"] = f"timm.models.resnet.ResNet({arguments})"

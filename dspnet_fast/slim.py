@@ -1,140 +1,303 @@
-"""Cut a subnet out of a slimmable model, as an ordinary, smaller network of torch.nn layers."""
+"""Cut a subnet out of a slimmable model, as an ordinary, smaller network."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_iter
 
 from .models import Classifier, Network, encoder_of, image_channels
-from .nn import (
-    SlimBatchNorm1d,
-    SlimBatchNorm2d,
-    SlimConv2d,
-    SlimLinear,
-    SlimSequential,
-    activate,
-    configure_batch_norm,
-)
-from .nn.activate import Sizes
-from .nn.batch_norm import SlimBatchNorm
+from .nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
+from .nn.activate import Sizes, traced_networks
+from .nn.batch_norm import MomentumBatchNorm, SlimBatchNorm
+from .nn.prefix import select
+from .nn.selected import Selected
+from .nn.shrink import state_sizes
+from .nn.sized import Sized
 from .subnets import Subnet
 
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    SlimConv2d: nn.Conv2d,
+    SlimLinear: nn.Linear,
+    SlimBatchNorm1d: nn.BatchNorm1d,
+    SlimBatchNorm2d: nn.BatchNorm2d,
+    SlimSequential: nn.Sequential,
+}
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest output; other dtypes: 0.05
 
-def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Tensor | None = None) -> nn.Module:
-    """Copy the subnet `dn` of a slimmable model into a network of torch.nn layers.
+
+def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Any = None) -> nn.Module:
+    """Copy the subnet `dn` of a slimmable model into a network of the original layers.
 
     Args:
         model: a model of slimmable layers; not changed.
         dn: the subnet, in a form that `activate` takes.
-        example: an input of the model, used to find the input channels of each layer; by default images
-            [2, C, 64, 64], with the C of a network of `models`, otherwise 3.
+        example: an input of the model, or a tuple of its inputs, on which the copy is compared with the subnet; by
+            default random values of the shape that `slimmable` ran on, or images [2, C, 64, 64], with the C of a
+            network of `models`, otherwise 3.
 
     Returns:
         The network in evaluation mode, with only the subnet's weights. Parameter names are the model's; inactive blocks
         are left out. Batch normalisation has the statistics measured for the subnet, or for an unmeasured full network
-        its running statistics.
+        its running statistics. Layers that are used several times are one layer. Layers that do not run in evaluation
+        are kept.
 
     Raises:
-        RuntimeError: if no statistics were measured for the subnet (`dspnet_fast.statistics.post_statistics`).
+        RuntimeError: if no statistics were measured for the subnet (`dspnet_fast.statistics.post_statistics`), or if
+            the copy computes other outputs than the subnet.
+        ValueError: if a layer is used with different numbers of input channels.
 
     Example:
         >>> model = SlimConv2d(3, 16, kernel_size=1)
         >>> slim(model, 0.5)
         Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
     """
-    with activate(model, dn):
-        channels = _input_channels(model, torch.zeros(2, image_channels(model), 64, 64) if example is None else example)
-        plain = _plain(model, "", channels)
+    inputs = _inputs(model, example)
+    with activate(model, dn), torch.no_grad():
+        with _evaluation(model):
+            channels, expected = _run(model, inputs)
+        plain = _cut(model, channels, _idle_channels(model) | channels)
     if isinstance(plain, Network | Classifier) and isinstance(dn, Subnet | str):
         encoder = encoder_of(plain)
         encoder.full = encoder.subnet(dn) if isinstance(dn, str) else dn
-    return plain.eval()
-
-
-def _input_channels(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """The number of input channels of each slimmable layer, found by running a copy on the meta device."""
-    meta_copy = copy.deepcopy(model).to("meta").train()
-    configure_batch_norm(meta_copy, bn_groups=1, process_group=None)
-    channels: dict[str, int] = {}
-    for path, module in meta_copy.named_modules():
-        if isinstance(module, SlimConv2d | SlimLinear | SlimBatchNorm):
-            dim = -1 if isinstance(module, SlimLinear) else 1
-            module.register_forward_pre_hook(
-                lambda _, inputs, path=path, dim=dim: channels.__setitem__(path, inputs[0].shape[dim])
-            )
-    dtype = next(model.parameters()).dtype
+    plain.eval()
     with torch.no_grad():
-        meta_copy(example.to(device="meta", dtype=dtype))
-    return channels
-
-
-def _plain(module: nn.Module, path: str, channels: dict[str, int]) -> nn.Module:
-    """Copy a module tree with every slimmable layer replaced by the torch.nn layer of its active size."""
-    if isinstance(module, SlimConv2d):
-        return _plain_conv(module, channels[path])
-    if isinstance(module, SlimLinear):
-        linear = nn.Linear(channels[path], module.size, module.bias is not None, **_like(module))
-        return _copy_prefixes(module, linear)
-    if isinstance(module, SlimBatchNorm1d | SlimBatchNorm2d):
-        return _plain_batch_norm(module, channels[path])
-    prefix = f"{path}." if path else ""
-    children = {name: child for name, child in module.named_children()}
-    if isinstance(module, SlimSequential):
-        names = list(children)[: module.size]
-        return nn.Sequential(*(_plain(children[name], prefix + name, channels) for name in names))
-    if not children:
-        return copy.deepcopy(module)
-    plain = copy.copy(module)
-    plain._parameters = copy.deepcopy(module._parameters)
-    plain._buffers = copy.deepcopy(module._buffers)
-    plain._modules = {name: _plain(child, prefix + name, channels) for name, child in children.items()}
+        _compare(plain(*inputs), expected)
+        _state_features(model, plain, inputs)
     return plain
 
 
-def _like(module: nn.Module) -> dict:
-    weight = next(module.parameters())
-    return {"device": weight.device, "dtype": weight.dtype}
+def _inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
+    """The inputs to run on, of the model's dtype and on its device."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    random = torch.Generator("cpu").manual_seed(0)
+    if example is None:
+        traced = traced_networks(dict(model.named_modules()))
+        shapes: list[Any] = traced[0][2].inputs if traced else [((2, image_channels(model), 64, 64), torch.float32)]
+        example = tuple(
+            torch.randn(shape, generator=random, device="cpu")
+            if dtype.is_floating_point
+            else torch.zeros(shape, dtype=dtype)
+            for shape, dtype in shapes
+        )
+    inputs = example if isinstance(example, tuple) else (example,)
+
+    def placed(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+
+    return tuple(placed(x) for x in inputs)
 
 
-def _copy_prefixes(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Fill the target's parameters with the prefixes of the source's parameters of the same names."""
-    with torch.no_grad():
-        for name, parameter in target.named_parameters():
-            full = source.get_parameter(name)
-            parameter.copy_(full[tuple(slice(size) for size in parameter.shape)])
-    return target
+@contextmanager
+def _evaluation(model: nn.Module) -> Any:
+    """Evaluation mode, restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
-def _plain_conv(module: SlimConv2d, in_channels: int) -> nn.Module:
-    if module.groups == 1:
-        groups, out_channels = 1, module.size
-    else:
-        groups = in_channels * module.groups // module.in_channels
-        out_channels = groups * module.out_channels // module.groups
-    conv = nn.Conv2d(
-        in_channels,
-        out_channels,
-        module.kernel_size,  # type: ignore[arg-type]
-        module.stride,  # type: ignore[arg-type]
-        module.padding,  # type: ignore[arg-type]
-        module.dilation,  # type: ignore[arg-type]
-        groups,
-        module.bias is not None,
-        module.padding_mode,
-        **_like(module),
-    )
-    return _copy_prefixes(module, conv)
+def _run(model: nn.Module, inputs: Sequence[Any]) -> tuple[dict[nn.Module, int], Any]:
+    """Input channels of each slimmable layer that runs, and the outputs."""
+    channels: dict[nn.Module, int] = {}
+
+    def record(module: nn.Module, received: Any) -> None:
+        count = received[0].shape[-1 if isinstance(module, SlimLinear) else 1]
+        if isinstance(module, SlimConv2d) and len(received[0].shape) == 3:
+            count = received[0].shape[0]
+        if channels.setdefault(module, count) != count:
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise ValueError(f"{name} is used with {channels[module]} and with {count} channels: it cannot be cut")
+
+    hooks = [
+        module.register_forward_pre_hook(record)
+        for module in model.modules()
+        if isinstance(module, SlimConv2d | SlimLinear | SlimBatchNorm)
+    ]
+    try:
+        return channels, model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _plain_batch_norm(module: SlimBatchNorm, features: int) -> nn.Module:
-    mean, variance = module.evaluation_statistics()
-    kind = nn.BatchNorm2d if isinstance(module, SlimBatchNorm2d) else nn.BatchNorm1d
-    norm = kind(features, module.eps, module.momentum, module.affine, device=mean.device, dtype=mean.dtype)
-    with torch.no_grad():
-        norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-        norm.running_var.copy_(variance)  # type: ignore[union-attr]
-        if module.active_dn is None and module.num_batches_tracked is not None:
-            norm.num_batches_tracked.copy_(module.num_batches_tracked)  # type: ignore[union-attr]
-    return _copy_prefixes(module, norm)
+def _idle_channels(model: nn.Module) -> dict[nn.Module, int]:
+    """Input channels of the layers of traced networks, for those that do not run in evaluation."""
+    channels: dict[nn.Module, int] = {}
+    for _, root, groups in traced_networks(dict(model.named_modules())):
+        units: Any = root.active_units
+        for path in groups.tensors:
+            module = root.get_submodule(path)
+            if isinstance(module, SlimConv2d | SlimLinear):
+                count = groups.count(path, "weight", 0 if getattr(module, "groups", 1) > 1 else 1, units)
+                whole = module.weight.shape[1]
+                if isinstance(module, SlimConv2d) and module.groups > 1:
+                    whole = module.in_channels
+                    count = None if count is None else count * module.in_channels // module.out_channels
+                channels[module] = whole if count is None else count
+            elif isinstance(module, SlimBatchNorm):
+                count = groups.count(path, "running_mean", 0, units)
+                channels[module] = module.num_features if count is None else count
+    return channels
+
+
+def _cut(model: nn.Module, ran: dict[nn.Module, int], channels: dict[nn.Module, int]) -> nn.Module:
+    """Copy a model with the active channels of its tensors only.
+
+    Args:
+        model: the model, with the subnet active.
+        ran: input channels of the layers that run in evaluation.
+        channels: input channels of all layers that are known.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, tensor in _active(module, channels, module in ran).items():
+            whole = module._parameters.get(name, module._buffers.get(name))
+            if isinstance(whole, nn.Parameter):
+                memo.setdefault(id(whole), nn.Parameter(tensor.detach().clone(), whole.requires_grad))
+            elif whole is not None:
+                memo[id(whole)] = tensor.detach().clone()
+    originals = {path: module for path, module in model.named_modules()}
+    plain = copy.deepcopy(model, memo)
+    for path, module in list(plain.named_modules()):
+        _restore(module, originals[path], channels)
+    return plain
+
+
+def _active(module: nn.Module, channels: dict[nn.Module, int], runs: bool) -> dict[str, Tensor]:
+    """The active part of each tensor of a slimmable layer."""
+    active: dict[str, Tensor] = {}
+    if isinstance(module, Selected):
+        for name, positions in module.active_selection.items():
+            whole = module._parameters.get(name, module._buffers.get(name))
+            if whole is not None:
+                active[name] = select(whole, positions)
+    elif isinstance(module, SlimConv2d | SlimLinear) and module in channels:
+        count = channels[module]
+        if isinstance(module, SlimConv2d) and module.groups > 1:
+            groups, size = module._active(count)
+            count = count // groups
+        else:
+            size = module.size
+        active["weight"] = module.weight[:size, :count]
+        if module.bias is not None:
+            active["bias"] = module.bias[:size]
+    if isinstance(module, SlimBatchNorm) and module in channels:
+        for name in ("weight", "bias"):
+            parameter = module._parameters[name]
+            if parameter is not None and not isinstance(module, Selected):
+                active[name] = parameter[: channels[module]]
+        known = module.running_mean is not None or module.active_dn in module.measured
+        if known and runs and not isinstance(module, MomentumBatchNorm):
+            active["running_mean"], active["running_var"] = module.evaluation_statistics()
+        elif module.running_mean is not None and module.running_var is not None and not isinstance(module, Selected):
+            active["running_mean"] = module.running_mean[: channels[module]]
+            active["running_var"] = module.running_var[: channels[module]]
+    return active
+
+
+def _restore(module: nn.Module, source: nn.Module, channels: dict[nn.Module, int]) -> None:
+    """Give a copied layer the class and the sizes of an ordinary one."""
+    vars(module).pop("channel_groups", None)
+    vars(module).pop("active_units", None)
+    if isinstance(module, SlimSequential):
+        for name in list(module._modules)[module.size :]:
+            del module._modules[name]
+    if isinstance(module, Sized):
+        vars(module).pop("active_size", None)
+    if isinstance(source, SlimConv2d) and source in channels:
+        module.groups = source._active(channels[source])[0]  # type: ignore[assignment]
+    if isinstance(source, SlimBatchNorm) and not isinstance(source, MomentumBatchNorm):
+        for name in ("measured", "measured_with", "active_dn", "views", "view", "bn_groups", "observer"):
+            vars(module).pop(name, None)
+        if source.running_mean is None and source in channels and source.active_dn in source.measured:
+            module.track_running_stats = True  # type: ignore[assignment]
+            module.running_mean, module.running_var = (x.clone() for x in source.evaluation_statistics())
+        if source.active_dn is not None and isinstance(module.num_batches_tracked, Tensor):
+            module.num_batches_tracked.zero_()
+    if isinstance(module, Selected):
+        vars(module).pop("active_selection", None)
+        module.__class__ = module.original  # type: ignore[assignment]
+    elif type(module) in PLAIN:
+        module.__class__ = PLAIN[type(module)]
+    if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm | SlimBatchNorm):
+        vars(module).pop("process_group", None)
+    state_sizes(module)
+
+
+def _compare(outputs: Any, expected: Any) -> None:
+    """Raise RuntimeError unless outputs are equal up to rounding."""
+    for got, wanted in zip(tree_iter(outputs), tree_iter(expected), strict=True):
+        if not isinstance(wanted, Tensor) or wanted.is_meta or not wanted.is_floating_point():
+            continue
+        if got.shape == wanted.shape and not wanted.numel():
+            continue
+        limit = TOLERANCE.get(wanted.dtype, 0.05) * wanted.abs().max().clamp(min=1e-6)
+        if got.shape != wanted.shape or bool(((got - wanted).abs() > limit).any()):
+            raise RuntimeError(
+                "the network cut out computes other outputs than the subnet: its forward method does not follow the "
+                "sizes of its layers, or is random; report it with the network's name"
+            )
+
+
+def _state_features(model: nn.Module, plain: nn.Module, inputs: Sequence[Any]) -> None:
+    """Set the numbers of features that networks of timm state: `num_features`, `head_hidden_size`, `feature_info`."""
+    if not all(hasattr(model, name) for name in ("num_features", "forward_features", "forward_head")):
+        return
+    entries = getattr(plain, "feature_info", None)
+    entries = entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else []
+    names = [entry.get("module") for entry in entries]
+    with activate(model, None), _evaluation(model):
+        full = _feature_shapes(model, inputs, names)
+    cut = _feature_shapes(plain, inputs, names)
+
+    def number(key: str | None, before: int) -> int:
+        """What a number of channels of the full network has become."""
+        pairs = zip(full.get(key, ()), cut.get(key, ()), strict=True)
+        return next((now for old, now in pairs if old == before), before)
+
+    for entry in entries:
+        entry["num_chs"] = number(entry["module"], entry["num_chs"])
+    features: Any = model.num_features
+    hidden: Any = getattr(model, "head_hidden_size", features)
+    now = {hidden: number("hidden", hidden), features: number("features", features)}
+    heads = [module for name, module in plain.named_modules() if name.startswith("head")]
+    for module in (plain, *heads):
+        for name in ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "in_features"):
+            value = vars(module).get(name)
+            if isinstance(value, int) and not isinstance(module, nn.Linear):
+                setattr(module, name, now.get(value, value))
+
+
+def _feature_shapes(network: nn.Module, inputs: Sequence[Any], names: Sequence[Any]) -> dict[str | None, torch.Size]:
+    """Shapes of the outputs of named modules, of the features, and of the input of the classifier."""
+    shapes: dict[str | None, torch.Size] = {}
+    modules = dict(network.named_modules())
+    hooks = [
+        modules[name].register_forward_hook(
+            lambda _, __, output, name=name: shapes.update({name: getattr(output, "shape", torch.Size())})
+        )
+        for name in names
+        if name in modules
+    ]
+    try:
+        features = network.forward_features(*inputs)  # type: ignore[operator]
+        shapes["features"] = features.shape
+        shapes["hidden"] = network.forward_head(features, pre_logits=True).shape  # type: ignore[operator]
+    except (AttributeError, TypeError):  # without a tensor of features, or without `pre_logits`
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes

@@ -2,7 +2,9 @@
 
 In training every subnet normalises by the moments of its batches, so no single running average fits all subnets. After
 training, each subnet processes the same batches once more. The moments of every batch normalisation layer are merged
-exactly, including the variance between batches (Chan et al. 1979), and stored by the subnet's name.
+exactly, including the variance between batches (Chan et al. 1979), and stored by the subnet's name. They are no part of
+the state_dict: `measured_statistics` and `load_statistics` save and restore them. A change of the model's weights makes
+them invalid.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from .machine import in_float64
 from .nn import activate
 from .nn.batch_norm import Observer, SlimBatchNorm
+from .nn.versions import WeightVersions
 from .subnets import Subnet
 
 
@@ -100,8 +103,10 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
             norm.observer = None
     if not seen:
         raise ValueError("post_statistics needs at least one batch")
+    versions = WeightVersions(model.parameters())
     for (path, dn), measured in moments.items():
         norm = norms[path]
+        norm.measured_with = versions
         norm.measured[dn] = measured.result(torch.float32 if norm.weight is None else norm.weight.dtype)
     return seen
 
@@ -120,6 +125,7 @@ def measured_statistics(model: nn.Module, dns: Iterable[Subnet]) -> dict[str, Te
     for dn in dns:
         with activate(model, dn):
             for path, norm in _batch_norms(model).items():
+                norm._drop_stale()
                 if norm.active_dn in norm.measured:
                     mean, variance = norm.measured[norm.active_dn]
                     flat[f"{dn}/{path}.running_mean"] = mean.clone()
@@ -135,10 +141,13 @@ def load_statistics(model: nn.Module, dns: Iterable[Subnet], flat: dict[str, Ten
         dns: the subnets.
         flat: the dictionary; subnets and layers not in it are left unchanged.
     """
+    versions = WeightVersions(model.parameters())
     for dn in dns:
         with activate(model, dn):
             for path, norm in _batch_norms(model).items():
                 if f"{dn}/{path}.running_mean" in flat:
+                    norm._drop_stale()
+                    norm.measured_with = versions
                     pair = (flat[f"{dn}/{path}.running_mean"], flat[f"{dn}/{path}.running_var"])
                     device = next(model.parameters()).device
                     norm.measured[norm.active_dn] = (pair[0].to(device), pair[1].to(device))

@@ -15,7 +15,15 @@ from dspnet_fast import exported
 from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, build, family
-from dspnet_fast.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate, configure_batch_norm
+from dspnet_fast.nn import (
+    SlimBatchNorm2d,
+    SlimConv2d,
+    SlimLinear,
+    SlimSequential,
+    activate,
+    configure_batch_norm,
+    slimmable,
+)
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from dspnet_fast.nn.sized import Sized
 from dspnet_fast.slim import slim
@@ -95,6 +103,86 @@ def test_slim_rejects_a_subnet_without_statistics():
     made = family(*MOBILENET)
     with pytest.raises(RuntimeError, match="post_statistics"):
         slim(build(MOBILENET[0], made.full), "w0.50")
+
+
+class Twice(nn.Module):
+    """Uses one activation function and one convolution under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
+        self.second = self.first
+        self.act1 = self.act2 = nn.ReLU()
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        return self.head(self.act2(self.second(self.act1(self.first(self.stem(x))))))
+
+
+@torch.no_grad()
+def test_slim_keeps_modules_that_are_used_twice():
+    model, x = slimmable(Twice()), torch.randn(2, 3, 8, 8)
+    for width in (0.5, None):
+        small = slim(model, width)
+        assert small.first is small.second and small.act1 is small.act2
+        with activate(model, width):
+            torch.testing.assert_close(small(x), model(x))
+    act = nn.ReLU()
+    repeated = slimmable(nn.Sequential(nn.Conv2d(3, 16, 3), act, nn.Conv2d(16, 16, 3), act, nn.Conv2d(16, 2, 1)))
+    small = slim(repeated, 0.5)
+    with activate(repeated, 0.5):
+        torch.testing.assert_close(small(x), repeated(x))
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training only, and a layer that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+        self.aux = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+        self.spare = nn.Conv2d(16, 16, 3)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_slim_network_has_the_layers_that_do_not_run_in_evaluation():
+    model, x = slimmable(Auxiliary()), torch.randn(2, 3, 8, 8)
+    with activate(model.train(), 0.5):
+        assert [y.shape[1] for y in model(x)] == [4, 4]
+    post_statistics(model, [0.5], [x])
+    small = slim(model, 0.5)
+    assert [y.shape[1] for y in small.train()(x)] == [4, 4]
+    assert small.aux[0].weight.shape[:2] == (8, 8) and small.spare.weight.shape[:2] == (16, 16)
+
+
+def test_slim_rejects_a_network_that_computes_something_else():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = SlimConv2d(3, 16, 1), []
+
+        def forward(self, x):
+            self.calls.append(1)
+            return self.conv(x) * len(self.calls)
+
+    with pytest.raises(RuntimeError, match="computes other outputs than the subnet"):
+        slim(Counting(), 0.5)
+
+
+def test_slim_rejects_a_layer_with_two_numbers_of_input_channels():
+    class Uneven(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = SlimConv2d(6, 16, 1)
+
+        def forward(self, x):
+            return self.conv(x) + self.conv(x[:, :2])
+
+    with pytest.raises(ValueError, match="conv is used with 3 and with 2 channels"):
+        slim(Uneven(), 0.5)
 
 
 def timm_mobilenet(width, stem):

@@ -1,6 +1,7 @@
 """Post-statistics are the moments of all data, stored by subnet."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -57,6 +58,28 @@ def test_training_deletes_measured_statistics():
     model.train()(torch.randn(4, 3, 2, 2))
     with activate(model.eval(), 0.5), pytest.raises(RuntimeError, match="no batch normalisation statistics"):
         model(torch.randn(4, 3, 2, 2))
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "optimizer", "moving average", "copy"])
+def test_statistics_of_other_weights_are_not_used(change):
+    model = nn.Sequential(SlimConv2d(3, 32, 1), SlimBatchNorm2d(32))
+    x = torch.randn(4, 3, 2, 2)
+    post_statistics(model, [0.5], [x])
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with activate(twin, 0.5):
+            twin(x)
+    if change == "load_state_dict":
+        model.load_state_dict(model.state_dict())
+    elif change == "optimizer":
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    else:
+        for parameter in model.state_dict().values():
+            parameter.lerp_(torch.ones(()).to(parameter.dtype), 0.5) if parameter.is_floating_point() else None
+    twin = copy.deepcopy(model) if change == "copy" else model
+    with activate(twin, 0.5), pytest.raises(RuntimeError, match="no batch normalisation statistics"):
+        twin(x)
+    assert measured_statistics(twin, [0.5]) == {}
 
 
 def test_statistics_are_restored_from_a_flat_dictionary():

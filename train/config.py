@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import NETWORKS, STEMS
+from dspnet_fast.models import FORMS, NETWORKS, STEMS, check_network
 
 BACKENDS = ("torchvision", "dali-cpu", "dali-gpu")  # implementations of the augmentation
 
@@ -185,7 +185,7 @@ def _finite_numbers(flag: str, text: str, count: int | None = None) -> list[floa
 class FamilyOptions(PixelOptions):
     """family"""
 
-    network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}", metavar="NAME")
+    network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}, {FORMS}", metavar="NAME")
     dns: str = option(
         "w0.50,w0.625,w0.75,w0.875,w1.00",
         "desired networks, such as w0.50,w1.00 or c64-d2222,c64-d3463",
@@ -340,7 +340,6 @@ class PretrainConfig(
         """Raise InputError for invalid values."""
         choices = {
             "data_backend": ("auto", *BACKENDS),
-            "network": tuple(NETWORKS),
             "stem": STEMS,
             "momentum_bn": ("on", "off", "momentum2"),
             "teacher_target": ("centred", "whitened"),
@@ -353,6 +352,7 @@ class PretrainConfig(
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        check_network(self.network)
         if self.recipe == "paper":
             for name, value in (PAPER | (ADAMW if self.optimizer == "adamw" else {})).items():
                 if getattr(self, name) is None:
@@ -408,7 +408,7 @@ class StartOptions:
     from_: str = option("", "run directory of dspnet-pretrain to start from; none: random weights", metavar="DIR")
     dn: str | None = option(None, "network of the run to train alone", metavar="NAME")
     dns: str | None = option(None, "subnets to train jointly (switches) [the run's networks]", metavar="NAMES")
-    network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}", metavar="NAME")
+    network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}, {FORMS}", metavar="NAME")
     stem: str | None = option(None, f"stem with --from none: {', '.join(STEMS)} [standard]", metavar="STEM")
 
 

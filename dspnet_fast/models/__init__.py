@@ -9,11 +9,13 @@ from .heads import MLP, TeacherHead
 from .mobilenet_v3 import MobileNetV3
 from .network import Network
 from .resnet import ResNet
+from .traced import FORMS, traced
 
 NETWORKS: dict[str, type[Network]] = {network.name: network for network in (MobileNetV3, ResNet)}
 STEMS = ("standard", "small")
 
 __all__ = [
+    "FORMS",
     "MLP",
     "NETWORKS",
     "STEMS",
@@ -23,6 +25,7 @@ __all__ = [
     "ResNet",
     "TeacherHead",
     "build",
+    "check_network",
     "encoder_of",
     "family",
     "image_channels",
@@ -31,16 +34,23 @@ __all__ = [
 
 
 def _network(name: str) -> type[Network]:
+    if ":" in name:
+        return traced(name)
     if name not in NETWORKS:
-        raise InputError(f"unknown network {name!r}: use one of {', '.join(NETWORKS)}")
+        raise InputError(f"unknown network {name!r}: use one of {', '.join(NETWORKS)}, {FORMS}")
     return NETWORKS[name]
+
+
+def check_network(name: str) -> None:
+    """Raise InputError unless a name is a key of `NETWORKS` or has a form such as "timm:resnet18"."""
+    _network(name)
 
 
 def subnet(network: str, dn: str) -> Subnet:
     """The subnet of a network by name.
 
     Args:
-        network: a key of `NETWORKS`.
+        network: a key of `NETWORKS`, or a name such as "timm:resnet18" (`FORMS`).
         dn: the subnet's name, for example "w0.50" or "c64-d2222".
 
     Raises:
@@ -57,7 +67,7 @@ def family(network: str, dns: Sequence[str]) -> Family:
     """The family of a network's subnets by name.
 
     Args:
-        network: a key of `NETWORKS`.
+        network: a key of `NETWORKS`, or a name such as "timm:resnet18" (`FORMS`).
         dns: the subnets' names.
 
     Raises:
@@ -74,7 +84,7 @@ def build(network: str, full: Subnet, stem: str = "standard", in_channels: int =
     """Build a slimmable network, with the full network active.
 
     Args:
-        network: a key of `NETWORKS`.
+        network: a key of `NETWORKS`, or a name such as "timm:resnet18" (`FORMS`).
         full: the largest subnet, for which weights are allocated.
         stem: "standard" as published, or "small", which keeps the resolution, for images below about 64 px.
         in_channels: channels of the images, 3 for RGB.

@@ -19,12 +19,16 @@ class Network(nn.Module, ABC):
         in_channels: channels of the images, 3 for RGB.
         stages: names of the modules after the stem, which run one after another.
         dense: whether most convolutions are neither pointwise nor depthwise.
+        prefix: first part of the names of parameters, which the exported network does not have.
+        uses_autocast: whether activations in 16 bits are computed under autocast.
     """
 
     name: str
     head_name: str
     stages: tuple[str, ...]
     dense = False
+    prefix = ""
+    uses_autocast = False
 
     def __init__(self, full: Subnet, small_stem: bool = False, in_channels: int = 3) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ from ..subnets import Subnet, make_divisible, width_name
 from .attributes import AttributeChanges
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
+from .groups import ChannelGroups
+from .selected import Selected
 from .sized import Sized
 
 Sizes = Mapping[str, int]
@@ -58,8 +60,15 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
     name, sizes = _resolve(model, modules, dn)
     active = ActiveSubnet(name)
     left = dict(sizes)
+    managed: set[nn.Module] = set()  # layers whose channels the network's groups determine
+    try:
+        for path, root, groups in traced_networks(modules):
+            left = _activate_groups(active, path, root, groups, left, managed)
+    except ValueError:
+        active.__exit__()
+        raise
     for path, module in modules.items():
-        if isinstance(module, Sized):
+        if isinstance(module, Sized) and module not in managed:
             size = left.pop(path, None)
             if size is not None and not 0 <= size <= module.full_size:
                 active.__exit__()
@@ -68,13 +77,48 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
                     "choose a subnet within the full network"
                 )
             active.set(module, "active_size", size)
-        elif isinstance(module, SlimBatchNorm):
+        if isinstance(module, SlimBatchNorm):
             active.set(module, "active_dn", name if sizes else None)
             active.set(module, "views", views)
     if left:
         active.__exit__()
         raise ValueError(f"subnet {name} has sizes for modules that the model does not have: {', '.join(left)}")
     return active
+
+
+def traced_networks(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, ChannelGroups]]:
+    """The networks among modules that `slimmable` has converted: path, network and channel groups."""
+    found = ((path, module, vars(module).get("channel_groups")) for path, module in modules.items())
+    return [(path, module, groups) for path, module, groups in found if groups is not None]
+
+
+def _activate_groups(
+    active: ActiveSubnet, path: str, root: nn.Module, groups: ChannelGroups, sizes: Sizes, managed: set[nn.Module]
+) -> dict[str, int]:
+    """Activate the channels of a converted network; returns the sizes of other modules."""
+    start = f"{path}." if path else ""
+    own = {name.removeprefix(start): size for name, size in sizes.items() if name.startswith(start)}
+    units, rest = groups.of_sizes(own)
+    active.set(root, "active_units", units)
+    modules = dict(root.named_modules())
+    for name in groups.tensors:
+        module = modules.get(name)
+        if isinstance(module, Selected):
+            device = next(t.device for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+            active.set(module, "active_selection", groups.selection(name, units, device))
+        elif isinstance(module, Sized):
+            active.set(module, "active_size", groups.count(name, "weight", 0, units))
+        elif not isinstance(module, SlimBatchNorm):
+            raise ValueError(
+                f"{start}{name} was replaced after slimmable(), by {type(module).__name__}: replace layers before"
+            )
+        managed.add(module)
+    for number in groups.numbers:
+        module = modules[number.path]
+        if not isinstance(module, Sized):  # which take the number from their input
+            active.set(module, number.attribute, number.attribute_value(module, units))
+    others = {name: size for name, size in sizes.items() if not name.startswith(start)}
+    return others | {start + name: size for name, size in rest.items()}
 
 
 def _resolve(
@@ -92,11 +136,20 @@ def _resolve(
         if not 0 < dn <= 1:
             raise ValueError(f"a width must be more than 0 and at most 1, got {dn}")
         name = width_name(dn)
+        traced = traced_networks(modules)
         sizes = {
-            path: min(make_divisible(module.full_size * dn), module.full_size)
-            for path, module in modules.items()
-            if isinstance(module, SlimConv2d) and module.groups == 1
+            f"{path}.{group}" if path else group: size
+            for path, _, groups in traced
+            for group, size in groups.sizes(groups.at(dn)).items()
         }
+        if not traced:
+            sizes = {
+                path: min(make_divisible(module.full_size * dn), module.full_size)
+                for path, module in modules.items()
+                if isinstance(module, SlimConv2d) and module.groups == 1
+            }
+        elif dn == 1:
+            sizes = {}
     else:
         raise ValueError(
             f"{type(model).__name__} has no layer_sizes() method: give a width or a mapping instead of {dn!r}"

@@ -22,11 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import scale_shift, slim_batch_norm
 from ..ops.deferred import upcast
-from ..ops.registry import is_eager
+from ..ops.registry import uses_pytorch
 from .attributes import AttributeChanges
 from .deferred import ConvOutput, Deferred
 from .prefix import prefixes
 from .sized import main_grad
+from .versions import WeightVersions
 
 # Called with the mean and biased variance [V, C] of each view and the number of values per channel and view.
 Observer = Callable[[Tensor, Tensor, int], None]
@@ -49,6 +50,7 @@ class SlimBatchNorm(_BatchNorm):
             while `observer` is set.
         observer: called with the moments of every batch instead of updating the running statistics.
         measured: mean [C] and variance [C] for evaluation, by subnet name. Training deletes them.
+        measured_with: versions of the weights they were measured with; statistics of other weights are not used.
     """
 
     active_dn: str | None = None
@@ -57,6 +59,7 @@ class SlimBatchNorm(_BatchNorm):
     bn_groups: int = 1
     process_group: dist.ProcessGroup | None = None
     observer: Observer | None = None
+    measured_with: WeightVersions | None = None
 
     def __init__(
         self,
@@ -82,8 +85,9 @@ class SlimBatchNorm(_BatchNorm):
             Mean [C] and variance [C].
 
         Raises:
-            RuntimeError: if no statistics were measured for the subnet.
+            RuntimeError: if no statistics were measured for the subnet, or the weights have changed since.
         """
+        self._drop_stale()
         if self.active_dn in self.measured:
             return self.measured[self.active_dn]
         if self.active_dn is None and self.running_mean is not None and self.running_var is not None:
@@ -92,6 +96,12 @@ class SlimBatchNorm(_BatchNorm):
             f"no batch normalisation statistics for {self.active_dn or 'the full network'}: "
             "measure them first with dspnet_fast.statistics.post_statistics(model, dns, batches)"
         )
+
+    def _drop_stale(self) -> None:
+        """Delete statistics that were measured with other weights."""
+        versions = self.measured_with
+        if versions is not None and not torch.compiler.is_compiling() and self.measured and not versions.unchanged():
+            self.measured.clear()
 
     @property
     def batch_views(self) -> int:
@@ -133,7 +143,7 @@ class SlimBatchNorm(_BatchNorm):
             raise ValueError(
                 f"a batch of {len(x)} is not {views} parts of equal size: see activate(views=) and bn_groups"
             )
-        if is_eager() and not (self._changes_moments and torch.is_grad_enabled()):
+        if uses_pytorch(x.device) and not (self._changes_moments and torch.is_grad_enabled()):
             return self._eager(x, weight, bias, views)
         y, mean, variance = slim_batch_norm(x, weight, bias, self.eps, views)
         if not self._changes_moments:

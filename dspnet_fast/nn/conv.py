@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_moments, slim_conv2d, slim_linear
-from ..ops.registry import is_eager
+from ..ops.registry import is_autocasting, uses_pytorch
 from .deferred import ConvOutput, Deferred
 from .prefix import HALF, prefixes
 from .sized import Sized, main_grad
@@ -63,14 +63,15 @@ class SlimConv2d(Sized, nn.Conv2d):
             padding = (0, 0)
         # On maps of one pixel, as in squeeze-and-excite.
         is_product = self.kernel_size == (1, 1) and groups == 1 and x.shape[2:].numel() == 1 and padding == (0, 0)
-        if is_eager():
+        if uses_pytorch(x.device):
             dtype = x.dtype
             if groups > 1 and x.device.type == "cpu" and dtype in HALF:
                 x = x.float()  # backward passes of grouped convolutions in 16 bits are several times slower
             weight, bias = prefixes(self, out_channels, x.shape[1] // groups, like=x)
             if is_product:
                 return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
-            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups).to(dtype)
+            y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+            return y if is_autocasting(x.device) else y.to(dtype)
         bias = None if self.bias is None else self.bias[:out_channels]
         weight, grad = self.weight, main_grad(self.weight)
         if is_product:

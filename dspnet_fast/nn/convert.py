@@ -1,13 +1,29 @@
 """Make an existing network slimmable in place."""
 
-from torch import nn
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_iter
 
+from .activate import activate
 from .batch_norm import SlimBatchNorm, SlimBatchNorm1d, SlimBatchNorm2d
 from .conv import SlimConv2d
+from .groups import OUTPUTS, ChannelGroups, Number, find_groups, owned_tensors
+from .labels import Conflict
 from .linear import SlimLinear
+from .numbers import guessed_numbers, known_numbers, tie_heads
+from .selected import Selected, is_norm_act, selected_class
 from .sized import Sized
+from .tracing import Tracer
 
 SLIMMABLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: SlimConv2d,
@@ -15,38 +31,220 @@ SLIMMABLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: SlimBatchNorm1d,
     nn.BatchNorm2d: SlimBatchNorm2d,
 }
+PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+VERIFIED_WIDTHS = (0.25, 0.5, 0.75)
+IMAGE_SIZES = (64, 224, 32, 16, 299)
 
 
-def slimmable(model: nn.Module) -> nn.Module:
-    """Replace every convolution, linear layer and batch normalisation of `model` by its slimmable counterpart, in
-    place.
+def slimmable(
+    model: nn.Module, example: Any = None, keep: Iterable[str] = (OUTPUTS,), widths: Sequence[float] = VERIFIED_WIDTHS
+) -> nn.Module:
+    """Make a network slimmable, in place.
 
-    Parameters, buffers, hooks and names stay the same, so existing optimizers keep working. Until a subnet is
-    activated, the model's outputs change by rounding only.
+    The network runs once on an example, and every operation tells which channels must shrink together: those of a sum,
+    of a depthwise convolution and its input, of an attention head. A network of any layers can be slimmed as long as
+    its operations are understood. Parameters, buffers, hooks and names stay the same, so existing optimizers keep
+    working. Until a subnet is activated, the network's outputs change by rounding only.
 
     Args:
-        model: a network of torch.nn layers.
+        model: a network.
+        example: an input, or a tuple of the inputs, with a batch of two or more; by default images of the size that the
+            network was made for.
+        keep: paths of modules whose channels all subnets keep. "outputs" stands for the channels of the network's
+            outputs, such as the classes.
+        widths: widths at which the network is tried.
 
     Returns:
-        The model itself.
+        The network itself.
 
     Raises:
-        TypeError: if a layer with weights has no slimmable counterpart; the model is then unchanged.
+        TypeError: if a module cannot be slimmed; the message names it. The network is then unchanged.
 
     Example:
-        >>> model = slimmable(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)))
+        >>> model = slimmable(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)), keep=())
         >>> type(model[0]).__name__
         'SlimConv2d'
+        >>> with activate(model, 0.5):
+        ...     model(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
     """
-    layers = [module for module in model.modules() if isinstance(module, _ConvNd | nn.Linear | _BatchNorm)]
-    layers = [module for module in layers if not isinstance(module, Sized | SlimBatchNorm)]
-    unknown = sorted({type(module).__name__ for module in layers if type(module) not in SLIMMABLE})
-    if unknown:
-        known = ", ".join(kind.__name__ for kind in SLIMMABLE)
-        raise TypeError(f"no slimmable counterpart of {', '.join(unknown)}: the supported layers are {known}")
-    for module in layers:
-        kind = SLIMMABLE[type(module)]
-        module.__class__ = kind  # type: ignore[assignment]  # only forward differs
-        if isinstance(module, SlimBatchNorm):
-            module.measured = {}
+    training = [module for module in model.modules() if module.training]
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    keep = tuple(keep)
+    try:
+        model.eval()
+        inputs = _inputs(model, example)
+        groups = find_groups(model, [(model, inputs), *_training_run(model, inputs)], keep)
+        if not groups.groups:
+            warnings.warn(
+                "every channel of the network is kept: name the channels to keep with keep=, which is () for none",
+                stacklevel=2,
+            )
+        groups.numbers = known_numbers(model, groups)
+        groups.inputs = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        use_groups(model, groups)
+        _verify(model, groups, inputs, widths)
+    except BaseException:
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+    finally:
+        for module in training:
+            module.training = True
     return model
+
+
+def _inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
+    """Inputs on which the model runs."""
+    if example is not None:
+        return example if isinstance(example, tuple) else (example,)
+    problem: Exception | None = None
+    for made in _examples(model):
+        try:
+            with torch.no_grad():
+                model(made)
+            return (made,)
+        except Exception as error:  # the size may not fit
+            problem = problem or error
+    raise TypeError(
+        f"{type(model).__name__} does not run on the inputs that were tried ({problem}): give an example of its input"
+    )
+
+
+def _examples(model: nn.Module) -> Iterator[Tensor]:
+    """Inputs that a model may take."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        yield torch.zeros(2, *config["input_size"], **like)
+    for module in model.modules():
+        if isinstance(module, _ConvNd):
+            for size in IMAGE_SIZES:
+                yield torch.zeros(2, module.in_channels, *[size] * len(module.kernel_size), **like)
+            return
+        if isinstance(module, nn.Linear):
+            yield torch.zeros(2, module.in_features, **like)
+            return
+
+
+def _training_run(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """A copy in training mode, which may run further layers, with the same parameters and buffers of its own."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    twin = copy.deepcopy(model, memo).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin(*inputs)
+    except Exception:  # e.g. one value per channel: layers that run in training alone are then kept whole
+        return
+    yield twin, inputs
+
+
+def _convert(path: str, module: nn.Module, groups: ChannelGroups) -> None:
+    """Give a module the class that reduces its tensors to the active channels."""
+    if isinstance(module, Sized | SlimBatchNorm) and not isinstance(module, Selected):
+        if path in groups.tensors and not _is_prefix(path, groups):
+            raise _refusal(path, module, "a subnet needs channels that are no prefix")
+        return
+    kind = type(module)
+    tensors = groups.tensors.get(path, {})
+    is_norm = isinstance(module, _BatchNorm)
+    if is_norm and kind not in PLAIN_NORMS and not is_norm_act(kind):
+        if not tensors:
+            return
+        raise _refusal(path, module, "it is a batch normalisation with its own forward method")
+    if tensors.keys() & {"running_mean", "running_var"} and not is_norm and "Frozen" not in kind.__name__:
+        raise _refusal(path, module, "its running statistics would mix those of all subnets")
+    if kind in SLIMMABLE and path not in groups.foreign and _is_prefix(path, groups):
+        module.__class__ = SLIMMABLE[kind]
+    elif tensors or is_norm:
+        module.__class__ = selected_class(kind, tuple(sorted(tensors)))
+    if isinstance(module, SlimBatchNorm):
+        module.measured = {}
+        if kind.__name__.startswith("Sync"):
+            world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+            module.process_group = module.process_group or world
+
+
+def use_groups(model: nn.Module, groups: ChannelGroups) -> None:
+    """Convert the layers of a network whose channel groups are known, in place."""
+    for path, module in list(model.named_modules()):
+        _convert(path, module, groups)
+    model.channel_groups = groups  # type: ignore[assignment]
+    model.active_units = groups.full()  # type: ignore[assignment]
+
+
+def _is_prefix(path: str, groups: ChannelGroups) -> bool:
+    return all(d.is_prefix for dimensions in groups.tensors.get(path, {}).values() for d in dimensions)
+
+
+def _refusal(path: str, module: nn.Module, reason: str) -> TypeError:
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    keep = f"; keep its channels with keep=({OUTPUTS!r}, {path!r})" if path else ""
+    return TypeError(f"{path or 'the network'} ({kind}) cannot be slimmed: {reason}{keep}")
+
+
+def _verify(model: nn.Module, groups: ChannelGroups, inputs: Any, widths: Sequence[float]) -> None:
+    """Run subnets, and check that the same channels meet in them as in the full network.
+
+    Where a subnet does not run, attributes that may count channels are made to follow them, one guess after another.
+    """
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        shapes = _shapes(model(*inputs))
+    known, guesses, chosen = groups.numbers, dict[type, Iterator[list[Number]]](), dict[type, list[Number]]()
+    verified: set[float] = set()
+    while (width := next((width for width in widths if width not in verified), None)) is not None:
+        failure = _failure(model, groups, inputs, width, shapes)
+        if failure is None:
+            verified.add(width)
+            continue
+        path, problem = failure
+        for kind in dict.fromkeys(type(modules[name]) for name in reversed(path)):
+            if issubclass(kind, Sized) or getattr(kind, "original", kind).__module__.startswith("torch."):
+                continue
+            if tie_heads(model, groups, kind):
+                break
+            if kind not in guesses:
+                guesses[kind] = guessed_numbers(model, groups, kind)
+            guess = next(guesses[kind], None)
+            chosen[kind] = guess or []
+            if guess:
+                break
+        else:
+            place = path[-1] if path else ""
+            raise _refusal(place, modules[place], f"at width {width}, {problem}")
+        groups.numbers = [*known, *(number for numbers in chosen.values() for number in numbers)]
+        verified.clear()
+
+
+def _failure(
+    model: nn.Module, groups: ChannelGroups, inputs: Any, width: float, shapes: Any
+) -> tuple[list[str], str] | None:
+    """Where a subnet fails, as the paths of the running modules, and why."""
+    labels, sources = groups.labels(owned_tensors(model))
+    tracer = Tracer(labels, sources, {module: path for path, module in model.named_modules()})
+    norms = [module for module in model.modules() if isinstance(module, SlimBatchNorm)]
+    measured = [norm.measured for norm in norms]
+    try:
+        with activate(model, groups.sizes(groups.at(width))):
+            for norm in norms:
+                norm.measured, norm.training = {}, True
+            outputs = tracer.run(model, inputs)
+    except Conflict as conflict:
+        return tracer.path, str(conflict)
+    except Exception as error:
+        return tracer.path, str(error).splitlines()[0] if str(error) else type(error).__name__
+    finally:
+        for norm, before in zip(norms, measured, strict=True):
+            norm.measured, norm.training = before, False
+    found = [tuple(tensor.shape) for tensor, _ in outputs]
+    if groups.keeps_outputs and found != shapes:
+        return [], f"the output has the shape {found} instead of {shapes}"
+    return None
+
+
+def _shapes(outputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tree_iter(outputs) if isinstance(tensor, Tensor)]

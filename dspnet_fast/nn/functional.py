@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import norm_act
 from ..ops.norm_act_pool import pool_deferred
-from ..ops.registry import is_eager
+from ..ops.registry import uses_pytorch
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
 from .deferred import Activation, Deferred
@@ -59,7 +59,8 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
         >>> materialize(y).shape
         torch.Size([2, 8, 16, 16])
     """
-    if is_eager() or not (isinstance(conv, SlimConv2d) and isinstance(norm, SlimBatchNorm)):
+    device = x.x.device if isinstance(x, Deferred) else x.device
+    if uses_pytorch(device) or not (isinstance(conv, SlimConv2d) and isinstance(norm, SlimBatchNorm)):
         y = norm(conv(x))
         return y if act is None else act(y)
     deferred = norm(conv(x if isinstance(x, Deferred) else Deferred(x), views=norm.batch_views))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import slim_linear
-from ..ops.registry import is_eager
+from ..ops.registry import is_autocasting, uses_pytorch
 from .prefix import prefixes
 from .sized import Sized, main_grad
 
@@ -42,7 +42,8 @@ class SlimLinear(Sized, nn.Linear):
         if features > self.in_features:
             raise ValueError(f"SlimLinear has {self.in_features} input features, but the input has {features}")
         grad = main_grad(self.weight)
-        if is_eager() and (grad is None or x.dtype != self.weight.dtype):
+        casts = is_autocasting(x.device)
+        if uses_pytorch(x.device) and (grad is None or casts or x.dtype != self.weight.dtype):
             return F.linear(x, *prefixes(self, self.size, features, like=x))
         bias = None if self.bias is None else self.bias[: self.size]
         return slim_linear(x, self.weight, bias, grad, self.size)  # adds the gradient by the matrix product

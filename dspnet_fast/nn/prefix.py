@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.registry import is_autocasting
 from .sized import main_grad
 
+Positions = tuple[tuple[int, int | Tensor], ...]  # by dimension the length of a prefix, or the positions
 HALF = (torch.bfloat16, torch.float16)
 
 Prefixes = tuple[Any, Any]  # of weight and bias: tensors, or None as for the parameters of torch.nn layers
@@ -48,7 +50,7 @@ def prefixes(layer: nn.Module, *sizes: int, like: Tensor | None = None) -> Prefi
         >>> weight.shape, bias.shape
         (torch.Size([2, 3]), torch.Size([2]))
     """
-    half = like is not None and like.dtype in HALF and not torch.is_autocast_enabled()
+    half = like is not None and like.dtype in HALF and not is_autocasting(like.device)
     dtype = like.dtype if like is not None and half else None
     if _shared is None:
         return _of(layer.weight, sizes, dtype), _of(layer.bias, sizes[:1], dtype)
@@ -68,6 +70,55 @@ def _of(weight: Any, sizes: tuple[int, ...], dtype: torch.dtype | None) -> Any:
     if buffer is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _prefix(weight, sizes).to(dtype)
     return _Prefix.apply(weight, buffer, sizes, dtype)
+
+
+def select(tensor: Tensor, positions: Positions) -> Tensor:
+    """The active channels of a parameter or buffer, differentiable; gradients are added as by `prefixes`.
+
+    Args:
+        tensor: the parameter or buffer.
+        positions: by dimension, the length of a prefix or the positions.
+
+    Returns:
+        The selected part: a view if `positions` has only prefixes.
+
+    Example:
+        >>> select(torch.arange(5), ((0, torch.tensor([1, 3])),))
+        tensor([1, 3])
+    """
+    buffer = main_grad(tensor)
+    if buffer is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _select(tensor, positions)
+    return _Selection.apply(tensor, buffer, positions)
+
+
+def _select(tensor: Tensor, positions: Positions) -> Tensor:
+    for dim, kept in positions:
+        tensor = tensor.narrow(dim, 0, kept) if isinstance(kept, int) else tensor.index_select(dim, kept)
+    return tensor
+
+
+class _Selection(torch.autograd.Function):
+    """The active channels of a parameter, whose gradient is added to the same positions of a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, buffer: Tensor, positions: Positions) -> Tensor:
+        ctx.buffer, ctx.positions = buffer, positions
+        return _select(tensor, positions).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        if all(isinstance(kept, int) for _, kept in ctx.positions):
+            _select(ctx.buffer, ctx.positions).add_(gradient)
+            return None, None, None
+        index: list[Tensor] = []
+        kept_of = dict(ctx.positions)
+        for dim, size in enumerate(ctx.buffer.shape):
+            kept = kept_of.get(dim, size)
+            found = torch.arange(kept, device=gradient.device) if isinstance(kept, int) else kept
+            index.append(found.view([-1 if other == dim else 1 for other in range(ctx.buffer.ndim)]))
+        ctx.buffer.index_put_(tuple(index), gradient, accumulate=True)
+        return None, None, None
 
 
 def _prefix(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -268,6 +268,16 @@ def is_eager() -> bool:
     return _policy == "eager"
 
 
+def uses_pytorch(device: torch.device) -> bool:
+    """Whether layers call PyTorch's functions: with the policy `eager`, and under autocast, which casts for them."""
+    return is_eager() or is_autocasting(device)
+
+
+def is_autocasting(device: torch.device) -> bool:
+    """Whether autocast is enabled for a device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def policy_of_environment() -> str:
     """The policy that DSPNET_KERNELS gave at import, or an empty string."""
     return _policy_of_environment

@@ -2,8 +2,6 @@
 
 import copy
 
-import pytest
-import timm
 import torch
 import torchvision
 from torch import nn
@@ -58,18 +56,9 @@ def test_ordinary_training_loop_changes_only_the_active_subnet():
         torch.testing.assert_close(small(images), network(images), rtol=1e-4, atol=1e-4)
 
 
-def test_unsupported_layer_is_rejected_before_any_change():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 8, 1))
-    with pytest.raises(TypeError, match="no slimmable counterpart of ConvTranspose2d"):
-        slimmable(model)
-    assert type(model[0]) is nn.Conv2d
-    with pytest.raises(TypeError, match="BatchNormAct2d"):
-        slimmable(timm.create_model("mobilenetv3_small_050"))
-
-
 def test_slimmable_layers_are_kept():
     model = nn.Sequential(SlimConv2d(3, 8, 1), SlimBatchNorm2d(8), nn.Conv2d(8, 8, 1))
     model[1].measured["w0.50"] = (torch.zeros(4), torch.ones(4))
-    slimmable(model)
+    slimmable(model, keep=())
     assert [type(module) for module in model] == [SlimConv2d, SlimBatchNorm2d, SlimConv2d]
     assert "w0.50" in model[1].measured

@@ -154,6 +154,24 @@ def test_groups_of_a_view_update_the_running_statistics_once():
     torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * variance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("slim_type", "plain_type", "args", "kwargs"),
+    [PAIRS[0], PAIRS[2], PAIRS[4], PAIRS[8]],
+)
+def test_autocast_casts_as_for_torch_nn_and_backward_works_outside(slim_type, plain_type, args, kwargs, dtype):
+    slim, plain = (layer.float() for layer in twins(slim_type, plain_type, args, kwargs))
+    x = example(slim).float()
+    results = []
+    for layer in (slim, plain):
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+        y.float().square().sum().backward()
+        results.append((y, layer.weight.grad))
+    torch.testing.assert_close(results[0], results[1])
+    assert results[0][0].dtype == results[1][0].dtype
+
+
 def test_configure_batch_norm_sets_named_attributes_and_restores_them():
     plain, momentum = SlimBatchNorm2d(6), MomentumBatchNorm2d(6)
     model = nn.ModuleList([plain, momentum, nn.BatchNorm2d(6)])

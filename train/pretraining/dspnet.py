@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dspnet_fast.models import MLP, Network, TeacherHead, build, family
-from dspnet_fast.nn import MomentumBatchNorm1d, MomentumBatchNorm2d, activate, configure_batch_norm
+from dspnet_fast.nn import activate, configure_batch_norm
 from dspnet_fast.nn.activate import Sizes
-from dspnet_fast.nn.batch_norm import SlimBatchNorm, SlimBatchNorm2d
+from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from dspnet_fast.nn.prefix import shared_prefixes
+from dspnet_fast.nn.selected import SlimBatchNormAct, momentum_class
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.ops.registry import is_eager
 from dspnet_fast.subnets import Family, Subnet
@@ -229,7 +230,13 @@ class DSPNet(nn.Module):
 
     def _encode(self, branch: Branch, images: Tensor) -> Tensor:
         """Features [2B, F] of a branch."""
-        images = images.to(HALF.get(self.precision, images.dtype))
+        dtype = HALF.get(self.precision, images.dtype)
+        if branch.encoder.uses_autocast and dtype != images.dtype:
+            with torch.autocast(images.device.type, dtype):
+                return self._encode_views(branch, images).to(images.dtype)
+        return self._encode_views(branch, images.to(dtype))
+
+    def _encode_views(self, branch: Branch, images: Tensor) -> Tensor:
         if self.encoder_passes == 1:
             return branch.encode(images)
         features = []
@@ -266,8 +273,10 @@ def _use_momentum_batch_norm(module: nn.Module, double_correction: bool) -> None
         if not isinstance(child, SlimBatchNorm):
             _use_momentum_batch_norm(child, double_correction)
             continue
-        kind = MomentumBatchNorm2d if isinstance(child, SlimBatchNorm2d) else MomentumBatchNorm1d
+        kind = momentum_class(child)
         momentum_norm = kind(child.num_features, child.eps)
+        if isinstance(child, SlimBatchNormAct):
+            momentum_norm.drop, momentum_norm.act = child.drop, child.act
         momentum_norm.load_state_dict(child.state_dict())
         momentum_norm.double_correction = double_correction
         module.add_module(name, momentum_norm.requires_grad_(False))

@@ -1,0 +1,166 @@
+"""Families of networks of timm, torchvision or a function of the user, whose channel groups are traced."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import re
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..nn.activate import Sizes
+from ..nn.convert import slimmable, use_groups
+from ..nn.groups import ChannelGroups
+from ..nn.shrink import shrink
+from ..subnets import Subnet
+from .network import Network
+
+FORMS = "timm:NAME, torchvision:NAME or MODULE:FUNCTION"
+SIZES = (64, 224, 299)  # of the images that a network is traced with, in pixels
+
+
+class TracedNetwork(Network):
+    """An encoder that was made slimmable by tracing; a subclass per architecture has its name.
+
+    Its subnets are named by their width: "w0.50" has about half of the channels of every group.
+    """
+
+    head_name = "head"
+    stages = ()
+    prefix = "body."
+    uses_autocast = True
+
+    def __init__(self, full: Subnet, small_stem: bool = False, in_channels: int = 3) -> None:
+        if small_stem:
+            raise InputError(f"--stem small is not available for {self.name}: choose a network with a small stem")
+        super().__init__(full, in_channels=in_channels)
+        self.body = make(self.name, in_channels)
+        groups = reference(self.name)[1]
+        units = groups.at(_width(full.name))
+        if units != groups.full():
+            shrink(self.body, groups, units)
+        own = groups.reduced(units)
+        own.inputs = [((2, in_channels, *shape[2:]), dtype) for shape, dtype in groups.inputs]
+        use_groups(self.body, own)
+
+    @classmethod
+    def subnet(cls, name: str) -> Subnet:
+        """The subnet of a width, such as "w0.50"."""
+        return _subnet(cls.name, _width(name), name)
+
+    def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
+        name = dn if isinstance(dn, str) else dn.name
+        groups = reference(self.name)[1]
+        return name, {f"body.{group}": size for group, size in groups.sizes(groups.at(_width(name))).items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to features [N, F]."""
+        return self.body(x)
+
+    @property
+    def map_channels(self) -> tuple[int, int, int, int]:
+        raise InputError(f"feature maps are not available for {self.name}: use mobilenet_v3_large or resnet")
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        raise InputError(f"feature maps are not available for {self.name}: use mobilenet_v3_large or resnet")
+
+
+@functools.lru_cache(maxsize=None)  # noqa: UP033
+def traced(name: str) -> type[Network]:
+    """The class of the networks of an architecture; InputError if its name has none of the forms `FORMS`."""
+    library, colon, rest = name.partition(":")
+    if not (colon and library and rest):
+        raise InputError(f"unknown network {name!r}: use {FORMS}")
+    return cast(type[Network], type("TracedNetwork", (TracedNetwork,), {"name": name, "__module__": __name__}))
+
+
+def make(name: str, in_channels: int = 3) -> nn.Module:
+    """A network of an architecture, from images to pooled features, with random weights."""
+    library, _, rest = name.partition(":")
+    if in_channels != 3 and library != "timm":
+        raise InputError(f"--network {name} takes images of 3 channels, not {in_channels}: use a network of timm")
+    try:
+        if library == "timm":
+            import timm
+
+            return timm.create_model(rest, num_classes=0, in_chans=in_channels)
+        if library == "torchvision":
+            import torchvision
+
+            return _without_classifier(torchvision.models.get_model(rest, weights=None), name)
+        network = getattr(importlib.import_module(library), rest)()
+    except ImportError as error:
+        raise InputError(f"--network {name} needs a package that is not installed: {error}") from error
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise InputError(f"--network {name} does not exist: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise InputError(f"--network {name} must return a torch.nn.Module, not {type(network).__name__}")
+    return network
+
+
+def _without_classifier(network: nn.Module, name: str) -> nn.Module:
+    """Replace the last linear layer, the classifier."""
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise InputError(f"{name} has no linear classifier to remove: write a function, and name it as MODULE:FUNCTION")
+    parent, _, child = linear[-1].rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Identity())
+    return network
+
+
+@functools.lru_cache(maxsize=4)
+def reference(name: str) -> tuple[nn.Module, ChannelGroups, Tensor]:
+    """An ordinary network of an architecture, its channel groups, and images that it runs on."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = make(name).eval()
+        images = _images(plain, name)
+        try:
+            converted = slimmable(copy.deepcopy(plain), images, keep=())
+        except TypeError as error:
+            raise InputError(f"--network {name}: {error}") from error
+    return plain, vars(converted)["channel_groups"], images
+
+
+def _images(network: nn.Module, name: str) -> Tensor:
+    """Images that a network maps to pooled features."""
+    config: Any = getattr(network, "default_cfg", None) or {}
+    usual = config.get("input_size", (3, 224, 224))[-1]
+    sizes = [usual] if config.get("fixed_input_size") else [size for size in SIZES if size < usual] + [usual]
+    problem: Exception | None = None
+    for size in sizes:
+        images = torch.randn(2, 3, size, size)
+        try:
+            with torch.no_grad():
+                features = network(images)
+        except Exception as error:  # the size may be too small
+            problem = error
+            continue
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"--network {name} must map images to features [N, F], but returns {shape}")
+        return images
+    raise InputError(f"--network {name} does not run on images of {' or '.join(map(str, sizes))} px: {problem}")
+
+
+@functools.lru_cache(maxsize=None)  # noqa: UP033
+def _subnet(network: str, width: float, name: str) -> Subnet:
+    plain, groups, images = reference(network)
+    units = groups.at(width)
+    with torch.device("cpu"), torch.no_grad():
+        small = copy.deepcopy(plain)
+        shrink(small, groups, units)
+        features = small(images).shape[1]
+    channels = tuple(n * group.unit_size for n, group in zip(units, groups.groups, strict=True))
+    return Subnet(name, (*channels, features), (1,))
+
+
+def _width(name: str) -> float:
+    match = re.fullmatch(r"w(0\.\d+|1(?:\.0+)?)", name)
+    if not match or float(match[1]) == 0:
+        raise InputError(f"{name!r} is no width of the network: they are named w0.25, w0.50 or w1.00, for example")
+    return float(match[1])

@@ -1,0 +1,139 @@
+"""Numbers of channels among the attributes of modules, which a forward method may use: `num_heads`, `normalized_shape`.
+
+Layers of torch.nn have known attributes. Those of other modules are compared with the sizes of their tensors; they are
+changed only if a subnet cannot run without, except for numbers of attention heads, which are always changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .groups import ChannelGroups, Dimension, Number
+
+MAX_GUESSES = 24  # for the attributes of a class
+HEADS = ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads", "nh")
+UNRELATED = ("training", "head_dim", "dim_head", "key_dim", "num_classes", "patch_size", "window_size", "img_size",
+             "stride", "kernel_size", "dilation", "padding", "depth", "grid_size", "input_size")  # fmt: skip
+
+
+def known_numbers(model: nn.Module, groups: ChannelGroups) -> list[Number]:
+    """Attributes of torch.nn's layers, and numbers of attention heads of all modules."""
+    return list(_known_numbers(model, groups))
+
+
+def _known_numbers(model: nn.Module, groups: ChannelGroups) -> Iterator[Number]:
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        of = {name: {d.dim: d for d in found} for name, found in groups.tensors.get(path, {}).items()}
+        weight = of.get("weight", {})
+        if isinstance(module, _ConvNd) and module.groups > 1 and 0 in weight:
+            yield Number(path, "groups", None, module.groups, weight[0])
+        elif isinstance(module, nn.GroupNorm) and 0 in weight:
+            yield Number(path, "num_channels", None, module.num_channels, weight[0])
+            if module.num_groups > 1:
+                yield Number(path, "num_groups", None, module.num_groups, weight[0])
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            for dim, dimension in weight.items():
+                yield Number(path, "normalized_shape", dim, module.normalized_shape[dim], dimension)
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and 0 in weight:
+            yield Number(path, "num_features", None, module.num_features, weight[0])
+        elif isinstance(module, nn.MultiheadAttention):
+            _tie(groups, list(_nearby(module, path, groups)))
+            outputs = groups.tensors.get(f"{path}.out_proj", {}).get("weight", [])
+            for dimension in outputs:
+                if dimension.dim == 1:
+                    yield Number(path, "embed_dim", None, module.embed_dim, dimension)
+        for attribute in HEADS:
+            count = vars(module).get(attribute)
+            if isinstance(count, int) and count > 1:
+                for dimension in _nearby(module, path, groups):
+                    if dimension.count_units() == count < len(dimension.group):
+                        yield Number(path, attribute, None, count, dimension, units=True)
+                        break
+
+
+def tie_heads(model: nn.Module, groups: ChannelGroups, kind: type[nn.Module]) -> bool:
+    """Give the input of every attention module of a class as many channels as all its heads; False if nothing is new.
+
+    Forward methods that compute the size of a head from the input need it.
+    """
+    before = dict(groups.ties)
+    for path, module in model.named_modules():
+        if type(module) is kind:
+            _tie(groups, list(_nearby(module, path, groups)))
+    return groups.ties != before
+
+
+def _tie(groups: ChannelGroups, dimensions: list[Dimension]) -> None:
+    single = [(int(d.group[0]), len(d.group)) for d in dimensions if len(np.unique(d.group)) == 1]
+    heads = [index for index, _ in single if index >= 0 and groups.groups[index].unit_size > 1]
+    sizes = {index: size for index, size in reversed(single) if index >= 0 and groups.groups[index].unit_size == 1}
+    for index, size in sizes.items():
+        leaders = [head for head in heads if (head, size) in single]
+        if leaders and index not in groups.ties:
+            groups.ties[index] = leaders[0]
+
+
+def guessed_numbers(model: nn.Module, groups: ChannelGroups, kind: type[nn.Module]) -> Iterator[list[Number]]:
+    """Guesses at what the attributes of all modules of a class count.
+
+    An attribute may count the channels of any dimension of its size, among the module's own tensors and those of its
+    children. There is a guess for every combination, the most likely first.
+    """
+    places: dict[tuple[str, int | None], int] = {}  # number of choices by attribute and place
+    choices: list[tuple[str, tuple[str, int | None], int, list[Dimension]]] = []
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if type(module) is not kind:
+            continue
+        dimensions = list(_nearby(module, path, groups))
+        if not dimensions and path:  # a layer without parameters, such as a normalization that has none
+            parent = path.rpartition(".")[0]
+            dimensions = list(_nearby(modules[parent], parent, groups))
+        dimensions += [part for dimension in dimensions for part in dimension.parts()]
+        for attribute, place, number in _numbers_of(module):
+            children = [name for name, _ in module.named_children()]
+            first: list[Dimension] = []  # an element of a list may belong to the child of the same place
+            if place is not None and place < len(children):
+                child = f"{path}.{children[place]}"
+                first = list(_nearby(module.get_submodule(children[place]), child, groups))
+            equal: dict[tuple[int, ...], Dimension] = {}
+            for dimension in [*first, *dimensions]:
+                if len(dimension.group) == number:
+                    equal.setdefault(tuple(np.unique(dimension.group)), dimension)
+            if equal:
+                key = attribute, place
+                places[key] = max(places.get(key, 0), len(equal))
+                choices.append((path, key, number, list(equal.values())))
+    for picked in itertools.islice(itertools.product(*(range(count) for count in places.values())), MAX_GUESSES):
+        index = dict(zip(places, picked, strict=True))
+        yield [
+            Number(path, *key, number, equal[min(index[key], len(equal) - 1)]) for path, key, number, equal in choices
+        ]
+
+
+def _numbers_of(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    """Integer attributes of a module that may count channels: name, place in a tuple or list, and value."""
+    for attribute, value in vars(module).items():
+        if attribute.startswith("_") or attribute in UNRELATED or attribute in HEADS:
+            continue
+        if isinstance(value, tuple | list):
+            if all(isinstance(number, int) for number in value):
+                yield from ((attribute, place, number) for place, number in enumerate(value) if number > 1)
+        elif isinstance(value, int) and value > 1:
+            yield attribute, None, value
+
+
+def _nearby(module: nn.Module, path: str, groups: ChannelGroups) -> Iterator[Dimension]:
+    """Dimensions of a module's own tensors, of its children's, and of its grandchildren's."""
+    level = [(path, module)]
+    for _ in range(3):
+        for name, _ in level:
+            for dimensions in groups.tensors.get(name, {}).values():
+                yield from dimensions
+        level = [(f"{name}.{child}" if name else child, of) for name, m in level for child, of in m.named_children()]

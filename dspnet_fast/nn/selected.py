@@ -1,0 +1,86 @@
+"""Layers of any class whose parameters are reduced to the active channels when they are read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .batch_norm import MomentumBatchNorm, MomentumBatchNorm1d, MomentumBatchNorm2d, SlimBatchNorm
+from .prefix import Positions, select
+
+
+class Selected(nn.Module):
+    """Base class of layers that read only the active channels of their parameters and buffers.
+
+    The forward method is that of the original class. State and parameters are full-size.
+
+    Attributes:
+        active_selection: positions of the active channels by name of the parameter or buffer; set by `activate`.
+        original: the class of the layer before `slimmable`.
+    """
+
+    active_selection: Mapping[str, Positions] = {}
+    original: type[nn.Module]
+    _names: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made at run time
+        return _rebuild, (self.original, self._names), self.__dict__
+
+
+class SlimBatchNormAct(SlimBatchNorm):
+    """timm's `BatchNormAct2d`: batch normalisation, then the layer's own dropout and activation function."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Any) -> Any:
+        return self.act(self.drop(super().forward(x)))
+
+
+class MomentumBatchNormAct2d(SlimBatchNormAct, MomentumBatchNorm2d):
+    """`MomentumBatchNorm2d`, then dropout and an activation function."""
+
+
+def momentum_class(norm: SlimBatchNorm) -> type[MomentumBatchNorm]:
+    """The class of momentum batch normalisation that replaces a layer."""
+    if isinstance(norm, SlimBatchNormAct):
+        return MomentumBatchNormAct2d
+    return MomentumBatchNorm2d if isinstance(norm, nn.BatchNorm2d) else MomentumBatchNorm1d
+
+
+def is_norm_act(kind: type[nn.Module]) -> bool:
+    """Whether a class is a batch normalisation of timm with an activation function."""
+    return issubclass(kind, _BatchNorm) and kind.__module__.startswith("timm.") and kind.__name__.endswith("NormAct2d")
+
+
+def selected_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[Selected]:
+    """The subclass of a layer's class that reads the named parameters and buffers reduced to the active channels."""
+    key = kind, names
+    if key not in _classes:
+        bases: tuple[type, ...] = (Selected, kind)
+        if is_norm_act(kind):
+            bases = (Selected, SlimBatchNormAct, kind)
+        elif issubclass(kind, _BatchNorm):
+            bases = (Selected, SlimBatchNorm, kind)
+        body: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
+        body |= {"original": kind, "_names": names, "__module__": __name__, "__doc__": kind.__doc__}
+        _classes[key] = type(f"Slim{kind.__name__}", bases, body)
+    return _classes[key]
+
+
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[Selected]] = {}
+
+
+def _read(module: Selected, name: str) -> Tensor | None:
+    tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
+    positions = module.active_selection.get(name)
+    return tensor if tensor is None or positions is None else select(tensor, positions)
+
+
+def _rebuild(kind: type[nn.Module], names: tuple[str, ...]) -> Selected:
+    made = selected_class(kind, names)
+    return made.__new__(made)

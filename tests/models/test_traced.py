@@ -1,0 +1,117 @@
+"""Networks of timm, torchvision and users as families: names, sizes, export."""
+
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dspnet_fast import exported
+from dspnet_fast.errors import InputError
+from dspnet_fast.models import Classifier, build, family, subnet
+from dspnet_fast.nn import activate
+from dspnet_fast.slim import slim
+from dspnet_fast.statistics import post_statistics
+
+NAME = "encoders:small"
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 1), nn.BatchNorm2d(64),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def encoders(monkeypatch):
+    """A module of the user."""
+    module = type(sys)("encoders")
+    module.small, module.maps, module.nothing = small, lambda: nn.Conv2d(3, 8, 1), lambda: 1
+    monkeypatch.setitem(sys.modules, "encoders", module)
+
+
+def test_subnets_are_prefixes_of_all_groups_and_know_their_features():
+    made = family(NAME, ["w0.25", "w0.50", "w1.00"])
+    assert [dn.channels for dn in made] == [(8, 16, 16), (16, 32, 32), (32, 64, 64)]
+    model = build(NAME, made.full)
+    x = torch.randn(2, 3, 16, 16)
+    for dn in made:
+        with activate(model, dn):
+            assert model(x).shape == (2, dn.channels[-1])
+    assert model.num_features == 64
+
+
+def test_network_built_for_a_width_has_only_its_weights():
+    half = build(NAME, subnet(NAME, "w0.50"))
+    assert half.body[3].weight.shape == (32, 16, 1, 1) and half.body[3].in_channels == 16
+    x = torch.randn(2, 3, 16, 16)
+    with activate(half, "w0.25"):
+        assert half(x).shape == (2, 16)
+    with pytest.raises(ValueError, match="it cannot have"):
+        activate(half, "w1.00")
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_exported_networks_of_all_widths_load_with_the_original_names(classes, tmp_path):
+    made = family(NAME, ["w0.50", "w1.00"])
+    model = build(NAME, made.full)
+    model = Classifier(model, classes) if classes else model
+    x = torch.randn(4, 3, 16, 16)
+    post_statistics(model, made, [x])
+    for dn in made:
+        names = [str(index) for index in range(classes)]
+        exported.save(tmp_path, slim(model, dn), dn, {}, classes=names)
+        tensors = load_file(tmp_path / "model.safetensors")
+        own = {name for name in tensors if not name.startswith("head.")}
+        assert own == set(small().state_dict())
+        with activate(model, dn), torch.no_grad():
+            torch.testing.assert_close(exported.load(tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_network_of_timm_is_exported_for_timm(tmp_path):
+    name = "timm:lcnet_050"
+    dn = subnet(name, "w1.00")
+    model = build(name, dn)
+    exported.save(tmp_path, slim(model, dn), dn, {})
+    constructor = json.loads((tmp_path / "manifest.json").read_text())["loads_into"]["timm"]
+    network = eval(constructor, {"timm": timm}).eval()
+    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_torchvision_networks_lose_their_classifier():
+    assert subnet("torchvision:resnet18", "w0.50").channels[-1] == 256
+    with pytest.raises(InputError, match="no linear classifier to remove"):
+        subnet("torchvision:squeezenet1_1", "w0.50")
+
+
+@pytest.mark.parametrize(
+    ("network", "dn", "message"),
+    [
+        ("timm:nonsense", "w0.50", "--network timm:nonsense does not exist"),
+        ("torchvision:nonsense", "w0.50", "--network torchvision:nonsense does not exist"),
+        ("nowhere_at_all:small", "w0.50", "needs a package that is not installed"),
+        ("encoders:missing", "w0.50", "does not exist"),
+        ("encoders:nothing", "w0.50", "must return a torch.nn.Module, not int"),
+        ("encoders:maps", "w0.50", r"must map images to features \[N, F\], but returns \[2, 8, 64, 64\]"),
+        (NAME, "w1.50", "is no width of the network"),
+        (NAME, "c8-d1111", "is no width of the network"),
+        (":", "w0.50", "unknown network ':'"),
+    ],
+)
+def test_unusable_networks_and_widths_are_rejected(network, dn, message):
+    with pytest.raises(InputError, match=message):
+        subnet(network, dn)
+
+
+def test_small_stem_and_feature_maps_are_rejected():
+    with pytest.raises(InputError, match="--stem small is not available"):
+        build(NAME, subnet(NAME, "w0.50"), "small")
+    with pytest.raises(InputError, match="feature maps are not available"):
+        build(NAME, subnet(NAME, "w0.50")).feature_maps(torch.zeros(2, 3, 16, 16))

@@ -1,0 +1,225 @@
+"""slimmable() traces which channels of a network belong together, whatever its layers are."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from dspnet_fast.nn import SlimConv2d, activate, slimmable
+from dspnet_fast.slim import slim
+from dspnet_fast.statistics import post_statistics
+
+
+class Concatenation(nn.Module):
+    """Two branches whose outputs are concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 32, 1)
+        self.after, self.head = nn.Conv2d(48, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.after(torch.cat([self.left(x), self.right(x)], 1)).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Self-attention with a class token, a position embedding and layer scale."""
+
+    def __init__(self, dim=32, heads=4):
+        super().__init__()
+        self.num_heads = heads
+        self.embed = nn.Conv2d(3, dim, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, dim))
+        self.position = nn.Parameter(torch.randn(1, 17, dim))
+        self.norm = nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.gamma = nn.Parameter(torch.randn(dim))
+        self.head = nn.Linear(dim, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head((x + self.gamma * self.proj(y))[:, 0])
+
+
+def images(size=16, count=2):
+    return torch.randn(count, 3, size, size)
+
+
+def test_concatenated_inputs_take_the_prefix_of_each_part():
+    plain = Concatenation().double()
+    model = slimmable(copy.deepcopy(plain), images(8).double())
+    x = images(8).double()
+    with activate(model, 0.5):
+        y = model(x)
+    left, right = (layer(x)[:, :kept] for layer, kept in ((plain.left, 8), (plain.right, 16)))
+    columns = [*range(8), *range(16, 32)]
+    after = torch.conv2d(torch.cat([left, right], 1), plain.after.weight[:8, columns], plain.after.bias[:8])
+    expected = after.mean((2, 3)) @ plain.head.weight[:, :8].T + plain.head.bias
+    torch.testing.assert_close(y, expected)
+
+
+def test_gradients_are_zero_outside_the_active_channels():
+    model = slimmable(Concatenation(), images(8))
+    with activate(model, {"right": 8}):
+        model(images(8)).sum().backward()
+    gradient = model.after.weight.grad
+    assert gradient.shape == (16, 48, 1, 1)
+    assert gradient[:, :24].count_nonzero() and not gradient[:, 24:].count_nonzero()
+
+
+def test_attention_heads_are_kept_or_dropped_as_a_whole():
+    plain = Attention().double()
+    model = slimmable(copy.deepcopy(plain), images().double())
+    x = images().double()
+    with activate(model, {"qkv": 48}):
+        assert model.num_heads == 2
+        y = model(x)
+    assert model.num_heads == 4
+    keep = plain.proj.weight.detach().clone()
+    keep[:, 16:] = 0  # the outputs of the last two heads
+    plain.proj.weight = nn.Parameter(keep)
+    torch.testing.assert_close(y, plain(x))
+    with pytest.raises(ValueError, match="qkv has 96 channels in units of 24: it cannot have 50"):
+        activate(model, {"qkv": 50})
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.ConvTranspose2d(16, 8, 2, 2), nn.PReLU(8), nn.Conv2d(8, 4, 1)],
+        [nn.Conv2d(16, 32, 3, groups=4), nn.GroupNorm(8, 32), nn.ReLU(), nn.Conv2d(32, 4, 1)],
+        [nn.InstanceNorm2d(16, affine=True), nn.Conv2d(16, 64, 1), nn.PixelShuffle(2), nn.Conv2d(16, 4, 1)],
+        [BatchNormAct2d(16), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 4, 1)],
+        [nn.Flatten(2), nn.Conv1d(16, 24, 3), nn.BatchNorm1d(24), nn.Flatten(), nn.Linear(24 * 62, 4)],
+        [nn.SyncBatchNorm(16), nn.Flatten(), nn.LayerNorm(16 * 64), nn.Linear(16 * 64, 4)],
+    ],
+)
+def test_slim_network_equals_the_subnet_for_layers_of_all_kinds(layers):
+    model = copy.deepcopy(nn.Sequential(nn.Conv2d(3, 16, 1), *layers)).double()
+    names = list(model.state_dict())
+    x = images(8, 6).double()
+    kinds = [type(module) for module in model]
+    slimmable(model, x)
+    assert list(model.state_dict()) == names
+    post_statistics(model, [0.5], [x])
+    with activate(model, 0.5):
+        wanted = model(x)
+        wanted.sum().backward()
+    plain = slim(model, 0.5)
+    torch.testing.assert_close(plain(x), wanted)
+    assert [type(module) for module in plain] == kinds
+    full, kept = (sum(p.numel() for p in network.parameters()) for network in (model, plain))
+    assert kept < 0.9 * full and wanted.shape[1] == 4
+
+
+def test_batch_norm_of_a_subnet_applies_its_activation_and_keeps_the_running_statistics():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), BatchNormAct2d(16), nn.Conv2d(16, 4, 1))
+    slimmable(model, images(8))
+    before = copy.deepcopy(model[1].state_dict())
+    with activate(model.train(), 0.5):
+        y = model[1](model[0](images(8)))
+    assert y.shape[1] == 8 and y.min() == 0
+    torch.testing.assert_close(model[1].state_dict(), before)
+
+
+def test_outputs_are_kept_unless_keep_says_otherwise():
+    def layers():
+        return nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1))
+
+    for keep, first, last in ((("outputs",), 8, 16), ((), 8, 8), (("0",), 16, 8)):
+        model = slimmable(layers(), images(8), keep=keep)
+        with activate(model, 0.5):
+            assert (model[0](images(8)).shape[1], model(images(8)).shape[1]) == (first, last), keep
+    with pytest.warns(UserWarning, match="every channel of the network is kept"):
+        slimmable(nn.Conv2d(3, 16, 1), images(8))
+
+
+class Stubborn(nn.Module):
+    """A block that needs its number of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return self.conv(x).view(len(x), 16, 64).flatten(1)
+
+
+def test_refusal_names_the_module_and_its_class_and_changes_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), Stubborn(), nn.Linear(16 * 64, 4)).train()
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
+    with pytest.raises(TypeError, match=r"2 \(.*Stubborn\) cannot be slimmed: at width .*keep=\('outputs', '2'\)"):
+        slimmable(model, images(8))
+    assert [(type(module), dict(vars(module))) for module in model.modules()] == before
+    with pytest.warns(UserWarning, match="every channel"):
+        slimmable(model, images(8), keep=("outputs", "2"))
+
+
+def test_network_that_does_not_run_on_images_needs_an_example():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Flatten(), nn.Linear(16 * 49, 4))
+    with pytest.raises(TypeError, match="give an example of its input"):
+        slimmable(model)
+    slimmable(model, images(7))
+
+
+def test_layers_replaced_afterwards_are_an_error():
+    model = slimmable(nn.Sequential(nn.Conv2d(3, 16, 1), nn.PReLU(16), nn.Conv2d(16, 4, 1)), images(8))
+    model[1] = nn.ReLU()
+    with pytest.raises(ValueError, match="1 was replaced after slimmable"):
+        activate(model, 0.5)
+
+
+def test_converted_networks_can_be_copied_pickled_and_compiled():
+    model = slimmable(Attention(), images())
+    x = images()
+    with activate(model, 0.5):
+        wanted = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), wanted)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with activate(twin, 0.5):
+            torch.testing.assert_close(twin(x), wanted)
+
+
+def test_main_grad_receives_the_gradient_of_the_active_channels():
+    model = slimmable(Concatenation(), images(8))
+    x = images(8)
+    with activate(model, 0.5):
+        model(x).sum().backward()
+        wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = parameter.main_grad = torch.zeros_like(parameter)
+        model(x).sum().backward()
+    torch.testing.assert_close({name: p.main_grad for name, p in model.named_parameters()}, wanted)
+
+
+@pytest.mark.parametrize("name", ["lcnet_050", "convnext_atto"])
+def test_networks_of_timm_state_their_numbers_of_features(name):
+    model = slimmable(timm.create_model(name, num_classes=7), images(32))
+    post_statistics(model, [0.5], [images(32, 4)])
+    small = slim(model, 0.5)
+    x = images(32)
+    assert small(x).shape == (2, 7)
+    features = small.forward_features(x)
+    assert small.num_features == features.shape[1]
+    assert small.head_hidden_size == small.forward_head(features, pre_logits=True).shape[1]
+    outputs = {}
+    for entry in small.feature_info:
+        hook = small.get_submodule(entry["module"]).register_forward_hook
+        hook(lambda _, __, y, name=entry["module"]: outputs.update({name: y.shape[1]}))
+    small(x)
+    assert [entry["num_chs"] for entry in small.feature_info] == [outputs[e["module"]] for e in small.feature_info]
+    small.reset_classifier(3)
+    assert small(x).shape == (2, 3)
+
+
+def test_plain_layers_keep_the_fast_classes():
+    model = slimmable(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)), images(8))
+    assert [type(layer) for layer in model] == [SlimConv2d, SlimConv2d]
