@@ -20,7 +20,7 @@ from ..config import PretrainConfig
 from ..data.bad_images import BadImages
 from ..data.datasets.images import ImageDataset, dataset_digest
 from ..data.loader import evaluation_batches
-from ..data.normalization import normalize
+from ..data.normalization import prepare
 from ..data.sampler import EpochSampler
 from ..data.views.augmentation import ViewSpec, is_mirrored, uniform_numbers
 from ..distributed.process_group import World
@@ -63,7 +63,7 @@ def cached_features(
         )
         with Monitor("teacher", -(-len(images) // BATCH), start // BATCH) as monitor:
             for batch in loader:
-                views = normalize(batch.to(device, non_blocking=True))
+                views = prepare(batch, device)
                 found = {name: teacher.features(views if name == VIEW else views.flip(3)) for name in names}
                 if not all(features.isfinite().all() for features in found.values()):
                     first = BATCH * monitor.done

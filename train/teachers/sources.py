@@ -23,7 +23,9 @@ from dspnet_fast.slim import slim
 
 from ..config import FinetuneConfig, PretrainConfig
 from ..data.datasets import open_images
+from ..data.datasets.pixels import PixelFormat
 from ..data.normalization import MEAN, STD
+from ..data.pixel_options import read_as
 from ..evaluation.finetuned import FinetunedFamily
 from ..evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from ..run.saved_config import CONFIG, read_any_config
@@ -186,6 +188,8 @@ def _own(folder: Path, dn: str | None, weights: bool) -> Source:
     config = read_any_config(folder, PretrainConfig, FinetuneConfig)
     assert isinstance(config, PretrainConfig | FinetuneConfig)
     family = config.family() if isinstance(config, FinetuneConfig) else config
+    format = PixelFormat.of(config)
+    _check_channels(format.channels, folder)
     chosen = subnet(family.network, dn or family.names()[-1])
     if weights:
         cpu = torch.device("cpu")
@@ -195,13 +199,15 @@ def _own(folder: Path, dn: str | None, weights: bool) -> Source:
             raise InputError(f"{chosen} is no part of {trained.family.full}, the largest network of {folder}")
         assert config.data is not None
         if chosen.name not in trained.restore_statistics([chosen]):
-            trained.measure_statistics([chosen], open_images(config.data, "train"), config.data)
+            images = read_as(open_images(config.data, "train"), format)
+            trained.measure_statistics([chosen], images, config.data)
         network = slim(trained.model, chosen)
     else:
         network = exported.plain(family.network, chosen, family.stem)
     assert config.image_size is not None
     network = network.encoder if isinstance(network, Classifier) else network
-    return Source(network, f"{family.network} {chosen.name}", OWN, image_size=config.image_size)
+    name = f"{family.network} {chosen.name}"
+    return Source(network, name, OWN, format.mean, format.std, image_size=config.image_size)
 
 
 def _export(folder: Path) -> Source:
@@ -209,6 +215,7 @@ def _export(folder: Path) -> Source:
     manifest = json.loads((folder / exported.MANIFEST).read_text())
     network = network.encoder if isinstance(network, Classifier) else network
     normalization = manifest.get("normalization", {"mean": MEAN, "std": STD})
+    _check_channels(len(normalization["mean"]), folder)
     return Source(
         network,
         f"{manifest['network']} {manifest['dn']}",
@@ -217,6 +224,11 @@ def _export(folder: Path) -> Source:
         tuple(normalization["std"]),
         image_size=manifest.get("image_size", 224),
     )
+
+
+def _check_channels(channels: int, folder: Path) -> None:
+    if channels != 3:
+        raise InputError(f"{folder} takes images of {channels} channels: a teacher needs three")
 
 
 def _function(module: str, function: str) -> Source:

@@ -12,7 +12,7 @@ from ..config import PretrainConfig
 from ..data.bad_images import BadImages
 from ..data.datasets.images import ImageDataset, Subset
 from ..data.loader import evaluation_batches
-from ..data.normalization import normalize
+from ..data.normalization import prepare
 from ..data.sampler import EpochSampler
 from ..data.views import augmentation
 from ..distributed.batch_split import split_batch
@@ -77,4 +77,4 @@ def _evaluation_features(
     """Features of the evaluation views of some images of the run, drawn with a fixed seed."""
     drawn = Subset.random(images, min(WHITENING_IMAGES, len(images)), seed=0)
     loader = evaluation_batches(drawn, range(len(drawn)), config.image_size, BATCH, config.workers, bad)
-    return (teacher.features(normalize(batch.to(device))) for batch in loader)
+    return (teacher.features(prepare(batch, device)) for batch in loader)

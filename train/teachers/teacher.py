@@ -19,10 +19,11 @@ from dspnet_fast.errors import InputError
 
 from ..config import PretrainConfig
 from ..costs.flops import TeacherCost
-from ..data.normalization import MEAN, STD
+from ..data.datasets.pixels import PixelFormat
 from ..pretraining.dspnet import HALF
 from .sources import Source, load_source
 
+EIGHT_BIT_RGB = PixelFormat()
 FACTS = "teacher.json"
 MULTIPLE = 32  # of a default size, in pixels: the stride of most networks
 VIEW_SIZES = 2  # largest default size, as a multiple of the views' size: larger ones add pixels but no detail
@@ -69,21 +70,29 @@ class Teacher:
         facts: facts about it.
         device: device to compute on.
         precision: precision of the run; "bf16" and "fp16" cast the network's weights.
+        format: of the run's images.
     """
 
-    def __init__(self, source: Source, facts: TeacherFacts, device: torch.device, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        source: Source,
+        facts: TeacherFacts,
+        device: torch.device,
+        precision: str = "fp32",
+        format: PixelFormat = EIGHT_BIT_RGB,
+    ) -> None:
         self.facts = facts
         self.note = source.note
         network = source.network.requires_grad_(False).eval()
         self.network = network.to(device, HALF.get(precision)).to(memory_format=torch.channels_last)
         self._dtype = _dtype(self.network)
-        # Views are normalised with MEAN and STD: (x STD + MEAN - mean) / std undoes that and applies the teacher's.
+        # With the run's MEAN and STD, (x STD + MEAN - mean) / std undoes its normalisation and applies the teacher's.
         mean, std, own_mean, own_std = (
             torch.tensor(values, dtype=torch.float64, device=device).view(1, 3, 1, 1)
-            for values in (source.mean, source.std, MEAN, STD)
+            for values in (source.mean, source.std, format.mean, format.std)
         )
         self._scale, self._shift = own_std / std, (own_mean - mean) / std
-        self._normalized = (tuple(source.mean), tuple(source.std)) == (tuple(MEAN), tuple(STD))
+        self._normalized = (tuple(source.mean), tuple(source.std)) == (format.mean, format.std)
 
     def description(self) -> list[str]:
         """Lines to print at the start of a run."""
@@ -101,7 +110,7 @@ class Teacher:
         """Convert images to the teacher's normalisation and size.
 
         Args:
-            images: floating point [N, 3, S, S], normalised with `train.data.normalization`'s mean and std.
+            images: floating point [N, 3, S, S], normalised as the run's.
 
         Returns:
             [N, 3, T, T] in the same dtype, channels-last, for `facts.image_size` T.
@@ -130,11 +139,15 @@ def open_teacher(config: PretrainConfig, device: torch.device) -> Teacher | None
     """
     if config.teacher is None:
         return None
+    if config.in_channels != 3:
+        raise InputError(
+            f"--teacher takes RGB images, and this run has --channels {config.channels}: give --channels 3"
+        )
     source = load_source(config.teacher, config.teacher_size)
     size = config.teacher_size or default_size(source, config.image_size)
     features = _check(source.network, config, size)
     facts = _facts(config.teacher, source, _sha256(source.network), features, size)
-    return Teacher(source, facts, device, config.precision)
+    return Teacher(source, facts, device, config.precision, PixelFormat.of(config))
 
 
 def expected_facts(config: PretrainConfig) -> TeacherFacts | None:
