@@ -251,6 +251,10 @@ def load_published(network: Network, source: Source) -> Tensor:
 
 def check_name(network: str, source: Source) -> None:
     """Raise InputError if the weights are of another architecture than the network."""
+    if network not in EXAMPLES:
+        raise InputError(
+            f"--init-from {source.library}:{source.name} needs --network {' or '.join(EXAMPLES)}, not {network}"
+        )
     if not re.fullmatch(NAMES[network, source.library], source.name):
         raise InputError(
             f"--init-from {source.library}:{source.name} does not fit --network {network}: "
