@@ -19,9 +19,9 @@ from dspnet_fast.atomic import is_for_lack_of_room
 from dspnet_fast.errors import InputError
 
 from .arguments import ArgumentParser
-from .config import flag, key
 from .data.datasets.decoders import gather_warnings
 from .distributed.process_group import refuse_ranks
+from .run.options import flag, key
 from .run.terminal import protect_output
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2

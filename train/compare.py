@@ -16,10 +16,11 @@ from . import cli
 from .comparison.design import SET_BY_COMPARISON, CompareOptions, Comparison
 from .comparison.runs import compare
 from .comparison.tables import figures_of, tables_of
-from .config import PretrainConfig, key
+from .config import PretrainConfig
 from .evaluation import drawing
 from .evaluation.results import Report
 from .reporting.findings import COMPARE
+from .run.options import key
 
 DESCRIPTION = """\
 Pretrain each network of a family alone (BYOL) and all of them jointly (DSPNet) with the same options, and compare

@@ -12,7 +12,6 @@ from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from . import cli
-from .config import DEVICE_HELP, WORKERS_HELP, Workers, flag, option, positive
 from .data.coco_loader import training_batches
 from .data.datasets import coco
 from .data.datasets.coco import CocoDataset, Instances
@@ -25,6 +24,7 @@ from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
 from .run import fingerprint, loop
 from .run.device import choose_device
+from .run.options import DEVICE_HELP, WORKERS_HELP, Workers, flag, option, positive
 from .run.tables import Table
 
 DESCRIPTION = """\

@@ -19,7 +19,6 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.slim import slim
 
 from . import cli
-from .config import DEVICE_HELP, WORKERS_HELP, Workers
 from .data.datasets.folder import open_files
 from .data.datasets.images import ImageDataset
 from .data.datasets.pixels import PixelFormat
@@ -29,6 +28,7 @@ from .distributed.process_group import SINGLE_PROCESS, World, end_sharing, init_
 from .evaluation.pretrained import BATCH, evaluation_views
 from .export import load_family, read_run, run_family, run_images, selected_subnets
 from .run.device import choose_device
+from .run.options import DEVICE_HELP, WORKERS_HELP, Workers
 
 DESCRIPTION = """\
 Compute the features of images with a network of a run, or with an exported network.

@@ -22,7 +22,7 @@ from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
 
 from . import cli
-from .config import FamilyOptions, FinetuneConfig, PretrainConfig, option
+from .config import FamilyOptions, FinetuneConfig, PretrainConfig
 from .data.datasets import open_images
 from .data.datasets.images import ImageDataset, Subset
 from .data.datasets.pixels import PixelFormat
@@ -31,6 +31,7 @@ from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from .formats import FormatImages
 from .model_card import push, require_hub, write_card
+from .run.options import option
 from .run.progress import Monitor
 from .run.saved_config import read_any_config
 from .teachers.teacher import read_facts

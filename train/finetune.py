@@ -15,7 +15,7 @@ from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import Family
 
 from . import cli
-from .config import SCRATCH, FinetuneConfig, PretrainConfig, flag
+from .config import SCRATCH, FinetuneConfig, PretrainConfig
 from .costs.flops import network_cost
 from .data.datasets import open_images
 from .data.datasets.images import ImageDataset
@@ -33,6 +33,7 @@ from .run import checkpoint, loop, trackers
 from .run.data_used import data_used, read_data_used, write_data_used
 from .run.device import choose_device
 from .run.log import RunLog
+from .run.options import flag
 from .run.run_directory import check_run, open_run, raised_epochs
 from .run.saved_config import read_config, with_saved_config
 from .selection.kernels import use_kernels

@@ -11,10 +11,11 @@ from dspnet_fast.verdicts import Verdict
 from dspnet_fast.verification.supervisor import CALL_SECONDS
 
 from . import cli
-from .config import PretrainConfig, positive
+from .config import PretrainConfig
 from .costs.dry_run import known_images, known_size
 from .pretraining import recipe
 from .run.device import check_fast_kernels, choose_device
+from .run.options import positive
 from .run.tables import Table
 from .selection.recording import shape_of
 from .selection.selection import key_of, select

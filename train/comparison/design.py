@@ -9,13 +9,14 @@ from typing import Any
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
 
-from ..config import PretrainConfig, flag, option
+from ..config import PretrainConfig
 from ..costs import flops
 from ..costs.dry_run import images_of
 from ..data.datasets import dataset_size
 from ..data.sampler import EpochSampler
 from ..evaluation.results import Report
 from ..pretraining import recipe
+from ..run.options import flag, option
 from ..teachers.teacher import expected_facts, with_teacher, without_teacher
 from .ratios import ratios
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from ..config import BACKENDS, Workers
+from ..config import BACKENDS
+from ..run.options import Workers
 from .bad_images import BadImages
 from .datasets.images import ImageDataset
 from .loader import two_view_batches, worker_count

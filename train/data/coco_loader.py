@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ..config import Workers
+from ..run.options import Workers
 from .bad_images import Unreadable
 from .datasets.coco import CocoDataset, Instances
 from .loader import BatchDataset, make_loader, worker_count

@@ -15,7 +15,8 @@ from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from .. import cli
-from ..config import PixelOptions, option
+from ..config import PixelOptions
+from ..run.options import option
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages
 from .datasets import open_images

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dspnet_fast.errors import InputError
 
-from ..config import MAX_WORKERS, SMALL_SET, Workers
 from ..run.interruption import SIGNALS
+from ..run.options import MAX_WORKERS, SMALL_SET, Workers
 from .bad_images import BadImages, Unreadable, load_or_next
 from .datasets.decoders import gather_warnings, new_warnings
 from .datasets.images import ImageDataset, Loaded

@@ -17,7 +17,7 @@ from dspnet_fast.atomic import check_writable, sync
 from dspnet_fast.errors import InputError
 
 from .. import cli
-from ..config import option
+from ..run.options import option
 from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from ..config import Workers
 from ..data.coco_loader import evaluation_images
 from ..data.datasets.coco import CocoDataset, Instances
 from ..data.sampler import mix
 from ..run.loop import SingleModelTraining
+from ..run.options import Workers
 from ..run.progress import Monitor
 from ..run.schedules import stepped_learning_rate
 from ..run.update_guard import UpdateGuard

@@ -18,13 +18,14 @@ from dspnet_fast.statistics import load_statistics, measured_statistics, post_st
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.tensor_file import write_tensors
 
-from ..config import PretrainConfig, Workers
+from ..config import PretrainConfig
 from ..data.datasets.images import ImageDataset, Subset, dataset_digest
 from ..data.loader import evaluation_batches
 from ..data.normalization import prepare
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..pretraining.dspnet import build_model
 from ..run import checkpoint, fingerprint
+from ..run.options import Workers
 from ..run.progress import Monitor
 from ..run.saved_config import read_config
 from .features import load_or_compute, representations

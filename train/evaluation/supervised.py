@@ -22,13 +22,13 @@ from dspnet_fast.nn import activate
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.subnets import Family, Subnet, sandwich
 
-from ..config import Workers
 from ..data.datasets.images import ImageDataset, require_labels
 from ..data.loader import one_view_batches
 from ..data.normalization import prepare
 from ..data.sampler import EpochSampler
 from ..data.views.augmentation import ViewSpec
 from ..run.loop import SingleModelTraining
+from ..run.options import Workers
 from ..run.schedules import learning_rate
 from ..run.update_guard import UpdateGuard
 from .accuracy import Accuracy, accuracies

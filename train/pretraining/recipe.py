@@ -11,8 +11,9 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import sandwich
 
-from ..config import ADAMW, PAPER, PretrainConfig, flag
+from ..config import ADAMW, PAPER, PretrainConfig
 from ..data.sampler import EpochSampler
+from ..run.options import flag
 
 VIEWED = 1_000_000  # images over all epochs
 MIN_EPOCHS, MAX_EPOCHS = 100, 1000

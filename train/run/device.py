@@ -4,7 +4,7 @@ import torch
 
 from dspnet_fast.errors import InputError
 
-from ..config import DEVICES
+from .options import DEVICES
 
 BF16_CAPABILITY = (8, 0)
 MAX_ELEMENTS = 2**31

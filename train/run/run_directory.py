@@ -25,9 +25,10 @@ import yaml
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
-from ..config import RunConfig, flag, key
+from ..config import RunConfig
 from .data_used import DATA_USED
 from .lock import lock
+from .options import flag, key
 from .saved_config import CONFIG, read_config
 
 BAD_IMAGES = "bad_images.json"

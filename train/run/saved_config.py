@@ -11,7 +11,8 @@ import yaml
 
 from dspnet_fast.errors import InputError
 
-from ..config import FinetuneConfig, PretrainConfig, RunConfig, key
+from ..config import FinetuneConfig, PretrainConfig, RunConfig
+from .options import key
 
 CONFIG = "config.yaml"
 Config = TypeVar("Config", bound=RunConfig)

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...config import DEVICE_HELP, FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, option
 from ...costs.flops import network_cost
 from ...data.datasets import open_images
 from ...data.datasets.images import ImageDataset, require_labels
@@ -17,6 +16,7 @@ from ...data.datasets.pixels import PixelFormat
 from ...data.pixel_options import read_as
 from ...distributed.process_group import init_sharing
 from ...run.device import choose_device
+from ...run.options import DEVICE_HELP, FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, option
 from ...selection.kernels import use_kernels
 from ..pretrained import PretrainedFamily
 

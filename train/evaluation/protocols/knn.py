@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import Workers, option, positive
 from ...data.datasets.images import ImageDataset, Subset
 from ...data.loader import evaluation_batches
 from ...distributed.process_group import end_sharing
+from ...run.options import Workers, option, positive
 from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
 from ..knn import knn

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dspnet_fast.errors import InputError
 
-from ...config import option, positive, two_images
 from ...data.datasets.images import dataset_digest
 from ...data.loader import one_view_batches
 from ...data.normalization import prepare
@@ -16,6 +15,7 @@ from ...data.sampler import EpochSampler
 from ...data.views import augmentation
 from ...distributed.process_group import end_sharing, refuse_ranks
 from ...run import fingerprint, loop
+from ...run.options import option, positive, two_images
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..features import representations
 from ..plot_data import points

@@ -18,13 +18,13 @@ from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Family
 
-from ...config import option, positive
 from ...data.datasets.images import Subset, dataset_digest
 from ...data.datasets.stratified import SEED, checksum, index_text, listed_subsets, stratified_subset
 from ...data.sampler import EpochSampler
 from ...data.views import augmentation
 from ...distributed.process_group import end_sharing, refuse_ranks
 from ...run import fingerprint, loop
+from ...run.options import option, positive
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..plot_data import points
