@@ -9,7 +9,6 @@ from ..data.normalization import prepare
 from ..pretraining.cuda_graphs import CapturedFunction
 from .teacher import Teacher
 
-
 CPU_VIEWS = 32  # views per forward pass on a CPU: more take more memory and no less time
 
 
