@@ -9,6 +9,8 @@ from ..data.normalization import prepare
 from ..pretraining.cuda_graphs import CapturedFunction
 from .teacher import Teacher
 
+CPU_VIEWS = 32  # views per forward pass on a CPU: more take more memory and no less time
+
 
 class LiveFeatures:
     """Computes the features of a batch of views in parts.
@@ -27,5 +29,8 @@ class LiveFeatures:
 
     def __call__(self, step: int, batch: Tensor) -> Tensor:
         """Features [2B, T] of `batch`, [2B, C, S, S]; see `Trainer.train_step`."""
-        features = [self._features(prepare(part, self._device)).clone() for part in batch.chunk(self._parts)]
+        parts = self._parts
+        if self._device.type == "cpu":
+            parts = max(parts, -(-len(batch) // CPU_VIEWS))
+        features = [self._features(prepare(part, self._device)).clone() for part in batch.chunk(parts)]
         return torch.cat(features)
