@@ -179,7 +179,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
             exported.save(out / "exported" / chosen.name, network, chosen, manifest, converted, classes)
             written.append(out / "exported" / chosen.name)
             if options.card or options.push:
-                write_card(out, written[-1], config, options.license)
+                write_card(out, written[-1], options.license)
             if options.push:
                 monitor.line(push(written[-1], f"{options.push}/{out.resolve().name}-{chosen.name}"))
             monitor.advance()

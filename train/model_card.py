@@ -12,20 +12,18 @@ import yaml
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
-from .config import FinetuneConfig, PretrainConfig
 from .reporting.findings import read_evaluation
 from .run.tables import Table, percent
 
 CARD = "README.md"
 
 
-def write_card(out: Path, folder: Path, config: PretrainConfig | FinetuneConfig, licence: str) -> Path:
+def write_card(out: Path, folder: Path, licence: str) -> Path:
     """Write README.md of an exported network.
 
     Args:
         out: run directory, whose evaluations the card lists.
         folder: the exported network.
-        config: configuration of the run.
         licence: identifier of the weights' licence on the Hub, such as apache-2.0.
 
     Returns:
@@ -39,7 +37,8 @@ def write_card(out: Path, folder: Path, config: PretrainConfig | FinetuneConfig,
         "pipeline_tag": "image-classification" if classifier else "image-feature-extraction",
         "tags": ["dspnet", "byol", "slimmable", manifest["network"]],
     }
-    teacher = getattr(config, "teacher", None)
+    teacher = manifest.get("teacher") or {}
+    of_teacher = f"{teacher.get('architecture')}, licence: {teacher.get('licence') or 'not stated'}"
     training = manifest.get("finetuning") or manifest["pretraining"]
     facts = [
         ["network", f"{manifest['network']} {manifest['dn']}"],
@@ -51,7 +50,7 @@ def write_card(out: Path, folder: Path, config: PretrainConfig | FinetuneConfig,
             f"{training['data']}, {training['steps']:,} steps, {'with' if classifier else 'without'} labels",
         ],
         ["family", ", ".join(training["family"])],
-        *([["teacher", str(teacher)]] if teacher else []),
+        *([["teacher", of_teacher]] if teacher else []),
     ]
     lines = [
         "---",

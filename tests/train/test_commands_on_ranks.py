@@ -53,7 +53,7 @@ def test_two_ranks_give_the_files_of_one(trained, images, tmp_path):
     for out, ranks in ((trained, 2), (alone, 1)):
         ended = run(ranks, tmp_path / "program.py", commands.replace("OUT", str(out)))
         assert ended.returncode == 0 and ended.stderr.count(" with 0\n") == 4 * ranks, ended.stderr
-        assert ended.stdout.count("kNN accuracy on") == 1, "rank 0 alone prints"
+        assert ended.stdout.count("knn.json, knn.md") == 1, "rank 0 alone prints"
     for name in ("knn", "linear", "semi"):
         found, expected = (json.loads((out / "evaluation" / f"{name}.json").read_text()) for out in (trained, alone))
         assert found == expected

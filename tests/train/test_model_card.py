@@ -1,6 +1,7 @@
 """Model cards of exported networks, and their upload."""
 
 import importlib.util
+import json
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import yaml
 from dspnet_fast.errors import InputError
 from train import evaluate
 from train.export import ExportOptions, export
+from train.model_card import write_card
 
 DN = "c8-d1111"
 
@@ -27,6 +29,15 @@ def test_card_states_network_data_accuracy_and_licence(trained, images):
 def test_card_without_evaluations_says_so(trained):
     (folder,) = export(trained, [DN], ExportOptions(card=True, threads=1))
     assert "Its accuracy was not measured." in (folder / "README.md").read_text()
+
+
+def test_card_states_the_teacher(trained):
+    (folder,) = export(trained, [DN], ExportOptions(threads=1))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for licence, stated in (("mit", "mit"), (None, "not stated")):
+        teacher = {"architecture": "resnet18", "licence": licence}
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"teacher": teacher}))
+        assert f"resnet18, licence: {stated}" in write_card(trained, folder, "other").read_text()
 
 
 def test_push_uploads_the_folder(trained, monkeypatch, capsys):
