@@ -188,7 +188,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Check networks, print a line for each, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="networks such as timm:resnet18 [a list of 99]")
+    parser.add_argument("names", nargs="*", help="networks such as timm:resnet18 [the list in this file]")
     parser.add_argument("--page", type=Path, help="file to write the page to")
     options = parser.parse_args()
     results = []
