@@ -272,10 +272,6 @@ def check_name(network: str, source: Source) -> None:
                 f"{network}=FILE"
             )
         return
-    if network not in EXAMPLES:
-        raise InputError(
-            f"--init-from {source.library}:{source.name} needs --network {' or '.join(EXAMPLES)}, not {network}"
-        )
     if not re.fullmatch(NAMES[network, source.library], source.name):
         raise InputError(
             f"--init-from {source.library}:{source.name} does not fit --network {network}: "
