@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,7 +25,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dspnet_fast.atomic import write_bytes
 from dspnet_fast.nn import activate, slimmable
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
@@ -72,7 +71,7 @@ a subnet of width 0.5 has.
 
 The page is the output of
 
-    python -m benchmarks.architectures --page docs/architectures.md
+    python -m benchmarks.architectures > docs/architectures.md
 
 | network | full | widths | slim | state | bf16 | parameters at 0.5 |
 |---|---|---|---|---|---|---|
@@ -186,17 +185,15 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Check networks, print a line for each, and write the page."""
+    """Check networks, print a line for each on the standard error, and then the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="networks such as timm:resnet18 [a list of 99]")
-    parser.add_argument("--page", type=Path, help="file to write the page to")
+    parser.add_argument("names", nargs="*", help="networks such as timm:resnet18 [the list in this file]")
     options = parser.parse_args()
     results = []
     for name in options.names or NAMES:
         results.append(check(name))
-        print(json.dumps(results[-1]), flush=True)
-    if options.page:
-        write_bytes(options.page, page(results).encode())
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    print(page(results), end="")
 
 
 if __name__ == "__main__":

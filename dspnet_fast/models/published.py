@@ -23,6 +23,7 @@ from ..errors import InputError
 from .mobilenet_v3 import FEATURE_CHANNELS, DepthwiseSeparable, InvertedResidual, MobileNetV3, SqueezeExcite
 from .network import Network
 from .resnet import BasicBlock, ResNet
+from .traced import TracedNetwork
 
 LIBRARIES = ("timm", "torchvision")
 # Names of networks that have the same computation as ours. Others, such as tf_mobilenetv3, pad differently.
@@ -224,6 +225,8 @@ def load_published(network: Network, source: Source) -> Tensor:
     check_name(network.name, source)
     if network.in_channels != 3:
         raise InputError(f"--init-from: published networks take 3 channels, not {network.in_channels}: see --channels")
+    if isinstance(network, TracedNetwork):
+        return _load_traced(network, source)
     state = _as_timm(source, network, source.read())
     own = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in state]
@@ -249,12 +252,26 @@ def load_published(network: Network, source: Source) -> Tensor:
     return order
 
 
+def _load_traced(network: TracedNetwork, source: Source) -> Tensor:
+    """Load published weights into a traced network, whose channels keep their order."""
+    state, own = source.read(), network.body.state_dict()
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = list(state[name].shape) if name in state else "missing"
+            raise InputError(f"--init-from: {name} of {source.name} is {found}, not {list(tensor.shape)}")
+    network.body.load_state_dict({name: state[name] for name in own})
+    return torch.arange(network.num_features)
+
+
 def check_name(network: str, source: Source) -> None:
     """Raise InputError if the weights are of another architecture than the network."""
-    if network not in EXAMPLES:
-        raise InputError(
-            f"--init-from {source.library}:{source.name} needs --network {' or '.join(EXAMPLES)}, not {network}"
-        )
+    if ":" in network:
+        if f"{source.library}:{source.name}" != network:
+            raise InputError(
+                f"--init-from {source.library}:{source.name} does not fit --network {network}: give {network} or "
+                f"{network}=FILE"
+            )
+        return
     if not re.fullmatch(NAMES[network, source.library], source.name):
         raise InputError(
             f"--init-from {source.library}:{source.name} does not fit --network {network}: "

@@ -122,7 +122,8 @@ def reference(name: str) -> tuple[nn.Module, ChannelGroups, Tensor]:
         try:
             converted = slimmable(copy.deepcopy(plain), images, keep=())
         except TypeError as error:
-            raise InputError(f"--network {name}: {error}") from error
+            reason = str(error).partition("; keep its channels")[0]
+            raise InputError(f"--network {name} cannot be used: {reason}") from error
     return plain, vars(converted)["channel_groups"], images
 
 

@@ -181,7 +181,9 @@ def _is_prefix(path: str, groups: ChannelGroups) -> bool:
 
 
 def _refusal(path: str, module: nn.Module, reason: str) -> TypeError:
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    original = next((plain for plain, made in SLIMMABLE.items() if type(module) is made), type(module))
+    original = getattr(original, "original", original)
+    kind = f"{original.__module__}.{original.__qualname__}"
     keep = f"; keep its channels with keep=({OUTPUTS!r}, {path!r})" if path else ""
     return TypeError(f"{path or 'the network'} ({kind}) cannot be slimmed: {reason}{keep}")
 

@@ -6,12 +6,13 @@ import sys
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, build, family, subnet
+from dspnet_fast.models.published import Source, load_published
 from dspnet_fast.nn import activate
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
@@ -83,6 +84,21 @@ def test_network_of_timm_is_exported_for_timm(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_published_weights_load_into_the_traced_network(tmp_path):
+    name = "timm:lcnet_050"
+    model, other = build(name, subnet(name, "w1.00")), timm.create_model("lcnet_050", num_classes=3)
+    save_file(other.state_dict(), tmp_path / "weights.safetensors")
+    source = Source.parse(f"{name}={tmp_path / 'weights.safetensors'}")
+    load_published(model, source)
+    wanted = {key: tensor for key, tensor in other.state_dict().items() if key in model.body.state_dict()}
+    torch.testing.assert_close(model.body.state_dict(), type(model.body.state_dict())(wanted))
+    with pytest.raises(InputError, match="does not fit --network timm:lcnet_050"):
+        load_published(model, Source.parse(f"timm:lcnet_100={tmp_path / 'weights.safetensors'}"))
+    half = build(name, subnet(name, "w0.50"))
+    with pytest.raises(InputError, match=r"--init-from: conv_stem.weight of lcnet_050 is \[8, 3, 3, 3\]|blocks"):
+        load_published(half, source)
 
 
 def test_torchvision_networks_lose_their_classifier():

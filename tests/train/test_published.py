@@ -151,7 +151,8 @@ def test_download_that_fails_asks_for_a_file(monkeypatch):
         InputError, match=r"not available here \(no network\); download them and give --init-from timm:"
     ):
         Source.parse("timm:resnet18").read()
-    with pytest.raises(InputError, match="needs --network mobilenet_v3_large or resnet, not timm:resnet18"):
-        check_name("timm:resnet18", Source.parse("timm:resnet18"))
+    check_name("timm:resnet18", Source.parse("timm:resnet18"))
+    with pytest.raises(InputError, match="does not fit --network timm:resnet18: give timm:resnet18 or"):
+        check_name("timm:resnet18", Source.parse("timm:resnet34"))
     with pytest.raises(InputError, match="does not fit --network mobilenet_v3_large"):
         check_name("mobilenet_v3_large", Source.parse("timm:tf_mobilenetv3_large_100"))
