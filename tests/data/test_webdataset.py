@@ -302,8 +302,10 @@ def test_a_full_disk_leaves_nothing(folder, disk, capsys, size):
     assert list(small.iterdir()) == []
 
 
-@pytest.mark.parametrize("allowed", [0, 700, 12_000])
-def test_a_write_that_fails_leaves_nothing(folder, tmp_path, capsys, allowed):
+@pytest.mark.parametrize(
+    "allowed, message", [(0, "cannot write to"), (700, "nothing was kept"), (12_000, "nothing was kept")]
+)
+def test_a_write_that_fails_leaves_nothing(folder, tmp_path, capsys, allowed, message):
     """Limits the file size instead of filling a disk, which needs root."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
@@ -312,5 +314,5 @@ def test_a_write_that_fails_leaves_nothing(folder, tmp_path, capsys, allowed):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
-    assert "nothing was kept" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -82,7 +82,7 @@ def test_init_from_copies_the_weights_of_another_run(finished, arguments, tmp_pa
         ({"dns": "c8-d1111,w0.50"}, "named by channels and blocks"),
         ({"dns": "c8-d1122,c16-d2111"}, "does not nest"),
         ({"dns": " , "}, "--dns names no network"),
-        ({"network": "vgg"}, "--network must be one of mobilenet_v3_large, resnet"),
+        ({"network": "vgg"}, "unknown network 'vgg': use one of mobilenet_v3_large, resnet, timm:NAME"),
         ({"batch_size": 500}, "batch of 500"),
         ({"train_images": 500}, "a subset of 500 of the 80"),
         ({"tau": 1.5}, "--tau must lie between 0 and 1"),

@@ -60,7 +60,7 @@ def test_randomly_drawn_subnets_count_by_their_probability(small):
 
 def test_bn_groups_that_do_not_fit_the_ranks_are_refused(small):
     with pytest.raises(InputError, match="does not fit 6 ranks"):
-        traffic(small(bn_groups=4), 6)
+        traffic(small(bn_groups=4, batch_size=24), 6)
     assert traffic(small(bn_groups=4), 2).collectives == 2
 
 
