@@ -2,14 +2,14 @@
 
 The threads of a step wait for each other at the end of every parallel loop, by spinning or by sleeping until they are
 woken. A thread that spins is fast to continue, but beside a busy process it takes the time of the thread that it waits
-for. Training commands limit the spinning (train.SPIN_COUNT); GNU OpenMP's default is 300,000, some milliseconds.
+for. The environment variable GOMP_SPINCOUNT limits the spinning; GNU OpenMP's default is 300,000, some milliseconds.
 
 Each limit has a process for each formulation. They take samples in turn, alone and then beside a process that keeps one
 core busy. Times are medians. `ratio` is the time beside the busy process over the time alone; with C cores in use and
 one busy process more, a fair scheduler gives a step C / (C + 1) of the processor time: (C + 1) / C is the best ratio.
 `cost` is the time alone over that with GNU OpenMP's default, minus 1.
 
-The last line is machine-readable, for steps with fast kernels and the training commands' limit:
+The last line is machine-readable, for steps with fast kernels and the first limit:
 
     contended_ratio=R quiet_cost=Q
 """
@@ -31,19 +31,19 @@ from rich.console import Console
 from rich.table import Table
 
 from dspnet_fast.machine import cpu_model
-from train import SPIN_COUNT, cli
+from train import cli
 from train.run.progress import Monitor
 
 from .quiet import QuietWait
 
-GNU_DEFAULT = 300_000
+GNU_DEFAULT, SHARED = 300_000, 2_000
 FORMULATIONS = {"fused": "auto", "eager": "eager"}  # policy by formulation
 WARM_UP = 3
 EPILOG = """\
 examples:
   python -m benchmarks.contention
-      the training commands' limit and GNU OpenMP's default, in about two minutes on two cores
-  python -m benchmarks.contention --spin-counts 0,2000,20000,100000
+      GNU OpenMP's default and a limit for shared machines, in about two minutes on two cores
+  python -m benchmarks.contention --spin-counts 2000,20000
       other limits
 """
 
@@ -180,15 +180,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="samples per process [%(default)s]")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps per sample [%(default)s]")
     parser.add_argument(
-        "--spin-counts", default="", metavar="N,N", help=f"further limits beside {SPIN_COUNT} and {GNU_DEFAULT}"
+        "--spin-counts",
+        default=f"{GNU_DEFAULT},{SHARED}",
+        metavar="N,N",
+        help=f"limits, beside {GNU_DEFAULT} [%(default)s]",
     )
     parser.add_argument("--worker", choices=list(FORMULATIONS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
         step_times(options)
         return
-    more = [int(count) for count in options.spin_counts.split(",") if count.strip()]
-    spin_counts = list(dict.fromkeys([SPIN_COUNT, *more, GNU_DEFAULT]))
+    given = [int(count) for count in options.spin_counts.split(",") if count.strip()]
+    spin_counts = list(dict.fromkeys([*given, GNU_DEFAULT]))
     results = measure(options, spin_counts)
     console = Console()
     console.print(
@@ -204,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         times = f"{1e3 * result.alone:.0f}", f"{cost[key]:+.1%}", f"{1e3 * result.contended:.0f}"
         table.add_row(formulation, f"{count:,}", *times, f"{result.ratio:.2f}")
     console.print(table)
-    key = "fused", SPIN_COUNT
+    key = "fused", spin_counts[0]
     print(f"contended_ratio={results[key].ratio:.2f} quiet_cost={cost[key]:.3f}")
 
 
