@@ -18,9 +18,9 @@ from jsonargparse import DefaultHelpFormatter as JsonHelpFormatter
 from dspnet_fast.atomic import is_for_lack_of_room
 from dspnet_fast.errors import InputError
 
-from .arguments import ArgumentParser
 from .data.datasets.decoders import gather_warnings
 from .distributed.process_group import refuse_ranks
+from .run.arguments import ArgumentParser
 from .run.options import flag, key
 from .run.terminal import protect_output
 

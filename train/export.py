@@ -29,8 +29,8 @@ from .data.datasets.pixels import PixelFormat
 from .data.pixel_options import read_as
 from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
-from .formats import FormatImages
-from .model_card import push, require_hub, write_card
+from .exporting.formats import FormatImages
+from .exporting.model_card import push, require_hub, write_card
 from .run.options import option
 from .run.progress import Monitor
 from .run.saved_config import read_any_config

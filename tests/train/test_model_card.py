@@ -11,7 +11,7 @@ import yaml
 from dspnet_fast.errors import InputError
 from train import evaluate
 from train.export import ExportOptions, export
-from train.model_card import write_card
+from train.exporting.model_card import write_card
 
 DN = "c8-d1111"
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dspnet_fast import device_formats
 from dspnet_fast.device_formats import Converted
 
-from .data.datasets.images import ImageDataset, Subset
-from .evaluation.knn import knn
-from .evaluation.pretrained import EvaluatedFamily
+from ..data.datasets.images import ImageDataset, Subset
+from ..evaluation.knn import knn
+from ..evaluation.pretrained import EvaluatedFamily
 
 CALIBRATION_IMAGES = 128
 REFERENCES, QUERIES, NEIGHBOURS = 1000, 500, 20  # of the kNN accuracy

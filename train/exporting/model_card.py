@@ -12,8 +12,8 @@ import yaml
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
-from .reporting.findings import read_evaluation
-from .run.tables import Table, percent
+from ..reporting.findings import read_evaluation
+from ..run.tables import Table, percent
 
 CARD = "README.md"
 

@@ -1,0 +1,1 @@
+"""The parts of `train.export`: device formats and model cards."""
