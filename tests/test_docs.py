@@ -194,6 +194,7 @@ def test_options_exist(page):
         "--group",
         "--pixels",
         "--images",
+        "--spin-counts",
     }  # options of other commands
     known |= {
         "--no-build-isolation",
