@@ -66,7 +66,7 @@ def run(
     report: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Run:
     """Train one run; returns {"losses": {subnet: [mean of each window]}, "knn": {subnet: accuracy}}."""
-    config = PretrainConfig(**SETTINGS[setting], seed=seed, precision=precision)
+    config = PretrainConfig(**SETTINGS[setting], seed=seed, precision=precision, recipe="paper")
     before = registry.get_policy()
     registry.set_policy(policy)
     try:

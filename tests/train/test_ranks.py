@@ -187,7 +187,7 @@ def test_ranks_with_different_checkpoints_are_refused(torchrun, arguments, tmp_p
 
 def test_bn_groups_that_do_not_fit_the_ranks_are_refused(small):
     with pytest.raises(InputError, match="--bn-groups 4 does not fit 6 ranks"):
-        split_batch(small(bn_groups=4), 6)
+        split_batch(small(bn_groups=4, batch_size=24), 6)
     with pytest.raises(InputError, match="--grad-accum-steps 2: give a multiple of 4"):
         split_batch(small(bn_groups=2, grad_accum_steps=2), 2)
     with pytest.raises(InputError, match="equal groups"):
@@ -207,7 +207,8 @@ def test_bn_groups_that_do_not_fit_the_ranks_are_refused(small):
     ],
 )
 def test_split_batch(small, bn_groups, grad_accum_steps, ranks, expected):
-    assert split_batch(small(bn_groups=bn_groups, grad_accum_steps=grad_accum_steps), ranks) == expected
+    config = small(batch_size=16, bn_groups=bn_groups, grad_accum_steps=grad_accum_steps)
+    assert split_batch(config, ranks) == expected
 
 
 def test_micro_batches_contain_both_views_of_their_images(small):
