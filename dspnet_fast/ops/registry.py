@@ -169,7 +169,7 @@ class Operator(Generic[P, R]):
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """Register the gradient, as torch.library.register_autograd does.
 
-        `backward` may return gradients of inputs that need none, which are dropped, and omit a trailing None.
+        `backward` may return gradients of inputs that need none, which are dropped, and omit trailing Nones.
         """
 
         def needed(ctx: Any, *grads: Any) -> tuple[Any, ...]:
