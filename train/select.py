@@ -85,7 +85,7 @@ def _main(argv: Sequence[str]) -> None:
     plugins.load(config.plugins)
     device = choose_device(config.device)
     check_fast_kernels(device)
-    key, shape = key_of(device, config.tf32, config.plugins), shape_of(config, parsed.ranks)
+    key, shape = key_of(device, config.tf32, config.plugins, config.cudnn), shape_of(config, parsed.ranks)
     verdict = None if parsed.again else verdicts.read(key, shape)
     if verdict is None:
         verdict = select(config, device, parsed.ranks, call_seconds=parsed.call_seconds)

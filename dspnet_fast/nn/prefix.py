@@ -17,18 +17,47 @@ HALF = (torch.bfloat16, torch.float16)
 
 Prefixes = tuple[Any, Any]  # of weight and bias: tensors, or None as for the parameters of torch.nn layers
 
-_shared: dict[tuple[nn.Module, tuple[int, ...], torch.dtype | None], Prefixes] | None = None
+
+
+class _Shared:
+    """Prefixes that layers use whenever they run within `shared_prefixes`."""
+
+    def __init__(self, collects: bool) -> None:
+        self.found: dict[tuple[nn.Module, tuple[int, ...], torch.dtype | None], Prefixes] = {}
+        self.leaves: list[tuple[Tensor, Tensor]] | None = [] if collects else None  # (prefix of main_grad, leaf)
+
+    def add_gradients(self) -> None:
+        """Add the gradients of all leaves to the buffers in one call."""
+        added = [(buffer, leaf.grad) for buffer, leaf in self.leaves or () if leaf.grad is not None]
+        if added:
+            buffers, gradients = zip(*added, strict=True)
+            torch._foreach_add_(buffers, gradients)
+
+
+_shared: _Shared | None = None
 
 
 @contextmanager
-def shared_prefixes() -> Iterator[None]:
-    """Within this context a layer that runs several times uses the same prefixes, so their gradient is added once."""
+def shared_prefixes(collects: bool = False) -> Iterator[None]:
+    """Within this context a layer that runs several times uses the same prefixes, so their gradient is added once.
+
+    Contexts within a context share its prefixes.
+
+    Args:
+        collects: whether the backward pass also ends within the context. The gradients of prefixes are then added to
+            `main_grad` at the end of the context, all in one call: a call for each costs more on small layers.
+    """
     global _shared
-    before, _shared = _shared, {}
+    if _shared is not None:
+        yield
+        return
+    _shared = _Shared(collects)
     try:
         yield
+        with torch.no_grad():
+            _shared.add_gradients()
     finally:
-        _shared = before
+        _shared = None
 
 
 def prefixes(layer: nn.Module, *sizes: int, like: Tensor | None = None) -> Prefixes:
@@ -55,21 +84,27 @@ def prefixes(layer: nn.Module, *sizes: int, like: Tensor | None = None) -> Prefi
     if _shared is None:
         return _of(layer.weight, sizes, dtype), _of(layer.bias, sizes[:1], dtype)
     key = layer, sizes, dtype
-    if key not in _shared:
-        _shared[key] = _of(layer.weight, sizes, dtype), _of(layer.bias, sizes[:1], dtype)
-    return _shared[key]
+    if key not in _shared.found:
+        _shared.found[key] = _of(layer.weight, sizes, dtype), _of(layer.bias, sizes[:1], dtype)
+    return _shared.found[key]
 
 
 def _of(weight: Any, sizes: tuple[int, ...], dtype: torch.dtype | None) -> Any:
     if weight is None:
         return None
     dtype = dtype or weight.dtype
-    if sizes == weight.shape[: len(sizes)] and dtype == weight.dtype:
+    full = sizes == weight.shape[: len(sizes)]
+    if full and dtype == weight.dtype:
         return weight
     buffer = main_grad(weight)
     if buffer is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _prefix(weight, sizes).to(dtype)
-    return _Prefix.apply(weight, buffer, sizes, dtype)
+    if full or _shared is None or _shared.leaves is None:
+        # Casts of the full network's weights stay here: its gradients are all-reduced during its backward pass.
+        return _Prefix.apply(weight, buffer, sizes, dtype)
+    leaf = _copy(weight.detach(), sizes, dtype).requires_grad_(weight.requires_grad)
+    _shared.leaves.append((_prefix(buffer, sizes), leaf))
+    return leaf
 
 
 def select(tensor: Tensor, positions: Positions) -> Tensor:
@@ -125,15 +160,19 @@ def _prefix(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return weight[tuple(map(slice, sizes))]
 
 
+def _copy(weight: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # Convolutions would copy a prefix with gaps in their forward and again in their backward passes.
+    part = _prefix(weight, sizes)
+    return part.clone() if dtype == part.dtype else part.to(dtype)
+
+
 class _Prefix(torch.autograd.Function):
     """A prefix of a weight, whose gradient is added to the same prefix of a buffer."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, buffer: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         ctx.buffer = _prefix(buffer, sizes)  # not saved for backward: autograd rejects tensors changed in place
-        # Convolutions would copy a prefix with gaps in their forward and again in their backward passes.
-        part = _prefix(weight, sizes)
-        return part.clone() if dtype == part.dtype else part.to(dtype)
+        return _copy(weight, sizes, dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:

@@ -74,6 +74,14 @@ def verdict_of(config, formulation="fused", ranks=1, **changed):
     return Verdict("2026-12-01", key, shape, VERIFIED, None, formulation, f"{formulation} was faster")
 
 
+def test_verification_and_race_use_the_convolution_algorithms_of_the_run(monkeypatch):
+    configured = []
+    monkeypatch.setattr("train.selection.selection.configure_cuda", lambda *settings: configured.append(settings))
+    monkeypatch.setattr("dspnet_fast.verdicts.key", lambda device, plugins: {})
+    key_of(torch.device("cuda"), True, "", "benchmark")
+    assert configured == [(True, "benchmark")]  # which become the settings of the processes
+
+
 def losses(out):
     lines = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
     return [loss for line in lines if "loss" in line for loss in line["loss"].values()]

@@ -93,7 +93,7 @@ def _measure_and_send(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C too and ends this process
     torch.set_num_threads(threads)
     if kernels is not None:
-        kernels.apply(key_of(choose_device(config.device), config.tf32, config.plugins))
+        kernels.apply(key_of(choose_device(config.device), config.tf32, config.plugins, config.cudnn))
     sender.send(measure_in_this_process(config, steps))
 
 

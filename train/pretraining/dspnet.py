@@ -192,8 +192,9 @@ class DSPNet(nn.Module):
         self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Tensor | None = None
     ) -> Tensor:
         """Add the gradient of one subnet's loss, times `loss_scale`; returns the loss, detached."""
-        loss = self.loss(images, targets, subnet, taught)
-        (loss if self.loss_scale is None else loss * self.loss_scale).backward()
+        with shared_prefixes(collects=True):
+            loss = self.loss(images, targets, subnet, taught)
+            (loss if self.loss_scale is None else loss * self.loss_scale).backward()
         return loss.detach()
 
     def accumulate(

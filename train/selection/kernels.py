@@ -120,7 +120,7 @@ def choose_kernels(
         kernels = Kernels(policy, "DSPNET_KERNELS is set")
         kernels.apply({})
         return kernels
-    key = key_of(device, config.tf32, config.plugins)
+    key = key_of(device, config.tf32, config.plugins, config.cudnn)
     keys = world.all_gather(key)
     kinds = sorted({keys.index(other) for other in keys})  # the first rank of every kind of device
     rank = _Rank(config, device, world, key, kinds, write)

@@ -38,10 +38,10 @@ Print = Callable[[str], object]
 Outcomes = dict[str, dict[str, Outcome]]
 
 
-def key_of(device: torch.device, tf32: bool, plugins: str) -> dict[str, Any]:
+def key_of(device: torch.device, tf32: bool, plugins: str, cudnn: str = "deterministic") -> dict[str, Any]:
     """The key of verdicts on this device, whose settings become those of a run; see `verdicts.key`."""
     if device.type == "cuda":
-        configure_cuda(tf32)
+        configure_cuda(tf32, cudnn)
     return verdicts.key(device, plugins)
 
 
@@ -62,7 +62,7 @@ def select(
         call_seconds: time after which an operator's call counts as hanging.
         write: prints a line of progress.
     """
-    key, shape = key_of(device, config.tf32, config.plugins), shape_of(config, world_size)
+    key, shape = key_of(device, config.tf32, config.plugins, config.cudnn), shape_of(config, world_size)
     progress, deadline = Progress(write), time.monotonic() + _limit(world_size)
     outcomes = verify_run(config, device, world_size, progress, call_seconds)
     today, race = date.today().isoformat(), None
