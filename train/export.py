@@ -34,7 +34,7 @@ from .exporting.model_card import push, require_hub, write_card
 from .run.options import option
 from .run.progress import Monitor
 from .run.saved_config import read_any_config
-from .teachers.teacher import read_facts
+from .teachers.teacher import exported_facts
 
 DESCRIPTION = """\
 Save each network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network whose weights
@@ -172,7 +172,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
                 "normalization": format.normalization,
                 "batch_norm": {"statistics": "measured after training", **sources[chosen.name]},
                 **_training_facts(trained, config),
-                "teacher": read_facts(out if isinstance(config, PretrainConfig) else Path(config.from_)),
+                "teacher": exported_facts(out if isinstance(config, PretrainConfig) else Path(config.from_)),
                 "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
                 **facts,
             }

@@ -247,6 +247,15 @@ def read_facts(out: Path) -> dict[str, Any] | None:
         raise InputError(f"{path} is damaged ({error}): copy it from another run with this teacher") from error
 
 
+def exported_facts(out: Path) -> dict[str, Any] | None:
+    """The facts for a manifest: as `read_facts`, but files and folders are named without the path to them."""
+    facts = read_facts(out)
+    if facts is None:
+        return None
+    network, _, file = facts["source"].rpartition("=")
+    return facts | {"source": f"{network}={Path(file).name}" if network else Path(file).name}
+
+
 def check_same(out: Path, facts: TeacherFacts | None) -> None:
     """Raise InputError if the run in `out` was begun with another teacher."""
     saved = read_facts(out)
