@@ -326,11 +326,6 @@ def make_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     options = cli.to_config(DetectOptions, parsed)
@@ -343,6 +338,8 @@ def _main(argv: Sequence[str]) -> None:
         raise
     publish_detect(out, report)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -133,11 +133,6 @@ def embed(
     return np.concatenate(list(open_embedder(source, dn, device).batches(opened, workers)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv, several_ranks=True)
-
-
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("embed", DESCRIPTION, EXAMPLE, "[options] --data IMAGES --out FILE.npy RUN_OR_EXPORT")
     parser.add_argument("network", metavar="RUN_OR_EXPORT", help="run directory, or folder of an exported network")
@@ -172,6 +167,8 @@ def _save(path: Path, features: np.ndarray) -> None:
     with open(path, "wb") as file:  # given a path, np.save would append .npy
         np.save(file, features)
 
+
+main = cli.command(_main, several_ranks=True)
 
 if __name__ == "__main__":
     main()

@@ -285,11 +285,6 @@ def _commit() -> str | None:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("export", DESCRIPTION, EXAMPLE, "[options] OUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain or dspnet-finetune")
@@ -300,6 +295,8 @@ def _main(argv: Sequence[str]) -> None:
     for path in export(parsed.out, dns, options):
         print(path)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

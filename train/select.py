@@ -69,11 +69,6 @@ def show(verdict: Verdict) -> None:
     print(f"{verdict.formulation}: {verdict.reason}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     config = cli.to_config(PretrainConfig, parsed)
@@ -93,6 +88,8 @@ def _main(argv: Sequence[str]) -> None:
     if verdicts.read(key, shape) == verdict:
         print(f"kept in {verdicts.path_of(key, shape)} on {verdict.date}")
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from tests.commands import as_arguments
 from train.run import checkpoint
 
 HERE = Path(__file__).parent
@@ -64,7 +65,7 @@ Trainer.train_step = pausing
 
 
 def arguments(**options: object) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items()]
+    return as_arguments({**TINY, **options})
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -151,7 +152,7 @@ class Lab:
             before = self.pausing(pause_at) + before
         options = {"out": self.out, **options}
         argv = (
-            ["--resume", *arguments_given(options)]
+            ["--resume", *as_arguments(options)]
             if resume
             else ["--fast-kernels", *arguments(**{"data": self.images, **options})]
         )
@@ -179,10 +180,6 @@ class Lab:
     @property
     def checkpoints(self) -> Path:
         return self.seen / "checkpoints"
-
-
-def arguments_given(options: dict[str, object]) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
 def losses(out: Path) -> list[tuple[int, dict[str, float]]]:

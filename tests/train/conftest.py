@@ -10,6 +10,7 @@ from PIL import Image
 
 from dspnet_fast.models import build, family
 from dspnet_fast.statistics import post_statistics
+from tests.commands import as_arguments
 from tests.train.coco_set import draw
 from train.config import PretrainConfig
 from train.data.datasets import coco, data_folder, open_images
@@ -114,8 +115,7 @@ def arguments(images, tmp_path):
     """arguments(**options): the command line of a small run."""
 
     def make(**options):
-        values = {**SMALL_RUN, "data": images, "out": tmp_path / "run", **options}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+        return as_arguments({**SMALL_RUN, "data": images, "out": tmp_path / "run", **options})
 
     return make
 

@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from dspnet_fast.errors import InputError
+from tests.commands import run
 from train import cli
 
 CASES = {
@@ -32,7 +33,5 @@ def test_wrong_arguments_are_one_line(line):
 
 
 def test_command_prints_the_line_without_usage(capsys):
-    with pytest.raises(SystemExit) as ended:
-        importlib.import_module("train.pretrain").main(["--baselr", "3"])
-    assert ended.value.code == cli.WRONG_INPUT
+    assert run(importlib.import_module("train.pretrain"), "--baselr", "3") == cli.WRONG_INPUT
     assert capsys.readouterr().err == "error: unknown option --baselr: did you mean --base-lr?\n"

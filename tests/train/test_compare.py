@@ -18,6 +18,7 @@ from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.models import MLP, build, family
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import sandwich
+from tests.commands import as_arguments, run
 from train import compare, report
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.comparison import measuring, times
@@ -52,19 +53,13 @@ OPTIONS = {
 }
 
 
-def run(command, *argv):
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in argv])
-    return end.value.code
-
-
 @pytest.fixture(scope="module")
 def command(images):
     """command(out, **options): the command line of a comparison of two networks that train for six steps."""
 
     def make(out, **options):
         values = {**OPTIONS, "data": images, "k": 5, "timed_steps": 2, "subnets_per_step": 2, "out": out, **options}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+        return as_arguments(values)
 
     return make
 
@@ -392,4 +387,4 @@ def test_invalid_options_are_refused_before_writing(command, tmp_path, capsys, o
 def test_help_has_an_example_and_the_comparisons_options(capsys):
     assert run(compare, "--help") == DONE
     shown = capsys.readouterr().out
-    assert "example:" in shown and "--subnets-per-step" in shown and "--seed " not in shown
+    assert "examples:" in shown and "--subnets-per-step" in shown and "--seed " not in shown

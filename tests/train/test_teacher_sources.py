@@ -296,7 +296,7 @@ def test_export_is_a_teacher(tmp_path):
         torch.testing.assert_close(source.network.eval()(images), made.eval()(images))
 
 
-def test_run_is_a_teacher_with_its_post_statistics(trained, images):
+def test_run_is_a_teacher_with_its_post_statistics(trained):
     from train.evaluation.pretrained import PretrainedFamily
 
     for source, dn in ((str(trained), "c16-d2121"), (f"{trained}:c8-d1121", "c8-d1121")):

@@ -164,11 +164,6 @@ def markdown_table(differences: Sequence[Difference], reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command with the arguments `argv`, by default those of the process."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("inspect", DESCRIPTION, EXAMPLE)
     cli.add_options(parser, InspectOptions)
@@ -195,6 +190,8 @@ def _main(argv: Sequence[str]) -> None:
     atomic.write_text(out / "differences.json", json.dumps([asdict(d) for d in differences], indent=2) + "\n")
     print(text)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -143,11 +143,6 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command with the arguments `argv`, by default those of the process."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("shard", DESCRIPTION, EXAMPLE)
     cli.add_options(parser, ShardOptions)
@@ -155,6 +150,8 @@ def _main(argv: Sequence[str]) -> None:
     written = write_shards(options)
     print(f"wrote {written} images to {options.out}")
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()
