@@ -31,7 +31,7 @@ from .evaluation.finetuned import FinetunedFamily
 from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
 from .exporting.formats import FormatImages
 from .exporting.model_card import push, require_hub, write_card
-from .run.options import option
+from .run.options import check_options, count, option
 from .run.progress import Monitor
 from .run.saved_config import read_any_config
 from .teachers.teacher import read_facts
@@ -66,13 +66,12 @@ class ExportOptions:
     push: str = option(
         "", "account on the Hub to upload each network to, as NAME/<run>-<dn>; implies --card", metavar="NAME"
     )
-    batch_size: int = option(1, "images per call for the latency measurement")
-    threads: int | None = option(None, "threads for the latency measurement [PyTorch's number]")
+    batch_size: int = count(1, "images per call for the latency measurement")
+    threads: int | None = count(None, "threads for the latency measurement [PyTorch's number]")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
-        if self.batch_size < 1 or (self.threads is not None and self.threads < 1):
-            raise InputError("--batch-size and --threads must be at least 1")
+        check_options(self)
         if self.onnx:
             onnx_file.require()
         device_formats.require(self.format_names())

@@ -371,7 +371,7 @@ def test_bars_stack_their_parts():
         ({"k": 0}, "--k must be at least 1"),
         ({"k": 81}, "--k 81 neighbours among"),
         ({"references": 500}, "--references 500 of 80 images"),
-        ({"linear_epochs": -1}, "--linear-epochs cannot be negative"),
+        ({"linear_epochs": -1}, "--linear-epochs must be at least 0, not -1"),
         ({"train_images": 500}, "--train-images 500"),
         ({"batch_size": 500}, "batch of 500"),
         ({"data": "/nowhere"}, "no image dataset"),

@@ -208,10 +208,10 @@ def test_resumed_training_equals_an_uninterrupted_one(trained, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--epochs", "0"), "--epochs must be above 0"),
+        (("--epochs", "0"), "--epochs must be at least 1, not 0"),
         (("--momentum", "1"), "--momentum must be"),
         (("--lr", "-1"), "--lr must be above 0"),
-        (("--augment", "--min-scale", "2"), "smallest crop"),
+        (("--augment", "--min-scale", "2"), "--min-scale must lie between 0 and 1, not 2.0"),
         (("--data", "/nowhere"), "no image dataset"),
     ],
 )

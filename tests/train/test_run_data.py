@@ -122,7 +122,7 @@ def test_damaged_list_of_unreadable_images_is_named(small, tmp_path):
 
 def test_default_limit_is_one_unreadable_image_in_a_thousand(small):
     assert PretrainRun(small(), resume=False).bad.limit == 0
-    with pytest.raises(InputError, match="--max-bad-images cannot be negative"):
+    with pytest.raises(InputError, match="--max-bad-images must be at least 0, not -1"):
         small(max_bad_images=-1)
 
 

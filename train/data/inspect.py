@@ -16,7 +16,7 @@ from dspnet_fast.errors import InputError
 
 from .. import cli
 from ..config import PixelOptions
-from ..run.options import option
+from ..run.options import check_options, count, option
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages
 from .datasets import open_images
@@ -44,17 +44,17 @@ HEADER = 16  # pixels above the images, for the names of the backends
 class InspectOptions(PixelOptions):
     """Options of `train.data.inspect`."""
 
-    data: str = option("fashion-mnist", "image dataset, as in dspnet-pretrain")
+    data: str = option("fashion-mnist", "images, as in dspnet-pretrain", metavar="IMAGES")
     backends: str | None = option(
         None,
         "backends to compare; the first is the reference [torchvision,dali-cpu; torchvision alone if not 8-bit]",
         metavar="NAMES",
     )
-    out: str = option("", "output folder")
-    image_size: int = option(128, "height and width of the views in pixels")
-    images: int = option(64, "images to compare, chosen at random")
-    rows: int = option(8, "images in views.png")
-    seed: int = option(0, "random seed")
+    out: str = option("", "folder for the results", metavar="DIR")
+    image_size: int = count(128, "height and width of the views, in pixels")
+    images: int = count(64, "images to compare, drawn at random")
+    rows: int = count(8, "images in views.png")
+    seed: int = option(0, "seed of the images and the views")
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,12 @@ def markdown_table(differences: Sequence[Difference], reference: str) -> str:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("inspect", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("inspect", DESCRIPTION, EXAMPLE, "[options] --out DIR")
     cli.add_options(parser, InspectOptions)
     options = cli.to_config(InspectOptions, parser.parse_args(argv))
+    check_options(options)
     if not options.out:
-        raise InputError("--out is missing: give an output folder")
+        raise InputError("--out is missing: name a folder for the results, such as --out runs/views")
     atomic.check_writable(Path(options.out))
     images = open_images(options.data, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
