@@ -88,9 +88,11 @@ class EvaluatedFamily:
         image_size: height and width of images, in pixels.
         step: number of training steps of the weights.
         world: the ranks that share the computation of features.
+        classes: names of the classes, in the order of the logits; empty without a classifier.
     """
 
     world = SINGLE_PROCESS
+    classes: list[str] = []  # noqa: RUF012  (replaced, never changed)
 
     def __init__(
         self, out: Path, device: torch.device, family: Family, model: nn.Module, image_size: int, step: int
