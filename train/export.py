@@ -155,7 +155,7 @@ def _training_facts(trained: EvaluatedFamily, config: PretrainConfig | FinetuneC
 
 def _examples(trained: EvaluatedFamily, images: ImageDataset) -> Tensor:
     """Eight training images, [8, C, S, S], to verify the ONNX model."""
-    few = Subset.random(images, min(VERIFICATION_IMAGES, len(images)), seed=0)
+    few = Subset.up_to(VERIFICATION_IMAGES, images)
     return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
 
 

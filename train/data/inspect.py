@@ -179,7 +179,7 @@ def _main(argv: Sequence[str]) -> None:
     given = options.backends or ("torchvision,dali-cpu" if format.eight_bit else "torchvision")
     backends = [choose_backend(name.strip(), images, device, format.eight_bit) for name in given.split(",")]
     images = read_as(images, format)
-    images = Subset.random(images, min(options.images, len(images)), options.seed)
+    images = Subset.up_to(options.images, images, options.seed)
     differences = compare(backends, images, options.image_size, options.seed, format)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

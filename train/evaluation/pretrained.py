@@ -74,7 +74,7 @@ def evaluation_views(
 
 def statistics_images(images: ImageDataset) -> ImageDataset:
     """The images that post-statistics are measured on, drawn with a fixed seed so that all commands agree."""
-    return Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
+    return Subset.up_to(STATISTICS_IMAGES, images)
 
 
 class EvaluatedFamily:

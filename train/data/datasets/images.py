@@ -101,6 +101,11 @@ class Subset:
         drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         return cls(images, drawn[:count].tolist())
 
+    @classmethod
+    def up_to(cls, count: int, images: ImageDataset, seed: int = 0) -> "Subset":
+        """Choose `count` images without replacement, or all if there are fewer."""
+        return cls.random(images, min(count, len(images)), seed)
+
     def __len__(self) -> int:
         return len(self._indices)
 
