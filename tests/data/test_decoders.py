@@ -1,4 +1,4 @@
-"""Unreadable files say what they are; warnings of decoders are gathered; names that are not UTF-8 are safe."""
+"""Errors describe unreadable files; warnings of decoders are gathered; names that are not UTF-8 are safe."""
 
 import io
 import json

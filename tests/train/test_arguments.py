@@ -1,4 +1,4 @@
-"""Wrong arguments are errors of one line that name what was meant."""
+"""Wrong arguments are errors of one line that suggest a valid one."""
 
 import importlib
 import math

@@ -17,6 +17,7 @@ from dspnet_fast.errors import InputError
 from .. import cli
 from ..config import PixelOptions
 from ..run.options import check_options, count, option
+from ..run.tables import Table
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages
 from .datasets import open_images
@@ -150,18 +151,14 @@ def view_grid(
     return result
 
 
-def markdown_table(differences: Sequence[Difference], reference: str) -> str:
-    """Return the differences from the backend `reference` as a Markdown table."""
-    lines = [
-        f"Difference from {reference} in grey levels (of 255), over all pixels of both views:",
-        "",
-        "| operation | backend | mean | 99 % within | largest | change of brightness |",
-        "|---|---|---:|---:|---:|---:|",
+def difference_table(differences: Sequence[Difference], reference: str) -> Table:
+    """The differences from the backend `reference`."""
+    rows = [
+        [d.operation, d.backend, f"{d.mean:.2f}", f"{d.quantile:.0f}", f"{d.largest:.0f}", f"{d.shift:+.2f}"]
+        for d in differences
     ]
-    for d in differences:
-        row = f"{d.operation} | {d.backend} | {d.mean:.2f} | {d.quantile:.0f} | {d.largest:.0f} | {d.shift:+.2f}"
-        lines.append(f"| {row} |")
-    return "\n".join(lines) + "\n"
+    title = f"Difference from {reference} in grey levels (of 255), over all pixels of both views:"
+    return Table(title, ["operation", "backend", "mean", "99 % within", "largest", "change of brightness"], rows)
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -186,7 +183,9 @@ def _main(argv: Sequence[str]) -> None:
     shown = Subset(images, range(min(options.rows, len(images))))
     grid = view_grid(backends, shown, options.image_size, options.seed, format)
     atomic.write_atomically(out / "views.png", lambda path: grid.save(path, "png"))
-    text = markdown_table(differences, backends[0]) if differences else f"{backends[0]} alone: nothing to compare\n"
+    text = f"{backends[0]} alone: nothing to compare\n"
+    if differences:
+        text = difference_table(differences, backends[0]).markdown()
     atomic.write_text(out / "differences.md", text)
     atomic.write_text(out / "differences.json", json.dumps([asdict(d) for d in differences], indent=2) + "\n")
     print(text)

@@ -32,7 +32,7 @@ TORCHVISION_CLASSIFIERS = ("classifier", "fc", "heads", "head")
 
 @dataclass
 class Source:
-    """A network and what its images must look like.
+    """A network and the format of its images.
 
     Attributes:
         network: images [N, 3, H, W] to features [N, F].

@@ -24,7 +24,7 @@ class ImageDataset(Protocol):
         name: of the dataset, for messages.
         labels: int64 [N], indices into `classes`; None for a dataset without labels.
         classes: names of the classes; empty without labels.
-        note: what is left out and why, or an empty string.
+        note: left-out files with the reason, or an empty string.
     """
 
     name: str
