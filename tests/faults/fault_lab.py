@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.commands import as_arguments
+from tests.small_run import SMALL_RUN
 from train.run import checkpoint
 
 HERE = Path(__file__).parent
@@ -23,21 +24,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TIMEOUT = 90.0  # seconds
 
 STEPS = 20
-TINY = {
-    "network": "resnet",
+TINY = SMALL_RUN | {
     "dns": "c8-d1111,c8-d1121",
-    "stem": "small",
-    "image_size": 12,
-    "hidden_features": 16,
-    "out_features": 8,
-    "epochs": 2,  # of 40 images
-    "batch_size": 4,
+    "batch_size": 4,  # of 40 images
     "subnets_per_step": 2,
-    "base_lr": 4.0,
-    "warmup_epochs": 0.5,
-    "workers": 0,
     "probe_epochs": 0,
-    "log_steps": 1,
     "checkpoint_epochs": 0.3,  # every 3 steps
 }
 

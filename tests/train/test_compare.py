@@ -19,6 +19,7 @@ from dspnet_fast.models import MLP, build, family
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import sandwich
 from tests.commands import as_arguments, run
+from tests.small_run import SMALL_RUN
 from train import compare, report
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.comparison import measuring, times
@@ -35,21 +36,13 @@ from train.reporting import figures, page
 from train.reporting.findings import read_comparison
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
-OPTIONS = {
-    "recipe": "paper",
-    "network": "resnet",
-    "stem": "small",
+OPTIONS = SMALL_RUN | {
     "dns": f"{LARGE},{SMALL}",
-    "image_size": 12,
-    "hidden_features": 16,
-    "out_features": 8,
     "epochs": 1,
     "batch_size": 13,
-    "base_lr": 4.0,
+    "subnets_per_step": 2,
     "warmup_epochs": 0.3,
-    "workers": 0,
     "probe_epochs": 0,
-    "log_steps": 1,
 }
 
 
@@ -58,7 +51,7 @@ def command(images):
     """command(out, **options): the command line of a comparison of two networks that train for six steps."""
 
     def make(out, **options):
-        values = {**OPTIONS, "data": images, "k": 5, "timed_steps": 2, "subnets_per_step": 2, "out": out, **options}
+        values = {**OPTIONS, "data": images, "k": 5, "timed_steps": 2, "out": out, **options}
         return as_arguments(values)
 
     return make

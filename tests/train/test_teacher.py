@@ -17,6 +17,7 @@ from dspnet_fast.models import family
 from dspnet_fast.nn import activate
 from tests.commands import as_arguments, run
 from tests.interruption import stop_after
+from tests.small_run import SMALL_RUN
 from train import compare
 from train.comparison import times
 from train.comparison.measuring import StepMeasurement, measure_in_this_process
@@ -368,19 +369,14 @@ def test_comparison_has_three_arms_and_the_teacher_as_a_part(images, weights, tm
 
     monkeypatch.setattr(times, "measure_step", measured)
     options = {
+        **SMALL_RUN,
         "data": images,
-        "network": "resnet",
-        "stem": "small",
         "dns": "c8-d1111,c16-d1111",
-        "image_size": 12,
-        "hidden_features": 16,
-        "out_features": 8,
         "epochs": 1,
         "batch_size": 40,
+        "subnets_per_step": 4,
         "warmup_epochs": 0,
-        "workers": 0,
         "probe_epochs": 0,
-        "log_steps": 1,
         "k": 5,
         "out": tmp_path / "out",
         "teacher": f"timm:test_efficientnet={weights}",
