@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.commands import run
 from train import compare, detect, evaluate, finetune, pretrain, select
 from train.cli import to_config
 from train.config import FinetuneConfig, PretrainConfig
@@ -35,9 +36,7 @@ def test_recipe_name_gives_kind_and_epochs(recipe):
 def test_dry_run_of_a_recipe_needs_no_images(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # contains no folder named imagenet
     monkeypatch.delenv("DSPNET_DATA", raising=False)
-    with pytest.raises(SystemExit) as end:
-        pretrain.main(["--config", str(recipe), "--dry-run"])
-    assert end.value.code == 0
+    assert run(pretrain, "--config", str(recipe), "--dry-run") == 0
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("images        ", " epochs of ", "without activations"))
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -26,8 +27,6 @@ from .run.terminal import protect_output
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 RECIPES = Path(__file__).parents[1] / "recipes"  # beside train in a checkout and in the installed package
-
-
 METAVARS = {int: "N", float: "X"}
 
 
@@ -57,12 +56,12 @@ def parser(command: str, description: str, example: str, usage: str = "[options]
         example: last part of the help.
         usage: arguments of the usage line.
     """
-    recipes = f"\n\nrecipes/ is {RECIPES}" if "recipes/" in example else ""
+    recipes = f"\n\nThe folder recipes/ is {RECIPES}" if "recipes/" in example else ""
     made = ArgumentParser(
         prog=f"dspnet-{command}",
         usage=f"dspnet-{command} {usage}",
         description=description,
-        epilog=f"example:\n{example}{recipes}",
+        epilog=f"examples:\n{example}{recipes}",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -114,6 +113,11 @@ def _metavar(f: Field[Any], hints: Mapping[str, Any]) -> str | None:
 def to_config(config: type, namespace: Namespace) -> Any:
     """Build the dataclass `config` from parsed options."""
     return config(**{f.name: namespace[key(f.name)] for f in fields(config)})
+
+
+def command(main: Callable[[Sequence[str]], None], several_ranks: bool = False) -> Callable[..., None]:
+    """The entry point of a command: `run` with this function, called with arguments or, without any, sys.argv[1:]."""
+    return partial(run, main, several_ranks=several_ranks)
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, several_ranks: bool = False) -> None:

@@ -68,11 +68,6 @@ def publish(out: Path, report: Report) -> None:
     print(f"{out}: {', '.join(written)}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     comparison = comparison_of(parsed)
@@ -88,6 +83,8 @@ def _main(argv: Sequence[str]) -> None:
     family = comparison.run_directory(comparison.families[-1], comparison.seeds[0])
     print("report with the curves of the family: dspnet-report", family)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -15,12 +15,20 @@ from .run.options import (
     FAST_KERNELS_HELP,
     LOG_TO_HELP,
     PLUGINS_HELP,
+    STALL_HELP,
+    TWO_IMAGES,
     WORKERS_HELP,
+    Rule,
     Workers,
+    below_one,
+    check_options,
+    choice,
+    count,
     flag,
+    fraction,
+    not_negative,
     option,
     positive,
-    two_images,
 )
 
 BACKENDS = ("torchvision", "dali-cpu", "dali-gpu")  # implementations of the augmentation
@@ -42,7 +50,6 @@ PAPER = {
 # Values of AdamW instead.
 ADAMW = {"base_lr": 1e-3, "weight_decay": 0.05}
 OPTIMIZERS = ("lars", "adamw")
-RECIPES = ("auto", "paper")
 
 
 @dataclass(kw_only=True)
@@ -54,18 +61,19 @@ class DataOptions:
         "fashion-mnist, cifar10, an image folder, or WebDataset shards such as 'DIR/{000..015}.tar'",
         metavar="IMAGES",
     )
-    data_backend: str = option(
+    data_backend: str = choice(
         "auto",
-        f"image decoding and augmentation: auto, {', '.join(BACKENDS)}; see docs/data.md",
+        ("auto", *BACKENDS),
+        f"program that decodes and augments images: auto, {', '.join(BACKENDS)}; see docs/data.md",
         metavar="BACKEND",
     )
-    unlabelled: bool = option(False, "take the images of all subfolders, which are no classes")
-    image_size: int = option(96, "height and width of the augmented views, in pixels")
-    min_scale: float = option(None, "smallest area of a random crop, as a fraction of the image [by --recipe]")
-    train_images: int | None = option(None, "number of training images, drawn at random [all]")
+    unlabelled: bool = option(False, "use the images of a folder at any depth; subfolders are not classes")
+    image_size: int = count(96, "height and width of the augmented views, in pixels")
+    min_scale: float = fraction(None, "smallest area of a random crop, as a fraction of the image [by --recipe]")
+    train_images: int | None = count(None, "number of training images, drawn at random [all]")
     workers: Workers = option("auto", WORKERS_HELP, True)
-    max_bad_images: int | None = option(
-        None, "number of unreadable images to skip before the run ends [1 in 1,000]", True
+    max_bad_images: int | None = not_negative(
+        None, "unreadable images that are skipped; one more ends the run [1 in 1,000]", True
     )
 
 
@@ -73,21 +81,31 @@ class DataOptions:
 class AugmentationOptions:
     """augmentation"""
 
-    flip_probability: float = option(0.5, "fraction of views that are mirrored left to right")
-    jitter_probability: float = option(0.8, "fraction of views whose brightness, contrast, saturation and hue change")
-    brightness: float = option(0.4, "largest deviation of the brightness factor from 1")
-    contrast: float = option(0.4, "largest deviation of the contrast factor from 1")
-    saturation: float = option(0.2, "largest deviation of the saturation factor from 1; 3 channels only")
-    hue: float = option(0.1, "largest shift of the hue, at most 0.5; 3 channels only")
-    grey_probability: float = option(0.2, "fraction of views that become greyscale; 3 channels only")
+    flip_probability: float = fraction(0.5, "fraction of views that are mirrored left to right")
+    jitter_probability: float = fraction(0.8, "fraction of views whose brightness, contrast, saturation and hue change")
+    brightness: float = fraction(0.4, "largest deviation of the brightness factor from 1")
+    contrast: float = fraction(0.4, "largest deviation of the contrast factor from 1")
+    saturation: float = fraction(0.2, "largest deviation of the saturation factor from 1; 3 channels only")
+    hue: float = option(
+        0.1,
+        "largest shift of the hue, as a fraction of the circle of hues; 3 channels only",
+        rule=Rule("lie between 0 and 0.5", lambda value: 0 <= value <= 0.5),
+    )
+    grey_probability: float = fraction(0.2, "fraction of views that become greyscale; 3 channels only")
     blur_probability: str = option("1.0,0.1", "fractions of first and second views that are blurred", metavar="P,P")
     blur_sigma: str = option(
-        "0.1,2.0", "smallest and largest sigma in pixels of views of 224, scaled to --image-size", metavar="MIN,MAX"
+        "0.1,2.0",
+        "smallest and largest sigma of the blur in a view of 224 pixels; scaled to --image-size",
+        metavar="MIN,MAX",
     )
     solarize_probability: str = option(
         "0.0,0.2", "fractions of first and second views that are solarised", metavar="P,P"
     )
-    solarize_threshold: int = option(128, "value from 0 to 255 from which on solarisation inverts")
+    solarize_threshold: int = option(
+        128,
+        "smallest pixel value, of 0 to 255, that solarisation inverts",
+        rule=Rule("lie between 0 and 255", lambda value: 0 <= value <= 255),
+    )
 
     def pair(self, name: str) -> tuple[float, float]:
         """The two numbers of an option."""
@@ -95,26 +113,12 @@ class AugmentationOptions:
         return first, second
 
     def check_augmentation(self) -> None:
-        """Raise InputError for invalid values."""
-        for name in (
-            "flip_probability",
-            "jitter_probability",
-            "grey_probability",
-            "brightness",
-            "contrast",
-            "saturation",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{flag(name)} must lie between 0 and 1, not at {getattr(self, name)}")
+        """Raise InputError for invalid pairs of numbers."""
         for name in ("blur_probability", "solarize_probability"):
             if not all(0 <= probability <= 1 for probability in self.pair(name)):
                 raise InputError(f"{flag(name)} must be two numbers between 0 and 1, not {getattr(self, name)}")
         if not 0 < self.pair("blur_sigma")[0] <= self.pair("blur_sigma")[1]:
             raise InputError(f"--blur-sigma must be two numbers above 0, the smaller first, not {self.blur_sigma}")
-        if not 0 <= self.hue <= 0.5:
-            raise InputError(f"--hue must lie between 0 and 0.5, not at {self.hue}")
-        if not 0 <= self.solarize_threshold <= 255:
-            raise InputError(f"--solarize-threshold must lie between 0 and 255, not at {self.solarize_threshold}")
 
 
 @dataclass(kw_only=True)
@@ -122,18 +126,18 @@ class PixelOptions:
     """pixels"""
 
     channels: int | Literal["auto"] = option(
-        "auto", "channels of an image; a number takes the first N; auto: as stored, 3 for 8-bit images"
+        "auto", "channels to use: the first N; auto: 3 for 8-bit images, all channels of others"
     )
     pixel_range: str = option(
         "auto",
-        "values that become 0 and 1: MIN,MAX; percentile, the 0.1th and 99.9th of a sample; 8bit; or auto, which is "
-        "8bit for such images, and for others chosen from a sample; see docs/pixels.md",
+        "pixel values that become 0 and 1: MIN,MAX; 8bit: 0 and 255; percentile: the 0.1th and 99.9th of a sample; "
+        "auto: 8bit for 8-bit images, chosen from a sample for others; see docs/pixels.md",
         metavar="RANGE",
     )
     normalization: str = option(
         "auto",
-        "mean and std: imagenet; measure; or MEANS;STDS of the values from 0 to 1, such as '0.3;0.1'; auto: imagenet "
-        "for 8bit, else measure",
+        "mean and std of the pixels after --pixel-range: imagenet; measure, on a sample; or MEANS;STDS, such as "
+        "'0.3;0.1'; auto: imagenet for 8-bit images, measure for others",
         metavar="M;S",
     )
 
@@ -156,8 +160,8 @@ class PixelOptions:
                 raise InputError(f"--pixel-range {self.pixel_range}: give the smaller value first")
         if self.normalization not in ("auto", "imagenet", "measure"):
             mean, _, std = self.normalization.partition(";")
-            count = len(_finite_numbers("--normalization", mean))
-            if min(_finite_numbers("--normalization", std, count)) <= 0:
+            channels = len(_finite_numbers("--normalization", mean))
+            if min(_finite_numbers("--normalization", std, channels)) <= 0:
                 raise InputError(f"--normalization {self.normalization}: standard deviations must be above 0")
 
 
@@ -178,14 +182,18 @@ class FamilyOptions(PixelOptions):
     network: str = option("mobilenet_v3_large", f"architecture: {', '.join(NETWORKS)}, {FORMS}", metavar="NAME")
     dns: str = option(
         "w0.50,w0.625,w0.75,w0.875,w1.00",
-        "desired networks, such as w0.50,w1.00 or c64-d2222,c64-d3463",
+        "networks of the family (desired networks) by size: w0.50 has half of the channels; c64-d2222, of a resnet, "
+        "starts with 64 channels and has stages of 2, 2, 2 and 2 blocks",
         metavar="NAMES",
     )
-    stem: str = option("standard", "standard; or small, without downsampling, for images below 64 px", metavar="STEM")
-    hidden_features: int = option(4096, "hidden features of projector and predictor")
-    out_features: int = option(256, "output features of projector and predictor")
-    momentum_bn: str = option(
+    stem: str = choice(
+        "standard", STEMS, "standard; or small, without downsampling, for images below 64 px", metavar="STEM"
+    )
+    hidden_features: int = count(4096, "hidden features of projector and predictor")
+    out_features: int = count(256, "output features of projector and predictor")
+    momentum_bn: str = choice(
         "on",
+        ("on", "off", "momentum2"),
         "momentum batch norm in the target: on, off, or momentum2, the variant of its published code",
         metavar="MODE",
     )
@@ -211,16 +219,21 @@ class TeacherOptions:
         True,
         "SOURCE",
     )
-    teacher_size: int | None = option(
+    teacher_size: int | None = count(
         None, "height and width of the teacher's images, in pixels [its own, at most twice --image-size]"
     )
-    teacher_features: int | None = option(None, "number of features, another one is an error [the teacher's]")
-    teacher_target: str = option(
+    teacher_features: int | None = count(
+        None, "expected number of the teacher's features; another number is an error [any]"
+    )
+    teacher_target: str = choice(
         "centred",
+        ("centred", "whitened"),
         "centred: the teacher's features without their mean; whitened: also decorrelated, with equal variances",
         metavar="KIND",
     )
-    self_weight: float = option(0.0, "with a teacher, weight of the loss against the moving-average target, 0 to 1")
+    self_weight: float = fraction(
+        0.0, "with a teacher, weight from 0 to 1 of BYOL's loss against the moving-average target"
+    )
     teacher_cache: str | None = option(
         None,
         "folder for the teacher's features of every image and of its mirror image, which replace those of the views",
@@ -232,32 +245,45 @@ class TeacherOptions:
 class OptimizationOptions:
     """optimization"""
 
-    recipe: str = option(
+    recipe: str = choice(
         "auto",
-        "values of options that are not given: auto, for the number of images; or paper; see docs/recipes.md",
+        ("auto", "paper"),
+        "values of options that are not given: auto, chosen for the number of images; or paper, the paper's; see "
+        "docs/recipes.md",
         metavar="NAME",
     )
-    optimizer: str = option("lars", f"optimizer: {', '.join(OPTIMIZERS)}", metavar="NAME")
-    epochs: int = option(None, "passes over the images [by --recipe]")
-    batch_size: int = option(None, "images per step, over all ranks [by --recipe]")
-    bn_groups: int | None = option(None, "ghost batch norm groups of a batch [one per micro-batch and rank]")
+    optimizer: str = choice("lars", OPTIMIZERS, f"optimizer: {', '.join(OPTIMIZERS)}", metavar="NAME")
+    epochs: int = count(None, "passes over the images [by --recipe]")
+    batch_size: int = option(None, "images per step, over all ranks [by --recipe]", rule=TWO_IMAGES)
+    bn_groups: int | None = count(
+        None, "ghost batch norm groups: parts of a batch that are normalised separately [one per micro-batch and rank]"
+    )
     subnets_per_step: int = option(4, "subnets per step: the smallest, the full one, and random others")
-    base_lr: float = option(None, "learning rate per 256 images: the peak is base_lr * batch_size / 256 [by --recipe]")
-    warmup_epochs: float = option(None, "epochs of linear learning rate warm-up [by --recipe]")
-    full_only_epochs: float | None = option(None, "initial epochs that train the full network alone [--warmup-epochs]")
-    weight_decay: float = option(None, "weight decay of tensors with two or more dimensions [by --recipe]")
-    weight_decay_end: float | None = option(
+    base_lr: float = not_negative(
+        None, "learning rate per 256 images: the peak is base_lr * batch_size / 256 [by --recipe]"
+    )
+    warmup_epochs: float = not_negative(None, "epochs of linear learning rate warm-up [by --recipe]")
+    full_only_epochs: float | None = not_negative(
+        None, "initial epochs that train the full network alone [--warmup-epochs]"
+    )
+    weight_decay: float = not_negative(None, "weight decay of tensors with two or more dimensions [by --recipe]")
+    weight_decay_end: float | None = not_negative(
         None, "weight decay at the end; it follows a cosine from --weight-decay [--weight-decay]"
     )
-    momentum: float = option(0.9, "momentum of LARS; beta1 of AdamW")
-    beta2: float = option(0.999, "decay rate of AdamW's average of squared gradients")
-    eta: float = option(1e-3, "LARS trust coefficient")
-    tau: float = option(None, "initial decay rate of the target; rises to 1 [by --recipe]")
-    seed: int = option(0, "seed of weights, order, augmentation and sampling")
-    precision: str = option(
-        "fp32", "fp32; or bf16 or fp16, the dtype of activations, convolutions and products", metavar="DTYPE"
+    momentum: float = fraction(0.9, "momentum of LARS; beta1 of AdamW")
+    beta2: float = fraction(0.999, "decay rate of AdamW's average of squared gradients")
+    eta: float = not_negative(1e-3, "LARS trust coefficient")
+    tau: float = fraction(None, "initial decay rate of the target; rises to 1 [by --recipe]")
+    seed: int = not_negative(0, "seed of weights, order, augmentation and sampling")
+    precision: str = choice(
+        "fp32",
+        ("fp32", "bf16", "fp16"),
+        "dtype of activations, convolutions and matrix products: fp32, bf16 or fp16; weights are fp32",
+        metavar="DTYPE",
     )
-    tf32: bool = option(False, "compute fp32 convolutions and products of a GPU in TF32, with 10 bits of mantissa")
+    tf32: bool = option(
+        False, "compute fp32 convolutions and matrix products of a GPU in TF32, with 10 bits of mantissa"
+    )
 
     def full_only_steps(self, epoch_steps: int) -> int:
         """Number of initial steps that train the full network alone."""
@@ -268,30 +294,33 @@ class OptimizationOptions:
 class ExecutionOptions:
     """execution"""
 
-    device: str = option("auto", DEVICE_HELP, True, "DEVICE")
+    device: str = choice("auto", DEVICES, DEVICE_HELP, True, "DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP, changeable=True)
     plugins: str = option("", PLUGINS_HELP, True, "MODULES")
-    grad_accum_steps: int = option(1, "micro-batches per optimizer step", True)
+    grad_accum_steps: int = count(1, "micro-batches per optimizer step", True)
     overlap_all_reduce: bool = option(
         False, "all-reduce gradients of late layers during the backward pass of early ones", True
     )
-    cudnn: str = option(
+    cudnn: str = choice(
         "deterministic",
+        ("deterministic", "default", "benchmark"),
         "choice of convolution algorithms on a GPU: deterministic, default, or benchmark, which times several and may "
         "choose differently in every run",
         True,
         "MODE",
     )
     no_cuda_graphs: bool = option(False, "launch kernels one by one instead of replaying CUDA graphs", changeable=True)
-    probe_epochs: float = option(1.0, "epochs between measurements of kNN accuracy and feature std; 0: never", True)
-    probe_images: int = option(2000, "reference images for kNN; half as many are classified", changeable=True)
-    checkpoint_epochs: float = option(1.0, "epochs between checkpoints", changeable=True)
-    keep_checkpoints: int = option(
+    probe_epochs: float = not_negative(
+        1.0, "epochs between measurements of kNN accuracy, feature std and effective rank; 0: never", True
+    )
+    probe_images: int = count(2000, "reference images for kNN; half as many are classified", True)
+    checkpoint_epochs: float = not_negative(1.0, "epochs between checkpoints; 0: only at the end", True)
+    keep_checkpoints: int = count(
         2, "number of checkpoints to keep; an older one is loaded if the newest is damaged", True
     )
-    keep_epochs: float = option(0.0, "epochs between checkpoints that are never deleted; 0: none", changeable=True)
-    stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never", True)
-    log_steps: int = option(10, "steps between log entries", changeable=True)
+    keep_epochs: float = not_negative(0.0, "epochs between checkpoints that are never deleted; 0: none", True)
+    stall_timeout: float = not_negative(300.0, STALL_HELP, True)
+    log_steps: int = count(10, "steps between log entries", True)
     log_to: str = option("tensorboard", LOG_TO_HELP, True, "NAMES")
 
 
@@ -320,7 +349,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class PretrainConfig(
-    RunConfig, ExecutionOptions, OptimizationOptions, TeacherOptions, FamilyOptions, AugmentationOptions, DataOptions
+    ExecutionOptions, OptimizationOptions, TeacherOptions, FamilyOptions, AugmentationOptions, DataOptions, RunConfig
 ):
     """Configuration of `train.pretrain`. Options that are None are chosen when the run starts (docs/recipes.md)."""
 
@@ -328,63 +357,20 @@ class PretrainConfig(
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
-        choices = {
-            "data_backend": ("auto", *BACKENDS),
-            "stem": STEMS,
-            "momentum_bn": ("on", "off", "momentum2"),
-            "teacher_target": ("centred", "whitened"),
-            "precision": ("fp32", "bf16", "fp16"),
-            "device": DEVICES,
-            "recipe": RECIPES,
-            "optimizer": OPTIMIZERS,
-            "cudnn": ("deterministic", "default", "benchmark"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        check_options(self)
         check_network(self.network)
         if self.recipe == "paper":
             for name, value in (PAPER | (ADAMW if self.optimizer == "adamw" else {})).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if self.batch_size is not None:
-            two_images(self.batch_size)
-        sizes = (
-            "image_size hidden_features out_features epochs log_steps probe_images grad_accum_steps keep_checkpoints"
-        )
-        for name in sizes.split():
-            if given.get(name, 1) < 1:
-                raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in (
-            "warmup_epochs",
-            "probe_epochs",
-            "checkpoint_epochs",
-            "keep_epochs",
-            "stall_timeout",
-            "base_lr",
-            "weight_decay",
-            "weight_decay_end",
-            "seed",
-        ):
-            if given.get(name, 0) < 0:
-                raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
-        for name in ("tau", "momentum", "beta2", "min_scale", "self_weight"):
-            if not 0 <= given.get(name, 0) <= 1:
-                raise InputError(f"{flag(name)} must lie between 0 and 1, not at {getattr(self, name)}")
-        if self.bn_groups is not None and (self.bn_groups < 1 or given.get("batch_size", 0) % self.bn_groups):
+        if self.bn_groups is not None and (self.batch_size or 0) % self.bn_groups:
             raise InputError(
                 f"--batch-size {self.batch_size} cannot be divided into {self.bn_groups} equal groups: see --bn-groups"
             )
-        for name in ("teacher_size", "teacher_features"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         if self.teacher is None:
             for name in ("teacher_size", "teacher_features", "self_weight", "teacher_cache"):
                 if getattr(self, name):
                     raise InputError(f"{flag(name)} needs --teacher: name the network to learn from")
-        if self.max_bad_images is not None and self.max_bad_images < 0:
-            raise InputError(f"--max-bad-images cannot be negative: {self.max_bad_images}")
         self.check_pixels()
         self.check_augmentation()
         if not self.names():
@@ -399,7 +385,7 @@ class StartOptions:
     dn: str | None = option(None, "network of the run to train alone", metavar="NAME")
     dns: str | None = option(None, "subnets to train jointly (switches) [the run's networks]", metavar="NAMES")
     network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}, {FORMS}", metavar="NAME")
-    stem: str | None = option(None, f"stem with --from none: {', '.join(STEMS)} [standard]", metavar="STEM")
+    stem: str | None = choice(None, STEMS, f"stem with --from none: {', '.join(STEMS)} [standard]", metavar="STEM")
 
 
 @dataclass(kw_only=True)
@@ -407,8 +393,8 @@ class LabelledOptions:
     """data"""
 
     data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
-    image_size: int | None = option(None, "height and width of the views, in pixels [the pretraining run's]")
-    min_scale: float = option(0.08, "smallest area of a random crop, as a fraction of the image")
+    image_size: int | None = count(None, "height and width of the views, in pixels [the pretraining run's]")
+    min_scale: float = fraction(0.08, "smallest area of a random crop, as a fraction of the image")
     workers: Workers = option("auto", WORKERS_HELP, True)
 
 
@@ -416,14 +402,14 @@ class LabelledOptions:
 class SupervisedOptions:
     """optimization"""
 
-    epochs: int = option(300, "passes over the images")
-    batch_size: int = option(256, "images per step")
-    lr: float = option(0.1, "learning rate per 256 images: the peak is lr * batch_size / 256")
-    head_lr: float | None = option(None, "learning rate of the classifier per 256 images [--lr]")
-    momentum: float = option(0.9, "SGD momentum")
-    weight_decay: float = option(4e-5, "weight decay of tensors with two or more dimensions")
-    warmup_epochs: float = option(5.0, "epochs of linear learning rate warm-up")
-    label_smoothing: float = option(0.1, "label smoothing")
+    epochs: int = count(300, "passes over the images")
+    batch_size: int = option(256, "images per step", rule=TWO_IMAGES)
+    lr: float = positive(0.1, "learning rate per 256 images: the peak is lr * batch_size / 256")
+    head_lr: float | None = positive(None, "learning rate of the classifier per 256 images [--lr]")
+    momentum: float = below_one(0.9, "SGD momentum")
+    weight_decay: float = not_negative(4e-5, "weight decay of tensors with two or more dimensions")
+    warmup_epochs: float = not_negative(5.0, "epochs of linear learning rate warm-up")
+    label_smoothing: float = below_one(0.1, "label smoothing")
     subnets_per_step: int = option(4, "subnets per step: the smallest, the full one, and random others")
     no_distillation: bool = option(
         False, "train every subnet on the labels instead of on the full network's predictions"
@@ -432,29 +418,21 @@ class SupervisedOptions:
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(RunConfig, SupervisedOptions, PixelOptions, LabelledOptions, StartOptions):
+class FinetuneConfig(SupervisedOptions, PixelOptions, LabelledOptions, StartOptions, RunConfig):
     """Configuration of `train.finetune`."""
 
     command = "dspnet-finetune"
 
-    evaluate_epochs: int = option(10, "epochs between evaluations on the test images; 0: only at the end", True)
-    stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never", True)
-    device: str = option("auto", DEVICE_HELP, True, "DEVICE")
+    evaluate_epochs: int = not_negative(10, "epochs between evaluations on the test images; 0: only at the end", True)
+    stall_timeout: float = not_negative(300.0, STALL_HELP, True)
+    device: str = choice("auto", DEVICES, DEVICE_HELP, True, "DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP, True)
     plugins: str = option("", PLUGINS_HELP, True, "MODULES")
     log_to: str = option("tensorboard", LOG_TO_HELP, True, "NAMES")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
-        positive(epochs=self.epochs, lr=self.lr)
-        two_images(self.batch_size)
-        positive(head_lr=self.lr if self.head_lr is None else self.head_lr)
-        for name in ("momentum", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "evaluate_epochs", "stall_timeout"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
+        check_options(self)
         self.check_pixels()
         if not self.from_:
             raise InputError(

@@ -24,7 +24,21 @@ from .evaluation.protocols.common import FOLDER
 from .evaluation.results import Report
 from .run import fingerprint, loop
 from .run.device import choose_device
-from .run.options import DEVICE_HELP, WORKERS_HELP, Workers, flag, option, positive
+from .run.options import (
+    DEVICE_HELP,
+    DEVICES,
+    STALL_HELP,
+    WORKERS_HELP,
+    Workers,
+    below_one,
+    check_options,
+    choice,
+    count,
+    flag,
+    not_negative,
+    option,
+    positive,
+)
 from .run.tables import Table
 
 DESCRIPTION = """\
@@ -66,7 +80,9 @@ class CocoOptions:
         False, "treat annotations with iscrowd 1 as single objects, for masks that CVAT exports"
     )
     keep_empty: bool = option(False, "train also on images without annotations, as background")
-    max_bad_annotations: int | None = option(None, "number of invalid boxes and masks to skip in each set [1 in 1,000]")
+    max_bad_annotations: int | None = not_negative(
+        None, "invalid boxes and masks of each set that are left out; one more is an error [1 in 1,000]"
+    )
     workers: Workers = option("auto", WORKERS_HELP)
 
 
@@ -79,24 +95,24 @@ class DetectorOptions:
         "shorter sides of images in pixels: training draws one, evaluation uses the last",
         metavar="SIZES",
     )
-    max_size: int = option(1333, "largest longer side of an image, in pixels")
-    anchor_size: int = option(32, "side of the smallest anchors in pixels; doubled at each pyramid level")
-    rois: int = option(512, "regions per image that the heads are trained on in a step")
+    max_size: int = count(1333, "largest longer side of an image, in pixels")
+    anchor_size: int = count(32, "side of the smallest anchors in pixels; doubled at each pyramid level")
+    rois: int = count(512, "regions per image that the heads are trained on in a step")
 
 
 @dataclass(kw_only=True)
 class DetectOptimizationOptions:
     """optimization"""
 
-    steps: int = option(180_000, "training steps")
+    steps: int = count(180_000, "training steps")
     lr_drops: str = option(
         "120000,160000", "steps at which the learning rate is divided by 10; may be empty", metavar="STEPS"
     )
-    batch_size: int = option(16, "images per step")
-    lr: float = option(0.02, "learning rate per 16 images: the peak is lr * batch_size / 16")
-    warmup_steps: int = option(1000, "steps of linear learning rate warm-up")
-    momentum: float = option(0.9, "SGD momentum")
-    weight_decay: float = option(1e-4, "weight decay of tensors with two or more dimensions")
+    batch_size: int = count(16, "images per step")
+    lr: float = positive(0.02, "learning rate per 16 images: the peak is lr * batch_size / 16")
+    warmup_steps: int = not_negative(1000, "steps of linear learning rate warm-up")
+    momentum: float = below_one(0.9, "SGD momentum")
+    weight_decay: float = not_negative(1e-4, "weight decay of tensors with two or more dimensions")
     seed: int = option(0, "seed of new weights, order, flips and sampling")
 
 
@@ -109,27 +125,13 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
         "run: those of the pretraining; random; or published ones, timm:NAME[=FILE] or torchvision:NAME[=FILE]",
         metavar="WEIGHTS",
     )
-    evaluate_steps: int = option(0, "steps between evaluations; 0: only at the end")
-    stall_timeout: float = option(300.0, "seconds without a step before a stall is reported; 0: never")
-    device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
+    evaluate_steps: int = not_negative(0, "steps between evaluations; 0: only at the end")
+    stall_timeout: float = not_negative(300.0, STALL_HELP)
+    device: str = choice("auto", DEVICES, DEVICE_HELP, metavar="DEVICE")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
-        positive(
-            max_size=self.max_size,
-            anchor_size=self.anchor_size,
-            rois=self.rois,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-        )
-        for name in ("warmup_steps", "weight_decay", "evaluate_steps", "stall_timeout"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{flag(name)} cannot be negative: {getattr(self, name)}")
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"--momentum must be at least 0 and below 1, not {self.momentum}")
-        if self.max_bad_annotations is not None and self.max_bad_annotations < 0:
-            raise InputError(f"--max-bad-annotations cannot be negative: {self.max_bad_annotations}")
+        check_options(self)
         if min(self.chosen_sizes(), default=0) < 1 or max(self.chosen_sizes()) > self.max_size:
             raise InputError(f"--sizes {self.sizes}: give whole numbers from 1 to --max-size, {self.max_size}")
         if any(not 0 < drop < self.steps for drop in self.hyperparameters().drops):
@@ -326,11 +328,6 @@ def make_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
     options = cli.to_config(DetectOptions, parsed)
@@ -343,6 +340,8 @@ def _main(argv: Sequence[str]) -> None:
         raise
     publish_detect(out, report)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

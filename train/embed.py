@@ -26,7 +26,7 @@ from .data.datasets.registry import open_images
 from .data.pixel_options import read_as
 from .distributed.process_group import SINGLE_PROCESS, World, end_sharing, init_sharing
 from .evaluation.pretrained import BATCH, evaluation_views
-from .export import load_family, read_run, run_family, run_images, selected_subnets
+from .evaluation.trained import TrainedRun
 from .run.device import choose_device
 from .run.options import DEVICE_HELP, WORKERS_HELP, Workers
 
@@ -91,15 +91,9 @@ def open_embedder(
 
 def _cut(out: Path, dn: str | None, world: World) -> tuple[nn.Module, int, PixelFormat]:
     """A subnet of a run as an ordinary network, with its post-statistics, and the size and format of its images."""
-    config = read_run(out)
-    options, data, image_size = run_family(config)
-    trained, _ = load_family(out, config)
-    trained.world = world
-    (subnet,) = selected_subnets(out, options, [dn or trained.family.full.name], nested=False)
-    if world.all_gather(subnet.name not in trained.restore_statistics([subnet]))[0]:
-        atomic.check_writable(out)
-        trained.measure_statistics([subnet], run_images(config), data)
-    return slim(trained.model, subnet), image_size, PixelFormat.of(config)
+    run = TrainedRun(out)
+    (subnet,) = run.subnets([dn or run.family.full.name])
+    return slim(run.load([subnet], world).model, subnet), run.image_size, run.format
 
 
 def embed(
@@ -131,11 +125,6 @@ def embed(
     single = isinstance(images, str | os.PathLike)
     opened = open_files([images] if single else images)  # type: ignore[list-item, arg-type]
     return np.concatenate(list(open_embedder(source, dn, device).batches(opened, workers)))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv, several_ranks=True)
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -172,6 +161,8 @@ def _save(path: Path, features: np.ndarray) -> None:
     with open(path, "wb") as file:  # given a path, np.save would append .npy
         np.save(file, features)
 
+
+main = cli.command(_main, several_ranks=True)
 
 if __name__ == "__main__":
     main()

@@ -68,11 +68,6 @@ def make_parsers() -> dict[str, cli.ArgumentParser]:
     return parsers
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv, several_ranks=True)
-
-
 def _main(argv: Sequence[str]) -> None:
     examples = "\n".join(protocol.example.splitlines()[0] for protocol in PROTOCOLS.values())
     parser = cli.parser("evaluate", DESCRIPTION, examples, "PROTOCOL [options] OUT")
@@ -92,6 +87,8 @@ def _main(argv: Sequence[str]) -> None:
         raise
     protocol.publish(out, report)
 
+
+main = cli.command(_main, several_ranks=True)
 
 if __name__ == "__main__":
     main()

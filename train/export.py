@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,25 +15,20 @@ from torch import Tensor
 import dspnet_fast
 from dspnet_fast import atomic, device_formats, exported, latency, onnx_file
 from dspnet_fast.cost import mac_count, parameter_count
-from dspnet_fast.errors import InputError
-from dspnet_fast.models import Classifier, Network, image_channels, subnet
+from dspnet_fast.models import Classifier, Network, image_channels
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
 
 from . import cli
-from .config import FamilyOptions, FinetuneConfig, PretrainConfig
-from .data.datasets import open_images
+from .config import FinetuneConfig, PretrainConfig
 from .data.datasets.images import ImageDataset, Subset
-from .data.datasets.pixels import PixelFormat
-from .data.pixel_options import read_as
-from .evaluation.finetuned import FinetunedFamily
-from .evaluation.pretrained import EvaluatedFamily, PretrainedFamily
+from .evaluation.pretrained import EvaluatedFamily
+from .evaluation.trained import TrainedRun
 from .exporting.formats import FormatImages
 from .exporting.model_card import push, require_hub, write_card
-from .run.options import option
+from .run.options import check_options, count, option
 from .run.progress import Monitor
-from .run.saved_config import read_any_config
 from .teachers.teacher import exported_facts
 
 DESCRIPTION = """\
@@ -66,13 +61,12 @@ class ExportOptions:
     push: str = option(
         "", "account on the Hub to upload each network to, as NAME/<run>-<dn>; implies --card", metavar="NAME"
     )
-    batch_size: int = option(1, "images per call for the latency measurement")
-    threads: int | None = option(None, "threads for the latency measurement [PyTorch's number]")
+    batch_size: int = count(1, "images per call for the latency measurement")
+    threads: int | None = count(None, "threads for the latency measurement [PyTorch's number]")
 
     def __post_init__(self) -> None:
         """Raise InputError for invalid values."""
-        if self.batch_size < 1 or (self.threads is not None and self.threads < 1):
-            raise InputError("--batch-size and --threads must be at least 1")
+        check_options(self)
         if self.onnx:
             onnx_file.require()
         device_formats.require(self.format_names())
@@ -82,46 +76,6 @@ class ExportOptions:
     def format_names(self) -> list[str]:
         """The names in `formats`."""
         return [name.strip() for name in self.formats.split(",") if name.strip()]
-
-
-def read_run(out: Path) -> PretrainConfig | FinetuneConfig:
-    """The configuration of a run of train.pretrain or train.finetune; InputError if there is none."""
-    config = read_any_config(out, PretrainConfig, FinetuneConfig)
-    assert isinstance(config, PretrainConfig | FinetuneConfig)
-    return config
-
-
-def run_family(config: PretrainConfig | FinetuneConfig) -> tuple[FamilyOptions, str, int]:
-    """The family options of a run, the name of its dataset, and the image size in pixels."""
-    options = config.family() if isinstance(config, FinetuneConfig) else config
-    assert config.data is not None and config.image_size is not None
-    return options, config.data, config.image_size
-
-
-def run_images(config: PretrainConfig | FinetuneConfig, split: Literal["train", "test"] = "train") -> ImageDataset:
-    """The training or test images of a run, in its pixel format."""
-    assert config.data is not None
-    return read_as(open_images(config.data, split), PixelFormat.of(config))
-
-
-def selected_subnets(out: Path, options: FamilyOptions, dns: Sequence[str], nested: bool) -> Family | list[Subnet]:
-    """Look up subnets by name.
-
-    Args:
-        out: run directory.
-        options: family of the run.
-        dns: names [those of the run].
-        nested: whether to return a `Family`, whose subnets nest.
-
-    Raises:
-        InputError: if a subnet is not contained in the largest network of the run.
-    """
-    trained = Family(subnet(options.network, dn) for dn in options.names())
-    subnets = [subnet(options.network, dn) for dn in dns] or list(trained)
-    for chosen in subnets:
-        if not chosen.within(trained.full):
-            raise InputError(f"{chosen} is no part of {trained.full}, the largest network of {out}")
-    return Family(subnets) if nested else subnets
 
 
 def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = None) -> list[Path]:
@@ -143,62 +97,52 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
         RuntimeError: if the ONNX model computes different outputs.
     """
     options = options or ExportOptions()
-    config = read_run(out)
+    run = TrainedRun(out)
     atomic.check_writable(out)
-    format = PixelFormat.of(config)
-    family_options, data, image_size = run_family(config)
-    subnets = selected_subnets(out, family_options, dns, options.switchable)
-    trained, classes = load_family(out, config)
-    missing = [chosen for chosen in subnets if chosen.name not in trained.restore_statistics(subnets)]
-    if missing:
-        trained.measure_statistics(missing, run_images(config), data)
+    subnets: Sequence[Subnet] = run.subnets(dns) or run.family
+    family = Family(subnets) if options.switchable else None
+    trained = run.load(subnets)
     sources = trained.restore_statistics(subnets)
-    examples = _examples(trained, run_images(config)) if options.onnx or options.formats else None
-    images = FormatImages(trained, run_images(config), run_images(config, "test")) if options.formats else None
+    examples = _examples(trained, run.images()) if options.onnx or options.formats else None
+    images = FormatImages(trained, run.images(), run.images("test")) if options.formats else None
     written = []
     with Monitor("export", len(subnets) + options.switchable) as monitor:
         for chosen in subnets:
             monitor.status(chosen.name)
             network = slim(trained.model, chosen)
             assert isinstance(network, Network | Classifier)
-            converted, facts = _convert_and_time(network, image_size, examples, images, options)
+            converted, facts = _convert_and_time(network, run.image_size, examples, images, options)
             for name, entry in facts.get("formats", {}).items():
                 monitor.line(f"{chosen.name} {_sentence(name, entry)}")
             manifest = {
                 "parameters": parameter_count(network),
-                "macs": mac_count(network, image_size),
-                "image_size": image_size,
-                "pixels": format.pixels,
-                "normalization": format.normalization,
+                "macs": mac_count(network, run.image_size),
+                "image_size": run.image_size,
+                "pixels": run.format.pixels,
+                "normalization": run.format.normalization,
                 "batch_norm": {"statistics": "measured after training", **sources[chosen.name]},
-                **_training_facts(trained, config),
-                "teacher": exported_facts(out if isinstance(config, PretrainConfig) else Path(config.from_)),
+                **_training_facts(trained, run.config),
+                "teacher": exported_facts(out if isinstance(run.config, PretrainConfig) else Path(run.config.from_)),
                 "made_by": {"dspnet_fast": dspnet_fast.__version__, "commit": _commit()},
                 **facts,
             }
-            exported.save(out / "exported" / chosen.name, network, chosen, manifest, converted, classes)
+            exported.save(out / "exported" / chosen.name, network, chosen, manifest, converted, trained.classes)
             written.append(out / "exported" / chosen.name)
             if options.card or options.push:
                 write_card(out, written[-1], options.license)
             if options.push:
                 monitor.line(push(written[-1], f"{options.push}/{out.resolve().name}-{chosen.name}"))
             monitor.advance()
-        if isinstance(subnets, Family):
+        if family is not None:
             assert isinstance(trained.model, Network | Classifier)
-            runtime = Switchable.of(trained.model, subnets, image_size, format.normalization, classes, format.pixels)
+            runtime = Switchable.of(
+                trained.model, family, run.image_size, run.format.normalization, trained.classes, run.format.pixels
+            )
             runtime.measure(options.batch_size, threads=options.threads)
             runtime.save(out / "exported" / SWITCHABLE)
             written.append(out / "exported" / SWITCHABLE)
             monitor.advance()
     return written
-
-
-def load_family(out: Path, config: PretrainConfig | FinetuneConfig) -> tuple[EvaluatedFamily, list[str]]:
-    """Load the family of a run and the names of its classes; no classes after pretraining."""
-    if isinstance(config, FinetuneConfig):
-        finetuned = FinetunedFamily(out, torch.device("cpu"))
-        return finetuned, finetuned.classes
-    return PretrainedFamily(out, torch.device("cpu")), []
 
 
 def _training_facts(trained: EvaluatedFamily, config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
@@ -211,7 +155,7 @@ def _training_facts(trained: EvaluatedFamily, config: PretrainConfig | FinetuneC
 
 def _examples(trained: EvaluatedFamily, images: ImageDataset) -> Tensor:
     """Eight training images, [8, C, S, S], to verify the ONNX model."""
-    few = Subset.random(images, min(VERIFICATION_IMAGES, len(images)), seed=0)
+    few = Subset.up_to(VERIFICATION_IMAGES, images)
     return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
 
 
@@ -256,17 +200,16 @@ def _convert_and_time(
         if of_formats is not None:
             facts["formats"] = {}
             fp32 = of_formats.accuracy(network)
-        for name in options.format_names():
-            assert of_formats is not None
-            other = device_formats.convert(name, converted, of_formats.calibration, options.threads)
-            try:
-                entry = of_formats.facts(name, other, network, examples)
-            except RuntimeError as error:
-                facts["formats"][name] = {"refused": str(error)}
-                continue
-            facts["formats"][name] = {**entry, "accuracy_fp32": fp32}
-            runtimes[name] = functools.partial(other.run, images)
-            files |= other.files
+            for name in options.format_names():
+                other = device_formats.convert(name, converted, of_formats.calibration, options.threads)
+                try:
+                    entry = of_formats.facts(name, other, network, examples)
+                except RuntimeError as error:
+                    facts["formats"][name] = {"refused": str(error)}
+                    continue
+                facts["formats"][name] = {**entry, "accuracy_fp32": fp32}
+                runtimes[name] = functools.partial(other.run, images)
+                files |= other.files
     with torch.no_grad():
         results = latency.measure(runtimes, threads=options.threads)
     facts["latency"] = {
@@ -285,11 +228,6 @@ def _commit() -> str | None:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("export", DESCRIPTION, EXAMPLE, "[options] OUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain or dspnet-finetune")
@@ -300,6 +238,8 @@ def _main(argv: Sequence[str]) -> None:
     for path in export(parsed.out, dns, options):
         print(path)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

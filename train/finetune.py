@@ -240,11 +240,6 @@ def make_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(with_saved_config(argv))
     config = completed(cli.to_config(FinetuneConfig, parsed))
@@ -259,6 +254,8 @@ def _main(argv: Sequence[str]) -> None:
         raise
     publish_finetune(Path(config.out), report)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

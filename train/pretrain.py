@@ -66,11 +66,6 @@ def make_parser() -> cli.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv, several_ranks=True)
-
-
 def _main(argv: Sequence[str]) -> None:
     options = make_parser().parse_args(with_saved_config(argv))
     config = cli.to_config(PretrainConfig, options)
@@ -79,6 +74,8 @@ def _main(argv: Sequence[str]) -> None:
     else:
         pretrain(config, options.resume)
 
+
+main = cli.command(_main, several_ranks=True)
 
 if __name__ == "__main__":
     main()

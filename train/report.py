@@ -242,16 +242,13 @@ def write(out: Path) -> Path:
     return folder / "index.html"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("report", DESCRIPTION, EXAMPLE, "[options] OUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
     print(write(parser.parse_args(argv).out))
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dspnet_fast import plugins, verdicts
 from dspnet_fast.errors import InputError
@@ -15,7 +16,7 @@ from .config import PretrainConfig
 from .costs.dry_run import known_images, known_size
 from .pretraining import recipe
 from .run.device import check_fast_kernels, choose_device
-from .run.options import positive
+from .run.options import check_options, count, option, positive
 from .run.tables import Table
 from .selection.recording import shape_of
 from .selection.selection import key_of, select
@@ -35,15 +36,20 @@ EXAMPLE = """\
   dspnet-select --config recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --ranks 8 --again"""
 
 
+@dataclass(kw_only=True)
+class SelectOptions:
+    """Options of `train.select` besides those of the run."""
+
+    again: bool = option(False, "ignore a verdict in the cache")
+    ranks: int = count(1, "number of processes of the run")
+    call_seconds: float = positive(CALL_SECONDS, "seconds after which a call of an operator counts as hanging")
+
+
 def make_parser() -> cli.ArgumentParser:
     """The parser of the command."""
     parser = cli.parser("select", DESCRIPTION, EXAMPLE)
     cli.add_config_file(parser)
-    parser.add_argument("--again", action="store_true", help="ignore a verdict in the cache")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="number of processes of the run")
-    parser.add_argument(
-        "--call-seconds", type=float, default=CALL_SECONDS, metavar="X", help="seconds after which a call is hanging"
-    )
+    cli.add_options(parser, SelectOptions)
     cli.add_options(parser, PretrainConfig)
     return parser
 
@@ -69,30 +75,27 @@ def show(verdict: Verdict) -> None:
     print(f"{verdict.formulation}: {verdict.reason}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
     parsed = make_parser().parse_args(argv)
-    config = cli.to_config(PretrainConfig, parsed)
-    config = recipe.complete(config, known_images(config, known_size(config.data)), parsed.ranks)
+    options, config = cli.to_config(SelectOptions, parsed), cli.to_config(PretrainConfig, parsed)
+    check_options(options)
+    config = recipe.complete(config, known_images(config, known_size(config.data)), options.ranks)
     config = with_teacher(config, expected_facts(config))
-    positive(ranks=parsed.ranks, call_seconds=parsed.call_seconds)
     if policy := registry.policy_of_environment():
         raise InputError(f"DSPNET_KERNELS={policy} overrides every selection: unset it")
     plugins.load(config.plugins)
     device = choose_device(config.device)
     check_fast_kernels(device)
-    key, shape = key_of(device, config.tf32, config.plugins, config.cudnn), shape_of(config, parsed.ranks)
-    verdict = None if parsed.again else verdicts.read(key, shape)
+    key, shape = key_of(device, config.tf32, config.plugins, config.cudnn), shape_of(config, options.ranks)
+    verdict = None if options.again else verdicts.read(key, shape)
     if verdict is None:
-        verdict = select(config, device, parsed.ranks, call_seconds=parsed.call_seconds)
+        verdict = select(config, device, options.ranks, call_seconds=options.call_seconds)
     show(verdict)
     if verdicts.read(key, shape) == verdict:
         print(f"kept in {verdicts.path_of(key, shape)} on {verdict.date}")
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,7 @@ def installed(monkeypatch):
     return decide
 
 
-def test_auto_chooses_dali_for_photographs(photographs, installed, tmp_path):
+def test_auto_chooses_dali_for_photographs(photographs, installed):
     installed(True)
     assert choose_backend("auto", photographs, CPU) == "dali-cpu"
     installed(False)

@@ -237,7 +237,7 @@ print(len(next(batches)))
     assert run_python("-c", code) == "8\n['MainThread']\n"
 
 
-# what DALI cannot decode
+# files that DALI cannot decode
 
 
 def test_images_that_dali_cannot_decode_are_decoded_by_pillow(images, monkeypatch):

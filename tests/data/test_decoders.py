@@ -1,4 +1,4 @@
-"""Unreadable files say what they are; warnings of decoders are gathered; names that are not UTF-8 are safe."""
+"""Errors describe unreadable files; warnings of decoders are gathered; names that are not UTF-8 are safe."""
 
 import io
 import json
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dspnet_fast.errors import InputError
+from tests.small_run import SMALL_RUN
 from train import embed
 from train.config import PretrainConfig
 from train.data.bad_images import BadImages
@@ -110,22 +111,8 @@ def test_names_that_are_not_utf8_are_safe_in_terminal_log_and_files(tmp_path, mo
                     file.write(content.getvalue() if split == b"test" or i else b"")
     data = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"images\xfe"))
     out = tmp_path / "run"
-    config = PretrainConfig(
-        data=data,
-        out=str(out),
-        network="resnet",
-        dns="c8-d1111",
-        stem="small",
-        image_size=12,
-        hidden_features=16,
-        epochs=1,
-        batch_size=5,
-        subnets_per_step=1,
-        warmup_epochs=0,
-        workers=0,
-        max_bad_images=2,
-        probe_images=8,
-    )
+    options = {"dns": "c8-d1111", "epochs": 1, "batch_size": 5, "subnets_per_step": 1, "warmup_epochs": 0}
+    config = PretrainConfig(**SMALL_RUN | options, data=data, out=str(out), max_bad_images=2)
     PretrainRun(config, resume=False).run()
     assert len(json.loads((out / "bad_images.json").read_text())) == 2
     assert "it is empty" in (out / "train.log").read_text(errors="surrogateescape")

@@ -1,4 +1,4 @@
-"""open_images of image folders: layouts, splits, links, and what is left out."""
+"""open_images of image folders: layouts, splits, links, and left-out files."""
 
 from pathlib import Path
 

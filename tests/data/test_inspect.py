@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import run as run_command
 from train.data import inspect
 from train.data.views.augmentation import OPERATIONS
 
@@ -22,10 +24,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def run(*argv) -> int:
-    with pytest.raises(SystemExit) as end:
-        inspect.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, inspect)
 
 
 @pytest.mark.skipif(not has_dali, reason="DALI is not installed")

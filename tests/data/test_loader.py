@@ -303,7 +303,7 @@ def test_one_unreadable_image_above_the_limit_raises(workers, limit):
     assert len(bad.new_messages()) == limit
 
 
-def test_a_dataset_without_readable_images_raises(tmp_path):
+def test_a_dataset_without_readable_images_raises():
     class Hopeless(Noise):
         def load(self, i: int) -> Image.Image:
             raise InputError(f"cannot read the image {i}")

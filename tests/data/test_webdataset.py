@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from dspnet_fast.errors import InputError
+from tests.commands import run as run_command
 from train.data import shard as command
 from train.data.datasets import open_images, webdataset
 from train.data.datasets.images import ArrayDataset
@@ -226,10 +228,7 @@ def test_shard_truncated_during_a_run_is_named(written, tmp_path):
 # writing
 
 
-def run(*argv) -> int:
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, command)
 
 
 def test_command_writes_shards_and_refuses_an_existing_folder(folder, tmp_path, capsys):

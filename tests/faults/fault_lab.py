@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from tests.commands import as_arguments
+from tests.small_run import SMALL_RUN
 from train.run import checkpoint
 
 HERE = Path(__file__).parent
@@ -22,21 +24,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TIMEOUT = 90.0  # seconds
 
 STEPS = 20
-TINY = {
-    "network": "resnet",
+TINY = SMALL_RUN | {
     "dns": "c8-d1111,c8-d1121",
-    "stem": "small",
-    "image_size": 12,
-    "hidden_features": 16,
-    "out_features": 8,
-    "epochs": 2,  # of 40 images
-    "batch_size": 4,
+    "batch_size": 4,  # of 40 images
     "subnets_per_step": 2,
-    "base_lr": 4.0,
-    "warmup_epochs": 0.5,
-    "workers": 0,
     "probe_epochs": 0,
-    "log_steps": 1,
     "checkpoint_epochs": 0.3,  # every 3 steps
 }
 
@@ -64,7 +56,7 @@ Trainer.train_step = pausing
 
 
 def arguments(**options: object) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items()]
+    return as_arguments({**TINY, **options})
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -151,7 +143,7 @@ class Lab:
             before = self.pausing(pause_at) + before
         options = {"out": self.out, **options}
         argv = (
-            ["--resume", *arguments_given(options)]
+            ["--resume", *as_arguments(options)]
             if resume
             else ["--fast-kernels", *arguments(**{"data": self.images, **options})]
         )
@@ -179,10 +171,6 @@ class Lab:
     @property
     def checkpoints(self) -> Path:
         return self.seen / "checkpoints"
-
-
-def arguments_given(options: dict[str, object]) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
 def losses(out: Path) -> list[tuple[int, dict[str, float]]]:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from dspnet_fast.models import build, family
 from dspnet_fast.statistics import post_statistics
+from tests.commands import as_arguments
+from tests.small_run import SMALL_RUN
 from tests.train.coco_set import draw
 from train.config import PretrainConfig
 from train.data.datasets import coco, data_folder, open_images
@@ -18,25 +20,6 @@ from train.data.loader import evaluation_batches
 from train.data.normalization import normalize
 from train.evaluation.features import extract
 from train.pretraining.run import PretrainRun
-
-SMALL_RUN = {
-    "recipe": "paper",
-    "network": "resnet",
-    "dns": "c8-d1111,c8-d1121,c16-d2121",
-    "stem": "small",
-    "image_size": 12,
-    "hidden_features": 16,
-    "out_features": 8,
-    "epochs": 2,
-    "batch_size": 8,
-    "subnets_per_step": 3,
-    "base_lr": 4.0,
-    "warmup_epochs": 0.5,
-    "workers": 0,
-    "probe_epochs": 1,
-    "probe_images": 20,
-    "log_steps": 1,
-}
 
 
 @pytest.fixture(scope="session")
@@ -114,8 +97,7 @@ def arguments(images, tmp_path):
     """arguments(**options): the command line of a small run."""
 
     def make(**options):
-        values = {**SMALL_RUN, "data": images, "out": tmp_path / "run", **options}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+        return as_arguments({**SMALL_RUN, "data": images, "out": tmp_path / "run", **options})
 
     return make
 

@@ -1,11 +1,14 @@
-"""Wrong arguments are errors of one line that name what was meant."""
+"""Wrong arguments are errors of one line that suggest a valid one."""
 
 import importlib
+import math
 
 import pytest
 
 from dspnet_fast.errors import InputError
+from tests.commands import run
 from train import cli
+from train.config import PretrainConfig
 
 CASES = {
     "pretrain --epochs many": "--epochs many: expected a whole number",
@@ -32,7 +35,21 @@ def test_wrong_arguments_are_one_line(line):
 
 
 def test_command_prints_the_line_without_usage(capsys):
-    with pytest.raises(SystemExit) as ended:
-        importlib.import_module("train.pretrain").main(["--baselr", "3"])
-    assert ended.value.code == cli.WRONG_INPUT
+    assert run(importlib.import_module("train.pretrain"), "--baselr", "3") == cli.WRONG_INPUT
     assert capsys.readouterr().err == "error: unknown option --baselr: did you mean --base-lr?\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_lr": math.nan}, "--base-lr must be a finite number, not nan"),
+        ({"stall_timeout": math.inf}, "--stall-timeout must be a finite number, not inf"),
+        ({"train_images": 0}, "--train-images must be at least 1, not 0"),
+        ({"full_only_epochs": -1.0}, "--full-only-epochs must be at least 0, not -1.0"),
+        ({"hue": 0.6}, "--hue must lie between 0 and 0.5, not 0.6"),
+        ({"precision": "fp8"}, "--precision must be one of fp32, bf16, fp16, not 'fp8'"),
+    ],
+)
+def test_values_that_break_a_rule_are_refused(options, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        PretrainConfig(**options)

@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dspnet_fast import exported
 from dspnet_fast.nn import activate
+from tests.commands import run
 from train import evaluate, export, pretrain
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
@@ -23,12 +24,6 @@ from train.pretraining.run import PretrainRun
 
 SETUP = Path(__file__).parents[2] / "setup.py"
 ENTRIES = re.findall(r'"(dspnet-\w+) = dspnet_fast\.(train[\w.]+):main"', SETUP.read_text())
-
-
-def run(command, *argv):
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in argv])
-    return end.value.code
 
 
 def test_run_directory_has_config_metrics_log_and_tensorboard(finished):
@@ -47,7 +42,7 @@ def test_run_directory_has_config_metrics_log_and_tensorboard(finished):
     assert "pretrained c8-d1111, c8-d1121, c16-d2121" in (finished / "train.log").read_text()
 
 
-def test_saved_config_reproduces_the_run(finished, tmp_path, capsys):
+def test_saved_config_reproduces_the_run(finished, tmp_path):
     again = tmp_path / "again"
     assert run(pretrain, "--config", finished / "config.yaml", "--out", again) == DONE
     first, second = (yaml.safe_load((out / "config.yaml").read_text()) for out in (finished, again))
@@ -185,13 +180,13 @@ def test_unexpected_error_gives_one_line_and_exit_code_1(arguments, monkeypatch,
 def test_help_has_usage_and_example_with_the_installed_name(name, module, capsys):
     assert run(importlib.import_module(module), "--help") == DONE
     shown = capsys.readouterr().out
-    assert f"usage: {name} " in shown and f"example:\n  {name} " in shown
+    assert f"usage: {name} " in shown and f"examples:\n  {name} " in shown
     assert not re.search(r"\btrain\.(?!log)|python -m", shown)
 
 
 def test_help_names_the_folder_of_the_recipes(capsys):
     assert run(pretrain, "--help") == DONE
-    (folder,) = re.findall(r"^recipes/ is (.*)$", capsys.readouterr().out, re.MULTILINE)
+    (folder,) = re.findall(r"^The folder recipes/ is (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert (Path(folder) / "dspnet_mobilenet-v3_imagenet_300e.yaml").is_file()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from dspnet_fast.errors import InputError
+from tests.commands import run as run_command
 from train import cli
 from train.distributed.process_group import World, refuse_ranks
 
@@ -65,9 +66,7 @@ def test_two_ranks_give_the_files_of_one(trained, images, tmp_path):
 def test_commands_of_one_process_refuse_ranks(module, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"train.{module}").main(["OUT"])
-    assert ended.value.code == cli.WRONG_INPUT
+    assert run_command(importlib.import_module(f"train.{module}"), "OUT") == cli.WRONG_INPUT
     reason = "this command runs in one process, and torchrun started 2: start it without torchrun"
     assert capsys.readouterr().err == f"error: {reason}\n"
 

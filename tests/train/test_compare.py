@@ -18,6 +18,8 @@ from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.models import MLP, build, family
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import sandwich
+from tests.commands import as_arguments, run
+from tests.small_run import SMALL_RUN
 from train import compare, report
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.comparison import measuring, times
@@ -34,28 +36,14 @@ from train.reporting import figures, page
 from train.reporting.findings import read_comparison
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
-OPTIONS = {
-    "recipe": "paper",
-    "network": "resnet",
-    "stem": "small",
+OPTIONS = SMALL_RUN | {
     "dns": f"{LARGE},{SMALL}",
-    "image_size": 12,
-    "hidden_features": 16,
-    "out_features": 8,
     "epochs": 1,
     "batch_size": 13,
-    "base_lr": 4.0,
+    "subnets_per_step": 2,
     "warmup_epochs": 0.3,
-    "workers": 0,
     "probe_epochs": 0,
-    "log_steps": 1,
 }
-
-
-def run(command, *argv):
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in argv])
-    return end.value.code
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +51,8 @@ def command(images):
     """command(out, **options): the command line of a comparison of two networks that train for six steps."""
 
     def make(out, **options):
-        values = {**OPTIONS, "data": images, "k": 5, "timed_steps": 2, "subnets_per_step": 2, "out": out, **options}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+        values = {**OPTIONS, "data": images, "k": 5, "timed_steps": 2, "out": out, **options}
+        return as_arguments(values)
 
     return make
 
@@ -376,7 +364,7 @@ def test_bars_stack_their_parts():
         ({"k": 0}, "--k must be at least 1"),
         ({"k": 81}, "--k 81 neighbours among"),
         ({"references": 500}, "--references 500 of 80 images"),
-        ({"linear_epochs": -1}, "--linear-epochs cannot be negative"),
+        ({"linear_epochs": -1}, "--linear-epochs must be at least 0, not -1"),
         ({"train_images": 500}, "--train-images 500"),
         ({"batch_size": 500}, "batch of 500"),
         ({"data": "/nowhere"}, "no image dataset"),
@@ -392,4 +380,4 @@ def test_invalid_options_are_refused_before_writing(command, tmp_path, capsys, o
 def test_help_has_an_example_and_the_comparisons_options(capsys):
     assert run(compare, "--help") == DONE
     shown = capsys.readouterr().out
-    assert "example:" in shown and "--subnets-per-step" in shown and "--seed " not in shown
+    assert "examples:" in shown and "--subnets-per-step" in shown and "--seed " not in shown

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import signal
 
 import pytest
 
 from dspnet_fast.errors import InputError
+from tests.interruption import stop_after
 from train.pretrain import _main
 from train.pretraining.run import PretrainRun
-from train.pretraining.trainer import Trainer
 from train.run import checkpoint
 from train.run.data_used import DATA_USED
 
@@ -21,20 +20,10 @@ def used(out):
 
 
 @pytest.fixture
-def interrupted(small, images, tmp_path, monkeypatch):
+def interrupted(small, images, tmp_path):
     """A run that was stopped after 13 steps, and its image folder, which may be changed."""
     folder, out = shutil.copytree(images, tmp_path / "photos"), tmp_path / "run"
-    train_step = Trainer.train_step
-
-    def interrupting_step(self, batch):
-        losses = train_step(self, batch)
-        if self.step == STOPPED:
-            signal.raise_signal(signal.SIGINT)
-        return losses
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train_step", interrupting_step)
-        PretrainRun(small(data=str(folder), probe_epochs=0), resume=False).run()
+    stop_after(small(data=str(folder), probe_epochs=0), STOPPED)
     return folder, out
 
 

@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import json
 import shutil
-import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, subnet
 from dspnet_fast.slim import slim
+from tests.commands import as_arguments
+from tests.commands import run as run_command
+from tests.interruption import interrupting
 from tests.train.coco_set import NAMES
 from train import detect, export
 from train.cli import DONE, FAILED, WRONG_INPUT
@@ -40,14 +43,11 @@ TINY = {
 }
 
 
-def run(*argv):
-    with pytest.raises(SystemExit) as end:
-        detect.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, detect)
 
 
 def command(**options):
-    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **options}.items()]
+    return as_arguments({**TINY, **options})
 
 
 def made_detections(truth, shift=0, noise=None):
@@ -150,7 +150,7 @@ def unexported(trained):
     return trained
 
 
-def test_exported_network_is_preferred_to_the_checkpoint(unexported, capsys):
+def test_exported_network_is_preferred_to_the_checkpoint(unexported):
     """Both have the same weights; an export of an earlier step is refused."""
     cut, source = pretrained_network(unexported, "c8-d1121")
     assert source == "checkpoint, 20 steps"
@@ -195,22 +195,12 @@ def test_detector_learns_and_resumes_with_the_same_weights(unexported, shapes, l
     assert "| mask |" in page and "| square | 3 |" in page
     (checkpoints,) = folder.glob("c8-d1111-*")
     last = torch.load(checkpoints / "step-00000012.pt", weights_only=True)["model"]
-
-    train_step = DetectionTraining.train_step
-
-    def interrupting(self, batch):
-        loss = train_step(self, batch)
-        if self.step == 5:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
     for path in checkpoints.iterdir():
         path.unlink()
     losses.clear()
-    monkeypatch.setattr(DetectionTraining, "train_step", interrupting)
-    assert run(*arguments) == FAILED
+    with interrupting(DetectionTraining, 5):
+        assert run(*arguments) == FAILED
     assert "the same command continues" in capsys.readouterr().out
-    monkeypatch.setattr(DetectionTraining, "train_step", train_step)
     assert run(*arguments, "--evaluate-steps", "10") == DONE
     assert losses == whole
     assert "step 10  box AP" in capsys.readouterr().out
@@ -271,7 +261,7 @@ def test_non_finite_loss_ends_the_training(unexported, shapes, monkeypatch, caps
 
 def test_help_has_an_example(capsys):
     assert run("--help") == DONE
-    assert "example:" in capsys.readouterr().out
+    assert "examples:" in capsys.readouterr().out
 
 
 def test_boxes_alone_train_faster_rcnn_in_roboflows_layout(unexported, shapes, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dspnet_fast.errors import InputError
+from tests.commands import run as run_command
 from train import detect
 from train.cli import DONE, WRONG_INPUT
 from train.detection import mask_rcnn
@@ -20,9 +21,9 @@ torchvision = pytest.importorskip("torchvision")
 
 def run(*argv):
     options = ["--sizes=32", "--max-size=64", "--anchor-size=8", "--rois=16", "--batch-size=2", "--lr-drops="]
-    with pytest.raises(SystemExit) as end:
-        detect.main([*map(str, argv), *options, "--steps=1", "--warmup-steps=0", "--workers=0", "--device=cpu"])
-    return end.value.code
+    return run_command(
+        detect, *map(str, argv), *options, "--steps=1", "--warmup-steps=0", "--workers=0", "--device=cpu"
+    )
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """`train.pretrain --dry-run`: counts, memory sizes and checks, with and without images; it writes nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dspnet_fast.errors import InputError
+from tests.commands import run as run_command
 from train import pretrain
 from train.cli import DONE, WRONG_INPUT
 from train.costs.dry_run import estimate
@@ -11,11 +14,7 @@ from train.costs.flops import network_costs, run_cost
 from train.pretraining.trainer import Trainer
 from train.run.tables import quantity
 
-
-def run(*argv):
-    with pytest.raises(SystemExit) as end:
-        pretrain.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, pretrain)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +40,7 @@ def test_memory_equals_the_trainers_buffers(small, options):
     memory, trainer = estimate(config).memory, Trainer(config, 10, torch.device("cpu"))
     flat = trainer.flat_buffers
     tensors = {"weights": flat.params, "gradients": flat.grads, "momentum": flat.momenta, "target": flat.targets}
-    for name, tensor in tensors.items():
-        assert getattr(memory, name) == tensor.nbytes
-    assert memory.total == sum(tensor.nbytes for tensor in tensors.values())
+    assert memory.parts == {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
 def test_checkpoint_size_is_predicted(finished, small):

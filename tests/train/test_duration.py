@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from tests.commands import run
 from train import pretrain
 from train.cli import DONE
 from train.costs.flops import network_costs, run_cost
@@ -72,7 +73,5 @@ def test_durations_have_a_suitable_unit(seconds, words):
 
 
 def test_run_prints_its_duration_once(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
-        pretrain.main(arguments(probe_epochs=0))
-    assert end.value.code == DONE
+    assert run(pretrain, *arguments(probe_epochs=0)) == DONE
     assert re.findall(r"2 epochs, 20 steps: about \d+ s of training", capsys.readouterr().out) != []

@@ -1,21 +1,19 @@
 """train.embed: features equal those of the exported network, in the order of the listed files."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 from dspnet_fast.errors import InputError
+from tests.commands import run as run_command
 from train import embed
 from train.cli import DONE, WRONG_INPUT
 from train.data.datasets.folder import open_files
 from train.export import ExportOptions, export
 
-
-def run(*argv):
-    with pytest.raises(SystemExit) as end:
-        embed.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, embed)
 
 
 def test_run_and_export_give_the_same_features(trained, images):

@@ -10,6 +10,7 @@ import torch
 from dspnet_fast import exported
 from dspnet_fast.nn import activate
 from dspnet_fast.switchable import Switchable
+from tests.commands import run
 from train import detect, evaluate, export, finetune, report
 from train.cli import DONE, WRONG_INPUT
 from train.data.datasets import open_images
@@ -17,12 +18,6 @@ from train.evaluation.finetuned import FinetunedFamily
 
 DNS = ("c8-d1111", "c8-d1121", "c16-d2121")
 SHORT = ("--epochs=1", "--batch-size=16", "--lr=0.5", "--warmup-epochs=0", "--workers=0")
-
-
-def run(command, *argv):
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in argv])
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

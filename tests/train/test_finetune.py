@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import signal
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +11,9 @@ import yaml
 
 from dspnet_fast.models import build, family
 from dspnet_fast.slim import slim
+from tests.commands import as_arguments
+from tests.commands import run as run_command
+from tests.interruption import interrupting
 from train import finetune
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.config import FinetuneConfig
@@ -24,15 +27,11 @@ DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 SHORT = {"epochs": 2, "batch_size": 16, "lr": 0.5, "warmup_epochs": 0.5, "subnets_per_step": 3, "workers": 0}
 
 
-def run(*argv):
-    with pytest.raises(SystemExit) as end:
-        finetune.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, finetune)
 
 
 def command(**options):
-    values = {**SHORT, **options}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+    return as_arguments({**SHORT, **options})
 
 
 def report(out):
@@ -114,7 +113,7 @@ def test_training_one_network_equals_plain_sgd():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
-def test_initial_weights_come_from_the_run_or_the_seed(finished, tmp_path, images):
+def test_initial_weights_come_from_the_run_or_the_seed(finished, images):
     encoder = PretrainedFamily(finished, torch.device("cpu")).encoder
     config = completed(FinetuneConfig(from_=str(finished)))
     assert (config.dns, config.image_size, config.data) == (",".join(DNS), 12, str(images))
@@ -181,18 +180,10 @@ def test_all_subnets_learn(finished, tmp_path):
         assert network["finetuned"]["top1"] >= 0.9
 
 
-def test_resumed_run_equals_an_uninterrupted_one(finished, whole, tmp_path, monkeypatch, capsys):
+def test_resumed_run_equals_an_uninterrupted_one(finished, whole, tmp_path, capsys):
     second = tmp_path / "second"
-    train_step = SupervisedTraining.train_step
-
-    def interrupting(self, batch):
-        loss = train_step(self, batch)
-        if self.step == 4:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    monkeypatch.setattr(SupervisedTraining, "train_step", interrupting)
-    assert run(*command(**{"from": finished, "out": second})) == FAILED
+    with interrupting(SupervisedTraining, 4):
+        assert run(*command(**{"from": finished, "out": second})) == FAILED
     assert f"dspnet-finetune --out {second} --resume" in capsys.readouterr().out
     assert checkpoint.latest_step(second / "checkpoints") == 4
     assert run("--out", second, "--resume", "--lr", "9") == WRONG_INPUT
@@ -232,7 +223,7 @@ def test_invalid_options_are_refused(finished, tmp_path, capsys, options, messag
 
 def test_help_has_an_example(capsys):
     assert run("--help") == DONE
-    assert "example:" in capsys.readouterr().out
+    assert "examples:" in capsys.readouterr().out
 
 
 def test_from_refuses_a_finetuned_run(finished, tmp_path, capsys):

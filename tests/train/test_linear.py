@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dspnet_fast.errors import InputError
+from tests.commands import run as run_command
+from tests.interruption import interrupting
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
@@ -31,10 +33,7 @@ CPU = torch.device("cpu")
 DNS = ["c8-d1111", "c16-d1111"]  # of real_features
 
 
-def run(*argv):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, evaluate)
 
 
 def report(out):
@@ -190,21 +189,16 @@ def test_resumed_training_equals_an_uninterrupted_one(trained, tmp_path, monkeyp
     assert run("linear", other, *command) == DONE
     train_step, steps = ClassifierTraining.train_step, []
 
-    def interrupting(self, batch):
-        loss = train_step(self, batch)
+    def noting(self, batch):
         steps.append(self.step)
-        if self.step == 7:
-            signal.raise_signal(signal.SIGINT)
-        return loss
+        return train_step(self, batch)
 
-    monkeypatch.setattr(ClassifierTraining, "train_step", interrupting)
-    assert run("linear", trained, *command) == FAILED
+    monkeypatch.setattr(ClassifierTraining, "train_step", noting)
+    with interrupting(ClassifierTraining, 7):
+        assert run("linear", trained, *command) == FAILED
     assert "the same command continues from here" in capsys.readouterr().out
-    monkeypatch.setattr(
-        ClassifierTraining, "train_step", lambda self, batch: (steps.append(0), train_step(self, batch))[1]
-    )
     assert run("linear", trained, *command) == DONE
-    assert steps == [*range(1, 8), *[0] * 8], "15 steps in total, none repeated"
+    assert steps == list(range(15)), "none is repeated"
     assert report(trained) == report(other)
     states = [next((out / "evaluation" / "classifiers").rglob("step-00000015.pt")) for out in (trained, other)]
     first, second = (torch.load(state, weights_only=True)["classifiers"] for state in states)
@@ -214,10 +208,10 @@ def test_resumed_training_equals_an_uninterrupted_one(trained, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--epochs", "0"), "--epochs must be above 0"),
+        (("--epochs", "0"), "--epochs must be at least 1, not 0"),
         (("--momentum", "1"), "--momentum must be"),
         (("--lr", "-1"), "--lr must be above 0"),
-        (("--augment", "--min-scale", "2"), "smallest crop"),
+        (("--augment", "--min-scale", "2"), "--min-scale must lie between 0 and 1, not 2.0"),
         (("--data", "/nowhere"), "no image dataset"),
     ],
 )

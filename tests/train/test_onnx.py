@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ from dspnet_fast.models import build, family
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
 from dspnet_fast.switchable import Switchable
+from tests.commands import run as run_command
 from train import export
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
@@ -25,10 +27,7 @@ ROOT = Path(__file__).parents[2]
 DNS = ("c8-d1111", "c8-d1121", "c16-d2121")
 
 
-def run(*argv):
-    with pytest.raises(SystemExit) as end:
-        export.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, export)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import build, subnet
 from dspnet_fast.models.published import Source, channel_groups, check_name, load_published
 from dspnet_fast.nn import activate
+from tests.commands import run
 from train import pretrain
 from train.cli import DONE, WRONG_INPUT
 from train.costs.dry_run import estimate
@@ -89,7 +90,7 @@ def test_prefixes_have_the_most_important_channels(text, tmp_path):
         assert (importance.diff() <= 1e-9).all()
 
 
-def test_run_starts_with_published_weights_in_both_branches(images, tmp_path, small):
+def test_run_starts_with_published_weights_in_both_branches(tmp_path, small):
     torch.save({"state_dict": published("timm:resnet18").state_dict()}, tmp_path / "weights.pth")
     options = {"dns": "c32-d1111,c64-d2222", "stem": "standard", "image_size": 32, "probe_epochs": 0}
     config = small(**options, init_from=f"timm:resnet18={tmp_path}/weights.pth")
@@ -134,10 +135,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, arguments, capsys):
         (standard, "resnet18", "holds no checkpoint"),
     ):
         given = re.sub("=(.*)", rf"={tmp_path}/\1", source)
-        with pytest.raises(SystemExit) as end:
-            pretrain.main([*arguments(**options, init_from=given, probe_epochs=0), "--dry-run"])
+        code = run(pretrain, *arguments(**options, init_from=given, probe_epochs=0), "--dry-run")
         shown = capsys.readouterr()
-        assert end.value.code == WRONG_INPUT and re.search(message, shown.err), (source, shown.err)
+        assert code == WRONG_INPUT and re.search(message, shown.err), (source, shown.err)
         assert "executed" not in shown.out and shown.err.count("\n") == 1
     assert DONE == 0 and not (tmp_path / "run").exists()
 

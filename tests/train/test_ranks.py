@@ -211,7 +211,7 @@ def test_split_batch(small, bn_groups, grad_accum_steps, ranks, expected):
     assert split_batch(config, ranks) == expected
 
 
-def test_micro_batches_contain_both_views_of_their_images(small):
+def test_micro_batches_contain_both_views_of_their_images():
     batch = torch.arange(12).view(12, 1)  # view 1 of images 0 to 5, then view 2
     micro_batches = [part.flatten().tolist() for part in BatchSplit(3, 1, 1).split(batch)]
     assert micro_batches == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from dspnet_fast.errors import InputError
+from tests.commands import run
 from train import pretrain
 from train.cli import DONE, WRONG_INPUT, to_config
 from train.config import PAPER, PretrainConfig
@@ -125,17 +126,16 @@ def test_subnet_that_is_not_drawn_by_chance_is_an_error(small):
 
 def test_untrained_subnet_is_refused_before_anything_is_written(arguments, tmp_path, capsys):
     for flags in ((), ("--dry-run",)):
-        with pytest.raises(SystemExit) as end:
-            pretrain.main([*arguments(warmup_epochs=10), *flags])
-        assert end.value.code == WRONG_INPUT and "fewer --warmup-epochs" in capsys.readouterr().err
+        assert (
+            run(pretrain, *arguments(warmup_epochs=10), *flags) == WRONG_INPUT
+            and "fewer --warmup-epochs" in capsys.readouterr().err
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_chosen_values_are_printed_and_saved(arguments, tmp_path, capsys):
     left_open = dict.fromkeys((*PAPER, "recipe")) | {"epochs": 3, "probe_epochs": 0}
-    with pytest.raises(SystemExit) as end:
-        pretrain.main(arguments(**left_open))
-    assert end.value.code == DONE
+    assert run(pretrain, *arguments(**left_open)) == DONE
     shown = capsys.readouterr().out
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     expected = complete(PretrainConfig(epochs=3), 80)

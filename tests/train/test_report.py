@@ -18,6 +18,7 @@ from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.models import build, family
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.slim import slim
+from tests.commands import run
 from train import evaluate, export, report
 from train.cli import DONE, WRONG_INPUT
 from train.evaluation import drawing
@@ -29,12 +30,6 @@ from train.reporting.findings import Run, network_summaries
 
 DNS = ["c8-d1111", "c8-d1121", "c16-d2121"]
 VOID = {"meta", "img", "source"}
-
-
-def run(command, *argv):
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in argv])
-    return end.value.code
 
 
 class Page(HTMLParser):
@@ -246,7 +241,7 @@ def test_collapsed_networks_are_named(out):
     assert networks[1]["effective_rank"] is None, "JSON has no NaN"
 
 
-def test_missing_results_are_stated_and_not_drawn(out, capsys):
+def test_missing_results_are_stated_and_not_drawn(out):
     assert run(report, out) == DONE
     text = text_of(page_of(out))
     assert "Not evaluated yet: run dspnet-evaluate knn OUT" in text
@@ -300,7 +295,7 @@ def test_folder_without_a_run_is_refused_and_help_has_an_example(tmp_path, capsy
     assert run(report, tmp_path) == WRONG_INPUT
     assert "holds no run" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert run(report, "--help") == DONE
-    assert "example:" in capsys.readouterr().out
+    assert "examples:" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")

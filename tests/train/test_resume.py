@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from dspnet_fast.errors import InputError
+from tests.interruption import stop_after
 from train.pretrain import _main
 from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
@@ -49,31 +50,10 @@ def uninterrupted(small, tmp_path):
     return tmp_path / "uninterrupted"
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """stop_after(config, step, number): start a run that receives a signal in this step; returns its exception."""
-
-    def run(config, step, number):
-        train_step = Trainer.train_step
-
-        def interrupting_step(self, batch):
-            losses = train_step(self, batch)
-            if self.step == step:
-                signal.raise_signal(number)
-            return losses
-
-        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
-            patch.setattr(Trainer, "train_step", interrupting_step)
-            PretrainRun(config, resume=False).run()
-        return ended.value
-
-    return run
-
-
 @pytest.mark.parametrize("stop_at", [1, 3, 13])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_after_ctrl_c_is_exact(small, tmp_path, uninterrupted, stop_at, workers, stop_after):
-    assert isinstance(stop_after(small(workers=workers), stop_at, signal.SIGINT), KeyboardInterrupt)
+def test_resume_after_ctrl_c_is_exact(small, tmp_path, uninterrupted, stop_at, workers):
+    assert isinstance(stop_after(small(workers=workers), stop_at), KeyboardInterrupt)
     assert final_state(tmp_path / "run")["step"] == stop_at
     _main(["--resume", "--out", str(tmp_path / "run")])
     assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
@@ -81,7 +61,7 @@ def test_resume_after_ctrl_c_is_exact(small, tmp_path, uninterrupted, stop_at, w
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_resume_after_preemption_is_exact(small, tmp_path, uninterrupted, number, stop_after):
+def test_resume_after_preemption_is_exact(small, tmp_path, uninterrupted, number):
     ended = stop_after(small(), 5, number)
     assert isinstance(ended, SystemExit) and ended.code == 0
     assert final_state(tmp_path / "run")["step"] == 5
@@ -90,10 +70,8 @@ def test_resume_after_preemption_is_exact(small, tmp_path, uninterrupted, number
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_resume_from_the_checkpoint_before_a_damaged_one_is_exact(
-    small, tmp_path, uninterrupted, stop_after, damage, capsys
-):
-    stop_after(small(checkpoint_epochs=2 / EPOCH_STEPS), 5, signal.SIGINT)
+def test_resume_from_the_checkpoint_before_a_damaged_one_is_exact(small, tmp_path, uninterrupted, damage, capsys):
+    stop_after(small(checkpoint_epochs=2 / EPOCH_STEPS), 5)
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
     content = bytearray(newest.read_bytes())
     if damage == "truncated":

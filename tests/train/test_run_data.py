@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import signal
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ import yaml
 from PIL import Image
 
 from dspnet_fast.errors import InputError
+from tests.interruption import stop_after
 from train.data.shard import ShardOptions, write_shards
 from train.pretrain import _main
 from train.pretraining.run import PretrainRun
-from train.pretraining.trainer import Trainer
 from train.run import checkpoint
 from train.run import meter as meter_module
 from train.run.meter import Meter
@@ -42,21 +41,10 @@ def shards(images, tmp_path):
 
 @backends
 @pytest.mark.parametrize("sharded", [False, True])
-def test_resume_within_an_epoch_is_exact(small, shards, tmp_path, monkeypatch, backend, sharded):
+def test_resume_within_an_epoch_is_exact(small, shards, tmp_path, backend, sharded):
     options = {"data_backend": backend, **({"data": shards} if sharded else {})}
     PretrainRun(small(out=str(tmp_path / "whole"), **options), resume=False).run()
-    train_step = Trainer.train_step
-
-    def interrupting_step(self, batch):
-        losses = train_step(self, batch)
-        if self.step == 13:
-            signal.raise_signal(signal.SIGINT)
-        return losses
-
-    monkeypatch.setattr(Trainer, "train_step", interrupting_step)
-    with pytest.raises(KeyboardInterrupt):
-        PretrainRun(small(**options), resume=False).run()
-    monkeypatch.undo()
+    stop_after(small(**options), 13)
     _main(["--resume", "--out", str(tmp_path / "run")])
     found, expected = state(tmp_path / "run"), state(tmp_path / "whole")
     for part in ("model", "momentum"):
@@ -103,7 +91,7 @@ def test_too_many_unreadable_images_end_the_run_after_saving(small, damaged, tmp
 
 
 @backends
-def test_unreadable_images_are_counted_over_the_whole_run(small, damaged, tmp_path, monkeypatch, backend):
+def test_unreadable_images_are_counted_over_the_whole_run(small, damaged, tmp_path, backend):
     """Each image is named once, also if it is read again in a later epoch or after resuming."""
     options = {"data": damaged, "data_backend": backend, "probe_epochs": 0}
     with pytest.raises(InputError, match="that is more than --max-bad-images 1"):
@@ -134,7 +122,7 @@ def test_damaged_list_of_unreadable_images_is_named(small, tmp_path):
 
 def test_default_limit_is_one_unreadable_image_in_a_thousand(small):
     assert PretrainRun(small(), resume=False).bad.limit == 0
-    with pytest.raises(InputError, match="--max-bad-images cannot be negative"):
+    with pytest.raises(InputError, match="--max-bad-images must be at least 0, not -1"):
         small(max_bad_images=-1)
 
 

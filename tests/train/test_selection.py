@@ -16,6 +16,7 @@ from dspnet_fast import info, verdicts
 from dspnet_fast.ops import cpp, registry
 from dspnet_fast.verdicts import Race, Verdict
 from dspnet_fast.verification.supervisor import Outcome
+from tests.commands import as_arguments, run
 from train import finetune, pretrain, select
 from train.cli import DONE, WRONG_INPUT
 from train.config import FinetuneConfig
@@ -98,7 +99,7 @@ def sabotaged(tmp_path_factory):
     program = "import sys; from train.selection import selection; selection.RACING_SECONDS['cpu'] = 1.0\n"
     program += "from train import select; select.main(sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", program, *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())],
+        [sys.executable, "-c", program, *as_arguments(options)],
         env={**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -113,7 +114,7 @@ def test_module_of_the_library_is_the_command(run_python):
     assert "usage: dspnet-select" in run_python("-m", "dspnet_fast.select", "--help")
 
 
-def test_command_uses_the_cache_unless_again(small, arguments, monkeypatch, capsys):
+def test_command_uses_the_cache_unless_again(arguments, monkeypatch, capsys):
     made = []
 
     def selecting(config, device, ranks, call_seconds):
@@ -259,9 +260,7 @@ def test_environment_overrides_selection(small, monkeypatch, no_workers, capsys)
     monkeypatch.setattr(registry, "_policy_of_environment", "native")
     assert choose_kernels(config, 10, CPU) == Kernels("native", "DSPNET_KERNELS is set")
     assert registry.get_policy() == "native"
-    with pytest.raises(SystemExit) as end:
-        select.main([])
-    assert end.value.code == WRONG_INPUT and "DSPNET_KERNELS=native overrides" in capsys.readouterr().err
+    assert run(select) == WRONG_INPUT and "DSPNET_KERNELS=native overrides" in capsys.readouterr().err
 
 
 def test_resumed_run_keeps_its_kernels(small, tmp_path, no_workers):
@@ -399,7 +398,5 @@ def test_ranks_with_different_verdicts_run_the_same_formulation(small, arguments
 
 def test_pretrain_writes_kernels_only_with_fast_kernels(arguments, tmp_path):
     for name, flags in (("without", []), ("with", ["--fast-kernels"])):
-        with pytest.raises(SystemExit) as end:
-            pretrain.main([*arguments(**FAMILY, out=tmp_path / name), *flags])
-        assert end.value.code == DONE
+        assert run(pretrain, *arguments(**FAMILY, out=tmp_path / name), *flags) == DONE
     assert (tmp_path / "with" / "kernels.json").exists() and not (tmp_path / "without" / "kernels.json").exists()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from dspnet_fast.errors import InputError
 from dspnet_fast.nn import activate
 from dspnet_fast.slim import slim
+from tests.commands import run as run_command
 from train import evaluate
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.data.datasets import open_images
@@ -23,10 +25,7 @@ from train.evaluation.supervised import SupervisedTraining
 SMALL = ("--batch-size", "16", "--epochs", "2", "--finetune-epochs", "3", "--workers", "0", "--shares", "5,25")
 
 
-def run(*argv):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main([str(argument) for argument in argv])
-    return end.value.code
+run = partial(run_command, evaluate)
 
 
 def report(out):

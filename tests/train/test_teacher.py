@@ -2,7 +2,6 @@
 
 import copy
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,9 @@ from safetensors.torch import save_file
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.nn import activate
+from tests.commands import as_arguments, run
+from tests.interruption import stop_after
+from tests.small_run import SMALL_RUN
 from train import compare
 from train.comparison import times
 from train.comparison.measuring import StepMeasurement, measure_in_this_process
@@ -157,7 +159,7 @@ def views(config):
     return torch.randint(256, (2 * config.batch_size, 3, 12, 12), dtype=torch.uint8, generator=generator)
 
 
-def test_centre_is_that_of_the_whole_batch_with_micro_batches(taught, monkeypatch):
+def test_centre_is_that_of_the_whole_batch_with_micro_batches(taught):
     whole, parts = trainer_of(taught(bn_groups=2)), trainer_of(taught(bn_groups=2, grad_accum_steps=2))
     batch = views(whole.config)
     torch.testing.assert_close(parts.teacher(0, batch), whole.teacher(0, batch))
@@ -207,27 +209,13 @@ def test_nonfinite_features_are_skipped_and_found(taught):
     assert trainer.diagnose(views(trainer.config)).subnet == "teacher"
 
 
-def stop_after(config, step, monkeypatch):
-    train_step = Trainer.train_step
-
-    def interrupting_step(self, batch):
-        losses = train_step(self, batch)
-        if self.step == step:
-            signal.raise_signal(signal.SIGINT)
-        return losses
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train_step", interrupting_step)
-        PretrainRun(config, resume=False).run()
-
-
 @pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
 @pytest.mark.parametrize("target", ["centred", "whitened"])
-def test_resume_is_exact(taught, tmp_path, monkeypatch, cached, target):
+def test_resume_is_exact(taught, tmp_path, cached, target):
     cache = {"teacher_cache": str(tmp_path / "cache")} if cached else {}
     options = {"teacher_target": target, "self_weight": 0.5 if cached else 0.0, **cache}
     PretrainRun(taught(out=str(tmp_path / "whole"), **options), resume=False).run()
-    stop_after(taught(**options), 3, monkeypatch)
+    stop_after(taught(**options), 3)
     _main(["--resume", "--out", str(tmp_path / "run")])
     actual, expected = (checkpoint.load(checkpoint.newest_of_run(tmp_path / name)) for name in ("run", "whole"))
     for part in ("model", "momentum"):
@@ -235,8 +223,8 @@ def test_resume_is_exact(taught, tmp_path, monkeypatch, cached, target):
     assert not any("teacher" in name and "head" not in name for name in actual["model"]), "weights of the teacher"
 
 
-def test_resume_with_another_teacher_is_refused(taught, tmp_path, weights, monkeypatch):
-    stop_after(taught(), 1, monkeypatch)
+def test_resume_with_another_teacher_is_refused(taught, tmp_path, weights):
+    stop_after(taught(), 1)
     state = timm.create_model("test_efficientnet", pretrained=False).state_dict()
     save_file(state, tmp_path / "other.safetensors")
     out = ["--resume", "--out", str(tmp_path / "run")]
@@ -271,7 +259,7 @@ def test_cached_features_are_those_of_the_image_or_of_its_mirror_image(taught, t
                 torch.testing.assert_close(row, rows[parameters.flip][index])
 
 
-def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path, monkeypatch):
+def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path):
     options = {"teacher_cache": str(tmp_path / "cache"), "epochs": 1}
     PretrainRun(taught(**options), resume=False)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")}
@@ -366,7 +354,7 @@ def self_macs(config, cost):
     return cost.macs + cost.features * hidden + hidden * out + 2 * out * hidden
 
 
-def test_dry_run_shows_the_teacher_and_reads_no_weights(taught, capsys, tmp_path):
+def test_dry_run_shows_the_teacher_and_reads_no_weights(taught, capsys):
     config = taught(out="")
     arguments = [f"--{name}={getattr(config, name.replace('-', '_'))}" for name in ("data", "network", "dns", "stem")]
     _main(
@@ -383,26 +371,19 @@ def test_comparison_has_three_arms_and_the_teacher_as_a_part(images, weights, tm
 
     monkeypatch.setattr(times, "measure_step", measured)
     options = {
+        **SMALL_RUN,
         "data": images,
-        "network": "resnet",
-        "stem": "small",
         "dns": "c8-d1111,c16-d1111",
-        "image_size": 12,
-        "hidden_features": 16,
-        "out_features": 8,
         "epochs": 1,
         "batch_size": 40,
+        "subnets_per_step": 4,
         "warmup_epochs": 0,
-        "workers": 0,
         "probe_epochs": 0,
-        "log_steps": 1,
         "k": 5,
         "out": tmp_path / "out",
         "teacher": f"timm:test_efficientnet={weights}",
     }
-    with pytest.raises(SystemExit) as end:
-        compare.main([f"--{name.replace('_', '-')}={value}" for name, value in options.items()])
-    assert end.value.code == 0
+    assert run(compare, *as_arguments(options)) == 0
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert list(report["runs"]) == ["c8-d1111", "c16-d1111", "family-n4-itself", "family-n4"]
     assert list(report["accuracy"]["kNN"]) == ["alone", "family-n4-itself", "family-n4"]

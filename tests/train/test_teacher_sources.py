@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
@@ -296,7 +297,7 @@ def test_export_is_a_teacher(tmp_path):
         torch.testing.assert_close(source.network.eval()(images), made.eval()(images))
 
 
-def test_run_is_a_teacher_with_its_post_statistics(trained, images):
+def test_run_is_a_teacher_with_its_post_statistics(trained):
     from train.evaluation.pretrained import PretrainedFamily
 
     for source, dn in ((str(trained), "c16-d2121"), (f"{trained}:c8-d1121", "c8-d1121")):
@@ -311,3 +312,11 @@ def test_run_is_a_teacher_with_its_post_statistics(trained, images):
         torch.testing.assert_close(teacher.features(views), extract(family.encoder, [chosen], [views])[dn])
     with pytest.raises(InputError, match="is no part of"):
         load_source(f"{trained}:c32-d2121")
+
+
+def test_largest_network_of_a_run_is_the_teacher_in_any_order_of_dns(trained):
+    saved = trained / "config.yaml"
+    options = yaml.safe_load(saved.read_text())
+    options["dns"] = ",".join(reversed(options["dns"].split(",")))
+    saved.write_text(yaml.safe_dump(options))
+    assert load_source(str(trained), weights=False).architecture == "resnet c16-d2121"

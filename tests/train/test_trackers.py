@@ -54,7 +54,7 @@ def test_run_without_trackers_writes_metrics_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "train.log"}
 
 
-def test_unknown_tracker_and_missing_package_are_refused_before_anything_is_written(small, tmp_path, monkeypatch):
+def test_unknown_tracker_and_missing_package_are_refused_before_anything_is_written(small, monkeypatch):
     with pytest.raises(InputError, match="--log-to comet: give some of tensorboard, wandb, mlflow"):
         PretrainRun(small(log_to="tensorboard,comet"), resume=False)
     find = importlib.util.find_spec

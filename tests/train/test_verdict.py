@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tests.commands import run
 from train import evaluate, pretrain, report
 from train.cli import DONE
 from train.data.bad_images import BadImages
@@ -20,12 +21,6 @@ from train.pretraining.probe import Probe
 
 PIXELS = Baseline("raw pixels", Score(0.30, 0.02))
 UNTRAINED = Baseline("untrained", {"small": Score(0.15, 0.02), "large": Score(0.20, 0.02)})
-
-
-def run(command, *argv):
-    with pytest.raises(SystemExit) as end:
-        command.main([str(argument) for argument in argv])
-    return end.value.code
 
 
 def test_networks_better_than_everything_are_good_news():

@@ -16,7 +16,7 @@ from ..data.datasets import dataset_size
 from ..data.sampler import EpochSampler
 from ..evaluation.results import Report
 from ..pretraining import recipe
-from ..run.options import flag, option
+from ..run.options import check_options, count, flag, not_negative, option
 from ..teachers.teacher import expected_facts, with_teacher, without_teacher
 from .ratios import ratios
 
@@ -34,10 +34,10 @@ class CompareOptions:
         4, "subnets per step; several, such as 2,3,4,5, give several families", metavar="NUMBERS"
     )
     no_separate_runs: bool = option(False, "train families only; costs of separate runs are only counted")
-    k: int = option(20, "number of neighbours in the kNN evaluation")
+    k: int = count(20, "number of neighbours in the kNN evaluation")
     references: int | None = option(None, "training images among which neighbours are searched, drawn at random [all]")
-    linear_epochs: int = option(0, "epochs of linear classifiers for linear evaluation; 0: none")
-    timed_steps: int = option(5, "timed steps per configuration")
+    linear_epochs: int = not_negative(0, "epochs of linear classifiers for linear evaluation; 0: none")
+    timed_steps: int = count(5, "timed steps per configuration")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Comparison:
     """
 
     def __init__(self, options: CompareOptions, config: PretrainConfig) -> None:
+        check_options(options)
         self.teacher = expected_facts(config)
         config = with_teacher(config, self.teacher)
         self.options, self.config = options, config
@@ -86,11 +87,6 @@ class Comparison:
                 raise InputError(
                     f"--subnets-per-step {low} and {high} have the same effect on {len(self.family)} networks"
                 )
-        for name in ("k", "timed_steps"):
-            if getattr(options, name) < 1:
-                raise InputError(f"{flag(name)} must be at least 1, not {getattr(options, name)}")
-        if options.linear_epochs < 0:
-            raise InputError(f"--linear-epochs cannot be negative: {options.linear_epochs}")
         self.size = dataset_size(config.data)
         self.images = images_of(config, self.size)
         self.choices = recipe.chosen(config, self.images)

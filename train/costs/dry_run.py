@@ -36,19 +36,10 @@ RANKS = 2, 8, 128  # numbers of ranks for which the all-reduce traffic is shown
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a run's state on each device, without activations, and of a checkpoint."""
+    """Bytes of a run's state on each device by part, without activations, and of a checkpoint."""
 
-    weights: int
-    gradients: int
-    momentum: int
-    variance: int
-    target: int
+    parts: dict[str, int]
     checkpoint: int
-
-    @property
-    def total(self) -> int:
-        """Bytes on each device."""
-        return self.weights + self.gradients + self.momentum + self.variance + self.target
 
 
 @dataclass(frozen=True)
@@ -161,14 +152,10 @@ def _memory(config: PretrainConfig) -> Memory:
         with warnings.catch_warnings(action="ignore"):  # copying to meta tensors warns; here it only compares shapes
             trainer.load_weights(checkpoint.load_of_run(Path(config.init_from), "cpu", print))
     flat = trainer.flat_buffers
-    return Memory(
-        weights=flat.params.nbytes,
-        gradients=flat.grads.nbytes,
-        momentum=flat.momenta.nbytes,
-        variance=flat.variances.nbytes,
-        target=flat.targets.nbytes,
-        checkpoint=checkpoint.size(trainer.state()),
-    )
+    parts = {"weights": flat.params, "gradients": flat.grads, "momentum": flat.momenta}
+    parts |= {"variance": flat.variances, "target": flat.targets}
+    sizes = {name: tensor.nbytes for name, tensor in parts.items() if tensor.nbytes}
+    return Memory(sizes, checkpoint.size(trainer.state()))
 
 
 def show(estimated: RunEstimate) -> None:
@@ -195,11 +182,8 @@ def show(estimated: RunEstimate) -> None:
     for part, macs in total.parts().items():
         lines[part] = f"{quantity(macs)}MAC  {passes[part]}"
     lines["total"] = f"{quantity(sum(total.parts().values()))}MAC"
-    parts = {"weights": memory.weights, "gradients": memory.gradients, "momentum": memory.momentum}
-    if memory.variance:
-        parts["variance"] = memory.variance
-    lines["memory"] = f"{quantity(memory.total)}B on each device without activations: " + ", ".join(
-        f"{name} {quantity(size)}B" for name, size in (parts | {"target": memory.target}).items()
+    lines["memory"] = f"{quantity(sum(memory.parts.values()))}B on each device without activations: " + ", ".join(
+        f"{name} {quantity(size)}B" for name, size in memory.parts.items()
     )
     if estimated.teacher is not None:
         bytes_each = 4 if config.precision == "fp32" else 2

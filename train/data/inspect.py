@@ -16,7 +16,8 @@ from dspnet_fast.errors import InputError
 
 from .. import cli
 from ..config import PixelOptions
-from ..run.options import option
+from ..run.options import check_options, count, option
+from ..run.tables import Table
 from .backends import choose_backend, open_batches
 from .bad_images import BadImages
 from .datasets import open_images
@@ -44,17 +45,17 @@ HEADER = 16  # pixels above the images, for the names of the backends
 class InspectOptions(PixelOptions):
     """Options of `train.data.inspect`."""
 
-    data: str = option("fashion-mnist", "image dataset, as in dspnet-pretrain")
+    data: str = option("fashion-mnist", "images, as in dspnet-pretrain", metavar="IMAGES")
     backends: str | None = option(
         None,
         "backends to compare; the first is the reference [torchvision,dali-cpu; torchvision alone if not 8-bit]",
         metavar="NAMES",
     )
-    out: str = option("", "output folder")
-    image_size: int = option(128, "height and width of the views in pixels")
-    images: int = option(64, "images to compare, chosen at random")
-    rows: int = option(8, "images in views.png")
-    seed: int = option(0, "random seed")
+    out: str = option("", "folder for the results", metavar="DIR")
+    image_size: int = count(128, "height and width of the views, in pixels")
+    images: int = count(64, "images to compare, drawn at random")
+    rows: int = count(8, "images in views.png")
+    seed: int = option(0, "seed of the images and the views")
 
 
 @dataclass(frozen=True)
@@ -150,31 +151,23 @@ def view_grid(
     return result
 
 
-def markdown_table(differences: Sequence[Difference], reference: str) -> str:
-    """Return the differences from the backend `reference` as a Markdown table."""
-    lines = [
-        f"Difference from {reference} in grey levels (of 255), over all pixels of both views:",
-        "",
-        "| operation | backend | mean | 99 % within | largest | change of brightness |",
-        "|---|---|---:|---:|---:|---:|",
+def difference_table(differences: Sequence[Difference], reference: str) -> Table:
+    """The differences from the backend `reference`."""
+    rows = [
+        [d.operation, d.backend, f"{d.mean:.2f}", f"{d.quantile:.0f}", f"{d.largest:.0f}", f"{d.shift:+.2f}"]
+        for d in differences
     ]
-    for d in differences:
-        row = f"{d.operation} | {d.backend} | {d.mean:.2f} | {d.quantile:.0f} | {d.largest:.0f} | {d.shift:+.2f}"
-        lines.append(f"| {row} |")
-    return "\n".join(lines) + "\n"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command with the arguments `argv`, by default those of the process."""
-    cli.run(_main, argv)
+    title = f"Difference from {reference} in grey levels (of 255), over all pixels of both views:"
+    return Table(title, ["operation", "backend", "mean", "99 % within", "largest", "change of brightness"], rows)
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("inspect", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("inspect", DESCRIPTION, EXAMPLE, "[options] --out DIR")
     cli.add_options(parser, InspectOptions)
     options = cli.to_config(InspectOptions, parser.parse_args(argv))
+    check_options(options)
     if not options.out:
-        raise InputError("--out is missing: give an output folder")
+        raise InputError("--out is missing: name a folder for the results, such as --out runs/views")
     atomic.check_writable(Path(options.out))
     images = open_images(options.data, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,18 +176,22 @@ def _main(argv: Sequence[str]) -> None:
     given = options.backends or ("torchvision,dali-cpu" if format.eight_bit else "torchvision")
     backends = [choose_backend(name.strip(), images, device, format.eight_bit) for name in given.split(",")]
     images = read_as(images, format)
-    images = Subset.random(images, min(options.images, len(images)), options.seed)
+    images = Subset.up_to(options.images, images, options.seed)
     differences = compare(backends, images, options.image_size, options.seed, format)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     shown = Subset(images, range(min(options.rows, len(images))))
     grid = view_grid(backends, shown, options.image_size, options.seed, format)
     atomic.write_atomically(out / "views.png", lambda path: grid.save(path, "png"))
-    text = markdown_table(differences, backends[0]) if differences else f"{backends[0]} alone: nothing to compare\n"
+    text = f"{backends[0]} alone: nothing to compare\n"
+    if differences:
+        text = difference_table(differences, backends[0]).markdown()
     atomic.write_text(out / "differences.md", text)
     atomic.write_text(out / "differences.json", json.dumps([asdict(d) for d in differences], indent=2) + "\n")
     print(text)
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -136,7 +136,7 @@ def _readable(images: ImageDataset, count: int) -> list[int]:
 
 
 def _read_sample(images: ImageDataset) -> _Sample:
-    drawn = Subset.random(images, min(MEASURED, len(images)), seed=0)
+    drawn = Subset.up_to(MEASURED, images)
     pixels, colours, extremes, dtypes, wrong = [], [], [], set(), ""
     for i in range(len(drawn)):
         try:

@@ -17,7 +17,7 @@ from dspnet_fast.atomic import check_writable, sync
 from dspnet_fast.errors import InputError
 
 from .. import cli
-from ..run.options import option
+from ..run.options import check_options, count, not_negative, option
 from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images
@@ -40,10 +40,10 @@ EXAMPLE = """\
 class ShardOptions:
     """Options of `train.data.shard`."""
 
-    data: str = option("", "image dataset: a folder or a name, as in dspnet-pretrain")
-    out: str = option("", "output folder, must not exist")
-    shards: int = option(16, "tar files of the training split, each with a random part of it")
-    max_bad_images: int = option(0, "number of unreadable images that may be left out")
+    data: str = option("", "images, as in dspnet-pretrain: a folder, a name or shards", metavar="IMAGES")
+    out: str = option("", "new folder for the shards", metavar="DIR")
+    shards: int = count(16, "tar files of the training split, each with a random part of it")
+    max_bad_images: int = not_negative(0, "unreadable images that are left out; one more is an error")
 
 
 def write_shards(options: ShardOptions) -> int:
@@ -56,8 +56,9 @@ def write_shards(options: ShardOptions) -> int:
         InputError: an option is missing, the folder exists, more images are unreadable than allowed, or writing fails,
             for example on a full disk.
     """
-    if not options.data or not options.out or options.shards < 1:
-        raise InputError("give --data DIR, --out DIR and at least one of --shards")
+    check_options(options)
+    if not options.data or not options.out:
+        raise InputError("--data IMAGES and --out DIR are needed: see dspnet-shard --help")
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists already: give a new folder")
@@ -143,18 +144,15 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command with the arguments `argv`, by default those of the process."""
-    cli.run(_main, argv)
-
-
 def _main(argv: Sequence[str]) -> None:
-    parser = cli.parser("shard", DESCRIPTION, EXAMPLE)
+    parser = cli.parser("shard", DESCRIPTION, EXAMPLE, "[options] --data IMAGES --out DIR")
     cli.add_options(parser, ShardOptions)
     options = cli.to_config(ShardOptions, parser.parse_args(argv))
     written = write_shards(options)
     print(f"wrote {written} images to {options.out}")
 
+
+main = cli.command(_main)
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,6 @@ class FinetunedFamily(EvaluatedFamily):
 
     Attributes:
         config: configuration of the run.
-        classes: names of the classes, in the order of the logits.
 
     Raises:
         InputError: if the run or its checkpoint cannot be used.

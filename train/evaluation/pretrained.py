@@ -74,7 +74,7 @@ def evaluation_views(
 
 def statistics_images(images: ImageDataset) -> ImageDataset:
     """The images that post-statistics are measured on, drawn with a fixed seed so that all commands agree."""
-    return Subset.random(images, min(STATISTICS_IMAGES, len(images)), seed=0)
+    return Subset.up_to(STATISTICS_IMAGES, images)
 
 
 class EvaluatedFamily:
@@ -88,9 +88,11 @@ class EvaluatedFamily:
         image_size: height and width of images, in pixels.
         step: number of training steps of the weights.
         world: the ranks that share the computation of features.
+        classes: names of the classes, in the order of the logits; empty without a classifier.
     """
 
     world = SINGLE_PROCESS
+    classes: list[str] = []  # noqa: RUF012  (replaced, never changed)
 
     def __init__(
         self, out: Path, device: torch.device, family: Family, model: nn.Module, image_size: int, step: int

@@ -1,4 +1,4 @@
-"""Whether training was worth it: the networks of a run against untrained ones and raw pixels, in plain words."""
+"""The verdict on a run: sentences that compare its networks with untrained ones and raw pixels."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def judge(networks: Mapping[str, Score], baselines: Sequence[Baseline], measured
 
 
 def describe(before: Mapping[str, Mapping[str, float]] | None, after: Mapping[str, Mapping[str, float]]) -> Verdict:
-    """What is known about networks without labels.
+    """The verdict on networks whose images have no labels: collapse indicators without a comparison.
 
     Args:
         before, after: {"effective_rank": {network: rank}, "feature_std": {network: std}} before and after training.

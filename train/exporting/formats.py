@@ -34,11 +34,11 @@ class FormatImages:
 
     def __init__(self, trained: EvaluatedFamily, train: ImageDataset, test: ImageDataset) -> None:
         self._trained = trained
-        self.calibration = self._pixels(_drawn(train, CALIBRATION_IMAGES))
+        self.calibration = self._pixels(Subset.up_to(CALIBRATION_IMAGES, train))
         self.classes = len(train.classes)
         self._labelled = train.labels is not None and test.labels is not None
         if self._labelled:
-            self._parts = _drawn(train, REFERENCES), _drawn(test, QUERIES)
+            self._parts = Subset.up_to(REFERENCES, train), Subset.up_to(QUERIES, test)
             self._views = [self._pixels(part) for part in self._parts]
 
     def _pixels(self, images: ImageDataset) -> Tensor:
@@ -69,7 +69,3 @@ class FormatImages:
             **device_formats.compare(name, converted, network, examples),
             "accuracy": self.accuracy(converted.run),
         }
-
-
-def _drawn(images: ImageDataset, count: int) -> Subset:
-    return Subset.random(images, min(count, len(images)), seed=0)

@@ -109,6 +109,6 @@ def _pixels(images: Tensor) -> Tensor:
 
 def _draw(images: ImageDataset, count: int, image_size: int, bad: BadImages) -> tuple[Tensor, Tensor | None]:
     """Evaluation views [n, C, S, S] and labels [n] of up to `count` images."""
-    drawn = Subset.random(images, min(count, len(images)), seed=0)
+    drawn = Subset.up_to(count, images)
     pixels, kept = readable_views(drawn, image_size, bad)
     return pixels, None if drawn.labels is None else drawn.labels[kept]

@@ -1,4 +1,4 @@
-"""The argument parser of all commands: wrong arguments are an `InputError` of one line that names what was meant."""
+"""The argument parser of all commands: a wrong argument is an `InputError` of one line that suggests a valid one."""
 
 from __future__ import annotations
 

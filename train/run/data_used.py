@@ -25,7 +25,7 @@ class DataUsed:
         data: --data.
         images: number of training images.
         test_images: number of labelled test images, or None if there are none or they were not opened.
-        left_out: what is left out and why, or an empty string.
+        left_out: left-out files with the reason, or an empty string.
         digest: of the names of the training images, relative to their common folder, in order.
         epoch_steps: steps per epoch, which the schedules keep when images are added.
         since_step: the step from which the run uses these images.
@@ -55,7 +55,7 @@ class DataUsed:
             out: the run directory.
 
         Returns:
-            What to write, and a line that states a change; an empty line if the images are the same.
+            The new content of the file, and a line that states a change; an empty line if the images are the same.
 
         Raises:
             InputError: images are missing.

@@ -1,7 +1,7 @@
 """The run directory: its files, and the checks before a run writes to it.
 
 OUT/config.yaml       configuration, can be passed to --config
-OUT/data_used.json    the images that the run uses, what is left out, and a digest of their names
+OUT/data_used.json    the images that the run uses, those left out, and a digest of their names
 OUT/metrics.jsonl     metrics, one JSON object per line
 OUT/tensorboard/      the same metrics for TensorBoard
 OUT/train.log         printed lines with the time

@@ -42,14 +42,14 @@ class Lasting:
             return self._drop(error, len(text))
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write the buffered text."""
         try:
             self._stream.flush()
         except OSError as error:
             self._drop(error, 0)
 
     def _drop(self, error: OSError, written: int) -> int:
-        """From now on write to /dev/null, which also takes what Python flushes when the process ends."""
+        """From now on write to /dev/null, also the text that Python flushes when the process ends."""
         if error.errno not in GONE:
             raise error
         null = os.open(os.devnull, os.O_WRONLY)

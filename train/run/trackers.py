@@ -23,7 +23,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Send what is buffered."""
+        """Send the buffered numbers."""
         ...
 
 

@@ -168,7 +168,7 @@ class _Rank:
         return _joint(found)
 
     def _unverified(self, reason: str) -> Kernels:
-        """What is known to be fast without verification, on all ranks."""
+        """The formulation without verification: fused if it is known to be faster on the devices of all ranks."""
         fused = all(self.world.all_gather(registry.known_to_be_fast(self.device.type, self.config.precision)))
         return Kernels("fused" if fused else "eager", reason)
 
@@ -249,7 +249,7 @@ def use_kernels(
     plugins: str,
     trains: bool,
 ) -> None:
-    """Apply --fast-kernels to another command than pretraining: it never verifies, and prints what it uses.
+    """Apply --fast-kernels to another command than pretraining: it never verifies, and prints its choice.
 
     Takes the kernels of the run that it continues, or else a cached verdict for the same networks, if they hold here.
 

@@ -171,7 +171,7 @@ class RaceError(Exception):
 
 
 class Progress:
-    """Prints what is done now, at most every PROGRESS_SECONDS. write: prints a line."""
+    """Prints the current activity, at most every PROGRESS_SECONDS. write: prints a line."""
 
     def __init__(self, write: Print) -> None:
         self._write = write

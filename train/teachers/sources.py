@@ -13,22 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Classifier, subnet
+from dspnet_fast.models import Classifier
 from dspnet_fast.slim import slim
 
-from ..config import FinetuneConfig, PretrainConfig
-from ..data.datasets import open_images
-from ..data.datasets.pixels import PixelFormat
 from ..data.normalization import MEAN, STD
-from ..data.pixel_options import read_as
-from ..evaluation.finetuned import FinetunedFamily
-from ..evaluation.pretrained import EvaluatedFamily, PretrainedFamily
-from ..run.saved_config import CONFIG, read_any_config
+from ..evaluation.trained import TrainedRun
+from ..run.saved_config import CONFIG
 from .weights import SORTED, match, read_weights
 
 FORMS = "a run, RUN:DN, an export, timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function"
@@ -38,7 +32,7 @@ TORCHVISION_CLASSIFIERS = ("classifier", "fc", "heads", "head")
 
 @dataclass
 class Source:
-    """A network and what its images must look like.
+    """A network and the format of its images.
 
     Attributes:
         network: images [N, 3, H, W] to features [N, F].
@@ -185,29 +179,16 @@ def _own(folder: Path, dn: str | None, weights: bool) -> Source:
         return _export(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds neither a run ({CONFIG}) nor an export ({exported.MANIFEST})")
-    config = read_any_config(folder, PretrainConfig, FinetuneConfig)
-    assert isinstance(config, PretrainConfig | FinetuneConfig)
-    family = config.family() if isinstance(config, FinetuneConfig) else config
-    format = PixelFormat.of(config)
-    _check_channels(format.channels, folder)
-    chosen = subnet(family.network, dn or family.names()[-1])
+    run = TrainedRun(folder)
+    _check_channels(run.format.channels, folder)
+    (chosen,) = run.subnets([dn or run.family.full.name])
     if weights:
-        cpu = torch.device("cpu")
-        trained: EvaluatedFamily
-        trained = FinetunedFamily(folder, cpu) if isinstance(config, FinetuneConfig) else PretrainedFamily(folder, cpu)
-        if not chosen.within(trained.family.full):
-            raise InputError(f"{chosen} is no part of {trained.family.full}, the largest network of {folder}")
-        assert config.data is not None
-        if chosen.name not in trained.restore_statistics([chosen]):
-            images = read_as(open_images(config.data, "train"), format)
-            trained.measure_statistics([chosen], images, config.data)
-        network = slim(trained.model, chosen)
+        network = slim(run.load([chosen]).model, chosen)
     else:
-        network = exported.plain(family.network, chosen, family.stem)
-    assert config.image_size is not None
+        network = exported.plain(run.options.network, chosen, run.options.stem)
     network = network.encoder if isinstance(network, Classifier) else network
-    name = f"{family.network} {chosen.name}"
-    return Source(network, name, OWN, format.mean, format.std, image_size=config.image_size)
+    name = f"{run.options.network} {chosen.name}"
+    return Source(network, name, OWN, run.format.mean, run.format.std, image_size=run.image_size)
 
 
 def _export(folder: Path) -> Source:

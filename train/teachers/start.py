@@ -75,6 +75,6 @@ def _evaluation_features(
     config: PretrainConfig, teacher: Teacher, images: ImageDataset, bad: BadImages, device: torch.device
 ) -> Iterable[Tensor]:
     """Features of the evaluation views of some images of the run, drawn with a fixed seed."""
-    drawn = Subset.random(images, min(WHITENING_IMAGES, len(images)), seed=0)
+    drawn = Subset.up_to(WHITENING_IMAGES, images)
     loader = evaluation_batches(drawn, range(len(drawn)), config.image_size, BATCH, config.workers, bad)
     return (teacher.features(prepare(batch, device)) for batch in loader)

@@ -31,7 +31,7 @@ VIEW_SIZES = 2  # largest default size, as a multiple of the views' size: larger
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What a run and the manifests of its exports state about the teacher.
+    """The teacher as a run and the manifests of its exports describe it.
 
     Attributes:
         source: value of --teacher.

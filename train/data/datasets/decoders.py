@@ -1,4 +1,4 @@
-"""What decoders say: why a file is no image, and their warnings, gathered instead of printed by every process."""
+"""Errors and warnings of image decoders: errors name the fault of a file, warnings are gathered and printed once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def unreadable(file: str, content: bytes, error: Exception) -> InputError:
 
 
 def _other_content(content: bytes) -> str:
-    """What a file that is no image holds, and what to do; empty if unknown."""
+    """Description of the content of a file that is not an image, with the remedy; empty if unknown."""
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not content:
         return "empty: copy it again, or take it out"

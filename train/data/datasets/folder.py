@@ -1,4 +1,4 @@
-"""Image folders as people have them. `open_images` describes the layouts.
+"""Image folders in all usual layouts, which `open_images` describes.
 
 Pretraining needs no labels, so an image folder is refused only if it has no images, or if its splits contradict each
 other. Everything that is left out is counted in the dataset's `note`.
@@ -35,7 +35,7 @@ class FolderDataset:
         files: paths of the images.
         labels: the class of each image, or None.
         classes: names of the classes.
-        note: what is left out and why, or an empty string.
+        note: left-out files with the reason, or an empty string.
     """
 
     def __init__(

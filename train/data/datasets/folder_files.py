@@ -1,4 +1,4 @@
-"""The image files of a folder, each once, and what is left out."""
+"""The image files of a folder, each once, and the files that are left out."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class ImageDataset(Protocol):
         name: of the dataset, for messages.
         labels: int64 [N], indices into `classes`; None for a dataset without labels.
         classes: names of the classes; empty without labels.
-        note: what is left out and why, or an empty string.
+        note: left-out files with the reason, or an empty string.
     """
 
     name: str
@@ -100,6 +100,11 @@ class Subset:
             )
         drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         return cls(images, drawn[:count].tolist())
+
+    @classmethod
+    def up_to(cls, count: int, images: ImageDataset, seed: int = 0) -> "Subset":
+        """Choose `count` images without replacement, or all if there are fewer."""
+        return cls.random(images, min(count, len(images)), seed)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -1,4 +1,4 @@
-"""How the values of images become the input of a network: channels, range, mean and standard deviation."""
+"""Pixel formats: channels, range, mean and standard deviation of the images that a network takes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...data.datasets.images import ImageDataset, Subset
 from ...data.loader import evaluation_batches
 from ...distributed.process_group import end_sharing
-from ...run.options import Workers, option, positive
+from ...run.options import Workers, check_options, count, option
 from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
 from ..knn import knn
@@ -38,8 +38,8 @@ EXAMPLE = """\
 class KnnOptions(EvaluationOptions):
     """Options of `train.evaluate knn`."""
 
-    references: int | None = option(None, "training images among which neighbours are searched, drawn at random [all]")
-    k: int = option(20, "number of neighbours that vote")
+    references: int | None = count(None, "training images among which neighbours are searched, drawn at random [all]")
+    k: int = count(20, "number of neighbours that vote")
     baselines: bool = option(False, "also evaluate untrained networks and raw pixels")
 
 
@@ -56,7 +56,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
     Raises:
         InputError: if the run or the images cannot be used.
     """
-    positive(k=options.k)
+    check_options(options)
     setup = EvaluationSetup(out, options)
     trained, queries = setup.trained, setup.test
     references = setup.train

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dspnet_fast.errors import InputError
-
 from ...data.datasets.images import dataset_digest
 from ...data.loader import one_view_batches
 from ...data.normalization import prepare
@@ -15,7 +13,7 @@ from ...data.sampler import EpochSampler
 from ...data.views import augmentation
 from ...distributed.process_group import end_sharing, refuse_ranks
 from ...run import fingerprint, loop
-from ...run.options import option, positive, two_images
+from ...run.options import TWO_IMAGES, below_one, check_options, count, fraction, option, positive
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..features import representations
 from ..plot_data import points
@@ -38,18 +36,15 @@ EXAMPLE = """\
 class ClassifierOptions(EvaluationOptions):
     """classifier"""
 
-    epochs: int = option(80, "passes over the images")
-    batch_size: int = option(256, "largest number of images per step")
-    lr: float = option(0.2, "learning rate per 256 images: the peak is lr * batch_size / 256")
-    momentum: float = option(0.9, "SGD momentum")
+    epochs: int = count(80, "passes over the images")
+    batch_size: int = option(256, "largest number of images per step", rule=TWO_IMAGES)
+    lr: float = positive(0.2, "learning rate per 256 images: the peak is lr * batch_size / 256")
+    momentum: float = below_one(0.9, "SGD momentum")
     seed: int = option(0, "seed of classifier weights, order and augmentation")
 
     def check(self) -> None:
         """Raise InputError for invalid values."""
-        positive(epochs=self.epochs, lr=self.lr)
-        two_images(self.batch_size)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"--momentum must be at least 0 and below 1, not {self.momentum}")
+        check_options(self)
 
     def hyperparameters(self, images: int) -> Hyperparameters:
         """Hyperparameters for a training set of this many images."""
@@ -61,7 +56,7 @@ class LinearOptions(ClassifierOptions):
     """Options of `train.evaluate linear`."""
 
     augment: bool = option(False, "train on random crops and flips, as in the paper")
-    min_scale: float = option(0.08, "smallest area of a random crop, as a fraction of the image")
+    min_scale: float = fraction(0.08, "smallest area of a random crop, as a fraction of the image")
 
     def check(self) -> None:
         """Raise InputError for invalid values."""

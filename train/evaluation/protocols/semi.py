@@ -24,7 +24,7 @@ from ...data.sampler import EpochSampler
 from ...data.views import augmentation
 from ...distributed.process_group import end_sharing, refuse_ranks
 from ...run import fingerprint, loop
-from ...run.options import option, positive
+from ...run.options import count, fraction, option, positive
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..plot_data import points
@@ -52,8 +52,8 @@ EXAMPLE = """\
 class SemiOptions(ClassifierOptions):
     """Options of `train.evaluate semi`."""
 
-    epochs: int = option(50, "linear: passes over the labelled images")
-    lr: float = option(0.02, "linear: learning rate per 256 images")
+    epochs: int = count(50, "linear: passes over the labelled images")
+    lr: float = positive(0.02, "linear: learning rate per 256 images")
     subset_file: str = option(
         "",
         "lists of labelled images in place of --shares: files with a name per line, such as SimCLR's",
@@ -62,16 +62,14 @@ class SemiOptions(ClassifierOptions):
     shares: str = option("1,10", "percentages of labelled images of each class", metavar="PERCENTS")
     subset_seed: int = option(SEED, "seed of the subsets; 0: the published subsets")
     methods: str = option("linear,finetune", "linear, finetune or both", metavar="METHODS")
-    finetune_epochs: int = option(50, "finetune: passes over the labelled images")
-    finetune_lr: float = option(0.001, "finetune: learning rate of the network per 256 images")
-    finetune_head_lr: float = option(0.02, "finetune: learning rate of the classifier per 256 images")
-    min_scale: float = option(0.08, "finetune: smallest area of a random crop, as a fraction of the image")
+    finetune_epochs: int = count(50, "finetune: passes over the labelled images")
+    finetune_lr: float = positive(0.001, "finetune: learning rate of the network per 256 images")
+    finetune_head_lr: float = positive(0.02, "finetune: learning rate of the classifier per 256 images")
+    min_scale: float = fraction(0.08, "finetune: smallest area of a random crop, as a fraction of the image")
 
     def check(self) -> None:
         """Raise InputError for invalid values."""
         super().check()
-        positive(finetune_epochs=self.finetune_epochs, finetune_lr=self.finetune_lr)
-        positive(finetune_head_lr=self.finetune_head_lr)
         augmentation.supervised(augmentation.MIN_IMAGE_SIZE, self.min_scale)
         self.percents()
         self.chosen_methods()
