@@ -325,6 +325,14 @@ def test_accuracy_of_the_teacher_is_printed_before_the_first_step(taught, tmp_pa
     assert f"step 0  knn  teacher {accuracy:.3f}" in line
 
 
+def test_accuracy_of_a_teacher_with_features_on_disk_is_that_at_its_size(taught, tmp_path, monkeypatch):
+    run = PretrainRun(taught(epochs=1, probe_epochs=1, teacher_cache=str(tmp_path / "cache")), resume=False)
+    shapes = []
+    monkeypatch.setattr(run.teacher, "features", lambda images: shapes.append(images.shape) or images.flatten(1))
+    assert run._teacher_accuracy is not None
+    assert {shape[2:] for shape in shapes} == {(32, 32)}
+
+
 def test_export_of_a_run_without_a_teacher_says_so(trained):
     (folder,) = export(trained, ["c8-d1111"], ExportOptions())
     assert json.loads((folder / "manifest.json").read_text())["teacher"] is None
