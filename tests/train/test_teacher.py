@@ -259,6 +259,15 @@ def test_cached_features_are_those_of_the_image_or_of_its_mirror_image(taught, t
                 torch.testing.assert_close(row, rows[parameters.flip][index])
 
 
+def test_cache_has_no_features_of_mirror_images_without_flips(taught, tmp_path):
+    config = taught(teacher_cache=str(tmp_path / "cache"), flip_probability=0.0)
+    run = PretrainRun(config, resume=False)
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    assert file.name.startswith("view-") and run.teacher.facts.cost(config, 80).cached_views == 80
+    source, indices = run.trainer.teacher._source, [index for _, index in run._sampler().batch(2)]
+    torch.testing.assert_close(source(2, torch.empty(0)), source._rows[0][indices * 2])
+
+
 def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path):
     options = {"teacher_cache": str(tmp_path / "cache"), "epochs": 1}
     PretrainRun(taught(**options), resume=False)
@@ -306,6 +315,14 @@ def test_accuracy_of_the_teacher_is_printed_before_the_first_step(taught, tmp_pa
     assert f"step 0  knn  teacher {accuracy:.3f}" in line
 
 
+def test_accuracy_of_a_teacher_with_features_on_disk_is_that_at_its_size(taught, tmp_path, monkeypatch):
+    run = PretrainRun(taught(epochs=1, probe_epochs=1, teacher_cache=str(tmp_path / "cache")), resume=False)
+    shapes = []
+    monkeypatch.setattr(run.teacher, "features", lambda images: shapes.append(images.shape) or images.flatten(1))
+    assert run._teacher_accuracy is not None
+    assert {shape[2:] for shape in shapes} == {(32, 32)}
+
+
 def test_export_of_a_run_without_a_teacher_says_so(trained):
     (folder,) = export(trained, ["c8-d1111"], ExportOptions())
     assert json.loads((folder / "manifest.json").read_text())["teacher"] is None
@@ -344,7 +361,7 @@ def test_cost_of_the_teacher_is_a_part_of_its_own(small):
     head = {dn: costs[dn].features * 5 for dn in costs}
     for dn, macs in live.online.items():
         assert macs == pytest.approx(alone.online[dn] + alone.online[dn] / self_macs(plain, costs[dn]) * head[dn])
-    only = run_cost(small(teacher="x", teacher_features=5), 10, costs, TeacherCost(1000, 5, cached_images=80))
+    only = run_cost(small(teacher="x", teacher_features=5), 10, costs, TeacherCost(1000, 5, cached_views=160))
     assert only.target == 0 and only.parts()["teacher"] == 2 * 80 * 1000
     assert sum(only.online.values()) < sum(live.online.values())
 

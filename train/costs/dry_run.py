@@ -27,7 +27,7 @@ from ..pretraining.trainer import Trainer
 from ..run import checkpoint
 from ..run.run_directory import check_run
 from ..run.tables import Table, cost_cells, quantity
-from ..teachers.teacher import TeacherFacts, expected_facts, with_teacher
+from ..teachers.teacher import TeacherFacts, cached_views, expected_facts, with_teacher
 from .communication import traffic
 from .flops import NetworkCost, RunCost, expected_steps, network_costs, run_cost
 
@@ -207,7 +207,8 @@ def _all_reduce(config: PretrainConfig) -> str:
 
 
 def _teacher(config: PretrainConfig, facts: TeacherFacts) -> str:
-    when = "forward" if config.teacher_cache is None else "forward, two views of every image once"
+    kept = {1: "every image once", 2: "every image and its mirror image once"}[cached_views(config)]
+    when = "forward" if config.teacher_cache is None else f"forward, {kept}"
     return f"{when}: {facts.architecture}, {quantity(facts.macs)}MAC for a view of {facts.image_size} px"
 
 

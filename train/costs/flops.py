@@ -58,12 +58,12 @@ class TeacherCost:
     Attributes:
         macs: multiply-accumulates for one view.
         features: number of features.
-        cached_images: images whose features are computed once for the whole run; None if every view is computed.
+        cached_views: views whose features are computed once for the whole run; None if every view is computed.
     """
 
     macs: int
     features: int
-    cached_images: int | None = None
+    cached_views: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def run_cost(
     target_parameters = full.parameters + (projector if regresses else 0)
     parameters = target_parameters + (predictor if regresses else 0) + teacher_head
     optimizer = steps * (OPTIMIZER_MACS[config.optimizer] * parameters + EMA_MACS * target_parameters)
-    seen = VIEWS * teacher.cached_images if teacher and teacher.cached_images is not None else views * steps
+    seen = views * steps if teacher is None or teacher.cached_views is None else teacher.cached_views
     return RunCost(
         views * steps, float(target), online, float(optimizer), float(seen * teacher.macs) if teacher else 0.0
     )

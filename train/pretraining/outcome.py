@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from ..evaluation.accuracy import interval95
 from ..evaluation.verdict import RAW_PIXELS, TEACHER, UNTRAINED, Baseline, Score, Verdict, describe, judge
@@ -16,7 +14,7 @@ def verdict_of(
     metrics: Sequence[Mapping[str, Any]],
     probe: Probe,
     initialized: bool,
-    teacher: Callable[[Tensor], Tensor] | None = None,
+    teacher: float | None = None,
 ) -> Verdict | None:
     """The verdict on a run.
 
@@ -24,7 +22,7 @@ def verdict_of(
         metrics: the run's recorded metrics.
         probe: the probe that measured them.
         initialized: whether the run began with trained weights.
-        teacher: the teacher's features of normalised images.
+        teacher: the teacher's accuracy on the same images.
 
     Returns:
         The verdict; None if nothing was measured.
@@ -46,8 +44,6 @@ def verdict_of(
     baselines = [] if before is None else [Baseline("before training" if initialized else UNTRAINED, scores(before))]
     baselines.append(Baseline(RAW_PIXELS, score(pixels)))
     if teacher is not None:
-        accuracy = probe.accuracy(teacher)
-        assert accuracy is not None
-        baselines.append(Baseline(TEACHER, score(accuracy), to_beat=False))
+        baselines.append(Baseline(TEACHER, score(teacher), to_beat=False))
     on = f"kNN accuracy on {probe.queries:,} images with {probe.references:,} references"
     return judge(scores(measured[-1]), baselines, on)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -132,11 +133,11 @@ class PretrainRun:
             self.kernels = choose_kernels(config, config.epochs * epoch_steps, device, world, resume)
         self.trainer = trainer = Trainer(config, epoch_steps, device, world)
         self.probe = None
-        test: ImageDataset | None = None
+        self._test: ImageDataset | None = None
         if config.probe_epochs and world.is_main:
-            test = self._open_test_images()
-            self.probe = Probe(images, test, config.probe_images, config.image_size, device, self.bad)
-        used = data_used(config.data, images, test, epoch_steps)
+            self._test = self._open_test_images()
+            self.probe = Probe(images, self._test, config.probe_images, config.image_size, device, self.bad)
+        used = data_used(config.data, images, self._test, epoch_steps)
         step = checkpoint.latest_step(self.checkpoints) if resume else 0
         self._data_used, self._data_change = used.resumed(before, step, self.out)
         if world.is_main:
@@ -243,7 +244,8 @@ class PretrainRun:
             with Interruption() as interruption, self.monitor, self.watchdog:
                 self._print(*self._description())
                 if trainer.step == 0:
-                    self._measure_teacher()
+                    if self._teacher_accuracy is not None:
+                        self._print(f"step 0  knn  teacher {self._teacher_accuracy:.3f}")
                     self._measure()
                 prepare_process(trainer.device)
                 self.meter.restart()
@@ -332,14 +334,17 @@ class PretrainRun:
         bad = f"  bad images {len(self.bad)}" if len(self.bad) else ""
         self.monitor.status(f"loss {shown}  {rate:.0f} img/s  data wait {waiting:.0%}{bad}")
 
-    def _measure_teacher(self) -> None:
-        """Print the teacher's kNN accuracy on the images of the probe."""
-        if self.probe is None or self.log is None or self.teacher is None:
-            return
-        self.watchdog.at(0, "measuring")
-        accuracy = self.probe.accuracy(self.teacher.features)
-        if accuracy is not None:
-            self._print(f"step 0  knn  teacher {accuracy:.3f}")
+    @cached_property
+    def _teacher_accuracy(self) -> float | None:
+        """The teacher's kNN accuracy on the probe's images, at the teacher's size if its features are on disk."""
+        if self.probe is None or self._test is None or self.teacher is None:
+            return None
+        self.watchdog.at(self.trainer.step, "measuring")
+        config, probe = self.config, self.probe
+        if config.teacher_cache is not None:
+            size = self.teacher.facts.image_size
+            probe = Probe(self.images, self._test, config.probe_images, size, self.trainer.device, self.bad)
+        return probe.accuracy(self.teacher.features)
 
     def _measure(self, losses: dict[str, Tensor] | None = None) -> None:
         """Measure kNN accuracy, feature std and rank of every subnet, and warn of collapse."""
@@ -366,8 +371,8 @@ class PretrainRun:
         """Compare the networks with untrained ones and raw pixels, print it and write OUT/verdict.json."""
         if self.probe is None or self.log is None:
             return
-        teacher = None if self.teacher is None else self.teacher.features
-        verdict = verdict_of(read_metrics(self.out), self.probe, self.config.init_from is not None, teacher)
+        metrics = read_metrics(self.out)
+        verdict = verdict_of(metrics, self.probe, self.config.init_from is not None, self._teacher_accuracy)
         if verdict is None:
             return
         self._print(*(f"verdict  {line}" for line in verdict.lines))

@@ -3,12 +3,13 @@
 DIR/view-DIGEST.npy, mirror-DIGEST.npy   features [N, T] of the evaluation views and of their mirror images, float32
 
 The digest is one of the teacher's weights, its image size and precision, and the names of the images. In training, a
-view gets the feature of the whole image, or of its mirror image if the augmentation mirrors the view.
+view gets the feature of the whole image, or of its mirror image if the augmentation mirrors the view. With
+--flip-probability 0 the features of mirror images are not computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from ..run import fingerprint
 from ..run.lock import lock
 from ..run.progress import Monitor
 from ..run.run_directory import LOCK
-from .teacher import Teacher
+from .teacher import Teacher, cached_views
 
 BATCH = 64  # images per forward pass, each twice
 VIEW, MIRROR = "view", "mirror"
@@ -37,10 +38,11 @@ VIEW, MIRROR = "view", "mirror"
 
 def cached_features(
     config: PretrainConfig, teacher: Teacher, images: ImageDataset, bad: BadImages, device: torch.device, world: World
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     """Load the features of all images and of their mirror images, [N, T] each, and compute them first if necessary.
 
-    An interrupted computation continues. An unreadable image has the features of the next readable one, as in training.
+    The features of mirror images are omitted if no view is mirrored. An interrupted computation continues. An
+    unreadable image has the features of the next readable one, as in training.
 
     Raises:
         InputError: the disk is too small, several ranks would have to compute, or another process computes.
@@ -48,7 +50,7 @@ def cached_features(
     assert config.teacher_cache is not None
     folder, facts = Path(config.teacher_cache), teacher.facts
     key = fingerprint.digest(facts.sha256, facts.image_size, config.precision, dataset_digest(images))
-    files = {name: folder / f"{name}-{key}.npy" for name in (VIEW, MIRROR)}
+    files = {name: folder / f"{name}-{key}.npy" for name in (VIEW, MIRROR)[: cached_views(config)]}
     if not all(path.exists() for path in files.values()):
         if world.size > 1:
             raise InputError(
@@ -77,35 +79,30 @@ def cached_features(
 
     shapes = dict.fromkeys(files, (len(images), facts.features))
     found = load_or_compute(files, shapes, BATCH, compute)
-    return found[VIEW], found[MIRROR]
+    return list(found.values())
 
 
 class CachedFeatures:
     """Looks up the features of the views of a step.
 
     Args:
-        view, mirror: features of the images and of their mirror images, [N, T].
+        rows: features [N, T] of the images and, if views are mirrored, of their mirror images.
         views: the distributions of the two views.
         sampler: this rank's (epoch, index) pairs from the run's first step on.
         device: device of the run.
     """
 
     def __init__(
-        self,
-        view: Tensor,
-        mirror: Tensor,
-        views: tuple[ViewSpec, ViewSpec],
-        sampler: EpochSampler,
-        device: torch.device,
+        self, rows: Sequence[Tensor], views: tuple[ViewSpec, ViewSpec], sampler: EpochSampler, device: torch.device
     ) -> None:
-        self._rows = view, mirror
+        self._rows = rows
         self._views = views
         self._sampler = sampler
         self._device = device
 
     def __call__(self, step: int, batch: Tensor) -> Tensor:
         """Features [2B, T] of the views of a step; `batch` is not read."""
-        view, mirror = self._rows
+        view, mirror = self._rows[0], self._rows[-1]
         pairs = self._sampler.batch(step)
         indices = torch.tensor([index for _, index in pairs])
         numbers = [uniform_numbers(self._sampler.seed, epoch, index) for epoch, index in pairs]

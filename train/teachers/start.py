@@ -59,7 +59,7 @@ def teacher_targets(
     else:
         cached = cached_features(config, teacher, images, bad, device, world)
         views = augmentation.byol(config.image_size, config.min_scale, config)
-        source = CachedFeatures(*cached, views, sampler, device)
+        source = CachedFeatures(cached, views, sampler, device)
     if config.teacher_target == "centred":
         return TeacherTargets(source, world)
     out = Path(config.out)

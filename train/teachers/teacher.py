@@ -59,7 +59,8 @@ class TeacherFacts:
 
     def cost(self, config: PretrainConfig, images: int | None) -> TeacherCost:
         """Cost of the teacher in a run on this many images; with an unknown number, as if its views were computed."""
-        return TeacherCost(self.macs, self.features, None if config.teacher_cache is None else images)
+        cached = None if config.teacher_cache is None or images is None else cached_views(config) * images
+        return TeacherCost(self.macs, self.features, cached)
 
 
 class Teacher:
@@ -129,6 +130,11 @@ class Teacher:
             features = self.network(self.prepare(images).to(self._dtype))
             features = features.to(torch.promote_types(self._dtype, torch.float32))
         return features.clone()  # autograd cannot save tensors of the inference mode
+
+
+def cached_views(config: PretrainConfig) -> int:
+    """Views of an image whose features --teacher-cache keeps: 2, the image and its mirror image, or 1 without flips."""
+    return 2 if config.flip_probability else 1
 
 
 def open_teacher(config: PretrainConfig, device: torch.device) -> Teacher | None:
