@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dspnet_fast.machine import cpu_model
+from dspnet_fast.verdicts import POLICIES
 from train import cli
 from train.run.progress import Monitor
 
 from .quiet import QuietWait
 
 GNU_DEFAULT, SHARED = 300_000, 2_000
-FORMULATIONS = {"fused": "auto", "eager": "eager"}  # policy by formulation
 WARM_UP = 3
 EPILOG = """\
 examples:
@@ -54,7 +54,8 @@ def step_times(options: argparse.Namespace) -> None:
 
     from dspnet_fast.ops import registry
     from train.config import PretrainConfig
-    from train.pretraining.trainer import Trainer
+    from train.pretraining.dspnet import VIEWS
+    from train.pretraining.trainer import Trainer, random_batch
     from train.run.process import prepare_process
 
     config = PretrainConfig(
@@ -65,10 +66,9 @@ def step_times(options: argparse.Namespace) -> None:
         full_only_epochs=0,
         recipe="paper",
     )
-    registry.set_policy(FORMULATIONS[options.worker])
+    registry.set_policy(POLICIES[options.worker])
     trainer = Trainer(config, 1000, torch.device("cpu"))
-    shape = (2 * options.batch_size, 3, options.image_size, options.image_size)
-    batch = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = random_batch(config, VIEWS * config.batch_size)
     trainer.train_step(batch)
     prepare_process(torch.device("cpu"))
     for line in sys.stdin:
@@ -84,7 +84,7 @@ class Worker:
     """A process that runs training steps.
 
     Args:
-        formulation: one of FORMULATIONS.
+        formulation: a key of POLICIES.
         spin_count: limit of the threads' spinning.
         arguments: command-line arguments that define the step.
     """
@@ -144,7 +144,7 @@ def measure(options: argparse.Namespace, spin_counts: Sequence[int]) -> dict[tup
     """Times by formulation and limit."""
     arguments = ["--dns", options.dns, *("--image-size", str(options.image_size))]
     arguments += ["--batch-size", str(options.batch_size)]
-    keys = [(formulation, count) for formulation in FORMULATIONS for count in spin_counts]
+    keys = [(formulation, count) for formulation in POLICIES for count in spin_counts]
     alone: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
     contended: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
     quiet = QuietWait(60, 5)
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N,N",
         help=f"limits, beside {GNU_DEFAULT} [%(default)s]",
     )
-    parser.add_argument("--worker", choices=list(FORMULATIONS), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=list(POLICIES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
         step_times(options)

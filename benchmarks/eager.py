@@ -26,13 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspnet_fast.subnets import Subnet
+from train.data.normalization import MEAN, STD
 from train.pretraining.cuda_graphs import Capture, capture_graphs
-from train.pretraining.dspnet import DSPNet
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from train.pretraining.dspnet import VIEWS, DSPNet
 
 RELU_STAGES, STAGE_STRIDES = 3, (1, 2, 2, 2, 1, 2)  # MobileNetV3-Large uses hardswish from the fourth stage on
-VIEWS, HEADS = 2, ("projector", "predictor")
+HEADS = ("projector", "predictor")
 
 
 @dataclass(frozen=True)
@@ -259,9 +258,7 @@ class EagerStep:
         example = next(model.parameters())
         self._device, self._dtype = example.device, example.dtype
         self._shapes = {subnet.name: self._prefix_shapes(subnet) for subnet in model.family}
-        self._mean, self._std = (
-            torch.tensor(values, device=self._device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        self._mean, self._std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in (MEAN, STD))
         self._hyperparameters = {"weight_decay": weight_decay, "momentum": momentum, "eta": eta}
         self._encoder, self._heads = self._encode, heads
         if compiled:

@@ -50,7 +50,8 @@ from dspnet_fast.models import family
 from dspnet_fast.ops import registry
 from train import cli
 from train.config import PretrainConfig
-from train.pretraining.trainer import Trainer
+from train.pretraining.dspnet import VIEWS
+from train.pretraining.trainer import Trainer, random_batch
 from train.run.process import prepare_process
 from train.run.progress import Monitor
 
@@ -149,8 +150,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def images(options: argparse.Namespace) -> Tensor:
     """Two views of random images, uint8 [2B, 3, S, S]."""
-    shape = (2 * options.batch_size, 3, options.image_size, options.image_size)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return random_batch(configuration(options), VIEWS * options.batch_size)
 
 
 def build(variant: Variant, options: argparse.Namespace, batch: Tensor) -> Run:

@@ -1,17 +1,17 @@
 """The machine, and the providers that it can run: `python -m dspnet_fast.info [--json]`."""
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from . import settings, verdicts
 from .errors import InputError
-from .machine import cpu_model
+from .machine import TRITON, cpu_model, installed_version
 from .ops import apex, cpp, cuda, registry
 
 
@@ -39,10 +39,10 @@ def _machine() -> dict[str, str]:
         "cpu": cpu_model(),
         "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "dspnet-fast": _version("dspnet-fast") or "not installed: running from the source folder",
+        "dspnet-fast": installed_version("dspnet-fast") or "not installed: running from the source folder",
         "torch": torch.__version__,
-        "torchvision": _version("torchvision") or "absent",
-        "triton": _version("triton", "pytorch-triton", "triton-windows") or "absent",
+        "torchvision": installed_version("torchvision") or "absent",
+        "triton": installed_version(*TRITON) or "absent",
         "cuda": torch.version.cuda or "this torch was built without CUDA",
         "gpu": _gpus(),
         "cpu operators": f"built for {', '.join(cpp.builds())}" if cpp.load()[0] else cpp.load()[1],
@@ -57,8 +57,8 @@ def _verdicts() -> list[dict[str, str]]:
     keys = {key["device"]: key for key in map(verdicts.key, (*gpus, torch.device("cpu")))}
     found = []
     for verdict in verdicts.read_all():
-        key, run = keys.get(verdict.key["device"]), verdict.run
-        if key is not None:
+        with suppress(KeyError):  # a device of another machine, or a verdict of another version with other entries
+            key, run = keys[verdict.key["device"]], verdict.run
             lasting = [{n: v for n, v in some.items() if n not in settings.read()} for some in (verdict.key, key)]
             size = f"{run['image_size']} px, {run['images']} images, {run['precision']}"
             found.append(
@@ -85,16 +85,6 @@ def _usable_cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _version(*distributions: str) -> str:
-    """The version of the first of these distributions that is installed, or an empty string. Imports nothing."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none"
@@ -103,8 +93,8 @@ def _gpus() -> str:
 
 
 def _dali() -> str:
-    found = _version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    if not found and _version("nvidia-dali"):
+    found = installed_version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    if not found and installed_version("nvidia-dali"):
         return "absent: the package nvidia-dali is a placeholder, install nvidia-dali-cuda130"
     return found or "absent"
 

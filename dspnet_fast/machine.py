@@ -1,11 +1,13 @@
-"""The machine's processor, and what its devices can compute with."""
+"""The machine's processor, what its devices can compute with, and the versions of what is installed."""
 
+import importlib.metadata
 import platform
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+TRITON = ("triton", "pytorch-triton", "triton-windows")  # distributions of Triton
 WITHOUT_FLOAT64 = ("mps", "meta")  # meta, so that the tests can tell without an Apple GPU
 
 
@@ -27,3 +29,13 @@ def cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or "unknown")
+
+
+def installed_version(*distributions: str) -> str:
+    """The version of the first of these distributions that is installed, or an empty string. Imports nothing."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -13,8 +14,12 @@ from .ops import adamw_ema_step, ema_update, lars_ema_step
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class _Fused(torch.optim.Optimizer):
-    """Updates one parameter after another, each by one call of an operator on its memory."""
+class _Fused(torch.optim.Optimizer, ABC):
+    """Updates one parameter after another, each by one call of an operator on its memory.
+
+    Attributes:
+        STATE: names of the tensors of a parameter's shape in its state.
+    """
 
     STATE: tuple[str, ...]
 
@@ -36,6 +41,9 @@ class _Fused(torch.optim.Optimizer):
                     f"a target of {list(target.shape)} {target.dtype} on {target.device} for a parameter of "
                     f"{list(parameter.shape)} {parameter.dtype} on {parameter.device}"
                 )
+
+    def __getstate__(self) -> dict[str, Any]:  # that of PyTorch's class holds known attributes only
+        return super().__getstate__() | {"_targets": self._targets}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, float32 or float64 in memory without gaps."""
@@ -65,7 +73,7 @@ class _Fused(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            scalars: dict[torch.device, tuple[Tensor, ...]] = {}
+            scalars: dict[torch.device, dict[str, Tensor]] = {}
             for parameter in group["params"]:
                 target = self._targets.get(parameter)
                 if parameter.grad is None:
@@ -76,14 +84,14 @@ class _Fused(torch.optim.Optimizer):
                     raise RuntimeError("sparse gradients are not supported")
                 device = parameter.device
                 if device not in scalars:
-                    values = (group["lr"], group["weight_decay"], group["tau"])
-                    scalars[device] = tuple(torch.full((), v, dtype=torch.float64, device=device) for v in values)
-                self._update(parameter, target, group, *scalars[device])
+                    scalars[device] = {
+                        name: torch.full((), group[name], dtype=torch.float64, device=device)
+                        for name in ("lr", "weight_decay", "tau")
+                    }
+                self._update(parameter, target, group, scalars[device])
         return loss
 
-    def _update(
-        self, p: Tensor, target: Tensor | None, group: dict[str, Any], lr: Tensor, decay: Tensor, tau: Tensor
-    ) -> None:
+    def _update(self, p: Tensor, target: Tensor | None, group: dict[str, Any], scalars: dict[str, Tensor]) -> None:
         state = self.state[p]
         for name in self.STATE:
             if name not in state:
@@ -97,24 +105,24 @@ class _Fused(torch.optim.Optimizer):
             followed = p.new_empty(0)
         else:
             followed = _vector(target) if target.stride() == p.stride() else _vector(torch.zeros_like(p).copy_(target))
-        segments = ([0], [p.numel()]) if p.ndim > 1 else ([], [])
-        self._call(_vector(p), _vector(p.grad), followed, segments, state, group, lr, decay, tau)
+        starts, sizes = ([0], [p.numel()]) if p.ndim > 1 else ([], [])
+        flat = {"params": _vector(p), "grads": _vector(p.grad), "targets": followed, "starts": starts, "sizes": sizes}
+        self._step(flat, state, group, scalars)
         if target is not None and followed.data_ptr() != target.data_ptr():
             target.copy_(followed.as_strided(p.shape, p.stride()))
 
-    def _call(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        target: Tensor,
-        segments: tuple[list[int], list[int]],
-        state: dict[str, Any],
-        group: dict[str, Any],
-        lr: Tensor,
-        decay: Tensor,
-        tau: Tensor,
+    @abstractmethod
+    def _step(
+        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Tensor]
     ) -> None:
-        raise NotImplementedError
+        """Call the operator.
+
+        Args:
+            flat: its arguments `params`, `grads`, `targets`, `starts` and `sizes`.
+            state: the parameter's state.
+            group: the parameter's group.
+            scalars: `lr`, `weight_decay` and `tau` of the group as scalars on the parameter's device.
+        """
 
 
 class LARS(_Fused):
@@ -161,21 +169,11 @@ class LARS(_Fused):
         values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "tau": tau}
         super().__init__(params, values, targets)
 
-    def _call(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        target: Tensor,
-        segments: tuple[list[int], list[int]],
-        state: dict[str, Any],
-        group: dict[str, Any],
-        lr: Tensor,
-        decay: Tensor,
-        tau: Tensor,
+    def _step(
+        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Tensor]
     ) -> None:
-        momenta = _vector(state["momentum"])
-        numbers = group["weight_decay"], group["momentum"], group["eta"]
-        lars_ema_step(p, grad, momenta, target, *segments, lr, tau, *numbers)
+        numbers = {name: group[name] for name in ("weight_decay", "momentum", "eta")}
+        lars_ema_step(**flat, momenta=_vector(state["momentum"]), lr=scalars["lr"], tau=scalars["tau"], **numbers)
 
 
 class AdamW(_Fused):
@@ -221,24 +219,14 @@ class AdamW(_Fused):
         values = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "tau": tau}
         super().__init__(params, values, targets)
 
-    def _call(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        target: Tensor,
-        segments: tuple[list[int], list[int]],
-        state: dict[str, Any],
-        group: dict[str, Any],
-        lr: Tensor,
-        decay: Tensor,
-        tau: Tensor,
+    def _step(
+        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Tensor]
     ) -> None:
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float64)
-        state["step"] = steps = state["step"].to(p.device)  # loading a state leaves it on the CPU
-        averages = _vector(state["exp_avg"]), _vector(state["exp_avg_sq"])
-        numbers = group["beta1"], group["beta2"], group["eps"]
-        adamw_ema_step(p, grad, *averages, target, steps, *segments, lr, decay, tau, *numbers)
+        steps = state.get("step", torch.zeros((), dtype=torch.float64))
+        state["step"] = steps = steps.to(flat["params"].device)  # loading a state leaves it on the CPU
+        averages = {"momenta": _vector(state["exp_avg"]), "variances": _vector(state["exp_avg_sq"])}
+        numbers = {name: group[name] for name in ("beta1", "beta2", "eps")}
+        adamw_ema_step(**flat, **averages, steps=steps, **scalars, **numbers)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -24,12 +23,12 @@ import torch
 
 from . import atomic, plugins, settings
 from .errors import InputError
-from .machine import cpu_model
+from .machine import TRITON, cpu_model, installed_version
 from .ops import cpp, cuda
 from .verification.supervisor import Outcome
 
-FORMULATIONS = ("eager", "fused")
-POLICIES = {"eager": "eager", "fused": "auto"}  # of the formulations
+POLICIES = {"eager": "eager", "fused": "auto"}  # by formulation
+FORMULATIONS = tuple(POLICIES)
 DRIVER = Path("/proc/driver/nvidia/version")
 
 log = logging.getLogger(__name__)
@@ -79,10 +78,6 @@ class Verdict:
     formulation: str
     reason: str
 
-    def findings(self) -> dict[tuple[str, str], str]:
-        """The argument of `registry.use_findings`."""
-        return findings(self.operators)
-
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         return asdict(self)
@@ -105,7 +100,9 @@ class Verdict:
 
 
 def findings(operators: dict[str, dict[str, Outcome]]) -> dict[tuple[str, str], str]:
-    """For pairs of operator and provider the reason against it, or an empty string if it was verified."""
+    """The argument of `registry.use_findings`: for pairs of operator and provider the reason against it, or an empty
+    string if it was verified.
+    """
     return {
         (operator, provider): "" if outcome.verified else outcome.reason
         for operator, outcomes in operators.items()
@@ -148,15 +145,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "driver": driver[0] if driver else torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "triton": _triton_version(),
+        "triton": installed_version(*TRITON) or "absent",
     }
-
-
-def _triton_version() -> str:
-    for name in ("triton", "pytorch-triton", "triton-windows"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return "absent"
 
 
 @functools.cache

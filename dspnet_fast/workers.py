@@ -1,7 +1,7 @@
 """Processes that may crash or hang, and report by lines of JSON.
 
 The parent starts a module with `Worker` and reads lines with a time limit; the child begins with `receive`, which
-returns the job and the function that reports.
+prepares it like the parent and returns the job and the function that reports.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
+
+from . import plugins, settings
+
 PR_SET_PDEATHSIG = 1
 END_SECONDS = 30.0  # for a process to end
 
@@ -32,9 +36,11 @@ class Worker:
     Args:
         module: name of the module, run as `python -m`.
         job: anything that pickles; `receive` returns it.
+        device: the device that the process uses.
+        plugins: modules that it imports first, see `dspnet_fast.plugins`.
     """
 
-    def __init__(self, module: str, job: object) -> None:
+    def __init__(self, module: str, job: object, device: torch.device, plugins: str = "") -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         environment = {name: value for name, value in os.environ.items() if name != "DSPNET_KERNELS"}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -50,7 +56,7 @@ class Worker:
         self._reader.start()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin:
-            pickle.dump(job, self._process.stdin)
+            pickle.dump((settings.read(), device, plugins, job), self._process.stdin)
 
     def _read_all(self) -> None:
         assert self._process.stdout is not None
@@ -93,10 +99,11 @@ class Worker:
             return -signal.SIGKILL
 
 
-def receive() -> tuple[Any, Callable[..., None]]:
-    """In the child: the job, and a function that reports its keyword arguments as a line.
+def receive() -> tuple[Any, torch.device, Callable[..., None]]:
+    """In the child: the job, the device, and a function that reports its keyword arguments as a line.
 
-    The child then ends with its parent, leaves Ctrl-C to it, and writes no core dump.
+    The child then has the parent's settings and plugins, ends with its parent, leaves Ctrl-C to it, and writes no core
+    dump.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -109,4 +116,9 @@ def receive() -> tuple[Any, Callable[..., None]]:
         stream.write(json.dumps(line) + "\n")
         stream.flush()
 
-    return pickle.load(sys.stdin.buffer), report
+    of_parent, device, names, job = pickle.load(sys.stdin.buffer)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    settings.apply(of_parent)
+    plugins.load(names)
+    return job, device, report

@@ -42,7 +42,7 @@ class Launch:
 
     @classmethod
     def of(cls, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
-        """The properties of an observed launch (launch.observer)."""
+        """The properties of an observed launch (launch.observed)."""
         properties = tuple(map(_properties, kernel.params, arguments))
         return cls(f"{kernel.fn.__module__}:{kernel.fn.__name__}", properties, tuple(sorted(options.items())))
 

@@ -1,7 +1,8 @@
 """The host's side of the kernels: arguments, the distribution of rows among programs, and launches."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,19 @@ SIZES = (
     "views",
 )
 
-# If set, called as observer(kernel, arguments, options) instead of launching: to compile without a GPU.
-observer: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
+Observer = Callable[[Any, tuple[Any, ...], dict[str, Any]], object]
+_observer: Observer | None = None
+
+
+@contextmanager
+def observed(by: Observer) -> Iterator[None]:
+    """Within this context, by(kernel, arguments, options) is called instead of a launch: to compile without a GPU."""
+    global _observer
+    _observer = by
+    try:
+        yield
+    finally:
+        _observer = None
 
 
 @dataclass(frozen=True)
@@ -152,8 +164,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def launch(kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
     """Launch `grid` programs on the current stream of the first argument's device."""
-    if observer is not None:
-        observer(kernel, args, {"num_warps": num_warps, "num_stages": num_stages, **constants})
+    if _observer is not None:
+        _observer(kernel, args, {"num_warps": num_warps, "num_stages": num_stages, **constants})
     elif grid:
         with torch.cuda.device_of(args[0]):
             kernel[(grid,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)

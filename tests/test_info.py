@@ -4,9 +4,11 @@ import json
 import sys
 
 import pytest
+import torch
 
-from dspnet_fast import info
+from dspnet_fast import info, verdicts
 from dspnet_fast.ops import apex, registry
+from dspnet_fast.verdicts import Verdict
 
 
 def test_json_lists_machine_operators_and_providers(run_python):
@@ -47,6 +49,18 @@ def test_several_reasons_of_a_provider_name_their_operators():
     assert info._reasons(operators) == [("triton", "no device"), ("cpp", "two: old"), ("cpp", "three: older")]
 
 
+def test_verdicts_of_this_device_are_listed_and_those_of_other_versions_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    key = verdicts.key(torch.device("cpu"))
+    run = {"network": "resnet", "dns": "c8-d1111", "image_size": 32, "images": 8, "precision": "fp32"}
+    for entries in (run, {"network": "resnet"}, {**run, "image_size": 64}):
+        assert verdicts.write(Verdict("2026-12-01", key, entries, {}, None, "eager", "slower"))
+    assert verdicts.write(Verdict("2026-12-01", {"device": "of another machine"}, run, {}, None, "eager", "slower"))
+    found = info.collect()["verdicts"]
+    assert sorted(verdict["run"].split(", ")[0] for verdict in found) == ["resnet c8-d1111", "resnet c8-d1111"]
+    assert not any(verdict["outdated"] for verdict in found)
+
+
 def test_invalid_policy_is_reported(run_python):
     facts = json.loads(run_python("-m", "dspnet_fast.info", "--json", DSPNET_KERNELS="cudo"))
     assert "unknown kernel provider 'cudo'" in facts["error"] and facts["ops"]
@@ -69,7 +83,8 @@ def test_unrelated_apex_is_recognised(tmp_path, monkeypatch, folder, message):
 
 def test_placeholder_dali_is_recognised(monkeypatch):
     installed = {"nvidia-dali": "0.0.1"}
-    monkeypatch.setattr(info, "_version", lambda *names: next((installed[n] for n in names if n in installed), ""))
+    found = lambda *names: next((installed[name] for name in names if name in installed), "")  # noqa: E731
+    monkeypatch.setattr(info, "installed_version", found)
     assert "placeholder" in info._dali()
     installed["nvidia-dali-cuda130"] = "2.4.0"
     assert info._dali() == "2.4.0"

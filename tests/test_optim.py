@@ -93,6 +93,19 @@ def test_loaded_state_continues_exactly(kind):
     torch.testing.assert_close(model.state_dict(), straight.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [LARS, AdamW])
+def test_copy_of_model_target_and_optimizer_continues_exactly(kind):
+    online, target = network(), network()
+    original = online, target, kind(online.parameters(), lr=0.1, targets=pairs(online, target), tau=0.9)
+    copied = copy.deepcopy(original)
+    for model, _, optimizer in (original, copied):
+        backward(model, 0)
+        optimizer.step()
+    for ours, theirs in zip(copied[:2], original[:2], strict=True):
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(target[0].weight, network()[0].weight)
+
+
 def test_gradients_of_another_memory_format_are_accepted():
     model, twin = network(), network()
     for m in (model, twin):

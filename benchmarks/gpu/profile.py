@@ -26,7 +26,7 @@ from benchmarks.device import DEVICE
 from train.pretraining.trainer import Trainer
 
 from . import measuring, page, records
-from .step import FAMILIES, Case, Variant, configuration, random_batch, set_up
+from .step import FAMILIES, Case, Variant, configuration, set_up, two_views
 
 ROWS = 200  # recorded kernels, which take nearly all of the time
 PREFIX = "operator #"  # of the names of ranges
@@ -126,7 +126,7 @@ def main() -> None:
         variant = Variant(policy, graphs=False, cudnn="deterministic")
         set_up(variant, case.precision)
         config = configuration(case, graphs=False)
-        trainer, batch = Trainer(config, 100_000, DEVICE), random_batch(config)
+        trainer, batch = Trainer(config, 100_000, DEVICE), two_views(config)
 
         def step(trainer: Trainer = trainer, batch: Tensor = batch) -> None:
             trainer.step = 0

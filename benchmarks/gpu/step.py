@@ -37,7 +37,8 @@ from benchmarks.eager import EagerStep
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import sandwich
 from train.config import PretrainConfig
-from train.pretraining.trainer import Trainer
+from train.pretraining.dspnet import VIEWS
+from train.pretraining.trainer import Trainer, random_batch
 from train.run.device import configure_cuda
 
 from . import measuring, page, records
@@ -149,10 +150,9 @@ def configuration(case: Case, graphs: bool = True, cudnn: str = "deterministic",
     )
 
 
-def random_batch(config: PretrainConfig) -> Tensor:
-    """Two views of a batch, uint8 [2B, 3, S, S], on the device."""
-    shape = (2 * config.batch_size, 3, config.image_size, config.image_size)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+def two_views(config: PretrainConfig) -> Tensor:
+    """Two views of a random batch, uint8 [2B, 3, S, S], on the device."""
+    return random_batch(config, VIEWS * config.batch_size).to(DEVICE)
 
 
 def build(variant: Variant, case: Case, batch: Tensor) -> Step:
@@ -193,7 +193,7 @@ class StepBenchmark:
 
     def __init__(self, case: Case, console: Console, group: str = "all") -> None:
         self.case, self.console, self._group = case, console, group
-        self._batch = random_batch(configuration(case))
+        self._batch = two_views(configuration(case))
         self._steps: dict[str, Step] = {}
         self._losses: dict[str, float] = {}
         self.lines: dict[str, dict[str, Any]] = {}

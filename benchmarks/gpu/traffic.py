@@ -43,7 +43,7 @@ class Traffic:
         return max(self.dram / dram, self.l2 / l2)
 
 
-def launches(call: Callable[[], object]) -> Iterator[tuple[str, dict[str, Any]]]:
+def launches(call: Callable[[], object]) -> list[tuple[str, dict[str, Any]]]:
     """Name and arguments of every kernel that a call launches with meta tensors."""
     from dspnet_fast.kernels import launch
 
@@ -53,12 +53,9 @@ def launches(call: Callable[[], object]) -> Iterator[tuple[str, dict[str, Any]]]
         names = (parameter.name for parameter in kernel.params)
         recorded.append((kernel.fn.__name__, dict(zip(names, args, strict=False)) | options))
 
-    launch.observer = record
-    try:
+    with launch.observed(record):
         call()
-    finally:
-        launch.observer = None
-    yield from recorded
+    return recorded
 
 
 def traffic(name: str, a: dict[str, Any]) -> Traffic:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError
-from .mobilenet_v3 import FEATURE_CHANNELS, DepthwiseSeparable, InvertedResidual, MobileNetV3, SqueezeExcite
+from ..nn.groups import find_groups
+from .mobilenet_v3 import FEATURE_CHANNELS, MobileNetV3
 from .network import Network
-from .resnet import BasicBlock, ResNet
 from .traced import TracedNetwork
 
 LIBRARIES = ("timm", "torchvision")
@@ -119,58 +119,18 @@ class Group:
 
 
 def channel_groups(network: Network) -> list[Group]:
-    """The groups of channels of a network that may be permuted, the features last."""
-    if isinstance(network, MobileNetV3):
-        return _mobilenet_groups(network)
-    assert isinstance(network, ResNet)
-    return _resnet_groups(network)
-
-
-def _mobilenet_groups(network: MobileNetV3) -> list[Group]:
-    current = Group(["conv_stem", "bn1"])
-    groups = [current]
-    stages = list(network.blocks)[:-1]
-    for stage, blocks in enumerate(stages):
-        for position, block in enumerate(blocks.children()):
-            assert isinstance(block, DepthwiseSeparable | InvertedResidual)
-            at = f"blocks.{stage}.{position}."
-            if isinstance(block, DepthwiseSeparable):
-                current.outputs += [f"{at}conv_dw", f"{at}bn1"]
-                current.inputs.append(f"{at}conv_pw")
-                ends, source, result = [f"{at}conv_pw", f"{at}bn2"], block.conv_dw.in_channels, block.conv_pw
-            else:
-                current.inputs.append(f"{at}conv_pw")
-                middle = Group([f"{at}{name}" for name in ("conv_pw", "bn1", "conv_dw", "bn2")], [f"{at}conv_pwl"])
-                groups.append(middle)
-                if isinstance(block.se, SqueezeExcite):
-                    middle.outputs.append(f"{at}se.conv_expand")
-                    middle.inputs.append(f"{at}se.conv_reduce")
-                    groups.append(Group([f"{at}se.conv_reduce"], [f"{at}se.conv_expand"]))
-                ends, source, result = [f"{at}conv_pwl", f"{at}bn3"], block.conv_pw.in_channels, block.conv_pwl
-            if not (block.stride == 1 and source == result.out_channels):  # without a residual: other channels
-                current = Group()
-                groups.append(current)
-            current.outputs += ends
-    at = f"blocks.{len(stages)}.0."
-    current.inputs.append(f"{at}conv")
-    return [*groups, Group([f"{at}conv", f"{at}bn1"])]
-
-
-def _resnet_groups(network: ResNet) -> list[Group]:
-    current = Group(["conv1", "bn1"])
-    groups, insides = [current], []
-    for layer in network.stages:
-        for position, block in enumerate(network.get_submodule(layer).children()):
-            assert isinstance(block, BasicBlock)
-            at = f"{layer}.{position}."
-            current.inputs.append(f"{at}conv1")
-            insides.append(Group([f"{at}conv1", f"{at}bn1"], [f"{at}conv2"]))
-            if block.downsample is not None:
-                current.inputs.append(f"{at}downsample.0")
-                current = Group([f"{at}downsample.0", f"{at}downsample.1"])
-                groups.append(current)
-            current.outputs += [f"{at}conv2", f"{at}bn2"]
-    return [*insides, *groups]
+    """The groups of channels of a network that may be permuted, found by tracing; the features last."""
+    with torch.device("meta"):
+        traced, images = type(network)(network.full).eval(), torch.zeros(2, 3, 64, 64)
+    found = find_groups(traced, [(traced, (images,))], keep=())
+    groups = [Group() for _ in found.groups]
+    for path, tensors in found.tensors.items():
+        for dimension in tensors.get("weight", ()):
+            group = groups[dimension.group[0]]
+            (group.inputs if dimension.dim else group.outputs).append(path)
+    *_, last = found.tensors.values()  # the batch normalisation of the features
+    groups.append(groups.pop(last["weight"][0].group[0]))
+    return groups
 
 
 def sort_channels(network: Network, state: dict[str, Tensor]) -> Tensor:

@@ -30,12 +30,8 @@ def record(run: Callable[[], object]) -> list[Launch]:
     launch: Any = triton.kernels("launch")
     of = triton.kernels("ahead").Launch.of
     found: dict[Launch, None] = {}
-    launch.observer = lambda *observed: found.setdefault(of(*observed))
-    try:
-        with registry.triton_on_meta():
-            run()
-    finally:
-        launch.observer = None
+    with launch.observed(lambda *observed: found.setdefault(of(*observed))), registry.triton_on_meta():
+        run()
     return list(found)
 
 

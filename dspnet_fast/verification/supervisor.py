@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from .. import settings
 from ..ops import registry
 from ..workers import Worker
 from .calls import Call, Layout
-from .worker import Case, Job
+from .worker import Case
 
 START_SECONDS = 180.0  # until a worker has imported PyTorch
 CALL_SECONDS = 60.0  # for one call, with the compilation of its kernel
@@ -114,8 +113,7 @@ def verify(
     deadline = time.monotonic() + seconds
     remaining = findings.cases
     while remaining:
-        job = Job(remaining, str(device), plugins, settings.read())
-        with Worker("dspnet_fast.verification.worker", job) as worker:
+        with Worker("dspnet_fast.verification.worker", remaining, device, plugins) as worker:
             last = _follow(worker, findings, remaining, call_seconds, deadline, progress)
         remaining = findings.remaining(last)
     return findings.all()

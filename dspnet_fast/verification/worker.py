@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from .. import plugins, settings
 from ..ops import registry
 from ..workers import receive
 from .calls import Call
@@ -35,40 +34,18 @@ class Case:
         return self.call.operator, self.provider
 
 
-@dataclass(frozen=True)
-class Job:
-    """Cases to check.
-
-    Attributes:
-        cases: by number, those of one call next to each other.
-        device: device to check on.
-        plugins: modules to import first, see `dspnet_fast.plugins`.
-        settings: settings of PyTorch, see `dspnet_fast.settings`.
-    """
-
-    cases: dict[int, Case]
-    device: str
-    plugins: str
-    settings: dict[str, Any]
-
-
 @torch.no_grad()
 def main() -> None:
-    """Check the cases of a job until the first failure of each provider, on a GPU until the first exception."""
-    job, report = receive()
-    device = torch.device(job.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    settings.apply(job.settings)
+    """Check cases, by number, until the first failure of each provider, on a GPU until the first exception."""
+    cases, device, report = receive()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the references of small tensors are faster without threads
-    plugins.load(job.plugins)
-    for case in job.cases.values():
+    for case in cases.values():
         registry.operators[case.call.operator].providers[case.provider].supported()  # loads the compiled library
     try:
-        _warm_up(next(iter(job.cases.values())), device)
+        _warm_up(next(iter(cases.values())), device)
         report(ready=True)
-        _check_all(job.cases, device, threads, report)
+        _check_all(cases, device, threads, report)
     except torch.OutOfMemoryError:
         report(out_of_memory=True)
 

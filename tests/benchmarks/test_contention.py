@@ -6,6 +6,7 @@ import sys
 
 from benchmarks import contention
 from benchmarks.contention import GNU_DEFAULT, Contention
+from dspnet_fast.verdicts import POLICIES
 
 TINY = ["--dns", "w0.50,w1.00", "--image-size", "16", "--batch-size", "2"]
 
@@ -23,7 +24,7 @@ def test_last_line_compares_fast_kernels_of_the_first_limit_with_the_default(mon
         assert spin_counts == [7, GNU_DEFAULT]
         return {
             (name, count): Contention(1.02, 1.53) if count == 7 else Contention(1.0, 3.0)
-            for name in contention.FORMULATIONS
+            for name in POLICIES
             for count in spin_counts
         }
 

@@ -91,7 +91,7 @@ def test_captured_baseline_gives_the_losses_of_the_first_step(stand_in, monkeypa
         return functions
 
     monkeypatch.setattr(measuring, "capture", run_and_return)
-    batch = step.random_batch(step.configuration(CASE))
+    batch = step.two_views(step.configuration(CASE))
     launched, graphs = (step.build(step.Variant(graphs=graphs), CASE, batch) for graphs in (False, True))
     for _ in range(3):
         torch.testing.assert_close(graphs(), launched())

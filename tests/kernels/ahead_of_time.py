@@ -116,11 +116,10 @@ CALLS = {name.removeprefix("call_"): function for name, function in globals().it
 def launches(operator: str) -> list[Launch]:
     """All distinct launches of an operator."""
     found: dict[Launch, None] = {}
-    launch.observer = lambda *observed: found.setdefault(Launch.of(*observed))
-    for layer in (MOBILENET | RESNET).values():
-        for dtype in DTYPES:
-            CALLS[operator](layer, dtype)
-    launch.observer = None
+    with launch.observed(lambda *observed: found.setdefault(Launch.of(*observed))):
+        for layer in (MOBILENET | RESNET).values():
+            for dtype in DTYPES:
+                CALLS[operator](layer, dtype)
     return list(found)
 
 

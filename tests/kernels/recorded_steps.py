@@ -56,12 +56,11 @@ def key(kernel, arguments, options):
 def launches_of_step(config):
     """The launches of a step on the CPU that trains all subnets."""
     found = []
-    launch.observer = lambda *observed: found.append(observed)
     trainer = Trainer(replace(config, subnets_per_step=len(config.names())), 1, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     size = 2 * config.batch_size, 3, config.image_size, config.image_size
-    trainer.train_step(torch.randint(256, size, dtype=torch.uint8, generator=generator))
-    launch.observer = None
+    with launch.observed(lambda *observed: found.append(observed)):
+        trainer.train_step(torch.randint(256, size, dtype=torch.uint8, generator=generator))
     return found
 
 

@@ -67,8 +67,8 @@ def test_full_network_has_the_published_features(text, tmp_path):
 def test_groups_cover_every_channel_once(network, dn):
     """Every output of every layer is in one group, and every input of a convolution that is not depthwise."""
     model = build(network, subnet(network, dn))
-    outputs = [name for group in channel_groups(model) for name in group.outputs]
-    inputs = [name for group in channel_groups(model) for name in group.inputs]
+    groups = channel_groups(model)
+    outputs, inputs = ([name for group in groups for name in getattr(group, of)] for of in ("outputs", "inputs"))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.modules.batchnorm._BatchNorm)}
     assert sorted(outputs) == sorted(layers) and len(set(inputs)) == len(inputs)
     read = {n for n, m in layers.items() if isinstance(m, nn.Conv2d) and m.groups == 1 and m.in_channels > 3}

@@ -34,9 +34,9 @@ def workers(monkeypatch):
         jobs, remaining = [], iter(scripts)
 
         class Scripted:
-            def __init__(self, module, job):
+            def __init__(self, module, cases, device, plugins):
                 self.lines = [{"ready": True}, *next(remaining)]
-                jobs.append(sorted(job.cases))
+                jobs.append(sorted(cases))
 
             def read(self, seconds):
                 line = self.lines.pop(0)

@@ -62,7 +62,7 @@ class Kernels:
     def apply(self, key: dict[str, Any]) -> None:
         """Set policy and findings of this process. key: of its device."""
         verdict = self.verdict(key)
-        registry.use_findings(verdict.findings() if verdict else {})
+        registry.use_findings(verdicts.findings(verdict.operators) if verdict else {})
         registry.set_policy(POLICIES.get(self.formulation, self.formulation))
 
     def line(self) -> str:
@@ -193,7 +193,7 @@ class _Rank:
         self.write(f"kernels: selected elsewhere ({changed}); verifying again")
         outcomes = verify_run(self.config, self.device, self.world.size, Progress(self.write))
         good = {operator for (operator, _), reason in verdicts.findings(outcomes).items() if not reason}
-        lost = [o for (o, _), reason in before.findings().items() if not reason and o not in good]
+        lost = [o for (o, _), reason in verdicts.findings(before.operators).items() if not reason and o not in good]
         reason = f"{before.reason}; verified again after a change: {changed}"
         if lost:
             reason = f"no provider of {', '.join(dict.fromkeys(lost))} was verified after a change: {changed}"

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dspnet_fast import plugins, settings
 from dspnet_fast.ops import registry
 from dspnet_fast.verdicts import POLICIES
 from dspnet_fast.workers import receive
@@ -35,28 +34,18 @@ class Job:
 
     Attributes:
         config: configuration of the steps, of one process.
-        device: device to race on.
         findings: providers to use and not to use, see `registry.use_findings`.
-        plugins, settings: see `dspnet_fast.verification.worker.Job`.
         seconds: time that the measurements may take.
     """
 
     config: PretrainConfig
-    device: str
     findings: dict[tuple[str, str], str]
-    plugins: str
-    settings: dict[str, Any]
     seconds: float
 
 
 def main() -> None:
     """Time the steps of every formulation in turn and report the medians."""
-    job, report = receive()
-    device = torch.device(job.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    settings.apply(job.settings)
-    plugins.load(job.plugins)
+    job, device, report = receive()
     registry.use_findings(job.findings)
     report(doing="building the networks")
     prepare_process(device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dspnet_fast import settings, verdicts
+from dspnet_fast import verdicts
 from dspnet_fast.ops import registry
 from dspnet_fast.verdicts import Race, Verdict
 from dspnet_fast.verification.calls import odd_variants
@@ -134,14 +134,11 @@ def _race(
     """Time whole steps in another process; RaceError if that is impossible."""
     job = racer.Job(
         micro_batch_config(config, world_size, RACED_IMAGES if device.type == "cpu" else None),
-        str(device),
         verdicts.findings(outcomes),
-        config.plugins,
-        settings.read(),
         RACING_SECONDS[device.type],
     )
     doing = "starting"
-    with Worker(racer.__name__, job) as worker:
+    with Worker(racer.__name__, job, device, config.plugins) as worker:
         while True:
             try:
                 line = worker.read(min(FIRST_STEPS_SECONDS, deadline - time.monotonic()))
