@@ -75,13 +75,14 @@ def test_comparison_recipe_equals_the_pretraining_recipe(recipe):
     name = name.replace("_1e", "_10e")
     mine = yaml.safe_load(recipe.read_text())
     theirs = yaml.safe_load((ROOT / "recipes" / f"dspnet_{name}.yaml").read_text())
-    assert mine.pop("no_separate_runs", False) is (recipe.stem.split("_")[0] not in ("family-5", "family-6"))
+    kind, _, count = recipe.stem.split("_")[0].partition("-")
+    assert mine.pop("no_separate_runs", False) is (kind == "sampled" or count in ("3", "11"))
     changed = {option for option in mine.keys() | theirs.keys() if mine.get(option) != theirs.get(option)}
     if shorter:
         changed -= {"epochs", "warmup_epochs", "seeds", "fast_kernels", "probe_epochs", "probe_images"}
-    kind, _, count = recipe.stem.split("_")[0].partition("-")
-    assert changed == ({"subnets_per_step"} if kind == "sampled" else {"dns"} if count in ("3", "11") else set())
-    assert kind == "sampled" or len(mine["dns"].split(",")) == int(count)
+    varied = {"sampled": {"subnets_per_step"}, "seeds": {"seeds", "separate"}}
+    assert changed == varied.get(kind, {"dns"} if count in ("3", "11") else set())
+    assert kind in varied or len(mine["dns"].split(",")) == int(count)
 
 
 def test_code_of_the_layers_page_runs(policy):  # the fixture restores the policy that the page sets

@@ -17,6 +17,7 @@ from .evaluation.collapse import MIN_RANK, MIN_STD
 from .reporting import figures, page
 from .reporting.findings import COMPARE, Evaluation, Run, finite, network_summaries
 from .run.progress import Monitor
+from .run.tables import duration
 
 DESCRIPTION = """\
 Write OUT/report/index.html, a self-contained page about a run: its networks, their accuracies in all evaluations, the
@@ -135,6 +136,7 @@ def _state(run: Run) -> str:
     return (
         f"Pretrained on {config.data} without labels: {progress}, {run.steps:,} steps of {config.batch_size} images, "
         f"{config.image_size} px, {config.precision}."
+        + (f" Training took {duration(run.seconds)}." if run.seconds else "")
         + (f" The networks learned from the teacher {config.teacher}." if config.teacher else "")
     )
 
@@ -236,7 +238,7 @@ def write(out: Path) -> Path:
             monitor.status(picture.name)
     for stale in {path.name for path in folder.glob("*.png")} - {f"{name}.png" for name in drawn}:
         (folder / stale).unlink()
-    table = {"step": run.steps, "networks": finite(networks)}
+    table = {"step": run.steps, "training_seconds": run.seconds, "networks": finite(networks)}
     atomic.write_text(folder / "report.json", json.dumps(table, indent=2, allow_nan=False) + "\n")
     atomic.write_text(folder / "index.html", document(run, networks, drawn))
     return folder / "index.html"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from tests.small_run import SMALL_RUN
 from train import compare, report
 from train.cli import DONE, FAILED, WRONG_INPUT
 from train.comparison import measuring, times
+from train.comparison.curves import curves_over_seeds
 from train.comparison.measuring import StepMeasurement
 from train.comparison.ratios import ratios
 from train.comparison.tables import figures_of, tables_of
@@ -34,6 +36,7 @@ from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.trainer import Trainer
 from train.reporting import figures, page
 from train.reporting.findings import read_comparison
+from train.run.log import training_seconds
 
 SMALL, LARGE = "c8-d1111", "c16-d1111"
 OPTIONS = SMALL_RUN | {
@@ -168,7 +171,29 @@ def test_training_seconds_sum_the_recorded_throughput(tmp_path):
         {"step": 15, "images_per_second": 10.0, "data_wait": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert times.training_seconds(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
+    assert training_seconds(tmp_path, 20) == pytest.approx((4 + 10, 2 + 2))
+
+
+def test_curves_are_means_and_ranges_of_the_steps_of_all_seeds(tmp_path):
+    for seed, shift in (("a", 0.0), ("b", 2.0)):
+        lines = [{"step": step, "loss": {LARGE: step + shift, SMALL: 0.0}} for step in range(1, 481)]
+        lines += [{"step": 40, "knn": {LARGE: 0.5 + shift / 10}}, {"step": 80, "feature_std": {LARGE: 1.0}}]
+        lines += [{"step": 500, "loss": {LARGE: 1.0}}] if seed == "a" else [{"step": 500, "loss": {LARGE: math.nan}}]
+        (tmp_path / seed).mkdir()
+        (tmp_path / seed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = curves_over_seeds({"family": [tmp_path / "a", tmp_path / "b"]}, LARGE, epoch_steps=10)
+    loss, knn = found["loss"]["family"], found["knn"]["family"]
+    assert knn == {"epochs": [4.0], "mean": [pytest.approx(0.6)], "low": [0.5], "high": [0.7]}
+    assert len(loss["mean"]) == 240 and loss["epochs"][:2] == pytest.approx([0.15, 0.35])
+    assert (loss["low"][0], loss["mean"][0], loss["high"][0]) == (1.5, 2.5, 3.5)
+    assert curves_over_seeds({"family": [tmp_path]}, LARGE, 10) == {}
+
+
+def test_bands_reach_from_the_lowest_to_the_highest_value():
+    line = {"epochs": [1, 2], "mean": [0.5, 0.6], "low": [0.4, 0.6], "high": [0.7, 0.65]}
+    (axes,) = figures.bands({"alone": line, "family": line}, "kNN accuracy", percent=True)(drawing.LIGHT).axes
+    band = axes.collections[1].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == (0.4, 0.7) and len(axes.lines) == 2
 
 
 def test_ratios_equal_a_calculation_by_hand():
@@ -256,7 +281,7 @@ def test_compare_writes_report_runs_and_figures(finished_comparison):
     assert "Ratios to all separate runs together" in text and f"Ratios to {LARGE} alone" in text
     assert {path.name for path in out.glob("*.png")} == {
         *("compare-accuracy-knn.png", "compare-accuracy-linear.png"),
-        *("compare-cost-measured.png", "compare-cost-counted.png"),
+        *("compare-cost-measured.png", "compare-cost-counted.png", "compare-curves-loss.png"),
     }
 
 
@@ -329,6 +354,23 @@ def test_no_separate_runs_trains_families_only(command, tmp_path, quick, policy)
     assert len(chosen) == 1 and "too short for a race" in chosen.pop()
 
 
+def test_networks_that_are_not_pretrained_alone_have_no_results(finished_comparison, command, tmp_path, quick):
+    out = shutil.copytree(finished_comparison, tmp_path / "out")
+    assert run(compare, *command(out, separate=LARGE)) == DONE
+    found = read_comparison(out)
+    assert list(found["accuracy"]["kNN"]["alone"]) == [LARGE] and "measured" not in found["runs"][SMALL]
+    accuracy = tables_of(found)[0]
+    small, large = ([row[3], row[5]] for row in accuracy.rows)
+    assert small == ["–", "–"] and large[1].endswith(" points")
+    assert list(found["curves"]["loss"]) == [LARGE, "family-n2"]
+    assert "measured" not in found["ratios"]["separate runs"]["family-n2"]
+    assert "measured" in found["ratios"][LARGE]["family-n2"]
+    draws = {name: draw(drawing.LIGHT).axes[0] for name, draw, *_ in figures_of(found)}
+    rows = [label.get_text() for label in draws["cost-measured"].get_yticklabels()]
+    assert rows == [f"{LARGE} alone", "family, n = 2"]
+    assert {text.get_text() for text in draws["accuracy-knn"].texts} == {SMALL, LARGE}
+
+
 def test_report_of_a_run_contains_its_comparison(finished_comparison, tmp_path, quick):
     out = shutil.copytree(finished_comparison, tmp_path / "out") / "runs" / "family-n2-seed0"
     assert run(report, out) == DONE
@@ -337,7 +379,7 @@ def test_report_of_a_run_contains_its_comparison(finished_comparison, tmp_path, 
     tables = tables_of(found)
     assert len(tables) == 6 and all(page.table(table.heading, table.rows) in html for table in tables)
     drawn = {path.name for path in (out / "report").glob("compare-*.png")}
-    assert drawn == {f"compare-{name}.png" for name, *_ in figures_of(found)} and len(drawn) == 4
+    assert drawn == {f"compare-{name}.png" for name, *_ in figures_of(found)} and len(drawn) == 5
     assert html.count("pretrained alone and in a family") >= 4 and "Not compared yet" not in html
     alone, family_ = (found["accuracy"]["kNN"][column][LARGE] for column in ("alone", "family-n2"))
     row = tables[0].rows[1]
@@ -361,6 +403,7 @@ def test_bars_stack_their_parts():
         ({"seeds": "a"}, "--seeds must be a number or several"),
         ({"subnets_per_step": "1,2"}, "--subnets-per-step 1,2: give different numbers of at least 2"),
         ({"subnets_per_step": "2,3"}, "have the same effect on 2 networks"),
+        ({"separate": "w1.00"}, "no subnet 'w1.00' in this family"),
         ({"k": 0}, "--k must be at least 1"),
         ({"k": 81}, "--k 81 neighbours among"),
         ({"references": 500}, "--references 500 of 80 images"),

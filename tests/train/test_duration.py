@@ -11,6 +11,7 @@ from train.cli import DONE
 from train.costs.flops import network_costs, run_cost
 from train.pretraining import duration
 from train.pretraining.duration import TIMED, Duration
+from train.run import tables
 
 CPU = torch.device("cpu")
 FULL = ["c16-d2121"]
@@ -69,7 +70,7 @@ def test_resumed_run_counts_the_steps_that_are_left(small, clock):
     ("seconds", "words"), [(5, "5 s"), (600, "10 min"), (7200, "2.0 h"), (360_000 * 10, "1,000 h")]
 )
 def test_durations_have_a_suitable_unit(seconds, words):
-    assert duration._words(seconds) == words
+    assert tables.duration(seconds) == words
 
 
 def test_run_prints_its_duration_once(arguments, capsys):

@@ -131,6 +131,14 @@ def test_embedded_images_decode_and_are_saved_as_png(reported):
     assert files == set(pictures[1::2])
 
 
+def test_page_states_the_duration_of_the_training(reported):
+    recorded = [json.loads(line) for line in (reported / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(8 / line["images_per_second"] for line in recorded if "images_per_second" in line)  # log_steps is 1
+    assert f"Training took {seconds:.0f} s." in text_of(page_of(reported))
+    found = json.loads((reported / "report" / "report.json").read_text())["training_seconds"]
+    assert found == pytest.approx(seconds)
+
+
 def test_first_table_has_costs_latency_and_accuracies(reported):
     page = page_of(reported)
     heading, *rows = page.rows[:4]

@@ -34,6 +34,9 @@ class CompareOptions:
         4, "subnets per step; several, such as 2,3,4,5, give several families", metavar="NUMBERS"
     )
     no_separate_runs: bool = option(False, "train families only; costs of separate runs are only counted")
+    separate: str | None = option(
+        None, "networks to pretrain alone, such as w1.00; costs of the others are only counted [all]", metavar="NAMES"
+    )
     k: int = count(20, "number of neighbours in the kNN evaluation")
     references: int | None = option(None, "training images among which neighbours are searched, drawn at random [all]")
     linear_epochs: int = not_negative(0, "epochs of linear classifiers for linear evaluation; 0: none")
@@ -62,6 +65,7 @@ class Comparison:
 
     Attributes:
         variants: networks alone, smallest first, then families; with a teacher, families by themselves before these.
+        trained: the variants that are trained.
         teacher: facts of the teacher; None without one.
         costs: costs of the networks by name.
         images: number of training images.
@@ -106,6 +110,7 @@ class Comparison:
                 for n, of_n in configs.items()
             ]
         self.variants = [*self.alone, *self.families]
+        self.trained = [*self._trained_alone(), *self.families]
         self.costs = flops.network_costs(config)
         references = self.size.train if options.references is None else options.references
         if not options.k <= references <= self.size.train:
@@ -118,10 +123,13 @@ class Comparison:
                 recipe.check_sampling(replace(variant.config, seed=seed), self.images)
         self.epoch_steps = EpochSampler(self.images, config.batch_size, 0, config.epochs).steps_per_epoch
 
-    @property
-    def trained(self) -> list[Variant]:
-        """The variants that are trained."""
-        return self.families if self.options.no_separate_runs else self.variants
+    def _trained_alone(self) -> list[Variant]:
+        if self.options.separate is None:
+            return [] if self.options.no_separate_runs else self.alone
+        if self.options.no_separate_runs:
+            raise InputError("--separate and --no-separate-runs exclude each other: give one of them")
+        names = {self.family.find(name.strip()).name for name in self.options.separate.split(",")}
+        return [variant for variant in self.alone if variant.name in names]
 
     @property
     def steps(self) -> int:

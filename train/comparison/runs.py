@@ -28,6 +28,7 @@ from ..run.run_directory import open_run
 from ..run.saved_config import CONFIG
 from ..selection.kernels import Kernels, choose_kernels
 from ..teachers.teacher import read_facts
+from .curves import curves_over_seeds
 from .design import Comparison
 from .measuring import StepMeasurement
 from .ratios import ALONE, ratios
@@ -135,4 +136,11 @@ def _report(
         families = {v.name: found[v.name] for v in comparison.families}
         report["accuracy"][protocol] = {**({ALONE: alone} if alone else {}), **families}
     report["ratios"] = ratios(report["runs"])
+    largest = comparison.family.full.name
+    directories = {
+        v.name: [comparison.run_directory(v, seed) for seed in comparison.seeds]
+        for v in trained
+        if largest in v.config.names()
+    }
+    report["curves"] = curves_over_seeds(directories, largest, comparison.epoch_steps)
     return report

@@ -10,6 +10,7 @@ from ..evaluation.plot_data import Point
 from ..evaluation.results import Report
 from ..reporting import figures
 from ..run.tables import Table, cost_cells, percent, quantity
+from .curves import MEASURES
 from .ratios import ALONE, SEPARATE, part_names
 
 PART_LABELS = {
@@ -45,9 +46,9 @@ def _accuracy(report: Report, protocol: str) -> Table:
     heading += [f"{_label(report, name)}: difference" for name in families] if alone else []
     rows = []
     for dn, network in report["networks"].items():
-        row = [dn, *cost_cells(network), *(_score(scores[dn]) for scores in columns.values())]
+        row = [dn, *cost_cells(network), *(_score(scores.get(dn)) for scores in columns.values())]
         if alone:
-            row += [f"{100 * (columns[name][dn]['mean'] - alone[dn]['mean']):+.1f} points" for name in families]
+            row += [_difference(columns[name][dn], alone.get(dn)) for name in families]
         rows.append(row)
     seeds = report["seeds"]
     title = (
@@ -65,7 +66,13 @@ def _accuracy(report: Report, protocol: str) -> Table:
     return Table(title, heading, rows)
 
 
-def _score(score: Mapping[str, Any]) -> str:
+def _difference(score: Mapping[str, Any], alone: Mapping[str, Any] | None) -> str:
+    return "–" if alone is None else f"{100 * (score['mean'] - alone['mean']):+.1f} points"
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "–"
     text = percent(score["mean"], score["interval"])
     return text if len(score["seeds"]) == 1 else f"{text} [{percent(score['low'])}, {percent(score['high'])}]"
 
@@ -154,6 +161,14 @@ def figures_of(report: Report) -> Iterator[tuple[str, drawing.Draw, str, str]]:
             f"{label} of networks pretrained alone and in a family, over multiply-accumulates",
             f"{caption}.",
         )
+    largest = list(report["networks"])[-1]
+    for measure, curves in report.get("curves", {}).items():  # missing in files of 0.1.0
+        caption = f"{MEASURES[measure][0].upper()}{MEASURES[measure][1:]} of {largest} while training"
+        several = len(report["seeds"]) > 1
+        caption += ": means of the seeds, and bands from the lowest to the highest." if several else "."
+        lines = {_label(report, name): curve for name, curve in curves.items()}
+        draw = figures.bands(lines, MEASURES[measure], percent=measure == "knn")
+        yield f"curves-{measure}", draw, f"{MEASURES[measure]} of {largest} over epochs, by run", caption
     for kind, unit, of in (
         ("measured", "seconds of training", 1.0),
         ("counted", "multiply-accumulates, trillions", 1e12),
@@ -164,9 +179,9 @@ def figures_of(report: Report) -> Iterator[tuple[str, drawing.Draw, str, str]]:
 
 
 def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]:
-    """Costs by part of all separate runs together and of every run."""
+    """Costs by part of all separate runs together, if all were trained, and of every run."""
     rows: dict[str, dict[str, float]] = {}
-    together: dict[str, float] = {}
+    alone: list[dict[str, float]] = []
     for run in report["runs"].values():
         if kind not in run:
             continue
@@ -174,14 +189,16 @@ def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]
         row = {label: parts[part] / unit for part, label in FIGURE_PARTS.items() if part in parts}
         rows[run["label"]] = row
         if run["subnets_per_step"] is None:
-            together = {part: together.get(part, 0.0) + value for part, value in row.items()}
-    return ({SEPARATE: together} if together else {}) | rows
+            alone.append(row)
+    if len(alone) < len(report["networks"]):
+        return rows
+    return {SEPARATE: {part: sum(row[part] for row in alone) for part in alone[0]}} | rows
 
 
 def _points(report: Report, scores: Mapping[str, Any]) -> list[Point]:
     points = []
-    for dn, network in report["networks"].items():
-        score = scores[dn]
+    for dn, score in scores.items():
+        network = report["networks"][dn]
         half = max(score["interval"], score["high"] - score["mean"], score["mean"] - score["low"])
         points.append(Point(dn, network["macs"], network["parameters"], score["mean"], half))
     return points

@@ -9,14 +9,13 @@ import contextlib
 import json
 import statistics
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from dspnet_fast import atomic
 
 from ..costs import flops
 from ..run import fingerprint
-from ..run.log import read_metrics
+from ..run.log import training_seconds
 from ..selection.kernels import Kernels
 from .design import Comparison, Variant
 from .measuring import StepMeasurement, measure_step
@@ -74,19 +73,3 @@ def run_times(comparison: Comparison, variant: Variant, found: StepMeasurement) 
         "timed_over_recorded": 1 / scale,
         "peak_memory": found.peak_memory,
     }
-
-
-def training_seconds(out: Path, batch_size: int) -> tuple[float, float]:
-    """Seconds of training of a run, and how many of them it waited for data, from its metrics.
-
-    Probes, checkpoints, and steps repeated after a crash are excluded.
-    """
-    total = waited = 0.0
-    previous = 0
-    for line in read_metrics(out):
-        if "images_per_second" in line:
-            seconds = (line["step"] - previous) * batch_size / line["images_per_second"]
-            total += seconds
-            waited += seconds * line["data_wait"]
-            previous = line["step"]
-    return total, waited

@@ -74,7 +74,7 @@ def accuracy_figure(series: Mapping[str, Sequence[Point]], lines: Mapping[str, f
     """Figure of accuracy over cost.
 
     Args:
-        series: points of the networks by series name; the points of the first series are annotated.
+        series: points of the networks by series name; the names of the longest series' points are written.
         lines: accuracies from 0 to 1 without a network, drawn as horizontal lines.
         label: label of the accuracy axis.
         cost: key of `COSTS`.
@@ -83,13 +83,14 @@ def accuracy_figure(series: Mapping[str, Sequence[Point]], lines: Mapping[str, f
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
+        longest = max(series, key=lambda name: len(series[name]))
         for index, (name, points) in enumerate(series.items()):
             points = sorted(points, key=lambda point: getattr(point, cost))
             x = [getattr(point, cost) / 1e6 for point in points]
             y, error = [100 * point.accuracy for point in points], [100 * point.interval for point in points]
             colour = theme.colours[index % len(theme.colours)]
             axes.errorbar(x, y, error, color=colour, marker="o", markersize=5, capsize=3, elinewidth=1, label=name)
-            if index == 0:
+            if name == longest:
                 _annotate(axes, theme, [point.name for point in points], x, y, error)
         for index, (name, accuracy) in enumerate(lines.items()):
             style = ("--", ":", "-.")[index % 3]

@@ -10,6 +10,7 @@ import torch
 
 from ..config import PretrainConfig
 from ..costs.flops import TeacherCost, expected_steps, network_costs, run_cost
+from ..run.tables import duration
 
 TIMED = 3  # steps, after a first one that compiles, captures and allocates
 
@@ -61,7 +62,7 @@ class Duration:
         self._rates.append((now - last) / (self._shared + sum(self._per_step[name] for name in names)))
         if len(self._rates) < TIMED:
             return None
-        return f"{self._description}: about {_words(median(self._rates) * self._left(step))} of training"
+        return f"{self._description}: about {duration(median(self._rates) * self._left(step))} of training"
 
     def _left(self, step: int) -> float:
         """Expected multiply-accumulates of the steps after `step`."""
@@ -69,11 +70,3 @@ class Duration:
         small = sum(macs for name, macs in self._online.items() if name != self._full)
         later = (self._steps - max(step, self._first)) / max(1, self._steps - self._first)
         return left * (self._shared + self._per_step[self._full]) + small * max(0.0, later)
-
-
-def _words(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 36_000 else f"{seconds / 3600:,.0f} h"

@@ -56,8 +56,7 @@ def curves(lines: Mapping[str, Curve], label: str, percent: bool = False, mark: 
     """
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _over_epochs(label, percent)
         drawn = styles(list(lines), theme)
         ends = {}
         for name, (x, y) in lines.items():
@@ -65,17 +64,44 @@ def curves(lines: Mapping[str, Curve], label: str, percent: bool = False, mark: 
             axes.plot(xs, ys, **drawn[name], label=name, marker="o" if mark else None, markersize=3)
             if ys and math.isfinite(ys[-1]):
                 ends[name] = xs[-1], ys[-1]
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.margins(x=0.02)
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if list(lines) != [""]:
             legend(figure, list(lines))
             label_ends(axes, ends, {name: drawn[name]["color"] for name in lines})
         return figure
 
     return draw
+
+
+def bands(lines: Mapping[str, Mapping[str, Sequence[float]]], label: str, percent: bool = False) -> Draw:
+    """Figure of curves over epochs with bands of their ranges.
+
+    Args:
+        lines: "epochs", "mean", "low" and "high" by name.
+        label: label of the values.
+        percent: show values from 0 to 1 in percent.
+    """
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _over_epochs(label, percent)
+        for name, style in styles(list(lines), theme).items():
+            line = lines[name]
+            axes.plot(line["epochs"], line["mean"], **style, label=name)
+            axes.fill_between(line["epochs"], line["low"], line["high"], color=style["color"], alpha=0.25, linewidth=0)
+        legend(figure, list(lines))
+        return figure
+
+    return draw
+
+
+def _over_epochs(label: str, percent: bool) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.margins(x=0.02)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure, axes
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], label: str) -> Draw:

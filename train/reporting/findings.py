@@ -18,7 +18,7 @@ from ..costs.flops import network_cost
 from ..evaluation.collapse import collapsed
 from ..evaluation.plot_data import Point
 from ..evaluation.verdict import VERDICT
-from ..run.log import read_metrics
+from ..run.log import read_metrics, training_seconds
 from ..run.saved_config import read_config
 
 COMPARE = "compare.json"
@@ -141,6 +141,11 @@ class Run:
     def steps(self) -> int:
         """Last recorded step."""
         return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, without measurements and checkpoints."""
+        return training_seconds(self.out, self.config.batch_size)[0]
 
     @property
     def epoch_steps(self) -> float:

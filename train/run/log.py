@@ -84,3 +84,19 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """Return all recorded metrics of a run, in order."""
     path = out / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def training_seconds(out: Path, batch_size: int) -> tuple[float, float]:
+    """Seconds of training of a run, and how many of them it waited for data, from its metrics.
+
+    Probes, checkpoints, and steps repeated after a crash are excluded.
+    """
+    total = waited = 0.0
+    previous = 0
+    for line in read_metrics(out):
+        if "images_per_second" in line:
+            seconds = (line["step"] - previous) * batch_size / line["images_per_second"]
+            total += seconds
+            waited += seconds * line["data_wait"]
+            previous = line["step"]
+    return total, waited

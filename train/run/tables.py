@@ -64,3 +64,12 @@ def quantity(value: float) -> str:
         if round(value, 1) < 1000:
             return f"{value:.1f} {prefix}"
     return f"{value / 1000:,.1f} E"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds: 5400 -> "1.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36_000 else f"{seconds / 3600:,.0f} h"
