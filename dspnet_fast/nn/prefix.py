@@ -18,7 +18,6 @@ HALF = (torch.bfloat16, torch.float16)
 Prefixes = tuple[Any, Any]  # of weight and bias: tensors, or None as for the parameters of torch.nn layers
 
 
-
 class _Shared:
     """Prefixes that layers use whenever they run within `shared_prefixes`."""
 
