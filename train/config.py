@@ -194,12 +194,12 @@ class FamilyOptions(PixelOptions):
     momentum_bn: str = choice(
         "on",
         ("on", "off", "momentum2"),
-        "momentum batch norm in the target: on, off, or momentum2, the variant of its published code",
+        "momentum batch norm in the target: on; off; or momentum2, with the variance of its published code",
         metavar="MODE",
     )
     init_from: str | None = option(
         None,
-        "initial weights: a run directory, or published ones: timm:NAME, torchvision:NAME, or timm:NAME=FILE",
+        "initial weights: those of a run directory; or published ones, timm:NAME[=FILE] or torchvision:NAME[=FILE]",
         metavar="SOURCE",
     )
 

@@ -16,9 +16,11 @@ from .run.saved_config import with_saved_config
 
 DESCRIPTION = """\
 Pretrain a family of networks that share their weights, on images without labels. Writes the configuration, metrics
-and checkpoints to the run directory --out. Afterwards evaluate the networks with dspnet-evaluate, fine-tune them with
-dspnet-finetune, or save them for deployment with dspnet-export. Options that are not given are
-chosen for the number of images (--recipe auto), or are those of the paper (--recipe paper)."""
+and checkpoints to the run directory --out. Options that are not given are chosen for the number of images (--recipe
+auto), or are those of the paper (--recipe paper).
+
+Afterwards evaluate the networks with dspnet-evaluate, fine-tune them with dspnet-finetune, save them for deployment
+with dspnet-export, and see all results on the page that dspnet-report writes."""
 EXAMPLE = """\
   dspnet-pretrain --fast-kernels --data fashion-mnist --network resnet --stem small --image-size 28 \\
       --dns c16-d1111,c16-d2222,c32-d2222 --epochs 5 --warmup-epochs 1 --out runs/first

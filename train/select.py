@@ -25,9 +25,9 @@ from .teachers.teacher import expected_facts, with_teacher
 DESCRIPTION = """\
 Select the kernels that dspnet-pretrain --fast-kernels uses on this device, ahead of a run with the same options. In
 another process, which may crash or hang, every provider of every operator is compared with the operator's
-specification on the calls of the run. Then whole training steps are timed in alternation: eager, in plain PyTorch,
-and fused, by the operators; eager a second time shows how exact the times are. Fused steps must be faster by 5 %
-or by three times the difference between eager and eager, if that is more.
+specification on the calls of the run. Then whole training steps are timed in alternation: eager, in plain PyTorch;
+fused, by the operators; and eager again, whose difference from eager shows the precision of the times. Fused steps are
+selected if they are faster by 5 % and by three times this difference.
 
 The verdict is kept in ~/.cache/dspnet-fast (or $XDG_CACHE_HOME) and used by all later runs with the same device,
 software, networks and batch; dspnet-info lists the kept verdicts. Without one, long runs select when they start."""

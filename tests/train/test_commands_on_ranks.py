@@ -19,30 +19,30 @@ from train.distributed.process_group import World, refuse_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 
-# Runs several commands in one process, because starting Python takes seconds. Batches of 7 images neither divide the
-# images nor give both ranks as many.
-PROGRAM = """
+BATCH = 7  # images; it neither divides the images nor gives both ranks as many
+# Runs several commands in one process, because starting Python takes seconds.
+PROGRAM = f"""
 import importlib, os, sys
 import train.embed, train.evaluation.pretrained
-train.embed.BATCH = train.evaluation.pretrained.BATCH = 7
+train.embed.BATCH = train.evaluation.pretrained.BATCH = {BATCH}
 for line in sys.argv[1].strip().splitlines():
     module, *argv = line.split()
     try:
         importlib.import_module(module).main(argv)
     except SystemExit as ended:
-        print(f"rank {os.environ.get('RANK')} ended {module} with {ended.code}", file=sys.stderr, flush=True)
+        print(f"rank {{os.environ.get('RANK')}} ended {{module}} with {{ended.code}}", file=sys.stderr, flush=True)
 """
 
 
-def run(ranks, *command):
-    """Run a Python program in one process or under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+def run(*command):
+    """Run a Python program in two processes of torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, *launcher, *map(str, command)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_two_ranks_give_the_files_of_one(trained, images, tmp_path):
+def test_two_ranks_give_the_files_of_one(trained, images, tmp_path, monkeypatch):
     alone = shutil.copytree(trained, tmp_path / "alone")
     commands = f"""
     train.evaluate knn OUT --device cpu --workers 0 --k 5 --baselines
@@ -51,10 +51,14 @@ def test_two_ranks_give_the_files_of_one(trained, images, tmp_path):
     train.embed OUT --device cpu --workers 0 --data {images} --out OUT/features.npy
     """
     (tmp_path / "program.py").write_text(PROGRAM)
-    for out, ranks in ((trained, 2), (alone, 1)):
-        ended = run(ranks, tmp_path / "program.py", commands.replace("OUT", str(out)))
-        assert ended.returncode == 0 and ended.stderr.count(" with 0\n") == 4 * ranks, ended.stderr
-        assert ended.stdout.count("knn.json, knn.md") == 1, "rank 0 alone prints"
+    ended = run(tmp_path / "program.py", commands.replace("OUT", str(trained)))
+    assert ended.returncode == 0 and ended.stderr.count(" with 0\n") == 4 * 2, ended.stderr
+    assert ended.stdout.count("knn.json, knn.md") == 1, "rank 0 alone prints"
+    for module in ("train.embed", "train.evaluation.pretrained"):
+        monkeypatch.setattr(f"{module}.BATCH", BATCH)
+    for line in commands.replace("OUT", str(alone)).strip().splitlines():
+        module, *argv = line.split()
+        assert run_command(importlib.import_module(module), *argv) == cli.DONE
     for name in ("knn", "linear", "semi"):
         found, expected = (json.loads((out / "evaluation" / f"{name}.json").read_text()) for out in (trained, alone))
         assert found == expected
@@ -90,7 +94,7 @@ def test_protocols_that_train_networks_refuse_ranks(argv, monkeypatch):
 
 
 def test_torchrun_shows_a_refusal_once(tmp_path):
-    ended = run(2, "-m", "train.export", tmp_path)
+    ended = run("-m", "train.export", tmp_path)
     assert ended.stderr.count("this command runs in one process, and torchrun started 2") == 1, ended.stderr
     assert re.search(r"exitcode +: 2 ", ended.stderr), "torchrun names rank 0's code"
 

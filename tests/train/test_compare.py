@@ -420,6 +420,15 @@ def test_invalid_options_are_refused_before_writing(command, tmp_path, capsys, o
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_timing_process_loads_the_plugins_and_names_its_failure(tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("raise RuntimeError('the plugin was loaded')")
+    with pytest.raises(
+        RuntimeError, match="a training step could not be timed: .* RuntimeError: the plugin was loaded"
+    ):
+        measuring.measure_step(PretrainConfig(**OPTIONS, plugins=str(plugin)), steps=1)
+
+
 def test_help_has_an_example_and_the_comparisons_options(capsys):
     assert run(compare, "--help") == DONE
     shown = capsys.readouterr().out

@@ -259,11 +259,6 @@ def test_non_finite_loss_ends_the_training(unexported, shapes, monkeypatch, caps
     assert "start again with a smaller --lr" in capsys.readouterr().err
 
 
-def test_help_has_an_example(capsys):
-    assert run("--help") == DONE
-    assert "examples:" in capsys.readouterr().out
-
-
 def test_boxes_alone_train_faster_rcnn_in_roboflows_layout(unexported, shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mask_rcnn, "CHANNELS", 32)
     for split, name in (("train", "train"), ("valid", "val")):

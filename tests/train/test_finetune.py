@@ -221,11 +221,6 @@ def test_invalid_options_are_refused(finished, tmp_path, capsys, options, messag
     assert not (tmp_path / "run").exists()
 
 
-def test_help_has_an_example(capsys):
-    assert run("--help") == DONE
-    assert "examples:" in capsys.readouterr().out
-
-
 def test_from_refuses_a_finetuned_run(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "copy")
     (out / "config.yaml").write_text(yaml.safe_dump({"from": "none"}))

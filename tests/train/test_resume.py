@@ -43,34 +43,26 @@ def learning_rates(out):
     return [line["learning_rate"] for line in lines if "learning_rate" in line]
 
 
-@pytest.fixture
-def uninterrupted(small, tmp_path):
-    config = small(out=str(tmp_path / "uninterrupted"))
-    PretrainRun(config, resume=False).run()
-    return tmp_path / "uninterrupted"
-
-
-@pytest.mark.parametrize("stop_at", [1, 3, 13])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_after_ctrl_c_is_exact(small, tmp_path, uninterrupted, stop_at, workers):
+@pytest.mark.parametrize(("stop_at", "workers"), [(1, 2), (3, 0), (13, 2)])
+def test_resume_after_ctrl_c_is_exact(small, tmp_path, finished, stop_at, workers):
     assert isinstance(stop_after(small(workers=workers), stop_at), KeyboardInterrupt)
     assert final_state(tmp_path / "run")["step"] == stop_at
     _main(["--resume", "--out", str(tmp_path / "run")])
-    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
-    assert losses(tmp_path / "run") == losses(uninterrupted)
+    assert_same_bits(final_state(tmp_path / "run"), final_state(finished))
+    assert losses(tmp_path / "run") == losses(finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_resume_after_preemption_is_exact(small, tmp_path, uninterrupted, number):
+def test_resume_after_preemption_is_exact(small, tmp_path, finished, number):
     ended = stop_after(small(), 5, number)
     assert isinstance(ended, SystemExit) and ended.code == 0
     assert final_state(tmp_path / "run")["step"] == 5
     _main(["--resume", "--out", str(tmp_path / "run")])
-    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+    assert_same_bits(final_state(tmp_path / "run"), final_state(finished))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_resume_from_the_checkpoint_before_a_damaged_one_is_exact(small, tmp_path, uninterrupted, damage, capsys):
+def test_resume_from_the_checkpoint_before_a_damaged_one_is_exact(small, tmp_path, finished, damage, capsys):
     stop_after(small(checkpoint_epochs=2 / EPOCH_STEPS), 5)
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
     content = bytearray(newest.read_bytes())
@@ -82,8 +74,8 @@ def test_resume_from_the_checkpoint_before_a_damaged_one_is_exact(small, tmp_pat
     capsys.readouterr()
     _main(["--resume", "--out", str(tmp_path / "run")])
     assert f"{newest.name}" in capsys.readouterr().out
-    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
-    assert losses(tmp_path / "run") == losses(uninterrupted)
+    assert_same_bits(final_state(tmp_path / "run"), final_state(finished))
+    assert losses(tmp_path / "run") == losses(finished)
 
 
 def test_resume_after_a_kill_within_an_epoch_is_exact(arguments, small, tmp_path):
@@ -106,10 +98,10 @@ def test_resume_after_a_kill_within_an_epoch_is_exact(arguments, small, tmp_path
     assert losses(out) == losses(tmp_path / "uninterrupted")
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning(small, tmp_path, uninterrupted):
+def test_resume_without_a_checkpoint_starts_from_the_beginning(small, tmp_path, finished):
     PretrainRun(small(), resume=False)  # creates the run directory without training
     _main(["--resume", "--out", str(tmp_path / "run")])
-    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+    assert_same_bits(final_state(tmp_path / "run"), final_state(finished))
 
 
 def test_finished_run_continues_with_more_epochs_at_their_schedules(small, tmp_path, capsys):
@@ -138,13 +130,13 @@ def test_resume_drops_incomplete_and_later_metrics(small, tmp_path):
     assert losses(tmp_path / "run") == whole
 
 
-def test_number_of_workers_changes_no_bit(small, tmp_path, uninterrupted):
+def test_number_of_workers_changes_no_bit(small, tmp_path, finished):
     PretrainRun(small(workers=2), resume=False).run()
-    assert_same_bits(final_state(tmp_path / "run"), final_state(uninterrupted))
+    assert_same_bits(final_state(tmp_path / "run"), final_state(finished))
 
 
-def test_checkpoint_has_momentum_and_target_statistics(uninterrupted):
-    state = final_state(uninterrupted)
+def test_checkpoint_has_momentum_and_target_statistics(finished):
+    state = final_state(finished)
     kept = {name: value for name, value in state["model"].items() if name.startswith("target.") and "running" in name}
     assert kept and all(value.isfinite().all() for value in kept.values())
     assert state["model"]["target.encoder.bn1.num_batches_tracked"] == 2 * EPOCH_STEPS
@@ -153,9 +145,9 @@ def test_checkpoint_has_momentum_and_target_statistics(uninterrupted):
     assert len(momentum) == sum(name.endswith(("weight", "bias")) for name in state["model"] if "online" in name)
 
 
-def test_checkpoint_with_missing_momentum_is_refused(small, uninterrupted):
+def test_checkpoint_with_missing_momentum_is_refused(small, finished):
     trainer = Trainer(small(), EPOCH_STEPS, torch.device("cpu"))
-    state = final_state(uninterrupted)
+    state = final_state(finished)
     with pytest.raises(InputError, match="predictor.* is missing"):
         trainer.load_state({**state, "momentum": {n: m for n, m in state["momentum"].items() if "predictor" not in n}})
     with pytest.raises(InputError, match="is missing"):

@@ -19,10 +19,8 @@ from train.run.meter import Meter
 from train.run.run_directory import BAD_IMAGES, read_bad_images
 
 has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-backends = pytest.mark.parametrize(
-    "backend",
-    ["torchvision", pytest.param("dali-cpu", marks=pytest.mark.skipif(not has_dali, reason="DALI is not installed"))],
-)
+needs_dali = pytest.mark.skipif(not has_dali, reason="DALI is not installed")
+backends = pytest.mark.parametrize("backend", ["torchvision", pytest.param("dali-cpu", marks=needs_dali)])
 
 
 def state(out):
@@ -39,8 +37,14 @@ def shards(images, tmp_path):
     return f"{tmp_path}/shards/{{000..002}}.tar"
 
 
-@backends
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "sharded"),
+    [
+        ("torchvision", True),
+        pytest.param("dali-cpu", False, marks=needs_dali),
+        pytest.param("dali-cpu", True, marks=needs_dali),
+    ],
+)
 def test_resume_within_an_epoch_is_exact(small, shards, tmp_path, backend, sharded):
     options = {"data_backend": backend, **({"data": shards} if sharded else {})}
     PretrainRun(small(out=str(tmp_path / "whole"), **options), resume=False).run()

@@ -12,16 +12,17 @@ resident memory (VmHWM) since before the networks were built. VmHWM, unlike getr
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import statistics
+import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+
+from dspnet_fast.ops import registry
+from dspnet_fast.workers import Worker, receive
 
 from ..config import PretrainConfig
 from ..pretraining.cuda_graphs import StepGraphs
@@ -58,43 +59,44 @@ class StepMeasurement:
     teacher: float = 0.0
 
 
+@dataclass(frozen=True)
+class Job:
+    """Steps to time: their configuration and number, their kernels, and without these the policy of the parent."""
+
+    config: PretrainConfig
+    steps: int
+    kernels: Kernels | None
+    policy: str
+
+
 def measure_step(config: PretrainConfig, steps: int, kernels: Kernels | None = None) -> StepMeasurement:
     """Measure a training step in a new process.
 
     Args:
         config: configuration of the run.
         steps: number of timed steps.
-        kernels: kernels of the step; by default those of this process's environment.
+        kernels: kernels of the step; by default those of this process.
 
     Raises:
         RuntimeError: if the process ends without a result.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_and_send, args=(sender, config, steps, kernels, torch.get_num_threads()))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError as error:
-        raise RuntimeError(
-            "the process that times a training step ended without a result: its error is printed above"
-        ) from error
-    except BaseException:
-        process.terminate()
-        raise
-    finally:
-        process.join()
+    job = Job(config, steps, kernels, registry.get_policy())
+    with Worker(__name__, job, choose_device(config.device), config.plugins) as worker:
+        result = worker.read(threading.TIMEOUT_MAX)
+        if result is None:
+            raise RuntimeError(f"a training step could not be timed: {worker.failure()}")
+    return StepMeasurement(**result)
 
 
-def _measure_and_send(
-    sender: Connection, config: PretrainConfig, steps: int, kernels: Kernels | None, threads: int
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C too and ends this process
-    torch.set_num_threads(threads)
-    if kernels is not None:
-        kernels.apply(key_of(choose_device(config.device), config.tf32, config.plugins, config.cudnn))
-    sender.send(measure_in_this_process(config, steps))
+def main() -> None:
+    """Measure the step of a job."""
+    job, device, report = receive()
+    if job.kernels is None:
+        registry.set_policy(job.policy)
+    else:
+        config = job.config
+        job.kernels.apply(key_of(device, config.tf32, config.plugins, config.cudnn))
+    report(**asdict(measure_in_this_process(job.config, job.steps)))
 
 
 def measure_in_this_process(config: PretrainConfig, steps: int) -> StepMeasurement:
@@ -158,3 +160,7 @@ def _peak_memory(device: torch.device) -> int | None:
         return None
     kibibytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(kibibytes)
+
+
+if __name__ == "__main__":
+    main()

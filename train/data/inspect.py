@@ -189,6 +189,7 @@ def _main(argv: Sequence[str]) -> None:
     atomic.write_text(out / "differences.md", text)
     atomic.write_text(out / "differences.json", json.dumps([asdict(d) for d in differences], indent=2) + "\n")
     print(text)
+    print(f"{out}: views.png, differences.md, differences.json")
 
 
 main = cli.command(_main)

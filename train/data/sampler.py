@@ -41,7 +41,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         steps: int | None = None,
     ):
         if not 1 <= batch_size <= n:
-            raise InputError(f"a batch of {batch_size} from a dataset of {n} images: give a batch size from 1 to {n}")
+            raise InputError(f"a batch of {batch_size} from a set of {n} images: give a --batch-size of at most {n}")
         if batch_size % world_size:
             raise InputError(f"a batch of {batch_size} images for {world_size} ranks: give a multiple of {world_size}")
         self.steps_per_epoch = n // batch_size

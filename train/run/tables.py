@@ -34,7 +34,7 @@ class Table:
 
     def show(self) -> None:
         """Print the table."""
-        table = RichTable(box=SIMPLE, pad_edge=False, caption=self.title, caption_justify="left")
+        table = RichTable(box=SIMPLE, pad_edge=False)
         for index, name in enumerate(self.heading):
             table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
@@ -43,6 +43,7 @@ class Table:
         console = Console()
         width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
         Console(width=max(console.width, width)).print(table)
+        console.print(self.title, highlight=False, markup=False)
 
 
 def cost_cells(network: Mapping[str, Any]) -> list[str]:
