@@ -216,6 +216,7 @@ def _restore(module: nn.Module, source: nn.Module, channels: dict[nn.Module, int
             del module._modules[name]
     if isinstance(module, Sized):
         vars(module).pop("active_size", None)
+        vars(module).pop("norm", None)
     if isinstance(source, SlimConv2d) and source in channels:
         module.groups = source._active(channels[source])[0]  # type: ignore[assignment]
     if isinstance(source, SlimBatchNorm) and not isinstance(source, MomentumBatchNorm):

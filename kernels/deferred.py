@@ -43,6 +43,10 @@ def row_tile(first, size, segment, column, inside, channels, BLOCK_M: tl.constex
 def apply_activation(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACT == "relu6":
+        z = tl.minimum(tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACT == "silu":
+        z = z * tl.sigmoid(z)
     if ACT == "hardswish":
         z = z * tl.minimum(tl.maximum(z + 3, 0.0), 6.0) * (1 / 6)
     return z
@@ -54,6 +58,11 @@ def activation_gradient(z, ACT: tl.constexpr):
     result = tl.full(z.shape, 1.0, tl.float32)
     if ACT == "relu":
         result = tl.where(z > 0, 1.0, 0.0)
+    if ACT == "relu6":
+        result = tl.where((z > 0) & (z < 6), 1.0, 0.0)
+    if ACT == "silu":
+        sigmoid = tl.sigmoid(z)
+        result = sigmoid * (1 + z * (1 - sigmoid))
     if ACT == "hardswish":
         result = tl.where(z < -3, 0.0, tl.where(z > 3, 1.0, z * (1 / 3) + 0.5))
     return result

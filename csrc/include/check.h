@@ -7,6 +7,7 @@
 #include <limits>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "memory.h"
 #include "deferred.h"
@@ -54,10 +55,15 @@ inline at::Tensor check_matrix(
 }
 
 inline Act check_act(const char* op, std::string_view act) {
-  TORCH_CHECK(
-      act == "identity" || act == "relu" || act == "hardswish", op,
-      ": act must be one of identity, relu, hardswish, not ", std::string(act));
-  return act == "relu" ? Act::relu : act == "hardswish" ? Act::hardswish : Act::identity;
+  constexpr std::pair<std::string_view, Act> acts[] = {
+      {"identity", Act::identity}, {"relu", Act::relu}, {"relu6", Act::relu6}, {"hardswish", Act::hardswish},
+      {"silu", Act::silu}};
+  for (const auto& [name, value] : acts) {
+    if (act == name) {
+      return value;
+    }
+  }
+  TORCH_CHECK(false, op, ": act must be one of identity, relu, relu6, hardswish, silu, not ", std::string(act));
 }
 
 // The deferred normalisation and the tensors that own its memory.

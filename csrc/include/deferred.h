@@ -19,7 +19,7 @@ namespace dspnet::inline CPU_CAPABILITY {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kVec = Vec::size(); // floats: 16 with AVX-512, 8 otherwise
 
-enum class Act { identity, relu, hardswish };
+enum class Act { identity, relu, relu6, hardswish, silu };
 
 // scale, shift: [rows, C] with rows 1 or the number of views, or null with rows = 0. gate: [N, C] or null.
 struct Deferred {
@@ -45,12 +45,21 @@ struct Deferred {
   }
 };
 
+// 1 / (1 + exp(-z))
+DSPNET_INLINE Vec sigmoid(const Vec& z) {
+  return Vec(1) / (Vec(1) + z.neg().exp());
+}
+
 template <Act act>
 DSPNET_INLINE Vec activate(const Vec& z) {
   if constexpr (act == Act::relu) {
     return at::vec::maximum(z, Vec(0));
+  } else if constexpr (act == Act::relu6) {
+    return at::vec::clamp(z, Vec(0), Vec(6));
   } else if constexpr (act == Act::hardswish) {
     return z * at::vec::clamp(z + Vec(3), Vec(0), Vec(6)) * Vec(1.f / 6);
+  } else if constexpr (act == Act::silu) {
+    return z * sigmoid(z);
   } else {
     return z;
   }
@@ -65,6 +74,16 @@ DSPNET_INLINE Vec activation_gradient(const Vec& z) {
 #else
     return Vec::blendv(Vec(0), Vec(1), z > Vec(0));
 #endif
+  } else if constexpr (act == Act::relu6) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __mmask16 positive = _mm512_cmp_ps_mask(z, Vec(0), _CMP_GT_OQ);
+    return Vec(_mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(positive, z, Vec(6), _CMP_LT_OQ), Vec(1)));
+#else
+    return Vec::blendv(Vec(0), Vec::blendv(Vec(0), Vec(1), z < Vec(6)), z > Vec(0));
+#endif
+  } else if constexpr (act == Act::silu) {
+    const Vec s = sigmoid(z);
+    return s * at::vec::fmadd(z, Vec(1) - s, Vec(1));
   } else if constexpr (act == Act::hardswish) {
     const Vec middle = at::vec::fmadd(z, Vec(1.f / 3), Vec(0.5f));
 #if defined(CPU_CAPABILITY_AVX512)
@@ -84,6 +103,10 @@ auto with_act(Act act, const Run& run) {
   switch (act) {
     case Act::relu:
       return run(std::integral_constant<Act, Act::relu>{});
+    case Act::relu6:
+      return run(std::integral_constant<Act, Act::relu6>{});
+    case Act::silu:
+      return run(std::integral_constant<Act, Act::silu>{});
     case Act::hardswish:
       return run(std::integral_constant<Act, Act::hardswish>{});
     default:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn.activate import Sizes
 from ..nn.convert import slimmable, use_groups
+from ..nn.fused import fused
 from ..nn.groups import ChannelGroups
 from ..nn.shrink import shrink
 from ..subnets import Subnet
@@ -46,6 +47,7 @@ class TracedNetwork(Network):
         own = groups.reduced(units)
         own.inputs = [((2, in_channels, *shape[2:]), dtype) for shape, dtype in groups.inputs]
         use_groups(self.body, own)
+        fused(self.body)
 
     @classmethod
     def subnet(cls, name: str) -> Subnet:

@@ -14,6 +14,7 @@ from .batch_norm import (
 )
 from .conv import SlimConv2d
 from .convert import slimmable
+from .fused import fused
 from .linear import SlimLinear
 from .sequential import SlimSequential
 
@@ -28,5 +29,6 @@ __all__ = [
     "SlimSequential",
     "activate",
     "configure_batch_norm",
+    "fused",
     "slimmable",
 ]

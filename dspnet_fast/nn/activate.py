@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from .attributes import AttributeChanges
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
 from .groups import ChannelGroups
+from .recomputation import note
 from .selected import Selected
 from .sized import Sized
 
@@ -27,6 +29,12 @@ class ActiveSubnet(AttributeChanges):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self.at_exit: Callable[[], object] | None = None
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self.at_exit is not None:
+            self.at_exit()
 
 
 def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views: int = 1) -> ActiveSubnet:
@@ -83,6 +91,9 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
     if left:
         active.__exit__()
         raise ValueError(f"subnet {name} has sizes for modules that the model does not have: {', '.join(left)}")
+    full = partial(activate, dn=None)
+    before = note(model, partial(activate, dn=dn, views=views), full)
+    active.at_exit = lambda: note(model, before, full)
     return active
 
 

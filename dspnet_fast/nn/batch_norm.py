@@ -22,10 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import scale_shift, slim_batch_norm
 from ..ops.deferred import upcast
-from ..ops.registry import uses_pytorch
+from ..ops.registry import defers_normalization, uses_pytorch
 from .attributes import AttributeChanges
 from .deferred import ConvOutput, Deferred
+from .deferred_tensor import DeferredTensor, computed, moments_of
 from .prefix import prefixes
+from .recomputation import follow
 from .sized import main_grad
 from .versions import WeightVersions
 
@@ -128,11 +130,16 @@ class SlimBatchNorm(_BatchNorm):
             RuntimeError: in evaluation, if no statistics were measured for the active subnet.
             ValueError: if the number of channels or images does not fit.
         """
+        follow()
         channels = x.shape[1]
         if channels > self.num_features:
             raise ValueError(f"{type(self).__name__} has {self.num_features} channels, but the input has {channels}")
         if isinstance(x, ConvOutput):
             return Deferred(x.y, *self._scale_shift(x))
+        output = moments_of(x, self.batch_views)
+        if output is not None and defers_normalization(x.device):
+            return DeferredTensor.of(Deferred(x, *self._scale_shift(output)))
+        x = computed(x)
         self._check_input_dim(x)
         weight, bias = prefixes(self, channels)
         views = self.batch_views

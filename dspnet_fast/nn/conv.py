@@ -6,9 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_moments, slim_conv2d, slim_linear
-from ..ops.registry import is_autocasting, uses_pytorch
+from ..ops.registry import defers_normalization, is_autocasting, uses_pytorch
+from .batch_norm import SlimBatchNorm
 from .deferred import ConvOutput, Deferred
+from .deferred_tensor import attach_moments, computed, loaded
 from .prefix import HALF, prefixes
+from .recomputation import follow
 from .sized import Sized, main_grad
 
 
@@ -21,11 +24,16 @@ class SlimConv2d(Sized, nn.Conv2d):
     The constructor takes the arguments of `torch.nn.Conv2d`; `in_channels` and `out_channels` are those of the full
     network.
 
+    Attributes:
+        norm: the batch normalisation of the output, set by `fused`; None if the output has another use.
+
     Example:
         >>> conv = SlimConv2d(16, 32, kernel_size=3, padding=1)
         >>> conv(torch.randn(2, 8, 10, 10)).shape
         torch.Size([2, 32, 10, 10])
     """
+
+    norm: SlimBatchNorm | None = None
 
     @property
     def full_size(self) -> int:
@@ -51,11 +59,15 @@ class SlimConv2d(Sized, nn.Conv2d):
             ValueError: if the input has more than `in_channels` channels or ends within a group, or if the layer does
                 not support a `Deferred`.
         """
+        follow()
         if len(x.shape) == 3:
             return self.forward(x[None])[0]
         groups, out_channels = self._active(x.shape[1])
         if isinstance(x, Deferred):
             return self._conv_moments(x, out_channels, groups, views)
+        if self.norm is not None and defers_normalization(x.device):
+            return attach_moments(self._conv_moments(loaded(x), out_channels, groups, self.norm.batch_views))
+        x = computed(x)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -91,9 +103,7 @@ class SlimConv2d(Sized, nn.Conv2d):
         return groups, groups * (self.out_channels // self.groups)
 
     def _conv_moments(self, deferred: Deferred, out_channels: int, groups: int, views: int) -> ConvOutput:
-        square = self.stride[0] == self.stride[1] and self.padding[0] == self.padding[1]
-        plain = self.dilation == (1, 1) and self.bias is None and self.padding_mode == "zeros"
-        if isinstance(self.padding, str) or not (square and plain and self.groups in (1, self.in_channels)):
+        if not has_moments(self):
             raise ValueError(f"conv_moments does not support {self}: materialize its input first")
         return ConvOutput(
             *conv_moments(
@@ -106,8 +116,16 @@ class SlimConv2d(Sized, nn.Conv2d):
                 main_grad(self.weight),
                 out_channels,
                 self.stride[0],
-                self.padding[0],
+                self.padding[0],  # type: ignore[arg-type]
                 groups,
                 views,
             )
         )
+
+
+def has_moments(conv: nn.Conv2d) -> bool:
+    """Whether the operator `conv_moments` supports a convolution."""
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or conv.bias is not None:
+        return False
+    square = all(len({*sizes}) == 1 for sizes in (conv.kernel_size, conv.stride, conv.padding))
+    return square and conv.dilation == (1, 1) and conv.groups in (1, conv.in_channels)

@@ -73,7 +73,7 @@ def slimmable(
     keep = tuple(keep)
     try:
         model.eval()
-        inputs = _inputs(model, example)
+        inputs = example_inputs(model, example)
         groups = find_groups(model, [(model, inputs), *_training_run(model, inputs)], keep)
         if not groups.groups:
             warnings.warn(
@@ -96,8 +96,8 @@ def slimmable(
     return model
 
 
-def _inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    """Inputs on which the model runs."""
+def example_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
+    """Inputs on which a model runs: an example or a tuple of inputs that is given, or else images of a usual size."""
     if example is not None:
         return example if isinstance(example, tuple) else (example,)
     problem: Exception | None = None
@@ -160,7 +160,8 @@ def _convert(path: str, module: nn.Module, groups: ChannelGroups) -> None:
     if kind in SLIMMABLE and path not in groups.foreign and _is_prefix(path, groups):
         module.__class__ = SLIMMABLE[kind]
     elif tensors or is_norm:
-        module.__class__ = selected_class(kind, tuple(sorted(tensors)))
+        reads_prefix = is_norm and path not in groups.foreign and _is_prefix(path, groups)  # as SlimBatchNorm does
+        module.__class__ = selected_class(kind, () if reads_prefix else tuple(sorted(tensors)))
     if isinstance(module, SlimBatchNorm):
         module.measured = {}
         if kind.__name__.startswith("Sync"):

@@ -6,10 +6,13 @@ next operator while it loads the tensor, so that the normalised activation is ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ..ops import norm_act
+from ..ops.norm_act_pool import pool_deferred
 
 
 @dataclass(frozen=True)
@@ -55,5 +58,33 @@ class Deferred:
         """[N, C, H, W]."""
         return self.x.shape
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether neither an activation function nor a gate is deferred."""
+        return self.act == "identity" and self.gate is None
+
 
 Activation = Deferred | Tensor
+
+
+def compute(x: Deferred, shortcut: Deferred | None = None, act: str = "identity") -> Tensor:
+    """The activation as a tensor; with a shortcut, act(x + shortcut)."""
+    if shortcut is None:
+        return norm_act(x.x, x.scale, x.shift, x.act, x.gate, None, None, None)
+    if not x.is_affine:
+        x = Deferred(compute(x))
+    if not shortcut.is_affine:
+        shortcut = Deferred(compute(shortcut))
+    return norm_act(x.x, x.scale, x.shift, act, None, shortcut.x, shortcut.scale, shortcut.shift)
+
+
+def mean(x: Deferred) -> Tensor:
+    """The mean over H and W, [N, C], in fp32, or fp64 if x is."""
+    if x.gate is not None:
+        return x.gate * mean(replace(x, gate=None))
+    return pool_deferred(x.x, x.scale, x.shift, x.act)
+
+
+def gate_by(x: Deferred, gate: Tensor) -> Deferred:
+    """x times a factor per image and channel, [N, C]."""
+    return replace(x, gate=gate if x.gate is None else x.gate * gate)

@@ -12,14 +12,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..ops import norm_act
-from ..ops.norm_act_pool import pool_deferred
 from ..ops.registry import uses_pytorch
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
-from .deferred import Activation, Deferred
+from .deferred import Activation, Deferred, compute, gate_by, mean
 
-ACTS: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+ACTS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+}
 
 
 def act_name(act: nn.Module | None) -> str:
@@ -44,7 +48,7 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
         conv: a `SlimConv2d` without bias, ungrouped or depthwise, with square kernel, stride and zero padding and
             without dilation; or any torch.nn layer.
         norm: the batch normalisation of its output.
-        act: an `nn.ReLU`, `nn.Hardswish` or `nn.Identity`; None for no activation function.
+        act: an `nn.ReLU`, `nn.ReLU6`, `nn.Hardswish`, `nn.SiLU` or `nn.Identity`; None for no activation function.
 
     Returns:
         A `Deferred` of shape [N, C', H', W'] for slimmable layers, a Tensor for torch.nn layers and with the policy
@@ -93,15 +97,10 @@ def materialize(
         else:
             y = x.add_(shortcut) if inplace and x.dtype == shortcut.dtype else x + shortcut
         return y if act is None else act(y)
-    x = x if isinstance(x, Deferred) else Deferred(x)
+    deferred = x if isinstance(x, Deferred) else Deferred(x)
     if shortcut is None:
-        return norm_act(x.x, x.scale, x.shift, x.act, x.gate, None, None, None)
-    if x.act != "identity" or x.gate is not None:
-        x = Deferred(materialize(x))
-    other = shortcut if isinstance(shortcut, Deferred) else Deferred(shortcut)
-    if other.act != "identity" or other.gate is not None:
-        other = Deferred(materialize(other))
-    return norm_act(x.x, x.scale, x.shift, act_name(act), None, other.x, other.scale, other.shift)
+        return compute(deferred)
+    return compute(deferred, shortcut if isinstance(shortcut, Deferred) else Deferred(shortcut), act_name(act))
 
 
 def pool(x: Activation) -> Tensor:
@@ -122,9 +121,7 @@ def pool(x: Activation) -> Tensor:
         if torch.is_grad_enabled() and x.dtype != torch.float16:  # a mean copies its gradient
             return x.sum((2, 3)) / x.shape[2:].numel()
         return x.mean((2, 3))
-    if x.gate is not None:
-        return x.gate * pool(replace(x, gate=None))
-    return pool_deferred(x.x, x.scale, x.shift, x.act)
+    return mean(x)
 
 
 def gated(x: Activation, gate: Tensor) -> Activation:
@@ -144,4 +141,4 @@ def gated(x: Activation, gate: Tensor) -> Activation:
     """
     if isinstance(x, Tensor):
         return x * gate[:, :, None, None]
-    return replace(x, gate=gate if x.gate is None else x.gate * gate)
+    return gate_by(x, gate)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_norm import MomentumBatchNorm, MomentumBatchNorm1d, MomentumBatchNorm2d, SlimBatchNorm
 from .prefix import Positions, select
+from .recomputation import follow
 
 
 class Selected(nn.Module):
@@ -76,6 +77,7 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[Selected]] = {}
 
 
 def _read(module: Selected, name: str) -> Tensor | None:
+    follow()
     tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
     positions = module.active_selection.get(name)
     return tensor if tensor is None or positions is None else select(tensor, positions)

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from .recomputation import follow
+
 
 class Sized(nn.Module):
     """A module of `full_size` units (output channels, output features or blocks) that uses the first `size` of them."""
@@ -16,6 +18,7 @@ class Sized(nn.Module):
     @property
     def size(self) -> int:
         """Number of units in use."""
+        follow()
         return self.full_size if self.active_size is None else self.active_size
 
 

@@ -61,7 +61,8 @@ def _check(x: Tensor, weight: Tensor, out_channels: int, stride: int, padding: i
         functools.partial(check_deferred, "conv_moments"),
         _check,
         functools.partial(check_main_grad, "conv_moments"),
-    )
+    ),
+    autocast=("x",),
 )
 def conv_moments(
     x: Tensor,

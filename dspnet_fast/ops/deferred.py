@@ -11,13 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTS = ("identity", "relu", "hardswish")
+ACTS = ("identity", "relu", "relu6", "hardswish", "silu")
 
-_VALUES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
+_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+}
 
 
 def _relu_gradient(z: Tensor) -> Tensor:
     return (z > 0).to(z.dtype)
+
+
+def _relu6_gradient(z: Tensor) -> Tensor:
+    return ((z > 0) & (z < 6)).to(z.dtype)
 
 
 def _hardswish_gradient(z: Tensor) -> Tensor:
@@ -25,10 +35,18 @@ def _hardswish_gradient(z: Tensor) -> Tensor:
     return torch.where((z < -3) | (z > 3), (z > 3).to(z.dtype), z / 3 + 0.5)
 
 
+def _silu_gradient(z: Tensor) -> Tensor:
+    """Derivative of z s with s = sigmoid(z), whose own derivative is s (1 - s)."""
+    s = z.sigmoid()
+    return s * (1 + z * (1 - s))
+
+
 _GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
     "relu": _relu_gradient,
+    "relu6": _relu6_gradient,
     "hardswish": _hardswish_gradient,
+    "silu": _silu_gradient,
 }
 
 

@@ -45,10 +45,13 @@ PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 NATIVE = ("eager", "native")  # policies without providers
 CHOOSING = ("auto", "any")  # policies that choose among providers
 CONVOLUTIONS = ("conv_moments", "conv_moments_backward")  # operators that take most of a step
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
 PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
 NO_IMPLEMENTATION = "no implementation of this operator"
 
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST = _AUTOCAST.add(torch._C.DispatchKey.AutocastCUDA)
 
 log = logging.getLogger(__name__)
 operators: dict[str, "Operator[Any, Any]"] = {}
@@ -87,12 +90,19 @@ def _yes() -> Verdict:
 class Operator(Generic[P, R]):
     """A torch.library operator that passes each call to a provider. Call it like the function it was made from."""
 
-    def __init__(self, body: Callable[..., R], mutates: Sequence[str], checks: Sequence[Callable[..., None]]):
+    def __init__(
+        self,
+        body: Callable[..., R],
+        mutates: Sequence[str],
+        checks: Sequence[Callable[..., None]],
+        autocast: Sequence[str],
+    ):
         self.name = body.__name__
         self.providers: dict[str, Provider] = {}
         self._signature = inspect.signature(body)
         self.parameters = list(self._signature.parameters)
         self.checks = [(check, self._places(check)) for check in checks]
+        self._cast_places = tuple(map(self.parameters.index, autocast))
 
         @functools.wraps(body)
         def native(*args: Any, **kwargs: Any) -> R:
@@ -107,6 +117,9 @@ class Operator(Generic[P, R]):
         self._custom = torch.library.custom_op(f"dspnet::{self.name}", self._run, mutates_args=mutates, schema=schema)
         self._call: Callable[P, R] = getattr(torch.ops.dspnet, self.name).default
         lazy_views.refuse_where_written(self._call)
+        self._library = torch.library.Library("dspnet", "IMPL")
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            self._library.impl(self.name, self._call_autocast, key)
         self._returns = not schema.endswith("-> ()")
         if self._returns:
             self._custom.register_fake(self.native)
@@ -116,10 +129,35 @@ class Operator(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._returns or kwargs or not _is_plain_eager(args):
             return self._call(*args, **kwargs)
+        if not torch._C._is_any_autocast_enabled():
+            return self._call_plain(args)
+        cast = self._autocast(args)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return self._call_plain(cast)
+
+    def _call_plain(self, args: tuple[Any, ...]) -> R:
+        """A call that only autograd observes."""
         # Autograd through the dispatcher takes three times as long as a small convolution.
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
             return self._run(*args)
         return self._call(*args) if self._function is None else self._function.apply(*args)  # type: ignore[call-arg]
+
+    def _call_autocast(self, *args: Any) -> R:
+        """A call by the dispatcher under autocast."""
+        args = self._autocast(args)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return self._call(*args)
+
+    def _autocast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments in the dtypes of autocast, as PyTorch casts those of convolutions: all but float64."""
+        device = _device_type(args)
+        if not self._cast_places or device is None or not is_autocasting(torch.device(device)):
+            return args
+        cast = list(args)
+        for place in self._cast_places:
+            if isinstance(cast[place], Tensor) and cast[place].dtype in _CAST:
+                cast[place] = cast[place].to(torch.get_autocast_dtype(device))
+        return tuple(cast)
 
     def check(self, *args: Any) -> None:
         """Raise an error if an argument is invalid. For providers that do not check their arguments."""
@@ -228,7 +266,7 @@ class Operator(Generic[P, R]):
 
 
 def operator(
-    *, mutates: Sequence[str] = (), checks: Sequence[Callable[..., None]] = ()
+    *, mutates: Sequence[str] = (), checks: Sequence[Callable[..., None]] = (), autocast: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Make the operator `dspnet::<name>` from a function, its native body.
 
@@ -236,10 +274,11 @@ def operator(
         mutates: names of the arguments that it writes to.
         checks: functions that raise an error for invalid arguments, called before the native body. Each gets the
             arguments that its parameters name.
+        autocast: names of the arguments that are cast to the dtype of autocast. The body itself runs without autocast.
     """
 
     def register(body: Callable[P, R]) -> Operator[P, R]:
-        made: Operator[P, R] = Operator(body, mutates, checks)
+        made: Operator[P, R] = Operator(body, mutates, checks, autocast)
         operators[made.name] = made
         return made
 
@@ -271,6 +310,14 @@ def is_eager() -> bool:
 def uses_pytorch(device: torch.device) -> bool:
     """Whether layers call PyTorch's functions: with the policy `eager`, and under autocast, which casts for them."""
     return is_eager() or is_autocasting(device)
+
+
+def defers_normalization(device: torch.device) -> bool:
+    """Whether layers of a network that `fused` has prepared defer normalisation: with the operators, outside of
+    compilers and transforms. Under autocast only in bfloat16, which the operators support."""
+    if is_eager() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not is_autocasting(device) or torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
 def is_autocasting(device: torch.device) -> bool:

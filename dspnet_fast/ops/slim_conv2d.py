@@ -27,7 +27,7 @@ def _check(x: Tensor, weight: Tensor, main_grad: Tensor | None, out_channels: in
     check_main_grad("slim_conv2d", weight, main_grad)
 
 
-@operator(checks=(_check,))
+@operator(checks=(_check,), autocast=("x", "bias"))
 def slim_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -43,7 +43,7 @@ def slim_conv2d(
 
     Args:
         x: input, [N, C, H, W].
-        weight: full weight, [O, I, kh, kw], of which a prefix is used.
+        weight: full weight, [O, I, kh, kw], of which a prefix is used, rounded to the dtype of x.
         bias: [out_channels], or None.
         main_grad: buffer like weight to which the gradient of the prefix is added, or None to return a full-size
             gradient to autograd.
@@ -64,7 +64,8 @@ def slim_conv2d(
         >>> slim_conv2d(x, weight, None, None, 24, [1, 1], [1, 1], [1, 1], 1).shape
         torch.Size([2, 24, 6, 6])
     """
-    return torch.conv2d(x, _prefix(x, weight, out_channels, groups), bias, stride, padding, dilation, groups)
+    prefix = _prefix(x, weight, out_channels, groups).to(x.dtype)
+    return torch.conv2d(x, prefix, bias, stride, padding, dilation, groups)
 
 
 def _prefix(x: Tensor, weight: Tensor, out_channels: int, groups: int) -> Tensor:

@@ -31,13 +31,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) ->
     )
 
 
-@operator(checks=(_check, functools.partial(check_main_grad, "slim_linear")))
+@operator(checks=(_check, functools.partial(check_main_grad, "slim_linear")), autocast=("x", "bias"))
 def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
     """Compute x @ weight[:out_features, :I].T + bias.
 
     Args:
         x: input, [..., I].
-        weight: full weight, [O, I'] or, as of a pointwise convolution, [O, I', 1, 1], of which a prefix is used.
+        weight: full weight, [O, I'] or, as of a pointwise convolution, [O, I', 1, 1], of which a prefix is used,
+            rounded to the dtype of x.
         bias: [out_features], or None.
         main_grad: buffer like weight to which the gradient of the prefix is added, or None to return a full-size
             gradient to autograd.
@@ -54,7 +55,7 @@ def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tenso
         >>> slim_linear(x, weight, None, None, 24).shape
         torch.Size([2, 24])
     """
-    return F.linear(x, _prefix(weight, out_features, x.shape[-1]), bias)
+    return F.linear(x, _prefix(weight, out_features, x.shape[-1]).to(x.dtype), bias)
 
 
 def _prefix(weight: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -80,10 +81,14 @@ def slim_linear_backward(
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     of_x, of_weight, of_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
     if input_gradient:
-        of_x = (rows @ _prefix(weight, rows.shape[1], inputs.shape[1])).view(x.shape)
+        of_x = (rows @ _prefix(weight, rows.shape[1], inputs.shape[1]).to(x.dtype)).view(x.shape)
     if weight_gradient:
         buffer, of_weight = gradient_buffer(weight, main_grad)
-        _prefix(buffer, rows.shape[1], inputs.shape[1]).addmm_(rows.t(), inputs)
+        prefix = _prefix(buffer, rows.shape[1], inputs.shape[1])
+        if prefix.dtype == x.dtype:
+            prefix.addmm_(rows.t(), inputs)
+        else:
+            prefix += rows.t() @ inputs
     if bias_gradient:
         of_bias = rows.sum(0)
     return of_x, of_weight, of_bias

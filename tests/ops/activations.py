@@ -4,7 +4,13 @@ import pytest
 import torch.nn.functional as F
 from harness import SLOW_INTERPRETED
 
-ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
+ACTIVATIONS = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+}
 
 # (images, channels, height, width, views)
 CASES = {

@@ -4,6 +4,7 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import ACTIVATIONS
 from harness import NARROW, check_build, differentiable, double, providers, random_like, run, to_device
 from torch import Tensor
 from torch.library import opcheck
@@ -12,8 +13,6 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.ops import conv_moments, cpp, registry, triton
 from dspnet_fast.ops.deferred import ACTS
 from dspnet_fast.verification import error_rule
-
-ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "hardswish": F.hardswish}
 
 # (images, channels in, height, width, channels out, full weight [O, I], kernel, stride, padding, groups, views)
 CASES = {

@@ -30,7 +30,7 @@ from dspnet_fast.nn import activate, configure_batch_norm
 from dspnet_fast.nn.activate import Sizes
 from dspnet_fast.nn.batch_norm import SlimBatchNorm
 from dspnet_fast.nn.prefix import shared_prefixes
-from dspnet_fast.nn.selected import SlimBatchNormAct, momentum_class
+from dspnet_fast.nn.selected import momentum_class
 from dspnet_fast.ops import normalized_mse
 from dspnet_fast.ops.registry import is_eager
 from dspnet_fast.subnets import Family, Subnet
@@ -269,15 +269,8 @@ def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.
 
 
 def _use_momentum_batch_norm(module: nn.Module, double_correction: bool) -> None:
-    """Replace every batch normalisation by its momentum variant; parameters, buffers and names stay."""
-    for name, child in module.named_children():
-        if not isinstance(child, SlimBatchNorm):
-            _use_momentum_batch_norm(child, double_correction)
-            continue
-        kind = momentum_class(child)
-        momentum_norm = kind(child.num_features, child.eps)
-        if isinstance(child, SlimBatchNormAct):
-            momentum_norm.drop, momentum_norm.act = child.drop, child.act
-        momentum_norm.load_state_dict(child.state_dict())
-        momentum_norm.double_correction = double_correction
-        module.add_module(name, momentum_norm.requires_grad_(False))
+    """Make every batch normalisation its momentum variant, in place."""
+    for norm in module.modules():
+        if isinstance(norm, SlimBatchNorm):
+            norm.__class__ = momentum_class(norm)
+            norm.double_correction = double_correction  # type: ignore[assignment]

@@ -1,0 +1,321 @@
+"""Tensors whose normalisation, activation function and gate are deferred, in networks that `fused` has prepared.
+
+A convolution attaches the moments of its output to the tensor that it returns. Batch normalisation of such a tensor
+returns a `DeferredTensor`, which an activation function, a gate or a residual sum extends, and which the next
+convolution or mean over the positions loads. Every other function gets the computed tensor, so that the model's own
+code needs no changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
+
+from .deferred import ConvOutput, Deferred, compute, gate_by, mean
+
+
+@dataclass
+class _State:
+    """What a tensor stands for: `x`, or with a shortcut act(x + shortcut). The value is computed once, when needed."""
+
+    x: Deferred
+    shortcut: Deferred | None = None
+    act: str = "identity"
+    gradients: bool = field(default_factory=torch.is_grad_enabled)
+
+    def __post_init__(self) -> None:
+        self.value: Tensor | None = None
+        self._versions = [(tensor, _version(tensor)) for tensor in self.tensors() if tensor is not None]
+
+    @classmethod
+    def of_value(cls, value: Tensor) -> Self:
+        """A tensor that is computed already; changes of it in place are changes of the value."""
+        state = cls(Deferred(value))
+        state.value, state._versions = value, []
+        return state
+
+    def tensors(self) -> list[Tensor | None]:
+        """The tensors that the value is computed from, in the order that `with_tensors` takes."""
+        return [getattr(part, name) for part in self._parts() for name in _TENSORS]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Self:
+        """The same function of other tensors."""
+        named: Iterator[Any] = iter(tensors)
+        made = [replace(part, **{name: next(named) for name in _TENSORS}) for part in self._parts()]
+        return replace(self, x=made[0], shortcut=made[1] if len(made) > 1 else None)
+
+    def computed(self) -> Tensor:
+        """The value."""
+        if self.value is None:
+            self._check()
+            # Without hooks: a checkpoint that computes the value would not see it computed again.
+            with torch.set_grad_enabled(self.gradients), saved_tensors_hooks(_itself, _itself):
+                self.value = compute(self.x, self.shortcut, self.act)
+        return self.value
+
+    def loaded(self) -> Deferred:
+        """What an operator that applies a deferred normalisation loads."""
+        if self.shortcut is not None:
+            return Deferred(self.computed())
+        self._check()
+        return self.x
+
+    def _parts(self) -> Iterator[Deferred]:
+        yield self.x
+        if self.shortcut is not None:
+            yield self.shortcut
+
+    def _check(self) -> None:
+        """Raise RuntimeError if a tensor was changed in place after the function of it was deferred."""
+        if any(_version(tensor) != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "a tensor was changed in place before an activation that depends on it was computed: "
+                "compute this network with the policy 'eager'"
+            )
+
+
+_TENSORS = [item.name for item in fields(Deferred) if item.name != "act"]
+
+
+class DeferredTensor(Tensor):
+    """A tensor that is computed by the first function that reads it, unless this function loads a `Deferred`."""
+
+    _state: _State
+    _node: Any  # of autograd, when the state was made
+
+    @classmethod
+    def of(cls, x: Deferred) -> Self:
+        """The tensor of a deferred activation."""
+        return cls._made(_State(x))
+
+    @classmethod
+    def _made(cls, state: _State, changed: Self | None = None) -> Self:
+        """A new tensor, or the tensor `changed` with another state, as by a function that works in place."""
+        tensors = state.tensors()
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            with torch._C.DisableTorchFunctionSubclass():  # autograd clears the hooks of a changed tensor
+                made = _Defer.apply(state, changed, *tensors)
+        else:
+            made = _empty(state.x.x) if changed is None else changed
+        made._state, made._node = state, made._grad_fn()
+        return cast(Self, made)
+
+    @property
+    def state(self) -> _State:
+        """What the tensor stands for."""
+        node = self._grad_fn()
+        if node is not self._node:  # it is the output of a custom gradient, such as a checkpoint
+            with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+                value = _Read.apply(self, self._state)
+            self._state, self._node = _State.of_value(value), node
+        return self._state
+
+    def _grad_fn(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        deferring = _DEFERRING.get(func)
+        if deferring is not None and args:
+            result = deferring(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        read: list[tuple[DeferredTensor, Tensor, int | None]] = []
+
+        def computed_argument(x: Any) -> Any:
+            if not isinstance(x, DeferredTensor):
+                return x
+            value = x.state.computed()
+            read.append((x, value, _version(value)))
+            return value
+
+        result = func(*tree_map(computed_argument, args), **tree_map(computed_argument, kwargs))
+        for tensor, value, version in read:
+            if _version(value) != version or func in _WATCHING:  # the value is no longer what was deferred
+                cls._made(_State.of_value(value), tensor)
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """For code that calls PyTorch's C++ functions without `__torch_function__`, such as custom gradients."""
+
+        def computed_argument(x: Any) -> Any:
+            if not isinstance(x, DeferredTensor):
+                return x
+            if x._state.value is not None:
+                return x._state.value
+            with torch.no_grad():  # not kept, because autograd does not see it
+                return replace(x._state, gradients=False).computed()
+
+        return func(*tree_map(computed_argument, args), **tree_map(computed_argument, kwargs or {}))
+
+
+class _Defer(torch.autograd.Function):
+    """Connects a deferred tensor to autograd, for functions that read it without `__torch_function__`."""
+
+    @staticmethod
+    def forward(ctx: Any, state: _State, changed: DeferredTensor | None, *tensors: Tensor | None) -> DeferredTensor:
+        ctx.state = state
+        if changed is None:
+            return _empty(state.x.x)
+        ctx.mark_dirty(changed)
+        return changed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        leaves = [
+            tensor if tensor is None else tensor.detach().requires_grad_(needs)
+            for tensor, needs in zip(ctx.state.tensors(), wanted, strict=True)
+        ]
+        with torch.enable_grad():
+            output = replace(ctx.state.with_tensors(leaves), gradients=True).computed()
+        sources = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(output, sources, gradient))
+        return None, None, *(next(gradients) if needs else None for needs in wanted)
+
+
+class _Read(torch.autograd.Function):
+    """The value of a deferred tensor, whose gradient goes to the tensor itself."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DeferredTensor, state: _State) -> Tensor:
+        return state.computed().detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _empty(like: Tensor) -> DeferredTensor:
+    """A tensor without memory."""
+    options: Any = {"strides": like.stride(), "dtype": like.dtype, "device": like.device}
+    return Tensor._make_wrapper_subclass(DeferredTensor, like.shape, **options)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _version(tensor: Tensor) -> int | None:
+    """The number of changes in place; None in inference mode, which does not count them."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def attach_moments(output: ConvOutput) -> Tensor:
+    """The output as a tensor that carries its moments to `moments_of`."""
+    output.y.moments = output.mean, output.variance, _version(output.y)  # type: ignore[attr-defined]
+    return output.y
+
+
+def moments_of(y: Tensor, views: int) -> ConvOutput | None:
+    """A tensor with the moments of its views that a convolution attached; None if it has no such moments."""
+    attached = getattr(y, "moments", None)
+    if attached is None:
+        return None
+    mean, variance, version = attached
+    return ConvOutput(y, mean, variance) if len(mean) == views and version == _version(y) else None
+
+
+def loaded(x: Tensor) -> Deferred:
+    """What an operator that applies a deferred normalisation loads."""
+    return x.state.loaded() if isinstance(x, DeferredTensor) else Deferred(x)
+
+
+def computed(x: Tensor) -> Tensor:
+    """An ordinary tensor."""
+    return x.state.computed() if isinstance(x, DeferredTensor) else x
+
+
+def _deferring_activation(act: str, in_place: bool = False) -> Callable[..., Any]:
+    """The function that defers an activation function."""
+
+    def defer(x: DeferredTensor, inplace: bool = in_place, **options: Any) -> Any:
+        state = x.state
+        last = state.x.is_affine if state.shortcut is None else state.act == "identity"
+        if not last or options or (inplace and state.value is not None):
+            return NotImplemented
+        made = replace(state, x=replace(state.x, act=act)) if state.shortcut is None else replace(state, act=act)
+        return DeferredTensor._made(made, x if inplace else None)
+
+    return defer
+
+
+def _hardtanh(x: DeferredTensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+    return _deferring_activation("relu6")(x, inplace) if (min_val, max_val) == (0, 6) else NotImplemented
+
+
+def _add(a: Any, b: Any = None, *, in_place: bool = False, **options: Any) -> Any:
+    """The sum of two tensors of one shape, which an activation function may follow."""
+    fits = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+    if options or not fits or (in_place and (not isinstance(a, DeferredTensor) or a.state.value is not None)):
+        return NotImplemented
+    x, shortcut = loaded(a), loaded(b)
+    if x.scale is None and x.is_affine:
+        x, shortcut = shortcut, x
+    if x.scale is None and x.is_affine:  # two ordinary tensors
+        return NotImplemented
+    return DeferredTensor._made(_State(x, shortcut), a if in_place else None)
+
+
+def _multiply(a: Any, b: Any = None, *, in_place: bool = False, **options: Any) -> Any:
+    """The product of a tensor and a gate [N, C, 1, 1]."""
+    if isinstance(b, DeferredTensor) and not in_place:
+        a, b = b, a
+    if options or not isinstance(a, DeferredTensor) or not isinstance(b, Tensor) or isinstance(b, DeferredTensor):
+        return NotImplemented
+    state = a.state
+    fits = b.shape == (*a.shape[:2], 1, 1) and b.dtype == a.dtype
+    if not fits or state.shortcut is not None or (in_place and state.value is not None):
+        return NotImplemented
+    gate = b.flatten(1).to(torch.promote_types(b.dtype, torch.float32))
+    return DeferredTensor._made(replace(state, x=gate_by(state.x, gate)), a if in_place else None)
+
+
+def _mean(x: DeferredTensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
+    """The mean over height and width."""
+    over = {d % 4 for d in dim} if isinstance(dim, Sequence) else set()
+    if options or over != {2, 3} or x.state.shortcut is not None:
+        return NotImplemented
+    pooled = mean(x.state.loaded()).to(x.dtype)
+    return pooled[:, :, None, None] if keepdim else pooled
+
+
+def _adaptive_mean(x: DeferredTensor, output_size: Any) -> Any:
+    return _mean(x, (2, 3), True) if output_size in (1, (1, 1), [1, 1]) else NotImplemented
+
+
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
+}
+_WATCHING = {Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_}
+_DEFERRING: Mapping[Any, Callable[..., Any]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _deferring_activation("relu")),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _deferring_activation("relu", in_place=True)),
+    F.relu6: _deferring_activation("relu6"),
+    F.hardtanh: _hardtanh,
+    F.hardswish: _deferring_activation("hardswish"),
+    F.silu: _deferring_activation("silu"),
+    **dict.fromkeys((torch.add, Tensor.add), _add),
+    Tensor.add_: partial(_add, in_place=True),
+    **dict.fromkeys((torch.mul, Tensor.mul), _multiply),
+    Tensor.mul_: partial(_multiply, in_place=True),
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    F.adaptive_avg_pool2d: _adaptive_mean,
+}
