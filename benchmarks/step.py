@@ -137,6 +137,14 @@ def configuration(options: argparse.Namespace, precision: str = "fp32") -> Pretr
     )
 
 
+def prepare(options: argparse.Namespace) -> None:
+    """Complete and check the options of a step, and set the number of threads."""
+    options.subnets = options.subnets or options.dns
+    _check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
 def _names(dns: str) -> list[str]:
     return [name.strip() for name in dns.split(",") if name.strip()]
 
@@ -386,18 +394,8 @@ def measure(options: argparse.Namespace, argv: Sequence[str], progress: Console)
     }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer samples, and fewer variants")
-    parser.add_argument(
-        "--compile", action="store_true", help="also time the baseline under torch.compile, which takes minutes"
-    )
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `configuration` and `images` read."""
     parser.add_argument("--network", default="mobilenet_v3_large", metavar="NAME", help="architecture [%(default)s]")
     parser.add_argument("--dns", default="w0.50,w0.625,w0.75,w1.00", metavar="NAMES", help="the family [%(default)s]")
     parser.add_argument(
@@ -413,6 +411,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=32, metavar="N", help="images per batch, with two views each [%(default)s]"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch threads [one per core]")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer samples, and fewer variants")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the baseline under torch.compile, which takes minutes"
+    )
+    add_step_options(parser)
     parser.add_argument("--rounds", type=int, metavar="N", help="samples per variant [15; 5 with --quick]")
     parser.add_argument("--rows", type=int, default=15, metavar="N", help="rows of the profile [%(default)s]")
     parser.add_argument("--json", metavar="FILE", help="file for all measurements, including samples")
@@ -426,10 +439,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """Measure and print the results."""
     options = make_parser().parse_args(argv)
-    options.subnets = options.subnets or options.dns
-    _check(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    prepare(options)
     if options.memory_of:
         variant, batch = VARIANTS[options.memory_of], images(options)
         print(json.dumps({"peak_MiB": peak_of_step(lambda: build(variant, options, batch).step) / MIB}))

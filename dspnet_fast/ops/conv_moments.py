@@ -264,7 +264,7 @@ def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     return True, ""
 
 
-cpp.serve(conv_moments, _accepts, without=("main_grad",))
+cpp.serve(conv_moments, _accepts, without=("main_grad",), autograd=True)
 cpp.serve(conv_moments_backward, _accepts)
 triton.serve(conv_moments, accepts=("x", "weight", "groups"), without=("main_grad",))
 triton.serve(conv_moments_backward, accepts=("x", "weight", "groups"))

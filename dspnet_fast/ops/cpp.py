@@ -90,13 +90,21 @@ def caller(name: str) -> Callable[..., Any]:
     return lambda *args: getattr(torch.ops.dspnet_cpp, name)(*args)
 
 
-def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None, without: Sequence[str] = ()) -> None:
+def serve(
+    operator: Any,
+    accepts: Callable[..., tuple[bool, str]] | None = None,
+    without: Sequence[str] = (),
+    autograd: bool = False,
+    only_by_name: str = "",
+) -> None:
     """Register the library's function with the operator's name as its provider `cpp`.
 
     Args:
         operator: the operator.
         accepts: as of Operator.provider.
         without: parameters that the function does not have; the operator's checks of these run before it.
+        autograd: whether the library also has a function <name>_autograd, which records the gradient.
+        only_by_name: as of Operator.provider.
     """
     kept = [place for place, name in enumerate(operator.parameters) if name not in without]
     checks = [(check, places) for check, places in operator.checks if not {*places} <= {*kept}]
@@ -107,5 +115,13 @@ def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None,
         return getattr(torch.ops.dspnet_cpp, operator.name)(*map(args.__getitem__, kept))
 
     options = {} if accepts is None else {"accepts": accepts}
-    register = operator.provider("cpp", devices=("cpu",), supported=functools.partial(has, operator.name), **options)
+    last = f"{operator.name}_autograd" if autograd else operator.name
+    register = operator.provider(
+        "cpp",
+        devices=("cpu",),
+        supported=functools.partial(has, last),
+        autograd=caller(last) if autograd else None,
+        only_by_name=only_by_name,
+        **options,
+    )
     register(run_without if without else caller(operator.name))

@@ -141,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 norm_act.register_autograd(_backward, _setup_context)
 
 
-cpp.serve(norm_act, cpp.stores)
+cpp.serve(norm_act, cpp.stores, autograd=True)
 cpp.serve(norm_act_backward, cpp.stores)
 triton.serve(norm_act, accepts=("x",))
 triton.serve(norm_act_backward, accepts=("x",))

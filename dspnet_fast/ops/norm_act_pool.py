@@ -110,6 +110,9 @@ def pool_deferred(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
     """
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, shift))
     if wanted and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        recorded = norm_act_pool.recorded(x, scale, shift, act, True)
+        if recorded is not None:
+            return recorded(x, scale, shift, act, True, True)[0]
         link = getattr(x.grad_fn, "pooled_gradient", None)
         if isinstance(link, PooledGradient) and not link.claimed:
             link.claimed = True
@@ -138,7 +141,7 @@ class _PoolOfConvolution(torch.autograd.Function):
         return None, *((None, None) if scale is None else (dscale, dshift)), None, None
 
 
-cpp.serve(norm_act_pool, cpp.stores)
+cpp.serve(norm_act_pool, cpp.stores, autograd=True)
 cpp.serve(norm_act_pool_backward, cpp.stores)
 triton.serve(norm_act_pool, accepts=("x",))
 triton.serve(norm_act_pool_backward, accepts=("x",))

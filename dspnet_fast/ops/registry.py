@@ -49,6 +49,7 @@ _CAST = (torch.float32, torch.float16, torch.bfloat16)
 PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
 NO_IMPLEMENTATION = "no implementation of this operator"
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _AUTOCAST = _AUTOCAST.add(torch._C.DispatchKey.AutocastCUDA)
@@ -71,6 +72,8 @@ class Provider:
         places: positions of the arguments that `accepts` takes.
         unproven: reason why `auto` does not choose it, or empty.
         only_by_name: reason why neither `auto` nor `any` chooses it, or empty.
+        autograd: as `run`, for arguments that require gradients: its results call the provider of the gradient's
+            operator, without Python. None if there is no such function.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Provider:
     places: tuple[int, ...]
     unproven: str
     only_by_name: str
+    autograd: Callable[..., Any] | None = None
 
 
 def _yes() -> Verdict:
@@ -138,7 +142,12 @@ class Operator(Generic[P, R]):
     def _call_plain(self, args: tuple[Any, ...]) -> R:
         """A call that only autograd observes."""
         # Autograd through the dispatcher takes three times as long as a small convolution.
-        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+        if not torch.is_grad_enabled():
+            return self._run(*args)
+        recorded = self.recorded(*args)
+        if recorded is not None:
+            return recorded(*args)
+        if not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return self._run(*args)
         return self._call(*args) if self._function is None else self._function.apply(*args)  # type: ignore[call-arg]
 
@@ -159,6 +168,17 @@ class Operator(Generic[P, R]):
                 cast[place] = cast[place].to(torch.get_autocast_dtype(device))
         return tuple(cast)
 
+    def recorded(self, *args: Any) -> Callable[..., Any] | None:
+        """The function `autograd` of the provider that is chosen for these arguments.
+
+        None if the provider has none, if the gradient's operator has another provider, or for incomplete arguments.
+        """
+        device = _device_type(args)
+        provider = _recording(self.name, device) if device and len(args) == len(self.parameters) else None
+        if provider is None or not provider.accepts(*[args[place] for place in provider.places])[0]:
+            return None
+        return provider.autograd
+
     def check(self, *args: Any) -> None:
         """Raise an error if an argument is invalid. For providers that do not check their arguments."""
         for check, places in self.checks:
@@ -173,6 +193,7 @@ class Operator(Generic[P, R]):
         accepts: Callable[..., Verdict] = _yes,
         unproven: str = "",
         only_by_name: str = "",
+        autograd: Callable[..., Any] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the decorated function as this operator's provider.
 
@@ -183,6 +204,7 @@ class Operator(Generic[P, R]):
             accepts: whether it supports a call's arguments; gets those that its parameters name, or all as `*args`.
             unproven: reason why `auto` does not choose it, or empty.
             only_by_name: reason why neither `auto` nor `any` chooses it, or empty.
+            autograd: a function of the operator's arguments that computes the same results and records the gradient.
 
         Returns:
             A decorator of a function with the operator's parameters, or `*args`.
@@ -197,7 +219,7 @@ class Operator(Generic[P, R]):
             if self._places(run) != tuple(range(len(self.parameters))):
                 raise TypeError(f"{self.name}: {name} must take {', '.join(self.parameters)}, or *args")
             self.providers[name] = Provider(
-                name, run, devices, functools.cache(supported), accepts, places, unproven, only_by_name
+                name, run, devices, functools.cache(supported), accepts, places, unproven, only_by_name, autograd
             )
             _candidates.cache_clear()
             return run
@@ -434,6 +456,15 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
     return (provider,)
 
 
+def _recording(name: str, device: str) -> Provider | None:
+    """The first provider of an operator if it records gradients and its gradient's operator has the same one first."""
+    providers = _candidates(name, device)
+    if not providers or providers[0].autograd is None:
+        return None
+    gradients = _candidates(f"{name}_backward", device)
+    return providers[0] if gradients and gradients[0].name == providers[0].name else None
+
+
 def available(name: str, device: str) -> Iterator[Provider]:
     """The providers of an operator that this machine can run on a device type and that may be chosen, best first."""
     providers = operators[name].providers
@@ -478,13 +509,12 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
     ):
         return False
-    return all(
-        type(arg) in (Tensor, torch.nn.Parameter)
-        and (_triton_on_meta or not arg.is_meta)
-        and not lazy_views.is_lazy(arg)
-        for arg in args
-        if isinstance(arg, Tensor)
-    )
+    for arg in args:  # not all(...) of a generator, which takes twice as long in every call
+        if isinstance(arg, Tensor) and (
+            type(arg) not in _PLAIN or (arg.is_meta and not _triton_on_meta) or arg.is_neg() or arg.is_conj()
+        ):
+            return False
+    return True
 
 
 _policy_of_environment = os.environ.get("DSPNET_KERNELS", "")

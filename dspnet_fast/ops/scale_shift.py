@@ -150,7 +150,7 @@ def _accepts(*args: Any) -> tuple[bool, str]:
     return True, ""
 
 
-cpp.serve(scale_shift, _accepts, without=("weight_main_grad", "bias_main_grad"))
+cpp.serve(scale_shift, _accepts, without=("weight_main_grad", "bias_main_grad"), autograd=True)
 cpp.serve(scale_shift_backward, _accepts)
 triton.serve(scale_shift, without=("weight_main_grad", "bias_main_grad"))
 triton.serve(scale_shift_backward)

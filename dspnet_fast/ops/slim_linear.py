@@ -1,7 +1,8 @@
 """slim_linear: a linear layer with a prefix of a weight, which it reads and whose gradient it writes in place.
 
 The native body passes the prefix to the BLAS as a strided matrix, and the BLAS adds the gradient to the prefix of
-main_grad in place, so another provider can save little.
+main_grad in place, so another provider gains only where the BLAS does not use the processor's vectors: MKL has no
+AVX-512 kernels for processors that are not Intel's.
 """
 
 import functools
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import triton
+from ..capability import executes
+from ..machine import cpu_model
+from . import cpp, triton
 from .main_grad import check_main_grad, gradient_buffer
 from .registry import operator
 
@@ -108,6 +111,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 slim_linear.register_autograd(_backward, _setup_context)
 
 
+def _accepts(x: Tensor, weight: Tensor, main_grad: Tensor | None) -> tuple[bool, str]:
+    if not x.dtype == weight.dtype == torch.float32:
+        return False, f"it supports float32, not {x.dtype} with {weight.dtype}"
+    if any(matrix is not None and matrix.ndim > 1 and matrix.stride(1) != 1 for matrix in (weight, main_grad)):
+        return False, "it needs a weight whose inputs are adjacent"
+    return True, ""
+
+
 ONLY_BY_NAME = "the BLAS reads the prefix in place as well: choose it with DSPNET_KERNELS=triton"
+IS_FASTER = executes("AVX512") and "Intel" not in cpu_model()
+BLAS_IS_FAST = "" if IS_FASTER else "the BLAS is as fast on processors without AVX-512 and on Intel's"
+cpp.serve(slim_linear, _accepts, without=("main_grad",), autograd=True, only_by_name=BLAS_IS_FAST)
+cpp.serve(slim_linear_backward, _accepts, only_by_name=BLAS_IS_FAST)
 triton.serve(slim_linear, accepts=("x", "weight"), without=("main_grad",), only_by_name=ONLY_BY_NAME)
 triton.serve(slim_linear_backward, accepts=("x", "weight"), only_by_name=ONLY_BY_NAME)

@@ -59,6 +59,8 @@ FORMS: dict[str, dict[str, str]] = {
     "slim_linear": LINEAR | {"out_features": "O"},
     "slim_linear_backward": LINEAR,
 }
+RECORDED = ("conv_moments", "norm_act", "norm_act_pool", "scale_shift", "slim_linear")  # with gradients in C++
+FORMS |= {f"{name}_autograd": FORMS[name] for name in RECORDED}
 STORED = {
     "normalized_mse": 4,
     "ema_update": 4,
