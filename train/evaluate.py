@@ -14,8 +14,9 @@ from .evaluation.protocols.common import EvaluationOptions
 from .evaluation.results import Report
 
 DESCRIPTION = """\
-Evaluate all networks of a run of dspnet-pretrain on labelled images. Each protocol prints its results and writes them
-to OUT/evaluation as JSON, Markdown and PNG. `dspnet-evaluate PROTOCOL --help` shows the options of a protocol."""
+Evaluate all networks of a run of dspnet-pretrain, or a published network, on labelled images. Each protocol prints its
+results and writes them to OUT/evaluation as JSON, Markdown and PNG. `dspnet-evaluate PROTOCOL --help` shows the options
+of a protocol."""
 
 
 class Protocol(NamedTuple):
@@ -62,7 +63,12 @@ def make_parsers() -> dict[str, cli.ArgumentParser]:
     parsers = {}
     for name, protocol in PROTOCOLS.items():
         parsers[name] = cli.parser(f"evaluate {name}", protocol.description, protocol.example, "[options] OUT")
-        parsers[name].add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain")
+        parsers[name].add_argument(
+            "out",
+            type=Path,
+            metavar="OUT",
+            help="run directory of dspnet-pretrain, or with published --weights a folder for the results",
+        )
         cli.add_config_file(parsers[name])
         cli.add_options(parsers[name], protocol.options)
     return parsers

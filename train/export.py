@@ -25,7 +25,7 @@ from .config import FinetuneConfig, PretrainConfig
 from .data.datasets.images import ImageDataset, Subset
 from .evaluation.pretrained import EvaluatedFamily
 from .evaluation.trained import TrainedRun
-from .exporting.formats import FormatImages
+from .exporting.formats import FormatImages, formats_table
 from .exporting.model_card import push, require_hub, write_card
 from .run.options import check_options, count, option
 from .run.progress import Monitor
@@ -235,8 +235,13 @@ def _main(argv: Sequence[str]) -> None:
     cli.add_options(parser, ExportOptions)
     parsed = parser.parse_args(argv)
     options, dns = cli.to_config(ExportOptions, parsed), parsed.dn or ()
-    for path in export(parsed.out, dns, options):
+    written = export(parsed.out, dns, options)
+    for path in written:
         print(path)
+    if options.formats:
+        table = formats_table([path for path in written if path.is_dir()])
+        atomic.write_text(parsed.out / "exported" / "formats.md", table.markdown())
+        table.show()
 
 
 main = cli.command(_main)

@@ -34,7 +34,7 @@ from .run.data_used import data_used, read_data_used, write_data_used
 from .run.device import choose_device
 from .run.log import RunLog
 from .run.options import flag
-from .run.run_directory import check_run, open_run, raised_epochs
+from .run.run_directory import check_run, open_run, raised_epochs, without_bad_images
 from .run.saved_config import read_config, with_saved_config
 from .selection.kernels import use_kernels
 
@@ -145,6 +145,8 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     assert config.data is not None and config.image_size is not None
     options, format = config.family(), PixelFormat.of(config)
     train, test = read_as(train, format), read_as(open_images(config.data, "test"), format)
+    if config.from_ != SCRATCH:
+        train = without_bad_images(Path(config.from_), train)
     switches = family_of(options.network, options.names())
     view = augmentation.supervised(config.image_size, config.min_scale)
 
@@ -221,7 +223,7 @@ def publish_finetune(out: Path, report: Report) -> None:
     )
     table = accuracy_table(title, report["networks"], ["finetuned"])
     series = {start: points(report["networks"], "finetuned")}
-    publish(out / FOLDER, "finetune", report, table, f"accuracy on {report['data']}", series)
+    publish(out / FOLDER, "finetune", report, table, "accuracy", series)
 
 
 def _use_kernels(config: FinetuneConfig) -> None:

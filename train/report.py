@@ -14,6 +14,7 @@ from . import cli
 from .comparison.tables import figures_of, tables_of
 from .evaluation import drawing
 from .evaluation.collapse import MIN_RANK, MIN_STD
+from .evaluation.plot_data import Point
 from .reporting import figures, page
 from .reporting.findings import COMPARE, Evaluation, Run, finite, network_summaries
 from .run.progress import Monitor
@@ -43,8 +44,8 @@ def pictures_of(run: Run) -> Iterator[Picture]:
         for cost, what in drawing.COSTS.items():
             yield Picture(
                 f"accuracy-{Path(evaluation.file).stem}-{cost}",
-                drawing.accuracy_figure(evaluation.series, evaluation.lines, evaluation.label, cost),
-                f"{evaluation.label} of every network over {what}",
+                drawing.accuracy_figure(evaluation.with_published(), evaluation.lines, evaluation.label, cost),
+                f"{evaluation.label} on {evaluation.data} of every network over {what}",
                 f"{evaluation.about}. Bars: 95 % intervals.",
             )
     if run.comparison is not None:
@@ -144,7 +145,7 @@ def _state(run: Run) -> str:
 def table_of(
     networks: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation] = ()
 ) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the first table, without empty columns; baselines such as raw pixels are its last rows."""
+    """Heading and cells of the first table, without empty columns; last come published networks and baselines."""
     columns = list(dict.fromkeys(column for network in networks for column in network["accuracies"]))
     runtimes = list(dict.fromkeys(name for n in networks if n["latency"] for name in n["latency"]["of"]))
     rows = []
@@ -155,15 +156,28 @@ def table_of(
             cells.append(f"{times['median_ms']:.2f}" if times else "–")
         for column in columns:
             score = network["accuracies"].get(column)
-            cells.append(f"{100 * score['accuracy']:.1f} ± {100 * score['interval']:.1f}" if score else "–")
+            cells.append(_score(score["accuracy"], score["interval"]) if score else "–")
         rows.append(cells)
+    published: dict[str, dict[str, Point]] = {}
+    for evaluation in evaluations:
+        for name, found in evaluation.published.items():
+            published.setdefault(name, {}).update({column: points[0] for column, points in found.series.items()})
+    for name, scores in published.items():
+        of = next(iter(scores.values()))
+        cells = [name, f"{of.parameters:,}", f"{of.macs / 1e6:,.1f} M", *("–" for _ in runtimes)]
+        found_scores = (scores.get(column) for column in columns)
+        rows.append([*cells, *(_score(point.accuracy, point.interval) if point else "–" for point in found_scores)])
     for evaluation in evaluations:
         for name, accuracy in evaluation.lines.items():
-            score = f"{100 * accuracy:.1f} ± {100 * evaluation.intervals[name]:.1f}"
-            scores = [score if column == evaluation.column else "–" for column in columns]
-            rows.append([name, "–", "–", *("–" for _ in runtimes), *scores])
+            score = _score(accuracy, evaluation.intervals[name])
+            cells = [score if column == evaluation.column else "–" for column in columns]
+            rows.append([name, "–", "–", *("–" for _ in runtimes), *cells])
     heads = [*(f"{runtime} ms" for runtime in runtimes), *(f"{column} %" for column in columns)]
     return ["network", "parameters", "MACs", *heads], rows
+
+
+def _score(accuracy: float, interval: float) -> str:
+    return f"{100 * accuracy:.1f} ± {100 * interval:.1f}"
 
 
 def indicators_of(networks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -69,7 +69,7 @@ def test_published_weights_give_maps_of_four_strides(saved, tmp_path, library, n
         torch.testing.assert_close(maps[-1], network.features(images))
     if (library, name) == ("torchvision", "resnet18"):
         torch.testing.assert_close(network.fc(maps[-1].mean((2, 3))), network(images))
-    assert backbone.name == f"{library}-{name}" and str(file) in backbone.source
+    assert backbone.name == f"{library}-{name}-weights" and str(file) in backbone.source
 
 
 def test_weights_under_other_names_are_matched_by_order(saved, tmp_path):
@@ -119,7 +119,7 @@ def test_published_weights_need_no_run(shapes, saved, tmp_path, monkeypatch, cap
     assert (
         run(tmp_path / "new", "--coco", shapes, "--boxes-only", f"--weights=timm:mobilenetv3_small_050={file}") == DONE
     )
-    assert (tmp_path / "new" / "evaluation" / "detect" / "timm-mobilenetv3_small_050.json").is_file()
+    assert (tmp_path / "new" / "evaluation" / "detect" / "timm-mobilenetv3_small_050-weights.json").is_file()
     assert run(tmp_path / "new", "--coco", shapes) == WRONG_INPUT
     assert "--dn is missing" in capsys.readouterr().err
 

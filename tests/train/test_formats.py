@@ -10,6 +10,7 @@ import torch
 
 from dspnet_fast import device_formats, exported
 from dspnet_fast.errors import InputError
+from train import export as export_command
 from train.data.datasets import open_images
 from train.evaluation.pretrained import PretrainedFamily
 from train.export import ExportOptions, export
@@ -62,6 +63,30 @@ def test_smaller_types_make_smaller_files(deployed):
     formats, weights = manifest(deployed)["formats"], (deployed / "model.safetensors").stat().st_size
     assert formats["onnx-fp16"]["bytes"] < 0.6 * weights
     assert formats["onnx-int8"]["bytes"] < 0.4 * weights and formats["onnx-int8"]["calibrated_on"] == 80
+
+
+def test_command_writes_a_table_of_networks_and_formats(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("exported"))
+    with pytest.raises(SystemExit) as end:
+        export_command.main([str(out), "--dn=c8-d1111", f"--dn={DN}", "--formats=onnx-fp16", "--threads=1"])
+    assert end.value.code == 0
+    title, _, heading, _, *rows = (out / "exported" / "formats.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:2] for row in cells] == [
+        *(["c8-d1111", "PyTorch"], ["", "ONNX, fp32"], ["", "onnx-fp16"]),
+        *([DN, "PyTorch"], ["", "ONNX, fp32"], ["", "onnx-fp16"]),
+    ]
+    entry, times = (manifest(out / "exported" / DN)[key] for key in ("formats", "latency"))
+    entry = entry["onnx-fp16"]
+    assert cells[-1][2:] == [
+        f"{entry['bytes'] / 1e6:.2f}",
+        f"{times['of']['onnx-fp16']['median_ms']:.2f}",
+        f"{entry['largest_difference']:.2g}",
+        f"{entry['cosine']:.5f}",
+        f"{entry['accuracy']:.1%}",
+    ]
+    assert cells[3][6] == f"{entry['accuracy_fp32']:.1%}" and "Accuracy: of 40 test images." in title
+    assert heading.startswith("| network | format | MB | ms |") and "onnx-fp16" in capsys.readouterr().out
 
 
 def test_format_with_other_outputs_is_not_kept(finished, tmp_path, monkeypatch, capsys):

@@ -157,7 +157,7 @@ def figures_of(report: Report) -> Iterator[tuple[str, drawing.Draw, str, str]]:
             caption += ", extended to the range over the seeds if that is larger"
         yield (
             f"accuracy-{protocol.lower()}",
-            drawing.accuracy_figure(series, {}, label, "macs"),
+            drawing.accuracy_figure(series, {}, f"{protocol} accuracy", "macs"),
             f"{label} of networks pretrained alone and in a family, over multiply-accumulates",
             f"{caption}.",
         )

@@ -22,6 +22,7 @@ from ..data.normalization import MEAN, STD
 from ..evaluation.pretrained import PretrainedFamily
 from ..run import checkpoint
 from ..run.saved_config import read_config
+from ..teachers.sources import published_name
 from ..teachers.weights import match, read_weights
 
 STRIDES = 4, 8, 16, 32
@@ -169,7 +170,13 @@ def _timm(name: str, file: str) -> Backbone:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"timm cannot make feature maps of strides 4 to 32 with these weights: {reason[0]}") from error
     channels = network.feature_info.channels()
-    return Backbone(FeatureMaps(network, channels), f"timm-{name}", source, tuple(config["mean"]), tuple(config["std"]))
+    return Backbone(
+        FeatureMaps(network, channels),
+        published_name(f"timm:{name}", file),
+        source,
+        tuple(config["mean"]),
+        tuple(config["std"]),
+    )
 
 
 def _torchvision(name: str, file: str) -> Backbone:
@@ -198,7 +205,7 @@ def _torchvision(name: str, file: str) -> Backbone:
     else:
         raise InputError("its feature maps are unknown: give a ResNet, or a network with `features`")
     maps = _LastOfStride(parts)
-    return Backbone(FeatureMaps(maps, maps.channels), f"torchvision-{name}", source)
+    return Backbone(FeatureMaps(maps, maps.channels), published_name(f"torchvision:{name}", file), source)
 
 
 class _LastOfStride(nn.Module):

@@ -104,7 +104,8 @@ def accuracy_figure(series: Mapping[str, Sequence[Point]], lines: Mapping[str, f
         axes.margins(x=0.1, y=0.16)
         axes.set_xlabel(f"{COSTS[cost]}, millions")
         axes.set_ylabel(f"{label}, %")
-        legend(figure, [*series, *lines])
+        if len(series) + len(lines) > 1:
+            legend(figure, [*series, *lines])
         return figure
 
     return draw
@@ -129,14 +130,16 @@ def _annotate(
 
 
 def legend(figure: Figure, labels: Sequence[str]) -> None:
-    """Add a legend above the axes, with the entries in the order of `labels`."""
+    """Add a legend above the axes, with the entries in the order of `labels`, row by row."""
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     entry = 30 + 6 * max(map(len, labels))  # width in points
+    columns = min(len(labels), max(1, int(72 * figure.get_figwidth()) // entry))
+    by_column = [label for column in range(columns) for label in labels[column::columns]]
     figure.legend(
-        [handles[label] for label in labels],
-        labels,
+        [handles[label] for label in by_column],
+        by_column,
         loc="outside upper left",
-        ncols=max(1, int(72 * figure.get_figwidth()) // entry),
+        ncols=columns,
         fontsize=9,
         handlelength=1.2,
         handletextpad=0.5,

@@ -19,6 +19,7 @@ from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.tensor_file import write_tensors
 
 from ..config import PretrainConfig
+from ..costs.flops import NetworkCost, network_cost
 from ..data.datasets.images import ImageDataset, Subset, dataset_digest
 from ..data.loader import evaluation_batches
 from ..data.normalization import prepare
@@ -112,6 +113,39 @@ class EvaluatedFamily:
     def batches(self, images: ImageDataset, name: str, workers: Workers = "auto", start: int = 0) -> Iterator[Tensor]:
         """Views of images for this model: see `evaluation_views`."""
         return evaluation_views(images, self.image_size, self.device, name, workers, start)
+
+    def features(
+        self, subnets: Sequence[Subnet], images: ImageDataset, name: str, workers: Workers = "auto"
+    ) -> dict[str, Tensor]:
+        """Compute features of all images, or load them from OUT/features.
+
+        The file names contain a digest of weights, statistics and images. Interrupted computations continue.
+
+        Args:
+            subnets: subnets with post-statistics.
+            images: dataset.
+            name: name of the work on the progress bar.
+            workers: number of loader processes.
+
+        Returns:
+            Features [N, F] by subnet, in float32 on the CPU.
+        """
+        by_name = {subnet.name: subnet for subnet in subnets}
+        files_key = dataset_digest(images)
+        files, shapes = {}, {}
+        for dn, subnet in by_name.items():
+            statistics = [part for item in sorted(measured_statistics(self.model, [subnet]).items()) for part in item]
+            key = fingerprint.digest(self.weights, self.image_size, files_key, *statistics)
+            files[dn] = self.out / FEATURES / f"{dn}-{key}.npy"
+            shapes[dn] = (len(images), subnet.channels[-1])
+
+        def compute(dns: list[str], start: int) -> Iterable[dict[str, Tensor]]:
+            batches = evaluation_views(images, self.image_size, self.device, name, workers, start, self.world)
+            parts = representations(self.model, [by_name[dn] for dn in dns], batches)
+            on_cpu = ({dn: rows.cpu() for dn, rows in part.items()} for part in parts)
+            return self.world.gather_in_order(on_cpu, -(-(len(images) - start) // BATCH))
+
+        return load_or_compute(files, shapes, BATCH, compute, self.world)
 
     def measure_statistics(
         self, subnets: Sequence[Subnet], images: ImageDataset, data: str, workers: Workers = "auto", prefix: str = ""
@@ -221,6 +255,10 @@ class PretrainedFamily(EvaluatedFamily):
             self.encoder.load_state_dict({n: weights.get(n, value) for n, value in self.encoder.state_dict().items()})
         super().__init__(out, device, model.family, self.encoder, self.config.image_size, step)
 
+    def cost(self, subnet: Subnet) -> NetworkCost:
+        """Cost of a subnet."""
+        return network_cost(self.config, subnet, self.image_size)
+
     def cut(self, subnet: Subnet) -> Network:
         """Copy `subnet` into a separate slimmable network on the CPU; InputError if the family does not contain it."""
         if not subnet.within(self.family.full):
@@ -232,36 +270,3 @@ class PretrainedFamily(EvaluatedFamily):
             for name, parameter in network.named_parameters():
                 parameter.copy_(weights[name][tuple(slice(size) for size in parameter.shape)])
         return network
-
-    def features(
-        self, subnets: Sequence[Subnet], images: ImageDataset, name: str, workers: Workers = "auto"
-    ) -> dict[str, Tensor]:
-        """Compute features of all images, or load them from OUT/features.
-
-        The file names contain a digest of weights, statistics and images. Interrupted computations continue.
-
-        Args:
-            subnets: subnets with post-statistics.
-            images: dataset.
-            name: name of the work on the progress bar.
-            workers: number of loader processes.
-
-        Returns:
-            Features [N, F] by subnet, in float32 on the CPU.
-        """
-        by_name = {subnet.name: subnet for subnet in subnets}
-        files_key = dataset_digest(images)
-        files, shapes = {}, {}
-        for dn, subnet in by_name.items():
-            statistics = [part for item in sorted(measured_statistics(self.encoder, [subnet]).items()) for part in item]
-            key = fingerprint.digest(self.weights, self.config.image_size, files_key, *statistics)
-            files[dn] = self.out / FEATURES / f"{dn}-{key}.npy"
-            shapes[dn] = (len(images), subnet.channels[-1])
-
-        def compute(dns: list[str], start: int) -> Iterable[dict[str, Tensor]]:
-            batches = evaluation_views(images, self.image_size, self.device, name, workers, start, self.world)
-            parts = representations(self.encoder, [by_name[dn] for dn in dns], batches)
-            on_cpu = ({dn: rows.cpu() for dn, rows in part.items()} for part in parts)
-            return self.world.gather_in_order(on_cpu, -(-(len(images) - start) // BATCH))
-
-        return load_or_compute(files, shapes, BATCH, compute, self.world)

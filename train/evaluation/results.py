@@ -28,6 +28,13 @@ def accuracy_table(title: str, networks: Mapping[str, Mapping[str, Any]], column
     return Table(f"{title}. ± is the half-width of the 95 % interval.", ["network", "params", "MACs", *scores], rows)
 
 
+def origin_of(report: Report) -> str:
+    """The evaluated weights, as the end of a title."""
+    if "weights" in report:
+        return f"weights of {report['weights']} at {report['image_size']} px"
+    return f"after {report['step']:,} steps"
+
+
 def publish(
     folder: Path,
     name: str,
@@ -42,13 +49,14 @@ def publish(
     Args:
         folder: folder of the files.
         name: name of the files without suffix.
-        report: content of NAME.json; with a "network_part" it is part of the name.
+        report: content of NAME.json; a "network_part", or the name of a published network, is part of the name.
         table: content of NAME.md.
         label: label of the figure's accuracy axis.
         series: points of the figure.
         lines: accuracies from 0 to 1, drawn as horizontal lines.
     """
-    name = "-".join(filter(None, (name, report.get("network_part"))))
+    published = next(iter(report["networks"])) if "weights" in report else None
+    name = "-".join(filter(None, (name, report.get("network_part"), published)))
     from . import drawing  # not at the top: importing matplotlib takes a second that training saves
 
     atomic.write_text(folder / f"{name}.json", json.dumps(report, indent=2) + "\n")

@@ -19,6 +19,7 @@ from ..data.datasets.images import ImageDataset
 from ..data.datasets.pixels import PixelFormat
 from ..data.pixel_options import read_as
 from ..distributed.process_group import SINGLE_PROCESS, World
+from ..run.run_directory import without_bad_images
 from ..run.saved_config import read_any_config
 from .finetuned import FinetunedFamily
 from .pretrained import EvaluatedFamily, PretrainedFamily
@@ -49,11 +50,17 @@ class TrainedRun:
         self.out, self.config = out, config
         self.data, self.image_size, self.format = config.data, config.image_size, PixelFormat.of(config)
         self.options = config.family() if isinstance(config, FinetuneConfig) else config
+        self._images: dict[str, ImageDataset] = {}
         self.family = family(self.options.network, self.options.names())
 
     def images(self, split: Literal["train", "test"] = "train") -> ImageDataset:
-        """Training or test images, in the pixel format of the run."""
-        return read_as(open_images(self.data, split), self.format)
+        """Training or test images in the pixel format of the run, without those that the pretraining left out."""
+        if split not in self._images:
+            unlabelled = isinstance(self.config, PretrainConfig) and self.config.unlabelled
+            images = read_as(open_images(self.data, split, unlabelled=unlabelled), self.format)
+            pretrained = Path(self.config.from_) if isinstance(self.config, FinetuneConfig) else self.out
+            self._images[split] = without_bad_images(pretrained, images)
+        return self._images[split]
 
     def subnets(self, dns: Sequence[str]) -> list[Subnet]:
         """Subnets by name, also such as the run did not train.

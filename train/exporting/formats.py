@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dspnet_fast import device_formats
+from dspnet_fast import device_formats, exported
 from dspnet_fast.device_formats import Converted
 
 from ..data.datasets.images import ImageDataset, Subset
 from ..evaluation.knn import knn
 from ..evaluation.pretrained import EvaluatedFamily
+from ..run.tables import Table
 
 CALIBRATION_IMAGES = 128
 REFERENCES, QUERIES, NEIGHBOURS = 1000, 500, 20  # of the kNN accuracy
 BATCH = 50
+NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX, fp32"}
 
 
 class FormatImages:
@@ -68,4 +72,33 @@ class FormatImages:
             "verified_on": len(examples),
             **device_formats.compare(name, converted, network, examples),
             "accuracy": self.accuracy(converted.run),
+            **({"accuracy_on": len(self._parts[1])} if self._labelled else {}),
         }
+
+
+def formats_table(folders: Sequence[Path]) -> Table:
+    """Table of the formats of exported networks: size, latency, difference and accuracy, from their manifests."""
+    manifests = [json.loads((folder / exported.MANIFEST).read_text()) for folder in folders]
+    rows = []
+    for folder, manifest in zip(folders, manifests, strict=True):
+        formats: dict[str, Any] = manifest["formats"]
+        size = (folder / exported.WEIGHTS).stat().st_size
+        accuracy = next((entry["accuracy_fp32"] for entry in formats.values() if "refused" not in entry), None)
+        entries = {"torch": {"bytes": size, "accuracy": accuracy}, "onnxruntime": manifest["onnx"], **formats}
+        for name, entry in entries.items():
+            row = [manifest["dn"] if name == "torch" else "", NAMES.get(name, name)]
+            if "refused" in entry:
+                rows.append([*row, "not kept", "", "", "", ""])
+                continue
+            row += [f"{entry['bytes'] / 1e6:.2f}", f"{manifest['latency']['of'][name]['median_ms']:.2f}"]
+            for key, style in (("largest_difference", ".2g"), ("cosine", ".5f"), ("accuracy", ".1%")):
+                row.append(f"{entry[key]:{style}}" if entry.get(key) is not None else "")
+            rows.append(row)
+    of = manifests[0]["latency"]
+    title = (
+        f"Formats. Latency: median of a call with {of['batch_size']} images of {of['image_size']} px, threads: "
+        f"{of['threads']}, {of['device']}."
+    )
+    queries = {entry.get("accuracy_on") for manifest in manifests for entry in manifest["formats"].values()} - {None}
+    title += f" Accuracy: of {queries.pop():,} test images." if queries else ""
+    return Table(title, ["network", "format", "MB", "ms", "largest difference", "cosine similarity", "accuracy"], rows)

@@ -123,7 +123,14 @@ def bars(rows: Mapping[str, Mapping[str, float]], label: str) -> Draw:
             axes.barh(names, lengths, left=ends, height=0.62, color=theme.colours[index], label=part)
             ends = [end + length for end, length in zip(ends, lengths, strict=True)]
         for name, end in zip(names, ends, strict=True):
-            axes.annotate(f"{end:,.3g}", (end, name), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+            axes.annotate(
+                f"{end:,.0f}" if end >= 100 else f"{end:.3g}",
+                (end, name),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+            )
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)

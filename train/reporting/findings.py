@@ -36,24 +36,35 @@ class Evaluation:
         file: name of the file.
         about: protocol, dataset and step.
         label: label of the accuracies.
+        data: name of the images.
         step: training step of the evaluated weights; None if unknown.
+        weights: source of a published network; None for networks of the run.
         series: accuracies of networks by column.
         lines: accuracies without a network, such as raw pixels.
         intervals: half-widths of their intervals.
+        published: results of published networks on the same images, by name.
     """
 
     file: str
     about: str
     label: str
+    data: str
     step: int | None = None
+    weights: str | None = None
     series: dict[str, list[Point]] = field(default_factory=dict)
     lines: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, float] = field(default_factory=dict)
+    published: dict[str, Evaluation] = field(default_factory=dict)
 
     @property
     def column(self) -> str:
         """The column of the trained networks, to which `lines` compare."""
         return next(iter(self.series))
+
+    def with_published(self) -> dict[str, list[Point]]:
+        """The series, and one of each published network."""
+        others = {name: found.series for name, found in self.published.items()}
+        return self.series | {name: of[self.column] for name, of in others.items() if self.column in of}
 
 
 def accuracy_of(result: object) -> tuple[float, float] | None:
@@ -90,7 +101,9 @@ def read_evaluation(path: Path) -> Evaluation | None:
     images = report.get("test_images", report.get("queries"))
     about = f"{protocol_name} on {data}" + (f", {images:,} test images" if images else "")
     about += "" if step is None else f", after {step:,} steps"
-    found = Evaluation(path.name, about, f"{protocol_name} accuracy on {data}", step)
+    weights = report.get("weights")
+    about += "" if weights is None else f", weights of {weights}"
+    found = Evaluation(path.name, about, f"{protocol_name} accuracy", data, step, weights)
     for name, network in report["networks"].items():
         for column, result in network.items():
             accuracy = accuracy_of(result)
@@ -109,6 +122,20 @@ def read_evaluation(path: Path) -> Evaluation | None:
     return found if found.series else None
 
 
+def _with_published(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Evaluations of the run; `published` has those of published networks by the same protocol on the same images."""
+    own = {(evaluation.label, evaluation.data): evaluation for evaluation in evaluations if evaluation.weights is None}
+    shown = []
+    for evaluation in evaluations:
+        place = evaluation.label, evaluation.data
+        if evaluation.weights is not None and place in own:
+            (point,) = evaluation.series[evaluation.column]
+            own[place].published[point.name] = evaluation
+        else:
+            shown.append(evaluation)
+    return shown
+
+
 class Run:
     """The contents of a run directory that the report shows; InputError if it is not one."""
 
@@ -119,7 +146,7 @@ class Run:
         self.metrics = read_metrics(out)
         files = sorted((out / "evaluation").glob("*.json"))
         read = {path.name: read_evaluation(path) for path in files}
-        self.evaluations = [evaluation for evaluation in read.values() if evaluation is not None]
+        self.evaluations = _with_published([evaluation for evaluation in read.values() if evaluation is not None])
         self.skipped_files = [name for name, evaluation in read.items() if evaluation is None]
         self.manifests = {dn: _json(out / "exported" / dn / "manifest.json") for dn in self.family.names}
         self.comparison = read_comparison(out)

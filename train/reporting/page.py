@@ -17,12 +17,13 @@ body { margin: 0 auto; max-width: 76rem; padding: 2.5rem clamp(1rem, 4vw, 3rem) 
 h1 { margin: 0 0 .3rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; text-wrap: balance; }
 h2 { margin: 2.8rem 0 .4rem; font-size: 1.25rem; letter-spacing: -.01em; }
 p { margin: .5rem 0; max-width: 60rem; }
+h1, p, figcaption { overflow-wrap: anywhere; }
 .card + p, .card + .figures, .figures + .card { margin-top: .9rem; }
 .note + .card { margin-top: 1.6rem; }
 .lead, figcaption, .note { color: var(--faint); }
 .bad { color: var(--bad); font-weight: 600; }
 code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--card);
-  border: 1px solid var(--line); border-radius: .3rem; padding: .1em .35em; overflow-wrap: anywhere; }
+  border: 1px solid var(--line); border-radius: .3rem; padding: .1em .35em; display: inline-block; max-width: 100%; }
 .card, figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .card { overflow-x: auto; padding: .4rem 1.1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .94rem; }
@@ -31,11 +32,11 @@ th:first-child, td:first-child { text-align: left; }
 th:last-child, td:last-child { padding-right: 0; }
 tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--faint); font-weight: 500; font-size: .85rem; line-height: 1.3; vertical-align: bottom;
-  white-space: normal; min-width: 4.8rem; }
+  white-space: normal; min-width: 4rem; }
 tbody th { font-weight: 600; }
 th:first-child { position: sticky; left: 0; background: var(--card); }
 .interval { color: var(--faint); font-size: .88em; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
 figure { padding: .9rem; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .5rem; font-size: .88rem; }
@@ -43,7 +44,7 @@ details { margin-top: 2.8rem; }
 summary { cursor: pointer; font-size: 1.25rem; font-weight: 600; letter-spacing: -.01em; margin-bottom: .6rem; }
 details td { white-space: normal; overflow-wrap: anywhere; }
 @media (max-width: 30rem) { .card { padding: .3rem .7rem; } th, td { padding-right: .5rem; font-size: .88rem; }
-  thead th { min-width: 3.6rem; } }
+  thead th { min-width: 3.6rem; } tbody th { white-space: normal; } }
 @media print { body { max-width: none; background: none; } figure, .card { break-inside: avoid; } }
 """
 

@@ -26,6 +26,7 @@ from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from ..config import RunConfig
+from ..data.datasets.images import ImageDataset, Subset
 from .data_used import DATA_USED
 from .lock import lock
 from .options import flag, key
@@ -120,3 +121,17 @@ def read_bad_images(out: Path) -> dict[str, str]:
 def write_bad_images(out: Path, found: dict[str, str]) -> None:
     """Write the error messages by name of the images that a run has left out."""
     atomic.write_text(out / BAD_IMAGES, json.dumps(found, indent=1) + "\n")
+
+
+def without_bad_images(out: Path, images: ImageDataset) -> ImageDataset:
+    """The images without those that the run in `out` has left out; prints how many these are."""
+    bad = read_bad_images(out)
+    if not bad:
+        return images
+    kept = [i for i in range(len(images)) if images.file(i) not in bad]
+    if len(kept) == len(images):
+        return images
+    print(
+        f"left out: {len(images) - len(kept):,} images that the run could not read, see {out / BAD_IMAGES}", flush=True
+    )
+    return Subset(images, kept)

@@ -1,4 +1,4 @@
-"""Networks by the value of --teacher: a package, a run or export, timm, torchvision, or a function.
+"""Networks by the value of --teacher or --weights: a package, a run or export, timm, torchvision, or a function.
 
 Every network maps normalised images [N, 3, H, W] to pooled features [N, F], without a classifier.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError
@@ -57,13 +58,14 @@ class Source:
     note: str = ""
 
 
-def load_source(source: str, image_size: int | None = None, weights: bool = True) -> Source:
-    """Load the network that a value of --teacher names.
+def load_source(source: str, image_size: int | None = None, weights: bool = True, option: str = "--teacher") -> Source:
+    """Load the network that a value of --teacher or another option names.
 
     Args:
         source: the value.
         image_size: height and width of its images [those of its training]; some networks are built for one size.
         weights: False builds the architecture alone, with arbitrary weights and without reading files of weights.
+        option: the option, for messages.
 
     Raises:
         InputError: there is no such network or file, or the file's tensors do not fit the network.
@@ -85,8 +87,8 @@ def load_source(source: str, image_size: int | None = None, weights: bool = True
         if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
             return _function(library, rest)
     except InputError as error:
-        raise InputError(f"--teacher {source}: {error}") from error
-    raise InputError(f"--teacher {source}: there is no such folder; give {FORMS}")
+        raise InputError(f"{option} {source}: {error}") from error
+    raise InputError(f"{option} {source}: there is no such folder; give {FORMS}")
 
 
 def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source:
@@ -249,4 +251,37 @@ def _attempt(make: Callable[[], nn.Module], what: str) -> nn.Module:
 
 
 def _by_order(file: str) -> str:
-    return f"teacher  the names in {file} are not the network's: matched by order, all shapes agree"
+    return f"the names in {file} are not the network's: matched by order, all shapes agree"
+
+
+def feature_count(network: nn.Module, size: int, name: str) -> int:
+    """The number of features of a network, after computing those of one image.
+
+    Args:
+        network: a network of a source; left in evaluation mode.
+        size: height and width of the image, in pixels.
+        name: option and value that name the network, for messages.
+
+    Raises:
+        InputError: the network does not take such an image, or does not return finite features [1, F].
+    """
+    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    network.eval()
+    try:
+        with torch.inference_mode():
+            features = network(images)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{name} does not take images of {size} pixels: {reason[0]}") from error
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"{name} returns {shape} for one image: features [1, F] are needed")
+    if not features.isfinite().all():
+        raise InputError(f"{name} has features that are not finite: its weights are damaged")
+    return features.shape[1]
+
+
+def published_name(network: str, file: str = "") -> str:
+    """Name of a published network in tables and files: torchvision-resnet18-moco of weights in DIR/moco.pth."""
+    return re.sub(r"[^\w.]+", "-", f"{network}-{Path(file).stem}" if file else network).strip("-.")

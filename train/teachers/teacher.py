@@ -21,7 +21,7 @@ from ..config import PretrainConfig
 from ..costs.flops import TeacherCost
 from ..data.datasets.pixels import PixelFormat
 from ..pretraining.dspnet import HALF
-from .sources import Source, load_source
+from .sources import Source, feature_count, load_source
 
 EIGHT_BIT_RGB = PixelFormat()
 FACTS = "teacher.json"
@@ -105,7 +105,7 @@ class Teacher:
         ]
         if facts.licence is None:
             lines.append(f"teacher  nothing states the licence of {facts.source}: see that you may use its weights")
-        return [*lines, *([self.note] if self.note else [])]
+        return [*lines, *([f"teacher  {self.note}"] if self.note else [])]
 
     def prepare(self, images: Tensor) -> Tensor:
         """Convert images to the teacher's normalisation and size.
@@ -205,21 +205,8 @@ def _facts(name: str, source: Source, sha256: str, features: int, size: int) -> 
 
 
 def _check(network: nn.Module, config: PretrainConfig, size: int) -> int:
-    """The number of features of a network, after computing those of one image."""
-    generator = torch.Generator().manual_seed(0)
-    network.eval()
-    try:
-        with torch.inference_mode():
-            features = network(torch.randn(1, 3, size, size, generator=generator).to(_dtype(network)))
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"--teacher {config.teacher} does not take images of {size} pixels: {reason[0]}") from error
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise InputError(f"--teacher {config.teacher} returns {shape} for one image: features [1, F] are needed")
-    if not features.isfinite().all():
-        raise InputError(f"--teacher {config.teacher} has features that are not finite: its weights are damaged")
-    count = features.shape[1]
+    """The number of features of the teacher; InputError if it cannot be used."""
+    count = feature_count(network, size, f"--teacher {config.teacher}")
     if config.teacher_features not in (None, count):
         raise InputError(f"--teacher-features {config.teacher_features}, but {config.teacher} has {count} features")
     return count

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from dspnet_fast.errors import InputError
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training programs save the weights
+WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")  # keys under which training programs save the weights
 PREFIXES = ("module.", "_orig_mod.")  # of networks in DistributedDataParallel and torch.compile
+ENCODERS = ("encoder_q.", "backbone.", "teacher.backbone.")  # of the network to use, where a file holds several
+HEADS = ("projection_head.", "projector.", "prototypes.", "predictor.")  # beside the network in self-supervised models
 COUNTER = "num_batches_tracked"  # of batch normalisation: unused in evaluation, and missing in old files
 SORTED = ".safetensors"  # files that hold the tensors in the order of their names
 SHOWN = 3  # tensors that an error message names
@@ -31,7 +33,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         InputError: the file is missing or damaged, holds no weights, or would execute code when it is unpickled.
     """
     if not path.is_file():
-        raise InputError(f"there is no file {path}: give the path of the teacher's weights, .safetensors or .pth")
+        raise InputError(f"there is no file {path}: give the path of the weights, .safetensors or .pth")
     content: Any
     try:
         if path.suffix == SORTED:
@@ -65,7 +67,8 @@ def match(
 ) -> tuple[dict[str, Tensor], bool]:
     """Match the tensors of a file with those of a network.
 
-    By order means: the file's names are different, but its tensors have the shapes of the network's, in the same
+    The names in the file may have a common prefix, such as `encoder_q.` of MoCo, beside other networks and heads. By
+    order means: the file's names are different, but its tensors have the shapes of the network's, in the same
     order; the file may have a classifier's weight and bias at the end.
 
     Args:
@@ -82,7 +85,8 @@ def match(
     """
     own = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)}
     given = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
-    body = {name: tensor for name, tensor in given.items() if not name.startswith(tuple(f"{c}." for c in classifiers))}
+    unused = (*HEADS, *(f"{classifier}." for classifier in classifiers))
+    body = {name: tensor for name, tensor in _inner(own, given).items() if not name.startswith(unused)}
     if body.keys() == own.keys():
         wrong = [
             f"{name} is {list(body[name].shape)}, not {list(own[name].shape)}"
@@ -97,6 +101,20 @@ def match(
     if ordered and same and len(more) <= 2 and all(tensor.ndim <= 2 for tensor in more):
         return dict(zip(own, values, strict=True)), True
     raise InputError(_difference(own, body))
+
+
+def _inner(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the prefix that leads to the network's names; all tensors if there is none or it is empty."""
+    first = next(iter(own))
+    prefixes = [name.removesuffix(first) for name in given if name.endswith(first)]
+    fitting = [prefix for prefix in prefixes if all(prefix + name in given for name in own)]
+    if len(fitting) > 1 and "" not in fitting:
+        known = [prefix for prefix in ENCODERS if prefix in fitting]
+        if not known:
+            raise InputError(f"the file holds several such networks, {', '.join(fitting)}: save the tensors of one")
+        fitting = known
+    prefix = fitting[0] if fitting and "" not in fitting else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
 
 
 def _difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspnet_fast.errors import InputError
+
 from ...data.datasets.images import ImageDataset, Subset
 from ...data.loader import evaluation_batches
 from ...distributed.process_group import end_sharing
@@ -20,8 +22,8 @@ from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
 from ..knn import knn
 from ..plot_data import points
-from ..pretrained import BATCH, PretrainedFamily
-from ..results import Report, publish
+from ..pretrained import BATCH, EvaluatedFamily, PretrainedFamily
+from ..results import Report, origin_of, publish
 from ..verdict import RAW_PIXELS, UNTRAINED, Baseline, Score, Verdict, judge
 from .common import FOLDER, EvaluationOptions, EvaluationSetup
 
@@ -31,7 +33,8 @@ Classify test images by their nearest neighbours among the training images, with
 run. Features are computed once and saved in OUT/features, which may be deleted.
 Writes OUT/evaluation/knn.json, knn.md and knn.png."""
 EXAMPLE = """\
-  dspnet-evaluate knn runs/first --baselines"""
+  dspnet-evaluate knn runs/first --baselines
+  dspnet-evaluate knn runs/resnet18 --weights torchvision:resnet18=moco.pth --data DIR"""
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,8 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
         InputError: if the run or the images cannot be used.
     """
     check_options(options)
+    if options.baselines and options.published:
+        raise InputError("--baselines evaluates untrained networks of a run: leave it out with --weights")
     setup = EvaluationSetup(out, options)
     trained, queries = setup.trained, setup.test
     references = setup.train
@@ -69,7 +74,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
         found = knn(train, train_labels, test, setup.test_labels, num_classes=setup.classes, k=options.k)
         return asdict(found)
 
-    def features(family: PretrainedFamily, prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
+    def features(family: EvaluatedFamily, prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
         subnets = list(family.family)
         family.measure_statistics(subnets, setup.train, setup.data, options.workers, prefix)
         train = family.features(subnets, references, f"{prefix}train", options.workers)
@@ -97,12 +102,11 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
         "data": setup.data,
         "references": len(references),
         "queries": len(queries),
-        "step": trained.step,
-        **setup.part,
+        **setup.origin,
         "networks": networks,
     }
     if options.baselines:
-        size = max(trained.config.image_size, min(*references.load(0).size, MAX_RAW_SIZE))
+        size = max(trained.image_size, min(*references.load(0).size, MAX_RAW_SIZE))
         pixels = [_pixels(images, size, options.workers) for images in (references, queries)]
         report["raw_pixels"] = {"size": size, **score(*pixels)}
         report["verdict"] = _verdict(report).to_json()
@@ -146,7 +150,7 @@ def _table(report: Report) -> Table:
         rows.append([name, "", "", "", _majority(pixels), percent(pixels["weighted"])])
     title = (
         f"kNN accuracy on {report['data']}, K = {report['k']}, cosine similarity, majority and weighted vote: "
-        f"{report['queries']:,} test images, {report['references']:,} references, after {report['step']:,} steps. "
+        f"{report['queries']:,} test images, {report['references']:,} references, {origin_of(report)}. "
         "± is the half-width of the 95 % interval."
     )
     return Table(title, heading, rows)
@@ -161,7 +165,6 @@ def publish_knn(out: Path, report: Report) -> None:
     states = [state for state in ("pretrained", "untrained") if state in next(iter(report["networks"].values()))]
     series = {state: points(report["networks"], state, "majority") for state in states}
     lines = {"raw pixels": report["raw_pixels"]["majority"]} if "raw_pixels" in report else {}
-    label = f"kNN accuracy on {report['data']}"
-    publish(out / FOLDER, "knn", report, _table(report), label, series, lines)
+    publish(out / FOLDER, "knn", report, _table(report), "kNN accuracy", series, lines)
     if "verdict" in report:
         print(*report["verdict"]["details"], report["verdict"]["conclusion"], sep="\n")

@@ -17,7 +17,7 @@ from ...run.options import TWO_IMAGES, below_one, check_options, count, fraction
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..features import representations
 from ..plot_data import points
-from ..results import Report, accuracy_table, publish
+from ..results import Report, accuracy_table, origin_of, publish
 from .common import FOLDER, EvaluationOptions, EvaluationSetup
 
 DESCRIPTION = """\
@@ -29,7 +29,8 @@ With --augment, as in the paper, classifiers learn from random crops and flips: 
 takes about 80 times as long with 80 epochs. After Ctrl-C the same command continues."""
 EXAMPLE = """\
   dspnet-evaluate linear runs/first
-  dspnet-evaluate linear runs/first --config recipes/evaluate/linear_imagenet_80e.yaml --data DIR"""
+  dspnet-evaluate linear runs/first --config recipes/evaluate/linear_imagenet_80e.yaml --data DIR
+  dspnet-evaluate linear runs/resnet18 --weights torchvision:resnet18=moco.pth --data DIR"""
 
 
 @dataclass(kw_only=True)
@@ -92,7 +93,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         return EpochSampler(len(setup.train), hparams.batch_size, hparams.seed, hparams.epochs, start)
 
     if options.augment:
-        view = augmentation.supervised(trained.config.image_size, options.min_scale)
+        view = augmentation.supervised(trained.image_size, options.min_scale)
 
         def batches(start: int) -> Iterable[Batch]:
             return _augmented(setup, view, order(start), options)
@@ -114,8 +115,7 @@ def evaluate_linear(out: Path, options: LinearOptions) -> Report:
         "data": setup.data,
         "train_images": len(setup.train),
         "test_images": len(setup.test),
-        "step": trained.step,
-        **setup.part,
+        **setup.origin,
         "hyperparameters": {**asdict(hparams), "augment": options.augment, "min_scale": options.min_scale},
         "networks": {name: {**costs, "linear": asdict(found[name])} for name, costs in setup.networks.items()},
     }
@@ -128,7 +128,7 @@ def _augmented(
     trained, device = setup.trained, setup.trained.device
     loader = one_view_batches(setup.train, view, order, options.workers)
     pixels = (prepare(batch, device) for batch in loader)
-    features = representations(trained.encoder, trained.family, pixels)
+    features = representations(trained.model, trained.family, pixels)
     for features_of_batch, items in zip(features, order, strict=True):
         yield features_of_batch, setup.train_labels[[i for _, i in items]].to(device)
 
@@ -138,9 +138,9 @@ def publish_linear(out: Path, report: Report) -> None:
     hparams = report["hyperparameters"]
     title = (
         f"Linear evaluation on {report['data']}: {report['train_images']:,} images, {hparams['epochs']} epochs on "
-        f"{'random crops' if hparams['augment'] else 'fixed features'}, {report['test_images']:,} test images, after "
-        f"{report['step']:,} steps"
+        f"{'random crops' if hparams['augment'] else 'fixed features'}, {report['test_images']:,} test images, "
+        f"{origin_of(report)}"
     )
     table = accuracy_table(title, report["networks"], ["linear"])
     series = {"linear": points(report["networks"], "linear")}
-    publish(out / FOLDER, "linear", report, table, f"linear accuracy on {report['data']}", series)
+    publish(out / FOLDER, "linear", report, table, "linear accuracy", series)

@@ -28,7 +28,7 @@ from ...run.options import count, fraction, option, positive
 from .. import supervised
 from ..classifiers import Batch, Classifiers, ClassifierTraining, Hyperparameters, evaluate, feature_batches
 from ..plot_data import points
-from ..results import Report, accuracy_table, publish
+from ..results import Report, accuracy_table, origin_of, publish
 from ..supervised import SupervisedTraining, TrainingGroup, labelled_batches, new_classifier
 from .common import FOLDER, EvaluationSetup
 from .linear import ClassifierOptions
@@ -162,8 +162,7 @@ def evaluate_semi(out: Path, options: SemiOptions) -> Report:
         "protocol": "semi",
         "data": setup.data,
         "test_images": len(setup.test),
-        "step": setup.trained.step,
-        **setup.part,
+        **setup.origin,
         **({"subset_files": options.subset_file} if options.subset_file else {"subset_seed": options.subset_seed}),
         "subsets": subsets,
         "hyperparameters": {
@@ -219,7 +218,7 @@ def _linear(setup: EvaluationSetup, options: SemiOptions, chosen: dict[float, li
 def _finetune(setup: EvaluationSetup, options: SemiOptions, percent: float, indices: list[int]) -> dict[str, Any]:
     """Accuracies of networks cut out of the family and fine-tuned separately on the same batches."""
     trained, device = setup.trained, setup.trained.device
-    size = trained.config.image_size
+    size = trained.image_size
     images = Subset(setup.train, indices)
     hparams = options.finetune_hyperparameters(len(indices))
 
@@ -254,9 +253,9 @@ def publish_semi(out: Path, report: Report) -> None:
     columns = [column for column in next(iter(networks.values())) if "%" in column]
     images = ", ".join(f"{share} is {subset['images']:,} images" for share, subset in report["subsets"].items())
     title = (
-        f"Semi-supervised evaluation on {report['data']}: {images}; {report['test_images']:,} test images, after "
-        f"{report['step']:,} steps"
+        f"Semi-supervised evaluation on {report['data']}: {images}; {report['test_images']:,} test images, "
+        f"{origin_of(report)}"
     )
     series = {column: points(networks, column) for column in reversed(columns)}
     table = accuracy_table(title, networks, columns)
-    publish(out / FOLDER, "semi", report, table, f"accuracy on {report['data']}", series)
+    publish(out / FOLDER, "semi", report, table, "accuracy", series)
