@@ -166,6 +166,11 @@ def measure(options: argparse.Namespace, spin_counts: Sequence[int]) -> dict[tup
     return {key: Contention(statistics.median(alone[key]), statistics.median(contended[key])) for key in keys}
 
 
+def numbers(text: str) -> list[int]:
+    """Numbers that are separated by commas."""
+    return [int(number) for number in text.split(",") if number.strip()]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -181,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps per sample [%(default)s]")
     parser.add_argument(
         "--spin-counts",
+        type=numbers,
         default=f"{GNU_DEFAULT},{SHARED}",
         metavar="N,N",
         help=f"limits, beside {GNU_DEFAULT} [%(default)s]",
@@ -190,8 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         step_times(options)
         return
-    given = [int(count) for count in options.spin_counts.split(",") if count.strip()]
-    spin_counts = list(dict.fromkeys([*given, GNU_DEFAULT]))
+    spin_counts = list(dict.fromkeys([*options.spin_counts, GNU_DEFAULT]))
     results = measure(options, spin_counts)
     console = Console()
     console.print(

@@ -73,7 +73,7 @@ class _Fused(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            scalars: dict[torch.device, dict[str, Tensor]] = {}
+            scalars: dict[torch.device, dict[str, Any]] = {}
             for parameter in group["params"]:
                 target = self._targets.get(parameter)
                 if parameter.grad is None:
@@ -91,7 +91,7 @@ class _Fused(torch.optim.Optimizer, ABC):
                 self._update(parameter, target, group, scalars[device])
         return loss
 
-    def _update(self, p: Tensor, target: Tensor | None, group: dict[str, Any], scalars: dict[str, Tensor]) -> None:
+    def _update(self, p: Tensor, target: Tensor | None, group: dict[str, Any], scalars: dict[str, Any]) -> None:
         state = self.state[p]
         for name in self.STATE:
             if name not in state:
@@ -113,7 +113,7 @@ class _Fused(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _step(
-        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Tensor]
+        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Any]
     ) -> None:
         """Call the operator.
 
@@ -170,7 +170,7 @@ class LARS(_Fused):
         super().__init__(params, values, targets)
 
     def _step(
-        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Tensor]
+        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Any]
     ) -> None:
         numbers = {name: group[name] for name in ("weight_decay", "momentum", "eta")}
         lars_ema_step(**flat, momenta=_vector(state["momentum"]), lr=scalars["lr"], tau=scalars["tau"], **numbers)
@@ -220,13 +220,13 @@ class AdamW(_Fused):
         super().__init__(params, values, targets)
 
     def _step(
-        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Tensor]
+        self, flat: dict[str, Any], state: dict[str, Any], group: dict[str, Any], scalars: dict[str, Any]
     ) -> None:
         steps = state.get("step", torch.zeros((), dtype=torch.float64))
         state["step"] = steps = steps.to(flat["params"].device)  # loading a state leaves it on the CPU
-        averages = {"momenta": _vector(state["exp_avg"]), "variances": _vector(state["exp_avg_sq"])}
+        momenta, variances = _vector(state["exp_avg"]), _vector(state["exp_avg_sq"])
         numbers = {name: group[name] for name in ("beta1", "beta2", "eps")}
-        adamw_ema_step(**flat, **averages, steps=steps, **scalars, **numbers)
+        adamw_ema_step(**flat, momenta=momenta, variances=variances, steps=steps, **scalars, **numbers)
 
 
 def _is_dense(tensor: Tensor) -> bool:

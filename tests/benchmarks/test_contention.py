@@ -4,6 +4,8 @@ import io
 import json
 import sys
 
+import pytest
+
 from benchmarks import contention
 from benchmarks.contention import GNU_DEFAULT, Contention
 from dspnet_fast.verdicts import POLICIES
@@ -31,3 +33,9 @@ def test_last_line_compares_fast_kernels_of_the_first_limit_with_the_default(mon
     monkeypatch.setattr(contention, "measure", measured)
     contention.main(["--spin-counts", "7"])
     assert capsys.readouterr().out.splitlines()[-1] == "contended_ratio=1.50 quiet_cost=0.020"
+
+
+def test_limit_that_is_no_number_is_an_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        contention.main(["--spin-counts", "2000,many"])
+    assert end.value.code == 2 and "--spin-counts: invalid numbers value: '2000,many'" in capsys.readouterr().err
