@@ -6,19 +6,19 @@
 //
 // If `apply` is false, only g = 0.
 //
-// Bound by memory, fp32: one pass reads p, g, m, v, xi and writes them, 40 bytes per element. All elements are split
-// evenly over the threads, independent of segments, and no element depends on another one.
-#include <ATen/Parallel.h>
+// Bound by memory, fp32: one pass reads p, g, m, v, xi and writes them, 40 bytes per element. No element depends on
+// another one.
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 
+#include "flat_ranges.h"
 #include "flat_step.h"
+#include "target_update.h"
 
 namespace dspnet::inline CPU_CAPABILITY {
 namespace {
@@ -32,7 +32,6 @@ struct AdamwBuffers {
   scalar_t* m;
   scalar_t* v;
   scalar_t* xi;
-  int64_t target_size; // elements of xi
 };
 
 struct AdamwScalars {
@@ -45,7 +44,7 @@ struct AdamwScalars {
   double tau;
 };
 
-// Elements that are all decayed or none, and all have a target or none.
+// Updates a range of `for_ranges`.
 template <typename scalar_t, bool decayed, bool has_target>
 void adamw_update(const AdamwBuffers<scalar_t>& buffers, int64_t begin, int64_t end, const AdamwScalars& scalars) {
   using Vec = at::vec::Vectorized<scalar_t>;
@@ -53,9 +52,7 @@ void adamw_update(const AdamwBuffers<scalar_t>& buffers, int64_t begin, int64_t 
   const Vec zero = all(0), keep = all(scalars.keep), to_gradient = all(scalars.to_gradient);
   const Vec beta2 = all(scalars.beta2), to_square = all(scalars.to_square), correction = all(scalars.correction);
   const Vec eps = all(scalars.eps), minus_step = all(-scalars.step);
-  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
-  const bool from_target = scalars.tau > 0.5;
-  const Vec weight = all(from_target ? 1 - scalars.tau : scalars.tau);
+  const TargetUpdate<scalar_t> update_target(scalars.tau);
   for (int64_t i = begin; i < end; i += Vec::size()) {
     const int64_t count = std::min<int64_t>(Vec::size(), end - i);
     Vec p = Vec::loadu(buffers.p + i, count);
@@ -73,42 +70,9 @@ void adamw_update(const AdamwBuffers<scalar_t>& buffers, int64_t begin, int64_t 
     p.store(buffers.p + i, count);
     zero.store(buffers.g + i, count);
     if constexpr (has_target) {
-      const Vec xi = Vec::loadu(buffers.xi + i, count);
-      const Vec stepped = from_target ? at::vec::fmadd(weight, p - xi, xi) : at::vec::fmadd(weight, xi - p, p);
-      stepped.store(buffers.xi + i, count);
+      update_target(Vec::loadu(buffers.xi + i, count), p).store(buffers.xi + i, count);
     }
   }
-}
-
-template <typename scalar_t, bool decayed>
-void adamw_update(const AdamwBuffers<scalar_t>& buffers, int64_t begin, int64_t end, const AdamwScalars& scalars) {
-  const int64_t split = std::clamp(buffers.target_size, begin, end);
-  adamw_update<scalar_t, decayed, true>(buffers, begin, split, scalars);
-  adamw_update<scalar_t, decayed, false>(buffers, split, end, scalars);
-}
-
-template <typename scalar_t>
-void adamw_step(
-    const AdamwBuffers<scalar_t>& buffers,
-    int64_t total,
-    at::IntArrayRef starts,
-    at::IntArrayRef sizes,
-    const AdamwScalars& scalars) {
-  at::parallel_for(0, total, kAdamwGrain, [&](int64_t begin, int64_t end) {
-    // The first segment that does not end before `begin`.
-    size_t segment = std::partition_point(
-                         starts.begin(), starts.end(),
-                         [&](const int64_t& start) { return start + sizes[&start - starts.begin()] <= begin; }) -
-        starts.begin();
-    for (; begin < end; ++segment) {
-      const bool is_last = segment == starts.size();
-      const int64_t first = is_last ? end : std::clamp(starts[segment], begin, end);
-      const int64_t stop = is_last ? end : std::clamp(starts[segment] + sizes[segment], first, end);
-      adamw_update<scalar_t, false>(buffers, begin, first, scalars);
-      adamw_update<scalar_t, true>(buffers, first, stop, scalars);
-      begin = stop;
-    }
-  });
 }
 
 } // namespace
@@ -147,18 +111,20 @@ void adamw_ema_step(
       rate / (1 - std::pow(beta1, done)),
       tau.item<double>()};
   steps.add_(1);
-  const auto run = [&]<typename scalar_t>(scalar_t) {
+  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "adamw_ema_step", [&] {
     const AdamwBuffers<scalar_t> buffers{
-        params.mutable_data_ptr<scalar_t>(),    grads.mutable_data_ptr<scalar_t>(),
-        momenta.mutable_data_ptr<scalar_t>(),   variances.mutable_data_ptr<scalar_t>(),
-        targets.mutable_data_ptr<scalar_t>(), targets.numel()};
-    adamw_step(buffers, params.numel(), starts, sizes, scalars);
-  };
-  if (params.scalar_type() == at::kFloat) {
-    run(float{});
-  } else {
-    run(double{});
-  }
+        params.mutable_data_ptr<scalar_t>(), grads.mutable_data_ptr<scalar_t>(), momenta.mutable_data_ptr<scalar_t>(),
+        variances.mutable_data_ptr<scalar_t>(), targets.mutable_data_ptr<scalar_t>()};
+    for_ranges(
+        params.numel(), targets.numel(), starts, sizes, kAdamwGrain,
+        [&](int64_t begin, int64_t end, int64_t segment, auto has_target) {
+          if (segment < 0) {
+            adamw_update<scalar_t, false, has_target()>(buffers, begin, end, scalars);
+          } else {
+            adamw_update<scalar_t, true, has_target()>(buffers, begin, end, scalars);
+          }
+        });
+  });
 }
 
 } // namespace dspnet::CPU_CAPABILITY

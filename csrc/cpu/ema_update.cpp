@@ -6,17 +6,17 @@
 // finds its first tensor by binary search.
 //
 // 16-bit tensors are computed in fp32 and rounded once.
+#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "ema_update.h"
+#include "target_update.h"
 
 namespace dspnet::inline CPU_CAPABILITY {
 namespace {
@@ -37,27 +37,8 @@ void update(const Run& run, int64_t from, int64_t count, double tau) {
   using Vec = at::vec::Vectorized<compute_t>;
   auto* xi = reinterpret_cast<scalar_t*>(run.target) + from;
   const auto* theta = reinterpret_cast<const scalar_t*>(run.online) + from;
-  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
-  if (tau > 0.5) {
-    const Vec weight(static_cast<compute_t>(1 - tau));
-    at::vec::map2<scalar_t>([=](Vec x, Vec t) { return at::vec::fmadd(weight, t - x, x); }, xi, xi, theta, count);
-  } else {
-    const Vec weight(static_cast<compute_t>(tau));
-    at::vec::map2<scalar_t>([=](Vec x, Vec t) { return at::vec::fmadd(weight, x - t, t); }, xi, xi, theta, count);
-  }
-}
-
-void update(const Run& run, int64_t from, int64_t count, double tau) {
-  switch (run.dtype) {
-    case at::kFloat:
-      return update<float>(run, from, count, tau);
-    case at::kDouble:
-      return update<double>(run, from, count, tau);
-    case at::kHalf:
-      return update<at::Half>(run, from, count, tau);
-    default:
-      return update<at::BFloat16>(run, from, count, tau);
-  }
+  const TargetUpdate<compute_t> update_target(tau);
+  at::vec::map2<scalar_t>([&](Vec x, Vec t) { return update_target(x, t); }, xi, xi, theta, count);
 }
 
 } // namespace
@@ -82,7 +63,9 @@ void ema_update(at::TensorList targets, at::TensorList onlines, double tau) {
         runs.begin(), runs.end(), begin, [](int64_t at, const Run& r) { return at < r.begin; });
     for (--run; begin < end; ++run) {
       const int64_t stop = run + 1 == runs.end() ? end : std::min(end, (run + 1)->begin);
-      update(*run, begin - run->begin, stop - begin, tau);
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, run->dtype, "ema_update", [&] {
+        update<scalar_t>(*run, begin - run->begin, stop - begin, tau);
+      });
       begin = stop;
     }
   });

@@ -11,11 +11,10 @@
 // Pass 1 splits every segment into blocks of kBlock elements, distributes whole blocks over the threads, and adds up
 // the blocks' sums in order, so the result does not depend on the number of threads. Sums are double, since squares of
 // small fp32 gradients would underflow. Pass 2 splits all elements evenly over the threads, independent of segments.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <array>
@@ -23,7 +22,9 @@
 #include <optional>
 #include <vector>
 
-#include "lars_ema_step.h"
+#include "flat_ranges.h"
+#include "flat_step.h"
+#include "target_update.h"
 
 namespace dspnet::inline CPU_CAPABILITY {
 namespace {
@@ -38,18 +39,10 @@ struct Buffers {
   scalar_t* g;
   scalar_t* m;
   scalar_t* xi;
-  int64_t target_size; // elements of xi
 };
 
 struct Scalars {
   double lr, tau, weight_decay, momentum, eta;
-};
-
-// An adapted segment, or the elements between two of them. A region ends where the next one begins.
-struct Region {
-  int64_t begin;
-  bool adapted;
-  double trust; // q
 };
 
 struct Squares {
@@ -84,9 +77,9 @@ Squares squares(const scalar_t* p, const scalar_t* g, int64_t count, scalar_t we
   return sum;
 }
 
-// Pass 1: the regions of all elements, in order.
+// Pass 1: q of every segment.
 template <typename scalar_t>
-std::vector<Region> regions(
+std::vector<double> trust_ratios(
     const Buffers<scalar_t>& buffers, at::IntArrayRef starts, at::IntArrayRef sizes, const Scalars& scalars) {
   std::vector<int64_t> first_block{0}; // of every segment; last, the number of blocks
   for (const int64_t size : sizes) {
@@ -109,31 +102,28 @@ std::vector<Region> regions(
     }
   });
 
-  std::vector<Region> result{{0, false, 1}};
+  std::vector<double> trust(starts.size(), 1);
   for (size_t segment = 0; segment < starts.size(); ++segment) {
     Squares total;
     for (int64_t block = first_block[segment]; block < first_block[segment + 1]; ++block) {
       total.p += sums[block].p;
       total.g += sums[block].g;
     }
-    const bool either_is_zero = total.p == 0 || total.g == 0;
-    const double trust = either_is_zero ? 1 : scalars.eta * std::sqrt(total.p) / std::sqrt(total.g);
-    result.push_back({starts[segment], true, trust});
-    result.push_back({starts[segment] + sizes[segment], false, 1});
+    if (total.p != 0 && total.g != 0) {
+      trust[segment] = scalars.eta * std::sqrt(total.p) / std::sqrt(total.g);
+    }
   }
-  return result;
+  return trust;
 }
 
-// Pass 2, for elements of one region, either all or none of which have a target.
+// Pass 2, for a range of `for_ranges`; trust: q.
 template <typename scalar_t, bool adapted, bool has_target>
 void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
   using Vec = at::vec::Vectorized<scalar_t>;
   const auto all = [](double value) { return Vec(static_cast<scalar_t>(value)); };
   const Vec zero = all(0), q = all(trust), weight_decay = all(scalars.weight_decay), momentum = all(scalars.momentum);
   const Vec minus_lr = all(-scalars.lr);
-  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
-  const bool from_target = scalars.tau > 0.5;
-  const Vec weight = all(from_target ? 1 - scalars.tau : scalars.tau);
+  const TargetUpdate<scalar_t> update_target(scalars.tau);
   for (int64_t i = begin; i < end; i += Vec::size()) {
     const int64_t count = std::min<int64_t>(Vec::size(), end - i);
     Vec p = Vec::loadu(buffers.p + i, count);
@@ -148,41 +138,9 @@ void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double
     p.store(buffers.p + i, count);
     zero.store(buffers.g + i, count);
     if constexpr (has_target) {
-      const Vec xi = Vec::loadu(buffers.xi + i, count);
-      const Vec stepped = from_target ? at::vec::fmadd(weight, p - xi, xi) : at::vec::fmadd(weight, xi - p, p);
-      stepped.store(buffers.xi + i, count);
+      update_target(Vec::loadu(buffers.xi + i, count), p).store(buffers.xi + i, count);
     }
   }
-}
-
-template <typename scalar_t, bool adapted>
-void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
-  const int64_t split = std::clamp(buffers.target_size, begin, end);
-  update<scalar_t, adapted, true>(buffers, begin, split, trust, scalars);
-  update<scalar_t, adapted, false>(buffers, split, end, trust, scalars);
-}
-
-template <typename scalar_t>
-void step(
-    const Buffers<scalar_t>& buffers,
-    int64_t total,
-    at::IntArrayRef starts,
-    at::IntArrayRef sizes,
-    const Scalars& scalars) {
-  const std::vector<Region> all = regions(buffers, starts, sizes, scalars);
-  at::parallel_for(0, total, kLarsGrain, [&](int64_t begin, int64_t end) {
-    auto region = std::upper_bound(
-        all.begin(), all.end(), begin, [](int64_t at, const Region& r) { return at < r.begin; });
-    for (--region; begin < end; ++region) {
-      const int64_t stop = region + 1 == all.end() ? end : std::min(end, (region + 1)->begin);
-      if (region->adapted) {
-        update<scalar_t, true>(buffers, begin, stop, region->trust, scalars);
-      } else {
-        update<scalar_t, false>(buffers, begin, stop, region->trust, scalars);
-      }
-      begin = stop;
-    }
-  });
 }
 
 } // namespace
@@ -201,26 +159,29 @@ void lars_ema_step(
     double eta,
     const std::optional<at::Tensor>& apply) {
   const at::NoGradGuard no_grad;
-  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, apply, at::kCPU);
+  check_flat_step(
+      "lars_ema_step", {{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"targets", &targets}}, starts,
+      sizes, {{"lr", &lr}, {"tau", &tau}}, apply, at::kCPU);
   if (apply && !apply->item<bool>()) {
     grads.zero_();
     return;
   }
   const Scalars scalars{lr.item<double>(), tau.item<double>(), weight_decay, momentum, eta};
-  const auto run = [&]<typename scalar_t>(scalar_t) {
+  AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "lars_ema_step", [&] {
     const Buffers<scalar_t> buffers{
-        params.mutable_data_ptr<scalar_t>(),
-        grads.mutable_data_ptr<scalar_t>(),
-        momenta.mutable_data_ptr<scalar_t>(),
-        targets.mutable_data_ptr<scalar_t>(),
-        targets.numel()};
-    step(buffers, params.numel(), starts, sizes, scalars);
-  };
-  if (params.scalar_type() == at::kFloat) {
-    run(float{});
-  } else {
-    run(double{});
-  }
+        params.mutable_data_ptr<scalar_t>(), grads.mutable_data_ptr<scalar_t>(), momenta.mutable_data_ptr<scalar_t>(),
+        targets.mutable_data_ptr<scalar_t>()};
+    const std::vector<double> trust = trust_ratios(buffers, starts, sizes, scalars);
+    for_ranges(
+        params.numel(), targets.numel(), starts, sizes, kLarsGrain,
+        [&](int64_t begin, int64_t end, int64_t segment, auto has_target) {
+          if (segment < 0) {
+            update<scalar_t, false, has_target()>(buffers, begin, end, 1, scalars);
+          } else {
+            update<scalar_t, true, has_target()>(buffers, begin, end, trust[segment], scalars);
+          }
+        });
+  });
 }
 
 } // namespace dspnet::CPU_CAPABILITY

@@ -18,7 +18,7 @@
 
 #include "cuda_launchers.h"
 #include "ema_update.h"
-#include "lars_ema_step.h"
+#include "flat_step.h"
 #include "normalized_mse.h"
 
 namespace dspnet {
@@ -102,7 +102,9 @@ void lars_ema_step(
     const std::optional<at::Tensor>& apply) {
   const char* op = "lars_ema_step";
   const at::NoGradGuard no_grad;
-  check_lars(params, grads, momenta, targets, starts, sizes, lr, tau, apply, at::kCUDA);
+  check_flat_step(
+      op, {{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"targets", &targets}}, starts, sizes,
+      {{"lr", &lr}, {"tau", &tau}}, apply, at::kCUDA);
   const cuda::LarsOptions options{
       {lr.const_data_ptr(), dtype_of(op, lr.scalar_type())},
       {tau.const_data_ptr(), dtype_of(op, tau.scalar_type())},

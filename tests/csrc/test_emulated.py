@@ -55,20 +55,20 @@ for tau, expected in ((1.0, 0.0), (0.0, 1.0)):
 """
 
 LARS_EMA_STEP = """
+import functools
 from tests.ops import test_lars_ema_step as rules
+from tests.ops.flat_steps import LAYOUTS, check_apply
 step = emulated.lars_ema_step
-layouts = dict(rules.LAYOUTS)
-layouts["ends of tiles"] = ([(4096, True), (4095, False), (4097, True), (1, True), (8192, False), (3, True)], 16385)
+LAYOUTS["ends of tiles"] = ([(4096, True), (4095, False), (4097, True), (1, True), (8192, False), (3, True)], 16385)
 # More than the 220 regions per launch, of 1 to 6 elements, some of them adjacent segments.
-layouts["many"] = ([(i % 6 + 1, i % 7 > 0) for i in range(700)], 1500)
-layouts["one full launch"] = ([(i % 6 + 1, i % 2 == 0) for i in range(220)], 700)
-layouts["one region more than a launch"] = ([(i % 6 + 1, i % 2 == 0) for i in range(221)], 700)
-rules.LAYOUTS = layouts
+LAYOUTS["many"] = ([(i % 6 + 1, i % 7 > 0) for i in range(700)], 1500)
+LAYOUTS["one full launch"] = ([(i % 6 + 1, i % 2 == 0) for i in range(220)], 700)
+LAYOUTS["one region more than a launch"] = ([(i % 6 + 1, i % 2 == 0) for i in range(221)], 700)
 for dtype in rules.DTYPES:
-    for layout in layouts:
+    for layout in LAYOUTS:
         for tau in (0.0, 0.3, 0.996, 1.0) if layout == "odd sizes" else (0.996,):
             rules.check(layout, rules.make(layout, dtype) | {"tau": torch.tensor(tau)}, step)
-        rules.check_apply(layout, rules.make(layout, dtype), step)
+        check_apply(functools.partial(step, **rules.OPTIONS), rules.make(layout, dtype), rules.BUFFERS)
 # lr and tau may have any floating-point dtype.
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
     scalars = {"lr": torch.tensor(0.375, dtype=dtype), "tau": torch.tensor(0.75, dtype=dtype)}

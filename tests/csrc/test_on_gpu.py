@@ -10,6 +10,7 @@ from dspnet_fast.ops.normalized_mse import EPS, normalized_mse_backward
 from tests.ops import test_ema_update as ema_rules
 from tests.ops import test_lars_ema_step as lars_rules
 from tests.ops import test_normalized_mse as mse_rules
+from tests.ops.flat_steps import check_apply
 
 pytestmark = pytest.mark.skipif(not cuda.supported()[0], reason=cuda.supported()[1])
 
@@ -76,7 +77,7 @@ def test_ema_update_supports_mixed_dtypes_and_shared_memory():
 def test_lars_ema_step_matches_reference(dtype, layout):
     for tau in (0.0, 0.3, 0.996, 1.0):
         lars_rules.check(layout, lars_arguments(layout, dtype) | {"tau": torch.tensor(tau, **FP32)})
-    lars_rules.check_apply(layout, lars_arguments(layout, dtype))
+    check_apply(lars_rules.step, lars_arguments(layout, dtype), lars_rules.BUFFERS)
 
 
 @pytest.mark.parametrize("dtype", lars_rules.DTYPES, ids=str)

@@ -11,6 +11,7 @@ from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
 
 ACTS = [None, nn.ReLU(), nn.Hardswish()]
+native = pytest.mark.parametrize("formulation", ["native"], indirect=True)  # deferred in this one alone
 
 
 class Block(nn.Module):
@@ -90,8 +91,8 @@ def test_slim_network_equals_the_active_subnet():
         torch.testing.assert_close(model(x), small(x))
 
 
-def test_conv_norm_act_stores_the_raw_convolution_output(policy):
-    policy("native")
+@native
+def test_conv_norm_act_stores_the_raw_convolution_output():
     conv, norm = SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8)
     x = torch.randn(4, 3, 5, 5)
     deferred = conv_norm_act(x, conv, norm, nn.ReLU())
@@ -100,15 +101,15 @@ def test_conv_norm_act_stores_the_raw_convolution_output(policy):
     torch.testing.assert_close(materialize(deferred), norm(conv(x)).relu())
 
 
-def test_unsupported_activation_is_rejected(policy):
-    policy("native")
+@native
+def test_unsupported_activation_is_rejected():
     with pytest.raises(ValueError, match="do not support the activation GELU"):
         conv_norm_act(torch.randn(2, 3, 4, 4), SlimConv2d(3, 8, 1, bias=False), SlimBatchNorm2d(8), nn.GELU())
 
 
+@native
 @pytest.mark.parametrize("options", [{"bias": True}, {"dilation": 2}, {"stride": (1, 2)}, {"padding": "same"}])
-def test_unsupported_convolution_is_rejected(options, policy):
-    policy("native")
+def test_unsupported_convolution_is_rejected(options):
     conv = SlimConv2d(3, 8, 3, **{"bias": False, **options})
     with pytest.raises(ValueError, match="conv_moments does not support"):
         conv_norm_act(torch.randn(2, 3, 8, 8), conv, SlimBatchNorm2d(8))

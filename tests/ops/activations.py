@@ -1,6 +1,7 @@
 """Activation functions and sizes of activations for the tests of norm_act and norm_act_pool."""
 
 import pytest
+import torch
 import torch.nn.functional as F
 from harness import SLOW_INTERPRETED
 
@@ -25,3 +26,13 @@ CASES = {
 }
 # The case of many images tests the threads of a CPU.
 NAMES = [pytest.param(name, marks=SLOW_INTERPRETED if name == "wide, small maps" else []) for name in CASES]
+
+# Changes that make arguments of "one vector" invalid.
+REFUSED = {
+    "x of three dimensions": lambda a: {"x": a["x"][0]},
+    "integers": lambda a: {"x": a["x"].int()},
+    "an unknown activation": lambda a: {"act": "gelu"},
+    "scale without shift": lambda a: {"shift": None},
+    "scale of other channels": lambda a: {"scale": a["scale"][:, 1:]},
+    "rows that do not divide the batch": lambda a: {"scale": torch.ones(3, 16), "shift": torch.ones(3, 16)},
+}

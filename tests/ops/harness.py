@@ -39,6 +39,17 @@ def providers(operator: Operator) -> list[Any]:
     return params
 
 
+def provider_of(operator: Operator) -> Any:
+    """A fixture `provider`, which repeats a test for the native body and every provider, as the active one."""
+
+    @pytest.fixture(params=providers(operator))
+    def provider(request: pytest.FixtureRequest, policy: Callable[[str], None]) -> str:
+        policy(request.param)
+        return request.param
+
+    return provider
+
+
 def device() -> str:
     """Device of the active provider; Triton's interpreter runs GPU kernels on the CPU."""
     return "cuda" if registry.get_policy() in ("triton", "cuda") and not triton.INTERPRETED else "cpu"

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS
-from harness import NARROW, check_build, differentiable, double, providers, random_like, run, to_device
+from harness import NARROW, check_build, differentiable, double, provider_of, random_like, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
@@ -83,10 +83,7 @@ def some(*names: str) -> list[str]:
 needs_cpp = pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
 
 
-@pytest.fixture(params=providers(conv_moments))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(conv_moments)
 
 
 def make(case: str, act: str = "relu", deferred: bool = True, gated: bool = False, dtype=torch.float32) -> dict:
@@ -191,15 +188,11 @@ def test_error_rule_for_tensor_core_tiles(provider, nan_filled, case, gated):
     "case", some("pointwise many rows", "depthwise 3", "depthwise 3x3 maps", "depthwise one image", "dense 3")
 )
 def test_results_with_any_number_of_threads_are_correct_and_repeatable(provider, nan_filled, case, threads):
-    before = torch.get_num_threads()
+    arguments = make(case, gated=True)
     torch.set_num_threads(threads)
-    try:
-        check(make(case, gated=True))
-        arguments = make(case, gated=True)
-        first, used, first_grads = run(conv_moments, arguments)
-        again, _, again_grads = run(conv_moments, arguments, used)
-    finally:
-        torch.set_num_threads(before)
+    check(arguments)
+    first, used, first_grads = run(conv_moments, arguments)
+    again, _, again_grads = run(conv_moments, arguments, used)
     if provider != "native":
         assert all(map(torch.equal, (*first, *first_grads), (*again, *again_grads)))
 

@@ -1,27 +1,21 @@
 """lars_ema_step: every provider against its formulas per tensor in float64, and rejected arguments."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
 from dspnet_fast.ops import cpp, lars_ema_step
+from tests.ops import flat_steps
+from tests.ops.flat_steps import DTYPES, FLAT, LAYOUTS, copy
 
-DTYPES = (torch.float32, torch.float64)
 OPTIONS = {"weight_decay": 0.03, "momentum": 0.8, "eta": 0.02}
-BUFFERS = ("params", "grads", "momenta", "targets")
-
-# (size, adapted) of every tensor in the buffers, and the length of the targets, which need not end with a tensor.
-LAYOUTS = {
-    "odd sizes": ([(7, True), (769, True), (5, False), (5125, True), (1, False), (4096, True), (33, False)], 8000),
-    "one element each": ([(1, True), (1, False), (1, True), (1, True)], 3),
-    "split between threads": ([(100, False), (70_001, True), (3000, False), (40_000, True), (17, True)], 90_000),
-    "empty segments": ([(0, True), (9, True), (0, True), (0, False), (9, False), (0, True)], 18),
-    "only adapted": ([(100, True)], 100),
-    "none adapted": ([(100, False)], 0),
-    "nothing": ([], 0),
-}
+SCALES = {"params": 1, "grads": 0.01, "momenta": 0.1}
+BUFFERS = (*SCALES, "targets")
 
 needs_cpp = pytest.mark.skipif(not cpp.has("lars_ema_step")[0], reason=cpp.has("lars_ema_step")[1])
+step = functools.partial(lars_ema_step, **OPTIONS)
 
 
 @pytest.fixture(params=["native", pytest.param("cpp", marks=needs_cpp)])
@@ -32,22 +26,9 @@ def provider(request, policy):
 
 def make(layout: str, dtype: torch.dtype, device: str = "cpu") -> dict:
     """The operator's arguments up to tau."""
-    tensors, with_target = LAYOUTS[layout]
-    starts, sizes, total = [], [], 0
-    for size, adapted in tensors:
-        if adapted:
-            starts.append(total)
-            sizes.append(size)
-        total += size
-    buffers = [scale * torch.randn(total, dtype=dtype) for scale in (1, 0.01, 0.1)]
-    buffers.append(torch.randn(with_target, dtype=dtype))
-    flat = dict(zip(BUFFERS, (buffer.to(device) for buffer in buffers)))
-    scalars = {name: torch.tensor(value, device=device).double() for name, value in (("lr", 0.4), ("tau", 0.99))}
-    return {**flat, "starts": starts, "sizes": sizes, **scalars}
-
-
-def copy(arguments: dict) -> dict:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    scalars = {"lr": torch.tensor(0.4).double(), "tau": torch.tensor(0.99).double()}
+    arguments = flat_steps.make(layout, dtype, SCALES) | scalars
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 def reference(p, g, m, adapted, lr, momentum, weight_decay, eta):
@@ -63,7 +44,7 @@ def reference(p, g, m, adapted, lr, momentum, weight_decay, eta):
 def expected(layout: str, arguments: dict, options: dict = OPTIONS) -> dict[str, Tensor]:
     """The buffers after the step, in float64."""
     sizes, adapted = zip(*LAYOUTS[layout][0]) if LAYOUTS[layout][0] else ((), ())
-    pieces = zip(*(arguments[name].double().split(sizes) for name in BUFFERS[:3])) if sizes else ()
+    pieces = zip(*(arguments[name].double().split(sizes) for name in SCALES)) if sizes else ()
     done = [reference(*piece, a, arguments["lr"], **options) for piece, a in zip(pieces, adapted)]
     params, momenta = (torch.cat([*(d[i] for d in done), torch.zeros(0).to(arguments["params"])]) for i in range(2))
     tau, targets = arguments["tau"], arguments["targets"].double()
@@ -104,7 +85,7 @@ def test_three_steps_equal_the_formulas(provider):
         arguments |= {"lr": torch.tensor(lr), "tau": torch.tensor(tau)}
         arguments["grads"].normal_()
         want = expected(layout, arguments)
-        lars_ema_step(**arguments, **OPTIONS)
+        step(**arguments)
         for name in BUFFERS:
             torch.testing.assert_close(arguments[name], want[name])
 
@@ -142,21 +123,16 @@ def test_norm_of_tiny_gradients_does_not_underflow(provider):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tau_of_0_and_1_is_exact(provider, dtype):
-    arguments = make("split between threads", dtype)
-    kept = arguments["targets"].clone()
-    lars_ema_step(**arguments | {"tau": torch.tensor(1.0)}, **OPTIONS)
-    assert torch.equal(arguments["targets"], kept)
-    lars_ema_step(**arguments | {"tau": torch.tensor(0.0)}, **OPTIONS)
-    assert torch.equal(arguments["targets"], arguments["params"][: len(kept)])
+    flat_steps.check_tau(step, make("split between threads", dtype))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nonfinite_gradient_spreads_in_its_segment_only(provider, poison):
     arguments = make("split between threads", torch.float32)
     clean = copy(arguments)
-    lars_ema_step(**clean, **OPTIONS)
+    step(**clean)
     arguments["grads"][60_000] = poison
-    lars_ema_step(**arguments, **OPTIONS)
+    step(**arguments)
     segment = slice(100, 100 + 70_001)
     for name in ("params", "momenta", "targets"):
         assert arguments[name][60_000].isnan()
@@ -167,60 +143,26 @@ def test_nonfinite_gradient_spreads_in_its_segment_only(provider, poison):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step_without_apply_only_zeroes_the_gradients(provider, dtype, layout):
-    check_apply(layout, make(layout, dtype))
-
-
-def check_apply(layout: str, arguments: dict, step=lars_ema_step) -> None:
-    """With `apply` true the step is bitwise the ordinary one; with false only the gradients change, even if NaN."""
-    device = arguments["params"].device
-    applied, want = copy(arguments), copy(arguments)
-    step(**want, **OPTIONS)
-    step(**applied, **OPTIONS, apply=torch.tensor(True, device=device))
-    assert all(torch.equal(applied[name], want[name]) for name in BUFFERS)
-    kept = copy(arguments)
-    kept["grads"][::3] = float("nan")
-    step(**kept, **OPTIONS, apply=torch.tensor(False, device=device))
-    assert not kept["grads"].count_nonzero()
-    assert all(torch.equal(kept[name], arguments[name]) for name in BUFFERS if name != "grads")
+def test_step_without_apply_only_zeroes_the_gradients(provider, layout):
+    flat_steps.check_apply(step, make(layout, torch.float32), BUFFERS)
 
 
 @needs_cpp
 def test_results_are_bitwise_equal_for_any_number_of_threads(policy):
     policy("cpp")
-    arguments, threads, results = make("split between threads", torch.float32), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(copy(arguments))
-            lars_ema_step(**results[-1], **OPTIONS)
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(result[name], results[0][name]) for name in BUFFERS)
+    flat_steps.check_threads(step, make("split between threads", torch.float32), BUFFERS)
 
 
 def test_unaligned_slices_of_one_buffer(provider):
-    arguments, memory = make("odd sizes", torch.float32), torch.full((100_000,), 5.0)
-    offset = 3
-    for name in BUFFERS:
-        size = len(arguments[name])
-        arguments[name] = memory[offset : offset + size].copy_(arguments[name])
-        offset += size
-    want = expected("odd sizes", arguments)
-    lars_ema_step(**arguments, **OPTIONS)
-    for name in BUFFERS:
-        torch.testing.assert_close(arguments[name].double(), want[name], rtol=1e-5, atol=1e-6)
-    assert memory[:3].eq(5).all() and memory[offset:].eq(5).all()
+    layout = "odd sizes"
+    flat_steps.check_slices(step, make(layout, torch.float32), functools.partial(expected, layout), BUFFERS)
 
 
-FLAT = 10_036  # elements of the layout "odd sizes"
 REFUSED = {
     "gradients of another length": lambda a: {"grads": a["grads"][1:]},
     "momenta of another length": lambda a: {"momenta": torch.zeros(FLAT + 1)},
     "more targets than parameters": lambda a: {"targets": torch.zeros(FLAT + 1)},
-    "matrices": lambda a: {name: a[name].view(4, -1) for name in BUFFERS[:3]},
+    "matrices": lambda a: {name: a[name].view(4, -1) for name in SCALES},
     "buffers with gaps": lambda a: {"momenta": torch.zeros(2 * FLAT)[::2]},
     "one element expanded": lambda a: {"grads": torch.zeros(1).expand(FLAT)},
     "dtypes that would promote": lambda a: {"grads": a["grads"].double()},
@@ -254,7 +196,7 @@ def test_invalid_arguments_are_rejected(provider, case):
     arguments = make("odd sizes", torch.float32)
     before = copy(arguments)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        lars_ema_step(**arguments | REFUSED[case](arguments), **OPTIONS)
+        step(**arguments | REFUSED[case](arguments))
     assert all(torch.equal(arguments[name], before[name]) for name in BUFFERS)
 
 
@@ -290,35 +232,20 @@ def test_opcheck(provider, layout):
 
 
 def test_compiles_without_a_graph_break(provider):
-    def step(arguments):
-        lars_ema_step(**arguments, **OPTIONS)
+    def update(arguments):
+        step(**arguments)
         return arguments["params"] + 1
 
     arguments = make("odd sizes", torch.float64)
     want = expected("odd sizes", arguments)
-    result = torch.compile(step, fullgraph=True, backend="aot_eager")(arguments)
+    result = torch.compile(update, fullgraph=True, backend="aot_eager")(arguments)
     for name in BUFFERS:
         torch.testing.assert_close(arguments[name], want[name])
     torch.testing.assert_close(result, want["params"] + 1)
 
 
-EVERY_CASE = """
-import torch
-from dspnet_fast.ops import registry
-from tests.ops.test_lars_ema_step import DTYPES, LAYOUTS, check, make
-registry.set_policy("cpp")
-torch.set_num_threads(3)
-torch.manual_seed(0)
-for dtype in DTYPES:
-    for layout in LAYOUTS:
-        for tau in (0.0, 0.3, 0.996, 1.0):
-            check(layout, make(layout, dtype) | {"tau": torch.tensor(tau)})
-print(torch.ops.dspnet_cpp.cpu_capability())
-"""
-
-
-def test_every_cpu_capability(run_python, capability):
-    assert run_python("-c", EVERY_CASE, ATEN_CPU_CAPABILITY=capability.lower()).strip() == capability
+def test_every_build_of_the_library(run_python, capability):
+    flat_steps.check_build(run_python, capability, "test_lars_ema_step")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -326,11 +253,11 @@ def test_every_cpu_capability(run_python, capability):
 def test_step_on_a_gpu_does_not_synchronise(policy, dtype):
     policy("native")
     arguments = make("split between threads", dtype, "cuda")
-    step = copy(arguments)
+    given = copy(arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        lars_ema_step(**step, **OPTIONS)
+        step(**given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     check("split between threads", arguments)

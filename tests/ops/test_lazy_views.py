@@ -59,9 +59,7 @@ def test_lazy_main_grads_are_rejected(library):
         library.scale_shift_backward(rows, rows, rows, rows, channels, channels, channels, negated(3), 1e-5)
 
 
-@pytest.fixture(params=harness.providers(norm_act))
-def provider(request, policy):
-    policy(request.param)
+provider = harness.provider_of(norm_act)
 
 
 def test_lazy_inputs_are_resolved(provider):

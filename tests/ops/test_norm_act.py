@@ -1,10 +1,11 @@
 """norm_act: its formulas by autograd in float64, every provider by the error rule, rejected arguments."""
 
+import activations
 import harness
 import pytest
 import torch
 from activations import ACTIVATIONS, CASES, NAMES
-from harness import NARROW, check_build, device, double, providers, run, to_device
+from harness import NARROW, check_build, device, double, provider_of, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
@@ -17,10 +18,7 @@ from dspnet_fast.ops.norm_act import norm_act_backward
 RESIDUALS = ("no residual", "residual", "normalised residual")
 
 
-@pytest.fixture(params=providers(norm_act))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(norm_act)
 
 
 def make(
@@ -167,12 +165,10 @@ def test_empty_tensors(provider, nan_filled, shape):
 
 
 def test_error_rule_with_any_number_of_threads(provider, nan_filled):
-    threads = torch.get_num_threads()
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
         for case in ("one image", "wide, small maps", "large"):
             check(make(case, gated=True, residual="normalised residual"))
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -211,14 +207,8 @@ def test_block_compiles_without_a_graph_break(provider):
     torch.testing.assert_close(*results)
 
 
-REFUSED = {
-    "x of three dimensions": lambda a: {"x": a["x"][0]},
-    "integers": lambda a: {"x": a["x"].int()},
-    "an unknown activation": lambda a: {"act": "gelu"},
-    "scale without shift": lambda a: {"shift": None},
-    "scale of other channels": lambda a: {"scale": a["scale"][:, 1:]},
+REFUSED = activations.REFUSED | {
     "scale of another dtype": lambda a: {"scale": a["scale"].double()},
-    "rows that do not divide the batch": lambda a: {"scale": torch.ones(3, 16), "shift": torch.ones(3, 16)},
     "a gate of other images": lambda a: {"gate": a["gate"][1:]},
     "a residual of another shape": lambda a: {"residual": a["residual"][1:]},
     "a residual of another dtype": lambda a: {"residual": a["residual"].bfloat16()},

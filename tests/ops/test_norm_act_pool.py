@@ -1,21 +1,18 @@
 """norm_act_pool: its formulas by autograd in float64, every provider by the error rule, rejected arguments."""
 
+import activations
 import harness
 import pytest
 import torch
 from activations import ACTIVATIONS, CASES, NAMES
-from harness import DTYPES, check_build, device, differentiable, double, providers, run, to_device
+from harness import DTYPES, check_build, device, differentiable, double, provider_of, run, to_device
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.ops import norm_act_pool
 from dspnet_fast.ops.deferred import ACTS
 
-
-@pytest.fixture(params=providers(norm_act_pool))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(norm_act_pool)
 
 
 def make(
@@ -112,12 +109,10 @@ def test_empty_tensors(provider, nan_filled, shape):
 
 
 def test_error_rule_with_any_number_of_threads(provider, nan_filled):
-    threads = torch.get_num_threads()
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
         for case in ("one image", "wide, small maps", "large"):
             check(make(case))
-    torch.set_num_threads(threads)
 
 
 def test_opcheck(provider):
@@ -129,15 +124,7 @@ def test_opcheck(provider):
     opcheck(torch.ops.dspnet.norm_act_pool.default, tuple((arguments | {"gradient_means": False}).values()))
 
 
-REFUSED = {
-    "x of three dimensions": lambda a: {"x": a["x"][0]},
-    "integers": lambda a: {"x": a["x"].int()},
-    "an unknown activation": lambda a: {"act": "gelu"},
-    "scale without shift": lambda a: {"shift": None},
-    "scale of other channels": lambda a: {"scale": a["scale"][:, 1:]},
-    "rows that do not divide the batch": lambda a: {"scale": torch.ones(3, 16), "shift": torch.ones(3, 16)},
-    "no positions": lambda a: {"x": a["x"][:, :, :0]},
-}
+REFUSED = activations.REFUSED | {"no positions": lambda a: {"x": a["x"][:, :, :0]}}
 
 
 @pytest.mark.parametrize("reason", REFUSED)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS
-from harness import NARROW, check_build, double, providers, random_like, run, to_device
+from harness import NARROW, check_build, double, provider_of, random_like, run, to_device
 from test_conv_moments import cotangents, make, some
 from torch.library import opcheck
 
@@ -28,10 +28,7 @@ CASES = some(
 )
 
 
-@pytest.fixture(params=providers(conv_moments))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(conv_moments)
 
 
 def pooled(case: str, act: str = "relu", deferred: bool = True, rows: int | None = None, dtype=torch.float32) -> dict:
@@ -126,13 +123,9 @@ def test_error_rule_without_normalisation_with_one_row_and_without_moments(provi
 
 
 def test_results_with_several_threads_are_correct(provider, nan_filled):
-    before = torch.get_num_threads()
     torch.set_num_threads(3)
-    try:
-        check(pooled("depthwise 3"))
-        check(pooled("depthwise tiny maps"))
-    finally:
-        torch.set_num_threads(before)
+    check(pooled("depthwise 3"))
+    check(pooled("depthwise tiny maps"))
 
 
 def block(x, weights, act, pool):

@@ -3,7 +3,7 @@
 import harness
 import pytest
 import torch
-from harness import check_build, differentiable, double, providers, run, to_device
+from harness import check_build, differentiable, double, provider_of, run, to_device
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
@@ -24,10 +24,7 @@ OUTPUTS = "scale", "shift"
 needs_cpp = pytest.mark.skipif(not cpp.has("scale_shift")[0], reason=cpp.has("scale_shift")[1])
 
 
-@pytest.fixture(params=providers(scale_shift))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(scale_shift)
 
 
 def make(case: str, weight: bool = True, bias: bool = True) -> dict:

@@ -4,7 +4,7 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, check_build, device, differentiable, double, providers, run, to_device
+from harness import DTYPES, check_build, device, differentiable, double, provider_of, run, to_device
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
@@ -30,10 +30,7 @@ OTHER_CASES = {
 }
 
 
-@pytest.fixture(params=providers(slim_batch_norm))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(slim_batch_norm)
 
 
 def make(case: str, weight: bool = True, bias: bool = True, dtype: torch.dtype = torch.float32) -> dict:
@@ -146,12 +143,10 @@ def test_gradients_in_other_memory_formats_give_equal_results(provider):
 
 
 def test_error_rule_with_any_number_of_threads(provider, nan_filled):
-    threads = torch.get_num_threads()
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
         for case in ("wide", "large", "many features"):
             check(make(case))
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", ["odd channels", "features"])

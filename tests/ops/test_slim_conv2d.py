@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, check, device, double, providers, run, to_device
+from harness import DTYPES, check, device, double, provider_of, run, to_device
 from torch import Tensor
 from torch.library import opcheck
 
@@ -29,10 +29,7 @@ OTHER_CASES = {
 }
 
 
-@pytest.fixture(params=providers(slim_conv2d))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(slim_conv2d)
 
 
 def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float32) -> dict:

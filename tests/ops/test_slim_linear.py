@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import NARROW, check, check_build, device, differentiable, providers, run, to_device
+from harness import NARROW, check, check_build, device, differentiable, provider_of, run, to_device
 from torch.library import opcheck
 
 from dspnet_fast.errors import InputError
@@ -24,10 +24,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=providers(slim_linear))
-def provider(request, policy):
-    policy(request.param)
-    return request.param
+provider = provider_of(slim_linear)
 
 
 def make(case: str, biased: bool = True, dtype: torch.dtype = torch.float64) -> dict:
