@@ -16,11 +16,12 @@ from torch import nn
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import subnet
+from dspnet_fast.weight_file import read_weights
 from train.config import PretrainConfig
 from train.data.normalization import MEAN, STD
 from train.teachers.sources import load_source
 from train.teachers.teacher import check_same, expected_facts, open_teacher, write_facts
-from train.teachers.weights import match, read_weights
+from train.teachers.weights import match
 
 NAME = "test_efficientnet"
 CPU = torch.device("cpu")

