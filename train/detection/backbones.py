@@ -23,7 +23,7 @@ from ..data.normalization import MEAN, STD
 from ..evaluation.pretrained import PretrainedFamily
 from ..run import checkpoint
 from ..run.saved_config import read_config
-from ..teachers.sources import published_name
+from ..teachers.sources import published_name, timm_config
 from ..teachers.weights import match
 
 STRIDES = 4, 8, 16, 32
@@ -142,21 +142,12 @@ class FeatureMaps(nn.Module):
 
 
 def _timm(name: str, file: str) -> Backbone:
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError("timm is not installed: pip install 'dspnet-fast[timm]'") from error
-    if not timm.is_model(name.partition(".")[0]):
-        raise InputError(f"timm {timm.__version__} has no model {name!r}: timm.list_models() names them")
-    found = timm.get_pretrained_cfg(name)
-    if found is None:
-        raise InputError(f"timm {timm.__version__} has no weights {name!r}: timm.list_pretrained() names them")
-    config = found.to_dict()
+    config, classifiers = timm_config(name)
+    import timm
+
     source = f"timm {name}"
     given: dict[str, Any] = {"pretrained": True, "features_only": True}
     if file:
-        classifier = config.get("classifier")
-        classifiers = [classifier] if isinstance(classifier, str) else list(classifier or ())
         plain = timm.create_model(name, num_classes=0)
         state, by_order = match(plain, read_weights(Path(file)), classifiers, not file.endswith(SORTED))
         given["pretrained_cfg_overlay"] = {"state_dict": plain.state_dict() | state}
@@ -176,8 +167,8 @@ def _timm(name: str, file: str) -> Backbone:
         FeatureMaps(network, channels),
         published_name(f"timm:{name}", file),
         source,
-        tuple(config["mean"]),
-        tuple(config["std"]),
+        tuple(config.mean),
+        tuple(config.std),
     )
 
 

@@ -92,7 +92,12 @@ def load_source(source: str, image_size: int | None = None, weights: bool = True
     raise InputError(f"{option} {source}: there is no such folder; give {FORMS}")
 
 
-def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source:
+def timm_config(name: str) -> tuple[Any, list[str]]:
+    """timm's configuration of published weights, and the names of the network's classifiers.
+
+    Raises:
+        InputError: timm is missing, or has no such network or weights.
+    """
     try:
         import timm
     except ImportError as error:
@@ -102,6 +107,13 @@ def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source
     config = timm.get_pretrained_cfg(name)
     if config is None:
         raise InputError(f"timm {timm.__version__} has no weights {name!r}: timm.list_pretrained() names them")
+    return config, [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
+
+
+def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source:
+    config, classifiers = timm_config(name)
+    import timm
+
     sized: dict[str, Any] = {"img_size": image_size} if config.fixed_input_size and image_size else {}
     note = ""
     download = weights and not file
@@ -110,7 +122,6 @@ def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source
     network = _attempt(lambda: timm.create_model(name, pretrained=download, num_classes=0, **sized), "timm")
     if weights and file:
         tensors = read_weights(Path(file))
-        classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
         try:
             state, by_order = match(network, tensors, classifiers, not file.endswith(SORTED))
             network.load_state_dict(state, strict=False)  # match has compared everything but counters
