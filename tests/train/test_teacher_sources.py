@@ -186,7 +186,7 @@ def test_pickles_with_code_are_refused(tmp_path, capsys):
         ("timm:test_efficientnet=missing.pth", "there is no file missing.pth"),
         ("timm:no_such_network", "timm .* has no model 'no_such_network'"),
         ("torchvision:no_such_network", "torchvision has no classifier 'no_such_network'"),
-        ("no/such/run", "there is no such folder; give a run"),
+        ("no/such/run", "there is no such folder; give efficientnet-lite0, a run"),
         ("no_such_module:teacher", "No module named 'no_such_module'"),
         ("json:no_such_function", "no attribute 'no_such_function'"),
         ("json:JSONDecoder", "returns JSONDecoder, not a torch.nn.Module"),
