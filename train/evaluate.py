@@ -20,11 +20,10 @@ of a protocol."""
 
 
 class Protocol(NamedTuple):
-    """An evaluation protocol: its help texts, options and functions."""
+    """An evaluation protocol: its help text, its module with DESCRIPTION and EXAMPLE, its options and functions."""
 
     help: str
-    description: str
-    example: str
+    module: Any
     options: type[EvaluationOptions]
     evaluate: Callable[[Path, Any], Report]
     publish: Callable[[Path, Report], None]
@@ -32,25 +31,18 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "knn": Protocol(
-        "k-nearest-neighbour classifiers; nothing is trained",
-        knn.DESCRIPTION,
-        knn.EXAMPLE,
-        knn.KnnOptions,
-        knn.evaluate_knn,
-        knn.publish_knn,
+        "k-nearest-neighbour classifiers; nothing is trained", knn, knn.KnnOptions, knn.evaluate_knn, knn.publish_knn
     ),
     "linear": Protocol(
         "linear classifiers on frozen representations",
-        linear.DESCRIPTION,
-        linear.EXAMPLE,
+        linear,
         linear.LinearOptions,
         linear.evaluate_linear,
         linear.publish_linear,
     ),
     "semi": Protocol(
         "linear classifiers and fine-tuning with 1 and 10 % of the labels",
-        semi.DESCRIPTION,
-        semi.EXAMPLE,
+        semi,
         semi.SemiOptions,
         semi.evaluate_semi,
         semi.publish_semi,
@@ -62,7 +54,8 @@ def make_parsers() -> dict[str, cli.ArgumentParser]:
     """The parsers of all protocols by name."""
     parsers = {}
     for name, protocol in PROTOCOLS.items():
-        parsers[name] = cli.parser(f"evaluate {name}", protocol.description, protocol.example, "[options] OUT")
+        module = protocol.module
+        parsers[name] = cli.parser(f"evaluate {name}", module.DESCRIPTION, module.EXAMPLE, "[options] OUT")
         parsers[name].add_argument(
             "out",
             type=Path,
@@ -75,7 +68,7 @@ def make_parsers() -> dict[str, cli.ArgumentParser]:
 
 
 def _main(argv: Sequence[str]) -> None:
-    examples = "\n".join(protocol.example.splitlines()[0] for protocol in PROTOCOLS.values())
+    examples = "\n".join(protocol.module.EXAMPLE.splitlines()[0] for protocol in PROTOCOLS.values())
     parser = cli.parser("evaluate", DESCRIPTION, examples, "PROTOCOL [options] OUT")
     commands = parser.add_subcommands(dest="protocol")
     for name, made in make_parsers().items():

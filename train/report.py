@@ -53,30 +53,22 @@ def pictures_of(run: Run) -> Iterator[Picture]:
             yield Picture(f"compare-{name}", draw, description, caption)
     longest = max((len(xs) for xs, _ in run.curve("loss").values()), default=0)
     means = " Long curves show means of consecutive steps." if longest > figures.POINTS else ""
-    training = (
-        ("loss", "loss", False, f"Loss of each network in the steps that train it, between 0 and 8.{means}"),
-        ("learning_rate", "learning rate", False, "Learning rate."),
-        ("images_per_second", "images/s", False, "Images per second, with two views of each."),
-        ("data_wait", "fraction of time", True, "Fraction of the time that training waited for images."),
+    std = "Standard deviation of the features: 1 if they are isotropic, 0 if all are equal."
+    curves = (
+        ("training-loss", "loss", f"Loss of each network in the steps that train it, between 0 and 8.{means}"),
+        ("training-learning_rate", "learning rate", "Learning rate."),
+        ("training-images_per_second", "images/s", "Images per second, with two views of each."),
+        ("training-data_wait", "fraction of time", "Fraction of the time that training waited for images."),
+        ("collapse-feature_std", "feature std", std),
+        ("collapse-effective_rank", "effective rank", "Effective rank: number of dimensions that the features occupy."),
+        ("collapse-knn", "kNN accuracy", "kNN accuracy on a fixed small set of images."),
     )
-    for name, label, percent, caption in training:
-        if curve := run.curve(name):
-            draw = figures.curves(curve, label, percent)
-            yield Picture(f"training-{name}", draw, f"{label} over epochs", caption)
-    probes = (
-        (
-            "feature_std",
-            "feature std",
-            False,
-            "Standard deviation of the features: 1 if they are isotropic, 0 if all are equal.",
-        ),
-        ("effective_rank", "effective rank", False, "Effective rank: number of dimensions that the features occupy."),
-        ("knn", "kNN accuracy", True, "kNN accuracy on a fixed small set of images."),
-    )
-    for name, label, percent, caption in probes:
-        if curve := run.curve(name):
-            draw = figures.curves(curve, label, percent, mark=True)
-            yield Picture(f"collapse-{name}", draw, f"{label} of every network over epochs", caption)
+    for name, label, caption in curves:
+        section, _, metric = name.partition("-")
+        if curve := run.curve(metric):
+            probed = section == "collapse"
+            draw = figures.curves(curve, label, percent=metric in ("data_wait", "knn"), mark=probed)
+            yield Picture(name, draw, f"{label}{' of every network' if probed else ''} over epochs", caption)
     if cosines := run.cosines():
         caption = f"Cosine similarity of prediction and target, mean over both views: 1 - loss / 4.{means}"
         draw = figures.curves(cosines, "cosine")

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..nn.groups import find_groups
+from ..weight_file import read_weights
 from .mobilenet_v3 import FEATURE_CHANNELS, MobileNetV3
 from .network import Network
 from .traced import TracedNetwork
@@ -63,7 +62,12 @@ class Source:
         Raises:
             InputError: if the file cannot be read, or the library is missing or cannot download the weights.
         """
-        return self._download() if self.file is None else _read(self.file)
+        if self.file is None:
+            return self._download()
+        try:
+            return read_weights(self.file)
+        except InputError as error:
+            raise InputError(f"--init-from: {error}") from error
 
     def _download(self) -> dict[str, Tensor]:
         try:
@@ -76,33 +80,11 @@ class Source:
 
                 model = timm.create_model(self.name, pretrained=True)
         except Exception as error:  # of the network, the hub and the library, of many types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"--init-from {self.library}:{self.name}: the weights are not available here ({reason}); download them "
-                f"and give --init-from {self.library}:{self.name}=FILE"
+                f"--init-from {self.library}:{self.name}: the weights are not available here ({first_line(error)}); "
+                f"download them and give --init-from {self.library}:{self.name}=FILE"
             ) from error
         return dict(model.state_dict())
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"--init-from: there is no file {file}") from error
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--init-from: {file} cannot be read: {error}") from error
-    except Exception as error:  # zip and pickle errors of many types; code in a pickle is refused
-        raise InputError(
-            f"--init-from: {file} is neither safetensors nor a file of weights alone ({type(error).__name__})"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"--init-from: {file} does not hold tensors by name")
-    return state
 
 
 @dataclass

@@ -129,9 +129,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, arguments, capsys):
         (standard | {"stem": "small"}, "timm:resnet18=resnet.pth", "and --stem standard"),
         (standard, "timm:resnet50=resnet.pth", "does not fit --network resnet: give for example timm:resnet18"),
         (standard, "timm:resnet18=empty.pth", r"another shape|has no tensor"),
-        (standard, "timm:resnet18=code.pth", "neither safetensors nor a file of weights alone"),
+        (standard, "timm:resnet18=code.pth", "holds more than tensors, or is damaged"),
         (standard, "timm:resnet18=missing.pth", "there is no file"),
-        (standard, "timm:resnet18=damaged.safetensors", "cannot be read"),
+        (standard, "timm:resnet18=damaged.safetensors", "is no readable file of weights"),
         (standard, "resnet18", "holds no checkpoint"),
     ):
         given = re.sub("=(.*)", rf"={tmp_path}/\1", source)
@@ -140,6 +140,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, arguments, capsys):
         assert code == WRONG_INPUT and re.search(message, shown.err), (source, shown.err)
         assert "executed" not in shown.out and shown.err.count("\n") == 1
     assert DONE == 0 and not (tmp_path / "run").exists()
+
+
+def test_file_of_a_network_in_data_parallel_is_read(tmp_path):
+    torch.save({"model_state_dict": {"module.conv1.weight": torch.ones(1)}}, tmp_path / "parallel.pth")
+    assert Source.parse(f"timm:resnet18={tmp_path / 'parallel.pth'}").read().keys() == {"conv1.weight"}
 
 
 def test_download_that_fails_asks_for_a_file(monkeypatch):

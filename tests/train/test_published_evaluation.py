@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.weight_file import read_weights
 from train import evaluate, report
 from train.cli import DONE, WRONG_INPUT
 from train.data.datasets import open_images
@@ -16,7 +17,7 @@ from train.data.loader import evaluation_batches
 from train.data.normalization import MEAN, STD
 from train.evaluation import drawing
 from train.evaluation.published import PublishedNetwork
-from train.teachers.weights import match, read_weights
+from train.teachers.weights import match
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")

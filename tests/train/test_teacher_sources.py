@@ -16,11 +16,12 @@ from torch import nn
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import subnet
+from dspnet_fast.weight_file import read_weights
 from train.config import PretrainConfig
 from train.data.normalization import MEAN, STD
 from train.teachers.sources import load_source
 from train.teachers.teacher import check_same, expected_facts, open_teacher, write_facts
-from train.teachers.weights import match, read_weights
+from train.teachers.weights import match
 
 NAME = "test_efficientnet"
 CPU = torch.device("cpu")
@@ -185,7 +186,7 @@ def test_pickles_with_code_are_refused(tmp_path, capsys):
         ("timm:test_efficientnet=missing.pth", "there is no file missing.pth"),
         ("timm:no_such_network", "timm .* has no model 'no_such_network'"),
         ("torchvision:no_such_network", "torchvision has no classifier 'no_such_network'"),
-        ("no/such/run", "there is no such folder; give a run"),
+        ("no/such/run", "there is no such folder; give efficientnet-lite0, a run"),
         ("no_such_module:teacher", "No module named 'no_such_module'"),
         ("json:no_such_function", "no attribute 'no_such_function'"),
         ("json:JSONDecoder", "returns JSONDecoder, not a torch.nn.Module"),

@@ -20,13 +20,6 @@ PART_LABELS = {
     "teacher": "teacher forward",
     "data": "data wait",
 }
-FIGURE_PARTS = {
-    "target": "target",
-    "online": "subnets",
-    "optimizer": "optimizer",
-    "teacher": "teacher",
-    "data": "data wait",
-}
 MIB = 2**20
 
 
@@ -186,7 +179,7 @@ def _bars(report: Report, kind: str, unit: float) -> dict[str, dict[str, float]]
         if kind not in run:
             continue
         parts = run[kind]["parts"] if kind == "measured" else run[kind]
-        row = {label: parts[part] / unit for part, label in FIGURE_PARTS.items() if part in parts}
+        row = {label: parts[part] / unit for part, label in PART_LABELS.items() if part in parts}
         rows[run["label"]] = row
         if run["subnets_per_step"] is None:
             alone.append(row)

@@ -95,8 +95,7 @@ def open_batches(
 
     Returns:
         From torchvision and dali-cpu uint8 [2B, 1 or 3, S, S] on the CPU, or normalised float32 [2B, C, S, S] of images
-        that are not 8-bit; from dali-gpu float32 [2B, 3, S, S] on
-        `device`, normalised, in channels-last memory.
+        that are not 8-bit; from dali-gpu normalised float32 [2B, 3, S, S] on `device`, in channels-last memory.
 
     Raises:
         InputError: while iterating, if more images are unreadable than `bad` allows.

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dspnet_fast import exported
-from dspnet_fast.errors import InputError
+from dspnet_fast.errors import InputError, first_line
 from dspnet_fast.models import Network, build, subnet
 from dspnet_fast.slim import slim
+from dspnet_fast.weight_file import SORTED, read_weights
 
 from ..config import PretrainConfig
 from ..data.datasets.pixels import PixelFormat
@@ -22,8 +23,8 @@ from ..data.normalization import MEAN, STD
 from ..evaluation.pretrained import PretrainedFamily
 from ..run import checkpoint
 from ..run.saved_config import read_config
-from ..teachers.sources import published_name
-from ..teachers.weights import match, read_weights
+from ..teachers.sources import published_name, timm_config
+from ..teachers.weights import match
 
 STRIDES = 4, 8, 16, 32
 RANDOM = "random"
@@ -141,23 +142,14 @@ class FeatureMaps(nn.Module):
 
 
 def _timm(name: str, file: str) -> Backbone:
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError("timm is not installed: pip install 'dspnet-fast[timm]'") from error
-    if not timm.is_model(name.partition(".")[0]):
-        raise InputError(f"timm {timm.__version__} has no model {name!r}: timm.list_models() names them")
-    found = timm.get_pretrained_cfg(name)
-    if found is None:
-        raise InputError(f"timm {timm.__version__} has no weights {name!r}: timm.list_pretrained() names them")
-    config = found.to_dict()
+    config, classifiers = timm_config(name)
+    import timm
+
     source = f"timm {name}"
     given: dict[str, Any] = {"pretrained": True, "features_only": True}
     if file:
-        classifier = config.get("classifier")
-        classifiers = [classifier] if isinstance(classifier, str) else list(classifier or ())
         plain = timm.create_model(name, num_classes=0)
-        state, by_order = match(plain, read_weights(Path(file)), classifiers, Path(file).suffix != ".safetensors")
+        state, by_order = match(plain, read_weights(Path(file)), classifiers, not file.endswith(SORTED))
         given["pretrained_cfg_overlay"] = {"state_dict": plain.state_dict() | state}
         source += f" from {file}" + (", matched by order" if by_order else "")
     try:
@@ -167,15 +159,16 @@ def _timm(name: str, file: str) -> Backbone:
         if len(reductions) > len(STRIDES):
             network = timm.create_model(name, out_indices=indices, **given)
     except Exception as error:  # downloads, missing weights, networks without maps: many types of exceptions
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"timm cannot make feature maps of strides 4 to 32 with these weights: {reason[0]}") from error
+        raise InputError(
+            f"timm cannot make feature maps of strides 4 to 32 with these weights: {first_line(error)}"
+        ) from error
     channels = network.feature_info.channels()
     return Backbone(
         FeatureMaps(network, channels),
         published_name(f"timm:{name}", file),
         source,
-        tuple(config["mean"]),
-        tuple(config["std"]),
+        tuple(config.mean),
+        tuple(config.std),
     )
 
 
@@ -195,7 +188,7 @@ def _torchvision(name: str, file: str) -> Backbone:
         for classifier in CLASSIFIERS:
             if hasattr(network, classifier):
                 setattr(network, classifier, nn.Identity())
-        state, by_order = match(network, read_weights(Path(file)), CLASSIFIERS, Path(file).suffix != ".safetensors")
+        state, by_order = match(network, read_weights(Path(file)), CLASSIFIERS, not file.endswith(SORTED))
         network.load_state_dict(state, strict=False)
         source += f" from {file}" + (", matched by order" if by_order else "")
     if hasattr(network, "layer4"):

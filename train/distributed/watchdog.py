@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from dspnet_fast.errors import first_line
+
 from .process_group import World
 
 HEARTBEAT_SECONDS = 2.0  # between heartbeats
@@ -173,7 +175,7 @@ class Heartbeats:
                 store.set(str(self._world.rank), FINISHED)
         except (RuntimeError, dist.DistError) as error:
             if not self._stop.is_set():  # at the end the store may already be closed
-                self._verdict = f"the store of the job is gone, and with it its first machine ({_first_line(error)})"
+                self._verdict = f"the store of the job is gone, and with it its first machine ({first_line(error)})"
 
     def _connect(self) -> dist.Store:
         """A separate connection: that of the collectives may be blocked."""
@@ -205,7 +207,3 @@ class Heartbeats:
             f"rank {self._next} ({last.host}, pid {last.pid}) has not been heard of for {SILENT_SECONDS:.0f} s; "
             f"its last step was {last.step}, then: {last.doing}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

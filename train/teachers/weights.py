@@ -1,65 +1,17 @@
-"""Weight files of other libraries: read without executing code, and matched with a network by name or by order."""
+"""Weights of other libraries, matched with a network by name or by order."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dspnet_fast.errors import InputError
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")  # keys under which training programs save the weights
-PREFIXES = ("module.", "_orig_mod.")  # of networks in DistributedDataParallel and torch.compile
 ENCODERS = ("encoder_q.", "backbone.", "teacher.backbone.")  # of the network to use, where a file holds several
 HEADS = ("projection_head.", "projector.", "prototypes.", "predictor.")  # beside the network in self-supervised models
 COUNTER = "num_batches_tracked"  # of batch normalisation: unused in evaluation, and missing in old files
-SORTED = ".safetensors"  # files that hold the tensors in the order of their names
 SHOWN = 3  # tensors that an error message names
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state_dict in the order of the file.
-
-    Args:
-        path: a .safetensors file, or a .pth or .bin file of `torch.save` that holds tensors and plain values only.
-
-    Raises:
-        InputError: the file is missing or damaged, holds no weights, or would execute code when it is unpickled.
-    """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}: give the path of the weights, .safetensors or .pth")
-    content: Any
-    try:
-        if path.suffix == SORTED:
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors, or is damaged: reading it could execute code, so it is refused; save its "
-            "state_dict as a .safetensors file"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path} is no readable file of weights: {reason[0]}") from error
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {}
-    for name, value in content.items() if isinstance(content, Mapping) else ():
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        if isinstance(value, Tensor):
-            tensors[name] = value
-    if not tensors:
-        raise InputError(f"{path} holds no weights: a state_dict, tensors by name, is needed")
-    return tensors
 
 
 def match(

@@ -164,8 +164,8 @@ def _list(root: Path, unlabelled: bool) -> Listing:
 def _part(path: Path, listing: Listing, split: Split) -> FolderDataset:
     """A split of a folder without splits, see `held_out`.
 
-    Without classes, all images are training images, and every tenth of the same is a
-    test image: no accuracy can be measured without labels.
+    Without classes, all images are training images, and every tenth of the same is a test image: no accuracy can be
+    measured without labels.
     """
     files, notes = listing.files, listing.notes
     if len(listing.by_class) > 1 and all(len(files) == 1 for files in listing.by_class.values()):
