@@ -4,6 +4,8 @@ A step is that of benchmarks.step with --fast-kernels, in fp32 or bf16. Every ca
 is timed, and calls with the same shapes are added up. `share` is the roofline time divided by the measured time: the
 roofline time is the larger of the arithmetic at peak speed and the bytes at copy speed, where every tensor counts once.
 It is empty for operators on small vectors. `lost` is the difference of the two times. Times are medians over steps.
+"outside of operators" is the time of a step without this timing less that of the operators: Python, autograd, and
+operations of PyTorch.
 
 With one thread, time is processor time, which other processes disturb least; with more threads it is elapsed time.
 """
@@ -147,13 +149,14 @@ class Recorder:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Time all calls of operators in a `with` block."""
+        """Time all calls of operators in a `with` block, in which gradients are recorded in Python."""
         operators = registry.operators.values()
         before = [(operator, operator.native, dict(operator.providers)) for operator in operators]
         for operator in operators:
             operator.native = self.timed(operator, operator.native)
             for name, provider in operator.providers.items():
-                operator.providers[name] = dataclasses.replace(provider, run=self.timed(operator, provider.run))
+                timed = dataclasses.replace(provider, run=self.timed(operator, provider.run), autograd=None)
+                operator.providers[name] = timed
         registry.set_policy(registry.get_policy())  # forgets the providers it chose
         try:
             yield
@@ -174,11 +177,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     samples: defaultdict[Key, list[float]] = defaultdict(list)
     rest, total = [], []
     for _ in range(options.rounds):
+        began = clock()
+        run.step()
+        total.append(clock() - began)
         recorder = Recorder(clock)
         with recorder.active():
-            began = clock()
             run.step()
-            total.append(clock() - began)
         rest.append(total[-1] - sum(recorder.seconds.values()))
         for key, seconds in recorder.seconds.items():
             samples[key].append(seconds)

@@ -6,6 +6,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <cstring>
 #include <optional>
 #include <string_view>
 #include <type_traits>
@@ -148,9 +149,7 @@ DSPNET_INLINE Vec load(const at::BFloat16* from, int64_t count) {
   return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
 #else
   at::BFloat16 padded[kVec] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    padded[i] = from[i];
-  }
+  std::memcpy(padded, from, count * sizeof(*from));
   return load(padded);
 #endif
 }
@@ -176,11 +175,27 @@ DSPNET_INLINE __m512i to_bfloat16(const Vec& value) {
   const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
   return _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), ordered, rounded, 16);
 }
+#elif defined(CPU_CAPABILITY_AVX2)
+DSPNET_INLINE __m256i to_bfloat16(const Vec& value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i ordered = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_ORD_Q));
+  return _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), _mm256_srli_epi32(rounded, 16), ordered);
+}
 #endif
 DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, to_bfloat16(value));
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i lanes = to_bfloat16(value);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  if (count == kVec) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+  } else {
+    std::memcpy(to, &halves, count * sizeof(*to));
+  }
 #else
   float upcast[kVec];
   value.store(upcast);
@@ -198,6 +213,8 @@ DSPNET_INLINE Vec as_stored(const Vec& value) {
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
     return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(to_bfloat16(value), 16)));
+#elif defined(CPU_CAPABILITY_AVX2)
+    return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(to_bfloat16(value), 16)));
 #else
     scalar_t stored[kVec];
     store(stored, value);

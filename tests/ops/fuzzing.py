@@ -148,6 +148,7 @@ def flattened(values: Any, kind: type = Tensor) -> list:
 
 def body_returns(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Exception | None:
     """Outputs or exception of the operator's body on the meta device; None for operators or tensors without one."""
+    name = name.removesuffix("_autograd")  # the same operator
     operator = registry.operators.get(name)
     if operator is None or any(tensor.layout != torch.strided for tensor in flattened(made.values())):
         return None
