@@ -71,7 +71,7 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
     managed: set[nn.Module] = set()  # layers whose channels the network's groups determine
     try:
         for path, root, groups in traced_networks(modules):
-            left = _activate_groups(active, path, root, groups, left, managed)
+            left = _activate_groups(active, path, root, groups, modules, left, managed)
     except ValueError:
         active.__exit__()
         raise
@@ -104,16 +104,22 @@ def traced_networks(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Modu
 
 
 def _activate_groups(
-    active: ActiveSubnet, path: str, root: nn.Module, groups: ChannelGroups, sizes: Sizes, managed: set[nn.Module]
+    active: ActiveSubnet,
+    path: str,
+    root: nn.Module,
+    groups: ChannelGroups,
+    modules: Mapping[str, nn.Module],
+    sizes: Sizes,
+    managed: set[nn.Module],
 ) -> dict[str, int]:
-    """Activate the channels of a converted network; returns the sizes of other modules."""
+    """Activate the channels of a converted network, one of `modules`; returns the sizes of other modules."""
     start = f"{path}." if path else ""
     own = {name.removeprefix(start): size for name, size in sizes.items() if name.startswith(start)}
     units, rest = groups.of_sizes(own)
     active.set(root, "active_units", units)
-    modules = dict(root.named_modules())
     for name in groups.tensors:
-        module = modules.get(name)
+        module = modules.get(start + name)  # which lacks other names of a module
+        module = root.get_submodule(name) if module is None else module
         if isinstance(module, Selected):
             device = next(t.device for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
             active.set(module, "active_selection", groups.selection(name, units, device))
@@ -125,7 +131,7 @@ def _activate_groups(
             )
         managed.add(module)
     for number in groups.numbers:
-        module = modules[number.path]
+        module = root.get_submodule(number.path)
         if not isinstance(module, Sized):  # which take the number from their input
             active.set(module, number.attribute, number.attribute_value(module, units))
     others = {name: size for name, size in sizes.items() if not name.startswith(start)}

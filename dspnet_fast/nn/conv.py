@@ -9,7 +9,7 @@ from ..ops import conv_moments, slim_conv2d, slim_linear
 from ..ops.registry import defers_normalization, is_autocasting, uses_pytorch
 from .batch_norm import SlimBatchNorm
 from .deferred import ConvOutput, Deferred
-from .deferred_tensor import attach_moments, computed, loaded
+from .deferred_tensor import attach_moments, computed, device_of, loaded
 from .prefix import HALF, prefixes
 from .recomputation import follow
 from .sized import Sized, main_grad
@@ -60,13 +60,16 @@ class SlimConv2d(Sized, nn.Conv2d):
                 not support a `Deferred`.
         """
         follow()
+        if self.norm is not None and not isinstance(x, Deferred) and defers_normalization(device_of(x)):
+            deferred = loaded(x)
+            if deferred.x.ndim == 4:
+                groups, out_channels = self._active(deferred.x.shape[1])
+                return attach_moments(self._conv_moments(deferred, out_channels, groups, self.norm.batch_views))
         if len(x.shape) == 3:
             return self.forward(x[None])[0]
         groups, out_channels = self._active(x.shape[1])
         if isinstance(x, Deferred):
             return self._conv_moments(x, out_channels, groups, views)
-        if self.norm is not None and defers_normalization(x.device):
-            return attach_moments(self._conv_moments(loaded(x), out_channels, groups, self.norm.batch_views))
         x = computed(x)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):

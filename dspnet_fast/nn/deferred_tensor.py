@@ -8,8 +8,7 @@ code needs no changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -23,35 +22,57 @@ from torch.utils._pytree import tree_map
 from .deferred import ConvOutput, Deferred, compute, gate_by, mean
 
 
-@dataclass
 class _State:
-    """What a tensor stands for: `x`, or with a shortcut act(x + shortcut). The value is computed once, when needed."""
+    """What a tensor stands for: `x`, or with a shortcut act(x + shortcut). The value is computed once, when needed.
 
-    x: Deferred
-    shortcut: Deferred | None = None
-    act: str = "identity"
-    gradients: bool = field(default_factory=torch.is_grad_enabled)
+    Attributes:
+        gradients: whether the value is computed with gradients.
+        value: the value if it is computed.
+        is_read: whether autograd may have passed the tensor to a function.
+    """
 
-    def __post_init__(self) -> None:
+    __slots__ = ("_versions", "act", "gradients", "is_read", "shortcut", "value", "x")
+
+    def __init__(
+        self, x: Deferred, shortcut: Deferred | None = None, act: str = "identity", gradients: bool | None = None
+    ) -> None:
+        self.x, self.shortcut, self.act = x, shortcut, act
+        self.gradients = torch.is_grad_enabled() if gradients is None else gradients
         self.value: Tensor | None = None
-        self._versions = [(tensor, _version(tensor)) for tensor in self.tensors() if tensor is not None]
+        self.is_read = False
+        changeable = [x.x] if x.gate is None else [x.x, x.gate]
+        if shortcut is not None:
+            changeable += [shortcut.x] if shortcut.gate is None else [shortcut.x, shortcut.gate]
+        self._versions = [(tensor, _version(tensor)) for tensor in changeable]
 
     @classmethod
-    def of_value(cls, value: Tensor) -> Self:
+    def of_value(cls, value: Tensor) -> _State:
         """A tensor that is computed already; changes of it in place are changes of the value."""
         state = cls(Deferred(value))
         state.value, state._versions = value, []
         return state
 
+    def followed_by(self, act: str) -> _State | None:
+        """With an activation function behind it; None if it has one."""
+        if self.shortcut is None:
+            x = Deferred(self.x.x, self.x.scale, self.x.shift, act)
+            return _State(x, None, "identity", self.gradients) if self.x.is_affine else None
+        return _State(self.x, self.shortcut, act, self.gradients) if self.act == "identity" else None
+
     def tensors(self) -> list[Tensor | None]:
         """The tensors that the value is computed from, in the order that `with_tensors` takes."""
-        return [getattr(part, name) for part in self._parts() for name in _TENSORS]
+        x, other = self.x, self.shortcut
+        own = [x.x, x.scale, x.shift, x.gate]
+        return own if other is None else [*own, other.x, other.scale, other.shift, other.gate]
 
-    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Self:
-        """The same function of other tensors."""
-        named: Iterator[Any] = iter(tensors)
-        made = [replace(part, **{name: next(named) for name in _TENSORS}) for part in self._parts()]
-        return replace(self, x=made[0], shortcut=made[1] if len(made) > 1 else None)
+    def with_tensors(self, tensors: Sequence[Any]) -> _State:
+        """The same function of other tensors, with gradients."""
+        parts = [part for part in (self.x, self.shortcut) if part is not None]
+        made = [
+            Deferred(*tensors[4 * index : 4 * index + 3], part.act, tensors[4 * index + 3])
+            for index, part in enumerate(parts)
+        ]
+        return _State(made[0], made[1] if len(made) > 1 else None, self.act, True)
 
     def computed(self) -> Tensor:
         """The value."""
@@ -69,21 +90,14 @@ class _State:
         self._check()
         return self.x
 
-    def _parts(self) -> Iterator[Deferred]:
-        yield self.x
-        if self.shortcut is not None:
-            yield self.shortcut
-
     def _check(self) -> None:
         """Raise RuntimeError if a tensor was changed in place after the function of it was deferred."""
-        if any(_version(tensor) != version for tensor, version in self._versions):
-            raise RuntimeError(
-                "a tensor was changed in place before an activation that depends on it was computed: "
-                "compute this network with the policy 'eager'"
-            )
-
-
-_TENSORS = [item.name for item in fields(Deferred) if item.name != "act"]
+        for tensor, version in self._versions:
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    "a tensor was changed in place before an activation that depends on it was computed: "
+                    "compute this network with the policy 'eager'"
+                )
 
 
 class DeferredTensor(Tensor):
@@ -101,7 +115,7 @@ class DeferredTensor(Tensor):
     def _made(cls, state: _State, changed: Self | None = None) -> Self:
         """A new tensor, or the tensor `changed` with another state, as by a function that works in place."""
         tensors = state.tensors()
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
             with torch._C.DisableTorchFunctionSubclass():  # autograd clears the hooks of a changed tensor
                 made = _Defer.apply(state, changed, *tensors)
         else:
@@ -118,6 +132,12 @@ class DeferredTensor(Tensor):
                 value = _Read.apply(self, self._state)
             self._state, self._node = _State.of_value(value), node
         return self._state
+
+    def _replace(self, state: _State) -> None:
+        """Stand for another function of the same tensors, before anything has read this one."""
+        self._state = state
+        if self._node is not None:
+            self._node.state = state
 
     def _grad_fn(self) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -156,10 +176,12 @@ class DeferredTensor(Tensor):
         def computed_argument(x: Any) -> Any:
             if not isinstance(x, DeferredTensor):
                 return x
-            if x._state.value is not None:
-                return x._state.value
-            with torch.no_grad():  # not kept, because autograd does not see it
-                return replace(x._state, gradients=False).computed()
+            state = x._state
+            state.is_read = True
+            if state.value is not None:
+                return state.value
+            # Not kept, because autograd does not see it.
+            return _State(state.x, state.shortcut, state.act, False).computed()
 
         return func(*tree_map(computed_argument, args), **tree_map(computed_argument, kwargs or {}))
 
@@ -184,7 +206,7 @@ class _Defer(torch.autograd.Function):
             for tensor, needs in zip(ctx.state.tensors(), wanted, strict=True)
         ]
         with torch.enable_grad():
-            output = replace(ctx.state.with_tensors(leaves), gradients=True).computed()
+            output = ctx.state.with_tensors(leaves).computed()
         sources = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         gradients = iter(torch.autograd.grad(output, sources, gradient))
         return None, None, *(next(gradients) if needs else None for needs in wanted)
@@ -237,6 +259,11 @@ def loaded(x: Tensor) -> Deferred:
     return x.state.loaded() if isinstance(x, DeferredTensor) else Deferred(x)
 
 
+def device_of(x: Tensor) -> torch.device:
+    """The device of a tensor, without `__torch_function__`."""
+    return x._state.x.x.device if isinstance(x, DeferredTensor) else x.device
+
+
 def computed(x: Tensor) -> Tensor:
     """An ordinary tensor."""
     return x.state.computed() if isinstance(x, DeferredTensor) else x
@@ -247,10 +274,12 @@ def _deferring_activation(act: str, in_place: bool = False) -> Callable[..., Any
 
     def defer(x: DeferredTensor, inplace: bool = in_place, **options: Any) -> Any:
         state = x.state
-        last = state.x.is_affine if state.shortcut is None else state.act == "identity"
-        if not last or options or (inplace and state.value is not None):
+        made = state.followed_by(act)
+        if made is None or options or (inplace and state.value is not None):
             return NotImplemented
-        made = replace(state, x=replace(state.x, act=act)) if state.shortcut is None else replace(state, act=act)
+        if inplace and not state.is_read:
+            x._replace(made)
+            return x
         return DeferredTensor._made(made, x if inplace else None)
 
     return defer
@@ -284,15 +313,17 @@ def _multiply(a: Any, b: Any = None, *, in_place: bool = False, **options: Any) 
     if not fits or state.shortcut is not None or (in_place and state.value is not None):
         return NotImplemented
     gate = b.flatten(1).to(torch.promote_types(b.dtype, torch.float32))
-    return DeferredTensor._made(replace(state, x=gate_by(state.x, gate)), a if in_place else None)
+    made = _State(gate_by(state.x, gate), None, "identity", state.gradients)
+    return DeferredTensor._made(made, a if in_place else None)
 
 
 def _mean(x: DeferredTensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
     """The mean over height and width."""
     over = {d % 4 for d in dim} if isinstance(dim, Sequence) else set()
-    if options or over != {2, 3} or x.state.shortcut is not None:
+    state = x.state
+    if options or over != {2, 3} or state.shortcut is not None:
         return NotImplemented
-    pooled = mean(x.state.loaded()).to(x.dtype)
+    pooled = mean(state.loaded()).to(state.x.x.dtype)
     return pooled[:, :, None, None] if keepdim else pooled
 
 

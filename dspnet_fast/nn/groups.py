@@ -136,6 +136,7 @@ class ChannelGroups:
         self.numbers: list[Number] = []
         self.ties: dict[int, int] = {}
         self.inputs: list[Any] = []
+        self._counts: dict[tuple[Any, ...], int | None] = {}
         self._selections: dict[tuple[Any, ...], dict[str, Positions]] = {}
 
     def __deepcopy__(self, memo: Any) -> ChannelGroups:
@@ -194,11 +195,14 @@ class ChannelGroups:
 
     def count(self, path: str, name: str, dim: int, units: Sequence[int]) -> int | None:
         """Number of positions of a dimension of a tensor that are kept; None if all are."""
-        for dimension in self.tensors[path].get(name, ()):
-            if dimension.dim == dim:
+        key = path, name, dim, tuple(units)
+        if key not in self._counts:
+            self._counts[key] = None
+            for dimension in self.tensors[path].get(name, ()):
                 count = len(dimension.kept(units))
-                return count if count < len(dimension.group) else None
-        return None
+                if dimension.dim == dim and count < len(dimension.group):
+                    self._counts[key] = count
+        return self._counts[key]
 
     def selection(self, path: str, units: Sequence[int], device: torch.device) -> dict[str, Positions]:
         """The kept positions of every tensor of a module of which some are dropped."""

@@ -339,7 +339,9 @@ def defers_normalization(device: torch.device) -> bool:
     compilers and transforms. Under autocast only in bfloat16, which the operators support."""
     if is_eager() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not is_autocasting(device) or torch.get_autocast_dtype(device.type) == torch.bfloat16
+    if not torch._C._is_any_autocast_enabled() or not is_autocasting(device):
+        return True
+    return torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
 def is_autocasting(device: torch.device) -> bool:

@@ -1,5 +1,7 @@
 """Families of traced networks pretrain like the project's own."""
 
+from collections import Counter
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
@@ -11,6 +13,8 @@ from dspnet_fast.nn.batch_norm import MomentumBatchNorm
 from train.config import PretrainConfig
 from train.pretraining.dspnet import DSPNet
 from train.pretraining.flat_buffers import FlatBuffers
+from train.pretraining.recipe import complete
+from train.selection.recording import calls_of
 
 
 def encoder() -> nn.Module:
@@ -36,6 +40,32 @@ def test_step_trains_the_sampled_subnets_of_a_traced_network(precision):
     flat.step(0.1, 0.9, weight_decay=0.0, momentum=0.9, eta=1e-3)
     assert set(losses) == {"w0.50", "w1.00"} and all(0 < loss < 8 for loss in losses.values())
     assert not torch.equal(flat.params, before) and flat.params.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fused_step_equals_the_eager_one(precision, policy):
+    made = family(NAME, ["w0.50", "w1.00"])
+    exact = precision == "fp32"  # in fp64
+    images, found = torch.randn(8, 3, 16, 16).to(torch.float64 if exact else torch.float32), []
+    for name in ("native", "eager"):
+        policy(name)
+        torch.manual_seed(0)
+        model = DSPNet(NAME, made, hidden_features=32, out_features=16, precision=precision, bn_groups=2)
+        flat = FlatBuffers(*((model.online.double(), model.target.double()) if exact else (model.online, model.target)))
+        losses = model.accumulate(images, list(made), 0.5)
+        found.append((torch.stack([*losses.values()]), flat.grads, flat.statistics))
+    assert isinstance(model.target.encoder.body[0].norm, MomentumBatchNorm)
+    for got, want in zip(*found):
+        assert (got - want).norm() < (1e-9 if exact else 0.1) * want.norm()
+
+
+def test_recorded_calls_of_a_run_are_those_of_the_fused_formulation():
+    config = PretrainConfig(
+        data="none", network=NAME, dns="w0.50,w1.00", subnets_per_step=2, image_size=16, batch_size=4,
+        hidden_features=32, out_features=16,
+    )  # fmt: skip
+    calls = Counter(call.operator for call in calls_of(complete(config, 64)))
+    assert calls["conv_moments"] >= 4 and calls["norm_act"] >= 2 and calls["conv_moments_backward"] == 2
 
 
 def test_gradients_of_a_subnet_are_zero_outside_it():
