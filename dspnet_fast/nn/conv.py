@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_moments, slim_conv2d, slim_linear
-from ..ops.registry import defers_normalization, is_autocasting, uses_pytorch
+from ..ops.autocast import is_autocasting
+from ..ops.registry import defers_normalization, uses_pytorch
 from .batch_norm import SlimBatchNorm
 from .deferred import ConvOutput, Deferred
 from .deferred_tensor import attach_moments, computed, device_of, loaded

@@ -68,10 +68,10 @@ class _State:
     def with_tensors(self, tensors: Sequence[Any]) -> _State:
         """The same function of other tensors, with gradients."""
         parts = [part for part in (self.x, self.shortcut) if part is not None]
-        made = [
-            Deferred(*tensors[4 * index : 4 * index + 3], part.act, tensors[4 * index + 3])
-            for index, part in enumerate(parts)
-        ]
+        made = []
+        for index, part in enumerate(parts):
+            x, scale, shift, gate = tensors[4 * index : 4 * index + 4]
+            made.append(Deferred(x, scale, shift, part.act, gate))
         return _State(made[0], made[1] if len(made) > 1 else None, self.act, True)
 
     def computed(self) -> Tensor:

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import slim_linear
-from ..ops.registry import is_autocasting, uses_pytorch
+from ..ops.autocast import is_autocasting
+from ..ops.registry import uses_pytorch
 from .prefix import prefixes
 from .sized import Sized, main_grad
 

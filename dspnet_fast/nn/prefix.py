@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.registry import is_autocasting
+from ..ops.autocast import is_autocasting
 from .sized import main_grad
 
 Positions = tuple[tuple[int, int | Tensor], ...]  # by dimension the length of a prefix, or the positions

@@ -28,63 +28,32 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import cpp, lazy_views
+from . import autocast, cpp, lazy_views
+from .autocast import is_autocasting
+from .provider import Provider, Verdict
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Verdict = tuple[bool, str]  # (True, "") or (False, reason)
 
 PRIORITY = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 NATIVE = ("eager", "native")  # policies without providers
 CHOOSING = ("auto", "any")  # policies that choose among providers
 CONVOLUTIONS = ("conv_moments", "conv_moments_backward")  # operators that take most of a step
-_CAST = (torch.float32, torch.float16, torch.bfloat16)
 PROVIDERS = ("native", "cpp", "triton", "cuda", "apex")
 NO_IMPLEMENTATION = "no implementation of this operator"
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-_AUTOCAST = _AUTOCAST.add(torch._C.DispatchKey.AutocastCUDA)
 
 log = logging.getLogger(__name__)
 operators: dict[str, "Operator[Any, Any]"] = {}
 _findings: dict[tuple[str, str], str] = {}
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One implementation of one operator.
-
-    Attributes:
-        name: one of PROVIDERS.
-        run: the implementation, called with the operator's arguments.
-        devices: supported device types.
-        supported: whether this machine can run it; called once, when first needed.
-        accepts: whether it supports the arguments at `places`; called on every call.
-        places: positions of the arguments that `accepts` takes.
-        unproven: reason why `auto` does not choose it, or empty.
-        only_by_name: reason why neither `auto` nor `any` chooses it, or empty.
-        autograd: as `run`, for arguments that require gradients: its results call the provider of the gradient's
-            operator, without Python. None if there is no such function.
-    """
-
-    name: str
-    run: Callable[..., Any]
-    devices: tuple[str, ...]
-    supported: Callable[[], Verdict]
-    accepts: Callable[..., Verdict]
-    places: tuple[int, ...]
-    unproven: str
-    only_by_name: str
-    autograd: Callable[..., Any] | None = None
 
 
 def _yes() -> Verdict:
@@ -99,14 +68,14 @@ class Operator(Generic[P, R]):
         body: Callable[..., R],
         mutates: Sequence[str],
         checks: Sequence[Callable[..., None]],
-        autocast: Sequence[str],
+        cast: Sequence[str],
     ):
         self.name = body.__name__
         self.providers: dict[str, Provider] = {}
         self._signature = inspect.signature(body)
         self.parameters = list(self._signature.parameters)
         self.checks = [(check, self._places(check)) for check in checks]
-        self._cast_places = tuple(map(self.parameters.index, autocast))
+        self._cast_places = tuple(map(self.parameters.index, cast))
 
         @functools.wraps(body)
         def native(*args: Any, **kwargs: Any) -> R:
@@ -122,7 +91,7 @@ class Operator(Generic[P, R]):
         self._call: Callable[P, R] = getattr(torch.ops.dspnet, self.name).default
         lazy_views.refuse_where_written(self._call)
         self._library = torch.library.Library("dspnet", "IMPL")
-        for key in ("AutocastCPU", "AutocastCUDA"):
+        for key in autocast.DISPATCH_KEYS:
             self._library.impl(self.name, self._call_autocast, key)
         self._returns = not schema.endswith("-> ()")
         if self._returns:
@@ -135,9 +104,9 @@ class Operator(Generic[P, R]):
             return self._call(*args, **kwargs)
         if not torch._C._is_any_autocast_enabled():
             return self._call_plain(args)
-        cast = self._autocast(args)
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return self._call_plain(cast)
+        args = self._cast(args)  # type: ignore[assignment]
+        with autocast.disabled():
+            return self._call_plain(args)
 
     def _call_plain(self, args: tuple[Any, ...]) -> R:
         """A call that only autograd observes."""
@@ -153,20 +122,12 @@ class Operator(Generic[P, R]):
 
     def _call_autocast(self, *args: Any) -> R:
         """A call by the dispatcher under autocast."""
-        args = self._autocast(args)
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return self._call(*args)
+        args = self._cast(args)
+        with autocast.disabled():
+            return self._call(*args)  # type: ignore[call-arg]
 
-    def _autocast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments in the dtypes of autocast, as PyTorch casts those of convolutions: all but float64."""
-        device = _device_type(args)
-        if not self._cast_places or device is None or not is_autocasting(torch.device(device)):
-            return args
-        cast = list(args)
-        for place in self._cast_places:
-            if isinstance(cast[place], Tensor) and cast[place].dtype in _CAST:
-                cast[place] = cast[place].to(torch.get_autocast_dtype(device))
-        return tuple(cast)
+    def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return autocast.cast(args, self._cast_places, _device_type(args))
 
     def recorded(self, *args: Any) -> Callable[..., Any] | None:
         """The function `autograd` of the provider that is chosen for these arguments.
@@ -342,11 +303,6 @@ def defers_normalization(device: torch.device) -> bool:
     if not torch._C._is_any_autocast_enabled() or not is_autocasting(device):
         return True
     return torch.get_autocast_dtype(device.type) == torch.bfloat16
-
-
-def is_autocasting(device: torch.device) -> bool:
-    """Whether autocast is enabled for a device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def policy_of_environment() -> str:

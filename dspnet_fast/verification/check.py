@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import registry
+from ..ops.provider import Provider
 from . import error_rule
 from .calls import Call, parameters
 
@@ -52,7 +53,7 @@ class Reference:
         return cls(call, seed, arguments, results, exact, names)
 
 
-def check(provider: registry.Provider, reference: Reference) -> tuple[str, float]:
+def check(provider: Provider, reference: Reference) -> tuple[str, float]:
     """Check a provider on a call.
 
     Returns:
@@ -88,7 +89,7 @@ def check(provider: registry.Provider, reference: Reference) -> tuple[str, float
     return "", share
 
 
-def leaks(provider: registry.Provider, reference: Reference) -> str:
+def leaks(provider: Provider, reference: Reference) -> str:
     """The reason why repeated calls take ever more memory, or an empty string."""
     given = _copies(reference.call, reference.arguments)
     used = []
