@@ -146,7 +146,8 @@ def test_command_prints_what_it_does_the_table_and_the_race(sabotaged):
     assert re.search(r"^selecting kernels: recording the operators' calls with 4 images, 0 s$", printed, re.MULTILINE)
     rows = [line.split() for line in printed.splitlines()]
     results = {row[0]: row[-1] for row in rows if row[1:2] == ["cpp"]}
-    assert results == dict.fromkeys(REFUSALS, "refused") | dict.fromkeys(registry.CONVOLUTIONS, "verified")
+    sound = (*registry.CONVOLUTIONS, "slim_linear", "slim_linear_backward")
+    assert results == dict.fromkeys(REFUSALS, "refused") | dict.fromkeys(sound, "verified")
     assert {"eager", "fused"} <= {row[0] for row in rows if row} and ["eager", "again"] in [row[:2] for row in rows]
     assert re.search(r"^kept in .*/dspnet-fast/verdicts/\w+\.json on ", printed, re.MULTILINE)
 
