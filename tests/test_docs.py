@@ -195,6 +195,7 @@ def test_options_exist(page):
         "--group",
         "--pixels",
         "--images",
+        "--batches",
         "--spin-counts",
     }  # options of other commands
     known |= {
