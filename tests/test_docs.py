@@ -28,7 +28,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
 def test_recipe_name_gives_kind_and_epochs(recipe):
     config = to_config(PretrainConfig, make_parser().parse_args(["--config", str(recipe)]))
-    assert recipe.stem.startswith("byol_" if len(config.names()) == 1 else "dspnet_")
+    kind = "teacher_" if config.teacher else "byol_" if len(config.names()) == 1 else "dspnet_"
+    assert recipe.stem.startswith(kind)
     assert recipe.stem.endswith(f"_{config.epochs}e")
 
 
@@ -194,6 +195,7 @@ def test_options_exist(page):
         "--group",
         "--pixels",
         "--images",
+        "--batches",
         "--spin-counts",
     }  # options of other commands
     known |= {

@@ -1,5 +1,6 @@
 """Files that tools and services read: they parse, and what they refer to exists."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -79,3 +80,48 @@ def test_contributing_quotes_the_code_as_it_is():
     for path, block in quotes:
         lines = {line.strip() for line in (ROOT / path).read_text().splitlines()}
         assert not {line.strip() for line in block.splitlines()} - lines - {"", "..."}, path
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """demo(importable): calls of Python by `make demo` in an empty checkout, with or without the teacher's package."""
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
+        (tmp_path / name).touch()
+    for folder in ("csrc", "fashion-mnist", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / ".venv/installed").touch()
+    calls, python = tmp_path / "calls", tmp_path / ".venv/bin/python"
+
+    def run(importable: bool) -> list[str]:
+        fail = "" if importable else "case $* in *efficientnet*) exit 1;; esac"
+        python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{fail}\n')
+        python.chmod(0o755)
+        calls.unlink(missing_ok=True)
+        done = subprocess.run(
+            ["make", "--silent", "--file", ROOT / "Makefile", "demo", "DSPNET_CAPABILITY="],
+            cwd=tmp_path,
+            env={**os.environ, "DSPNET_DATA": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("trains without a teacher" in done.stdout) is not importable
+        return calls.read_text().splitlines()
+
+    run.folder = tmp_path
+    return run
+
+
+def test_demo_learns_from_a_teacher_if_its_weights_can_be_installed(demo):
+    for importable, recipe in ((True, "teacher_"), (False, "dspnet_")):
+        (call,) = [call for call in demo(importable) if "train.pretrain" in call]
+        (path,) = re.findall(r"--config (\S+)", call)
+        assert path.startswith(f"recipes/{recipe}") and (ROOT / path).is_file()
+        assert ("--teacher-cache" in call) is importable and "--resume" not in call
+
+
+def test_demo_resumes_its_run(demo):
+    (demo.folder / "runs/demo").mkdir(parents=True)
+    (demo.folder / "runs/demo/config.yaml").touch()
+    (call,) = [call for call in demo(True) if "train.pretrain" in call]
+    assert call.endswith("--resume") and "--config" not in call
