@@ -23,7 +23,7 @@ from .linear import SlimLinear
 from .numbers import guessed_numbers, known_numbers, tie_heads
 from .selected import Selected, is_norm_act, selected_class
 from .sized import Sized
-from .tracing import Tracer
+from .tracing import Tracer, plain_operations
 
 SLIMMABLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: SlimConv2d,
@@ -36,6 +36,7 @@ VERIFIED_WIDTHS = (0.25, 0.5, 0.75)
 IMAGE_SIZES = (64, 224, 32, 16, 299)
 
 
+@plain_operations()
 def slimmable(
     model: nn.Module, example: Any = None, keep: Iterable[str] = (OUTPUTS,), widths: Sequence[float] = VERIFIED_WIDTHS
 ) -> nn.Module:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops.registry import get_policy, set_policy
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d, has_moments
 from .convert import SLIMMABLE, example_inputs
 from .groups import ChannelGroups
 from .selected import is_norm_act, selected_class
+from .tracing import plain_operations
 
 
+@plain_operations()
 def fused(model: nn.Module, example: Any = None) -> nn.Module:
     """Let a network defer its batch normalisations, in place, so that fused operators can apply them.
 
@@ -84,14 +85,12 @@ def _chains(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[nn.Conv2d, 
         *(m.register_forward_hook(keep) for m in model.modules() if type(m) in (nn.Conv2d, SlimConv2d)),
         *(m.register_forward_pre_hook(find) for m in model.modules() if _defers(m)),
     ]
-    training, policy = [module for module in model.modules() if module.training], get_policy()
-    set_policy("eager")
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         with torch.no_grad():
             model(*inputs)
     finally:
-        set_policy(policy)
         for module in training:
             module.training = True
         for hook in hooks:

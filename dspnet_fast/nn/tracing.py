@@ -60,7 +60,7 @@ class Tracer(TorchDispatchMode):
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_plain_operations())
+            stack.enter_context(plain_operations())
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
             stack.callback(register_module_forward_hook(self._leave).remove)
             with self:
@@ -316,7 +316,7 @@ RULES: dict[str, Rule] = {
 
 
 @contextmanager
-def _plain_operations() -> Iterator[None]:
+def plain_operations() -> Iterator[None]:
     """Compute nn.MultiheadAttention and slimmable layers by operations of PyTorch."""
     before = torch.backends.mha.get_fastpath_enabled(), get_policy()
     torch.backends.mha.set_fastpath_enabled(False)
