@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS), help="names as of --network, separated by commas")
     parser.add_argument("--images", type=int, default=16, help="images of a step, two views each")
     parser.add_argument("--size", type=int, default=64, help="height and width of the images, in pixels")
-    parser.add_argument("--rounds", type=int, default=9, help="measured steps of every network and formulation")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of every network and formulation")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(arguments)
     networks = options.networks.split(",")

@@ -10,6 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from dspnet_fast.nn import SlimConv2d, activate, slimmable
+from dspnet_fast.nn.prefix import shared_prefixes
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
 
@@ -51,6 +52,13 @@ class Attention(nn.Module):
 
 def images(size=16, count=2):
     return torch.randn(count, 3, size, size)
+
+
+def test_network_is_traced_within_shared_prefixes():
+    with shared_prefixes(collects=True):
+        model = slimmable(Concatenation(), images(8))
+    with activate(model, 0.5):
+        assert model(images(8)).shape == (2, 5)
 
 
 def test_concatenated_inputs_take_the_prefix_of_each_part():

@@ -114,7 +114,7 @@ def _without_classifier(network: nn.Module, name: str) -> nn.Module:
     return network
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def reference(name: str) -> tuple[nn.Module, ChannelGroups, Tensor]:
     """An ordinary network of an architecture, its channel groups, and images that it runs on."""
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):

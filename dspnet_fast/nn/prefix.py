@@ -59,6 +59,17 @@ def shared_prefixes(collects: bool = False) -> Iterator[None]:
         _shared = None
 
 
+@contextmanager
+def separate_prefixes() -> Iterator[None]:
+    """Within this context layers share no prefixes, not even within `shared_prefixes`."""
+    global _shared
+    before, _shared = _shared, None
+    try:
+        yield
+    finally:
+        _shared = before
+
+
 def prefixes(layer: nn.Module, *sizes: int, like: Tensor | None = None) -> Prefixes:
     """The first `sizes` elements of the weight's first dimensions and `sizes[0]` elements of the bias, differentiable.
 

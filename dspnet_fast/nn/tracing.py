@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.registry import get_policy, set_policy
 from .labels import FIXED, Axes, Conflict, Labels
+from .prefix import separate_prefixes
 
 # Operations that only move values; they are applied to the labels themselves.
 MOVES = {
@@ -322,7 +323,8 @@ def plain_operations() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     set_policy("eager")
     try:
-        yield
+        with separate_prefixes():  # whose labels would be those of an earlier width
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before[0])
         set_policy(before[1])
