@@ -252,7 +252,7 @@ class OptimizationOptions:
         "docs/recipes.md",
         metavar="NAME",
     )
-    optimizer: str = choice("lars", OPTIMIZERS, f"optimizer: {', '.join(OPTIMIZERS)}", metavar="NAME")
+    optimizer: str = choice(None, OPTIMIZERS, f"optimizer: {', '.join(OPTIMIZERS)} [by --recipe]", metavar="NAME")
     epochs: int = count(None, "passes over the images [by --recipe]")
     batch_size: int = option(None, "images per step, over all ranks [by --recipe]", rule=TWO_IMAGES)
     bn_groups: int | None = count(
@@ -360,6 +360,7 @@ class PretrainConfig(
         check_options(self)
         check_network(self.network)
         if self.recipe == "paper":
+            self.optimizer = self.optimizer or "lars"
             for name, value in (PAPER | (ADAMW if self.optimizer == "adamw" else {})).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)

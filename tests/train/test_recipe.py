@@ -42,7 +42,7 @@ def test_batch_falls_until_there_are_enough_steps():
     batches = [complete(PretrainConfig(epochs=20), images).batch_size for images in (100_000, 10_000, 5_000, 1_000)]
     assert batches[0] == MAX_BATCH and batches[-1] == MIN_BATCH and batches == sorted(batches, reverse=True)
     steps = steps_of(complete(PretrainConfig(epochs=20), 10_000), 10_000)
-    assert steps >= recipe.STEPS
+    assert steps >= recipe.BYOL.steps
 
 
 def test_batch_fits_ranks_micro_batches_and_groups():
@@ -62,6 +62,16 @@ def test_peak_learning_rate_does_not_depend_on_the_batch():
     for batch in (32, 256, 4096):
         config = complete(PretrainConfig(batch_size=batch, epochs=10), 10_000)
         assert config.base_lr * batch / 256 == pytest.approx(recipe.PEAK)
+
+
+def test_teacher_makes_runs_short_and_the_optimizer_adamw():
+    for images, epochs, batch in ((3_000, 33, 64), (50_000, 3, 128), (1_281_167, 3, 256)):
+        config = complete(PretrainConfig(teacher="efficientnet-lite0"), images)
+        assert (config.optimizer, config.epochs, config.batch_size) == ("adamw", epochs, batch)
+        assert config.base_lr * batch / 256 == pytest.approx(recipe.TAUGHT_PEAK) and config.weight_decay == 0.05
+    assert complete(PretrainConfig(), 3_000).optimizer == PretrainConfig(recipe="paper").optimizer == "lars"
+    given = complete(PretrainConfig(teacher="efficientnet-lite0", optimizer="lars"), 3_000)
+    assert given.base_lr * given.batch_size / 256 == pytest.approx(recipe.PEAK)
 
 
 def test_tau_rises_with_the_number_of_steps():

@@ -15,17 +15,34 @@ from ..config import ADAMW, PAPER, PretrainConfig
 from ..data.sampler import EpochSampler
 from ..run.options import flag
 
-VIEWED = 1_000_000  # images over all epochs
-MIN_EPOCHS, MAX_EPOCHS = 100, 1000
-STEPS = 2_000  # a smaller batch than 256 is used if it takes that to reach this number of steps
 MIN_BATCH, MAX_BATCH = 32, 256
 GROUP = 16  # images per ghost batch norm group, at least
 PEAK = 1.5  # learning rate of LARS; independent of the batch, because the steps are normalised
-ADAMW_PEAK = ADAMW["base_lr"]
+ADAMW_PEAK, TAUGHT_PEAK = ADAMW["base_lr"], 2e-3  # learning rates of AdamW, the second with a teacher
 TAU_SHARE = 0.1  # averaging time of the target, as a share of the run
 MIN_TAU, MAX_TAU = 0.97, 0.99
 WARMUP_EPOCHS = 10.0
 MIN_SCALE, LONG_RUN = 0.2, 20_000  # steps from which the paper's smaller crops are used
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to train.
+
+    Attributes:
+        viewed: number of images over all epochs.
+        min_epochs, max_epochs: bounds of the epochs.
+        steps: a smaller batch than MAX_BATCH is used if it takes that to reach this number of steps.
+    """
+
+    viewed: int
+    min_epochs: int
+    max_epochs: int
+    steps: int
+
+
+BYOL = Length(1_000_000, 100, 1000, 2_000)
+TAUGHT = Length(100_000, 3, 100, 1_000)  # with a teacher
 
 
 @dataclass(frozen=True)
@@ -65,34 +82,39 @@ def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[s
             found[name] = Choice(value, reason)
         return value if given is None else given
 
-    epochs = min(max(round(VIEWED / images), MIN_EPOCHS), MAX_EPOCHS)
-    epochs = choose("epochs", epochs, f"{VIEWED:,} images, in {MIN_EPOCHS} to {MAX_EPOCHS:,} passes")
+    length, learner = (BYOL, "BYOL") if config.teacher is None else (TAUGHT, "a family with a teacher")
+    optimizer = choose("optimizer", "lars" if length is BYOL else "adamw", f"for {learner}")
+    passes = f"{length.min_epochs} to {length.max_epochs:,} passes"
+    epochs = min(max(round(length.viewed / images), length.min_epochs), length.max_epochs)
+    epochs = choose("epochs", epochs, f"{length.viewed:,} images for {learner}, in {passes}")
     groups = config.bn_groups or ranks * config.grad_accum_steps
-    batch = _batch_size(images, epochs, groups, math.lcm(groups, ranks * config.grad_accum_steps))
-    batch = choose("batch_size", batch, f"{STEPS:,} steps or more, if {MIN_BATCH} to {MAX_BATCH} images give them")
+    unit = math.lcm(groups, ranks * config.grad_accum_steps)
+    batch = _batch_size(images, epochs, groups, unit, length.steps)
+    reason = f"{length.steps:,} steps or more, if {MIN_BATCH} to {MAX_BATCH} images give them"
+    batch = choose("batch_size", batch, reason)
     epoch_steps = max(1, images // max(1, batch))
     steps = epochs * epoch_steps
     warmup = min(WARMUP_EPOCHS, epochs / 10)
     if round(warmup * epoch_steps) > steps / 10:
         warmup = steps // 10 / epoch_steps
     choose("warmup_epochs", warmup, f"{WARMUP_EPOCHS:g} epochs, but at most a tenth of the run")
-    peak = ADAMW_PEAK if config.optimizer == "adamw" else PEAK
-    choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g}, because steps are normalised in any batch")
+    peak = PEAK if optimizer == "lars" else ADAMW_PEAK if length is BYOL else TAUGHT_PEAK
+    choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g} for batches of any size")
     tau = min(max(1 - 1 / (TAU_SHARE * steps), MIN_TAU), MAX_TAU)
     choose("tau", round(tau, 4), f"for {steps:,} steps")
     min_scale = MIN_SCALE if steps < LONG_RUN else PAPER["min_scale"]
     choose("min_scale", min_scale, f"smaller crops make the task harder, which pays off from {LONG_RUN:,} steps on")
-    if config.optimizer == "adamw":
+    if optimizer == "adamw":
         choose("weight_decay", ADAMW["weight_decay"], "usual with AdamW")
     else:
         choose("weight_decay", PAPER["weight_decay"], "as in the paper")
     return found
 
 
-def _batch_size(images: int, epochs: int, groups: int, unit: int) -> int:
-    """The largest batch that gives STEPS steps: a multiple of `unit`, with GROUP images per group if possible."""
+def _batch_size(images: int, epochs: int, groups: int, unit: int, steps: int) -> int:
+    """The largest batch that gives this number of steps: a multiple of `unit`, with GROUP images per group if possible."""
     batch = MAX_BATCH
-    while batch > MIN_BATCH and epochs * (images // batch) < STEPS:
+    while batch > MIN_BATCH and epochs * (images // batch) < steps:
         batch //= 2
     batch = max(batch, GROUP * groups)
     return max(min(-(-batch // unit), images // unit), 1) * unit
@@ -109,8 +131,12 @@ def lines(choices: Mapping[str, Choice], images: int) -> list[str]:
     if not choices:
         return []
     return [f"recipe  chosen for {images:,} images, because not given:"] + [
-        f"recipe  {flag(name)} {choice.value:g}: {choice.reason}" for name, choice in choices.items()
+        f"recipe  {flag(name)} {_text(choice.value)}: {choice.reason}" for name, choice in choices.items()
     ]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def check_sampling(config: PretrainConfig, images: int) -> None:
