@@ -112,7 +112,7 @@ def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[s
 
 
 def _batch_size(images: int, epochs: int, groups: int, unit: int, steps: int) -> int:
-    """The largest batch that gives this number of steps: a multiple of `unit`, with GROUP images per group if possible."""
+    """The largest batch that gives `steps`: a multiple of `unit`, with GROUP images per group if possible."""
     batch = MAX_BATCH
     while batch > MIN_BATCH and epochs * (images // batch) < steps:
         batch //= 2
