@@ -5,6 +5,8 @@ dbias = sum(dshift). A layer has a few thousand elements, so the number of launc
 one for backward. A program processes its channels of all views, so sums over views need no second launch.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -154,9 +156,9 @@ def _gradient_buffer(vector: Tensor | None, main_grad: Tensor | None, other: Ten
     return other.new_empty(0), main_grad
 
 
-def accepts(*vectors: Tensor | None) -> tuple[bool, str]:
-    """Whether the kernels support these tensors, including main_grads: (True, "") or (False, reason)."""
-    given = [vector for vector in vectors if vector is not None]
+def accepts(*args: Any) -> tuple[bool, str]:
+    """Whether the kernels support these arguments of either operator: (True, "") or (False, reason)."""
+    given = [arg for arg in args if isinstance(arg, Tensor)]
     if any(vector.dtype != torch.float32 for vector in given):
         return False, "it supports float32 only"
     if any(not vector.is_contiguous() for vector in given if vector.ndim == 1):

@@ -22,11 +22,44 @@ from .deferred import (
     per_image,
     upcast,
 )
-from .main_grad import check_main_grad, gradient_buffer
+from .main_grad import check_main_grad
 from .registry import operator
+from .slim_conv2d import slim_conv2d_backward
 
 
-@operator()
+def _check(x: Tensor, weight: Tensor, out_channels: int, stride: int, padding: int, groups: int) -> None:
+    channels, (height, width) = x.shape[1], x.shape[2:]
+    torch._check(
+        weight.ndim == 4 and weight.is_floating_point() and weight.shape[2] == weight.shape[3],
+        lambda: f"conv_moments: weight must be [O, I, k, k], floating point, got {list(weight.shape)} {weight.dtype}",
+    )
+    out_full, in_full, kernel, _ = weight.shape
+    torch._check(
+        groups == 1 or 0 < groups == channels == out_channels,
+        lambda: (
+            f"conv_moments: {groups} groups for {channels} channels in and {out_channels} out: "
+            "use 1, or as many as channels for a depthwise convolution"
+        ),
+    )
+    torch._check(
+        0 < out_channels <= out_full and 0 < channels // groups <= in_full and (groups == 1 or in_full == 1),
+        lambda: (
+            f"conv_moments: a weight of {list(weight.shape)} has no prefix of {out_channels} x {channels // groups}"
+        ),
+    )
+    torch._check(
+        stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and x.numel() > 0,
+        lambda: f"conv_moments: no output for {list(x.shape)} by kernel {kernel}, stride {stride}, padding {padding}",
+    )
+
+
+@operator(
+    checks=(
+        functools.partial(check_deferred, "conv_moments"),
+        _check,
+        functools.partial(check_main_grad, "conv_moments"),
+    )
+)
 def conv_moments(
     x: Tensor,
     scale: Tensor | None,
@@ -74,7 +107,6 @@ def conv_moments(
         >>> y.shape, mean.shape
         (torch.Size([4, 24, 6, 6]), torch.Size([2, 24]))
     """
-    _check(x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views)
     h = materialize(x, scale, shift, act, gate).to(x.dtype)
     prefix = weight[:out_channels, : x.shape[1] // groups].to(x.dtype)
     y = torch.conv2d(h, prefix, None, stride, padding, 1, groups).contiguous(memory_format=torch.channels_last)
@@ -82,47 +114,6 @@ def conv_moments(
         return y, upcast(y).new_empty(0, out_channels), upcast(y).new_empty(0, out_channels)
     variance, mean = torch.var_mean(upcast(y).unflatten(0, (views, -1)), (1, 3, 4), correction=0)
     return y, mean, variance
-
-
-def _check(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    weight: Tensor,
-    main_grad: Tensor | None,
-    out_channels: int,
-    stride: int,
-    padding: int,
-    groups: int,
-    views: int,
-) -> None:
-    check_deferred("conv_moments", x, scale, shift, act, gate, views)
-    channels, (height, width) = x.shape[1], x.shape[2:]
-    torch._check(
-        weight.ndim == 4 and weight.is_floating_point() and weight.shape[2] == weight.shape[3],
-        lambda: f"conv_moments: weight must be [O, I, k, k], floating point, got {list(weight.shape)} {weight.dtype}",
-    )
-    out_full, in_full, kernel, _ = weight.shape
-    torch._check(
-        groups == 1 or 0 < groups == channels == out_channels,
-        lambda: (
-            f"conv_moments: {groups} groups for {channels} channels in and {out_channels} out: "
-            "use 1, or as many as channels for a depthwise convolution"
-        ),
-    )
-    torch._check(
-        0 < out_channels <= out_full and 0 < channels // groups <= in_full and (groups == 1 or in_full == 1),
-        lambda: (
-            f"conv_moments: a weight of {list(weight.shape)} has no prefix of {out_channels} x {channels // groups}"
-        ),
-    )
-    torch._check(
-        stride > 0 and padding >= 0 and min(height, width) + 2 * padding >= kernel and x.numel() > 0,
-        lambda: f"conv_moments: no output for {list(x.shape)} by kernel {kernel}, stride {stride}, padding {padding}",
-    )
-    check_main_grad("conv_moments", weight, main_grad)
 
 
 @operator(mutates=("main_grad",))
@@ -168,19 +159,9 @@ def conv_moments_backward(
     z = normalized(x, scale, shift)
     value = apply_activation(z, act)
     h = (value if gate is None else value * gate[:, :, None, None]).to(x.dtype)
-    prefix = weight[: y.shape[1], : x.shape[1] // groups]
-    grad_h, grad_prefix, _ = torch.ops.aten.convolution_backward(
-        e,
-        h,
-        prefix.to(x.dtype),
-        None,
-        [stride, stride],
-        [padding, padding],
-        [1, 1],
-        False,
-        [0, 0],
-        groups,
-        [input_gradient, weight_gradient, False],
+    geometry = [stride, stride], [padding, padding], [1, 1], groups
+    grad_h, grad_weight, _ = slim_conv2d_backward.native(
+        e, h, weight, main_grad, *geometry, input_gradient, weight_gradient, False
     )
     grad_x, (grad_scale, grad_shift, grad_gate) = x.new_empty(0), (upcast_y.new_empty(0) for _ in range(3))
     if input_gradient:
@@ -191,11 +172,6 @@ def conv_moments_backward(
         rows = 0 if scale is None else len(scale)
         grad_x, grad_scale, grad_shift = normalization_gradients(grad_h * activation_gradient(z, act), x, scale, rows)
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-    if weight_gradient:
-        buffer, grad_weight = gradient_buffer(weight, main_grad)
-        buffer[: prefix.shape[0], : prefix.shape[1]] += grad_prefix
-    else:
-        grad_weight = weight.new_empty(0)
     return grad_x, grad_scale, grad_shift, grad_gate, grad_weight
 
 
@@ -207,38 +183,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.act, ctx.geometry = act, (stride, padding, groups)
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     x, scale, shift, gate, weight, y, mean = ctx.saved_tensors
-    stride, padding, groups = ctx.geometry
-    of_x, of_scale, of_shift, _, of_gate, of_weight = ctx.needs_input_grad[:6]
-    grad_x, grad_scale, grad_shift, grad_gate, grad_weight = conv_moments_backward(
-        grad_y,
-        grad_mean,
-        grad_variance,
-        x,
-        scale,
-        shift,
-        ctx.act,
-        gate,
-        weight,
-        ctx.main_grad,
-        y,
-        mean,
-        stride,
-        padding,
-        groups,
-        of_x or of_scale or of_shift or of_gate,
-        of_weight,
+    *of_input, of_weight = ctx.needs_input_grad[:6]
+    grad_x, grad_scale, grad_shift, grad_gate, grad_weight = conv_moments_backward(  # type: ignore[call-arg]
+        *grads, x, scale, shift, ctx.act, gate, weight, ctx.main_grad, y, mean, *ctx.geometry, any(of_input), of_weight
     )
-    return (
-        grad_x if of_x else None,
-        grad_scale if of_scale else None,
-        grad_shift if of_shift else None,
-        None,
-        grad_gate if of_gate else None,
-        grad_weight if of_weight and ctx.main_grad is None else None,
-        *6 * [None],
-    )
+    return grad_x, grad_scale, grad_shift, None, grad_gate, grad_weight if ctx.main_grad is None else None
 
 
 conv_moments.register_autograd(_backward, _setup_context)
@@ -250,37 +201,7 @@ def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     return True, ""
 
 
-def _triton_accepts(x: Tensor, weight: Tensor, groups: int) -> tuple[bool, str]:
-    return triton.kernels("conv_moments").accepts(x, weight, groups)
-
-
-@conv_moments.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "conv_moments"), accepts=_accepts)
-def _cpp(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    weight: Tensor,
-    main_grad: Tensor | None,
-    *rest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_main_grad("conv_moments", weight, main_grad)  # the compiled forward does not take it
-    return torch.ops.dspnet_cpp.conv_moments(x, scale, shift, act, gate, weight, *rest)
-
-
-@conv_moments.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=_triton_accepts,
-    unproven=triton.UNPROVEN,
-)
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(*args)
-    # args[6] is main_grad, which only the backward uses.
-    return triton.kernels("conv_moments").conv_moments(*args[:6], *args[7:])
-
-
+cpp.serve(conv_moments, _accepts, without=("main_grad",))
 cpp.serve(conv_moments_backward, _accepts)
-triton.serve(conv_moments_backward, _triton_accepts)
+triton.serve(conv_moments, accepts=("x", "weight", "groups"), without=("main_grad",))
+triton.serve(conv_moments_backward, accepts=("x", "weight", "groups"))

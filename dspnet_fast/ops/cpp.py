@@ -6,7 +6,7 @@ DSPNET_LIBRARY is the path of another build of the library, for example that of 
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,25 @@ def stores(x: torch.Tensor) -> tuple[bool, str]:
     return True, ""
 
 
-def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None) -> None:
-    """Register the library's function with the operator's name as its provider `cpp`."""
+def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None, without: Sequence[str] = ()) -> None:
+    """Register the library's function with the operator's name as its provider `cpp`.
+
+    Args:
+        operator: the operator.
+        accepts: as of Operator.provider.
+        without: parameters that the function does not have; the operator's checks of these run before it.
+    """
+    kept = [place for place, name in enumerate(operator.parameters) if name not in without]
+    checks = [(check, places) for check, places in operator.checks if not {*places} <= {*kept}]
 
     def run(*args: Any) -> Any:
         return getattr(torch.ops.dspnet_cpp, operator.name)(*args)
 
+    def run_without(*args: Any) -> Any:
+        for check, places in checks:
+            check(*[args[place] for place in places])
+        return getattr(torch.ops.dspnet_cpp, operator.name)(*[args[place] for place in kept])
+
     options = {} if accepts is None else {"accepts": accepts}
-    operator.provider("cpp", devices=("cpu",), supported=functools.partial(has, operator.name), **options)(run)
+    register = operator.provider("cpp", devices=("cpu",), supported=functools.partial(has, operator.name), **options)
+    register(run_without if without else run)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import torch
 
@@ -44,3 +45,16 @@ def has(operator: str) -> tuple[bool, str]:
     if here and not torch._C._dispatch_has_kernel_for_dispatch_key(f"dspnet_cpp::{operator}", "CUDA"):
         return False, "the CUDA library is older than this operator: install the project again"
     return here, reason
+
+
+def serve(operator: Any, **options: Any) -> None:
+    """Register the library's function with the operator's name as its provider `cuda`.
+
+    options: as of Operator.provider; `unproven` is UNPROVEN by default.
+    """
+
+    def run(*args: Any) -> Any:
+        return getattr(torch.ops.dspnet_cpp, operator.name)(*args)
+
+    options = {"unproven": UNPROVEN} | options
+    operator.provider("cuda", devices=("cuda",), supported=functools.partial(has, operator.name), **options)(run)

@@ -87,7 +87,13 @@ def sum_per_view(x: Tensor, views: int) -> Tensor:
 
 
 def check_deferred(
-    operator: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None, views: int = 0
+    operator: str,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    gate: Tensor | None = None,
+    views: int = 0,
 ) -> None:
     """Raise RuntimeError unless x, scale, shift, act and gate are as described at the top of this module.
 

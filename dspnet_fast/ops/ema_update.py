@@ -1,6 +1,5 @@
 """ema_update: xi <- tau xi + (1 - tau) theta, the update of the target network (BYOL, arXiv:2006.07733, eq. 1)."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,21 @@ from . import apex, cpp, cuda, triton
 from .registry import operator
 
 
-@operator(mutates=("targets",))
+def _check(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
+    if not 0 <= tau <= 1:
+        raise RuntimeError(f"ema_update: tau must lie in [0, 1], got {tau}")
+    if len(targets) != len(onlines):
+        raise RuntimeError(f"ema_update: {len(targets)} targets but {len(onlines)} onlines")
+    for i, (target, online) in enumerate(zip(targets, onlines, strict=True)):
+        kinds = [(tuple(t.shape), t.dtype, t.device) for t in (target, online)]
+        if kinds[0] != kinds[1] or not target.is_floating_point():
+            raise RuntimeError(
+                f"ema_update: target {i} and its online tensor must be floating point and of one shape, dtype and "
+                "device, got " + " and ".join(f"{list(shape)} {dtype} {device}" for shape, dtype, device in kinds)
+            )
+
+
+@operator(mutates=("targets",), checks=(_check,))
 def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
     """Move every target towards its online tensor, in place: target = tau * target + (1 - tau) * online.
 
@@ -30,34 +43,13 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float)
         >>> target
         tensor([0.2500, 0.2500])
     """
-    _check(targets, onlines, tau)
     if targets:
         torch._foreach_lerp_(list(targets), list(onlines), 1 - tau)
 
 
-def _check(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
-    if not 0 <= tau <= 1:
-        raise RuntimeError(f"ema_update: tau must lie in [0, 1], got {tau}")
-    if len(targets) != len(onlines):
-        raise RuntimeError(f"ema_update: {len(targets)} targets but {len(onlines)} onlines")
-    for i, (target, online) in enumerate(zip(targets, onlines, strict=True)):
-        kinds = [(tuple(t.shape), t.dtype, t.device) for t in (target, online)]
-        if kinds[0] != kinds[1] or not target.is_floating_point():
-            raise RuntimeError(
-                f"ema_update: target {i} and its online tensor must be floating point and of one shape, dtype and "
-                "device, got " + " and ".join(f"{list(shape)} {dtype} {device}" for shape, dtype, device in kinds)
-            )
-
-
-@ema_update.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "ema_update"))
-@ema_update.provider(
-    "cuda", devices=("cuda",), supported=functools.partial(cuda.has, "ema_update"), unproven=cuda.UNPROVEN
-)
-def _compiled(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None:
-    torch.ops.dspnet_cpp.ema_update(targets, onlines, tau)
-
-
-triton.serve(ema_update, lambda *args: triton.kernels("ema_update").accepts(*args))
+cpp.serve(ema_update)
+cuda.serve(ema_update)
+triton.serve(ema_update)
 
 
 @ema_update.provider(

@@ -1,8 +1,6 @@
 """lars_ema_step: the optimizer step with LARS and the target update, on flat buffers (You et al. 2017; BYOL)."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +9,61 @@ from . import cpp, cuda
 from .registry import operator
 
 
-@operator(mutates=("params", "grads", "momenta", "targets"))
+def _check_buffers(params: Tensor, grads: Tensor, momenta: Tensor, targets: Tensor) -> None:
+    flats = {"params": params, "grads": grads, "momenta": momenta, "targets": targets}
+    for name, flat in flats.items():
+        if flat.layout != torch.strided or flat.ndim != 1 or not flat.is_contiguous():
+            raise RuntimeError(f"lars_ema_step: {name} must be a contiguous vector, got {tuple(flat.shape)}")
+        if flat.dtype not in (torch.float32, torch.float64) or (flat.dtype, flat.device) != (
+            params.dtype,
+            params.device,
+        ):
+            raise RuntimeError(
+                f"lars_ema_step: all must be float32 or all float64, on one device: {name} is {flat.dtype} on "
+                f"{flat.device}, params is {params.dtype} on {params.device}"
+            )
+    if not len(grads) == len(momenta) == len(params) >= len(targets):
+        raise RuntimeError(
+            "lars_ema_step: grads and momenta must be as long as params and targets no longer, got "
+            + ", ".join(f"{len(flat)} {name}" for name, flat in flats.items())
+        )
+    spans = sorted((flat.data_ptr(), flat.data_ptr() + flat.nbytes, name) for name, flat in flats.items() if len(flat))
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise RuntimeError(f"lars_ema_step: {name} and {other} share memory")
+
+
+def _check_segments(params: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> None:
+    if len(starts) != len(sizes):
+        raise RuntimeError(f"lars_ema_step: {len(starts)} starts but {len(sizes)} sizes")
+    end = 0
+    for segment, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if start < end or size < 0 or start + size > len(params):
+            raise RuntimeError(
+                f"lars_ema_step: segment {segment}, {size} elements from {start}, must start at {end} or later and end "
+                f"at {len(params)} or earlier"
+            )
+        end = start + size
+
+
+def _check_scalars(params: Tensor, lr: Tensor, tau: Tensor, apply: Tensor | None) -> None:
+    for name, scalar in {"lr": lr, "tau": tau}.items():
+        if scalar.ndim != 0 or not scalar.is_floating_point() or scalar.device != params.device:
+            raise RuntimeError(
+                f"lars_ema_step: {name} must be a floating-point scalar on {params.device}, got {tuple(scalar.shape)} "
+                f"{scalar.dtype} on {scalar.device}"
+            )
+    if apply is not None and (apply.ndim != 0 or apply.dtype != torch.bool or apply.device != params.device):
+        raise RuntimeError(
+            f"lars_ema_step: apply must be a bool scalar on {params.device}, got {tuple(apply.shape)} {apply.dtype} on "
+            f"{apply.device}"
+        )
+
+
+@operator(
+    mutates=("params", "grads", "momenta", "targets"),
+    checks=(_check_buffers, _check_segments, _check_scalars),
+)
 def lars_ema_step(
     params: Tensor,
     grads: Tensor,
@@ -63,7 +115,6 @@ def lars_ema_step(
         >>> params, targets
         (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([0.2500, 0.2500, 0.2500, 0.2500]))
     """
-    _check(params, grads, momenta, targets, starts, sizes, lr, tau, apply)
     changing = (params, momenta, targets)
     before = [] if apply is None else [flat.clone() for flat in changing]
     to_online = (1 - tau).to(params.dtype)
@@ -85,64 +136,5 @@ def lars_ema_step(
             torch.where(apply, flat, kept, out=flat)
 
 
-def _check(
-    params: Tensor,
-    grads: Tensor,
-    momenta: Tensor,
-    targets: Tensor,
-    starts: Sequence[int],
-    sizes: Sequence[int],
-    lr: Tensor,
-    tau: Tensor,
-    apply: Tensor | None,
-) -> None:
-    flats = {"params": params, "grads": grads, "momenta": momenta, "targets": targets}
-    for name, flat in flats.items():
-        if flat.layout != torch.strided or flat.ndim != 1 or not flat.is_contiguous():
-            raise RuntimeError(f"lars_ema_step: {name} must be a contiguous vector, got {tuple(flat.shape)}")
-        if flat.dtype not in (torch.float32, torch.float64) or (flat.dtype, flat.device) != (
-            params.dtype,
-            params.device,
-        ):
-            raise RuntimeError(
-                f"lars_ema_step: all must be float32 or all float64, on one device: {name} is {flat.dtype} on "
-                f"{flat.device}, params is {params.dtype} on {params.device}"
-            )
-    if not len(grads) == len(momenta) == len(params) >= len(targets):
-        raise RuntimeError(
-            "lars_ema_step: grads and momenta must be as long as params and targets no longer, got "
-            + ", ".join(f"{len(flat)} {name}" for name, flat in flats.items())
-        )
-    spans = sorted((flat.data_ptr(), flat.data_ptr() + flat.nbytes, name) for name, flat in flats.items() if len(flat))
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            raise RuntimeError(f"lars_ema_step: {name} and {other} share memory")
-    if len(starts) != len(sizes):
-        raise RuntimeError(f"lars_ema_step: {len(starts)} starts but {len(sizes)} sizes")
-    end = 0
-    for segment, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        if start < end or size < 0 or start + size > len(params):
-            raise RuntimeError(
-                f"lars_ema_step: segment {segment}, {size} elements from {start}, must start at {end} or later and end "
-                f"at {len(params)} or earlier"
-            )
-        end = start + size
-    for name, scalar in {"lr": lr, "tau": tau}.items():
-        if scalar.ndim != 0 or not scalar.is_floating_point() or scalar.device != params.device:
-            raise RuntimeError(
-                f"lars_ema_step: {name} must be a floating-point scalar on {params.device}, got {tuple(scalar.shape)} "
-                f"{scalar.dtype} on {scalar.device}"
-            )
-    if apply is not None and (apply.ndim != 0 or apply.dtype != torch.bool or apply.device != params.device):
-        raise RuntimeError(
-            f"lars_ema_step: apply must be a bool scalar on {params.device}, got {tuple(apply.shape)} {apply.dtype} on "
-            f"{apply.device}"
-        )
-
-
-@lars_ema_step.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "lars_ema_step"))
-@lars_ema_step.provider(
-    "cuda", devices=("cuda",), supported=functools.partial(cuda.has, "lars_ema_step"), unproven=cuda.UNPROVEN
-)
-def _compiled(*args: Any) -> None:
-    torch.ops.dspnet_cpp.lars_ema_step(*args)
+cpp.serve(lars_ema_step)
+cuda.serve(lars_ema_step)

@@ -1,5 +1,6 @@
 """norm_act: materialise an activation with deferred normalisation, with the residual added at the end of a block."""
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,26 @@ from .deferred import activation_gradient, apply_activation, check_deferred, nor
 from .registry import operator
 
 
-@operator()
+def _check_residual(
+    x: Tensor, act: str, residual: Tensor | None, residual_scale: Tensor | None, residual_shift: Tensor | None
+) -> None:
+    if residual is None:
+        torch._check(
+            residual_scale is None and residual_shift is None,
+            lambda: "norm_act: residual_scale and residual_shift need a residual",
+        )
+        return
+    torch._check(
+        residual.shape == x.shape and residual.dtype == x.dtype,
+        lambda: (
+            f"norm_act: the residual must be {list(x.shape)} {x.dtype} as x, "
+            f"got {list(residual.shape)} {residual.dtype}"
+        ),
+    )
+    check_deferred("norm_act", residual, residual_scale, residual_shift, act)
+
+
+@operator(checks=(functools.partial(check_deferred, "norm_act"), _check_residual))
 def norm_act(
     x: Tensor,
     scale: Tensor | None,
@@ -45,38 +65,10 @@ def norm_act(
         >>> torch.equal(y, (x + residual).relu())
         True
     """
-    _check(x, scale, shift, act, gate, residual, residual_scale, residual_shift)
     value = apply_activation(_sum(x, scale, shift, residual, residual_scale, residual_shift), act)
     value = value if gate is None else value * gate[:, :, None, None]
     # Always a copy: an operator's output must not alias its input.
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(value)
-
-
-def _check(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    residual_shift: Tensor | None,
-) -> None:
-    check_deferred("norm_act", x, scale, shift, act, gate)
-    if residual is None:
-        torch._check(
-            residual_scale is None and residual_shift is None,
-            lambda: "norm_act: residual_scale and residual_shift need a residual",
-        )
-        return
-    torch._check(
-        residual.shape == x.shape and residual.dtype == x.dtype,
-        lambda: (
-            f"norm_act: the residual must be {list(x.shape)} {x.dtype} as x, "
-            f"got {list(residual.shape)} {residual.dtype}"
-        ),
-    )
-    check_deferred("norm_act", residual, residual_scale, residual_shift, act, None)
 
 
 def _sum(
@@ -137,29 +129,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, scale, shift, gate, residual, residual_scale, residual_shift = ctx.saved_tensors
-    inputs = (x, scale, shift, gate, residual, residual_scale, residual_shift)
     # If the residual is only added, its gradient is the output's gradient: skip the operator and the copy.
     passed_on = residual is not None and residual_scale is None and ctx.act == "identity" and gate is None
     wanted = residual is not None and not passed_on
-    gradients = norm_act_backward(
+    dx, dscale, dshift, dgate, dresidual, *dresidual_rows = norm_act_backward(
         grad, x, scale, shift, ctx.act, gate, residual, residual_scale, residual_shift, wanted
     )
-    dx, dscale, dshift, dgate, *dresidual = (
-        None if of is None else gradient for of, gradient in zip(inputs, gradients, strict=True)
-    )
-    if passed_on:
-        dresidual[0] = grad
-    return dx, dscale, dshift, None, dgate, *dresidual
+    return dx, dscale, dshift, None, dgate, grad if passed_on else dresidual, *dresidual_rows
 
 
 norm_act.register_autograd(_backward, _setup_context)
 
 
-def _triton_accepts(x: Tensor) -> tuple[bool, str]:
-    return triton.kernels("norm_act").accepts(x)
-
-
 cpp.serve(norm_act, cpp.stores)
 cpp.serve(norm_act_backward, cpp.stores)
-triton.serve(norm_act, _triton_accepts, _check)
-triton.serve(norm_act_backward, _triton_accepts)
+triton.serve(norm_act, accepts=("x",))
+triton.serve(norm_act_backward, accepts=("x",))

@@ -2,6 +2,7 @@
 last layer.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from .deferred import activation_gradient, check_deferred, materialize, normaliz
 from .registry import operator
 
 
-@operator()
+def _check_positions(x: Tensor) -> None:
+    torch._check(x.shape[2] * x.shape[3] > 0, lambda: f"norm_act_pool: no positions in {list(x.shape)}")
+
+
+@operator(checks=(functools.partial(check_deferred, "norm_act_pool"), _check_positions))
 def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> Tensor:
     """Compute the mean over H and W of act(scale * x + shift).
 
@@ -34,13 +39,7 @@ def norm_act_pool(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: st
         >>> torch.allclose(y, x.relu().mean((2, 3)))
         True
     """
-    _check(x, scale, shift, act)
     return materialize(x, scale, shift, act, None).mean((2, 3))
-
-
-def _check(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
-    check_deferred("norm_act_pool", x, scale, shift, act, None)
-    torch._check(x.shape[2] * x.shape[3] > 0, lambda: f"norm_act_pool: no positions in {list(x.shape)}")
 
 
 @operator()
@@ -65,18 +64,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, scale, shift = ctx.saved_tensors
-    dx, dscale, dshift = norm_act_pool_backward(grad, x, scale, shift, ctx.act)
-    return dx, None if scale is None else dscale, None if shift is None else dshift, None
+    return norm_act_pool_backward(grad, x, scale, shift, ctx.act)
 
 
 norm_act_pool.register_autograd(_backward, _setup_context)
 
 
-def _triton_accepts(x: Tensor) -> tuple[bool, str]:
-    return triton.kernels("norm_act_pool").accepts(x)
-
-
 cpp.serve(norm_act_pool, cpp.stores)
 cpp.serve(norm_act_pool_backward, cpp.stores)
-triton.serve(norm_act_pool, _triton_accepts, _check)
-triton.serve(norm_act_pool_backward, _triton_accepts)
+triton.serve(norm_act_pool, accepts=("x",))
+triton.serve(norm_act_pool_backward, accepts=("x",))

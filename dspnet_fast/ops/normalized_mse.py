@@ -1,6 +1,5 @@
 """normalized_mse: mean_n (2 - 2 cos(p_n, z_n)), the regression loss of BYOL (arXiv:2006.07733, eq. 2)."""
 
-import functools
 from typing import Any
 
 import torch
@@ -82,12 +81,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     # Double backward: only the native body is differentiable.
     function = normalized_mse_backward.native if torch.is_grad_enabled() else normalized_mse_backward
-    gradients = function(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
-    dp, dz = (g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
-    return dp, dz
+    return function(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 normalized_mse.register_autograd(_backward, _setup_context)
@@ -97,27 +94,7 @@ def _cuda_accepts(p: Tensor, z: Tensor) -> tuple[bool, str]:
     return p.dtype == z.dtype, f"it supports two inputs of one dtype, not {p.dtype} and {z.dtype}"
 
 
-@normalized_mse.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "normalized_mse"))
-@normalized_mse.provider(
-    "cuda",
-    devices=("cuda",),
-    supported=functools.partial(cuda.has, "normalized_mse"),
-    accepts=_cuda_accepts,
-    unproven=cuda.UNPROVEN,
-)
-def _compiled(p: Tensor, z: Tensor) -> Tensor:
-    return torch.ops.dspnet_cpp.normalized_mse(p, z)
-
-
-@normalized_mse_backward.provider(
-    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "normalized_mse_backward")
-)
-@normalized_mse_backward.provider(
-    "cuda",
-    devices=("cuda",),
-    supported=functools.partial(cuda.has, "normalized_mse_backward"),
-    accepts=_cuda_accepts,
-    unproven=cuda.UNPROVEN,
-)
-def _compiled_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.dspnet_cpp.normalized_mse_backward(*args)
+cpp.serve(normalized_mse)
+cpp.serve(normalized_mse_backward)
+cuda.serve(normalized_mse, accepts=_cuda_accepts)
+cuda.serve(normalized_mse_backward, accepts=_cuda_accepts)

@@ -4,7 +4,7 @@ An operator is one Python function whose body, in plain PyTorch, is its specific
 shapes under torch.compile) and its provider `native`. `@operator` makes it a torch.library operator in the namespace
 `dspnet`. A provider is a faster implementation with the same signature:
 
-    @operator(mutates=("targets",))
+    @operator(mutates=("targets",), checks=(check_tau,))
     def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], tau: float) -> None: ...
 
     @ema_update.provider("cpp", devices=("cpu",), supported=lambda: (True, ""), accepts=lambda tau: (True, ""))
@@ -21,6 +21,7 @@ and is `native` if that is unset.
 
 import functools
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -80,22 +81,31 @@ def _yes() -> Verdict:
 class Operator(Generic[P, R]):
     """A torch.library operator that passes each call to a provider. Call it like the function it was made from."""
 
-    def __init__(self, native: Callable[P, R], mutates: Sequence[str]):
-        self.name = native.__name__
-        self.native: Callable[..., R] = native
+    def __init__(self, body: Callable[..., R], mutates: Sequence[str], checks: Sequence[Callable[..., None]]):
+        self.name = body.__name__
         self.providers: dict[str, Provider] = {}
-        self._signature = inspect.signature(native)
-        self._parameters = list(self._signature.parameters)
+        self._signature = inspect.signature(body)
+        self.parameters = list(self._signature.parameters)
+        self.checks = [(check, self._places(check)) for check in checks]
+
+        @functools.wraps(body)
+        def native(*args: Any, **kwargs: Any) -> R:
+            if kwargs or len(args) < len(self.parameters):
+                args = self._complete(*args, **kwargs)
+            self.check(*args)
+            return body(*args)
+
+        self.native: Callable[..., R] = native if checks else body
         self._reported: set[str] = set()
-        schema = torch.library.infer_schema(native, mutates_args=mutates)
+        schema = torch.library.infer_schema(body, mutates_args=mutates)
         self._custom = torch.library.custom_op(f"dspnet::{self.name}", self._run, mutates_args=mutates, schema=schema)
         self._call: Callable[P, R] = getattr(torch.ops.dspnet, self.name).default
         lazy_views.refuse_where_written(self._call)
         self._returns = not schema.endswith("-> ()")
         if self._returns:
-            self._custom.register_fake(native)
+            self._custom.register_fake(self.native)
         self._function: type[torch.autograd.Function] | None = None
-        functools.update_wrapper(self, native)
+        functools.update_wrapper(self, body)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._returns or kwargs or not _is_plain_eager(args):
@@ -104,6 +114,11 @@ class Operator(Generic[P, R]):
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
             return self._run(*args)
         return self._call(*args) if self._function is None else self._function.apply(*args)  # type: ignore[call-arg]
+
+    def check(self, *args: Any) -> None:
+        """Raise an error if an argument is invalid. For providers that do not check their arguments."""
+        for check, places in self.checks:
+            check(*[args[place] for place in places])
 
     def provider(
         self,
@@ -135,8 +150,8 @@ class Operator(Generic[P, R]):
         places = self._places(accepts)
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            if self._places(run) != tuple(range(len(self._parameters))):
-                raise TypeError(f"{self.name}: {name} must take {', '.join(self._parameters)}, or *args")
+            if self._places(run) != tuple(range(len(self.parameters))):
+                raise TypeError(f"{self.name}: {name} must take {', '.join(self.parameters)}, or *args")
             self.providers[name] = Provider(
                 name, run, devices, functools.cache(supported), accepts, places, unproven, only_by_name
             )
@@ -146,8 +161,16 @@ class Operator(Generic[P, R]):
         return register
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """Register the gradient, as torch.library.register_autograd does."""
-        self._custom.register_autograd(backward, setup_context=setup_context)
+        """Register the gradient, as torch.library.register_autograd does.
+
+        `backward` may return gradients of inputs that need none, which are dropped, and omit a trailing None.
+        """
+
+        def needed(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            gradients = itertools.zip_longest(backward(ctx, *grads), ctx.needs_input_grad)
+            return tuple(gradient if wanted else None for gradient, wanted in gradients)
+
+        self._custom.register_autograd(needed, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> Any:
             # Otherwise autograd would track an output that is a view as one, and forbid in-place writes to it.
@@ -156,26 +179,35 @@ class Operator(Generic[P, R]):
             setup_context(ctx, args, output)
             return output
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(needed)}
         self._function = type(self.name, (torch.autograd.Function,), members)
 
     def _places(self, function: Callable[..., Any]) -> tuple[int, ...]:
-        """Positions of the operator's arguments that a function takes, by parameter name; `*args` are the remaining."""
+        """Positions of the operator's arguments that a function takes, by parameter name; `*args` are the remaining.
+
+        From the first parameter with a default that the operator does not have, parameters keep their defaults.
+        """
         places: list[int] = []
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
-                places += range(len(places), len(self._parameters))
-            elif name in self._parameters:
-                places.append(self._parameters.index(name))
+                places += range(len(places), len(self.parameters))
+            elif name in self.parameters:
+                places.append(self.parameters.index(name))
+            elif parameter.default is parameter.empty:
+                raise TypeError(f"{self.name} has no argument {name}: it has {', '.join(self.parameters)}")
             else:
-                raise TypeError(f"{self.name} has no argument {name}: it has {', '.join(self._parameters)}")
+                break
         return tuple(places)
 
+    def _complete(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """All arguments by position, with defaults."""
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
     def _run(self, *args: Any) -> Any:
-        if len(args) < len(self._parameters):
-            bound = self._signature.bind(*args)
-            bound.apply_defaults()
-            args = bound.args
+        if len(args) < len(self.parameters):
+            args = self._complete(*args)
         device = _device_type(args)
         for provider in _candidates(self.name, device) if device else ():
             accepted, reason = provider.accepts(*[args[place] for place in provider.places])
@@ -189,11 +221,19 @@ class Operator(Generic[P, R]):
         return self.native(*args)
 
 
-def operator(*, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Make the operator `dspnet::<name>` from a function. mutates: names of the arguments that it writes to."""
+def operator(
+    *, mutates: Sequence[str] = (), checks: Sequence[Callable[..., None]] = ()
+) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Make the operator `dspnet::<name>` from a function, its native body.
 
-    def register(native: Callable[P, R]) -> Operator[P, R]:
-        made = Operator(native, mutates)
+    Args:
+        mutates: names of the arguments that it writes to.
+        checks: functions that raise an error for invalid arguments, called before the native body. Each gets the
+            arguments that its parameters name.
+    """
+
+    def register(body: Callable[P, R]) -> Operator[P, R]:
+        made: Operator[P, R] = Operator(body, mutates, checks)
         operators[made.name] = made
         return made
 

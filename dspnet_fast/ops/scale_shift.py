@@ -1,6 +1,5 @@
 """scale_shift: batch normalisation as a scale and a shift per channel, computed from moments by one operator."""
 
-import functools
 from typing import Any
 
 import torch
@@ -11,7 +10,32 @@ from .main_grad import alike, gradient_buffer
 from .registry import operator
 
 
-@operator()
+def _check(mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    torch._check(
+        mean.ndim == 2 and mean.is_floating_point() and mean.shape == variance.shape and mean.dtype == variance.dtype,
+        lambda: (
+            "scale_shift: mean and variance must be [V, C] of one dtype, "
+            f"got {list(mean.shape)} {mean.dtype} and {list(variance.shape)} {variance.dtype}"
+        ),
+    )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        torch._check(
+            vector is None or (vector.ndim == 1 and vector.is_floating_point() and len(vector) >= mean.shape[1]),
+            lambda name=name: f"scale_shift: {name} must be a vector of {mean.shape[1]} or more",  # type: ignore[misc]
+        )
+
+
+def _check_main_grads(
+    weight: Tensor | None, weight_main_grad: Tensor | None, bias: Tensor | None, bias_main_grad: Tensor | None
+) -> None:
+    for name, vector, main_grad in (("weight", weight, weight_main_grad), ("bias", bias, bias_main_grad)):
+        torch._check(
+            alike(main_grad, vector),
+            lambda name=name: f"scale_shift: {name}_main_grad must have the shape and dtype of {name}",  # type: ignore[misc]
+        )
+
+
+@operator(checks=(_check, _check_main_grads))
 def scale_shift(
     mean: Tensor,
     variance: Tensor,
@@ -46,41 +70,10 @@ def scale_shift(
         >>> scale_shift(mean, variance, None, None, None, None, 0.0)
         (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[-0.5000, -0.5000, -0.5000]]))
     """
-    _check(mean, variance, weight, weight_main_grad, bias, bias_main_grad)
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * _prefix(weight, mean)
     return scale, -mean * scale if bias is None else _prefix(bias, mean) - mean * scale
-
-
-def _check(
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    weight_main_grad: Tensor | None,
-    bias: Tensor | None,
-    bias_main_grad: Tensor | None,
-) -> None:
-    torch._check(
-        mean.ndim == 2 and mean.is_floating_point() and mean.shape == variance.shape and mean.dtype == variance.dtype,
-        lambda: (
-            "scale_shift: mean and variance must be [V, C] of one dtype, "
-            f"got {list(mean.shape)} {mean.dtype} and {list(variance.shape)} {variance.dtype}"
-        ),
-    )
-    for name, vector in (("weight", weight), ("bias", bias)):
-        torch._check(
-            vector is None or (vector.ndim == 1 and vector.is_floating_point() and len(vector) >= mean.shape[1]),
-            lambda name=name: f"scale_shift: {name} must be a vector of {mean.shape[1]} or more",  # type: ignore[misc]
-        )
-    _check_main_grad("weight", weight, weight_main_grad)
-    _check_main_grad("bias", bias, bias_main_grad)
-
-
-def _check_main_grad(name: str, vector: Tensor | None, main_grad: Tensor | None) -> None:
-    torch._check(
-        alike(main_grad, vector), lambda: f"scale_shift: {name}_main_grad must have the shape and dtype of {name}"
-    )
 
 
 def _prefix(vector: Tensor, mean: Tensor) -> Tensor:
@@ -136,22 +129,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Any, ...]:
     mean, variance, weight, bias = ctx.saved_tensors
-    of_mean, of_variance, of_weight, _, of_bias, _, _ = ctx.needs_input_grad
     # A frozen vector's main_grad must not change.
     weight_main_grad, bias_main_grad = (
-        main_grad if wanted else None for main_grad, wanted in zip(ctx.main_grads, (of_weight, of_bias), strict=True)
+        main_grad if wanted else None
+        for main_grad, wanted in zip(ctx.main_grads, ctx.needs_input_grad[2:5:2], strict=True)
     )
     grad_mean, grad_variance, grad_weight, grad_bias = scale_shift_backward(
         grad_scale, grad_shift, mean, variance, weight, weight_main_grad, bias, bias_main_grad, ctx.eps
     )
     return (
-        grad_mean if of_mean else None,
-        grad_variance if of_variance else None,
-        grad_weight if of_weight and weight_main_grad is None else None,
+        grad_mean,
+        grad_variance,
+        grad_weight if weight_main_grad is None else None,
         None,
-        grad_bias if of_bias and bias_main_grad is None else None,
-        None,
-        None,
+        grad_bias if bias_main_grad is None else None,
     )
 
 
@@ -164,37 +155,7 @@ def _accepts(*args: Any) -> tuple[bool, str]:
     return True, ""
 
 
-def _triton_accepts(*args: Any) -> tuple[bool, str]:
-    return triton.kernels("scale_shift").accepts(*(arg for arg in args if isinstance(arg, Tensor)))
-
-
-@scale_shift.provider("cpp", devices=("cpu",), supported=functools.partial(cpp.has, "scale_shift"), accepts=_accepts)
-def _cpp(
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    weight_main_grad: Tensor | None,
-    bias: Tensor | None,
-    bias_main_grad: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check_main_grad("weight", weight, weight_main_grad)  # the compiled forward does not take them
-    _check_main_grad("bias", bias, bias_main_grad)
-    return torch.ops.dspnet_cpp.scale_shift(mean, variance, weight, bias, eps)
-
-
-@scale_shift.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=_triton_accepts,
-    unproven=triton.UNPROVEN,
-)
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    _check(*args[:6])
-    mean, variance, weight, _, bias, _, eps = args
-    return triton.kernels("scale_shift").scale_shift(mean, variance, weight, bias, eps)
-
-
+cpp.serve(scale_shift, _accepts, without=("weight_main_grad", "bias_main_grad"))
 cpp.serve(scale_shift_backward, _accepts)
-triton.serve(scale_shift_backward, _triton_accepts)
+triton.serve(scale_shift, without=("weight_main_grad", "bias_main_grad"))
+triton.serve(scale_shift_backward)

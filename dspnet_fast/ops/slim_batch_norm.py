@@ -11,7 +11,22 @@ from .registry import operator
 from .scale_shift import scale_shift
 
 
-@operator()
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> None:
+    torch._check(
+        x.ndim >= 2 and x.is_floating_point() and x.numel() > 0 and views > 0 and len(x) % views == 0,
+        lambda: (
+            f"slim_batch_norm: x must be [N, C, ...], floating point, with N a multiple of {views} views, "
+            f"got {list(x.shape)} {x.dtype}"
+        ),
+    )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        torch._check(
+            vector is None or vector.shape == x.shape[1:2],
+            lambda name=name: f"slim_batch_norm: {name} must be [{x.shape[1]}]",  # type: ignore[misc]
+        )
+
+
+@operator(checks=(_check,))
 def slim_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,27 +51,11 @@ def slim_batch_norm(
         >>> y.shape, mean.shape
         (torch.Size([8, 3, 5, 5]), torch.Size([2, 3]))
     """
-    _check(x, weight, bias, views)
     rows = upcast(x).unflatten(0, (views, -1))
     variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
     scale, shift = scale_shift.native(mean, variance, weight, None, bias, None, eps)
     y = torch.empty_like(x).copy_((rows * _broadcast(scale, rows) + _broadcast(shift, rows)).flatten(0, 1))
     return y, mean, variance
-
-
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, views: int) -> None:
-    torch._check(
-        x.ndim >= 2 and x.is_floating_point() and x.numel() > 0 and views > 0 and len(x) % views == 0,
-        lambda: (
-            f"slim_batch_norm: x must be [N, C, ...], floating point, with N a multiple of {views} views, "
-            f"got {list(x.shape)} {x.dtype}"
-        ),
-    )
-    for name, vector in (("weight", weight), ("bias", bias)):
-        torch._check(
-            vector is None or vector.shape == x.shape[1:2],
-            lambda name=name: f"slim_batch_norm: {name} must be [{x.shape[1]}]",  # type: ignore[misc]
-        )
 
 
 def _reduced(rows: Tensor) -> tuple[int, ...]:
@@ -118,8 +117,6 @@ def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor
         of_x,
         None if weight is None else of_weight.to(weight.dtype),
         None if bias is None else of_bias.to(bias.dtype),
-        None,
-        None,
     )
 
 
@@ -135,11 +132,7 @@ def _accepts(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> tu
     return cpp.stores(x)
 
 
-def _triton_accepts(x: Tensor) -> tuple[bool, str]:
-    return triton.kernels("slim_batch_norm").accepts(x)
-
-
 cpp.serve(slim_batch_norm, _accepts)
-cpp.serve(slim_batch_norm_backward, lambda x, weight: _accepts(x, weight))
-triton.serve(slim_batch_norm, _triton_accepts, lambda x, weight, bias, eps, views: _check(x, weight, bias, views))
-triton.serve(slim_batch_norm_backward, _triton_accepts)
+cpp.serve(slim_batch_norm_backward, _accepts)
+triton.serve(slim_batch_norm, accepts=("x",))
+triton.serve(slim_batch_norm_backward, accepts=("x",))

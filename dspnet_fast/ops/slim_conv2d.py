@@ -12,7 +12,22 @@ from .main_grad import check_main_grad, gradient_buffer
 from .registry import operator
 
 
-@operator()
+def _check(x: Tensor, weight: Tensor, main_grad: Tensor | None, out_channels: int, groups: int) -> None:
+    torch._check(
+        x.ndim == weight.ndim == 4,
+        lambda: f"slim_conv2d: x and weight must have four dimensions, got {list(x.shape)} and {list(weight.shape)}",
+    )
+    torch._check(
+        groups > 0 and 0 < out_channels <= weight.shape[0] and 0 < x.shape[1] // groups <= weight.shape[1],
+        lambda: (
+            f"slim_conv2d: a weight of {list(weight.shape)} has no prefix of {out_channels} x {x.shape[1]} channels in "
+            f"{groups} groups"
+        ),
+    )
+    check_main_grad("slim_conv2d", weight, main_grad)
+
+
+@operator(checks=(_check,))
 def slim_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -49,27 +64,11 @@ def slim_conv2d(
         >>> slim_conv2d(x, weight, None, None, 24, [1, 1], [1, 1], [1, 1], 1).shape
         torch.Size([2, 24, 6, 6])
     """
-    _check(x, weight, main_grad, out_channels, groups)
     return torch.conv2d(x, _prefix(x, weight, out_channels, groups), bias, stride, padding, dilation, groups)
 
 
 def _prefix(x: Tensor, weight: Tensor, out_channels: int, groups: int) -> Tensor:
     return weight[:out_channels, : x.shape[1] // groups]
-
-
-def _check(x: Tensor, weight: Tensor, main_grad: Tensor | None, out_channels: int, groups: int) -> None:
-    torch._check(
-        x.ndim == weight.ndim == 4,
-        lambda: f"slim_conv2d: x and weight must have four dimensions, got {list(x.shape)} and {list(weight.shape)}",
-    )
-    torch._check(
-        groups > 0 and 0 < out_channels <= weight.shape[0] and 0 < x.shape[1] // groups <= weight.shape[1],
-        lambda: (
-            f"slim_conv2d: a weight of {list(weight.shape)} has no prefix of {out_channels} x {x.shape[1]} channels in "
-            f"{groups} groups"
-        ),
-    )
-    check_main_grad("slim_conv2d", weight, main_grad)
 
 
 @operator(mutates=("main_grad",))
@@ -96,7 +95,7 @@ def slim_conv2d_backward(
     of_x, of_prefix, of_bias = torch.ops.aten.convolution_backward(
         grad,
         x,
-        prefix,
+        prefix.to(x.dtype),
         [grad.shape[1]],
         stride,
         padding,
@@ -123,18 +122,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     of_x, of_weight, of_bias = slim_conv2d_backward(grad, x, weight, ctx.main_grad, *ctx.geometry, *needs)
-    return (
-        of_x if needs[0] else None,
-        of_weight if needs[1] and ctx.main_grad is None else None,
-        of_bias if needs[2] else None,
-        *6 * [None],
-    )
+    return of_x, of_weight if ctx.main_grad is None else None, of_bias
 
 
 slim_conv2d.register_autograd(_backward, _setup_context)
 
 
-def _is_conv_moments(
+def _accepts(
+    supports: Callable[[Tensor, Tensor, int], tuple[bool, str]],
     x: Tensor,
     weight: Tensor,
     out_channels: int,
@@ -143,6 +138,9 @@ def _is_conv_moments(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[bool, str]:
+    supported, reason = supports(x, weight, groups)
+    if not supported:
+        return False, reason
     if not (x.ndim == weight.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return False, "it supports channels-last inputs"
     if x.dtype != weight.dtype:
@@ -154,8 +152,8 @@ def _is_conv_moments(
     return True, ""
 
 
-def _by_conv_moments(
-    conv_moments: Callable[..., tuple[Tensor, Tensor, Tensor]],
+def _forward(
+    functions: Callable[[], Any],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -173,12 +171,14 @@ def _by_conv_moments(
         lambda: f"slim_conv2d: bias must be [{out_channels}] of {x.dtype}",
     )
     prefix = _prefix(x, weight, out_channels, groups).float()
-    y, _, _ = conv_moments(x, None, None, "identity", None, prefix, out_channels, stride[0], padding[0], groups, 0)
+    y, _, _ = functions().conv_moments(
+        x, None, None, "identity", None, prefix, out_channels, stride[0], padding[0], groups, 0
+    )
     return y if bias is None else y.add_(bias[:, None, None])
 
 
-def _by_conv_moments_backward(
-    conv_moments_backward: Callable[..., tuple[Tensor, ...]],
+def _backward_of_provider(
+    functions: Callable[[], Any],
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -201,7 +201,7 @@ def _by_conv_moments_backward(
     else:
         of_weight = weight.new_empty(0)
     no_moments = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
-    of_x, *_ = conv_moments_backward(
+    of_x, *_ = functions().conv_moments_backward(
         *(grad, no_moments, no_moments, x, None, None, "identity", None, prefix.float(), of_prefix, grad, no_moments),
         *(stride[0], padding[0], groups, input_gradient, weight_gradient),
     )
@@ -210,72 +210,33 @@ def _by_conv_moments_backward(
     return of_x, of_weight, grad.sum((0, 2, 3)) if bias_gradient else x.new_empty(0)
 
 
-def _cpp_accepts(
-    x: Tensor,
-    weight: Tensor,
-    out_channels: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[bool, str]:
-    stored, reason = cpp.stores(x)
-    return _is_conv_moments(x, weight, out_channels, stride, padding, dilation, groups) if stored else (stored, reason)
+def _serve(
+    name: str, supports: Callable[[Tensor, Tensor, int], tuple[bool, str]], functions: Callable[[], Any], **options: Any
+) -> None:
+    """Register providers that call conv_moments and its backward of `functions()`."""
+    accepts = functools.partial(_accepts, supports)
+    slim_conv2d.provider(name, accepts=accepts, **options)(functools.partial(_forward, functions))
+    slim_conv2d_backward.provider(
+        name,
+        accepts=lambda grad, x, weight, stride, padding, dilation, groups: accepts(
+            x, weight, grad.shape[1], stride, padding, dilation, groups
+        ),
+        **options,
+    )(functools.partial(_backward_of_provider, functions))
 
 
-def _triton_accepts(
-    x: Tensor,
-    weight: Tensor,
-    out_channels: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[bool, str]:
-    accepted, reason = _is_conv_moments(x, weight, out_channels, stride, padding, dilation, groups)
-    return triton.kernels("conv_moments").accepts(x, weight, groups) if accepted else (accepted, reason)
-
-
-def _of_backward(accepts: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool, str]]:
-    return lambda grad, x, weight, stride, padding, dilation, groups: accepts(
-        x, weight, grad.shape[1], stride, padding, dilation, groups
-    )
-
-
-@slim_conv2d.provider(
-    "cpp", devices=("cpu",), supported=functools.partial(cpp.has, "conv_moments"), accepts=_cpp_accepts
-)
-def _cpp(*args: Any) -> Tensor:
-    return _by_conv_moments(torch.ops.dspnet_cpp.conv_moments, *args)
-
-
-@slim_conv2d_backward.provider(
+_serve(
     "cpp",
+    lambda x, weight, groups: cpp.stores(x),
+    lambda: torch.ops.dspnet_cpp,
     devices=("cpu",),
     supported=functools.partial(cpp.has, "conv_moments_backward"),
-    accepts=_of_backward(_cpp_accepts),
 )
-def _cpp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_conv_moments_backward(torch.ops.dspnet_cpp.conv_moments_backward, *args)
-
-
-@slim_conv2d.provider(
+_serve(
     "triton",
+    lambda *args: triton.kernels("conv_moments").accepts(*args),
+    functools.partial(triton.kernels, "conv_moments"),
     devices=triton.DEVICES,
     supported=triton.supported,
-    accepts=_triton_accepts,
     unproven=triton.UNPROVEN,
 )
-def _triton(*args: Any) -> Tensor:
-    return _by_conv_moments(triton.kernels("conv_moments").conv_moments, *args)
-
-
-@slim_conv2d_backward.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=_of_backward(_triton_accepts),
-    unproven=triton.UNPROVEN,
-)
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_conv_moments_backward(triton.kernels("conv_moments").conv_moments_backward, *args)

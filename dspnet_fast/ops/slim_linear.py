@@ -4,6 +4,7 @@ The native body passes the prefix to the BLAS as a strided matrix, and the BLAS 
 main_grad in place, so another provider can save little.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,22 @@ from .main_grad import check_main_grad, gradient_buffer
 from .registry import operator
 
 
-@operator()
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
+    torch._check(
+        x.ndim > 0 and weight.ndim in (2, 4) and weight.shape[2:].numel() == 1,
+        lambda: f"slim_linear: weight must be [O, I] or [O, I, 1, 1], got {list(weight.shape)}",
+    )
+    torch._check(
+        0 < out_features <= weight.shape[0] and 0 < x.shape[-1] <= weight.shape[1],
+        lambda: f"slim_linear: a weight of {list(weight.shape)} has no prefix of {out_features} x {x.shape[-1]}",
+    )
+    torch._check(
+        bias is None or bias.shape == (out_features,),
+        lambda: f"slim_linear: bias must be [{out_features}], got {None if bias is None else list(bias.shape)}",
+    )
+
+
+@operator(checks=(_check, functools.partial(check_main_grad, "slim_linear")))
 def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
     """Compute x @ weight[:out_features, :I].T + bias.
 
@@ -38,24 +54,7 @@ def slim_linear(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tenso
         >>> slim_linear(x, weight, None, None, 24).shape
         torch.Size([2, 24])
     """
-    _check(x, weight, bias, main_grad, out_features)
     return F.linear(x, _prefix(weight, out_features, x.shape[-1]), bias)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> None:
-    torch._check(
-        x.ndim > 0 and weight.ndim in (2, 4) and weight.shape[2:].numel() == 1,
-        lambda: f"slim_linear: weight must be [O, I] or [O, I, 1, 1], got {list(weight.shape)}",
-    )
-    torch._check(
-        0 < out_features <= weight.shape[0] and 0 < x.shape[-1] <= weight.shape[1],
-        lambda: f"slim_linear: a weight of {list(weight.shape)} has no prefix of {out_features} x {x.shape[-1]}",
-    )
-    check_main_grad("slim_linear", weight, main_grad)
-    torch._check(
-        bias is None or bias.shape == (out_features,),
-        lambda: f"slim_linear: bias must be [{out_features}], got {None if bias is None else list(bias.shape)}",
-    )
 
 
 def _prefix(weight: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -99,42 +98,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    of_x, of_weight, of_bias = slim_linear_backward(grad, x, weight, ctx.main_grad, *needs)
-    return (
-        of_x if needs[0] else None,
-        of_weight if needs[1] and ctx.main_grad is None else None,
-        of_bias if needs[2] else None,
-        None,
-        None,
-    )
+    of_x, of_weight, of_bias = slim_linear_backward(grad, x, weight, ctx.main_grad, *ctx.needs_input_grad[:3])
+    return of_x, of_weight if ctx.main_grad is None else None, of_bias
 
 
 slim_linear.register_autograd(_backward, _setup_context)
 
 
-def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
-    return triton.kernels("slim_linear").accepts(x, weight)
-
-
-@slim_linear.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=_accepts,
-    only_by_name="the BLAS reads the prefix in place as well: choose it with DSPNET_KERNELS=triton",
-)
-def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, out_features: int) -> Tensor:
-    _check(x, weight, bias, main_grad, out_features)
-    return triton.kernels("slim_linear").slim_linear(x, weight, bias, out_features)
-
-
-@slim_linear_backward.provider(
-    "triton",
-    devices=triton.DEVICES,
-    supported=triton.supported,
-    accepts=_accepts,
-    only_by_name="the BLAS reads the prefix in place as well: choose it with DSPNET_KERNELS=triton",
-)
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return triton.kernels("slim_linear").slim_linear_backward(*args)
+ONLY_BY_NAME = "the BLAS reads the prefix in place as well: choose it with DSPNET_KERNELS=triton"
+triton.serve(slim_linear, accepts=("x", "weight"), without=("main_grad",), only_by_name=ONLY_BY_NAME)
+triton.serve(slim_linear_backward, accepts=("x", "weight"), only_by_name=ONLY_BY_NAME)

@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -40,13 +40,25 @@ def kernels(operator: str) -> ModuleType:
     return importlib.import_module(f"dspnet_fast.kernels.{operator}")
 
 
-def serve(operator: Any, accepts: Callable[..., tuple[bool, str]], check: Callable[..., None] | None = None) -> None:
-    """Register the kernels' function with the operator's name as its provider `triton`; `check` validates arguments."""
+def serve(operator: Any, accepts: Sequence[str] = (), without: Sequence[str] = (), **options: Any) -> None:
+    """Register the launcher with the operator's name as its provider `triton`, after the operator's checks.
+
+    Args:
+        operator: the operator.
+        accepts: names of the arguments of the module's function `accepts`; empty for all.
+        without: the operator's parameters that the launcher does not have.
+        options: as of Operator.provider; `unproven` is UNPROVEN by default.
+    """
     module = operator.name.removesuffix("_backward")
+    accepted = [operator.parameters.index(name) for name in accepts or operator.parameters]
+    kept = [place for place, name in enumerate(operator.parameters) if name not in without]
+
+    def run_accepts(*args: Any) -> tuple[bool, str]:
+        return kernels(module).accepts(*[args[place] for place in accepted])
 
     def run(*args: Any) -> Any:
-        if check is not None:
-            check(*args)
-        return getattr(kernels(module), operator.name)(*args)
+        operator.check(*args)
+        return getattr(kernels(module), operator.name)(*[args[place] for place in kept])
 
-    operator.provider("triton", devices=DEVICES, supported=supported, accepts=accepts, unproven=UNPROVEN)(run)
+    options = {"unproven": UNPROVEN} | options
+    operator.provider("triton", devices=DEVICES, supported=supported, accepts=run_accepts, **options)(run)

@@ -181,6 +181,34 @@ def test_parameters_that_the_operator_does_not_have_are_an_error_at_registration
             made.provider("cpp", devices=("cpu",))(run)
 
 
+def test_checks_and_gradients_of_an_operator(monkeypatch):
+    monkeypatch.setattr(registry, "operators", dict(registry.operators))
+
+    def check(factor: float, x: Tensor, strict: bool = True) -> None:
+        torch._check(strict and factor > 0, lambda: f"factor {factor} for {list(x.shape)}")
+
+    @registry.operator(checks=(check,))
+    def test_scaled(x: Tensor, name: str, scale: Tensor | None, factor: float = 2.0) -> Tensor:
+        """x * factor, whose gradient is given for scale also, even if it is None."""
+        return x * factor
+
+    def backward(ctx, grad):
+        return grad * ctx.factor, None, torch.zeros(())
+
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[3]
+
+    test_scaled.register_autograd(backward, setup_context)
+    x = torch.ones(3, requires_grad=True)
+    for call in (test_scaled, torch.ops.dspnet.test_scaled):
+        (gradient,) = torch.autograd.grad(call(x, "", None, 4.0).sum(), x)
+        assert gradient.tolist() == [4, 4, 4]
+    for call in (test_scaled, test_scaled.native, torch.ops.dspnet.test_scaled):
+        with pytest.raises(RuntimeError, match=r"factor -1.0 for \[3\]"):
+            call(x, "", None, factor=-1.0)
+    assert test_scaled.native(x.detach(), "", None).tolist() == [2, 2, 2]
+
+
 ENVIRONMENT = """
 import os, torch
 from dspnet_fast.ops import ema_update, registry
