@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
-from .launch import Input, OutputGradient, accepts_dtype, channels_last, contiguous
-from .moments import moments
+from .launch import Input, OutputGradient, accepts_dtype, channels_last
+from .moments import moments, no_moments
 from .norm_act import materialize_backward, norm_act
 from .output_gradient import output_gradient
 from .prefix import add_to_prefix, gradient_prefix
@@ -36,17 +36,14 @@ def conv_moments(
     views: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.conv_moments, without main_grad, for valid arguments that `accepts` supports."""
-    deferred = _input(x, scale, shift, act, gate)
+    deferred = Input.of(x, scale, shift, act, gate)
     kernel = weight.shape[2]
     algorithm = _algorithm(kernel, stride, padding, groups)
     if algorithm == "dense":
         h = _materialize(deferred)
         with _exact_cudnn():
             y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
-        if views:
-            return y, *moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views)
-        no_moments = x.new_empty(0, out_channels, dtype=torch.float32)
-        return y, no_moments, no_moments.clone()
+        return y, *(moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views) if views else no_moments(y))
     size = [(length + 2 * padding - kernel) // stride + 1 for length in x.shape[2:]]
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if algorithm == "pointwise":
@@ -74,7 +71,7 @@ def conv_moments_backward(
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.conv_moments_backward, for valid arguments that `accepts` supports."""
-    deferred = _input(x, scale, shift, act, gate)
+    deferred = Input.of(x, scale, shift, act, gate)
     grads = OutputGradient(
         channels_last(grad_y), grad_mean.contiguous(), grad_variance.contiguous(), channels_last(y), mean.contiguous()
     )
@@ -104,9 +101,7 @@ def conv_moments_backward(
         if input_gradient:
             grad_x = channels_last(grad_h)
             if not deferred.materialized:
-                grad_x, _, partial = materialize_backward(
-                    grad_x, deferred.x, deferred.scale, deferred.shift, act, deferred.gate
-                )
+                grad_x, _, partial = materialize_backward(grad_x, deferred)
                 gate_sums = partial[2]
         if prefix is not None:
             prefix += grad_prefix
@@ -135,12 +130,6 @@ def accepts(x: Tensor, weight: Tensor, groups: int) -> tuple[bool, str]:
     if groups > 1 and weight.shape[-1] > depthwise.LARGEST_KERNEL:
         return False, f"it supports depthwise kernels up to {depthwise.LARGEST_KERNEL}, not {weight.shape[-1]}"
     return accepts_dtype(x)
-
-
-def _input(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> Input:
-    """The arguments in the layouts that kernels read."""
-    scale, shift, gate = contiguous(scale, shift, gate)
-    return Input(channels_last(x), scale, shift, act, gate)
 
 
 def _materialize(deferred: Input) -> Tensor:

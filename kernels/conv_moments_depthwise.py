@@ -27,7 +27,7 @@ from .deferred import (
     store_sums,
 )
 from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums
-from .moments import merge_moments, partial_moments
+from .moments import merge_moments, no_moments, partial_moments
 
 LARGEST_KERNEL = 7  # larger kernels' taps and accumulators would not fit into registers
 # Per thread, if the kernel does not need more: three programs fit on a multiprocessor and hide each other's latency.
@@ -170,11 +170,8 @@ def conv_moments_depthwise_kernel(
         average = tl.sum(mean * n, 0) / tl.sum(count, 0)
         deviations = mean - average[None, :]
         within = squares - total * total / tl.maximum(n, 1.0) + deviations * deviations * n
-        programs = segments * parts
-        to = partial + program * channels + column
-        tl.store(to, average, mask=inside)
-        # merge_moments weights by images instead of elements.
-        tl.store(to + programs * channels, tl.sum(within, 0) / (out_height * out_width), mask=inside)
+        squares = tl.sum(within, 0) / (out_height * out_width)  # merge_moments weights by images instead of elements
+        store_sums(partial, program, segments * parts, channels, column, average, squares)
 
 
 def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> tuple[Tensor, Tensor]:
@@ -213,10 +210,7 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: in
         **tile,
         maxnreg=REGISTERS if kernel <= 5 else None,
     )
-    if views:
-        return merge_moments(partial, rows)
-    no_moments = deferred.x.new_empty(0, channels, dtype=torch.float32)
-    return no_moments, no_moments.clone()
+    return merge_moments(partial, rows) if views else no_moments(y)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from .deferred import (
     zero_column_sums,
 )
 from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums, power_of_two
-from .moments import merge_moments, partial_moments
+from .moments import merge_moments, no_moments, partial_moments
 
 DEEP = 256  # the matrix product dominates the cost of products deeper than this
 
@@ -113,11 +113,9 @@ def conv_moments_pointwise_kernel(
             sums += partial_column_sums(deviations)
             squares += partial_column_sums(deviations * deviations)
     if MOMENTS:
-        programs = segments * parts
         count = tl.minimum(tiles * BLOCK_M, size - begin)
         mean, squares = moments_from(pivot, reduce_column_sums(sums), reduce_column_sums(squares), count)
-        tl.store(partial + program * out_channels + out_column, mean, mask=out_inside)
-        tl.store(partial + (programs + program) * out_channels + out_column, squares, mask=out_inside)
+        store_sums(partial, program, segments * parts, out_channels, out_column, mean, squares)
 
 
 def forward(deferred: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor, Tensor]:
@@ -153,10 +151,7 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Ten
         num_warps=warps,
         num_stages=2,
     )
-    if views:
-        return merge_moments(partial, rows)
-    no_moments = deferred.x.new_empty(0, out_channels, dtype=torch.float32)
-    return no_moments, no_moments.clone()
+    return merge_moments(partial, rows) if views else no_moments(y)
 
 
 @triton.jit

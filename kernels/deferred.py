@@ -30,6 +30,14 @@ def program_columns(channels, VECTORIZED: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def row_tile(first, size, segment, column, inside, channels, BLOCK_M: tl.constexpr):
+    """BLOCK_M rows from `first` on, of a segment of `size` rows: their indices, the mask and the offsets of a tile."""
+    row = first + tl.arange(0, BLOCK_M)
+    valid = (row < size)[:, None] & inside[None, :]
+    return row, valid, (segment.to(tl.int64) * size + row)[:, None] * channels + column[None, :]
+
+
+@triton.jit
 def apply_activation(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -108,12 +116,12 @@ def materialize_gradient(
 
 
 @triton.jit
-def store_sums(partial, program, programs, channels, column, dscale, dshift):
-    """Stores a program's sums for scale and shift in partial[0] and partial[1], [programs, C] each."""
+def store_sums(partial, program, programs, channels, column, first, second):
+    """Stores two sums of a program in partial[0] and partial[1], [programs, C] each."""
     inside = column < channels
     to = partial + program * channels + column
-    tl.store(to, dscale, mask=inside)
-    tl.store(to + programs * channels, dshift, mask=inside)
+    tl.store(to, first, mask=inside)
+    tl.store(to + programs * channels, second, mask=inside)
 
 
 @triton.jit

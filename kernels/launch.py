@@ -83,6 +83,12 @@ class Input:
     act: str
     gate: Tensor | None
 
+    @staticmethod
+    def of(x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None) -> "Input":
+        """The arguments in the layouts that kernels read."""
+        scale, shift, gate = contiguous(scale, shift, gate)
+        return Input(channels_last(x), scale, shift, act, gate)
+
     @property
     def rows(self) -> int:
         """Rows of scale and shift; 1 without them."""

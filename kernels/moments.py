@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import deviation, moments_from, program_columns
+from .deferred import deviation, moments_from, program_columns, row_tile, store_sums
 from .launch import SIZES, Rows, launch, power_of_two
 
 BLOCK_C = 8  # columns of partial moments per program: one memory sector, to use as many programs as possible
@@ -100,17 +100,19 @@ def moments_kernel(
     squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        valid = (row < size)[:, None] & inside[None, :]
-        offsets = (segment.to(tl.int64) * size + row)[:, None] * channels + column[None, :]
+        _, valid, offsets = row_tile(first, size, segment, column, inside, channels, BLOCK_M)
         values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
         pivot, deviations = deviation(values, pivot, first, begin, size)
         sums += deviations
         squares += deviations * deviations
     count = tl.minimum(tiles * BLOCK_M, size - begin)
     mean, squared_deviations = moments_from(pivot, tl.sum(sums, 0), tl.sum(squares, 0), count)
-    tl.store(partial + program * channels + column, mean, mask=inside)
-    tl.store(partial + (programs + program) * channels + column, squared_deviations, mask=inside)
+    store_sums(partial, program, programs, channels, column, mean, squared_deviations)
+
+
+def no_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of y [N, C, H, W] for 0 views: [0, C]."""
+    return y.new_empty(0, y.shape[1], dtype=torch.float32), y.new_empty(0, y.shape[1], dtype=torch.float32)
 
 
 def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import apply_activation, load_row, materialize_gradient, normalized, program_columns, store_sums
+from .deferred import (
+    apply_activation,
+    load_row,
+    materialize_gradient,
+    normalized,
+    program_columns,
+    row_tile,
+    store_sums,
+)
 from .launch import (
     SIZES,
+    Input,
     Rows,
     accepts_dtype,
     channels_last,
     check_row_count,
-    contiguous,
     launch,
     partial_sums,
     power_of_two,
@@ -33,16 +41,16 @@ BLOCK_M = 64
 
 @triton.jit
 def _load_z(
-    x, residual, factor, offset, residual_factor, residual_offset, offsets, valid,
+    x, residual, row, residual_row, offsets, valid,
     DEFERRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RESIDUAL_DEFERRED: tl.constexpr,
 ):  # fmt: skip
-    """x, the residual, and z, the input of the activation."""
+    """x, the residual, and z, the input of the activation. row, residual_row: (factor, offset) of `load_row`."""
     values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-    z = normalized(values, factor, offset, DEFERRED)
+    z = normalized(values, row[0], row[1], DEFERRED)
     residual_values = values
     if HAS_RESIDUAL:
         residual_values = tl.load(residual + offsets, mask=valid, other=0.0).to(tl.float32)
-        z += normalized(residual_values, residual_factor, residual_offset, RESIDUAL_DEFERRED)
+        z += normalized(residual_values, residual_row[0], residual_row[1], RESIDUAL_DEFERRED)
     return values, residual_values, z
 
 
@@ -74,27 +82,12 @@ def norm_act_kernel(
 ):
     channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     segment = program // parts
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
-    residual_factor, residual_offset = load_row(
+    row = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
+    residual_row = load_row(
         residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, RESIDUAL_DEFERRED
     )
-    in_segment = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = (in_segment < size)[:, None] & inside[None, :]
-    row = segment.to(tl.int64) * size + in_segment
-    offsets = row[:, None] * channels + column[None, :]
-    _, _, z = _load_z(
-        x,
-        residual,
-        factor,
-        offset,
-        residual_factor,
-        residual_offset,
-        offsets,
-        valid,
-        DEFERRED,
-        HAS_RESIDUAL,
-        RESIDUAL_DEFERRED,
-    )
+    in_segment, valid, offsets = row_tile(program % parts * BLOCK_M, size, segment, column, inside, channels, BLOCK_M)
+    _, _, z = _load_z(x, residual, row, residual_row, offsets, valid, DEFERRED, HAS_RESIDUAL, RESIDUAL_DEFERRED)
     value = apply_activation(z, ACT)
     if GATED:
         image = (segment * size + in_segment) // positions  # in 32 bits: 64-bit divisions are function calls
@@ -113,32 +106,29 @@ def norm_act(
     residual_shift: Tensor | None,
 ) -> Tensor:
     """dspnet_fast.ops.norm_act, for valid arguments that `accepts` supports."""
-    x, residual = channels_last(x), None if residual is None else channels_last(residual)
-    scale, shift, gate = contiguous(scale, shift, gate)
-    residual_scale, residual_shift = contiguous(residual_scale, residual_shift)
-    out = torch.empty_like(x)
+    deferred = Input.of(x, scale, shift, act, gate)
+    added = Input.of(deferred.x if residual is None else residual, residual_scale, residual_shift, "identity", None)
+    out = torch.empty_like(deferred.x)
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
-    segments = _segments(scale, residual_scale)
+    segments = math.lcm(deferred.rows, added.rows)  # each has one row of scale and of residual_scale
     size = check_row_count(len(x) * positions) // segments
     parts, block = triton.cdiv(size, BLOCK_M), power_of_two(channels, 16, 128)
     launch(
         norm_act_kernel,
         segments * parts * triton.cdiv(channels, block),
-        x,
-        *(x if tensor is None else tensor for tensor in (scale, shift, gate, residual, residual_scale, residual_shift)),
+        *deferred.pointers,
+        *added.pointers[:3],
         out,
         channels,
         positions,
         size,
         parts,
         segments,
-        1 if scale is None else len(scale),
-        1 if residual_scale is None else len(residual_scale),
-        ACT=act,
-        DEFERRED=scale is not None,
-        GATED=gate is not None,
+        deferred.rows,
+        added.rows,
+        **deferred.constants,
         HAS_RESIDUAL=residual is not None,
-        RESIDUAL_DEFERRED=residual_scale is not None,
+        RESIDUAL_DEFERRED=added.scale is not None,
         VECTORIZED=channels % 8 == 0,
         BLOCK_M=BLOCK_M,
         BLOCK_C=block,
@@ -181,8 +171,8 @@ def norm_act_backward_kernel(
 ):
     channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     segment = program // parts
-    factor, offset = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
-    residual_factor, residual_offset = load_row(
+    row = load_row(scale, shift, segment * scale_rows // segments, column, inside, channels, DEFERRED)
+    residual_row = load_row(
         residual_scale, residual_shift, segment * residual_rows // segments, column, inside, channels, RESIDUAL_DEFERRED
     )
     gates = tl.full((1, BLOCK_C), 1.0, tl.float32)
@@ -194,22 +184,9 @@ def norm_act_backward_kernel(
     of_residual_scale = tl.zeros((BLOCK_C,), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
-        in_segment = first + tl.arange(0, BLOCK_M)
-        valid = (in_segment < size)[:, None] & inside[None, :]
-        row = segment.to(tl.int64) * size + in_segment
-        offsets = row[:, None] * channels + column[None, :]
+        in_segment, valid, offsets = row_tile(first, size, segment, column, inside, channels, BLOCK_M)
         values, residual_values, z = _load_z(
-            x,
-            residual,
-            factor,
-            offset,
-            residual_factor,
-            residual_offset,
-            offsets,
-            valid,
-            DEFERRED,
-            HAS_RESIDUAL,
-            RESIDUAL_DEFERRED,
+            x, residual, row, residual_row, offsets, valid, DEFERRED, HAS_RESIDUAL, RESIDUAL_DEFERRED
         )
         if POOLED:
             image = (segment * size + in_segment) // positions
@@ -218,15 +195,15 @@ def norm_act_backward_kernel(
             dh = tl.load(grad + offsets, mask=valid, other=0.0)
         # z already contains scale and shift, so DEFERRED is False here.
         dz, to_gate = materialize_gradient(
-            dh.to(tl.float32) * grad_factor, z, factor, offset, gates, valid, ACT, False, GATED
+            dh.to(tl.float32) * grad_factor, z, row[0], row[1], gates, valid, ACT, False, GATED
         )
         of_gate += to_gate
         of_scale += tl.sum(dz * values, 0)
         of_shift += tl.sum(dz, 0)
-        tl.store(dx + offsets, (dz * factor).to(dx.dtype.element_ty), mask=valid)
+        tl.store(dx + offsets, (dz * row[0]).to(dx.dtype.element_ty), mask=valid)
         if RESIDUAL_GRADIENT:
             of_residual_scale += tl.sum(dz * residual_values, 0)
-            tl.store(dresidual + offsets, (dz * residual_factor).to(dx.dtype.element_ty), mask=valid)
+            tl.store(dresidual + offsets, (dz * residual_row[0]).to(dx.dtype.element_ty), mask=valid)
     programs = segments * parts
     if DEFERRED or RESIDUAL_DEFERRED:
         store_sums(partial, program, programs, channels, column, of_scale, of_shift)
@@ -237,26 +214,17 @@ def norm_act_backward_kernel(
 
 
 def materialize_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None,
-    residual: Tensor | None = None,
-    residual_scale: Tensor | None = None,
-    residual_shift: Tensor | None = None,
-    residual_gradient: bool = False,
+    grad: Tensor, deferred: Input, residual: Input | None = None, residual_gradient: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dresidual, and the programs' sums for scale, shift, gate and residual_scale, [4, programs, C].
 
-    grad: like x, or [N, C], the gradient of the mean over positions. Activations are channels-last, the other tensors
-    contiguous.
+    grad: like x, channels-last, or [N, C], contiguous, the gradient of the mean over positions.
     """
-    pooled = grad.ndim == 2
+    x, pooled = deferred.x, grad.ndim == 2
+    added = residual or Input(x, None, None, "identity", None)
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     block = power_of_two(channels, 16, 64)
-    segments = _segments(scale, residual_scale) if gate is None else max(len(x), 1)
+    segments = math.lcm(deferred.rows, added.rows) if deferred.gate is None else max(len(x), 1)
     rows = Rows.split(len(x) * positions, segments, BLOCK_M, triton.cdiv(channels, block), x.device)
     dx, partial = torch.empty_like(x), partial_sums(4, rows, channels, x)
     dresidual = torch.empty_like(x) if residual_gradient else x.new_empty(0)
@@ -264,8 +232,8 @@ def materialize_backward(
         norm_act_backward_kernel,
         rows.programs * triton.cdiv(channels, block),
         grad,
-        x,
-        *(x if tensor is None else tensor for tensor in (scale, shift, gate, residual, residual_scale, residual_shift)),
+        *deferred.pointers,
+        *added.pointers[:3],
         dx,
         dresidual if residual_gradient else dx,
         partial,
@@ -273,13 +241,11 @@ def materialize_backward(
         channels,
         positions,
         *rows.arguments,
-        1 if scale is None else len(scale),
-        1 if residual_scale is None else len(residual_scale),
-        ACT=act,
-        DEFERRED=scale is not None,
-        GATED=gate is not None,
+        deferred.rows,
+        added.rows,
+        **deferred.constants,
         HAS_RESIDUAL=residual is not None,
-        RESIDUAL_DEFERRED=residual_scale is not None,
+        RESIDUAL_DEFERRED=added.scale is not None,
         RESIDUAL_GRADIENT=residual_gradient,
         POOLED=pooled,
         VECTORIZED=channels % 8 == 0,
@@ -302,16 +268,9 @@ def norm_act_backward(
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.norm_act_backward, for valid arguments that `accepts` supports."""
-    x = channels_last(x)
+    added = None if residual is None else Input.of(residual, residual_scale, residual_shift, "identity", None)
     dx, dresidual, partial = materialize_backward(
-        channels_last(grad),
-        x,
-        *contiguous(scale, shift),
-        act,
-        *contiguous(gate),
-        None if residual is None else channels_last(residual),
-        *contiguous(residual_scale, residual_shift),
-        residual is not None and residual_gradient,
+        channels_last(grad), Input.of(x, scale, shift, act, gate), added, residual is not None and residual_gradient
     )
     of_scale, of_shift, of_gate, of_residual_scale, of_residual_shift = (
         x.new_empty(0, dtype=torch.float32) for _ in range(5)
@@ -328,8 +287,3 @@ def norm_act_backward(
 def accepts(x: Tensor) -> tuple[bool, str]:
     """Whether the kernels support x: (True, "") or (False, reason)."""
     return accepts_dtype(x)
-
-
-def _segments(*rows: Tensor | None) -> int:
-    """The smallest number of segments of the batch such that each has one row of scale and of residual_scale."""
-    return math.lcm(*(1 if tensor is None else len(tensor) for tensor in rows))

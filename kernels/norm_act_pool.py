@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import apply_activation, load_row, normalized, program_columns
-from .launch import SIZES, accepts_dtype, channels_last, contiguous, launch, power_of_two
+from .deferred import apply_activation, load_row, normalized, program_columns, row_tile
+from .launch import SIZES, Input, accepts_dtype, channels_last, contiguous, launch, power_of_two
 from .norm_act import materialize_backward
 from .sums import sums
 
@@ -35,9 +35,7 @@ def norm_act_pool_kernel(
     factor, offset = load_row(scale, shift, image * scale_rows // images, column, inside, channels, DEFERRED)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, positions, BLOCK_M):
-        position = first + tl.arange(0, BLOCK_M)
-        valid = (position < positions)[:, None] & inside[None, :]
-        offsets = (image.to(tl.int64) * positions + position)[:, None] * channels + column[None, :]
+        _, valid, offsets = row_tile(first, positions, image, column, inside, channels, BLOCK_M)
         values = tl.load(x + offsets, mask=valid, other=0.0)
         total += tl.sum(tl.where(valid, apply_activation(normalized(values, factor, offset, DEFERRED), ACT), 0.0), 0)
     tl.store(out + image * channels + column, total / positions, mask=inside)
@@ -74,7 +72,7 @@ def norm_act_pool_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.norm_act_pool_backward, for valid arguments that `accepts` supports."""
-    dx, _, partial = materialize_backward(grad.contiguous(), channels_last(x), *contiguous(scale, shift), act, None)
+    dx, _, partial = materialize_backward(grad.contiguous(), Input.of(x, scale, shift, act, None))
     if scale is None:
         return dx, grad.new_empty(0), grad.new_empty(0)
     return dx, *sums(partial[0], partial[1], len(scale))

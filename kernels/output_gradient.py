@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import load_moment_gradients, load_output_gradient, program_columns
+from .deferred import load_moment_gradients, load_output_gradient, program_columns, row_tile
 from .launch import SIZES, OutputGradient, launch, power_of_two
 
 BLOCK_M = 64
@@ -32,16 +32,12 @@ def output_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channels, program, column, _ = program_columns(channels, VECTORIZED, BLOCK_C)
+    channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     view = program // parts
-    in_view = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = in_view < size
-    row = view.to(tl.int64) * size + in_view
     center, mean_term, variance_factor = load_moment_gradients(
         mean, dmean, dvariance, view, column, channels, inverse_count, MOMENTS=True
     )
-    valid = row_inside[:, None] & (column < channels)[None, :]
-    offsets = row[:, None] * channels + column[None, :]
+    _, valid, offsets = row_tile(program % parts * BLOCK_M, size, view, column, inside, channels, BLOCK_M)
     gradient = load_output_gradient(dy, y, center, mean_term, variance_factor, offsets, valid, MOMENTS=True)
     tl.store(e + offsets, gradient.to(e.dtype.element_ty), mask=valid)
 

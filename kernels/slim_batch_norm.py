@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .deferred import program_columns
+from .deferred import program_columns, row_tile, store_sums
 from .launch import SIZES, Rows, accepts_dtype, launch, partial_sums, power_of_two
 from .moments import moments
 from .norm_act import norm_act
@@ -41,15 +41,11 @@ def slim_batch_norm_sums_kernel(
     dbias = tl.zeros((BLOCK_C,), tl.float32)
     begin = program % parts * tiles * BLOCK_M
     for first in range(begin, tl.minimum(begin + tiles * BLOCK_M, size), BLOCK_M):
-        in_view = first + tl.arange(0, BLOCK_M)
-        valid = (in_view < size)[:, None] & inside[None, :]
-        offsets = (view.to(tl.int64) * size + in_view)[:, None] * channels + column[None, :]
+        _, valid, offsets = row_tile(first, size, view, column, inside, channels, BLOCK_M)
         dy = tl.load(grad + offsets, mask=valid, other=0.0).to(tl.float32)
         dweight += tl.sum(dy * (tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - center), 0)
         dbias += tl.sum(dy, 0)
-    to = partial + program * channels + column
-    tl.store(to, dweight, mask=inside)
-    tl.store(to + programs * channels, dbias, mask=inside)
+    store_sums(partial, program, programs, channels, column, dweight, dbias)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -71,9 +67,7 @@ def slim_batch_norm_input_gradient_kernel(
     channels, program, column, inside = program_columns(channels, VECTORIZED, BLOCK_C)
     view = program // parts
     view_offsets = view * channels + column
-    in_view = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = (in_view < size)[:, None] & inside[None, :]
-    offsets = (view.to(tl.int64) * size + in_view)[:, None] * channels + column[None, :]
+    _, valid, offsets = row_tile(program % parts * BLOCK_M, size, view, column, inside, channels, BLOCK_M)
     dy = tl.load(grad + offsets, mask=valid, other=0.0).to(tl.float32)
     centered = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
     centered -= tl.load(mean + view_offsets, mask=inside, other=0.0)[None, :]
