@@ -13,8 +13,7 @@
 #include "activations.h"
 #include "check.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 ConvShape check_shape(
@@ -172,5 +171,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_mome
   return {grad_x, grad_scale, grad_shift, grad_gate, grad_weight};
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

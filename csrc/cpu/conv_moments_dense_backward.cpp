@@ -9,8 +9,7 @@
 #include "dense.h"
 #include "thread_sums.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace dense {
 namespace {
 
@@ -200,9 +199,9 @@ void finish_panel(
   Vec shift_sum[P::vectors], scale_sum[P::vectors], gate_sum[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    scale[v] = panel.get_or(input.scale(n), v, 1);
-    shift[v] = panel.get_or(input.shift(n), v, 0);
-    gate[v] = panel.get_or(input.gate(n), v, 1);
+    scale[v] = panel.get_or(input.deferred.scale_of(n, input.shape.images, channels), v, 1);
+    shift[v] = panel.get_or(input.deferred.shift_of(n, input.shape.images, channels), v, 0);
+    gate[v] = panel.get_or(input.deferred.gate_of(n, channels), v, 1);
     shift_sum[v] = scale_sum[v] = gate_sum[v] = Vec(0);
   }
   for (int64_t i = 0; i < positions; ++i, grad_h += stride, x += channels, grad_x += channels) {
@@ -494,5 +493,4 @@ void dense_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
 template void dense_backward(const ConvShape&, const Backward<float>&);
 template void dense_backward(const ConvShape&, const Backward<at::BFloat16>&);
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

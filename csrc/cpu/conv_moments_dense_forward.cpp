@@ -6,8 +6,7 @@
 #include "dense.h"
 #include "moments.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace dense {
 namespace {
 
@@ -142,5 +141,4 @@ void dense_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 template void dense_forward(const ConvShape&, const Forward<float>&);
 template void dense_forward(const ConvShape&, const Forward<at::BFloat16>&);
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

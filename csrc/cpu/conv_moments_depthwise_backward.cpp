@@ -10,8 +10,7 @@
 // convolution without a stride, so no products with zeros are computed.
 #include "depthwise.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace depthwise {
 namespace {
 
@@ -482,5 +481,4 @@ void depthwise_backward(const ConvShape& shape, const Backward<scalar_t>& args) 
 template void depthwise_backward(const ConvShape&, const Backward<float>&);
 template void depthwise_backward(const ConvShape&, const Backward<at::BFloat16>&);
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -5,8 +5,7 @@
 // skipped; columns beside it are zeros in scratch.
 #include "depthwise.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace depthwise {
 namespace {
 
@@ -363,5 +362,4 @@ void depthwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 template void depthwise_forward(const ConvShape&, const Forward<float>&);
 template void depthwise_forward(const ConvShape&, const Forward<at::BFloat16>&);
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

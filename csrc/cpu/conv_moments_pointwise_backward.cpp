@@ -11,8 +11,7 @@
 
 #include "pointwise.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace pointwise {
 namespace {
 
@@ -363,5 +362,4 @@ void pointwise_backward(const ConvShape& shape, const Backward<scalar_t>& args) 
 template void pointwise_backward(const ConvShape&, const Backward<float>&);
 template void pointwise_backward(const ConvShape&, const Backward<at::BFloat16>&);
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

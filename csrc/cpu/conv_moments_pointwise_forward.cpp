@@ -8,8 +8,7 @@
 #include "moments.h"
 #include "pointwise.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace pointwise {
 namespace {
 
@@ -71,5 +70,4 @@ void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 template void pointwise_forward(const ConvShape&, const Forward<float>&);
 template void pointwise_forward(const ConvShape&, const Forward<at::BFloat16>&);
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

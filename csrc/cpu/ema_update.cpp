@@ -18,8 +18,7 @@
 
 #include "ema_update.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kGrain = 32768; // elements per thread at least
@@ -89,5 +88,4 @@ void ema_update(at::TensorList targets, at::TensorList onlines, double tau) {
   });
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -25,8 +25,7 @@
 
 #include "lars_ema_step.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kLarsGrain = 32768; // elements per thread at least
@@ -224,5 +223,4 @@ void lars_ema_step(
   }
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -20,8 +20,7 @@
 #include "panels.h"
 #include "thread_sums.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 // Activations are dense and channels-last, [images * positions, channels].
@@ -37,11 +36,11 @@ struct Tensors {
 
 // One image's coefficients, [C] each. Null: scales and gates of 1, shifts of 0.
 struct Coefficients {
-  const float* scale = nullptr;
-  const float* shift = nullptr;
-  const float* residual_scale = nullptr;
-  const float* residual_shift = nullptr;
-  const float* gate = nullptr;
+  const float* scale;
+  const float* shift;
+  const float* residual_scale;
+  const float* residual_shift;
+  const float* gate;
 };
 
 // Sums over positions of dz, dz x, dz residual and d act(z), [C] each. dz_residual is null without a residual.
@@ -58,17 +57,10 @@ struct Problem {
   Deferred residual_deferred; // rows = 0 also without a residual
 
   Coefficients coefficients(int64_t n) const {
-    Coefficients c;
-    if (deferred.rows) {
-      c.scale = deferred.scale + deferred.row(n, images) * channels;
-      c.shift = deferred.shift + deferred.row(n, images) * channels;
-    }
-    if (residual_deferred.rows) {
-      c.residual_scale = residual_deferred.scale + residual_deferred.row(n, images) * channels;
-      c.residual_shift = residual_deferred.shift + residual_deferred.row(n, images) * channels;
-    }
-    c.gate = deferred.gate ? deferred.gate + n * channels : nullptr;
-    return c;
+    return {
+        deferred.scale_of(n, images, channels), deferred.shift_of(n, images, channels),
+        residual_deferred.scale_of(n, images, channels), residual_deferred.shift_of(n, images, channels),
+        deferred.gate_of(n, channels)};
   }
 };
 
@@ -381,5 +373,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return results();
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

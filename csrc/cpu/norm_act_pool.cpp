@@ -18,20 +18,12 @@
 #include "panels.h"
 #include "thread_sums.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 struct PoolProblem {
   int64_t images, positions, channels;
   Deferred deferred;
-
-  const float* scale(int64_t n) const { // [C] of image n, or null
-    return deferred.rows ? deferred.scale + deferred.row(n, images) * channels : nullptr;
-  }
-  const float* shift(int64_t n) const {
-    return deferred.rows ? deferred.shift + deferred.row(n, images) * channels : nullptr;
-  }
 };
 
 template <Act act, typename P, typename scalar_t>
@@ -47,8 +39,8 @@ void sum_panel(
   Vec scale[P::vectors], shift[P::vectors], sum[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    scale[v] = panel.get_or(problem.scale(n), v, 1);
-    shift[v] = panel.get_or(problem.shift(n), v, 0);
+    scale[v] = panel.get_or(problem.deferred.scale_of(n, problem.images, channels), v, 1);
+    shift[v] = panel.get_or(problem.deferred.shift_of(n, problem.images, channels), v, 0);
     sum[v] = Vec(0);
   }
   for (int64_t at = begin * channels; at < (begin + rows) * channels; at += channels) {
@@ -81,8 +73,8 @@ void backward_panel(
   Vec scale[P::vectors], shift[P::vectors], grad_h[P::vectors], dz_total[P::vectors], dz_x_total[P::vectors];
 #pragma GCC unroll 2
   for (int v = 0; v < P::vectors; ++v) {
-    scale[v] = panel.get_or(problem.scale(n), v, 1);
-    shift[v] = panel.get_or(problem.shift(n), v, 0);
+    scale[v] = panel.get_or(problem.deferred.scale_of(n, problem.images, channels), v, 1);
+    shift[v] = panel.get_or(problem.deferred.shift_of(n, problem.images, channels), v, 0);
     grad_h[v] = panel.get(grad, v) * part;
     dz_total[v] = dz_x_total[v] = Vec(0);
   }
@@ -240,5 +232,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act_pool_backward(
   return {grad_x, grad_scale, grad_shift};
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -23,8 +23,7 @@
 
 #include "normalized_mse.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 constexpr double kEps = 1e-6; // dspnet_fast/ops/normalized_mse.py: EPS
@@ -185,5 +184,4 @@ std::tuple<at::Tensor, at::Tensor> normalized_mse_backward(
   return {grad_p, grad_z};
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

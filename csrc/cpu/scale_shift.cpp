@@ -15,8 +15,7 @@
 
 #include "check.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 void check_prefix(const char* op, const char* name, const at::Tensor& vector, int64_t channels) {
@@ -150,5 +149,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> scale_shift_backward(
   return {grad_mean, grad_variance, grad_weight.returned, grad_bias.returned};
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -21,8 +21,7 @@
 #include "panels.h"
 #include "thread_sums.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 namespace {
 
 // Splits rows into blocks; no block contains rows of two views.
@@ -383,5 +382,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_backward(
   return {grad_x, grad_weight, grad_bias};
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

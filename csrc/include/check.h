@@ -11,8 +11,7 @@
 #include "memory.h"
 #include "deferred.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -100,5 +99,4 @@ inline CheckedDeferred check_deferred(
   return checked;
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -7,8 +7,7 @@
 
 #include "deferred.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 struct ConvShape {
   int64_t images, channels, height, width; // of x
@@ -74,5 +73,4 @@ void dense_forward(const ConvShape& shape, const Forward<scalar_t>& args);
 template <typename scalar_t>
 void dense_backward(const ConvShape& shape, const Backward<scalar_t>& args);
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -5,8 +5,7 @@
 
 #include "gemm.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 // An epilogue of multiply(). pivot, sum, square: [padded channels], the arguments of ChannelMoments::merge, or null.
 template <typename scalar_t>
@@ -71,5 +70,4 @@ struct StoreOutput {
   }
 };
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -14,8 +14,7 @@
 // Functions pass vectors in registers only if they are inlined.
 #define DSPNET_INLINE inline __attribute__((always_inline))
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kVec = Vec::size(); // floats: 16 with AVX-512, 8 otherwise
@@ -33,6 +32,16 @@ struct Deferred {
   // The row for image n of `images`.
   int64_t row(int64_t n, int64_t images) const {
     return rows > 1 ? n / (images / rows) : 0;
+  }
+  // Those of image n, [C] each, or null.
+  const float* scale_of(int64_t n, int64_t images, int64_t channels) const {
+    return rows ? scale + row(n, images) * channels : nullptr;
+  }
+  const float* shift_of(int64_t n, int64_t images, int64_t channels) const {
+    return rows ? shift + row(n, images) * channels : nullptr;
+  }
+  const float* gate_of(int64_t n, int64_t channels) const {
+    return gate ? gate + n * channels : nullptr;
   }
 };
 
@@ -174,5 +183,4 @@ DSPNET_INLINE Vec as_stored(const Vec& value) {
   }
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

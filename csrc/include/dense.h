@@ -17,9 +17,7 @@
 #include "gemm.h"
 #include "panels.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
-namespace dense {
+namespace dspnet::inline CPU_CAPABILITY::dense {
 
 constexpr int64_t kBandBytes = 512 << 10; // of h, for a band
 constexpr int64_t kNarrow = 8; // output rows shorter than this do not fill a tile
@@ -176,15 +174,6 @@ struct Input {
   bool is_deferred() const {
     return deferred.rows || deferred.act != Act::identity || deferred.gate;
   }
-  const float* scale(int64_t n) const { // of image n, or null
-    return deferred.rows ? deferred.scale + deferred.row(n, shape.images) * shape.channels : nullptr;
-  }
-  const float* shift(int64_t n) const {
-    return deferred.rows ? deferred.shift + deferred.row(n, shape.images) * shape.channels : nullptr;
-  }
-  const float* gate(int64_t n) const {
-    return deferred.gate ? deferred.gate + n * shape.channels : nullptr;
-  }
 
   // Scratch for the input rows that the band's output rows depend on.
   FormedRows rows(const Band& band, float* data) const {
@@ -241,9 +230,9 @@ struct Input {
       Vec a[P::vectors], b[P::vectors], g[P::vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < P::vectors; ++v) {
-        a[v] = panel.get_or(scale(n), v, 1);
-        b[v] = panel.get_or(shift(n), v, 0);
-        g[v] = panel.get_or(gate(n), v, 1);
+        a[v] = panel.get_or(deferred.scale_of(n, shape.images, shape.channels), v, 1);
+        b[v] = panel.get_or(deferred.shift_of(n, shape.images, shape.channels), v, 0);
+        g[v] = panel.get_or(deferred.gate_of(n, shape.channels), v, 1);
       }
       for (int64_t at = first_pixel() * shape.channels; at < shape.width * shape.channels;
            at += pixel_step() * shape.channels) {
@@ -276,6 +265,4 @@ void in_parallel(int64_t count, int64_t floats_each, const Run& run) {
   });
 }
 
-} // namespace dense
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY::dense

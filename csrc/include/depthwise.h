@@ -18,9 +18,7 @@
 
 #include "conv_moments.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
-namespace depthwise {
+namespace dspnet::inline CPU_CAPABILITY::depthwise {
 
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int64_t kTile = 8; // pixels whose sums stay in registers
@@ -306,6 +304,4 @@ void run_groups(const Call& call, const Groups& groups, int64_t images, int64_t 
   }
 }
 
-} // namespace depthwise
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY::depthwise

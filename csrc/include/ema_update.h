@@ -11,8 +11,7 @@
 
 #include "memory.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 inline void check_ema(at::TensorList targets, at::TensorList onlines, double tau, at::DeviceType device) {
   TORCH_CHECK(tau >= 0 && tau <= 1, "ema_update: tau must lie in [0, 1], got ", tau);
@@ -103,5 +102,4 @@ inline std::vector<size_t> update_all_but_runs(at::TensorList targets, at::Tenso
   return runs;
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -26,8 +26,7 @@
 
 #include "deferred.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 // A tile must fit into the registers with V vectors of B and one of A.
 #if defined(CPU_CAPABILITY_AVX512)
@@ -377,5 +376,4 @@ struct AddToMatrix {
   }
 };
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -11,8 +11,7 @@
 
 #include "memory.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 inline void check_lars(
     const at::Tensor& params,
@@ -78,5 +77,4 @@ inline void check_lars(
       "lars_ema_step: apply must be a bool scalar on ", params.device());
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

@@ -5,8 +5,7 @@
 
 #include <cstdint>
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 // Whether all elements lie inside the storage. They may not, since storages can be resized and strides set to any
 // value.
@@ -36,5 +35,4 @@ inline Span span(const at::Tensor& tensor) {
   return {first, first + elements * tensor.element_size()};
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

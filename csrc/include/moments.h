@@ -7,8 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 // The number of rows, and per channel the mean and the sum of squared deviations.
 struct ChannelMoments {
@@ -74,5 +73,4 @@ inline void write_moments(
   }
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

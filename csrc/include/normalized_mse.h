@@ -5,8 +5,7 @@
 
 #include "memory.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 inline bool is_supported(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
@@ -38,5 +37,4 @@ inline void check_grad(const char* op, const at::Tensor& grad, const at::Tensor&
       grad.scalar_type(), " on ", grad.device());
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

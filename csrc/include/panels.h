@@ -7,8 +7,7 @@
 
 #include "deferred.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 constexpr int64_t kGrainElements = 32768; // per thread at least: less costs more to start than to compute
 
@@ -112,5 +111,4 @@ inline void add_parts(const float* part_sums, const Parts& parts, int64_t channe
   }
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY

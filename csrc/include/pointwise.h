@@ -14,9 +14,7 @@
 #include "conv_moments.h"
 #include "gemm.h"
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
-namespace pointwise {
+namespace dspnet::inline CPU_CAPABILITY::pointwise {
 
 struct PackedWeight;
 struct FormedInput;
@@ -151,6 +149,4 @@ inline const float* pack(
   return to;
 }
 
-} // namespace pointwise
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY::pointwise

@@ -8,8 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace dspnet {
-inline namespace CPU_CAPABILITY {
+namespace dspnet::inline CPU_CAPABILITY {
 
 // Sums in double, [threads, rows, channels]; rows: those of Deferred.
 class ThreadSums {
@@ -91,5 +90,4 @@ BufferedSums<quantities, Rows, FlushTo> buffered_sums(int64_t channels, Rows row
   return {channels, rows, flush_to};
 }
 
-} // namespace CPU_CAPABILITY
-} // namespace dspnet
+} // namespace dspnet::CPU_CAPABILITY
