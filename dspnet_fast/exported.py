@@ -142,15 +142,12 @@ def layers(network: nn.Module) -> list[dict[str, Any]]:
         if any(module.children()) or isinstance(module, nn.Identity):
             continue
         parameters = inspect.signature(type(module)).parameters
-        arguments = {key: getattr(module, key) for key in parameters if _is_plain(getattr(module, key, None))}
+        values = {key: getattr(module, key, None) for key in parameters}
+        arguments = {key: value for key, value in values.items() if isinstance(value, int | float | str | bool | tuple)}
         if isinstance(module, nn.Conv2d | nn.Linear):
             arguments["bias"] = module.bias is not None
         described.append({"name": _timm_name(network, name), "type": type(module).__name__, **arguments})
     return described
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | bool | tuple)
 
 
 def _loads_into(network: str, subnet: Subnet, stem: str, classes: int) -> dict[str, str]:

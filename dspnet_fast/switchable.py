@@ -11,6 +11,7 @@ and all networks together need little more memory than the largest.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -220,15 +221,12 @@ class Switchable(nn.Module):
         weight = next(iter(self._tensors.values()))
         images = torch.randn(batch_size, 3, size, size, device=weight.device, dtype=weight.dtype)
 
-        def caller(network: nn.Module) -> Callable[[], None]:
-            def call() -> None:
-                network(images)
-                if images.is_cuda:
-                    torch.cuda.synchronize(images.device)
+        def call(network: nn.Module) -> None:
+            network(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
 
-            return call
-
-        calls = {name: caller(network) for name, network in self._networks.items()}
+        calls = {name: functools.partial(call, network) for name, network in self._networks.items()}
         self.latency = latency.measure(calls, threads=threads)
         self.conditions = latency.conditions(images.device, threads, batch_size, size)
 

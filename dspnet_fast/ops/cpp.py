@@ -74,6 +74,11 @@ def stores(x: torch.Tensor) -> tuple[bool, str]:
     return True, ""
 
 
+def caller(name: str) -> Callable[..., Any]:
+    """The library's function of this name, looked up when it is called."""
+    return lambda *args: getattr(torch.ops.dspnet_cpp, name)(*args)
+
+
 def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None, without: Sequence[str] = ()) -> None:
     """Register the library's function with the operator's name as its provider `cpp`.
 
@@ -85,14 +90,11 @@ def serve(operator: Any, accepts: Callable[..., tuple[bool, str]] | None = None,
     kept = [place for place, name in enumerate(operator.parameters) if name not in without]
     checks = [(check, places) for check, places in operator.checks if not {*places} <= {*kept}]
 
-    def run(*args: Any) -> Any:
-        return getattr(torch.ops.dspnet_cpp, operator.name)(*args)
-
     def run_without(*args: Any) -> Any:
         for check, places in checks:
-            check(*[args[place] for place in places])
-        return getattr(torch.ops.dspnet_cpp, operator.name)(*[args[place] for place in kept])
+            check(*map(args.__getitem__, places))
+        return getattr(torch.ops.dspnet_cpp, operator.name)(*map(args.__getitem__, kept))
 
     options = {} if accepts is None else {"accepts": accepts}
     register = operator.provider("cpp", devices=("cpu",), supported=functools.partial(has, operator.name), **options)
-    register(run_without if without else run)
+    register(run_without if without else caller(operator.name))

@@ -53,8 +53,5 @@ def serve(operator: Any, **options: Any) -> None:
     options: as of Operator.provider; `unproven` is UNPROVEN by default.
     """
 
-    def run(*args: Any) -> Any:
-        return getattr(torch.ops.dspnet_cpp, operator.name)(*args)
-
-    options = {"unproven": UNPROVEN} | options
-    operator.provider("cuda", devices=("cuda",), supported=functools.partial(has, operator.name), **options)(run)
+    options = {"supported": functools.partial(has, operator.name), "unproven": UNPROVEN} | options
+    operator.provider("cuda", devices=("cuda",), **options)(cpp.caller(operator.name))

@@ -87,33 +87,27 @@ def sum_per_view(x: Tensor, views: int) -> Tensor:
 
 
 def check_deferred(
-    operator: str,
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str,
-    gate: Tensor | None = None,
-    views: int = 0,
+    op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, gate: Tensor | None = None, views: int = 0
 ) -> None:
     """Raise RuntimeError unless x, scale, shift, act and gate are as described at the top of this module.
 
     views: the number of views that the operator computes moments of; 0 for none.
     """
     torch._check(
-        x.ndim == 4 and x.is_floating_point(), lambda: f"{operator}: x must be [N, C, H, W], floating point, {_of(x)}"
+        x.ndim == 4 and x.is_floating_point(), lambda: f"{op}: x must be [N, C, H, W], floating point, {_of(x)}"
     )
-    torch._check(act in ACTS, lambda: f"{operator}: act must be one of {', '.join(ACTS)}, not {act!r}")
+    torch._check(act in ACTS, lambda: f"{op}: act must be one of {', '.join(ACTS)}, not {act!r}")
     torch._check(
         views >= 0 and (views == 0 or len(x) % views == 0),
-        lambda: f"{operator}: {len(x)} images are not {views} views of equal size",
+        lambda: f"{op}: {len(x)} images are not {views} views of equal size",
     )
-    torch._check((scale is None) == (shift is None), lambda: f"{operator}: give both scale and shift, or neither")
+    torch._check((scale is None) == (shift is None), lambda: f"{op}: give both scale and shift, or neither")
     if scale is not None and shift is not None:
         for name, rows in (("scale", scale), ("shift", shift)):
             torch._check(
                 rows.ndim == 2 and rows.shape[1] == x.shape[1] and rows.dtype == upcast(x[:0]).dtype,
                 lambda name=name, rows=rows: (  # type: ignore[misc]
-                    f"{operator}: {name} must be [views, {x.shape[1]}], {upcast(x[:0]).dtype}, {_of(rows)}"
+                    f"{op}: {name} must be [views, {x.shape[1]}], {upcast(x[:0]).dtype}, {_of(rows)}"
                 ),
             )
         torch._check(
@@ -122,14 +116,14 @@ def check_deferred(
             and len(x) % len(scale) == 0
             and (views == 0 or len(scale) in (1, views)),
             lambda: (
-                f"{operator}: scale and shift must have 1 row or one per view, got {len(scale)} and {len(shift)} rows "
+                f"{op}: scale and shift must have 1 row or one per view, got {len(scale)} and {len(shift)} rows "
                 f"for {len(x)} images and {views} views"
             ),
         )
     if gate is not None:
         torch._check(
             gate.shape == x.shape[:2] and gate.dtype == upcast(x[:0]).dtype,
-            lambda: f"{operator}: gate must be {list(x.shape[:2])}, {upcast(x[:0]).dtype}, {_of(gate)}",
+            lambda: f"{op}: gate must be {list(x.shape[:2])}, {upcast(x[:0]).dtype}, {_of(gate)}",
         )
 
 

@@ -14,10 +14,8 @@ def _check_buffers(params: Tensor, grads: Tensor, momenta: Tensor, targets: Tens
     for name, flat in flats.items():
         if flat.layout != torch.strided or flat.ndim != 1 or not flat.is_contiguous():
             raise RuntimeError(f"lars_ema_step: {name} must be a contiguous vector, got {tuple(flat.shape)}")
-        if flat.dtype not in (torch.float32, torch.float64) or (flat.dtype, flat.device) != (
-            params.dtype,
-            params.device,
-        ):
+        fits = flat.dtype in (torch.float32, torch.float64) and flat.dtype == params.dtype
+        if not fits or flat.device != params.device:
             raise RuntimeError(
                 f"lars_ema_step: all must be float32 or all float64, on one device: {name} is {flat.dtype} on "
                 f"{flat.device}, params is {params.dtype} on {params.device}"

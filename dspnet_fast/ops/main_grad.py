@@ -15,10 +15,9 @@ def alike(main_grad: Tensor | None, weight: Tensor | None) -> bool:
 
 def check_main_grad(operator: str, weight: Tensor, main_grad: Tensor | None) -> None:
     """Raise RuntimeError unless main_grad is None or has the weight's shape and dtype."""
-    torch._check(
-        alike(main_grad, weight),
-        lambda: f"{operator}: main_grad must have the shape and dtype of weight, {list(weight.shape)} {weight.dtype}",
-    )
+    if not alike(main_grad, weight):
+        expected = f"{list(weight.shape)} {weight.dtype}"
+        raise RuntimeError(f"{operator}: main_grad must have the shape and dtype of weight, {expected}")
 
 
 def gradient_buffer(weight: Tensor, main_grad: Tensor | None) -> tuple[Tensor, Tensor]:

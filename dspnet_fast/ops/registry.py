@@ -118,7 +118,7 @@ class Operator(Generic[P, R]):
     def check(self, *args: Any) -> None:
         """Raise an error if an argument is invalid. For providers that do not check their arguments."""
         for check, places in self.checks:
-            check(*[args[place] for place in places])
+            check(*map(args.__getitem__, places))
 
     def provider(
         self,

@@ -29,10 +29,8 @@ def _check_main_grads(
     weight: Tensor | None, weight_main_grad: Tensor | None, bias: Tensor | None, bias_main_grad: Tensor | None
 ) -> None:
     for name, vector, main_grad in (("weight", weight, weight_main_grad), ("bias", bias, bias_main_grad)):
-        torch._check(
-            alike(main_grad, vector),
-            lambda name=name: f"scale_shift: {name}_main_grad must have the shape and dtype of {name}",  # type: ignore[misc]
-        )
+        if not alike(main_grad, vector):
+            raise RuntimeError(f"scale_shift: {name}_main_grad must have the shape and dtype of {name}")
 
 
 @operator(checks=(_check, _check_main_grads))

@@ -54,11 +54,11 @@ def serve(operator: Any, accepts: Sequence[str] = (), without: Sequence[str] = (
     kept = [place for place, name in enumerate(operator.parameters) if name not in without]
 
     def run_accepts(*args: Any) -> tuple[bool, str]:
-        return kernels(module).accepts(*[args[place] for place in accepted])
+        return kernels(module).accepts(*map(args.__getitem__, accepted))
 
     def run(*args: Any) -> Any:
         operator.check(*args)
-        return getattr(kernels(module), operator.name)(*[args[place] for place in kept])
+        return getattr(kernels(module), operator.name)(*map(args.__getitem__, kept))
 
     options = {"unproven": UNPROVEN} | options
     operator.provider("triton", devices=DEVICES, supported=supported, accepts=run_accepts, **options)(run)
