@@ -100,22 +100,19 @@ def scale_shift_backward(
         dbias is an empty tensor if its vector is None or has a main_grad, to whose prefix the gradient is added
         instead.
     """
-    channels = mean.shape[1]
     rsqrt = (variance + eps).rsqrt()
     scale = rsqrt if weight is None else rsqrt * _prefix(weight, mean)
     grad = grad_scale - mean * grad_shift
-    returned = []
-    for vector, main_grad, of_prefix in (
-        (weight, weight_main_grad, grad * rsqrt),
-        (bias, bias_main_grad, grad_shift),
-    ):
+
+    def of_vector(vector: Tensor | None, main_grad: Tensor | None, of_prefix: Tensor) -> Tensor:
         if vector is None:
-            of_vector = mean.new_empty(0)
-        else:
-            buffer, of_vector = gradient_buffer(vector, main_grad)
-            buffer[:channels] += of_prefix.sum(0)
-        returned.append(of_vector)
-    of_weight, of_bias = returned
+            return mean.new_empty(0)
+        buffer, returned = gradient_buffer(vector, main_grad)
+        buffer[: mean.shape[1]] += of_prefix.sum(0)
+        return returned
+
+    of_weight = of_vector(weight, weight_main_grad, grad * rsqrt)
+    of_bias = of_vector(bias, bias_main_grad, grad_shift)
     return -grad_shift * scale, -grad * scale * rsqrt.square() / 2, of_weight, of_bias
 
 

@@ -105,11 +105,10 @@ def slim_conv2d_backward(
         groups,
         [input_gradient, weight_gradient, bias_gradient],
     )
+    of_weight = weight.new_empty(0)
     if weight_gradient:
         buffer, of_weight = gradient_buffer(weight, main_grad)
         buffer[: prefix.shape[0], : prefix.shape[1]] += of_prefix
-    else:
-        of_weight = weight.new_empty(0)
     return of_x if input_gradient else x.new_empty(0), of_weight, of_bias if bias_gradient else x.new_empty(0)
 
 
@@ -192,14 +191,12 @@ def _backward_of_provider(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     prefix = _prefix(x, weight, grad.shape[1], groups)
-    buffer_prefix, of_prefix = None, None
+    buffer_prefix, of_prefix, of_weight = None, None, weight.new_empty(0)
     if weight_gradient:
         buffer, of_weight = gradient_buffer(weight, main_grad)
         of_prefix = _prefix(x, buffer, grad.shape[1], groups)
         if of_prefix.dtype != torch.float32:
             buffer_prefix, of_prefix = of_prefix, torch.zeros_like(prefix, dtype=torch.float32)
-    else:
-        of_weight = weight.new_empty(0)
     no_moments = grad.new_empty(0, grad.shape[1], dtype=torch.float32)
     of_x, *_ = functions().conv_moments_backward(
         *(grad, no_moments, no_moments, x, None, None, "identity", None, prefix.float(), of_prefix, grad, no_moments),

@@ -78,14 +78,12 @@ def slim_linear_backward(
         it is not requested; that of weight also with main_grad, to whose prefix it is added instead.
     """
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    of_x, of_bias = x.new_empty(0), x.new_empty(0)
+    of_x, of_weight, of_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
     if input_gradient:
         of_x = (rows @ _prefix(weight, rows.shape[1], inputs.shape[1])).view(x.shape)
     if weight_gradient:
         buffer, of_weight = gradient_buffer(weight, main_grad)
         _prefix(buffer, rows.shape[1], inputs.shape[1]).addmm_(rows.t(), inputs)
-    else:
-        of_weight = weight.new_empty(0)
     if bias_gradient:
         of_bias = rows.sum(0)
     return of_x, of_weight, of_bias
