@@ -84,7 +84,8 @@ def test_protocols_write_results_named_after_the_network(weights, images, tmp_pa
         found = json.loads((out / "evaluation" / f"{protocol}-{name}.json").read_text())
         assert (found["weights"], found["image_size"]) == (weights, 16) and "step" not in found
         assert found["networks"].keys() == {name} and columns <= found["networks"][name].keys()
-    assert f"weights of {weights} at 16 px" in " ".join(capsys.readouterr().out.split())
+    shown = "".join(capsys.readouterr().out.split())  # the line wraps within a long path
+    assert "".join(f"weights of {weights} at 16 px".split()) in shown
 
 
 def test_report_shows_published_networks_beside_those_of_the_run(trained, weights, images, monkeypatch):

@@ -81,6 +81,8 @@ def evaluation_batches(
     A batch is [<= batch_size, C, S, S]. C, dtype, memory, errors, `workers` and `bad` as in `two_view_batches`.
     """
     bad = BadImages(report=print) if bad is None else bad
+    if batch_size < 1:
+        raise InputError(f"evaluation batches of {batch_size} images: give at least 1")
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     dataset = _Evaluation(images, image_size, bad.limit)
     return make_loader(dataset, batches, worker_count(workers, len(indices)), bad)
