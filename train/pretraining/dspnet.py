@@ -223,11 +223,13 @@ class DSPNet(nn.Module):
         """Passes of the encoder for a subnet.
 
         Plain PyTorch encodes one view after another, because batch normalisation of both would copy its outputs into
-        one tensor. On a CPU dense convolutions gain more from a single pass, which reorders each weight once.
+        one tensor. On a CPU dense convolutions, and all in 16 bits, gain more from a single pass, which reorders and
+        converts each weight once.
         """
         encoder = self.online.encoder
         on_cpu = next(encoder.parameters()).device.type == "cpu"
-        return VIEWS if is_eager() and not (on_cpu and encoder.dense) else 1
+        single = on_cpu and (encoder.dense or self.precision in HALF)
+        return VIEWS if is_eager() and not single else 1
 
     def _encode(self, branch: Branch, images: Tensor) -> Tensor:
         """Features [2B, F] of a branch."""
