@@ -65,7 +65,7 @@ def test_peak_learning_rate_does_not_depend_on_the_batch():
 
 
 def test_teacher_makes_runs_short_and_the_optimizer_adamw():
-    for images, epochs, batch in ((3_000, 33, 64), (50_000, 3, 128), (1_281_167, 3, 256)):
+    for images, epochs, batch in ((3_000, 27, 64), (50_000, 3, 128), (1_281_167, 3, 256)):
         config = complete(PretrainConfig(teacher="efficientnet-lite0"), images)
         assert (config.optimizer, config.epochs, config.batch_size) == ("adamw", epochs, batch)
         assert config.base_lr * batch / 256 == pytest.approx(recipe.TAUGHT_PEAK) and config.weight_decay == 0.05

@@ -42,7 +42,7 @@ class Length:
 
 
 BYOL = Length(1_000_000, 100, 1000, 2_000)
-TAUGHT = Length(100_000, 3, 100, 1_000)  # with a teacher
+TAUGHT = Length(80_000, 3, 100, 1_000)  # with a teacher
 
 
 @dataclass(frozen=True)
