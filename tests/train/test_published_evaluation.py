@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.weight_file import read_weights
+from tests.train.timm_weights import saved, timm_network
 from train import evaluate, report
 from train.cli import DONE, WRONG_INPUT
 from train.data.datasets import open_images
@@ -27,21 +27,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    model = timm.create_model(NAME, num_classes=0).eval()
-    for module in model.modules():  # as after training
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 2)
-    return model
+    return timm_network(NAME, num_classes=0)
 
 
 @pytest.fixture(scope="module")
 def weights(network, tmp_path_factory):
     """The value of --weights for a file of the network."""
-    file = tmp_path_factory.mktemp("weights") / "theirs.safetensors"
-    save_file(network.state_dict(), file)
-    return f"timm:{NAME}={file}"
+    return f"timm:{NAME}={saved(network, tmp_path_factory.mktemp('weights') / 'theirs.safetensors')}"
 
 
 def run(*argv):

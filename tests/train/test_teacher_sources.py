@@ -17,6 +17,7 @@ from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import subnet
 from dspnet_fast.weight_file import read_weights
+from tests.train.timm_weights import saved, timm_network
 from train.config import PretrainConfig
 from train.data.normalization import MEAN, STD
 from train.teachers.sources import load_source
@@ -29,20 +30,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    model = timm.create_model(NAME, pretrained=False).eval()
-    for module in model.modules():  # as after training
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 2)
-    return model
+    return timm_network(NAME)
 
 
 @pytest.fixture(scope="module")
 def file(network, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
-    save_file(network.state_dict(), path)
-    return path
+    return saved(network, tmp_path_factory.mktemp("weights") / "teacher.safetensors")
 
 
 def config(source, **options):
