@@ -30,6 +30,7 @@ from train.data.pixel_options import read_as
 from train.data.sampler import EpochSampler
 from train.data.views import augmentation
 from train.distributed.process_group import SINGLE_PROCESS
+from train.pretraining.dspnet import Taught
 from train.pretraining.run import open_train_images
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
@@ -53,13 +54,13 @@ def stages_of(online: nn.Module, stages: Sequence[str]) -> dict[str, list[nn.Par
     return found
 
 
-def gradients_of(trainer: Trainer, images: Tensor, taught: Tensor | None, alpha: float) -> Gradients:
+def gradients_of(trainer: Trainer, images: Tensor, taught: Taught | None, alpha: float) -> Gradients:
     """Gradients of every subnet's loss on a batch, in float64.
 
     Args:
         trainer: networks and flat buffers.
         images: normalised views [2B, C, S, S].
-        taught: the teacher's targets [2B, T], if there is a teacher.
+        taught: the teacher's targets, if there is a teacher.
         alpha: weight of the batch in the target's momentum batch normalisation.
     """
     model, found = trainer.model, {}

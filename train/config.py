@@ -234,6 +234,12 @@ class TeacherOptions:
     self_weight: float = fraction(
         0.0, "with a teacher, weight from 0 to 1 of BYOL's loss against the moving-average target"
     )
+    local_weight: float = not_negative(
+        0.0, "with a teacher, weight of the loss between the feature maps of subnets and teacher, position by position"
+    )
+    teacher_map_channels: int | None = count(
+        None, "expected channels of the teacher's feature map; another number is an error [any]"
+    )
     teacher_cache: str | None = option(
         None,
         "folder for the teacher's features of every image and of its mirror image, which replace those of the views",
@@ -369,9 +375,14 @@ class PretrainConfig(
                 f"--batch-size {self.batch_size} cannot be divided into {self.bn_groups} equal groups: see --bn-groups"
             )
         if self.teacher is None:
-            for name in ("teacher_size", "teacher_features", "self_weight", "teacher_cache"):
+            for name in ("teacher_size", "teacher_features", "self_weight", "local_weight", "teacher_cache"):
                 if getattr(self, name):
                     raise InputError(f"{flag(name)} needs --teacher: name the network to learn from")
+        if self.local_weight and self.teacher_cache is not None:
+            raise InputError(
+                "--local-weight needs feature maps of the views, and --teacher-cache keeps pooled features of whole "
+                "images: leave out one of them"
+            )
         self.check_pixels()
         self.check_augmentation()
         if not self.names():

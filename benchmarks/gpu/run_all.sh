@@ -149,7 +149,7 @@ if [ -z "$second" ]; then
   tests "training" 50 tests/train/test_cuda_graphs.py tests/train/test_final_weights.py -k "cuda or gpu or graphs"
   step 40 bf16 mobilenet_v3_large 64 96 --group short --seconds 4
   step 45 bf16 resnet 512 128 --group short --seconds 4
-  operators "operators CUDA" 40 bf16 -k "lars_ema_step or normalized_mse or ema_update"
+  operators "operators CUDA" 40 bf16 -k "lars_ema_step or adamw_ema_step or normalized_mse or ema_update"
 else
   # torch.compile prepares while tests run, which are not timed, and takes the GPU's lock before it is timed.
   TORCHINDUCTOR_COMPILE_THREADS=$(( cores > 2 ? cores / 2 : 1 )) DSPNET_BENCH_DTYPE=bf16 log=$out/background.txt \

@@ -25,15 +25,6 @@ namespace {
 
 constexpr int64_t kAdamwGrain = 16384; // elements per thread at least
 
-template <typename scalar_t>
-struct AdamwBuffers {
-  scalar_t* p;
-  scalar_t* g;
-  scalar_t* m;
-  scalar_t* v;
-  scalar_t* xi;
-};
-
 struct AdamwScalars {
   double keep; // 1 - lr wd
   double to_gradient; // 1 - b1
@@ -46,7 +37,7 @@ struct AdamwScalars {
 
 // Updates a range of `for_ranges`.
 template <typename scalar_t, bool decayed, bool has_target>
-void adamw_update(const AdamwBuffers<scalar_t>& buffers, int64_t begin, int64_t end, const AdamwScalars& scalars) {
+void adamw_update(const FlatBuffers<scalar_t>& buffers, int64_t begin, int64_t end, const AdamwScalars& scalars) {
   using Vec = at::vec::Vectorized<scalar_t>;
   const auto all = [](double value) { return Vec(static_cast<scalar_t>(value)); };
   const Vec zero = all(0), keep = all(scalars.keep), to_gradient = all(scalars.to_gradient);
@@ -112,17 +103,13 @@ void adamw_ema_step(
       tau.item<double>()};
   steps.add_(1);
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "adamw_ema_step", [&] {
-    const AdamwBuffers<scalar_t> buffers{
+    const FlatBuffers<scalar_t> buffers{
         params.mutable_data_ptr<scalar_t>(), grads.mutable_data_ptr<scalar_t>(), momenta.mutable_data_ptr<scalar_t>(),
         variances.mutable_data_ptr<scalar_t>(), targets.mutable_data_ptr<scalar_t>()};
     for_ranges(
         params.numel(), targets.numel(), starts, sizes, kAdamwGrain,
-        [&](int64_t begin, int64_t end, int64_t segment, auto has_target) {
-          if (segment < 0) {
-            adamw_update<scalar_t, false, has_target()>(buffers, begin, end, scalars);
-          } else {
-            adamw_update<scalar_t, true, has_target()>(buffers, begin, end, scalars);
-          }
+        [&](int64_t begin, int64_t end, int64_t, auto decayed, auto has_target) {
+          adamw_update<scalar_t, decayed(), has_target()>(buffers, begin, end, scalars);
         });
   });
 }

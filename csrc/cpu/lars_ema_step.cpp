@@ -33,14 +33,6 @@ constexpr int64_t kLarsGrain = 32768; // elements per thread at least
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kLanes = 16;
 
-template <typename scalar_t>
-struct Buffers {
-  scalar_t* p;
-  scalar_t* g;
-  scalar_t* m;
-  scalar_t* xi;
-};
-
 struct Scalars {
   double lr, tau, weight_decay, momentum, eta;
 };
@@ -80,7 +72,7 @@ Squares squares(const scalar_t* p, const scalar_t* g, int64_t count, scalar_t we
 // Pass 1: q of every segment.
 template <typename scalar_t>
 std::vector<double> trust_ratios(
-    const Buffers<scalar_t>& buffers, at::IntArrayRef starts, at::IntArrayRef sizes, const Scalars& scalars) {
+    const FlatBuffers<scalar_t>& buffers, at::IntArrayRef starts, at::IntArrayRef sizes, const Scalars& scalars) {
   std::vector<int64_t> first_block{0}; // of every segment; last, the number of blocks
   for (const int64_t size : sizes) {
     first_block.push_back(first_block.back() + at::divup(size, kBlock));
@@ -118,7 +110,7 @@ std::vector<double> trust_ratios(
 
 // Pass 2, for a range of `for_ranges`; trust: q.
 template <typename scalar_t, bool adapted, bool has_target>
-void update(const Buffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
+void update(const FlatBuffers<scalar_t>& buffers, int64_t begin, int64_t end, double trust, const Scalars& scalars) {
   using Vec = at::vec::Vectorized<scalar_t>;
   const auto all = [](double value) { return Vec(static_cast<scalar_t>(value)); };
   const Vec zero = all(0), q = all(trust), weight_decay = all(scalars.weight_decay), momentum = all(scalars.momentum);
@@ -168,18 +160,15 @@ void lars_ema_step(
   }
   const Scalars scalars{lr.item<double>(), tau.item<double>(), weight_decay, momentum, eta};
   AT_DISPATCH_FLOATING_TYPES(params.scalar_type(), "lars_ema_step", [&] {
-    const Buffers<scalar_t> buffers{
+    const FlatBuffers<scalar_t> buffers{
         params.mutable_data_ptr<scalar_t>(), grads.mutable_data_ptr<scalar_t>(), momenta.mutable_data_ptr<scalar_t>(),
-        targets.mutable_data_ptr<scalar_t>()};
+        nullptr, targets.mutable_data_ptr<scalar_t>()};
     const std::vector<double> trust = trust_ratios(buffers, starts, sizes, scalars);
     for_ranges(
         params.numel(), targets.numel(), starts, sizes, kLarsGrain,
-        [&](int64_t begin, int64_t end, int64_t segment, auto has_target) {
-          if (segment < 0) {
-            update<scalar_t, false, has_target()>(buffers, begin, end, 1, scalars);
-          } else {
-            update<scalar_t, true, has_target()>(buffers, begin, end, trust[segment], scalars);
-          }
+        [&](int64_t begin, int64_t end, int64_t segment, auto adapted, auto has_target) {
+          const double q = adapted() ? trust[segment] : 1;
+          update<scalar_t, adapted(), has_target()>(buffers, begin, end, q, scalars);
         });
   });
 }

@@ -8,40 +8,15 @@
 // Bound by memory, fp32: pass 1 reads p and g, 8 bytes per element, for the norms; pass 2 reads p, g, m, xi and writes
 // them, 32 bytes.
 //
-// The buffers are split into regions, each a segment or the gap between two, and regions into tiles of 4096 elements. A
-// block processes one tile, whose elements share one q, and finds its region by binary search. Up to 220 regions are
-// kernel parameters, limited to 4 KB, so no table is copied to the device, and a CUDA graph stores them.
+// A block processes one tile (cuda_flat_step.h), whose elements share one q.
 //
 // Sums are double, since squares of small fp32 gradients would underflow. One block per region adds up the tiles' sums
 // in a fixed order, so results are reproducible.
-#include "cuda_kernel.h"
+#include "cuda_flat_step.h"
 #include "cuda_launch.h"
 
 namespace dspnet::cuda {
 inline namespace lars_ema_step_kernels { // named: NVRTC drops kernels in anonymous namespaces
-
-constexpr int kRegions = 220;
-constexpr int64_t kTile = 4096;
-
-struct Regions {
-  int64_t begin[kRegions + 1]; // a region ends where the next one begins
-  int64_t first_block[kRegions + 1];
-  bool adapted[kRegions];
-  int count;
-};
-static_assert(sizeof(Regions) <= 4096 - 128, "exceeds the size of kernel parameters");
-
-struct Tile {
-  int region;
-  int64_t begin, end;
-};
-
-__device__ inline Tile tile_of(const Regions& regions, int64_t block) {
-  const int region = last_at_most(regions.first_block, regions.count, block);
-  const int64_t begin = regions.begin[region] + (block - regions.first_block[region]) * kTile;
-  const int64_t end = regions.begin[region + 1];
-  return {region, begin, end - begin < kTile ? end : begin + kTile};
-}
 
 struct Squares {
   double p;
@@ -58,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(
     scalar_t weight_decay,
     Squares* __restrict__ sums) { // per block
   const Tile tile = tile_of(regions, blockIdx.x);
-  if (!regions.adapted[tile.region]) {
+  if (!regions.in_segment[tile.region]) {
     return;
   }
   double p_squares = 0, g_squares = 0;
@@ -86,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(
 __global__ void __launch_bounds__(kThreads) trust_kernel(
     const __grid_constant__ Regions regions, const Squares* __restrict__ sums, double eta, double* __restrict__ trust) {
   const int region = static_cast<int>(blockIdx.x);
-  if (!regions.adapted[region]) {
+  if (!regions.in_segment[region]) {
     return;
   }
   double p_squares = 0, g_squares = 0;
@@ -104,15 +79,6 @@ __global__ void __launch_bounds__(kThreads) trust_kernel(
   }
 }
 
-template <typename scalar_t>
-struct Buffers {
-  scalar_t* p;
-  scalar_t* g;
-  scalar_t* m;
-  scalar_t* xi;
-  int64_t target_size; // elements of xi
-};
-
 // Pass 2.
 template <typename scalar_t, int width>
 __global__ void __launch_bounds__(kThreads) update_kernel(
@@ -120,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
     Buffers<scalar_t> buffers,
     int aligned,
     DeviceScalar lr,
-    DeviceScalar tau_on_device,
+    DeviceScalar tau,
     const bool* __restrict__ apply, // null means true
     const double* __restrict__ trust,
     scalar_t weight_decay,
@@ -128,65 +94,48 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
   // In reverse order: the tiles that pass 1 read last are still in the L2 cache.
   const Tile tile = tile_of(regions, gridDim.x - 1 - blockIdx.x);
   if (apply && !*apply) {
-    for_range<width>(tile.begin, tile.end, aligned, [&](auto constant, int64_t i) {
-      constexpr int stored = decltype(constant)::width;
-      store(buffers.g + i, Pack<scalar_t, stored>{});
-    });
+    zero_gradients<width>(buffers.g, tile, aligned);
     return;
   }
-  const bool adapted = regions.adapted[tile.region];
+  const bool adapted = regions.in_segment[tile.region];
   const scalar_t q = adapted ? static_cast<scalar_t>(trust[tile.region]) : scalar_t(1);
   const scalar_t decay = adapted ? weight_decay : scalar_t(0);
   const scalar_t minus_lr = static_cast<scalar_t>(-read(lr));
-  const double tau = read(tau_on_device);
-  // Interpolating from the nearer end keeps rounding errors small, and tau = 0 and tau = 1 exact.
-  const bool from_target = tau > 0.5;
-  const scalar_t weight = static_cast<scalar_t>(from_target ? 1 - tau : tau);
+  const TargetUpdate<scalar_t> update_target(read(tau));
 
   // The buffers do not overlap.
   scalar_t* __restrict__ const p = buffers.p;
   scalar_t* __restrict__ const g = buffers.g;
   scalar_t* __restrict__ const m = buffers.m;
   scalar_t* __restrict__ const xi = buffers.xi;
-  const auto update = [&](int64_t begin, int64_t end, auto has_target) {
-    for_range<width>(begin, end, aligned, [&](auto constant, int64_t i) {
-      constexpr int loaded = decltype(constant)::width;
-      constexpr bool with_target = decltype(has_target)::width != 0;
-      Pack<scalar_t, loaded> weights = load<loaded>(p + i), grads = load<loaded>(g + i), momenta = load<loaded>(m + i);
-      Pack<scalar_t, loaded> targets;
-      if constexpr (with_target) {
-        targets = load<loaded>(xi + i);
-      }
+  for_tile<width>(tile, aligned, buffers.target_size, [&](auto constant, int64_t i, auto has_target) {
+    constexpr int loaded = decltype(constant)::width;
+    constexpr bool with_target = decltype(has_target)::width != 0;
+    Pack<scalar_t, loaded> weights = load<loaded>(p + i), grads = load<loaded>(g + i), momenta = load<loaded>(m + i);
+    Pack<scalar_t, loaded> targets;
+    if constexpr (with_target) {
+      targets = load<loaded>(xi + i);
+    }
 #pragma unroll
-      for (int j = 0; j < loaded; ++j) {
-        scalar_t step = grads.at[j];
-        if (adapted) { // a branch instead of decay = 0 and q = 1: 0 times a weight that is NaN is NaN
-          step = q * multiply_add(decay, weights.at[j], step);
-        }
-        momenta.at[j] = multiply_add(momentum, momenta.at[j], step);
-        weights.at[j] = multiply_add(minus_lr, momenta.at[j], weights.at[j]);
-        grads.at[j] = 0;
-        if constexpr (with_target) {
-          const scalar_t x = targets.at[j], t = weights.at[j];
-          targets.at[j] = from_target ? multiply_add(weight, t - x, x) : multiply_add(weight, x - t, t);
-        }
+    for (int j = 0; j < loaded; ++j) {
+      scalar_t step = grads.at[j];
+      if (adapted) { // a branch instead of decay = 0 and q = 1: 0 times a weight that is NaN is NaN
+        step = q * multiply_add(decay, weights.at[j], step);
       }
-      store(p + i, weights);
-      store(g + i, grads);
-      store(m + i, momenta);
+      momenta.at[j] = multiply_add(momentum, momenta.at[j], step);
+      weights.at[j] = multiply_add(minus_lr, momenta.at[j], weights.at[j]);
+      grads.at[j] = 0;
       if constexpr (with_target) {
-        store(xi + i, targets);
+        targets.at[j] = update_target(targets.at[j], weights.at[j]);
       }
-    });
-  };
-  const int64_t targets_end = buffers.target_size;
-  const int64_t split = targets_end < tile.begin ? tile.begin : targets_end < tile.end ? targets_end : tile.end;
-  if (split > tile.begin) {
-    update(tile.begin, split, Constant<1>{});
-  }
-  if (split < tile.end) {
-    update(split, tile.end, Constant<0>{});
-  }
+    }
+    store(p + i, weights);
+    store(g + i, grads);
+    store(m + i, momenta);
+    if constexpr (with_target) {
+      store(xi + i, targets);
+    }
+  });
 }
 
 #ifndef __CUDACC_RTC__
@@ -196,7 +145,7 @@ constexpr int64_t kTrustBytes = (kRegions * sizeof(double) + 15) / 16 * 16;
 template <typename scalar_t>
 struct Step {
   Buffers<scalar_t> buffers;
-  int aligned; // first aligned index if the same for all buffers, else -1
+  int aligned; // of common_alignment
   LarsOptions options;
   double* trust;
   Squares* sums;
@@ -208,7 +157,7 @@ struct Step {
     const auto decay = static_cast<scalar_t>(options.weight_decay);
     bool any = false;
     for (int r = 0; r < regions.count; ++r) {
-      any = any || regions.adapted[r];
+      any = any || regions.in_segment[r];
     }
     const char* error = nullptr;
     if (any) {
@@ -231,65 +180,18 @@ struct Step {
   }
 };
 
-// Calls run(regions) for all regions in order, up to kRegions at a time. Together they cover [0, size).
-template <typename Run>
-const char* for_regions(int64_t size, const LarsSegments& segments, const Run& run) {
-  Regions regions;
-  regions.count = 0;
-  regions.begin[0] = regions.first_block[0] = 0;
-  const auto flush = [&]() -> const char* {
-    const char* error = regions.count ? run(regions) : nullptr;
-    regions.begin[0] = regions.begin[regions.count];
-    regions.count = 0;
-    return error;
-  };
-  const auto add = [&](int64_t end, bool adapted) -> const char* {
-    const int at = regions.count;
-    const int64_t elements = end - regions.begin[at];
-    if (elements == 0) {
-      return nullptr;
-    }
-    regions.adapted[at] = adapted;
-    regions.begin[at + 1] = end;
-    regions.first_block[at + 1] = regions.first_block[at] + (elements + kTile - 1) / kTile;
-    return ++regions.count == kRegions ? flush() : nullptr;
-  };
-  for (int64_t s = 0; s < segments.count; ++s) {
-    const char* error = nullptr;
-    if (segments.sizes[s] == 0) {
-      continue;
-    }
-    if ((error = add(segments.starts[s], false)) || (error = add(segments.starts[s] + segments.sizes[s], true))) {
-      return error;
-    }
-  }
-  if (const char* error = add(size, false)) {
-    return error;
-  }
-  return flush();
-}
-
 template <typename scalar_t>
 const char* step(
-    const LarsBuffers& buffers,
-    const LarsSegments& segments,
+    const FlatBuffers& buffers,
+    const FlatSegments& segments,
     const LarsOptions& options,
     void* workspace,
     cudaStream_t stream) {
-  const Buffers<scalar_t> typed{
-      static_cast<scalar_t*>(buffers.params),
-      static_cast<scalar_t*>(buffers.grads),
-      static_cast<scalar_t*>(buffers.momenta),
-      static_cast<scalar_t*>(buffers.targets),
-      buffers.target_size};
-  int aligned = first_aligned(typed.p);
-  if (first_aligned(typed.g) != aligned || first_aligned(typed.m) != aligned ||
-      (typed.target_size > 0 && first_aligned(typed.xi) != aligned)) {
-    aligned = -1;
-  }
+  const Buffers<scalar_t> own = typed<scalar_t>(buffers);
   auto* trust = static_cast<double*>(workspace);
   auto* sums = reinterpret_cast<Squares*>(static_cast<char*>(workspace) + kTrustBytes);
-  return for_regions(buffers.size, segments, Step<scalar_t>{typed, aligned, options, trust, sums, stream});
+  const Step<scalar_t> step{own, common_alignment(own), options, trust, sums, stream};
+  return for_regions(buffers.size, segments, step);
 }
 
 #else
@@ -318,8 +220,8 @@ int64_t lars_ema_step_workspace(int64_t size) {
 
 const char* lars_ema_step(
     DType dtype,
-    const LarsBuffers& buffers,
-    const LarsSegments& segments,
+    const FlatBuffers& buffers,
+    const FlatSegments& segments,
     const LarsOptions& options,
     void* workspace,
     cudaStream_t stream) {

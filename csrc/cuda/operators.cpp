@@ -58,6 +58,14 @@ cuda::DType dtype_of(const char* op, at::ScalarType dtype) {
   }
 }
 
+cuda::DeviceScalar scalar_of(const char* op, const at::Tensor& scalar) {
+  return {scalar.const_data_ptr(), dtype_of(op, scalar.scalar_type())};
+}
+
+cuda::FlatSegments segments_of(at::IntArrayRef starts, at::IntArrayRef sizes) {
+  return {starts.data(), sizes.data(), static_cast<int64_t>(starts.size())};
+}
+
 at::Tensor bytes_on(const at::Tensor& like, int64_t bytes) {
   return at::empty({bytes}, like.options().dtype(at::kByte));
 }
@@ -106,8 +114,8 @@ void lars_ema_step(
       op, {{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"targets", &targets}}, starts, sizes,
       {{"lr", &lr}, {"tau", &tau}}, apply, at::kCUDA);
   const cuda::LarsOptions options{
-      {lr.const_data_ptr(), dtype_of(op, lr.scalar_type())},
-      {tau.const_data_ptr(), dtype_of(op, tau.scalar_type())},
+      scalar_of(op, lr),
+      scalar_of(op, tau),
       weight_decay,
       momentum,
       eta,
@@ -116,19 +124,68 @@ void lars_ema_step(
     return;
   }
   const OnDevice on(op, params);
-  const cuda::LarsBuffers buffers{
+  const cuda::FlatBuffers buffers{
       params.mutable_data_ptr(),
       grads.mutable_data_ptr(),
       momenta.mutable_data_ptr(),
+      nullptr,
       targets.mutable_data_ptr(),
       params.numel(),
       targets.numel()};
-  const cuda::LarsSegments segments{starts.data(), sizes.data(), static_cast<int64_t>(starts.size())};
   const at::Tensor workspace = bytes_on(params, cuda::lars_ema_step_workspace(params.numel()));
   check_cuda(
       op,
       cuda::lars_ema_step(
-          dtype_of(op, params.scalar_type()), buffers, segments, options, workspace.mutable_data_ptr(), on.stream));
+          dtype_of(op, params.scalar_type()), buffers, segments_of(starts, sizes), options,
+          workspace.mutable_data_ptr(), on.stream));
+}
+
+void adamw_ema_step(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& momenta,
+    const at::Tensor& variances,
+    const at::Tensor& targets,
+    const at::Tensor& steps,
+    at::IntArrayRef starts,
+    at::IntArrayRef sizes,
+    const at::Tensor& lr,
+    const at::Tensor& weight_decay,
+    const at::Tensor& tau,
+    double beta1,
+    double beta2,
+    double eps,
+    const std::optional<at::Tensor>& apply) {
+  const char* op = "adamw_ema_step";
+  const at::NoGradGuard no_grad;
+  check_flat_step(
+      op,
+      {{"params", &params}, {"grads", &grads}, {"momenta", &momenta}, {"variances", &variances}, {"targets", &targets}},
+      starts, sizes, {{"steps", &steps}, {"lr", &lr}, {"weight_decay", &weight_decay}, {"tau", &tau}}, apply,
+      at::kCUDA);
+  const cuda::AdamwOptions options{
+      scalar_of(op, lr),
+      scalar_of(op, weight_decay),
+      scalar_of(op, tau),
+      beta1,
+      beta2,
+      eps,
+      apply ? apply->const_data_ptr<bool>() : nullptr};
+  const OnDevice on(op, params);
+  const cuda::FlatBuffers buffers{
+      params.mutable_data_ptr(),
+      grads.mutable_data_ptr(),
+      momenta.mutable_data_ptr(),
+      variances.mutable_data_ptr(),
+      targets.mutable_data_ptr(),
+      params.numel(),
+      targets.numel()};
+  const at::Tensor workspace = bytes_on(params, cuda::adamw_ema_step_workspace());
+  check_cuda(
+      op,
+      cuda::adamw_ema_step(
+          dtype_of(op, params.scalar_type()), buffers, segments_of(starts, sizes), options, steps.mutable_data_ptr(),
+          dtype_of(op, steps.scalar_type()), workspace.mutable_data_ptr(), on.stream));
 }
 
 // The kernels require p and z of one dtype.
@@ -192,6 +249,7 @@ std::string cuda_problem(int64_t device) {
 } // namespace dspnet
 
 TORCH_LIBRARY_IMPL(dspnet_cpp, CUDA, library) {
+  library.impl("adamw_ema_step", &dspnet::adamw_ema_step);
   library.impl("ema_update", &dspnet::ema_update);
   library.impl("lars_ema_step", &dspnet::lars_ema_step);
   library.impl("normalized_mse", &dspnet::normalized_mse);

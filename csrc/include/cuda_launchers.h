@@ -30,18 +30,19 @@ struct EmaPair {
 // A target must not share memory with another tensor, except if it is identical to its online tensor.
 const char* ema_update(DType dtype, const EmaPair* pairs, int64_t count, double tau, cudaStream_t stream);
 
-// --- lars_ema_step.cu ------------------------------------------------------------------------------------------------
-struct LarsBuffers {
+// --- lars_ema_step.cu and adamw_ema_step.cu --------------------------------------------------------------------------
+struct FlatBuffers {
   void* params;
   void* grads;
   void* momenta;
+  void* variances; // null for LARS
   void* targets;
-  int64_t size; // elements of params, grads and momenta
+  int64_t size; // elements of all but targets
   int64_t target_size; // elements of targets
 };
 
-// The adapted segments, in ascending order, not overlapping.
-struct LarsSegments {
+// The adapted or decayed segments, in ascending order, not overlapping.
+struct FlatSegments {
   const int64_t* starts;
   const int64_t* sizes;
   int64_t count;
@@ -57,9 +58,28 @@ int64_t lars_ema_step_workspace(int64_t size); // bytes, aligned to 16
 
 const char* lars_ema_step(
     DType dtype, // f32 or f64
-    const LarsBuffers& buffers,
-    const LarsSegments& segments,
+    const FlatBuffers& buffers,
+    const FlatSegments& segments,
     const LarsOptions& options,
+    void* workspace,
+    cudaStream_t stream);
+
+struct AdamwOptions {
+  DeviceScalar lr, weight_decay, tau;
+  double beta1, beta2, eps;
+  const bool* apply; // on the device; null means true
+};
+
+int64_t adamw_ema_step_workspace(); // bytes, aligned to 8
+
+// steps: a scalar on the device, increased by one.
+const char* adamw_ema_step(
+    DType dtype, // f32 or f64
+    const FlatBuffers& buffers,
+    const FlatSegments& segments,
+    const AdamwOptions& options,
+    void* steps,
+    DType steps_dtype,
     void* workspace,
     cudaStream_t stream);
 

@@ -10,9 +10,18 @@
 
 namespace dspnet::inline CPU_CAPABILITY {
 
+template <typename scalar_t>
+struct FlatBuffers {
+  scalar_t* p;
+  scalar_t* g;
+  scalar_t* m;
+  scalar_t* v; // null without variances
+  scalar_t* xi;
+};
+
 // Splits `total` elements evenly over the threads, at least `grain` each, independent of segments. Calls
-// update(begin, end, segment, has_target) for ranges that lie within a segment, or between two, where `segment` is -1,
-// and of which all elements have a target or none; has_target is a std::bool_constant.
+// update(begin, end, segment, in_segment, has_target) for ranges that lie within a segment, or between two, where
+// `segment` is -1, and of which all elements have a target or none; the last two are std::bool_constants.
 template <typename Update>
 void for_ranges(
     int64_t total,
@@ -35,8 +44,15 @@ void for_ranges(
     for (--region; begin < end; ++region) {
       const int64_t stop = region + 1 == regions.end() ? end : std::min(end, (region + 1)->begin);
       const int64_t split = std::clamp(target_size, begin, stop);
-      update(begin, split, region->segment, std::true_type{});
-      update(split, stop, region->segment, std::false_type{});
+      const auto update_both = [&](auto in_segment) {
+        update(begin, split, region->segment, in_segment, std::true_type{});
+        update(split, stop, region->segment, in_segment, std::false_type{});
+      };
+      if (region->segment < 0) {
+        update_both(std::false_type{});
+      } else {
+        update_both(std::true_type{});
+      }
       begin = stop;
     }
   });

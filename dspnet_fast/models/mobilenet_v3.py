@@ -220,7 +220,14 @@ class MobileNetV3(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, H, W] to features [N, F]."""
-        return pool(self.blocks(conv_norm_act(x, self.conv_stem, self.bn1, self.act1)))
+        return pool(self._last_map(x))
+
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self._last_map(x)
+        return pool(y), materialize(y)
+
+    def _last_map(self, x: Tensor) -> Activation:
+        return self.blocks(conv_norm_act(x, self.conv_stem, self.bn1, self.act1))
 
     @property
     def map_channels(self) -> tuple[int, int, int, int]:

@@ -41,6 +41,15 @@ class Network(nn.Module, ABC):
         """Number of features of the full network."""
         return self.full.channels[-1]
 
+    @property
+    def dense_features(self) -> int:
+        """Channels of the full network's map of `forward_dense`."""
+        return self.num_features
+
+    @abstractmethod
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features [N, F] of images [N, C, H, W], and the feature map [N, F', h, w] before pooling."""
+
     @staticmethod
     @abstractmethod
     def subnet(name: str) -> Subnet:

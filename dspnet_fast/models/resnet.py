@@ -104,7 +104,11 @@ class ResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, C, H, W] to features [N, F]."""
-        return pool(self.feature_maps(x)[-1])
+        return self.forward_dense(x)[0]
+
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.feature_maps(x)[-1]
+        return pool(y), y
 
     @property
     def map_channels(self) -> tuple[int, int, int, int]:

@@ -63,6 +63,16 @@ class TracedNetwork(Network):
         """Images [N, 3, H, W] to features [N, F]."""
         return self.body(x)
 
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return forward_dense(self.body, x)
+
+    @functools.cached_property
+    def dense_features(self) -> int:
+        (shape, _), *_ = vars(self.body)["channel_groups"].inputs
+        body = copy.deepcopy(self.body).to("meta").eval()
+        with torch.no_grad():
+            return forward_dense(body, torch.zeros(shape, device="meta"))[1].shape[1]
+
     @property
     def map_channels(self) -> tuple[int, int, int, int]:
         raise InputError(f"feature maps are not available for {self.name}: use mobilenet_v3_large or resnet")
@@ -102,6 +112,25 @@ def make(name: str, in_channels: int = 3) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise InputError(f"--network {name} must return a torch.nn.Module, not {type(network).__name__}")
     return network
+
+
+def forward_dense(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, F] and the feature map [N, C, h, w] before pooling, of a convolutional network of timm.
+
+    Args:
+        network: a network with timm's `forward_features` and `forward_head`.
+        images: square images.
+
+    Raises:
+        InputError: the network has no such map.
+    """
+    if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
+        raise InputError("it has no feature map before its pooling, as convolutional networks of timm have")
+    y = network.forward_features(images)  # type: ignore[operator]
+    if not isinstance(y, Tensor) or y.ndim != 4 or y.shape[2] != y.shape[3]:  # [N, L, C] or [N, h, w, C]
+        shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise InputError(f"it has {shape} before its pooling, not a feature map [N, C, h, w]: it is no CNN")
+    return network.forward_head(y), y  # type: ignore[operator]
 
 
 def _without_classifier(network: nn.Module, name: str) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, cuda
 from .flat_step import check_buffers, check_scalars, check_segments
 from .registry import operator
 
@@ -108,3 +108,4 @@ def adamw_ema_step(
 
 
 cpp.serve(adamw_ema_step)
+cuda.serve(adamw_ema_step)

@@ -21,6 +21,7 @@ HEADERS = [
     Path(triton.__file__).parent / "backends/nvidia/include",
     *(Path(root, "cuda_cccl/include") for root in nvidia.__path__),
 ]
+KERNELS = ("adamw_ema_step", "ema_update", "lars_ema_step", "normalized_mse")
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 GUARD = 64  # bytes after a workspace
 
@@ -29,7 +30,7 @@ library: ctypes.CDLL
 
 def build(compiler: str, folder: Path) -> None:
     """Compile the kernels to a library in a folder for `load`, with the sanitizers in DSPNET_SANITIZE."""
-    kernels = [ROOT / f"csrc/cuda/{name}.cu" for name in ("ema_update", "lars_ema_step", "normalized_mse")]
+    kernels = [ROOT / f"csrc/cuda/{name}.cu" for name in KERNELS]
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
     sanitizers = os.environ.get("DSPNET_SANITIZE")
     if sanitizers:
@@ -47,7 +48,7 @@ def build(compiler: str, folder: Path) -> None:
 def load(folder: Path | str) -> None:
     global library
     library = ctypes.CDLL(str(Path(folder, "emulated.so")))
-    for name in ("lars_ema_step", "normalized_mse"):
+    for name in ("adamw_ema_step", "lars_ema_step", "normalized_mse"):
         getattr(library, f"emulated_{name}_workspace").restype = ctypes.c_int64
 
 
@@ -57,6 +58,20 @@ def _address(tensor: Tensor | None) -> ctypes.c_void_p:
 
 def _long(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
+
+
+def _flat(*buffers: Tensor) -> list:
+    """Addresses of buffers, the last of which are the targets, and the numbers of parameters and targets."""
+    return [*map(_address, buffers), _long(len(buffers[0])), _long(len(buffers[-1]))]
+
+
+def _segments(starts: Sequence[int], sizes: Sequence[int]) -> list:
+    return [*((ctypes.c_int64 * len(numbers))(*numbers) for numbers in (starts, sizes)), _long(len(starts))]
+
+
+def _scalars(*scalars: Tensor) -> list:
+    """Address and dtype of each scalar."""
+    return [part for scalar in scalars for part in (_address(scalar), DTYPES[scalar.dtype])]
 
 
 class _Workspace:
@@ -92,18 +107,41 @@ def lars_ema_step(
     with _Workspace("lars_ema_step", len(params)) as workspace:
         library.emulated_lars_ema_step(
             DTYPES[params.dtype],
-            *(_address(buffer) for buffer in (params, grads, momenta, targets)),
-            _long(len(params)),
-            _long(len(targets)),
-            (ctypes.c_int64 * len(starts))(*starts),
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            _long(len(starts)),
-            _address(lr),
-            DTYPES[lr.dtype],
-            _address(tau),
-            DTYPES[tau.dtype],
+            *_flat(params, grads, momenta, targets),
+            *_segments(starts, sizes),
+            *_scalars(lr, tau),
             *(ctypes.c_double(value) for value in (weight_decay, momentum, eta)),
             _address(apply),
+            workspace,
+        )
+
+
+def adamw_ema_step(
+    params,
+    grads,
+    momenta,
+    variances,
+    targets,
+    steps,
+    starts,
+    sizes,
+    lr,
+    weight_decay,
+    tau,
+    beta1,
+    beta2,
+    eps,
+    apply=None,
+) -> None:
+    with _Workspace("adamw_ema_step", len(params)) as workspace:
+        library.emulated_adamw_ema_step(
+            DTYPES[params.dtype],
+            *_flat(params, grads, momenta, variances, targets),
+            *_segments(starts, sizes),
+            *_scalars(lr, weight_decay, tau),
+            *(ctypes.c_double(value) for value in (beta1, beta2, eps)),
+            _address(apply),
+            *_scalars(steps),
             workspace,
         )
 

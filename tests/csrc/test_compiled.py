@@ -14,9 +14,10 @@ import torch
 from dspnet_fast.ops import cuda
 
 ROOT = Path(__file__).parent.parent.parent
-# Kernels in each file. ema_update: 4 dtypes; lars_ema_step: 2 dtypes x 2 widths x 2 passes, and the trust ratios;
-# normalized_mse: 4 dtypes x 2 widths x 2 directions, and 2 means; device: a probe.
-KERNELS = {"device": 1, "ema_update": 4, "lars_ema_step": 9, "normalized_mse": 18}
+# Kernels in each file. adamw_ema_step: 2 dtypes x 2 widths, and the factors; ema_update: 4 dtypes; lars_ema_step: 2
+# dtypes x 2 widths x 2 passes, and the trust ratios; normalized_mse: 4 dtypes x 2 widths x 2 directions, and 2 means;
+# device: a probe.
+KERNELS = {"adamw_ema_step": 5, "device": 1, "ema_update": 4, "lars_ema_step": 9, "normalized_mse": 18}
 
 needs_library = pytest.mark.skipif(not cuda.load()[0], reason=cuda.load()[1])
 
@@ -68,10 +69,11 @@ assert "driver" in problem or "device" in problem, problem
 # Without a tensor on a GPU, only redispatch selects the CUDA key.
 on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 x, one = torch.randn(3, 4), torch.tensor(1.0)
-flat = [torch.randn(9) for _ in range(4)]
+flat = [torch.randn(9) for _ in range(5)]
 for name, arguments in {
+    "adamw_ema_step": (*flat, one.clone(), [0], [9], one, one, one, 0.9, 0.999, 1e-8),
     "ema_update": ([x], [x.clone()], 0.5),
-    "lars_ema_step": (*flat, [0], [9], one, one, 0.0, 0.9, 0.001),
+    "lars_ema_step": (*flat[:4], [0], [9], one, one, 0.0, 0.9, 0.001),
     "normalized_mse": (x, x),
     "normalized_mse_backward": (one, x, x, True, True),
 }.items():
@@ -119,7 +121,7 @@ def test_loads_and_stores_are_16_bytes_wide():
     streaming |= {name: code for name, code in kernels.items() if re.search("(for|back)ward_kernel", name)}
     vectorized = {name for name, code in streaming.items() if "LDG.E.128" in code}
     # ema_update has vectorized kernels only; the others have a vectorized and a scalar kernel each.
-    assert len(streaming) == 4 + 8 + 16 and len(vectorized) == 4 + 4 + 8, sorted(vectorized)
+    assert len(streaming) == 4 + 12 + 16 and len(vectorized) == 4 + 6 + 8, sorted(vectorized)
     assert all("STG.E.128" in kernels[name] for name in vectorized if not re.search("squares|forward", name))
 
 

@@ -54,11 +54,9 @@ for tau, expected in ((1.0, 0.0), (0.0, 1.0)):
     assert t.eq(expected).all()
 """
 
-LARS_EMA_STEP = """
+FLAT_STEP = """
 import functools
-from tests.ops import test_lars_ema_step as rules
 from tests.ops.flat_steps import LAYOUTS, check_apply
-step = emulated.lars_ema_step
 LAYOUTS["ends of tiles"] = ([(4096, True), (4095, False), (4097, True), (1, True), (8192, False), (3, True)], 16385)
 # More than the 220 regions per launch, of 1 to 6 elements, some of them adjacent segments.
 LAYOUTS["many"] = ([(i % 6 + 1, i % 7 > 0) for i in range(700)], 1500)
@@ -69,24 +67,62 @@ for dtype in rules.DTYPES:
         for tau in (0.0, 0.3, 0.996, 1.0) if layout == "odd sizes" else (0.996,):
             rules.check(layout, rules.make(layout, dtype) | {"tau": torch.tensor(tau)}, step)
         check_apply(functools.partial(step, **rules.OPTIONS), rules.make(layout, dtype), rules.BUFFERS)
-# lr and tau may have any floating-point dtype.
+# Scalars may have any floating-point dtype.
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    scalars = {"lr": torch.tensor(0.375, dtype=dtype), "tau": torch.tensor(0.75, dtype=dtype)}
-    rules.check("odd sizes", rules.make("odd sizes", torch.float32) | scalars, step)
+    values = {"lr": 0.375, "tau": 0.75, "weight_decay": 0.25, "steps": 5.0}
+    arguments = rules.make("odd sizes", torch.float32)
+    scalars = {name: torch.tensor(value, dtype=dtype) for name, value in values.items() if name in arguments}
+    rules.check("odd sizes", arguments | scalars, step)
 # All misalignments, the same for all buffers and different ones.
+vectors = [name for name in rules.BUFFERS if rules.make("odd sizes", torch.float32)[name].ndim]
 for dtype in rules.DTYPES:
     for shift in range(5):
-        for offsets in ((shift,) * 4, (shift, shift, shift, 1), (shift, 2, shift, shift)):
+        for others in ({}, {"targets": 1}, {vectors[-2]: 2}):
+            offsets = {name: others.get(name, shift) for name in vectors}
             arguments = rules.make("odd sizes", dtype)
-            memory = {name: torch.full((10_200,), 5.0, dtype=dtype) for name in rules.BUFFERS}
-            for name, offset in zip(rules.BUFFERS, offsets):
+            memory = {name: torch.full((10_200,), 5.0, dtype=dtype) for name in vectors}
+            for name, offset in offsets.items():
                 arguments[name] = memory[name][offset : offset + len(arguments[name])].copy_(arguments[name])
             expected = rules.expected("odd sizes", arguments)
             step(**arguments, **rules.OPTIONS)
-            for name, offset in zip(rules.BUFFERS, offsets):
+            for name, offset in offsets.items():
                 torch.testing.assert_close(arguments[name].double(), expected[name], rtol=1e-5, atol=1e-6)
                 assert memory[name][:offset].eq(5).all()
                 assert memory[name][offset + len(arguments[name]) :].eq(5).all()
+"""
+
+ADAMW_EMA_STEP = (
+    """
+from tests.ops import test_adamw_ema_step as rules
+step = emulated.adamw_ema_step
+"""
+    + FLAT_STEP
+    + """
+for done in (0, 1000, 10**6):
+    for dtype in rules.DTYPES:
+        rules.check("odd sizes", rules.make("odd sizes", dtype, done=done), step)
+rules.OPTIONS |= {"beta1": 0.0, "beta2": 0.999999}
+rules.check("odd sizes", rules.make("odd sizes", torch.float64, done=0), step)
+for poison in (float("nan"), float("inf")):
+    arguments = rules.make("odd sizes", torch.float32)
+    clean = rules.copy(arguments)
+    step(**clean, **rules.OPTIONS)
+    arguments["grads"][1000] = poison
+    step(**arguments, **rules.OPTIONS)
+    for name in ("params", "momenta", "variances", "targets"):
+        assert not arguments[name][1000].isfinite()
+        arguments[name][1000] = clean[name][1000]
+    assert all(torch.equal(arguments[name], clean[name]) for name in rules.BUFFERS)
+"""
+)
+
+LARS_EMA_STEP = (
+    """
+from tests.ops import test_lars_ema_step as rules
+step = emulated.lars_ema_step
+"""
+    + FLAT_STEP
+    + """
 # Norms that are 0, tiny, infinite or NaN.
 for name in ("params", "grads"):
     for decay in (0.0, 0.03):
@@ -115,6 +151,7 @@ arguments["params"][5] = float("nan")
 step(**arguments, **rules.OPTIONS)
 assert arguments["momenta"].isfinite().all() and arguments["params"].isfinite().sum() == 99
 """
+)
 
 NORMALIZED_MSE = """
 from dspnet_fast.ops.normalized_mse import EPS
@@ -171,8 +208,8 @@ assert counts == {"lars_ema_step": steps, "normalized_mse": 2 * steps, "normaliz
 
 @pytest.mark.parametrize(
     "cases",
-    [EMA_UPDATE, LARS_EMA_STEP, NORMALIZED_MSE],
-    ids=["ema_update", "lars_ema_step", "normalized_mse"],
+    [ADAMW_EMA_STEP, EMA_UPDATE, LARS_EMA_STEP, NORMALIZED_MSE],
+    ids=["adamw_ema_step", "ema_update", "lars_ema_step", "normalized_mse"],
 )
 def test_emulated_kernels_satisfy_the_rules(kernels, run_python, cases):
     run_python("-c", SETUP + cases, str(kernels))

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dspnet_fast.ops import cuda, ema_update, lars_ema_step, normalized_mse
+from dspnet_fast.ops import adamw_ema_step, cuda, ema_update, lars_ema_step, normalized_mse
 from dspnet_fast.ops.normalized_mse import EPS, normalized_mse_backward
+from tests.ops import test_adamw_ema_step as adamw_rules
 from tests.ops import test_ema_update as ema_rules
 from tests.ops import test_lars_ema_step as lars_rules
 from tests.ops import test_normalized_mse as mse_rules
@@ -14,6 +15,7 @@ from tests.ops.flat_steps import check_apply
 
 pytestmark = pytest.mark.skipif(not cuda.supported()[0], reason=cuda.supported()[1])
 
+FLAT_STEPS = {"lars_ema_step": (lars_ema_step, lars_rules), "adamw_ema_step": (adamw_ema_step, adamw_rules)}
 FP32 = {"device": "cuda", "dtype": torch.float32}
 
 
@@ -72,38 +74,51 @@ def test_ema_update_supports_mixed_dtypes_and_shared_memory():
     assert target.eq(0.75).all()
 
 
+@pytest.fixture(params=FLAT_STEPS)
+def flat_step(request):
+    """An operator that updates flat buffers, and its test module."""
+    return FLAT_STEPS[request.param]
+
+
 @pytest.mark.parametrize("layout", lars_rules.LAYOUTS)
 @pytest.mark.parametrize("dtype", lars_rules.DTYPES, ids=str)
-def test_lars_ema_step_matches_reference(dtype, layout):
+def test_flat_step_matches_reference(flat_step, dtype, layout):
+    _, rules = flat_step
     for tau in (0.0, 0.3, 0.996, 1.0):
-        lars_rules.check(layout, lars_arguments(layout, dtype) | {"tau": torch.tensor(tau, **FP32)})
-    check_apply(lars_rules.step, lars_arguments(layout, dtype), lars_rules.BUFFERS)
+        rules.check(layout, rules.make(layout, dtype, "cuda") | {"tau": torch.tensor(tau, **FP32)})
+    check_apply(rules.step, rules.make(layout, dtype, "cuda"), rules.BUFFERS)
 
 
 @pytest.mark.parametrize("dtype", lars_rules.DTYPES, ids=str)
-def test_lars_ema_step_supports_more_regions_than_one_launch(dtype, monkeypatch):
+def test_flat_step_supports_more_regions_than_one_launch(flat_step, dtype, monkeypatch):
+    _, rules = flat_step
     layout = [(i % 6 + 1 if i % 100 else 20_000, i % 7 > 0) for i in range(700)]
-    monkeypatch.setitem(lars_rules.LAYOUTS, "many", (layout, 100_000))
-    lars_rules.check("many", lars_arguments("many", dtype))
+    monkeypatch.setitem(rules.LAYOUTS, "many", (layout, 100_000))
+    rules.check("many", rules.make("many", dtype, "cuda"))
 
 
-@pytest.mark.parametrize("offsets", [(1, 1, 1, 1), (1, 2, 3, 1), (4, 4, 4, 2)], ids=str)
-def test_lars_ema_step_supports_misaligned_buffers(offsets):
-    arguments = lars_arguments()
-    memory = {name: torch.full((10_200,), 5.0, **FP32) for name in lars_rules.BUFFERS}
-    for name, offset in zip(lars_rules.BUFFERS, offsets):
+@pytest.mark.parametrize("offsets", [(1, 1, 1), (1, 2, 1), (4, 4, 2)], ids=str)
+def test_flat_step_supports_misaligned_buffers(flat_step, offsets):
+    step, rules = flat_step
+    arguments = rules.make("odd sizes", torch.float32, "cuda")
+    vectors = {name: offsets[1] for name in rules.SCALES} | {"params": offsets[0], "targets": offsets[2]}
+    memory = {name: torch.full((10_200,), 5.0, **FP32) for name in vectors}
+    for name, offset in vectors.items():
         arguments[name] = memory[name][offset : offset + len(arguments[name])].copy_(arguments[name])
-    want = lars_rules.expected("odd sizes", arguments)
-    lars_ema_step(**arguments, **lars_rules.OPTIONS)
-    for name, offset in zip(lars_rules.BUFFERS, offsets):
+    want = rules.expected("odd sizes", arguments)
+    step(**arguments, **rules.OPTIONS)
+    for name, offset in vectors.items():
         torch.testing.assert_close(arguments[name].double(), want[name], rtol=1e-5, atol=1e-6)
         assert memory[name][:offset].eq(5).all() and memory[name][offset + len(arguments[name]) :].eq(5).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_lars_ema_step_accepts_lr_and_tau_of_any_dtype(dtype):
-    scalars = {"lr": torch.tensor(0.375, dtype=dtype).cuda(), "tau": torch.tensor(0.75, dtype=dtype).cuda()}
-    lars_rules.check("odd sizes", lars_arguments() | scalars)
+def test_flat_step_accepts_scalars_of_any_dtype(flat_step, dtype):
+    _, rules = flat_step
+    arguments = rules.make("odd sizes", torch.float32, "cuda")
+    values = {"lr": 0.375, "tau": 0.75, "weight_decay": 0.25, "steps": 5.0}
+    scalars = {name: torch.tensor(value, dtype=dtype).cuda() for name, value in values.items() if name in arguments}
+    rules.check("odd sizes", arguments | scalars)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -144,7 +159,9 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.dspnet.normalized_mse.default, (p, z))
     torch.library.opcheck(torch.ops.dspnet.normalized_mse_backward.default, (one, p.detach(), z.detach(), True, False))
     torch.library.opcheck(torch.ops.dspnet.ema_update.default, ([p.detach()], [z], 0.9))
-    torch.library.opcheck(torch.ops.dspnet.lars_ema_step.default, (), {**lars_arguments(), **lars_rules.OPTIONS})
+    for name, (_, rules) in FLAT_STEPS.items():
+        arguments = rules.make("odd sizes", torch.float32, "cuda")
+        torch.library.opcheck(getattr(torch.ops.dspnet, name).default, (), {**arguments, **rules.OPTIONS})
 
 
 # --- Reproducibility, streams, CUDA graphs, synchronisation -----------------------------------------------------------
@@ -155,10 +172,11 @@ class AllOperators:
 
     def __init__(self) -> None:
         self.lars = lars_arguments("split between threads")
+        self.adamw = adamw_rules.make("split between threads", torch.float32, "cuda")
         self.targets, self.onlines = map(on_gpu, ema_rules.pairs(torch.float32, ema_rules.SIZES))
         self.p, self.z = (v.detach() for v in on_gpu(mse_rules.inputs((130, 256), torch.float32)))
         self.one = torch.ones((), **FP32)
-        self.written = [*lars_buffers(self.lars), *self.targets]
+        self.written = [*lars_buffers(self.lars), *(self.adamw[name] for name in adamw_rules.BUFFERS), *self.targets]
         self.start = [tensor.clone() for tensor in self.written]
         self.results: tuple[Tensor, ...] = ()
 
@@ -168,6 +186,7 @@ class AllOperators:
 
     def run(self) -> None:
         lars_ema_step(**self.lars, **lars_rules.OPTIONS)
+        adamw_ema_step(**self.adamw, **adamw_rules.OPTIONS)
         ema_update(self.targets, self.onlines, 0.9)
         loss = normalized_mse(self.p, self.z)
         self.results = (loss, *normalized_mse_backward(self.one, self.p, self.z, True, True))
@@ -214,8 +233,9 @@ def test_cuda_graph_replays_with_changed_inputs():
     with torch.cuda.graph(graph):
         operators.run()
     for lr, tau in ((0.4, 0.99), (0.2, 0.3), (0.0, 1.0)):
-        operators.lars["lr"].fill_(lr)
-        operators.lars["tau"].fill_(tau)
+        for arguments in (operators.lars, operators.adamw):
+            arguments["lr"].fill_(lr)
+            arguments["tau"].fill_(tau)
         operators.p.normal_()
         operators.reset()
         graph.replay()
@@ -260,26 +280,30 @@ def test_tensors_may_be_on_a_device_that_is_not_current():
 # --- Rejected arguments -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", lars_rules.REFUSED)
-def test_lars_ema_step_rejects_invalid_arguments(case):
-    arguments = lars_arguments()
-    before = lars_rules.copy(arguments)
-    changed = {n: v.cuda() if isinstance(v, Tensor) else v for n, v in lars_rules.REFUSED[case](arguments).items()}
+@pytest.mark.parametrize(("name", "case"), [(n, c) for n, (_, rules) in FLAT_STEPS.items() for c in rules.REFUSED])
+def test_flat_step_rejects_invalid_arguments(name, case):
+    step, rules = FLAT_STEPS[name]
+    arguments = rules.make("odd sizes", torch.float32, "cuda")
+    before = rules.copy(arguments)
+    changed = {n: v.cuda() if isinstance(v, Tensor) else v for n, v in rules.REFUSED[case](arguments).items()}
     with pytest.raises((RuntimeError, NotImplementedError)):
-        lars_ema_step(**arguments | changed, **lars_rules.OPTIONS)
-    assert equal(lars_buffers(arguments), lars_buffers(before))
+        step(**arguments | changed, **rules.OPTIONS)
+    assert all(torch.equal(arguments[name], before[name]) for name in rules.BUFFERS)
 
 
-@pytest.mark.parametrize("name", [*lars_rules.BUFFERS, "lr", "tau"])
+@pytest.mark.parametrize("name", [*adamw_rules.BUFFERS, "lr", "weight_decay", "tau"])
 @pytest.mark.parametrize("fault", ["on the CPU", "storage of size 0"])
-def test_lars_ema_step_rejects_tensor_without_gpu_memory(fault, name):
-    arguments = lars_arguments()
+def test_flat_step_rejects_tensor_without_gpu_memory(flat_step, fault, name):
+    step, rules = flat_step
+    arguments = rules.make("odd sizes", torch.float32, "cuda")
+    if name not in arguments:
+        pytest.skip("no tensor of this operator")
     if fault == "on the CPU":
         arguments[name] = arguments[name].cpu()
     else:
         arguments[name].untyped_storage().resize_(0)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.ops.dspnet_cpp.lars_ema_step(**arguments, **lars_rules.OPTIONS)
+        getattr(torch.ops.dspnet_cpp, step.name)(**arguments, **rules.OPTIONS)
 
 
 @pytest.mark.parametrize("case", ema_rules.REFUSED)

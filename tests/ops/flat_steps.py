@@ -23,17 +23,21 @@ LAYOUTS = {
 FLAT = 10_036  # elements of "odd sizes"
 
 
-def make(layout: str, dtype: torch.dtype, scales: dict[str, float]) -> dict:
-    """Random buffers, whose standard deviations are `scales`, targets and segments of a layout."""
-    tensors, with_target = LAYOUTS[layout]
+def make(
+    layout: str, dtype: torch.dtype, scales: dict[str, float], scalars: dict[str, float], device: str = "cpu"
+) -> dict:
+    """Random buffers, whose standard deviations are `scales`, targets and segments of a layout, and scalars."""
+    parts, with_target = LAYOUTS[layout]
     starts, sizes, total = [], [], 0
-    for size, adapted in tensors:
+    for size, adapted in parts:
         if adapted:
             starts.append(total)
             sizes.append(size)
         total += size
     buffers = {name: scale * torch.randn(total, dtype=dtype) for name, scale in scales.items()}
-    return {**buffers, "targets": torch.randn(with_target, dtype=dtype), "starts": starts, "sizes": sizes}
+    tensors = {**buffers, "targets": torch.randn(with_target, dtype=dtype)}
+    tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
+    return {**{name: tensor.to(device) for name, tensor in tensors.items()}, "starts": starts, "sizes": sizes}
 
 
 def copy(arguments: dict) -> dict:

@@ -25,20 +25,21 @@ def provider(request, policy):
     return request.param
 
 
-def make(layout: str, dtype: torch.dtype, done: int = 3) -> dict:
+def make(layout: str, dtype: torch.dtype, device: str = "cpu", done: int = 3) -> dict:
     """The operator's arguments up to tau, after `done` steps."""
-    arguments = flat_steps.make(layout, dtype, SCALES)
-    arguments["variances"].square_()
     scalars = {"steps": float(done), "lr": 0.01, "weight_decay": 0.3, "tau": 0.99}
-    return arguments | {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
+    arguments = flat_steps.make(layout, dtype, SCALES, scalars, device)
+    arguments["variances"].square_()
+    return arguments
 
 
 def expected(layout: str, arguments: dict, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The buffers after the step, by the formulas."""
     p, g, m, v = (arguments[name].to(dtype) for name in SCALES)
     decayed = torch.cat([torch.full((size,), is_decayed) for size, is_decayed in LAYOUTS[layout][0]] or [p.bool()])
-    t, lr, tau = arguments["steps"] + 1, arguments["lr"], arguments["tau"].to(dtype)
-    p = torch.where(decayed, p * (1 - lr * arguments["weight_decay"]).to(dtype), p)
+    t, lr, decay = (arguments[name].double() for name in ("steps", "lr", "weight_decay"))
+    t, tau = t + 1, arguments["tau"].to(dtype)
+    p = torch.where(decayed, p * (1 - lr * decay).to(dtype), p)
     m = OPTIONS["beta1"] * m + (1 - OPTIONS["beta1"]) * g
     v = OPTIONS["beta2"] * v + (1 - OPTIONS["beta2"]) * g**2
     step_size = (lr / (1 - OPTIONS["beta1"] ** t)).to(dtype)
@@ -48,12 +49,12 @@ def expected(layout: str, arguments: dict, dtype: torch.dtype = torch.float64) -
     return {"params": p, "grads": zero, "momenta": m, "variances": v, "targets": targets, "steps": t}
 
 
-def check(layout: str, arguments: dict) -> None:
+def check(layout: str, arguments: dict, step=adamw_ema_step) -> None:
     """The error rule: at most twice the error of the formulas in the same dtype, plus four units in the last place."""
     dtype = arguments["params"].dtype
     exact, plain = expected(layout, arguments), expected(layout, arguments, dtype)
     got = copy(arguments)
-    step(**got)
+    step(**got, **OPTIONS)
     largest = max((value.abs().max().item() for value in exact.values() if value.numel()), default=0.0)
     for name in BUFFERS:
         error, allowed = ((value[name].double() - exact[name]).abs() for value in (got, plain))
@@ -67,7 +68,7 @@ def check(layout: str, arguments: dict) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("done", [0, 1000])
 def test_buffers_equal_the_formulas(provider, dtype, layout, done):
-    check(layout, make(layout, dtype, done))
+    check(layout, make(layout, dtype, done=done))
 
 
 def test_every_build_of_the_library(run_python, capability):
@@ -108,7 +109,7 @@ def test_steps_equal_adamw_of_pytorch(provider, decay):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("done", [0, 3])
 def test_step_without_apply_only_zeroes_the_gradients(provider, layout, done):
-    flat_steps.check_apply(step, make(layout, torch.float32, done), BUFFERS)
+    flat_steps.check_apply(step, make(layout, torch.float32, done=done), BUFFERS)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -26,9 +26,7 @@ def provider(request, policy):
 
 def make(layout: str, dtype: torch.dtype, device: str = "cpu") -> dict:
     """The operator's arguments up to tau."""
-    scalars = {"lr": torch.tensor(0.4).double(), "tau": torch.tensor(0.99).double()}
-    arguments = flat_steps.make(layout, dtype, SCALES) | scalars
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    return flat_steps.make(layout, dtype, SCALES, {"lr": 0.4, "tau": 0.99}, device)
 
 
 def reference(p, g, m, adapted, lr, momentum, weight_decay, eta):

@@ -26,7 +26,7 @@ from train.export import ExportOptions, export
 from train.pretrain import _main
 from train.pretraining import cuda_graphs
 from train.pretraining.cuda_graphs import CapturedFunction
-from train.pretraining.dspnet import DSPNet
+from train.pretraining.dspnet import DSPNet, Taught
 from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
 from train.run import checkpoint
@@ -50,7 +50,7 @@ def make(self_weight, **options):
     for parameter in model.target.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     images, features = torch.randn(8, 3, 16, 16).double(), torch.randn(8, TAUGHT).double() + 3
-    return model, images, TeacherTargets(lambda step, batch: features)(0, images), features
+    return model, images, TeacherTargets(lambda step, batch: Taught(features))(0, images), features
 
 
 def gradients(model):
@@ -112,7 +112,8 @@ def test_whitened_targets_are_uncorrelated_with_equal_variances_up_to_the_ridge(
     covariance = torch.cov(features.T.double(), correction=0)
     values, vectors = torch.linalg.eigh(covariance)
     ridge = RIDGE * values.mean()
-    white = TeacherTargets(lambda step, batch: features, whitening=(mean, matrix))(0, features).double()
+    targets = TeacherTargets(lambda step, batch: Taught(features), whitening=(mean, matrix))(0, features)
+    white = targets.features.double()
     expected = vectors @ torch.diag(values / (values + ridge)) @ vectors.T
     torch.testing.assert_close(torch.cov(white.T, correction=0), expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match="same features for all images"):
@@ -162,8 +163,8 @@ def views(config):
 def test_centre_is_that_of_the_whole_batch_with_micro_batches(taught):
     whole, parts = trainer_of(taught(bn_groups=2)), trainer_of(taught(bn_groups=2, grad_accum_steps=2))
     batch = views(whole.config)
-    torch.testing.assert_close(parts.teacher(0, batch), whole.teacher(0, batch))
-    assert whole.teacher(0, batch).mean(0).abs().max() < 1e-5
+    torch.testing.assert_close(parts.teacher(0, batch).features, whole.teacher(0, batch).features)
+    assert whole.teacher(0, batch).features.mean(0).abs().max() < 1e-5
     torch.testing.assert_close(parts.train_step(batch), whole.train_step(batch), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(parts.flat_buffers.params, whole.flat_buffers.params, rtol=1e-4, atol=1e-4)
 
@@ -176,7 +177,7 @@ def test_centre_is_that_of_all_ranks():
             torch.testing.assert_close(tensor, features[0].mean(0))
             tensor.copy_(features.mean((0, 1)))
 
-    found = TeacherTargets(lambda step, batch: features[0], Ranks())(0, features[0])
+    found = TeacherTargets(lambda step, batch: Taught(features[0]), Ranks())(0, features[0]).features
     torch.testing.assert_close(found, features[0] - features.flatten(0, 1).mean(0))
 
 
@@ -193,7 +194,7 @@ def test_captured_steps_equal_launched_steps(taught, self_weight):
     plain, captured = trainer_of(config, teacher), trainer_of(config, teacher)
     flat = captured.flat_buffers
     captured.accumulate = cuda_graphs.captured(captured.model, flat, captured._alpha, run_and_return)
-    captured.teacher._source._features = CapturedFunction(teacher.features, run_and_return)
+    captured.teacher._source._outputs = CapturedFunction(teacher.outputs, run_and_return)
     for index in range(2):
         batch = views(config) + index
         torch.testing.assert_close(captured.train_step(batch), plain.train_step(batch), rtol=0, atol=0)
@@ -203,7 +204,7 @@ def test_captured_steps_equal_launched_steps(taught, self_weight):
 def test_nonfinite_features_are_skipped_and_found(taught):
     trainer = trainer_of(taught())
     before = trainer.flat_buffers.params.clone()
-    trainer.teacher = TeacherTargets(lambda step, batch: torch.full((len(batch), 256), float("nan")))
+    trainer.teacher = TeacherTargets(lambda step, batch: Taught(torch.full((len(batch), 256), float("nan"))))
     trainer.train_step(views(trainer.config))
     assert trainer.guard.skipped().total == 1 and torch.equal(trainer.flat_buffers.params, before)
     assert trainer.diagnose(views(trainer.config)).subnet == "teacher"
@@ -251,7 +252,7 @@ def test_cached_features_are_those_of_the_image_or_of_its_mirror_image(taught, t
     torch.testing.assert_close(rows[0], teacher.features(normalize(batch)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rows[1], teacher.features(normalize(batch.flip(3))), rtol=1e-4, atol=1e-4)
     for step in (3, 12):
-        found = source(step, torch.empty(0)).chunk(2)
+        found = source(step, torch.empty(0)).features.chunk(2)
         for k, spec in enumerate(byol(config.image_size, config.min_scale)):
             for (epoch, index), row in zip(sampler.batch(step), found[k]):
                 parameters = sample_view(spec, uniform_numbers(config.seed, epoch, index)[k], 16, 16)
@@ -264,7 +265,7 @@ def test_cache_has_no_features_of_mirror_images_without_flips(taught, tmp_path):
     (file,) = (tmp_path / "cache").glob("*.npy")
     assert file.name.startswith("view-") and run.teacher.facts.cost(config, 80).cached_views == 80
     source, indices = run.trainer.teacher._source, [index for _, index in run._sampler().batch(2)]
-    torch.testing.assert_close(source(2, torch.empty(0)), source._rows[0][indices * 2])
+    torch.testing.assert_close(source(2, torch.empty(0)).features, source._rows[0][indices * 2])
 
 
 def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path):

@@ -93,6 +93,8 @@ def _batch_norm_passes(config: PretrainConfig) -> tuple[float, float]:
     heads = 2 * head if regresses else []
     if config.teacher_features is not None:
         heads = [*heads, config.teacher_features]
+    if config.local_weight:
+        heads = [*heads, config.teacher_map_channels or 0]
     trained = expected_steps(replace(config, epochs=1, warmup_epochs=0.0, full_only_epochs=0.0), 1)
     target = _batch_norm_channels(config, subnets.full) + head if regresses else []
     passes, channels = float(len(target)), float(sum(target))

@@ -7,7 +7,8 @@ In each step, the two views of B images pass through:
     optimizer   LARS: 6 MACs for each online parameter, AdamW: 7; moving average: 2 for each target parameter
     teacher     a frozen network at its own image size, forward                                         2 B views
 
-With a teacher, the online heads include the one that predicts its features. With --self-weight 0, projector, predictor
+With a teacher, the online heads include the one that predicts its features, and with --local-weight the one that
+predicts its feature map. With --self-weight 0, projector, predictor
 and target's forward pass are left out. With --teacher-cache the teacher sees two views of every image once in the run.
 
 A backward pass counts as two forward passes: input gradient and weight gradient. This includes the gradient of the
@@ -17,6 +18,7 @@ weight decay 1, averages 3, denominator 2, update 1.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,7 @@ from torch import nn
 
 from dspnet_fast import cost
 from dspnet_fast.cost import mac_count, parameter_count
+from dspnet_fast.errors import InputError
 from dspnet_fast.models import MLP, TeacherHead, build
 from dspnet_fast.models import family as family_of
 from dspnet_fast.slim import slim
@@ -59,11 +62,13 @@ class TeacherCost:
         macs: multiply-accumulates for one view.
         features: number of features.
         cached_views: views whose features are computed once for the whole run; None if every view is computed.
+        map_channels: channels of its feature map; 0 if no subnet learns to predict it.
     """
 
     macs: int
     features: int
     cached_views: int | None = None
+    map_channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,22 @@ def network_cost(options: FamilyOptions, subnet: Subnet, image_size: int) -> Net
 def largest_activation(config: PretrainConfig) -> int:
     """Number of elements of the full network's largest activation for one image."""
     return cost.largest_activation(_on_meta(config, family_of(config.network, config.names()).full), config.image_size)
+
+
+def map_shape(config: PretrainConfig, subnet: Subnet | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the feature map before pooling, of a subnet or the full network.
+
+    Raises:
+        InputError: the network has no such map.
+    """
+    network = _on_meta(config, subnet or family_of(config.network, config.names()).full).eval()
+    images = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device="meta")
+    try:
+        with torch.no_grad():
+            _, channels, height, width = network.forward_dense(images)[1].shape  # type: ignore[operator]
+    except InputError as error:
+        raise InputError(f"--local-weight does not fit --network {config.network}: {error}") from error
+    return channels, height, width
 
 
 def _on_meta(options: FamilyOptions, subnet: Subnet) -> nn.Module:
@@ -154,23 +175,27 @@ def run_cost(
     steps = config.epochs * epoch_steps
     views = VIEWS * config.batch_size
     regresses = teacher is None or config.self_weight > 0  # has projector, predictor and a target's forward pass
-    taught = 0 if teacher is None else teacher.features
+    taught, local = (0, 0) if teacher is None else (teacher.features, teacher.map_channels)
 
     with torch.device("meta"):
         projector, predictor = (parameter_count(MLP(features, hidden, out)) for features in (full.features, out))
-        teacher_head = parameter_count(TeacherHead(full.features, taught)) if taught else 0
+        teacher_heads = parameter_count(TeacherHead(full.features, taught)) if taught else 0
+        teacher_heads += parameter_count(TeacherHead(map_shape(config)[0], local)) if local else 0
 
-    def online_macs(network: NetworkCost) -> int:
+    def online_macs(name: str) -> int:
+        network = costs[name]
         macs = network.macs + network.features * taught
+        if local:
+            macs += math.prod(map_shape(config, family_of(config.network, [name]).full)) * local
         return macs + (head_macs(network.features, hidden, out) + head_macs(out, hidden, out) if regresses else 0)
 
     online = {
-        name: trained * views * PASSES * online_macs(costs[name])
+        name: trained * views * PASSES * online_macs(name)
         for name, trained in expected_steps(config, epoch_steps).items()
     }
     target = views * steps * (full.macs + head_macs(full.features, hidden, out)) if regresses else 0
     target_parameters = full.parameters + (projector if regresses else 0)
-    parameters = target_parameters + (predictor if regresses else 0) + teacher_head
+    parameters = target_parameters + (predictor if regresses else 0) + teacher_heads
     optimizer = steps * (OPTIMIZER_MACS[config.optimizer] * parameters + EMA_MACS * target_parameters)
     seen = views * steps if teacher is None or teacher.cached_views is None else teacher.cached_views
     return RunCost(

@@ -13,11 +13,11 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.subnets import Subnet
 
 from ..config import PretrainConfig
-from ..pretraining.dspnet import VIEWS
+from ..pretraining.dspnet import VIEWS, Taught
 
-# Adds the gradients of the subnets' losses on a batch of views [2B, ...] and, if there is a teacher, its targets
-# [2B, T]; returns the losses.
-Accumulate = Callable[[Tensor, Sequence[Subnet], Tensor | None], dict[str, Tensor]]
+# Adds the gradients of the subnets' losses on a batch of views [2B, ...] and, if there is a teacher, its targets;
+# returns the losses.
+Accumulate = Callable[[Tensor, Sequence[Subnet], Taught | None], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,15 @@ class BatchSplit:
         for index in range(self.micro_batches):
             yield views[:, index].flatten(0, 1)
 
+    def split_taught(self, taught: Taught | None) -> Iterator[Taught | None]:
+        """A teacher's targets of the micro-batches; None for each without a teacher."""
+        if taught is None:
+            yield from repeat(None, self.micro_batches)
+            return
+        parts = (repeat(None) if tensor is None else self.split(tensor) for tensor in taught)
+        for features, positions in zip(*parts, strict=False):
+            yield Taught(features, positions)
+
     def over_micro_batches(self, accumulate: Accumulate, statistics: Tensor) -> Accumulate:
         """`accumulate` over the micro-batches of a batch, treated as ranks are.
 
@@ -60,11 +69,10 @@ class BatchSplit:
         if self.micro_batches == 1:
             return accumulate
 
-        def accumulate_all(batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None) -> dict[str, Tensor]:
+        def accumulate_all(batch: Tensor, subnets: Sequence[Subnet], taught: Taught | None) -> dict[str, Tensor]:
             before, total = statistics.clone(), torch.zeros_like(statistics)
             mean: dict[str, Tensor] = {}
-            parts = repeat(None) if taught is None else self.split(taught)
-            for micro_batch, part in zip(self.split(batch), parts, strict=False):
+            for micro_batch, part in zip(self.split(batch), self.split_taught(taught), strict=True):
                 statistics.copy_(before)
                 losses = accumulate(micro_batch, subnets, part)
                 mean = {name: mean.get(name, 0) + loss / self.micro_batches for name, loss in losses.items()}

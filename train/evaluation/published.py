@@ -22,7 +22,7 @@ from ..data.normalization import MEAN, STD
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..run import fingerprint
 from ..run.options import Workers
-from ..teachers.sources import Source, feature_count, load_source, published_name
+from ..teachers.sources import Source, feature_count, load_source, pooled, published_name
 from .pretrained import EvaluatedFamily
 
 
@@ -54,7 +54,7 @@ class PublishedEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, F] of images [N, 3, S, S]."""
-        return self.network(torch.addcmul(self.shift, images, self.scale))
+        return pooled(self.network(torch.addcmul(self.shift, images, self.scale)))
 
 
 class PublishedNetwork(EvaluatedFamily):

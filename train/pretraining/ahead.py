@@ -13,6 +13,7 @@ from dspnet_fast.statistics import post_statistics
 from ..config import PretrainConfig
 from ..distributed.batch_split import split_batch
 from ..evaluation.features import representations
+from ..teachers.targets import random_targets
 from .dspnet import VIEWS, build_model
 from .flat_buffers import FlatBuffers
 from .probe import BATCH
@@ -38,7 +39,8 @@ def step_launches(config: PretrainConfig, world_size: int = 1) -> list[Launch]:
             for n in (count, BATCH)
         )
 
-        taught = None if config.teacher_features is None else torch.empty(count, config.teacher_features)
+        teacher = random_targets(config, images.device)
+        taught = None if teacher is None else teacher(0, images)
 
         def run() -> None:
             model.accumulate(images, list(model.family), taught=taught)

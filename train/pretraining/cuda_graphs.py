@@ -18,7 +18,7 @@ from torch import Tensor
 from dspnet_fast.subnets import Subnet
 
 from ..data.normalization import prepare
-from .dspnet import DSPNet
+from .dspnet import DSPNet, Taught
 from .flat_buffers import FlatBuffers
 
 WARM_UP = 3  # runs before the capture, in which libraries choose algorithms and kernels are compiled
@@ -52,13 +52,13 @@ class StepGraphs:
         batch: Tensor,
         alpha: Tensor,
         capture: Capture | None = None,
-        taught: Tensor | None = None,
+        taught: Taught | None = None,
     ) -> None:
         device = flat.params.device
         self._model, self._alpha = model, alpha
         self._batch = _to_rgb(batch).to(device, copy=True)
         self._images = prepare(self._batch, device).clone()
-        self._taught = None if taught is None else taught.clone()
+        self._taught = None if taught is None else taught.each(Tensor.clone)
         self._losses = {subnet.name: torch.zeros((), device=device) for subnet in model.family}
         with _state_restored(model, flat):
             self._targets = model.targets(self._images, alpha)
@@ -76,7 +76,7 @@ class StepGraphs:
             self._model.accumulate_subnet(self._images, self._targets, subnet, self._taught)
         )
 
-    def accumulate(self, batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None = None) -> dict[str, Tensor]:
+    def accumulate(self, batch: Tensor, subnets: Sequence[Subnet], taught: Taught | None = None) -> dict[str, Tensor]:
         """As `DSPNet.accumulate`, on the batch before normalisation.
 
         Raises RuntimeError for a batch of another shape than the captured one.
@@ -89,7 +89,7 @@ class StepGraphs:
         self._batch.copy_(_to_rgb(batch.to(self._batch.device, non_blocking=True)))
         if self._taught is not None:
             assert taught is not None
-            self._taught.copy_(taught)
+            _copy(self._taught, taught)
         self.target()
         for subnet in subnets:
             self.subnets[subnet.name]()
@@ -98,11 +98,11 @@ class StepGraphs:
 
 def captured(
     model: DSPNet, flat: FlatBuffers, alpha: Tensor, capture: Capture | None = None
-) -> Callable[[Tensor, Sequence[Subnet], Tensor | None], dict[str, Tensor]]:
+) -> Callable[[Tensor, Sequence[Subnet], Taught | None], dict[str, Tensor]]:
     """`StepGraphs.accumulate`, captured at the first call for the shape of its batch."""
     graphs: StepGraphs | None = None
 
-    def accumulate(batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None) -> dict[str, Tensor]:
+    def accumulate(batch: Tensor, subnets: Sequence[Subnet], taught: Taught | None) -> dict[str, Tensor]:
         nonlocal graphs
         graphs = graphs or StepGraphs(model, flat, batch, alpha, capture, taught)
         return graphs.accumulate(batch, subnets, taught)
@@ -111,19 +111,19 @@ def captured(
 
 
 class CapturedFunction:
-    """A function of one tensor, without gradients, captured at the first call for the shape of its argument.
+    """A teacher's function of one tensor, without gradients, captured at the first call for its argument's shape.
 
     Args:
-        function: maps a tensor to a new one.
+        function: maps a tensor to new ones.
         capture: how to capture; by default as CUDA graphs.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], capture: Capture | None = None) -> None:
+    def __init__(self, function: Callable[[Tensor], Taught], capture: Capture | None = None) -> None:
         self._function = function
         self._capture = capture
         self._argument: Tensor | None = None
 
-    def __call__(self, argument: Tensor) -> Tensor:
+    def __call__(self, argument: Tensor) -> Taught:
         """The function's value, which the next call overwrites."""
         if self._argument is None or self._argument.shape != argument.shape:
             self._argument = argument.clone()
@@ -135,7 +135,14 @@ class CapturedFunction:
 
     def _run(self) -> None:
         assert self._argument is not None
-        self._value.copy_(self._function(self._argument))
+        _copy(self._value, self._function(self._argument))
+
+
+def _copy(destination: Taught, source: Taught) -> None:
+    """Copy each tensor."""
+    for to, value in zip(destination, source, strict=True):
+        if to is not None and value is not None:
+            to.copy_(value)
 
 
 def _to_rgb(batch: Tensor) -> Tensor:

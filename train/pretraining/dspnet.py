@@ -13,13 +13,16 @@ With a frozen teacher (docs/teacher.md) the loss has another term and a weight w
 
     q   = teacher head(encoder_s(view 1; view 2))
     L_s = mean_b [(2 - 2 cos(q_1, t_1)) + (2 - 2 cos(q_2, t_2))] + w (the loss above)    t_v: teacher's target of view v
+
+and --local-weight adds the same distance between feature maps, as a mean over images and positions.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +44,23 @@ VIEWS = 2
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of the precisions in 16 bits
 
 
+class Taught(NamedTuple):
+    """A teacher's features of a batch of views, or the targets made of them.
+
+    Attributes:
+        features: [2B, T].
+        positions: [2B, P, C], its feature map at the P positions of the subnets' maps, row by row; None without
+            --local-weight.
+    """
+
+    features: Tensor
+    positions: Tensor | None = None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Taught:
+        """The results of a function of each tensor."""
+        return Taught(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
+
+
 class Branch(nn.Module):
     """Encoder and heads.
 
@@ -49,6 +69,7 @@ class Branch(nn.Module):
         projector: features to projections [N, D]; None if no projection is regressed.
         predictor: projections to predictions [N, D], in the online branch.
         teacher_head: features to predictions [N, T] of a teacher's features, in the online branch.
+        local_head: the same for each position of feature maps, a 1 x 1 convolution: rows [N P, F] to [N P, C].
     """
 
     def __init__(
@@ -57,12 +78,14 @@ class Branch(nn.Module):
         projector: MLP | None,
         predictor: MLP | None = None,
         teacher_head: TeacherHead | None = None,
+        local_head: TeacherHead | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.predictor = predictor
         self.teacher_head = teacher_head
+        self.local_head = local_head
 
     def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         """The encoder's sizes for a subnet; the heads are shared and always full."""
@@ -71,12 +94,12 @@ class Branch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Prediction (online) or projection (target) of each image."""
-        return self.heads(self.encode(images))
+        return self.heads(*self.encode(images))
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Features [N, F] of images, in the dtype that the heads take."""
-        features = self.encoder(images)
-        return features if is_eager() else features.to(next(self.parameters()).dtype)
+    def encode(self, images: Tensor, dense: bool = False) -> list[Tensor]:
+        """Features [N, F] of images and, if `dense`, their feature maps [N, F, h, w], in the dtype that heads take."""
+        outputs = self.encoder.forward_dense(images) if dense else [self.encoder(images)]
+        return list(outputs) if is_eager() else [output.to(next(self.parameters()).dtype) for output in outputs]
 
     @cached_property
     def encoder_norms(self) -> list[SlimBatchNorm]:
@@ -111,6 +134,8 @@ class DSPNet(nn.Module):
         in_channels: channels of the images.
         teacher_features: features T of a frozen teacher; None without a teacher.
         self_weight: with a teacher, weight of BYOL's loss; 0 leaves out projector, predictor and target's forward pass.
+        local_weight: with a teacher, weight of the loss between feature maps.
+        teacher_map_channels: channels C of the teacher's feature map; None with a local_weight of 0.
     """
 
     def __init__(
@@ -127,20 +152,26 @@ class DSPNet(nn.Module):
         in_channels: int = 3,
         teacher_features: int | None = None,
         self_weight: float = 1.0,
+        local_weight: float = 0.0,
+        teacher_map_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.family = family
         self.self_weight = 1.0 if teacher_features is None else self_weight
+        self.local_weight = local_weight
         self.precision = precision
         self.loss_scale: Tensor | None = None
         encoder = build(network, family.full, stem, in_channels)
-        projector = predictor = teacher_head = None
+        projector = predictor = teacher_head = local_head = None
         if self.self_weight:
             projector = MLP(encoder.num_features, hidden_features, out_features)
             predictor = MLP(out_features, hidden_features, out_features)
         if teacher_features is not None:
             teacher_head = TeacherHead(encoder.num_features, teacher_features)
-        self.online = Branch(encoder, projector, predictor, teacher_head)
+        if local_weight:
+            assert teacher_map_channels is not None
+            local_head = TeacherHead(encoder.dense_features, teacher_map_channels)
+        self.online = Branch(encoder, projector, predictor, teacher_head, local_head)
         self.target = Branch(copy.deepcopy(encoder), copy.deepcopy(projector)).requires_grad_(False)
         if momentum_bn != "off":
             _use_momentum_batch_norm(self.target, double_correction=momentum_bn == "momentum2")
@@ -165,31 +196,38 @@ class DSPNet(nn.Module):
             return images.new_zeros(0, 0)
         configure_batch_norm(self.target, alpha=alpha)
         with activate(self.target, None, views=VIEWS):
-            first, second = self.target.heads(self._encode(self.target, images)).chunk(VIEWS)
+            first, second = self.target.heads(*self._encode(self.target, images)).chunk(VIEWS)
         return torch.cat([second, first])
 
-    def loss(self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Tensor | None = None) -> Tensor:
-        """Symmetrised loss of one subnet, a scalar between 0 and 8, or 8 (1 + self_weight) with a teacher.
+    def loss(self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Taught | None = None) -> Tensor:
+        """Symmetrised loss of one subnet, a scalar between 0 and 8.
+
+        With a teacher, between 0 and 8 (1 + self_weight + local_weight).
 
         Args:
             images, targets: see `targets`.
             subnet: the subnet.
-            taught: the teacher's targets, [2B, T], in the order of `images`; None without a teacher.
+            taught: the teacher's targets, in the order of `images`; None without a teacher.
         """
         online = self.online
         losses = []
         with activate(online, subnet, views=VIEWS):
-            features = self._encode(online, images)
+            features, *maps = self._encode(online, images, dense=online.local_head is not None)
             if online.teacher_head is not None:
                 assert taught is not None
-                losses.append(VIEWS * normalized_mse(online.teacher_head(features), taught))
+                losses.append(VIEWS * normalized_mse(online.teacher_head(features), taught.features))
+            if online.local_head is not None:
+                assert taught is not None and taught.positions is not None
+                predicted = online.local_head(maps[0].permute(0, 2, 3, 1).flatten(0, 2))
+                local = VIEWS * normalized_mse(predicted, taught.positions.flatten(0, 1))
+                losses.append(self.local_weight * local)
             if online.projector is not None:
                 loss = VIEWS * normalized_mse(online.heads(features), targets)
                 losses.append(self.self_weight * loss if losses else loss)
-        return losses[0] if len(losses) == 1 else losses[0] + losses[1]
+        return sum(losses[1:], losses[0])
 
     def accumulate_subnet(
-        self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Tensor | None = None
+        self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Taught | None = None
     ) -> Tensor:
         """Add the gradient of one subnet's loss, times `loss_scale`; returns the loss, detached."""
         with shared_prefixes(collects=True):
@@ -202,7 +240,7 @@ class DSPNet(nn.Module):
         images: Tensor,
         subnets: Sequence[Subnet],
         alpha: float | Tensor = 1.0,
-        taught: Tensor | None = None,
+        taught: Taught | None = None,
     ) -> dict[str, Tensor]:
         """Add the gradients of the summed losses of all `subnets`, one backward pass at a time.
 
@@ -231,23 +269,23 @@ class DSPNet(nn.Module):
         single = on_cpu and (encoder.dense or self.precision in HALF)
         return VIEWS if is_eager() and not single else 1
 
-    def _encode(self, branch: Branch, images: Tensor) -> Tensor:
-        """Features [2B, F] of a branch."""
+    def _encode(self, branch: Branch, images: Tensor, dense: bool = False) -> list[Tensor]:
+        """Features [2B, F] of a branch and, if `dense`, feature maps [2B, F, h, w]."""
         dtype = HALF.get(self.precision, images.dtype)
         if branch.encoder.uses_autocast and dtype != images.dtype:
             with torch.autocast(images.device.type, dtype):
-                return self._encode_views(branch, images).to(images.dtype)
-        return self._encode_views(branch, images.to(dtype))
+                return [output.to(images.dtype) for output in self._encode_views(branch, images, dense)]
+        return self._encode_views(branch, images.to(dtype), dense)
 
-    def _encode_views(self, branch: Branch, images: Tensor) -> Tensor:
+    def _encode_views(self, branch: Branch, images: Tensor, dense: bool) -> list[Tensor]:
         if self.encoder_passes == 1:
-            return branch.encode(images)
-        features = []
+            return branch.encode(images, dense)
+        outputs = []
         with shared_prefixes():
             for view, part in enumerate(images.chunk(VIEWS)):
                 with configure_batch_norm(branch.encoder_norms, view=view):
-                    features.append(branch.encode(part))
-        return torch.cat(features)
+                    outputs.append(branch.encode(part, dense))
+        return [torch.cat(views) for views in zip(*outputs, strict=True)]
 
 
 def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.ProcessGroup | None = None) -> DSPNet:
@@ -267,6 +305,8 @@ def build_model(config: PretrainConfig, bn_groups: int = 1, process_group: dist.
             config.in_channels,
             config.teacher_features,
             config.self_weight,
+            config.local_weight,
+            config.teacher_map_channels,
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dspnet_fast.subnets import Subnet
 
-from .dspnet import DSPNet
+from .dspnet import DSPNet, Taught
 from .flat_buffers import FlatBuffers
 
 MAX_IN_A_ROW = 3  # consecutive skipped steps after which the run ends; more with fp16, see loss_scale.py
@@ -96,7 +96,7 @@ def find_nonfinite(
     images: Tensor,
     subnets: Sequence[Subnet],
     alpha: float | Tensor,
-    taught: Tensor | None = None,
+    taught: Taught | None = None,
 ) -> Finding | None:
     """Repeat the passes of a step, without the update, until a number is not finite; None if all are finite.
 
@@ -111,7 +111,7 @@ def find_nonfinite(
             return Finding("all", name, "weights")
     if not finite(images):
         return Finding("all", "the images", "images")
-    if not finite(taught):
+    if taught is not None and not all(map(finite, taught)):
         return Finding("teacher", "the features", "forward")
     names = {module: name for root in (model.target, model.online) for name, module in root.named_modules() if name}
     found: list[str] = []

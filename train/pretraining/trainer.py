@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ..run.device import check_activations, check_precision, configure_cuda
 from ..run.schedules import learning_rate, momentum_alpha, target_tau, weight_decay
 from ..teachers.targets import TeacherTargets
 from . import cuda_graphs
-from .dspnet import VIEWS, DSPNet, build_model
+from .dspnet import VIEWS, DSPNet, Taught, build_model
 from .flat_buffers import FlatBuffers
 from .loss_scale import SEARCH, LossScale
 from .nonfinite import MAX_IN_A_ROW, Finding, Guard, find_nonfinite
@@ -91,9 +90,9 @@ class Trainer:
             )
         if overlaps:
             stages = [f"encoder.{stage}" for stage in self.model.online.encoder.stages]
-            self.all_reduce.overlap(
-                self.model.online, [*stages, "projector" if self.model.self_weight else "teacher_head"]
-            )
+            # The head of feature maps is the last in the buffers, and its gradient may come after those of other heads.
+            heads = [] if config.local_weight else ["projector" if self.model.self_weight else "teacher_head"]
+            self.all_reduce.overlap(self.model.online, [*stages, *heads])
         accumulate = _accumulate_on(self.model, self._alpha, device)
         if graphs:
             accumulate = cuda_graphs.captured(self.model, self.flat_buffers, self._alpha)
@@ -168,8 +167,7 @@ class Trainer:
         """The first non-finite number in a step on this batch, with the subnets of the last step."""
         subnets = self._sample(self.step - 1)
         taught = None if self.teacher is None else self.teacher(self.step - 1, batch)
-        parts = repeat(None) if taught is None else self._split.split(taught)
-        for micro_batch, part in zip(self._split.split(batch), parts, strict=False):
+        for micro_batch, part in zip(self._split.split(batch), self._split.split_taught(taught), strict=True):
             images = prepare(micro_batch, self.device)
             finding = find_nonfinite(self.model, self.flat_buffers, images, subnets, self._alpha, part)
             if finding is not None:
@@ -229,7 +227,7 @@ class Trainer:
 def _accumulate_on(model: DSPNet, alpha: Tensor, device: torch.device) -> Accumulate:
     """`DSPNet.accumulate` on batches before normalisation. No method: a trainer that refers to itself is freed late."""
 
-    def accumulate(batch: Tensor, subnets: Sequence[Subnet], taught: Tensor | None) -> dict[str, Tensor]:
+    def accumulate(batch: Tensor, subnets: Sequence[Subnet], taught: Taught | None) -> dict[str, Tensor]:
         return model.accumulate(prepare(batch, device), subnets, alpha, taught)
 
     return accumulate

@@ -16,6 +16,7 @@ from ..config import PretrainConfig
 from ..distributed.batch_split import split_batch
 from ..pretraining.dspnet import VIEWS
 from ..pretraining.trainer import Trainer
+from ..teachers.targets import random_targets
 
 MEASURED = 3  # images in recorded measurements, an odd number
 SHAPE_OPTIONS = (
@@ -34,6 +35,7 @@ SHAPE_OPTIONS = (
     "no_cuda_graphs",
 )
 TEACHER_OPTIONS = ("teacher_features", "self_weight")  # others, of runs with a teacher
+LOCAL_OPTIONS = ("local_weight", "teacher_map_channels")  # others, of runs with --local-weight
 
 
 def shape_of(config: PretrainConfig, world_size: int) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def shape_of(config: PretrainConfig, world_size: int) -> dict[str, Any]:
         **{name: getattr(config, name) for name in SHAPE_OPTIONS},
         **({} if config.in_channels == 3 else {"in_channels": config.in_channels}),
         **({name: getattr(config, name) for name in TEACHER_OPTIONS} if config.teacher is not None else {}),
+        **({name: getattr(config, name) for name in LOCAL_OPTIONS} if config.local_weight else {}),
         "images": images,
         "micro_batch": images // split.micro_batches,
         "bn_groups": split.bn_groups,
@@ -80,7 +83,8 @@ def calls_of(config: PretrainConfig) -> list[Call]:
     model, views = trainer.model, VIEWS * config.batch_size
     images = torch.empty(views, config.in_channels, config.image_size, config.image_size, device=meta)
     images = images.contiguous(memory_format=torch.channels_last)
-    taught = None if config.teacher_features is None else torch.empty(views, config.teacher_features, device=meta)
+    teacher = random_targets(config, meta)
+    taught = None if teacher is None else teacher(0, images)
 
     def run() -> None:
         model.accumulate(images, list(model.family), torch.zeros((), device=meta), taught)

@@ -26,6 +26,7 @@ from ..data.sampler import EpochSampler
 from ..data.views.augmentation import ViewSpec, is_mirrored, uniform_numbers
 from ..distributed.process_group import World
 from ..evaluation.features import load_or_compute
+from ..pretraining.dspnet import Taught
 from ..run import fingerprint
 from ..run.lock import lock
 from ..run.progress import Monitor
@@ -100,8 +101,8 @@ class CachedFeatures:
         self._sampler = sampler
         self._device = device
 
-    def __call__(self, step: int, batch: Tensor) -> Tensor:
-        """Features [2B, T] of the views of a step; `batch` is not read."""
+    def __call__(self, step: int, batch: Tensor) -> Taught:
+        """Features of the views of a step; `batch` is not read."""
         view, mirror = self._rows[0], self._rows[-1]
         pairs = self._sampler.batch(step)
         indices = torch.tensor([index for _, index in pairs])
@@ -113,4 +114,4 @@ class CachedFeatures:
         features = torch.cat(rows)
         if self._device.type == "cuda":
             features = features.pin_memory()  # copying from pageable memory would block
-        return features.to(self._device, non_blocking=True)
+        return Taught(features.to(self._device, non_blocking=True))

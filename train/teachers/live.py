@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..data.normalization import prepare
 from ..pretraining.cuda_graphs import CapturedFunction
+from ..pretraining.dspnet import Taught
 from .teacher import Teacher
 
 CPU_VIEWS = 32  # views per forward pass on a CPU: more take more memory and no less time
@@ -23,14 +24,15 @@ class LiveFeatures:
     """
 
     def __init__(self, teacher: Teacher, device: torch.device, parts: int = 1, graphs: bool = False) -> None:
-        self._features = CapturedFunction(teacher.features) if graphs else teacher.features
+        self._outputs = CapturedFunction(teacher.outputs) if graphs else teacher.outputs
         self._device = device
         self._parts = parts
 
-    def __call__(self, step: int, batch: Tensor) -> Tensor:
-        """Features [2B, T] of `batch`, [2B, C, S, S]; see `Trainer.train_step`."""
+    def __call__(self, step: int, batch: Tensor) -> Taught:
+        """Features of `batch`, [2B, C, S, S]; see `Trainer.train_step`."""
         parts = self._parts
         if self._device.type == "cpu":
             parts = max(parts, -(-len(batch) // CPU_VIEWS))
-        features = [self._features(prepare(part, self._device)).clone() for part in batch.chunk(parts)]
-        return torch.cat(features)
+        outputs = [self._outputs(prepare(part, self._device)).each(Tensor.clone) for part in batch.chunk(parts)]
+        features, positions = zip(*outputs, strict=True)
+        return Taught(torch.cat(features), None if positions[0] is None else torch.cat(positions))

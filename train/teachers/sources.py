@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError, first_line
-from dspnet_fast.models import Classifier
+from dspnet_fast.models import Classifier, Network
+from dspnet_fast.models.traced import forward_dense
 from dspnet_fast.slim import slim
 from dspnet_fast.weight_file import SORTED, read_weights
 
@@ -276,12 +277,10 @@ def feature_count(network: nn.Module, size: int, name: str) -> int:
     Raises:
         InputError: the network does not take such an image, or does not return finite features [1, F].
     """
-    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
-    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     network.eval()
     try:
         with torch.inference_mode():
-            features = network(images)
+            features = pooled(network(_random_image(network, size)))
     except Exception as error:
         raise InputError(f"{name} does not take images of {size} pixels: {first_line(error)}") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
@@ -290,6 +289,54 @@ def feature_count(network: nn.Module, size: int, name: str) -> int:
     if not features.isfinite().all():
         raise InputError(f"{name} has features that are not finite: its weights are damaged")
     return features.shape[1]
+
+
+def pooled(output: Tensor) -> Tensor:
+    """Features [N, F] of a network's output, which may be a feature map [N, F, h, w]."""
+    return output.mean((2, 3)) if isinstance(output, Tensor) and output.ndim == 4 else output
+
+
+def dense(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, F] of square images and the network's feature map [N, C, h, w].
+
+    Raises:
+        InputError: the network has no such map.
+    """
+    if isinstance(network, Network):
+        return network.forward_dense(images)
+    if hasattr(network, "forward_features"):
+        features, y = forward_dense(network, images)
+        return pooled(features), y
+    y = network(images)
+    if y.ndim != 4:
+        raise InputError(
+            "it returns pooled features; use a CNN of timm, a run, or a function whose module returns maps"
+        )
+    return pooled(y), y
+
+
+def map_channels(network: nn.Module, size: int, name: str) -> int:
+    """The number of channels of a network's feature map; arguments as of `feature_count`, which comes first.
+
+    Raises:
+        InputError: the network has no such map, or the features are not those of the map.
+    """
+    images = _random_image(network, size)
+    try:
+        with torch.inference_mode():
+            features, y = dense(network, images)
+            same = torch.allclose(features, pooled(network(images)), rtol=1e-3, atol=1e-3)
+    except InputError as error:
+        raise InputError(f"--local-weight needs a feature map, and {name} cannot give one: {error}") from error
+    if not same or not y.isfinite().all():
+        raise InputError(f"{name} has a feature map that is not finite, or is not what its features are computed from")
+    return y.shape[1]
+
+
+def _random_image(network: nn.Module, size: int) -> Tensor:
+    """An image [1, 3, size, size], always the same, in the network's dtype."""
+    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def published_name(network: str, file: str = "") -> str:

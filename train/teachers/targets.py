@@ -3,6 +3,8 @@
     centred     t = f - mean of f over both views of all images of the step, on all ranks
     whitened    t = (f - m) (C + r I)^(-1/2)       m, C: mean and covariance over images of the run, measured once
 
+Feature maps are centred by the mean over the step's views and their positions, with both kinds of targets.
+
 The loss is a cosine, so without the mean all targets would be nearly parallel.
 """
 
@@ -20,14 +22,16 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.tensor_file import write_tensors
 
 from ..config import PretrainConfig
+from ..costs.flops import map_shape
 from ..distributed.process_group import SINGLE_PROCESS, World
+from ..pretraining.dspnet import Taught
 
 WHITENING = "teacher_whitening.safetensors"
 WHITENING_IMAGES = 4096  # images that the statistics are measured on, at most
 RIDGE = 0.1  # r as a share of the mean variance: directions with less variance are mostly noise
 
-# Features [2B, T] of the two views of a rank's images in a step, given the step and the batch.
-FeatureSource = Callable[[int, Tensor], Tensor]
+# Features of the two views of a rank's images in a step, given the step and the batch.
+FeatureSource = Callable[[int, Tensor], Taught]
 
 
 class TeacherTargets:
@@ -46,15 +50,21 @@ class TeacherTargets:
         self._world = world
         self._whitening = whitening
 
-    def __call__(self, step: int, batch: Tensor) -> Tensor:
-        """Targets [2B, T] in float32; `batch` is a rank's share as in `Trainer.train_step`."""
-        features = self._source(step, batch)
-        if self._whitening is not None:
+    def __call__(self, step: int, batch: Tensor) -> Taught:
+        """Targets in float32; `batch` is a rank's share as in `Trainer.train_step`."""
+        features, positions = self._source(step, batch)
+        if self._whitening is None:
+            features = self._centred(features)
+        else:
             mean, matrix = self._whitening
-            return (features - mean) @ matrix
-        mean = features.mean(0)
+            features = (features - mean) @ matrix
+        return Taught(features, None if positions is None else self._centred(positions))
+
+    def _centred(self, values: Tensor) -> Tensor:
+        """Subtract the mean over everything but the last dimension, on all ranks."""
+        mean = values.flatten(0, -2).mean(0)
         self._world.all_reduce_mean(mean)
-        return features - mean
+        return values - mean
 
 
 def random_targets(config: PretrainConfig, device: torch.device) -> TeacherTargets | None:
@@ -62,7 +72,14 @@ def random_targets(config: PretrainConfig, device: torch.device) -> TeacherTarge
     features = config.teacher_features
     if features is None:
         return None
-    return TeacherTargets(lambda step, batch: torch.randn(len(batch), features, device=device))
+    _, height, width = map_shape(config) if config.local_weight else (0, 0, 0)
+
+    def draw(step: int, batch: Tensor) -> Taught:
+        local = (len(batch), height * width, config.teacher_map_channels or 0)
+        positions = torch.randn(local, device=device) if config.local_weight else None
+        return Taught(torch.randn(len(batch), features, device=device), positions)
+
+    return TeacherTargets(draw)
 
 
 def measure_whitening(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

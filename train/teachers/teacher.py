@@ -18,10 +18,10 @@ from dspnet_fast.cost import mac_count, parameter_count
 from dspnet_fast.errors import InputError
 
 from ..config import PretrainConfig
-from ..costs.flops import TeacherCost
+from ..costs.flops import TeacherCost, map_shape
 from ..data.datasets.pixels import PixelFormat
-from ..pretraining.dspnet import HALF
-from .sources import Source, feature_count, load_source
+from ..pretraining.dspnet import HALF, Taught
+from .sources import Source, dense, feature_count, load_source, map_channels, pooled
 
 EIGHT_BIT_RGB = PixelFormat()
 FACTS = "teacher.json"
@@ -42,6 +42,7 @@ class TeacherFacts:
         image_size: height and width of its images, in pixels.
         normalization: mean and std of its images.
         interpolation: how views are resized.
+        map_channels: channels of the feature map that subnets learn to predict; None without --local-weight.
         macs: multiply-accumulates for one view.
         parameters: number of parameters.
     """
@@ -56,11 +57,12 @@ class TeacherFacts:
     interpolation: str
     macs: int
     parameters: int
+    map_channels: int | None = None
 
     def cost(self, config: PretrainConfig, images: int | None) -> TeacherCost:
         """Cost of the teacher in a run on this many images; with an unknown number, as if its views were computed."""
         cached = None if config.teacher_cache is None or images is None else cached_views(config) * images
-        return TeacherCost(self.macs, self.features, cached)
+        return TeacherCost(self.macs, self.features, cached, self.map_channels or 0)
 
 
 class Teacher:
@@ -72,6 +74,7 @@ class Teacher:
         device: device to compute on.
         precision: precision of the run; "bf16" and "fp16" cast the network's weights.
         format: of the run's images.
+        map_size: height and width of the subnets' feature maps; None if only pooled features are learnt.
     """
 
     def __init__(
@@ -81,12 +84,14 @@ class Teacher:
         device: torch.device,
         precision: str = "fp32",
         format: PixelFormat = EIGHT_BIT_RGB,
+        map_size: tuple[int, int] | None = None,
     ) -> None:
         self.facts = facts
         self.note = source.note
         network = source.network.requires_grad_(False).eval()
         self.network = network.to(device, HALF.get(precision)).to(memory_format=torch.channels_last)
         self._dtype = _dtype(self.network)
+        self._map_size = map_size
         # With the run's MEAN and STD, (x STD + MEAN - mean) / std undoes its normalisation and applies the teacher's.
         mean, std, own_mean, own_std = (
             torch.tensor(values, dtype=torch.float64, device=device).view(1, 3, 1, 1)
@@ -126,10 +131,24 @@ class Teacher:
 
     def features(self, images: Tensor) -> Tensor:
         """Features [N, F] of images as `prepare` takes them, in float32, or float64 of a float64 network."""
+        return self.outputs(images).features
+
+    def outputs(self, images: Tensor) -> Taught:
+        """Features of images as `prepare` takes them and, with --local-weight, the feature map at the subnets' size.
+
+        Both in float32, or float64 of a float64 network.
+        """
+        dtype = torch.promote_types(self._dtype, torch.float32)
         with torch.inference_mode():
-            features = self.network(self.prepare(images).to(self._dtype))
-            features = features.to(torch.promote_types(self._dtype, torch.float32))
-        return features.clone()  # autograd cannot save tensors of the inference mode
+            images = self.prepare(images).to(self._dtype)
+            if self._map_size is None:
+                outputs = Taught(pooled(self.network(images)).to(dtype))
+            else:
+                features, y = dense(self.network, images)
+                y = F.interpolate(y.to(dtype), self._map_size, mode="bilinear", antialias=True)
+                outputs = Taught(features.to(dtype), y.flatten(2).transpose(1, 2))
+        # Autograd cannot save tensors of the inference mode.
+        return outputs.each(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
 
 def cached_views(config: PretrainConfig) -> int:
@@ -151,9 +170,10 @@ def open_teacher(config: PretrainConfig, device: torch.device) -> Teacher | None
         )
     source = load_source(config.teacher, config.teacher_size)
     size = config.teacher_size or default_size(source, config.image_size)
-    features = _check(source.network, config, size)
-    facts = _facts(config.teacher, source, _sha256(source.network), features, size)
-    return Teacher(source, facts, device, config.precision, PixelFormat.of(config))
+    features, channels = _check(source.network, config, size)
+    facts = _facts(config.teacher, source, _sha256(source.network), features, size, channels)
+    map_size = map_shape(config)[1:] if config.local_weight else None
+    return Teacher(source, facts, device, config.precision, PixelFormat.of(config), map_size)
 
 
 def expected_facts(config: PretrainConfig) -> TeacherFacts | None:
@@ -162,19 +182,34 @@ def expected_facts(config: PretrainConfig) -> TeacherFacts | None:
         return None
     source = load_source(config.teacher, config.teacher_size, weights=False)
     size = config.teacher_size or default_size(source, config.image_size)
-    return _facts(config.teacher, source, "", _check(source.network, config, size), size)
+    features, channels = _check(source.network, config, size)
+    return _facts(config.teacher, source, "", features, size, channels)
 
 
 def with_teacher(config: PretrainConfig, facts: TeacherFacts | None) -> PretrainConfig:
-    """The configuration with the teacher's size and number of features filled in."""
+    """The configuration with the teacher's size and numbers of features filled in."""
     if facts is None:
         return config
-    return replace(config, teacher_size=facts.image_size, teacher_features=facts.features)
+    return replace(
+        config,
+        teacher_size=facts.image_size,
+        teacher_features=facts.features,
+        teacher_map_channels=facts.map_channels,
+    )
 
 
 def without_teacher(config: PretrainConfig) -> PretrainConfig:
     """The configuration of the same run without a teacher."""
-    return replace(config, teacher=None, teacher_size=None, teacher_features=None, teacher_cache=None, self_weight=0.0)
+    return replace(
+        config,
+        teacher=None,
+        teacher_size=None,
+        teacher_features=None,
+        teacher_map_channels=None,
+        teacher_cache=None,
+        self_weight=0.0,
+        local_weight=0.0,
+    )
 
 
 def default_size(source: Source, image_size: int) -> int:
@@ -188,7 +223,7 @@ def default_size(source: Source, image_size: int) -> int:
     return min(source.image_size, bound) if source.any_size else source.image_size
 
 
-def _facts(name: str, source: Source, sha256: str, features: int, size: int) -> TeacherFacts:
+def _facts(name: str, source: Source, sha256: str, features: int, size: int, channels: int | None) -> TeacherFacts:
     normalization = {"mean": list(source.mean), "std": list(source.std)}
     return TeacherFacts(
         source=name,
@@ -201,15 +236,24 @@ def _facts(name: str, source: Source, sha256: str, features: int, size: int) -> 
         interpolation=source.interpolation,
         macs=mac_count(source.network, size),
         parameters=parameter_count(source.network),
+        map_channels=channels,
     )
 
 
-def _check(network: nn.Module, config: PretrainConfig, size: int) -> int:
-    """The number of features of the teacher; InputError if it cannot be used."""
-    count = feature_count(network, size, f"--teacher {config.teacher}")
+def _check(network: nn.Module, config: PretrainConfig, size: int) -> tuple[int, int | None]:
+    """Numbers of features of the teacher and, with --local-weight, of its map; InputError if it cannot be used."""
+    name = f"--teacher {config.teacher}"
+    count = feature_count(network, size, name)
     if config.teacher_features not in (None, count):
         raise InputError(f"--teacher-features {config.teacher_features}, but {config.teacher} has {count} features")
-    return count
+    if not config.local_weight:
+        return count, None
+    channels = map_channels(network, size, name)
+    if config.teacher_map_channels not in (None, channels):
+        raise InputError(
+            f"--teacher-map-channels {config.teacher_map_channels}, but the map of {config.teacher} has {channels}"
+        )
+    return count, channels
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

@@ -27,9 +27,35 @@ void emulated_lars_ema_step(
     void* workspace) {
   lars_ema_step(
       static_cast<DType>(dtype),
-      {params, grads, momenta, targets, size, target_size},
+      {params, grads, momenta, nullptr, targets, size, target_size},
       {starts, sizes, count},
       {{lr, static_cast<DType>(lr_dtype)}, {tau, static_cast<DType>(tau_dtype)}, weight_decay, momentum, eta, apply},
+      workspace,
+      nullptr);
+}
+
+int64_t emulated_adamw_ema_step_workspace(int64_t) {
+  return adamw_ema_step_workspace();
+}
+
+void emulated_adamw_ema_step(
+    int dtype, void* params, void* grads, void* momenta, void* variances, void* targets, int64_t size,
+    int64_t target_size, const int64_t* starts, const int64_t* sizes, int64_t count, const void* lr, int lr_dtype,
+    const void* weight_decay, int weight_decay_dtype, const void* tau, int tau_dtype, double beta1, double beta2,
+    double eps, const bool* apply, void* steps, int steps_dtype, void* workspace) {
+  adamw_ema_step(
+      static_cast<DType>(dtype),
+      {params, grads, momenta, variances, targets, size, target_size},
+      {starts, sizes, count},
+      {{lr, static_cast<DType>(lr_dtype)},
+       {weight_decay, static_cast<DType>(weight_decay_dtype)},
+       {tau, static_cast<DType>(tau_dtype)},
+       beta1,
+       beta2,
+       eps,
+       apply},
+      steps,
+      static_cast<DType>(steps_dtype),
       workspace,
       nullptr);
 }
