@@ -351,3 +351,28 @@ def test_list_of_images_and_folders(tmp_path):
     assert files_of(images, tmp_path) == ["b/2.png", "a/0.png", "a/1.png"] and images.labels is None
     (tmp_path / "list.txt").write_text("nowhere.png\n")
     assert "nowhere.png does not exist" in error_of(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "note"),
+    [
+        ("a 0.png\r\nb.png\r\n".encode("utf-8-sig"), ["a 0.png", "b.png"], ""),
+        ("a 0.png\nb.png\n".encode("utf-16"), ["a 0.png", "b.png"], ""),
+        (b"'a 0.png'\n  # b.png\n", ["a 0.png"], ""),
+        (b"a 0.png 3\nb.png,cat,1\n", ["a 0.png", "b.png"], "labels of list.TXT are not used"),
+        (b"sub\\c.png\nsub\nsub/c.png\n", ["sub/c.png"], "left out: 2 files met before"),
+        (b"b.png\nlist.TXT\n", ["b.png"], "left out: 1 files ending in .txt"),
+    ],
+    ids=["Windows", "UTF-16", "quotes", "labels", "twice", "other files"],
+)
+def test_lists_as_programs_write_them(tmp_path, content, expected, note):
+    for name in ("a 0.png", "b.png", "sub/c.png"):
+        draw(tmp_path / name)
+    (tmp_path / "list.TXT").write_bytes(content)
+    images = open_images(str(tmp_path / "list.TXT"), "train")
+    assert (files_of(images, tmp_path), images.note) == (expected, note)
+
+
+def test_file_that_is_no_list_is_refused_with_what_to_give(tmp_path):
+    draw(tmp_path / "a.png")
+    assert "a.png is a file: give a folder of images, a list" in error_of(tmp_path / "a.png")

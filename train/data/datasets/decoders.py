@@ -40,13 +40,13 @@ _reading = threading.local()  # .file: the file that this thread decodes
 def unreadable(file: str, content: bytes, error: Exception) -> InputError:
     """The error for an image that a decoder refuses."""
     own = content.startswith(b"\x93NUMPY") if file.lower().endswith(".npy") else file.lower().endswith(".dcm")
-    if not own and (what := _other_content(content)):
+    if not own and (what := describe_content(content)):
         return InputError(f"cannot read the image {file}: it is {what}")
     reason = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
     return InputError(f"cannot read the image {file}: repair it or take it out ({reason})")
 
 
-def _other_content(content: bytes) -> str:
+def describe_content(content: bytes) -> str:
     """Description of the content of a file that is not an image, with the remedy; empty if unknown."""
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not content:

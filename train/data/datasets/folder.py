@@ -7,6 +7,7 @@ other. Everything that is left out is counted in the dataset's `note`.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from .folder_files import EXTENSIONS, Walk, describe_left_out, ending, entries, folders, is_image
+from .folder_files import EXTENSIONS, Walk, describe_left_out, ending, entries, file_identity, folders, is_image
 from .folder_layout import (
     check_classes,
     class_names,
@@ -170,12 +171,47 @@ def open_files(paths: Sequence[str | os.PathLike[str]], split: Split = "train") 
 
 
 def open_list(path: Path, split: Split) -> FolderDataset:
-    """Open the images of a list: a text file with one image or folder per line, relative to the list's folder."""
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not names:
-        raise InputError(f"{path} is empty: write one image or folder per line")
-    return open_files([path.parent / name for name in names], split)
+    """Open the images of a list: a text file with one image or folder per line, relative to the list's folder.
+
+    A label after a name is not used. Images that are listed twice are met once.
+
+    Raises:
+        InputError: a line names no image or folder, or there are no images.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    walk, files, met, labels = Walk(), [], set(), 0
+    for number, line in enumerate(content.decode(encoding, errors="surrogateescape").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        found = _listed(line.strip(), path.parent)
+        if found is None:
+            raise InputError(f"{path}, line {number}: {line.strip()} does not exist: give images, or folders of images")
+        labels += found[1]
+        if found[0].is_file() and found[0].suffix and not is_image(found[0].name):
+            walk.left_out[ending(found[0].name)] += 1
+            continue
+        for file in walk.files(found[0]) if found[0].is_dir() else [str(found[0])]:
+            if (identity := file_identity(file)) in met:
+                walk.left_out["files met before"] += 1
+            else:
+                met.add(identity)
+                files.append(file)
+    if not files:
+        raise InputError(f"{path} lists no images: write one image or folder per line")
+    notes = _left_out(walk) + ([f"labels of {path.name} are not used"] if labels else [])
+    return _part(path, Listing({}, files, notes), split)
+
+
+def _listed(line: str, folder: Path) -> tuple[Path, bool] | None:
+    """The path that a line of a list names, and whether a label follows it; None if it does not exist."""
+    before_labels = (re.sub(r"[,\s]+[^,\s/]+$", "", line), re.split(r"[,\s]", line)[0])
+    names = [(line, False), (line.replace("\\", "/"), False), *((name, True) for name in before_labels if name != line)]
+    for name, labelled in [(name.strip("\"'"), labelled) for name, labelled in names]:
+        path = folder / Path(name).expanduser()
+        if path.exists():
+            return path, labelled
+    return None
 
 
 def _list(root: Path, unlabelled: bool, beside: Counter[str] | None = None) -> Listing:

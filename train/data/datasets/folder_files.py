@@ -79,7 +79,7 @@ class Walk:
 
     def __init__(self, *met: Path) -> None:
         self.left_out: Counter[str] = Counter()
-        self._folders = {_identity(folder) for folder in met}
+        self._folders = {file_identity(folder) for folder in met}
 
     def files(self, root: Path) -> list[str]:
         """Image files in a folder and its subfolders, sorted by path."""
@@ -102,9 +102,9 @@ class Walk:
                 to_files.append((index, path))
             else:
                 self.left_out["links that lead nowhere"] += 1
-        met = {_identity(file) for files in found for file in files} if to_files else set()
+        met = {file_identity(file) for files in found for file in files} if to_files else set()
         for index, path in to_files:
-            if (identity := _identity(path)) in met:
+            if (identity := file_identity(path)) in met:
                 self.left_out["links to files met before"] += 1
             else:
                 met.add(identity)
@@ -112,7 +112,7 @@ class Walk:
         return without_arrays([sorted(files) for files in found], self.left_out)
 
     def _scan(self, index: int, folder: Path, found: list[str], links: list[tuple[int, Path]]) -> None:
-        if (identity := _identity(folder)) in self._folders:
+        if (identity := file_identity(folder)) in self._folders:
             self.left_out["links to folders met before"] += 1
             return
         self._folders.add(identity)
@@ -150,7 +150,8 @@ def without_arrays(found: list[list[str]], left_out: Counter[str]) -> list[list[
     return [[file for file in files if not is_array(file)] for files in found]
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
+def file_identity(path: str | Path) -> tuple[int, int]:
+    """The same for all paths of a file or folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 

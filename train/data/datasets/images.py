@@ -89,7 +89,7 @@ class Subset:
         self.name = images.name
         self.classes = images.classes
         self.note = images.note
-        self.labels = None if images.labels is None else images.labels[torch.as_tensor(indices)]
+        self.labels = None if images.labels is None else images.labels[torch.as_tensor(indices, dtype=torch.int64)]
         self._images = images
         self._indices = list(indices)
 
