@@ -176,7 +176,7 @@ PACKAGES = packages()
 # the CPU with headers of the last.
 CUDA_12 = [f"nvidia-cuda-{part}-cu12; sys_platform == 'linux'" for part in ("nvrtc", "runtime", "cccl")]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
-IMAGES = ["tifffile", "imagecodecs"]  # 16-bit colours, more than 4 samples per pixel
+IMAGES = ["tifffile", "imagecodecs", "pillow-heif"]  # 16-bit colours, more than 4 samples per pixel, HEIC
 DICOM = ["pydicom"]
 DETECT = ["pycocotools"]
 EXTRAS = {

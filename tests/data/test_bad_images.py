@@ -187,7 +187,7 @@ def test_damaged_files_are_left_out_and_counted_by_name(tmp_path, backend, shard
         save(files / f"{k}-good{GOOD[kind]}", kind)
     made, bad = batches(tar(files, tmp_path / "0.tar") if sharded else files, backend, len(BAD), 5, epochs=2)
     assert len(made) == 2 * ((len(BAD) + len(GOOD)) // 5) and all(batch.shape[0] == 10 for batch in made)
-    news = bad.new_messages()
+    news = [line for line in bad.new_messages() if "upper 8 bits" not in line]
     assert len(news) == len(bad) == len(BAD)
     for k, kind in enumerate(BAD):
         assert sum(f"{k}-bad{BAD[kind]}" in line for line in news) == 1, kind

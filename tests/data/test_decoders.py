@@ -36,6 +36,16 @@ from train.run.terminal import protect_output
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         (b"PK\x03\x04 and so on", "an archive"),
         (b"\0" * 900, "all zeros"),
+        (b"\0\0\0\x18ftypheic\0\0", "HEIC"),
+        (b"\0\0\0\x14ftypqt  \0\0", "a video"),
+        (b"8BPS\0\1\0\0", "Photoshop"),
+        (b"%PDF-1.5", "PDF"),
+        (b"\xff\x0a\0\0", "JPEG XL"),
+        (b"\0" * 128 + b"DICM\2", "DICOM: let its name end in .dcm"),
+        (b"\x93NUMPY\1\0", "an array of numpy: let its name end in .npy"),
+        (b"\0\5\x16\7\0\2\0\0Mac OS X", "macOS's attributes"),
+        (b"Rar!\x1a\7", "an archive"),
+        (b"404: Not Found\n", "a text, as a failed download leaves: '404: Not Found'"),
         (b"GIF but damaged", r"repair it or take it out \(cannot identify image file\)"),
     ],
 )
@@ -43,6 +53,21 @@ def test_unreadable_files_say_what_they_are(content, message):
     for read in (decode, decode_array):
         with pytest.raises(InputError, match=f"cannot read the image a/b.jpg.*{message}"):
             read(content, "a/b.jpg")
+
+
+def test_damaged_array_says_what_is_wrong_with_it():
+    content = io.BytesIO()
+    np.save(content, np.float32(3))
+    with pytest.raises(InputError, match=r"a.npy: repair it or take it out \(float32 of shape \[\] is no image\)"):
+        decode_array(content.getvalue(), "a.npy")
+
+
+def test_heic_is_read_by_its_plug_in(tmp_path):
+    pytest.importorskip("pillow_heif")
+    for name in ("0.heic", "1.HEIF", "2.jpg"):
+        Image.new("RGB", (64, 48), (9, 99, 200)).save(tmp_path / name, "HEIF")
+    images = open_images(str(tmp_path), "train")
+    assert [images.load(i).size for i in range(len(images))] == [(64, 48)] * 3
 
 
 @pytest.fixture
@@ -72,6 +97,22 @@ def test_warnings_of_decoders_are_one_line_for_each_kind(tmp_path, gathering, ca
     assert shown.err == ""
     (line,) = shown.out.splitlines()
     assert line.startswith("decoder warning: ") and f"({tmp_path}/0.jpg; further ones are not shown)" in line
+
+
+@pytest.mark.parametrize("mode", ["grey", "rgb"])
+def test_reading_16_bits_as_8_is_a_warning(gathering, mode):
+    codecs = pytest.importorskip("imagecodecs")
+    values = np.full((4, 5, 3) if mode == "rgb" else (4, 5), 999, np.uint16)
+    assert decode(codecs.png_encode(values), "a.png").size == (5, 4)
+    ((file, text),) = decoders.new_warnings()
+    assert file == "a.png" and "upper 8 bits" in text
+
+
+def test_messages_that_decoders_log_are_gathered(gathering, capfd):
+    content = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(content, np.zeros((8, 9, 13), np.uint8), planarconfig="contig")
+    assert decode_array(content.getvalue(), "a.tif")[0].shape == (8, 9, 13)
+    assert {file for file, _ in decoders.new_warnings()} == {"a.tif"} and capfd.readouterr().err == ""
 
 
 def test_other_warnings_are_shown_as_before(monkeypatch):

@@ -134,8 +134,8 @@ def test_validation_folder_beside_a_test_folder_is_named_as_unused(tmp_path):
 
 def test_train_folder_alone_is_split_by_tenths(tmp_path):
     for i in range(12):
-        draw(tmp_path / "train" / "a" / f"{i:02}.png")
-    assert (len(open_images(str(tmp_path), "train")), len(open_images(str(tmp_path), "test"))) == (11, 1)
+        draw(tmp_path / "train" / "a" / f"{i:02}.png"), draw(tmp_path / "train" / "b" / f"{i:02}.png")
+    assert (len(open_images(str(tmp_path), "train")), len(open_images(str(tmp_path), "test"))) == (22, 2)
 
 
 def test_folder_named_train_among_others_is_a_class(tmp_path):
@@ -243,6 +243,106 @@ def test_yolo_voc_and_roboflow_folders_are_opened_without_classes(tmp_path):
     assert files_of(open_images(str(tmp_path / "yolo"), "test"), tmp_path / "yolo") == ["images/val/1.png"]
 
 
+def classes(root: Path, *names: str, count: int = 3) -> None:
+    for name in names:
+        for i in range(count):
+            draw(root / name / f"{i}.png", size=(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "note"),
+    [
+        ("seg_train/seg_train", "seg_test/seg_test", ""),
+        ("images_train", "images_test", ""),
+        ("01_train", "02_val", ""),
+        ("train_224", "val_224", ""),
+        ("data/train/images", "data/dev/images", ""),
+        ("MyTrainSet", "MyTestSet", ""),
+        ("set/archive/train", "set/archive/eval", "left out: 1 files ending in .csv"),
+    ],
+)
+def test_splits_are_recognised_by_the_word_in_which_their_names_differ(tmp_path, train, test, note):
+    classes(tmp_path, f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b")
+    if note:
+        (tmp_path / train).parents[0].joinpath("labels.csv").write_text("")
+    images = open_images(str(tmp_path), "train")
+    assert (len(images), images.classes, images.note) == (6, ["a", "b"], note)
+    assert {name[: len(test)] for name in files_of(open_images(str(tmp_path), "test"), tmp_path)} == {test}
+
+
+@pytest.mark.parametrize("folders", [("trainA", "trainB", "testA", "testB"), ("train_A", "train_B", "test_A")])
+def test_several_training_splits_raise_input_error(tmp_path, folders):
+    classes(tmp_path, *folders)
+    assert f"{folders[0]} and {folders[1]}: give one of them" in error_of(tmp_path)
+
+
+def test_train_folder_with_classes_beside_unlabelled_images_is_a_split(tmp_path):
+    classes(tmp_path, "train/a", "train/b", "unlabeled/x")
+    images = open_images(str(tmp_path), "train")
+    assert images.classes == ["a", "b"] and images.note.startswith("not used: unlabeled")
+
+
+@pytest.mark.parametrize("test", ["test", "test/images", "test/a/.hidden", "test/other"])
+def test_test_folder_without_the_classes_is_not_used(tmp_path, test):
+    classes(tmp_path, "train/a", "train/b", count=10)
+    classes(tmp_path, test)
+    images = open_images(str(tmp_path), "train")
+    assert len(images) == 18 and images.note.startswith("not used: test (")
+    assert len(open_images(str(tmp_path), "test")) == 2
+
+
+@pytest.mark.parametrize("wrapper", ["archive", "archive/Images", "ILSVRC/Data/CLS-LOC"])
+def test_folders_around_a_set_and_folders_without_images_are_no_classes(tmp_path, wrapper):
+    classes(tmp_path, f"{wrapper}/cat", f"{wrapper}/dog")
+    (tmp_path / "archive" / "attributes").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "README.md").write_text("")
+    images = open_images(str(tmp_path), "train")
+    assert images.classes == ["cat", "dog"] and "1 files ending in .md" in images.note
+
+
+def test_single_class_is_no_label(tmp_path):
+    classes(tmp_path, "jpg")
+    images = open_images(str(tmp_path), "train")
+    assert len(images) == 3 and images.labels is None
+
+
+def test_numbered_parts_are_joined(tmp_path):
+    classes(tmp_path / "folds", "fold1/a", "fold1/b", "fold2/a", "fold2/b")
+    images = open_images(str(tmp_path / "folds"), "train")
+    assert images.labels.tolist() == [0] * 5 + [1] * 5 and "fold1 to fold2 are parts" in images.note
+    classes(tmp_path / "parts", "images_001/images", "images_002/images")
+    assert len(open_images(str(tmp_path / "parts"), "train")) == 6
+
+
+def test_class_folder_with_splits_raises_input_error(tmp_path):
+    classes(tmp_path, "raw/a", "raw/b", "split/train/a", "split/test/a")
+    assert f"give {tmp_path / 'split'} as --data" in error_of(tmp_path)
+    assert len(open_images(str(tmp_path), "train", unlabelled=True)) == 12
+
+
+def test_improbable_classes_are_noted(tmp_path):
+    classes(tmp_path / "case", "Cat", "cat")
+    assert "Cat and cat differ only in capitals" in open_images(str(tmp_path / "case"), "train").note
+    classes(tmp_path / "dates", "2021/May", "2021/June", "2022/May", "2022/June")
+    assert "every class has the same folders (June, May)" in open_images(str(tmp_path / "dates"), "train").note
+
+
+def test_masks_are_left_out(tmp_path):
+    for name in ("0.png", "0_mask.png", "0_mask_1.png", "1_mask.png", "2.png"):
+        draw(tmp_path / "beside" / name)
+    images = open_images(str(tmp_path / "beside"), "train")
+    assert files_of(images, tmp_path / "beside") == ["0.png", "1_mask.png", "2.png"]
+    assert images.note == "left out: 2 masks beside their images"
+    classes(tmp_path / "ids", "x/image", "x/masks", "y/image", "y/masks")
+    images = open_images(str(tmp_path / "ids"), "train", unlabelled=True)
+    assert len(images) == 6 and "2 folders masks beside images" in images.note
+
+
+def test_folder_without_images_says_what_it_has(tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"")
+    assert "holds no images, but 1 files ending in .zip (unpack them)" in error_of(tmp_path)
+
+
 def test_list_of_images_and_folders(tmp_path):
     for name in ("a/0.png", "a/1.png", "b/2.png"):
         draw(tmp_path / name)
@@ -251,3 +351,28 @@ def test_list_of_images_and_folders(tmp_path):
     assert files_of(images, tmp_path) == ["b/2.png", "a/0.png", "a/1.png"] and images.labels is None
     (tmp_path / "list.txt").write_text("nowhere.png\n")
     assert "nowhere.png does not exist" in error_of(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "note"),
+    [
+        ("a 0.png\r\nb.png\r\n".encode("utf-8-sig"), ["a 0.png", "b.png"], ""),
+        ("a 0.png\nb.png\n".encode("utf-16"), ["a 0.png", "b.png"], ""),
+        (b"'a 0.png'\n  # b.png\n", ["a 0.png"], ""),
+        (b"a 0.png 3\nb.png,cat,1\n", ["a 0.png", "b.png"], "labels of list.TXT are not used"),
+        (b"sub\\c.png\nsub\nsub/c.png\n", ["sub/c.png"], "left out: 2 files met before"),
+        (b"b.png\nlist.TXT\n", ["b.png"], "left out: 1 files ending in .txt"),
+    ],
+    ids=["Windows", "UTF-16", "quotes", "labels", "twice", "other files"],
+)
+def test_lists_as_programs_write_them(tmp_path, content, expected, note):
+    for name in ("a 0.png", "b.png", "sub/c.png"):
+        draw(tmp_path / name)
+    (tmp_path / "list.TXT").write_bytes(content)
+    images = open_images(str(tmp_path / "list.TXT"), "train")
+    assert (files_of(images, tmp_path), images.note) == (expected, note)
+
+
+def test_file_that_is_no_list_is_refused_with_what_to_give(tmp_path):
+    draw(tmp_path / "a.png")
+    assert "a.png is a file: give a folder of images, a list" in error_of(tmp_path / "a.png")

@@ -101,6 +101,32 @@ def test_decoding_keeps_values_and_channels(content, file, expected, colours):
     assert values.dtype.isnative
 
 
+SIGNED = (RAMP // 30 - 60).astype(np.int8)
+LARGE = RAMP.astype(np.uint32) * 1_200_000  # above 2^31
+PPM = b"P6\n# by a camera\n10 12\n4095\n" + np.stack([RAMP] * 3, -1).astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: (tiff(SIGNED), "a.tif"), SIGNED),
+        (lambda: (tiff(LARGE), "a.tif"), LARGE),
+        (lambda: (tiff(np.stack([RAMP.astype(np.uint8)] * 2, -1), planarconfig="contig"), "a.tif"), None),
+        (lambda: (tiff(RAMP, photometric="miniswhite"), "a.tif"), 65535 - RAMP),
+        (lambda: (PPM, "a.ppm"), RAMP),
+    ],
+    ids=["signed 8 bits", "above 31 bits", "two channels", "white is zero", "ppm"],
+)
+def test_values_that_pillow_would_change_are_kept(make, expected):
+    content, file = make()
+    values, colours = decode_array(content, file)
+    assert not is_eight_bit(content, file) and values.shape[-1] == colours
+    if expected is None:
+        assert colours == 2
+    else:
+        np.testing.assert_array_equal(values[..., 0], expected)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("pydicom") is None, reason="pydicom is not installed")
 def test_dicom_gives_the_values_of_its_modality():
     import pydicom

@@ -198,6 +198,76 @@ def test_further_images_of_a_sample_are_named(tmp_path):
     assert images.note == "left out: 2 further images of samples, such as a.mask.png"
 
 
+def test_members_that_are_not_used_are_counted(tmp_path):
+    images = open_images(shard_of(tmp_path, ("a.jpg", ""), ("a.json", "{}"), ("b.jpg", ""), ("b.txt", "x")), "train")
+    assert images.labels is None and images.note == "left out: 1 files ending in .json, 1 files ending in .txt"
+
+
+def test_folders_in_a_shard_without_labels_are_noted(tmp_path):
+    images = open_images(shard_of(tmp_path, ("cat/a.jpg", ""), ("dog/b.jpg", "")), "train")
+    assert images.labels is None and images.note == "no labels: folders in shards are no classes"
+
+
+def test_appended_samples_with_equal_names_are_kept(tmp_path):
+    files = [("0.jpg", ""), ("0.cls", "0"), ("1.jpg", ""), ("1.cls", "0"), ("0.jpg", ""), ("0.cls", "1")]
+    shard = shard_of(tmp_path, *files, ("2.jpg", ""), ("2.cls", "1"))
+    train, test = (open_images(shard, split) for split in ("train", "test"))
+    assert (members(train), train.labels.tolist()) == (["1.jpg", "2.jpg"], [0, 1])
+    assert (members(test), test.labels.tolist()) == (["0.jpg", "0.jpg"], [0, 1])
+
+
+def test_files_of_macos_are_ignored(tmp_path):
+    images = open_images(shard_of(tmp_path, ("._a.jpg", ""), ("a.jpg", ""), ("__MACOSX/._b.jpg", "")), "train")
+    assert members(images) == ["a.jpg"]
+
+
+@pytest.mark.parametrize(("labels", "note"), [(("-1", "-1", "-1"), "has none"), (("x", "y", "z"), "another one")])
+def test_labels_that_name_no_classes_are_dropped_with_a_note(tmp_path, labels, note):
+    files = [(f"{i}.{kind}", label) for i, label in enumerate(labels) for kind in ("jpg", "cls")]
+    for split in ("train", "test"):
+        images = open_images(shard_of(tmp_path, *files), split)
+        assert images.labels is None and images.note.startswith("no labels") and note in images.note
+
+
+def test_large_numbers_are_names_of_classes(tmp_path):
+    files = [(f"{i}.{kind}", ("99999999999", "7")[i % 2]) for i in range(4) for kind in ("jpg", "cls")]
+    assert open_images(shard_of(tmp_path, *files), "train").classes == ["7", "99999999999"]
+
+
+def split_shards(tmp_path: Path, train: str, test: str) -> None:
+    names = [("cat", "dog", "cat", "dog"), ("dog", "dog")]
+    for target, labels in zip((train, test), names, strict=True):
+        files = [(f"{i}.{kind}", label) for i, label in enumerate(labels) for kind in ("jpg", "cls")]
+        shard = shard_of(tmp_path, *files)
+        (tmp_path / "set" / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(shard, tmp_path / "set" / target)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train-000.tar", "val-000.tar"), ("train/0.tar", "validation/0.tar"), ("0.tar", "test/0.tar")],
+)
+def test_split_of_shards_follows_their_names_or_folders(tmp_path, train, test):
+    split_shards(tmp_path, train, test)
+    images, tests = (open_images(str(tmp_path / "set"), split) for split in ("train", "test"))
+    assert (images.classes, images.labels.tolist()) == (["cat", "dog"], [0, 1, 0, 1])
+    assert (tests.classes, tests.labels.tolist()) == (["cat", "dog"], [1, 1]), "numbered as in the training shards"
+
+
+def test_patterns_join_lists_and_refuse_empty_ranges(tmp_path):
+    split_shards(tmp_path, "a.tar", "b.tar")
+    assert len(webdataset.expand(f"{tmp_path}/set/a.tar::{tmp_path}/set/b.tar")) == 2
+    assert "ranges go up" in error_of(f"{tmp_path}/set/{{9..0}}.tar")
+
+
+def test_empty_shards_are_read_and_other_files_are_named(tmp_path):
+    shard_of(tmp_path, ("a.jpg", ""), ("b.jpg", ""))
+    tarfile.open(tmp_path / "1.tar", "w").close()
+    assert len(open_images(f"{tmp_path}/*.tar", "train")) == 2
+    (tmp_path / "1.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "no tar file, it is a pointer of Git LFS" in error_of(f"{tmp_path}/*.tar")
+
+
 def test_compressed_shards_are_refused_with_the_reason(tmp_path):
     shard = Path(shard_of(tmp_path, ("a.jpg", "")))
     compressed = gzip.compress(shard.read_bytes())

@@ -100,6 +100,22 @@ RUNS = {"size": [HEIGHT, WIDTH]}
         (change("annotations", 1, segmentation={"counts": [-1, 3073], **RUNS}), "are not integers from 0"),
         (change("annotations", 1, segmentation={"counts": "o", **RUNS}), "its compressed run lengths are damaged"),
         (change("annotations", 1, segmentation={"counts": "\x01", **RUNS}), "its compressed run lengths are damaged"),
+        (change("annotations", 1, image_id=[10]), "annotation 1: image [10] is not in images"),
+        (change("annotations", 1, category_id={}), "annotation 1: category {} is not in categories"),
+        (change("annotations", 1, category_id=True), "annotation 1: category True is not in categories"),
+        (change("categories", 0, name=["disc"]), "category 7 has the name ['disc']"),
+        (
+            change("images", 1, id="3f-a"),
+            "images must be a list of objects, each with an integer id, not {'id': '3f-a'",
+        ),
+        (
+            lambda content: [one.update(bbox=[0.1, 0.2, 0.5, 0.5]) for one in content["annotations"]],
+            "COCO's boxes are in pixels",
+        ),
+        (
+            lambda content: content["images"].append({**content["images"][0], "id": 99}),
+            "images 10 and 99 have the same file",
+        ),
         (lambda content: content.pop("annotations"), "annotations must be a list of objects"),
         (lambda content: content["images"].clear(), "there is no image"),
     ],
@@ -117,6 +133,35 @@ def test_read_refuses_files_in_another_format(read, shapes, tmp_path):
             read(text)
     with pytest.raises(InputError, match="cannot read the annotations"):
         coco.read(tmp_path / "none.json", shapes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b"\x1f\x8b\x08", "is an archive"),
+        (b"[" * 100_000, "is not JSON"),
+    ],
+    ids=["empty", "LFS", "gzip", "deep"],
+)
+def test_annotations_that_are_no_json_say_what_they_are(shapes, tmp_path, text, message):
+    (tmp_path / "set.json").write_bytes(text)
+    with pytest.raises(InputError, match=f"set.json {message}"):
+        coco.read(tmp_path / "set.json", shapes)
+    with pytest.raises(InputError, match="gone.json: No such file.*of set"):
+        coco.read(tmp_path / "gone.json", shapes)
+
+
+def test_folders_in_file_names_and_missing_ids_are_mended(read, content, capsys):
+    expected = read(content)
+    for image in content["images"]:
+        image["file_name"] = f"C:\\data\\images/{image['file_name']}"
+    for annotation in content["annotations"]:
+        del annotation["id"]
+    made = read(content)
+    assert made.images == expected.images and made.instances == expected.instances
+    assert "folders in file_name are left out" in capsys.readouterr().out
 
 
 def test_invalid_annotations_are_skipped_up_to_a_limit(read, content):

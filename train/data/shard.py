@@ -118,7 +118,8 @@ def _write_split(images: ImageDataset, folder: Path, shards: int, bad: BadImages
                 tick()
         written += write_index(shard, shard.with_suffix(".idx"))
     if images.classes:
-        (folder / CLASSES).write_text("".join(f"{name}\n" for name in images.classes))
+        names = "".join(f"{name}\n" for name in images.classes)
+        (folder / CLASSES).write_text(names, "utf-8", errors="surrogateescape")
     for path in (*folder.iterdir(), folder):
         sync(path)
     return written

@@ -30,6 +30,7 @@ class DataUsed:
         epoch_steps: steps per epoch, which the schedules keep when images are added.
         since_step: the step from which the run uses these images.
         earlier: the images that the run used before.
+        classes: number and names of the classes, which pretraining does not use; empty without classes.
     """
 
     data: str
@@ -40,11 +41,12 @@ class DataUsed:
     epoch_steps: int
     since_step: int = 0
     earlier: tuple[dict[str, Any], ...] = ()
+    classes: str = ""
 
     def line(self) -> str:
         """One line for the start of a run."""
         tests = "" if self.test_images is None else f", {self.test_images:,} held out for tests"
-        return f"{self.images:,} images for training{tests}" + (f"; {self.left_out}" if self.left_out else "")
+        return "; ".join(filter(None, (f"{self.images:,} images for training{tests}", self.left_out, self.classes)))
 
     def resumed(self, before: DataUsed | None, step: int, out: Path) -> tuple[DataUsed, str]:
         """Compare with the images that the run used so far.
@@ -68,7 +70,7 @@ class DataUsed:
                 f"images back, or remove {out / DATA_USED} to continue with those that are there"
             )
         if self.digest == before.digest:
-            return replace(before, test_images=self.test_images, left_out=self.left_out), ""
+            return replace(before, test_images=self.test_images, left_out=self.left_out, classes=self.classes), ""
         line = (
             f"the images have changed since the run began: {self.images:,}, before {before.images:,}"
             if self.images != before.images
@@ -92,7 +94,9 @@ def data_used(data: str, images: ImageDataset, test: ImageDataset | None, epoch_
     common = os.path.commonprefix([files[0], files[-1]])  # the folder may have another path on another machine
     names = digest(*(file.removeprefix(common) for file in files))
     tests = None if test is None or test.labels is None else len(test)
-    return DataUsed(data, len(images), tests, images.note, names, epoch_steps)
+    several = f"{len(images.classes)} classes: {', '.join(images.classes[:3])}{', ...' if images.classes[3:] else ''}"
+    classes = several if images.classes else ""
+    return DataUsed(data, len(images), tests, images.note, names, epoch_steps, classes=classes)
 
 
 def read_data_used(out: Path) -> DataUsed | None:

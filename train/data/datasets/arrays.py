@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from .decoders import reading, unreadable
 ARRAYS = (".npy",) + (".dcm",) * (importlib.util.find_spec("pydicom") is not None)  # endings
 PNG, PNG_BITS, GREY = b"\x89PNG\r\n\x1a\n", 24, 0  # signature, place of the bit depth, the next byte for grey
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 338, 339  # TIFF's tags
+UNSIGNED, SIGNED = 1, 2  # values of SAMPLE_FORMAT
+PPM = re.compile(rb"P6\s+(?:#.*\s+)*(\d+)\s+(\d+)\s+(\d+)\s")
 
 Decoded = tuple[np.ndarray, int]  # values [H, W, C], and the number of channels that are not transparency
 
@@ -31,12 +34,14 @@ def is_eight_bit(content: bytes, file: str) -> bool:
         return False
     if content.startswith(PNG):
         return content[PNG_BITS : PNG_BITS + 1] != b"\x10"
+    if (ppm := PPM.match(content)) is not None:
+        return int(ppm[3]) < 256
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.format == "TIFF":
                 bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
                 pages_are_channels = getattr(image, "n_frames", 1) > 1 and len(image.getbands()) == 1
-                return bits <= 8 and image.mode != "RGBX" and not pages_are_channels
+                return bits <= 8 and image.mode != "RGBX" and not pages_are_channels and not _pillow_misreads(image)
             return image.mode[0] not in "IF"
     except UnidentifiedImageError:
         return not content.startswith(TIFF)
@@ -79,6 +84,9 @@ def _decode(content: bytes, file: str) -> Decoded:
         return values, values.shape[-1] - (values.shape[-1] % 2 == 0)
     if content.startswith(TIFF):
         return _tiff(content)
+    if (ppm := PPM.match(content)) is not None and int(ppm[3]) > 255:  # Pillow keeps 8 bits
+        width, height, _ = map(int, ppm.groups())
+        return np.frombuffer(content, ">u2", height * width * 3, ppm.end()).reshape(height, width, 3), 3
     with Image.open(io.BytesIO(content)) as image:
         return _of_pillow(image)
 
@@ -95,6 +103,8 @@ def _package(name: str) -> Any:
 def _npy(content: bytes) -> Decoded:
     """[H, W], [H, W, C] or [C, H, W]: the smaller of the first and the last axis is the channels."""
     values = np.load(io.BytesIO(content), allow_pickle=False)
+    if values.ndim not in (2, 3):
+        raise ValueError(f"{values.dtype} of shape {list(values.shape)} is no image")
     if values.ndim == 3 and values.shape[0] < values.shape[2]:
         values = values.transpose(1, 2, 0)
     values = values[..., None] if values.ndim == 2 else values
@@ -124,7 +134,7 @@ def _tiff(content: bytes) -> Decoded:
     with image:
         samples = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)  # type: ignore[attr-defined]
         bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
-        if samples > 4 or (samples > 1 and bits > 8):
+        if samples > 4 or (samples > 1 and bits > 8) or _pillow_misreads(image):
             return _by_tifffile(content)
         first, *others = (_page(image, page) for page in range(getattr(image, "n_frames", 1)))
         if others and all(values.shape == first[0].shape and colours == 1 for values, colours in (first, *others)):
@@ -133,9 +143,21 @@ def _tiff(content: bytes) -> Decoded:
         return first
 
 
+def _pillow_misreads(image: Any) -> bool:
+    """Whether Pillow would wrap signed 8-bit or unsigned 32-bit values, or drop a second channel as transparency."""
+    tags = image.tag_v2
+    bits, kind = max(tags.get(BITS_PER_SAMPLE, (1,))), max(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
+    two_channels = tags.get(SAMPLES_PER_PIXEL, 1) == 2 and tags.get(EXTRA_SAMPLES, (0,))[0] == 0
+    return two_channels or (bits, kind) in ((8, SIGNED), (32, UNSIGNED))
+
+
 def _page(image: Image.Image, page: int) -> Decoded:
     image.seek(page)
-    return _of_pillow(image)
+    values, colours = _of_pillow(image)
+    white_is_zero = image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+    if white_is_zero and values.dtype == np.uint16:  # Pillow inverts 8 bits itself
+        values = np.iinfo(values.dtype).max - values
+    return values, colours
 
 
 def _by_tifffile(content: bytes) -> Decoded:
@@ -143,6 +165,8 @@ def _by_tifffile(content: bytes) -> Decoded:
     with _package("tifffile").TiffFile(io.BytesIO(content)) as tiff:
         series, extra = tiff.series[0], tiff.pages[0].extrasamples
         values, axes = series.asarray(), series.axes
+    if not {"Y", "X"} <= set(axes):
+        raise ValueError(f"its axes are {axes}, not height and width")
     values = np.moveaxis(values, (axes.index("Y"), axes.index("X")), (0, 1))
     values = values.reshape(*values.shape[:2], -1)
     return values, values.shape[-1] - sum(kind != 0 for kind in extra)  # 0: no transparency

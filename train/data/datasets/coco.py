@@ -25,8 +25,17 @@ from dspnet_fast.errors import InputError
 
 from ...run.progress import Monitor
 from .coco_records import convert, crowd_problem, integer, unused_root
-from .coco_shapes import Record, box_problem, clip_box, decode_mask, encode_mask, is_integer, mask_problem
-from .decoders import unreadable
+from .coco_shapes import (
+    Record,
+    box_is_relative,
+    box_problem,
+    clip_box,
+    decode_mask,
+    encode_mask,
+    is_integer,
+    mask_problem,
+)
+from .decoders import describe_content, unreadable
 from .images import decode
 
 MAX_REPORTED = 10  # invalid annotations listed in a message
@@ -84,6 +93,8 @@ class CocoDataset:
     def annotated(self) -> CocoDataset:
         """Drop the images that have no annotation but crowds; raise InputError if none is left."""
         chosen = [image for image in self.images if any(not a["iscrowd"] for a in self.annotations[image["id"]])]
+        if not self.instances:
+            raise InputError(f"{self.file} has no annotations: export the set with them")
         if not chosen:
             raise InputError(
                 f"{self.file} has no annotation but crowds, which are not trained on: if these are single objects, as "
@@ -168,7 +179,7 @@ def read(
         for image in images
         if not all(is_integer(image.get(side)) and image[side] > 0 for side in ("width", "height"))
     ]
-    names = Counter(category.get("name") for category in categories)
+    names = Counter(str(category.get("name")) for category in categories)
     wrong += [
         f"category {category['id']} has the name {category.get('name')!r}, which is missing or not unique"
         for category in categories
@@ -177,18 +188,22 @@ def read(
     if not images or not categories:
         wrong.append("there is no image" if not images else "there is no category")
     _raise_if_any(file, wrong)
+    _leave_out_folders(images, folder)
     _raise_if_any(file, list(_missing_files(images, folder)), f"not in {folder}: ")
+    _raise_if_any(file, list(_repeated_files(images)))
     _raise_if_any(file, list(_wrong_sizes(images, folder)))
     by_id = {image["id"]: image for image in images}
     known = {category["id"] for category in categories}
     for annotation in annotations:
-        if annotation.get("image_id") not in by_id:
+        if not is_integer(annotation.get("image_id")) or annotation["image_id"] not in by_id:
             wrong.append(f"annotation {annotation['id']}: image {annotation.get('image_id')!r} is not in images")
-        elif annotation.get("category_id") not in known:
+        elif not is_integer(annotation.get("category_id")) or annotation["category_id"] not in known:
             wrong.append(
                 f"annotation {annotation['id']}: category {annotation.get('category_id')!r} is not in categories"
             )
     _raise_if_any(file, wrong)
+    if annotations and all(box_is_relative(one.get("bbox")) for one in annotations):
+        raise InputError(f"{file}: all boxes are below 1, as fractions of the image are: COCO's boxes are in pixels")
     kept, left_out = _valid_annotations(annotations, by_id, boxes_only)
     limit = len(annotations) // 1000 if max_bad is None else max_bad
     if len(left_out) > limit:
@@ -211,9 +226,13 @@ def _parse(file: Path) -> tuple[Record, str]:
         text = file.read_bytes()
         content = json.loads(text)
     except OSError as error:
-        raise InputError(f"cannot read the annotations {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
+        others = ", ".join(path.stem for path in sorted(file.parent.glob("*.json"))[:5])
+        hint = f"; give --train-annotations and --val-annotations, of {others}" if others else ""
+        raise InputError(f"cannot read the annotations {file}: {error.strerror}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        start = text[:512]
+        what = "" if start.lstrip().startswith(b"{") else describe_content(start)
+        raise InputError(f"{file} is {what or f'not JSON: {error}'}") from error
     if not isinstance(content, dict):
         raise InputError(
             f"{file} is not in COCO's format: it must be an object with images, annotations and categories"
@@ -223,11 +242,15 @@ def _parse(file: Path) -> tuple[Record, str]:
 
 def _records(file: Path, content: Record, key: str) -> list[Record]:
     records = content.get(key)
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and is_integer(integer(r.get("id"))) for r in records
-    ):
-        raise InputError(f"{file} is not in COCO's format: {key} must be a list of objects, each with an integer id")
-    return records
+    wrong = ""
+    if isinstance(records, list):
+        if key == "annotations" and not any(isinstance(r, dict) and "id" in r for r in records):
+            records = [{**r, "id": i} if isinstance(r, dict) else r for i, r in enumerate(records, 1)]
+        bad = [r for r in records if not (isinstance(r, dict) and is_integer(integer(r.get("id"))))]
+        if not bad:
+            return records
+        wrong = f", not {str(bad[0])[:80]}"
+    raise InputError(f"{file} is not in COCO's format: {key} must be a list of objects, each with an integer id{wrong}")
 
 
 def _repeated_ids(what: str, records: list[Record]) -> Iterator[str]:
@@ -236,6 +259,25 @@ def _repeated_ids(what: str, records: list[Record]) -> Iterator[str]:
         if record["id"] in seen:
             yield f"the id of {what} {record['id']} is used more than once"
         seen.add(record["id"])
+
+
+def _leave_out_folders(images: list[Record], folder: Path) -> None:
+    """Take the last part of file names such as `images/0.jpg` or those of Windows, if that is unique and exists."""
+    whole = [str(image.get("file_name")) for image in images]
+    last = [name.replace("\\", "/").rsplit("/", 1)[-1] for name in whole]
+    if last == whole or len(set(last)) < len(set(whole)) or any((folder / name).is_file() for name in whole[:1]):
+        return
+    if all((folder / name).is_file() for name in last):
+        print(f"folders in file_name are left out, as in {whole[0]}: the images are in {folder}", flush=True)
+        for image, name in zip(images, last, strict=True):
+            image["file_name"] = name
+
+
+def _repeated_files(images: list[Record]) -> Iterator[str]:
+    first: dict[str, int] = {}
+    for image in images:
+        if (other := first.setdefault(image["file_name"], image["id"])) != image["id"]:
+            yield f"images {other} and {image['id']} have the same file {image['file_name']}"
 
 
 def _missing_files(images: list[Record], folder: Path) -> Iterator[str]:

@@ -68,10 +68,10 @@ def crowd_problem(record: Record) -> str:
 
 def unused_root(categories: list[Record], annotations: list[Record]) -> Record | None:
     """The category that others name as supercategory and no annotation has, as Roboflow adds it; else None."""
-    used = {annotation.get("category_id") for annotation in annotations}
-    parents = {category.get("supercategory") for category in categories}
+    used = {str(annotation.get("category_id")) for annotation in annotations}
+    parents = {str(category.get("supercategory")) for category in categories}
     for category in categories:
         top = category.get("supercategory") in (None, "", "none")
-        if top and category["id"] not in used and category.get("name") in parents and len(categories) > 1:
+        if top and str(category["id"]) not in used and str(category.get("name")) in parents and len(categories) > 1:
             return category
     return None

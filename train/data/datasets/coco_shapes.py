@@ -37,6 +37,11 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(mask.decode(encode_mask(segmentation, height, width)))
 
 
+def box_is_relative(bbox: Any) -> bool:
+    """Whether a box seems to be in fractions of its image: all numbers are from 0 to 1."""
+    return _numbers(bbox) and len(bbox) == 4 and all(0 <= value <= 1 for value in bbox) and min(bbox[2:]) > 0
+
+
 def box_problem(bbox: Any, height: int, width: int) -> str:
     """Return an error message for an invalid box in an image of this size, empty for a valid one."""
     if not _numbers(bbox) or len(bbox) != 4:
@@ -45,7 +50,7 @@ def box_problem(bbox: Any, height: int, width: int) -> str:
     if across <= 0 or down <= 0:
         return f"its box {bbox} has no area"
     if min(left, top) < -EDGE or left + across > width + EDGE or top + down > height + EDGE:
-        return f"its box {bbox} lies outside its image of {width} x {height}"
+        return f"its box {bbox} lies outside its image of {width} x {height} (boxes are left, top, width, height)"
     left, top, right, bottom = clip_box(bbox, width, height)
     return "" if left < right and top < bottom else f"its box {bbox} has no area in its image of {width} x {height}"
 

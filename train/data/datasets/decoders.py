@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import re
 import threading
 import warnings
@@ -10,6 +12,25 @@ from typing import Any
 from dspnet_fast.errors import InputError
 
 LFS = b"version https://git-lfs"
+HEIC = "HEIC, damaged" if importlib.util.find_spec("pillow_heif") else "HEIC: pip install pillow-heif"
+# Start of other files, after offset, and what they are. Phones and editors write them with the ending .jpg too.
+KINDS = (
+    (4, re.compile(rb"ftyp(heic|heix|heim|heis|hevc|mif1|msf1)"), HEIC),
+    (4, re.compile(rb"ftypavif"), "AVIF, which this Pillow cannot read: pip install --upgrade pillow"),
+    (4, re.compile(rb"ftyp"), "a video: take it out"),
+    (0, re.compile(rb"RIFF....AVI ", re.DOTALL), "a video: take it out"),
+    (0, re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "), "JPEG XL: convert it to JPEG or PNG"),
+    (0, re.compile(rb"8BPS"), "a file of Photoshop: export it as PNG"),
+    (0, re.compile(rb"%PDF"), "PDF: export its pages as PNG"),
+    (128, re.compile(rb"DICM"), "DICOM: let its name end in .dcm, and pip install 'dspnet-fast[dicom]'"),
+    (0, re.compile(rb"\x93NUMPY"), "an array of numpy: let its name end in .npy"),
+    (0, re.compile(rb"\x00\x05\x16[\x00\x07]"), "macOS's attributes of another file: take it out"),
+    (
+        0,
+        re.compile(rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf|BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd"),
+        "an archive: unpack it",
+    ),
+)
 PACKAGES = re.compile(r"[/\\](PIL|tifffile|imagecodecs|pydicom|pillow_heif)[/\\]")  # in the path of a module
 
 _gathered: list[tuple[str, str]] = []  # file and text, of this process
@@ -18,13 +39,14 @@ _reading = threading.local()  # .file: the file that this thread decodes
 
 def unreadable(file: str, content: bytes, error: Exception) -> InputError:
     """The error for an image that a decoder refuses."""
-    if what := _other_content(content):
+    own = content.startswith(b"\x93NUMPY") if file.lower().endswith(".npy") else file.lower().endswith(".dcm")
+    if not own and (what := describe_content(content)):
         return InputError(f"cannot read the image {file}: it is {what}")
     reason = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
     return InputError(f"cannot read the image {file}: repair it or take it out ({reason})")
 
 
-def _other_content(content: bytes) -> str:
+def describe_content(content: bytes) -> str:
     """Description of the content of a file that is not an image, with the remedy; empty if unknown."""
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not content:
@@ -39,9 +61,22 @@ def _other_content(content: bytes) -> str:
         return "SVG, which has no pixels: convert it"
     if start.startswith((b"<?xml", b"{", b"<error")):
         return "XML or JSON, as a failed download leaves: download it again, or take it out"
-    if start.startswith((b"pk\x03\x04", b"\x1f\x8b")):
-        return "an archive: unpack it"
+    for offset, kind, what in KINDS:
+        if kind.match(content, offset):
+            return what
+    text = start.strip()
+    if len(content) < 512 and text.isascii() and text.decode().isprintable() and not text.startswith((b"gif", b"bm")):
+        return f"a text, as a failed download leaves: {content.decode(errors='replace').strip()[:40]!r}"
     return ""
+
+
+def read_heic() -> None:
+    """Let Pillow read HEIC if pillow-heif is installed."""
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
+read_heic()
 
 
 def gather_warnings() -> None:
@@ -52,12 +87,28 @@ def gather_warnings() -> None:
 
     def gather(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
         if PACKAGES.search(filename):
-            _gathered.append((getattr(_reading, "file", ""), " ".join(str(message).split())))
+            note(str(message))
         else:
             show(message, category, filename, lineno, *rest)
 
     gather.gathers = True  # type: ignore[attr-defined]
     warnings.showwarning = gather  # type: ignore[assignment]
+    for package in ("PIL", "tifffile", "pydicom"):
+        logger = logging.getLogger(package)
+        logger.addHandler(_Gather(logging.WARNING))
+        logger.propagate = False
+
+
+class _Gather(logging.Handler):
+    """Keeps the warnings that decoders log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def note(text: str) -> None:
+    """Keep a warning about the file that this thread decodes."""
+    _gathered.append((getattr(_reading, "file", ""), " ".join(text.split())))
 
 
 def reading(file: str) -> None:

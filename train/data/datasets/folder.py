@@ -7,7 +7,9 @@ other. Everything that is left out is counted in the dataset's `note`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,12 +19,18 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from .folder_files import EXTENSIONS, Walk, describe_left_out, entries, folders, is_image, split_of, without_arrays
+from .folder_files import EXTENSIONS, Walk, describe_left_out, ending, entries, file_identity, folders, is_image
+from .folder_layout import (
+    check_classes,
+    class_names,
+    class_notes,
+    content,
+    has_images,
+    has_loose_images,
+    numbered_parts,
+    splits,
+)
 from .images import decode, held_out
-
-# Folders of annotated datasets (VOC, YOLO, Roboflow), in lower case.
-IMAGE_FOLDERS = ("images", "jpegimages", "imgs")
-ANNOTATION_FOLDERS = ("labels", "annotations", "imagesets", "masks", "segmentationclass", "segmentationobject")
 
 Split = Literal["train", "test"]
 
@@ -83,25 +91,61 @@ def open_folder(path: Path, split: Split, unlabelled: bool = False) -> FolderDat
     Raises:
         InputError: there are no images, no training split, or the classes of the splits differ.
     """
-    root = _content(path)
-    splits, others = _splits(root)
-    train, test = splits.get("train"), splits.get("test") or splits.get("val")
-    if train is None and test is not None:
-        raise InputError(f"{root} has a folder {test.name} but no folder train: add {root / 'train'}")
+    root = path if unlabelled else content(path)
+    found, others = splits(root)
+    train = found.get("train")
+    if train is None and found:
+        alone = next(iter(found.values()))
+        raise InputError(
+            f"{root} has a folder {alone.name} but no folder train: give {alone}, to train on these images"
+        )
+    inner = root if train is None else content(train, in_split=True)
+    listing = _list(inner, unlabelled, _files_between(path, inner))
     if train is None:
-        return _part(path, _list(root, unlabelled), split)
-    unlabelled = unlabelled or _content(train) != train
-    listing = _list(_content(train), unlabelled)
-    unused = [folder.name for folder in (*others, *splits.values()) if folder not in (train, test)]
+        if len(listing.by_class) == 1 and not has_loose_images(inner):  # no label
+            listing = Listing({}, next(iter(listing.by_class.values())), listing.notes)
+        return _part(path, listing, split)
+    unused = [folder.name for folder in others if has_images(folder)]
+    test: Path | None = None
+    for name in ("test", "val"):
+        if name not in found:
+            continue
+        if test is not None:
+            unused.append(found[name].name)
+        elif reason := _unusable(found[name], listing.by_class):
+            unused.append(f"{found[name].name} ({reason})")
+        else:
+            test = found[name]
     if unused:
         listing.notes.append(f"not used: {', '.join(unused[:3])}{' and others' if unused[3:] else ''}")
     if test is None:
         return _part(path, listing, split)
     if split == "train":
         return _dataset(path, listing)
-    testing = _list(_content(test), unlabelled)
+    testing = _list(content(test, True, listing.by_class), unlabelled or not listing.by_class)
     _check_classes(train, listing, test, testing)
     return _dataset(path, testing)
+
+
+def _unusable(test: Path, classes: Collection[str]) -> str:
+    """Why a folder is no test split; empty if it is one. Published test images often have no labels."""
+    if not has_images(test):
+        return "no images"
+    return "without these classes" if classes and not class_names(content(test, True, classes)) & set(classes) else ""
+
+
+def _files_between(path: Path, inner: Path) -> Counter[str]:
+    """Number of files by ending in the folders from `path` down to the parent of `inner`."""
+    found: Counter[str] = Counter()
+    while inner != path:
+        inner = inner.parent
+        found += _endings(inner)
+    return found
+
+
+def _endings(folder: Path) -> Counter[str]:
+    """Number of files that are no images, by ending."""
+    return Counter(ending(entry.name) for entry in entries(folder) if entry.is_file() and not is_image(entry.name))
 
 
 def open_files(paths: Sequence[str | os.PathLike[str]], split: Split = "train") -> FolderDataset:
@@ -127,38 +171,95 @@ def open_files(paths: Sequence[str | os.PathLike[str]], split: Split = "train") 
 
 
 def open_list(path: Path, split: Split) -> FolderDataset:
-    """Open the images of a list: a text file with one image or folder per line, relative to the list's folder."""
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not names:
-        raise InputError(f"{path} is empty: write one image or folder per line")
-    return open_files([path.parent / name for name in names], split)
+    """Open the images of a list: a text file with one image or folder per line, relative to the list's folder.
+
+    A label after a name is not used. Images that are listed twice are met once.
+
+    Raises:
+        InputError: a line names no image or folder, or there are no images.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    walk, files, met, labels = Walk(), [], set(), 0
+    for number, line in enumerate(content.decode(encoding, errors="surrogateescape").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        found = _listed(line.strip(), path.parent)
+        if found is None:
+            raise InputError(f"{path}, line {number}: {line.strip()} does not exist: give images, or folders of images")
+        labels += found[1]
+        if found[0].is_file() and found[0].suffix and not is_image(found[0].name):
+            walk.left_out[ending(found[0].name)] += 1
+            continue
+        for file in walk.files(found[0]) if found[0].is_dir() else [str(found[0])]:
+            if (identity := file_identity(file)) in met:
+                walk.left_out["files met before"] += 1
+            else:
+                met.add(identity)
+                files.append(file)
+    if not files:
+        raise InputError(f"{path} lists no images: write one image or folder per line")
+    notes = _left_out(walk) + ([f"labels of {path.name} are not used"] if labels else [])
+    return _part(path, Listing({}, files, notes), split)
 
 
-def _list(root: Path, unlabelled: bool) -> Listing:
-    """Image files by class folder; in one list if there are no classes, or `unlabelled`."""
-    loose = sorted(entry.path for entry in entries(root) if entry.is_file() and is_image(entry.name))
+def _listed(line: str, folder: Path) -> tuple[Path, bool] | None:
+    """The path that a line of a list names, and whether a label follows it; None if it does not exist."""
+    before_labels = (re.sub(r"[,\s]+[^,\s/]+$", "", line), re.split(r"[,\s]", line)[0])
+    names = [(line, False), (line.replace("\\", "/"), False), *((name, True) for name in before_labels if name != line)]
+    for name, labelled in [(name.strip("\"'"), labelled) for name, labelled in names]:
+        path = folder / Path(name).expanduser()
+        if path.exists():
+            return path, labelled
+    return None
+
+
+def _list(root: Path, unlabelled: bool, beside: Counter[str] | None = None) -> Listing:
+    """Image files by class folder; in one list if there are no classes, or `unlabelled`.
+
+    Args:
+        root: the folder.
+        unlabelled: whether subfolders are no classes.
+        beside: files that are left out already, by ending.
+    """
+    walk = Walk()
+    walk.left_out.update(beside or {})
     classes = folders(root)
-    if unlabelled or not classes:
-        walk = Walk()
+    if not unlabelled and numbered_parts(classes) and any(map(has_images, classes)):
+        return _merged(list(filter(has_images, classes)), walk)
+    check_classes(root, [] if unlabelled else classes)
+    if unlabelled or not any(map(has_images, classes)):
         files = walk.files(root)
         if not files:
-            raise _no_images(root)
+            raise _no_images(root, walk)
         return Listing({}, files, _left_out(walk))
     walk = Walk(root)
+    walk.left_out.update((beside or Counter()) + _endings(root))
     by_class = dict(zip((folder.name for folder in classes), walk.lists(classes), strict=True))
     notes = []
-    if loose:
-        if not any(by_class.values()):
-            (loose,) = without_arrays([loose], walk.left_out)
-            return Listing({}, loose, _left_out(walk))
-        notes.append(f"{len(loose)} images beside the class folders are left out (--unlabelled takes them)")
+    if loose := sum(is_image(entry.name) and entry.is_file() for entry in entries(root)):
+        notes.append(f"{loose} images beside the class folders are left out (--unlabelled takes them)")
     if empty := [name for name, files in by_class.items() if not files]:
         notes.append(f"{', '.join(empty[:3])}{' and others' if empty[3:] else ''}: folder without images, no class")
     by_class = {name: files for name, files in by_class.items() if files}
     if not by_class:
-        raise _no_images(root)
-    return Listing(by_class, [], notes + _left_out(walk))
+        raise _no_images(root, walk)
+    return Listing(by_class, [], notes + class_notes(by_class, classes) + _left_out(walk))
+
+
+def _merged(parts: list[Path], walk: Walk) -> Listing:
+    """The images of numbered parts, by the classes that all parts have together."""
+    inner = [content(part, in_split=True) for part in parts]
+    names = f"{parts[0].name} to {parts[-1].name} are parts, no classes"
+    if any(has_loose_images(part) for part in inner):
+        files = [file for found in walk.lists(inner) for file in found]
+        return Listing({}, files, [names, *_left_out(walk)])
+    classes = [folder for part in inner for folder in folders(part)]
+    by_class: dict[str, list[str]] = {}
+    for folder, files in sorted(zip(classes, walk.lists(classes), strict=True), key=lambda pair: pair[0].name):
+        if files:
+            by_class.setdefault(folder.name, []).extend(files)
+    return Listing(by_class, [], [names, *_left_out(walk)])
 
 
 def _part(path: Path, listing: Listing, split: Split) -> FolderDataset:
@@ -192,38 +293,6 @@ def _dataset(path: Path, listing: Listing) -> FolderDataset:
     return FolderDataset(str(path), files, labels, classes, note)
 
 
-def _splits(root: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Folders of splits by name, and all other folders. A lone `train` among other folders is a class."""
-    inside = folders(root)
-    found: dict[str, list[Path]] = {}
-    for folder in inside:
-        if (name := split_of(folder.name)) is not None:
-            found.setdefault(name, []).append(folder)
-    others = [folder for folder in inside if split_of(folder.name) is None]
-    if others and len(found) == 1:
-        return {}, inside
-    for several in found.values():
-        if len(several) > 1:
-            names = " and ".join(folder.name for folder in several)
-            raise InputError(f"{root} has the folders {names}: give one of them, or a list of folders, as --data")
-    return {name: several[0] for name, several in found.items()}, others
-
-
-def _content(path: Path) -> Path:
-    """The folder of the images: in an annotated dataset its folder `images`, otherwise the folder itself.
-
-    Also inside a single subfolder, as archives make it.
-    """
-    inside = folders(path)
-    if len(inside) == 1 and not any(is_image(entry.name) for entry in entries(path)):
-        inner = _content(inside[0])
-        if inner != inside[0] or any(split_of(folder.name) for folder in folders(inner)):
-            return inner
-    images = [folder for folder in inside if folder.name.lower() in IMAGE_FOLDERS]
-    others = [folder for folder in inside if folder not in images and folder.name.lower() not in ANNOTATION_FOLDERS]
-    return images[0] if len(images) == 1 and len(inside) > 1 and not others else path
-
-
 def _check_classes(train: Path, training: Listing, test: Path, testing: Listing) -> None:
     """Raise InputError if the test split has other classes than the training split."""
     expected, found = set(training.by_class), set(testing.by_class)
@@ -237,5 +306,6 @@ def _left_out(walk: Walk) -> list[str]:
     return [f"left out: {', '.join(phrases)}"] if phrases else []
 
 
-def _no_images(path: Path) -> InputError:
-    return InputError(f"{path} holds no images: image files end in {' '.join(EXTENSIONS)}")
+def _no_images(path: Path, walk: Walk) -> InputError:
+    found = ", ".join(describe_left_out(walk.left_out.items()))
+    return InputError(f"{path} holds no images{found and f', but {found}'}: image files end in {' '.join(EXTENSIONS)}")

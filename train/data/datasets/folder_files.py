@@ -38,29 +38,33 @@ EXTENSIONS = tuple(
     + [".heic", ".heif"] * (importlib.util.find_spec("pillow_heif") is not None)
 )
 HINTS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "Pillow without AVIF"}
+HINTS |= {".dcm": "pip install 'dspnet-fast[dicom]'"}
+HINTS |= dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar"), "unpack them")
 # Folders that archives, photo software and file systems add.
 FOREIGN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
-_SPLITS = {
-    "train": re.compile(r"train(ing)?", re.IGNORECASE),
-    "val": re.compile(r"val(id(ation)?)?", re.IGNORECASE),
-    "test": re.compile(r"test(ing)?", re.IGNORECASE),
-}
-_SUFFIX = re.compile(r"[ _-]*(set|data|images?|imgs|split)?[ _-]*(\d{4})?", re.IGNORECASE)
+# Names, in lower case, of the image folders of annotated datasets (VOC, YOLO, Roboflow, Cityscapes).
+IMAGE_FOLDERS = ("image", "images", "jpegimages", "img", "imgs", "leftimg8bit", "rgb")
+_ANNOTATIONS = re.compile(
+    r"(labels?|annot(ation)?s?|masks?|imagesets|segmentation(class|object|s)?|trimaps?|gt(fine|coarse)?"
+    r"|ground[ _-]?truths?)([ _-]?\w{1,4})?"
+)
+_MASK = re.compile(r"[ _-](mask|seg|segmentation|label|gt)s?([ _-]?\d+)?\.\w+$", re.IGNORECASE)
 
 
-def split_of(name: str) -> str | None:
-    """The split that a folder's name means, "train", "val" or "test", as in Training, valid or test_set; or None."""
-    for split, pattern in _SPLITS.items():
-        match = pattern.match(name)
-        if match and _SUFFIX.fullmatch(name, match.end()):
-            return split
-    return None
+def is_annotation(name: str) -> bool:
+    """Whether a folder beside a folder of images has annotations, such as masks, by its name."""
+    return _ANNOTATIONS.fullmatch(name.lower()) is not None
 
 
 def is_image(name: str) -> bool:
     """Whether a file name has the ending of an image or of an array."""
     return name.lower().endswith(EXTENSIONS + ARRAYS)
+
+
+def ending(name: str) -> str:
+    """The ending of a file in lower case, as `Walk.left_out` counts it."""
+    return Path(name).suffix.lower() or "files without an ending"
 
 
 class Walk:
@@ -75,7 +79,7 @@ class Walk:
 
     def __init__(self, *met: Path) -> None:
         self.left_out: Counter[str] = Counter()
-        self._folders = {_identity(folder) for folder in met}
+        self._folders = {file_identity(folder) for folder in met}
 
     def files(self, root: Path) -> list[str]:
         """Image files in a folder and its subfolders, sorted by path."""
@@ -98,9 +102,9 @@ class Walk:
                 to_files.append((index, path))
             else:
                 self.left_out["links that lead nowhere"] += 1
-        met = {_identity(file) for files in found for file in files} if to_files else set()
+        met = {file_identity(file) for files in found for file in files} if to_files else set()
         for index, path in to_files:
-            if (identity := _identity(path)) in met:
+            if (identity := file_identity(path)) in met:
                 self.left_out["links to files met before"] += 1
             else:
                 met.add(identity)
@@ -108,19 +112,33 @@ class Walk:
         return without_arrays([sorted(files) for files in found], self.left_out)
 
     def _scan(self, index: int, folder: Path, found: list[str], links: list[tuple[int, Path]]) -> None:
-        if (identity := _identity(folder)) in self._folders:
+        if (identity := file_identity(folder)) in self._folders:
             self.left_out["links to folders met before"] += 1
             return
         self._folders.add(identity)
-        for entry in entries(folder):
-            if entry.is_symlink() and (is_image(entry.name) or entry.is_dir()):
+        inside = entries(folder)
+        masks = _masks([entry.name for entry in inside])
+        annotated = any(entry.name.lower() in IMAGE_FOLDERS and entry.is_dir() for entry in inside)
+        for entry in inside:
+            if annotated and is_annotation(entry.name) and entry.is_dir():
+                self.left_out[f"folders {entry.name} beside images"] += 1
+            elif entry.is_symlink() and (is_image(entry.name) or entry.is_dir()):
                 links.append((index, Path(entry.path)))
             elif entry.is_dir():
                 self._scan(index, Path(entry.path), found, links)
+            elif entry.name in masks:
+                self.left_out["masks beside their images"] += 1
             elif is_image(entry.name):
                 found.append(entry.path)
             else:
-                self.left_out[Path(entry.name).suffix.lower() or "files without an ending"] += 1
+                self.left_out[ending(entry.name)] += 1
+
+
+def _masks(names: list[str]) -> set[str]:
+    """Names such as x_mask.png, if there is an image x too."""
+    found = {name: name[: match.start()] for name in names if (match := _MASK.search(name))}
+    stems = {Path(name).stem for name in names if is_image(name)} if found else set()
+    return {name for name, stem in found.items() if stem in stems and is_image(name)}
 
 
 def without_arrays(found: list[list[str]], left_out: Counter[str]) -> list[list[str]]:
@@ -132,7 +150,8 @@ def without_arrays(found: list[list[str]], left_out: Counter[str]) -> list[list[
     return [[file for file in files if not is_array(file)] for files in found]
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
+def file_identity(path: str | Path) -> tuple[int, int]:
+    """The same for all paths of a file or folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 

@@ -11,8 +11,10 @@ from PIL import Image, ImageOps
 from dspnet_fast.errors import InputError
 
 from ...run.fingerprint import digest
-from .decoders import reading, unreadable
+from .decoders import note, reading, unreadable
 from .pixels import RescaledImage
+
+UPPER_BITS = "16-bit image read with its upper 8 bits, see --pixel-range"
 
 Loaded = Image.Image | RescaledImage
 
@@ -87,7 +89,7 @@ class Subset:
         self.name = images.name
         self.classes = images.classes
         self.note = images.note
-        self.labels = None if images.labels is None else images.labels[torch.as_tensor(indices)]
+        self.labels = None if images.labels is None else images.labels[torch.as_tensor(indices, dtype=torch.int64)]
         self._images = images
         self._indices = list(indices)
 
@@ -159,6 +161,8 @@ def decode(content: bytes, file: str, turn: bool = True) -> Image.Image:
         with Image.open(io.BytesIO(content)) as image:
             if turn:
                 ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("RGB", "RGBA") and image.format == "PNG" and content[24] == 16:
+                note(UPPER_BITS)
             return to_grey_or_rgb(image)
     except Exception as error:  # decoders raise many types of exceptions for broken files
         raise unreadable(file, content, error) from error
@@ -187,6 +191,7 @@ def to_grey_or_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit integers have no known range; convert it to 8 or 16 bits")
+        note(UPPER_BITS)
         return Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point numbers have no known range; convert it to 8 or 16 bits")

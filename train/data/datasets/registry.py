@@ -59,7 +59,8 @@ def open_images(
     image or a folder per line.
 
     Shards are WebDataset tar files, given by a pattern such as `DIR/{000..015}.tar` or by their folder. The shards in
-    the subfolder `test` are the test split; without it the images are split as in folders, by their labels.
+    the subfolder `test` are the test split, or shards whose names or folders mean one, such as `val-000.tar`; without
+    them the images are split as in folders, by their labels.
 
     Args:
         name: `fashion-mnist`, `cifar10`, the path of an image folder or of a list `*.txt`, or shards.
@@ -77,15 +78,20 @@ def open_images(
     if name.endswith((".tar.gz", ".tgz")):
         raise InputError(f"{name} is compressed with gzip: decompress it, images in shards are read by offset")
     path = Path(name).expanduser()
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix.lower() == ".txt" and path.is_file():
         return folder.open_list(path, split)
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file: give a folder of images, a list LIST.txt of images and folders, or shards *.tar "
+            "(unpack other archives, and export tables that contain images as files)"
+        )
     if not path.is_dir():
         raise InputError(
             f"no image dataset {name!r}: give {', '.join(NAMED_DATASETS)}, shards or an existing folder "
             f"(looked for {path.absolute()})"
         )
-    if webdataset.is_folder_of_shards(path):
-        return webdataset.open_shards(f"{path}/*.tar", split)
+    if (shards := webdataset.open_folder_of_shards(path, split)) is not None:
+        return shards
     return folder.open_folder(path, split, unlabelled)
 
 
