@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,8 +40,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, or is damaged: reading it could execute code, so it is refused; save its "
             "state_dict as a .safetensors file"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is no readable file of weights: {first_line(error)}") from error
+    except Exception as error:  # files of other kinds raise errors of many types
+        raise InputError(
+            f"{path} is no readable file of weights ({type(error).__name__}): {first_line(error)}"
+        ) from error
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -1,4 +1,4 @@
-"""Shared tests of the operators that update flat buffers, lars_ema_step and adamw_ema_step.
+"""What the tests of the operators that update flat buffers share, lars_ema_step and adamw_ema_step.
 
 A step is a function of the operator's arguments up to tau, which are the dictionary `arguments`.
 """
@@ -56,58 +56,3 @@ def check_apply(step: Callable[..., None], arguments: dict, buffers: Sequence[st
     step(**kept, apply=torch.tensor(False, device=device))
     assert not kept["grads"].count_nonzero()
     assert all(torch.equal(kept[name], arguments[name]) for name in buffers if name != "grads")
-
-
-def check_tau(step: Callable[..., None], arguments: dict) -> None:
-    """Targets are kept with tau = 1, and equal the parameters with tau = 0."""
-    kept = arguments["targets"].clone()
-    step(**arguments | {"tau": torch.tensor(1.0)})
-    assert torch.equal(arguments["targets"], kept)
-    step(**arguments | {"tau": torch.tensor(0.0)})
-    assert torch.equal(arguments["targets"], arguments["params"][: len(kept)])
-
-
-def check_threads(step: Callable[..., None], arguments: dict, buffers: Sequence[str]) -> None:
-    """Results are bitwise equal for any number of threads."""
-    results = []
-    for count in (1, 2, 3, 8):
-        torch.set_num_threads(count)
-        results.append(copy(arguments))
-        step(**results[-1])
-    for result in results[1:]:
-        assert all(torch.equal(result[name], results[0][name]) for name in buffers)
-
-
-def check_slices(
-    step: Callable[..., None], arguments: dict, expected: Callable[[dict], dict[str, Tensor]], vectors: Sequence[str]
-) -> None:
-    """Vectors may be unaligned slices of one buffer, whose other elements are unchanged."""
-    memory, offset = torch.full((100_000,), 5.0), 3
-    for name in vectors:
-        size = len(arguments[name])
-        arguments[name] = memory[offset : offset + size].copy_(arguments[name])
-        offset += size
-    want = expected(arguments)
-    step(**arguments)
-    for name in vectors:
-        torch.testing.assert_close(arguments[name].double(), want[name], rtol=1e-5, atol=1e-6)
-    assert memory[:3].eq(5).all() and memory[offset:].eq(5).all()
-
-
-def check_build(run_python: Callable[..., str], capability: str, module: str) -> None:
-    """Run `check` of a test module with the compiled library's build for a CPU capability, in a new process."""
-    program = f"""
-import torch
-from dspnet_fast.ops import registry
-from tests.ops.flat_steps import DTYPES, LAYOUTS
-from tests.ops.{module} import check, make
-registry.set_policy("cpp")
-torch.set_num_threads(3)
-torch.manual_seed(0)
-for dtype in DTYPES:
-    for layout in LAYOUTS:
-        for tau in (0.0, 0.3, 0.996, 1.0):
-            check(layout, make(layout, dtype) | {{"tau": torch.tensor(tau)}})
-print(torch.ops.dspnet_cpp.cpu_capability())
-"""
-    assert run_python("-c", program, ATEN_CPU_CAPABILITY=capability.lower()).strip() == capability

@@ -119,11 +119,6 @@ def test_norm_of_tiny_gradients_does_not_underflow(provider):
         assert norm > 0.1
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tau_of_0_and_1_is_exact(provider, dtype):
-    flat_steps.check_tau(step, make("split between threads", dtype))
-
-
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nonfinite_gradient_spreads_in_its_segment_only(provider, poison):
     arguments = make("split between threads", torch.float32)
@@ -138,22 +133,6 @@ def test_nonfinite_gradient_spreads_in_its_segment_only(provider, poison):
     for name in BUFFERS:
         assert torch.equal(arguments[name], clean[name])
     assert not arguments["grads"].count_nonzero()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_step_without_apply_only_zeroes_the_gradients(provider, layout):
-    flat_steps.check_apply(step, make(layout, torch.float32), BUFFERS)
-
-
-@needs_cpp
-def test_results_are_bitwise_equal_for_any_number_of_threads(policy):
-    policy("cpp")
-    flat_steps.check_threads(step, make("split between threads", torch.float32), BUFFERS)
-
-
-def test_unaligned_slices_of_one_buffer(provider):
-    layout = "odd sizes"
-    flat_steps.check_slices(step, make(layout, torch.float32), functools.partial(expected, layout), BUFFERS)
 
 
 REFUSED = {
@@ -240,10 +219,6 @@ def test_compiles_without_a_graph_break(provider):
     for name in BUFFERS:
         torch.testing.assert_close(arguments[name], want[name])
     torch.testing.assert_close(result, want["params"] + 1)
-
-
-def test_every_build_of_the_library(run_python, capability):
-    flat_steps.check_build(run_python, capability, "test_lars_ema_step")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

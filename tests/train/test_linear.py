@@ -218,3 +218,22 @@ def test_resumed_training_equals_an_uninterrupted_one(trained, tmp_path, monkeyp
 def test_invalid_options_are_refused(finished, capsys, options, message):
     assert run("linear", finished, *options) == WRONG_INPUT
     assert message in capsys.readouterr().err
+
+
+def test_disk_that_fills_up_is_named_and_keeps_whole_batches(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of file sizes exist on Unix alone")
+    rows, starts = torch.randn(8, 100), []
+
+    def compute(names, start):
+        starts.append(start)
+        return ({"a": part} for part in rows[start:].split(4))
+
+    call = partial(features.load_or_compute, {"a": tmp_path / "a.npy"}, {"a": (8, 100)}, 4, compute)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=f"the disk is full: {tmp_path} could not be written"):
+            call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(call()["a"], rows) and starts == [0, 4]

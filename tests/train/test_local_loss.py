@@ -262,7 +262,7 @@ def test_invalid_options_are_refused(small, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": f"{__name__}:vit_teacher"}, r"has \[1, 17, 64\] before its pooling.* no CNN"),
+        ({"teacher": f"{__name__}:vit_teacher"}, r"has \[2, 17, 64\] before its pooling.* no CNN"),
         ({"teacher": f"{__name__}:pooled_teacher"}, "returns pooled features; use a CNN of timm"),
         ({"teacher_map_channels": 6}, f"--teacher-map-channels 6, but the map of .* has {CHANNELS}"),
         ({"network": f"{__name__}:pooled_teacher", "dns": "w1.00", "stem": "standard"}, "has no feature map before"),

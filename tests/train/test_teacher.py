@@ -34,7 +34,7 @@ from train.selection.recording import calls_of, shape_of
 from train.teachers.cache import CachedFeatures
 from train.teachers.live import LiveFeatures
 from train.teachers.targets import RIDGE, TeacherTargets, measure_whitening
-from train.teachers.teacher import FACTS, expected_facts, open_teacher, with_teacher, without_teacher
+from train.teachers.teacher import FACTS, Teacher, expected_facts, open_teacher, with_teacher, without_teacher
 
 NAMES = ["c8-d1111", "c8-d2111", "c16-d2111"]
 TAUGHT = 12
@@ -118,6 +118,8 @@ def test_whitened_targets_are_uncorrelated_with_equal_variances_up_to_the_ridge(
     torch.testing.assert_close(torch.cov(white.T, correction=0), expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match="same features for all images"):
         measure_whitening([torch.ones(3, 2)])
+    with pytest.raises(InputError, match="features of some images are not finite"):
+        measure_whitening([torch.randn(3, 2), torch.tensor([[float("nan"), 0.0]])])
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +277,61 @@ def test_cache_is_shared_by_runs_with_this_teacher(taught, tmp_path):
     assert sorted(path.name.split("-")[0] for path in files) == ["mirror", "view"]
     PretrainRun(taught(out=str(tmp_path / "second"), **options), resume=False)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")} == files
+
+
+def test_features_that_are_not_finite_are_not_cached(taught, tmp_path, monkeypatch):
+    features = Teacher.features
+    monkeypatch.setattr(Teacher, "features", lambda self, images: features(self, images) / (images[:, :1, 0, 0] > 0))
+    with pytest.raises(InputError, match=r"not finite, among the 64 images from .*blobs.000.png on"):
+        PretrainRun(taught(teacher_cache=str(tmp_path / "cache")), resume=False)
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_interrupted_cache_continues_after_its_last_batch(taught, tmp_path, monkeypatch):
+    options = {"teacher_cache": str(tmp_path / "cache"), "epochs": 1, "warmup_epochs": 0}
+    features, seen = Teacher.features, []
+
+    def counted(self, images):
+        seen.append(len(images))
+        if len(seen) == 3:  # of the second batch
+            raise KeyboardInterrupt
+        return features(self, images)
+
+    monkeypatch.setattr(Teacher, "features", counted)
+    with pytest.raises(KeyboardInterrupt):
+        PretrainRun(taught(out=str(tmp_path / "stopped"), **options), resume=False)
+    continued = PretrainRun(taught(**options), resume=False).trainer.teacher._source._rows
+    assert seen == [64, 64, 16, 16, 16], "images and mirror images"
+    whole = PretrainRun(
+        taught(**options | {"out": str(tmp_path / "whole"), "teacher_cache": str(tmp_path / "again")}), resume=False
+    )
+    assert all(torch.equal(*pair) for pair in zip(continued, whole.trainer.teacher._source._rows))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:300], lambda data: b"text"], ids=["cut", "text"])
+def test_damaged_cache_is_refused(taught, tmp_path, damage):
+    options = {"teacher_cache": str(tmp_path / "cache"), "epochs": 1}
+    PretrainRun(taught(**options), resume=False)
+    for path in (tmp_path / "cache").glob("*.npy"):
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match="is damaged .*: delete it to compute it again"):
+        PretrainRun(taught(out=str(tmp_path / "second"), **options), resume=False)
+
+
+def test_cache_that_cannot_be_written_is_refused_before_the_run_begins(taught, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="--teacher-cache: .*file is not a folder"):
+            PretrainRun(taught(teacher_cache=str(folder)), resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_whose_teacher_is_not_finite_for_some_images_names_the_teacher(taught, tmp_path, monkeypatch):
+    monkeypatch.setattr(Teacher, "outputs", lambda self, images: Taught(torch.full((len(images), 256), torch.nan)))
+    with pytest.raises(
+        InputError, match="first in the features of teacher .*: check these, or choose another --teacher"
+    ):
+        PretrainRun(taught(), resume=False).run()
 
 
 def test_cache_is_computed_by_one_process_at_a_time(taught, tmp_path):

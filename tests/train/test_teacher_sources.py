@@ -177,6 +177,7 @@ def test_pickles_with_code_are_refused(tmp_path, capsys):
     ("source", "message"),
     [
         ("timm:test_efficientnet=missing.pth", "there is no file missing.pth"),
+        ("timm:test_efficientnet=", "no file follows the ="),
         ("timm:no_such_network", "timm .* has no model 'no_such_network'"),
         ("torchvision:no_such_network", "torchvision has no classifier 'no_such_network'"),
         ("no/such/run", "there is no such folder; give efficientnet-lite0, a run"),
@@ -197,10 +198,17 @@ def test_folder_without_a_run_is_refused(tmp_path):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    for name in ("broken.safetensors", "broken.pth"):
-        (tmp_path / name).write_bytes(b"no weights")
-        with pytest.raises(InputError, match=f"{name} "):
-            read_weights(tmp_path / name)
+    network = nn.Linear(2, 2).state_dict()
+    save_file(network, tmp_path / "cut.safetensors")
+    torch.save(network, tmp_path / "cut.pth")
+    for path in tmp_path.glob("cut.*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for name, content in (("empty", ""), ("text", "hello"), ("table", "a,b\n1,2\n")):
+        for suffix in ("safetensors", "pth", "txt"):
+            (tmp_path / f"{name}.{suffix}").write_text(content)
+    for path in tmp_path.iterdir():
+        with pytest.raises(InputError, match=f"{path.name} (is no readable file of weights|holds more than tensors)"):
+            read_weights(path)
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(InputError, match="holds no weights"):
         read_weights(tmp_path / "empty.pth")
@@ -241,8 +249,44 @@ def test_function_of_a_user_may_state_size_and_licence(tmp_path, monkeypatch):
     assert (facts.features, facts.image_size, facts.licence) == (7, 16, "mit")
     with pytest.raises(InputError, match=r"does not take images of 20 pixels"):
         open_teacher(config("my_teacher:small", teacher_size=20), CPU)
-    with pytest.raises(InputError, match=r"returns \[1, 4, 64, 64\] for one image"):
-        open_teacher(config("my_teacher:maps"), CPU)
+    teacher, images = open_teacher(config("my_teacher:maps"), CPU), torch.randn(2, 3, 64, 64)
+    assert teacher.facts.features == 4
+    torch.testing.assert_close(teacher.features(images), teacher.network(teacher.prepare(images)).mean((2, 3)))
+
+
+class Returns(nn.Module):
+    """A network that returns a function's value."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return self.function(images)
+
+
+def pooled(images):
+    return images.mean((2, 3))
+
+
+RETURNED = {
+    "a tuple": (lambda x: (pooled(x), x), "returns tuple for two images"),
+    "a dictionary": (lambda x: {"features": pooled(x)}, "returns dict for two images"),
+    "tokens": (lambda x: x.flatten(2), r"returns torch.float32 \[2, 3, 4096\] for two images"),
+    "fewer rows": (lambda x: pooled(x)[:1], r"returns torch.float32 \[1, 3\] for two images"),
+    "integers": (lambda x: pooled(x).long(), r"returns torch.int64 \[2, 3\] for two images"),
+    "no features": (lambda x: pooled(x)[:, :0], r"\[2, 0\] for two images"),
+    "one vector": (lambda x: torch.ones(len(x), 5), "same features for different images"),
+    "an error": (lambda x: x[:, 3:4].view(2, 64, 64), "does not take images of 64 pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_functions_that_return_no_features_are_refused(kind, monkeypatch):
+    function, message = RETURNED[kind]
+    monkeypatch.setitem(globals(), "returns", lambda: Returns(function))
+    with pytest.raises(InputError, match=message):
+        open_teacher(config(f"{__name__}:returns"), CPU)
 
 
 def test_features_must_be_finite_and_of_the_stated_number(network, tmp_path, file):

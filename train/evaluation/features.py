@@ -127,7 +127,7 @@ def _compute_missing(
             f"the features need {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB free: make room, or "
             "replace the folder by a link to a larger disk"
         )
-    with ExitStack() as stack:
+    with atomic.needs_room(folder), ExitStack() as stack:
         open_files = {}
         for name, path in partial.items():
             # Unbuffered: written data reaches the file even if the process is killed.
@@ -141,7 +141,7 @@ def _compute_missing(
             for name, file in open_files.items():
                 rows = features[name].cpu().contiguous().numpy()
                 if file.write(rows.data) != rows.nbytes:
-                    raise OSError(errno.ENOSPC, f"the disk is full: cannot write to {partial[name]}")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial[name]))
     for name, path in partial.items():
         atomic.sync(path)
         os.replace(path, files[name])

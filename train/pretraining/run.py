@@ -43,6 +43,7 @@ from ..run.progress import Monitor
 from ..run.run_directory import check_out, open_run, raised_epochs, read_bad_images, write_bad_images
 from ..run.saved_config import read_config
 from ..selection.kernels import Kernels, choose_kernels
+from ..teachers.cache import check_cache
 from ..teachers.start import teacher_targets
 from ..teachers.teacher import Teacher, TeacherFacts, check_same, open_teacher, with_teacher, write_facts
 from . import recipe
@@ -119,6 +120,8 @@ class PretrainRun:
         facts = None if teacher is None else teacher.facts
         if world.is_main and resume:
             check_same(self.out, facts)
+        if world.is_main and facts is not None:
+            check_cache(config, facts, images)
         self.config = config = resolve(config, images, device, world.size, facts)
         if not allow_untrained:
             recipe.check_sampling(config, len(images))
@@ -426,10 +429,12 @@ class PretrainRun:
             ranks = [{"found": found and found._asdict(), "batch": files} for found, files in by_rank]
             atomic.write_text(report, json.dumps({"step": step, "ranks": ranks}, indent=1) + "\n")
         first = next((f", first in {found} of rank {rank}" for rank, (found, _) in enumerate(by_rank) if found), "")
+        advice = ADVICE + (", or store activations with --precision fp32" if self.config.precision != "fp32" else "")
+        if any(found and found.subnet == "teacher" for found, _ in by_rank):
+            advice = "or choose another --teacher"
         raise InputError(
             f"{self.trainer.max_skipped} consecutive steps had numbers that are not finite{first}; saved after step "
-            f"{self.trainer.step}. {report} lists their images: check these, {ADVICE}"
-            + (", or store activations with --precision fp32" if self.config.precision != "fp32" else "")
+            f"{self.trainer.step}. {report} lists their images: check these, {advice}"
         )
 
     def _print(self, *lines: str) -> None:

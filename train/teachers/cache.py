@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
 from ..config import PretrainConfig
@@ -31,10 +32,27 @@ from ..run import fingerprint
 from ..run.lock import lock
 from ..run.progress import Monitor
 from ..run.run_directory import LOCK
-from .teacher import Teacher, cached_views
+from .teacher import Teacher, TeacherFacts, cached_views
 
 BATCH = 64  # images per forward pass, each twice
 VIEW, MIRROR = "view", "mirror"
+
+
+def _files(config: PretrainConfig, facts: TeacherFacts, images: ImageDataset) -> dict[str, Path]:
+    """The files of a run's features by kind."""
+    assert config.teacher_cache is not None
+    key = fingerprint.digest(facts.sha256, facts.image_size, config.precision, dataset_digest(images))
+    return {name: Path(config.teacher_cache) / f"{name}-{key}.npy" for name in (VIEW, MIRROR)[: cached_views(config)]}
+
+
+def check_cache(config: PretrainConfig, facts: TeacherFacts, images: ImageDataset) -> None:
+    """Raise InputError if features have to be written to --teacher-cache and cannot be."""
+    if config.teacher_cache is None or all(path.exists() for path in _files(config, facts, images).values()):
+        return
+    try:
+        atomic.check_writable(Path(config.teacher_cache))
+    except InputError as error:
+        raise InputError(f"--teacher-cache: {error}") from error
 
 
 def cached_features(
@@ -50,8 +68,7 @@ def cached_features(
     """
     assert config.teacher_cache is not None
     folder, facts = Path(config.teacher_cache), teacher.facts
-    key = fingerprint.digest(facts.sha256, facts.image_size, config.precision, dataset_digest(images))
-    files = {name: folder / f"{name}-{key}.npy" for name in (VIEW, MIRROR)[: cached_views(config)]}
+    files = _files(config, facts, images)
     if not all(path.exists() for path in files.values()):
         if world.size > 1:
             raise InputError(

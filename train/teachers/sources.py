@@ -75,6 +75,8 @@ def load_source(source: str, image_size: int | None = None, weights: bool = True
     library, _, rest = source.partition(":")
     name, _, file = rest.partition("=")
     try:
+        if "=" in rest and not file and library in ("timm", "torchvision"):
+            raise InputError(f"no file follows the =: give {library}:{name}, or {library}:{name}=FILE")
         if source == PACKAGED:
             return _packaged(weights)
         if library == "timm":
@@ -267,27 +269,30 @@ def _by_order(file: str) -> str:
 
 
 def feature_count(network: nn.Module, size: int, name: str) -> int:
-    """The number of features of a network, after computing those of one image.
+    """The number of features of a network, after computing those of two images.
 
     Args:
         network: a network of a source; left in evaluation mode.
-        size: height and width of the image, in pixels.
+        size: height and width of the images, in pixels.
         name: option and value that name the network, for messages.
 
     Raises:
-        InputError: the network does not take such an image, or does not return finite features [1, F].
+        InputError: the network does not take such images, or does not return finite features [2, F] that differ.
     """
     network.eval()
     try:
         with torch.inference_mode():
-            features = pooled(network(_random_image(network, size)))
+            features = pooled(network(_random_images(network, size)))
     except Exception as error:
         raise InputError(f"{name} does not take images of {size} pixels: {first_line(error)}") from error
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise InputError(f"{name} returns {shape} for one image: features [1, F] are needed")
+    fits = isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2 and features.numel() > 0
+    if not fits or not features.is_floating_point():
+        what = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"{name} returns {what} for two images: floating-point features [2, F] are needed")
     if not features.isfinite().all():
         raise InputError(f"{name} has features that are not finite: its weights are damaged")
+    if torch.equal(*features):
+        raise InputError(f"{name} has the same features for different images, so nothing can be learnt from it")
     return features.shape[1]
 
 
@@ -321,7 +326,7 @@ def map_channels(network: nn.Module, size: int, name: str) -> int:
     Raises:
         InputError: the network has no such map, or the features are not those of the map.
     """
-    images = _random_image(network, size)
+    images = _random_images(network, size)
     try:
         with torch.inference_mode():
             features, y = dense(network, images)
@@ -333,10 +338,10 @@ def map_channels(network: nn.Module, size: int, name: str) -> int:
     return y.shape[1]
 
 
-def _random_image(network: nn.Module, size: int) -> Tensor:
-    """An image [1, 3, size, size], always the same, in the network's dtype."""
+def _random_images(network: nn.Module, size: int) -> Tensor:
+    """Two images [2, 3, size, size], always the same, in the network's dtype."""
     dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
-    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def published_name(network: str, file: str = "") -> str:

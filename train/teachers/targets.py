@@ -89,7 +89,7 @@ def measure_whitening(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         features: batches [n, T].
 
     Raises:
-        InputError: all features are equal, so there is nothing to whiten.
+        InputError: all features are equal, so there is nothing to whiten, or some are not finite.
 
     Example:
         >>> mean, matrix = measure_whitening([torch.tensor([[1.0, 0.0], [3.0, 0.0]])])
@@ -97,12 +97,14 @@ def measure_whitening(features: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         tensor([2., 0.])
     """
     rows = torch.cat([batch.double().cpu() for batch in features])
+    if not rows.isfinite().all():
+        raise InputError("the teacher's features of some images are not finite: choose another --teacher")
     mean = rows.mean(0)
     centred = rows - mean
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
     ridge = RIDGE * values.mean()
     if not ridge > 0:
-        raise InputError("the teacher has the same features for all images, or features that are not finite")
+        raise InputError("the teacher has the same features for all images: choose another --teacher")
     matrix = vectors * (values.clamp_min(0) + ridge).rsqrt() @ vectors.T
     return mean.float(), matrix.float()
 

@@ -1,0 +1,93 @@
+"""Tests that lars_ema_step and adamw_ema_step share: exact targets, apply, threads, slices and builds."""
+
+import pytest
+import torch
+
+from dspnet_fast.ops import cpp
+from tests.ops import test_adamw_ema_step, test_lars_ema_step
+from tests.ops.flat_steps import DTYPES, LAYOUTS, check_apply, copy
+
+RULES = {"adamw_ema_step": test_adamw_ema_step, "lars_ema_step": test_lars_ema_step}
+
+
+@pytest.fixture(params=RULES)
+def operator(request):
+    return request.param
+
+
+@pytest.fixture
+def rules(operator):
+    """The test module of the operator."""
+    return RULES[operator]
+
+
+@pytest.fixture(params=["native", "cpp"])
+def provider(request, operator, policy):
+    supported, reason = cpp.has(operator)
+    if request.param == "cpp" and not supported:
+        pytest.skip(reason)
+    policy(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tau_of_0_and_1_is_exact(provider, rules, dtype):
+    arguments = rules.make("split between threads", dtype)
+    kept = arguments["targets"].clone()
+    rules.step(**arguments | {"tau": torch.tensor(1.0)})
+    assert torch.equal(arguments["targets"], kept)
+    rules.step(**arguments | {"tau": torch.tensor(0.0)})
+    assert torch.equal(arguments["targets"], arguments["params"][: len(kept)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_step_without_apply_only_zeroes_the_gradients(provider, rules, layout):
+    check_apply(rules.step, rules.make(layout, torch.float32), rules.BUFFERS)
+
+
+@pytest.mark.parametrize("provider", ["cpp"], indirect=True)
+def test_results_are_bitwise_equal_for_any_number_of_threads(provider, rules):
+    arguments, results = rules.make("split between threads", torch.float32), []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        results.append(copy(arguments))
+        rules.step(**results[-1])
+    for result in results[1:]:
+        assert all(torch.equal(result[name], results[0][name]) for name in rules.BUFFERS)
+
+
+def test_unaligned_slices_of_one_buffer(provider, rules):
+    """Vectors may be slices of one buffer, whose other elements are unchanged."""
+    arguments = rules.make("odd sizes", torch.float32)
+    memory, offset = torch.full((100_000,), 5.0), 3
+    vectors = [name for name in rules.BUFFERS if arguments[name].ndim]
+    for name in vectors:
+        size = len(arguments[name])
+        arguments[name] = memory[offset : offset + size].copy_(arguments[name])
+        offset += size
+    want = rules.expected("odd sizes", arguments)
+    rules.step(**arguments)
+    for name in vectors:
+        torch.testing.assert_close(arguments[name].double(), want[name], rtol=1e-5, atol=1e-6)
+    assert memory[:3].eq(5).all() and memory[offset:].eq(5).all()
+
+
+BUILD = """
+import torch
+from dspnet_fast.ops import registry
+from tests.ops.flat_steps import DTYPES, LAYOUTS
+from tests.ops.test_OPERATOR import check, make
+registry.set_policy("cpp")
+torch.set_num_threads(3)
+torch.manual_seed(0)
+for dtype in DTYPES:
+    for layout in LAYOUTS:
+        for tau in (0.0, 0.3, 0.996, 1.0):
+            check(layout, make(layout, dtype) | {"tau": torch.tensor(tau)})
+print(torch.ops.dspnet_cpp.cpu_capability())
+"""
+
+
+def test_every_build_of_the_library(run_python, capability, operator):
+    program = BUILD.replace("OPERATOR", operator)
+    assert run_python("-c", program, ATEN_CPU_CAPABILITY=capability.lower()).strip() == capability
