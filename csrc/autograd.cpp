@@ -56,6 +56,10 @@ DSPNET_OPERATOR(scale_shift_backward)
 DSPNET_OPERATOR(slim_linear)
 DSPNET_OPERATOR(slim_linear_backward)
 
+at::Tensor value(OptionalTensor tensor) {
+  return tensor.value_or(at::Tensor());
+}
+
 OwnedTensor optional(Tensor tensor) {
   return tensor.defined() ? OwnedTensor(tensor) : std::nullopt;
 }
@@ -70,7 +74,8 @@ bool requires_grad(OptionalTensor tensor) {
   return tensor && tensor->requires_grad();
 }
 
-void check_main_grad(const char* op, const char* name, OptionalTensor main_grad, OptionalTensor weight) {
+// The backward checks the memory of a main_grad too (check_main_grad).
+void check_like_weight(const char* op, const char* name, OptionalTensor main_grad, OptionalTensor weight) {
   TORCH_CHECK(
       !main_grad || (weight && main_grad->sizes() == weight->sizes() && main_grad->dtype() == weight->dtype()), op,
       ": ", name, " must have the shape and dtype of the weight");
@@ -110,9 +115,9 @@ struct ConvMoments : torch::autograd::Function<ConvMoments> {
       int64_t padding,
       int64_t groups,
       int64_t views) {
-    auto [y, mean, variance] = conv_moments()(x, scale, shift, act, gate, weight, out_channels, stride, padding, groups, views);
-    ctx->save_for_backward({x, scale.value_or(at::Tensor()), shift.value_or(at::Tensor()), gate.value_or(at::Tensor()), weight, y,
-                            mean});
+    auto [y, mean, variance] =
+        conv_moments()(x, scale, shift, act, gate, weight, out_channels, stride, padding, groups, views);
+    ctx->save_for_backward({x, value(scale), value(shift), value(gate), weight, y, mean});
     ctx->saved_data["act"] = std::move(act);
     ctx->saved_data["geometry"] = std::vector<int64_t>{stride, padding, groups};
     ctx->saved_data["main_grad"] = main_grad;
@@ -127,12 +132,12 @@ struct ConvMoments : torch::autograd::Function<ConvMoments> {
     const auto geometry = ctx->saved_data["geometry"].toIntVector();
     const OwnedTensor main_grad = optional(*ctx, "main_grad");
     const PooledGradient pooled = PooledGradient::take(*ctx);
-    const auto [grad_x, grad_scale, grad_shift, grad_gate, grad_weight] = conv_moments_backward()(grads[0], grads[1], grads[2], saved[0], optional(saved[1]),
-        optional(saved[2]), ctx->saved_data["act"].toStringRef(), optional(saved[3]), saved[4], main_grad, saved[5],
-        saved[6], geometry[0], geometry[1], geometry[2], ctx->saved_data["input_gradient"].toBool(),
+    const auto [grad_x, grad_scale, grad_shift, grad_gate, grad_weight] = conv_moments_backward()(
+        grads[0], grads[1], grads[2], saved[0], optional(saved[1]), optional(saved[2]),
+        ctx->saved_data["act"].toStringRef(), optional(saved[3]), saved[4], main_grad, saved[5], saved[6], geometry[0],
+        geometry[1], geometry[2], ctx->saved_data["input_gradient"].toBool(),
         ctx->saved_data["weight_gradient"].toBool(), pooled.grad, pooled.scale, pooled.shift, pooled.act);
-    return gradients(
-        {grad_x, grad_scale, grad_shift, {}, grad_gate, grad_weight, {}, {}, {}, {}, {}, {}});
+    return gradients({grad_x, grad_scale, grad_shift, {}, grad_gate, grad_weight, {}, {}, {}, {}, {}, {}});
   }
 
   // The gradient of a pooled output that the backward of the convolution computes (docs/formulation.md). It is valid
@@ -194,8 +199,7 @@ struct NormActPool : torch::autograd::Function<NormActPool> {
     if (linked) { // one pooling of a convolution can pass its gradient in this way
       convolution->saved_data["pooled"] = true;
     }
-    ctx->save_for_backward(
-        {x, scale.value_or(at::Tensor()), shift.value_or(at::Tensor()), gradient_mean, gradient_x_mean});
+    ctx->save_for_backward({x, value(scale), value(shift), gradient_mean, gradient_x_mean});
     ctx->mark_non_differentiable({gradient_mean, gradient_x_mean});
     ctx->saved_data["act"] = std::move(act);
     ctx->saved_data["linked"] = linked;
@@ -213,7 +217,8 @@ struct NormActPool : torch::autograd::Function<NormActPool> {
       std::tie(std::ignore, gradient_mean, gradient_x_mean) =
           norm_act_pool()(saved[0], scale, shift, act, true);
     }
-    const auto [grad_x, grad_scale, grad_shift] = norm_act_pool_backward()(grads[0], saved[0], scale, shift, act, gradient_mean, gradient_x_mean,
+    const auto [grad_x, grad_scale, grad_shift] = norm_act_pool_backward()(
+        grads[0], saved[0], scale, shift, act, gradient_mean, gradient_x_mean,
         !linked && ctx->saved_data["input_gradient"].toBool());
     if (linked) {
       ConvMoments::PooledGradient{grads[0], scale, shift, act}.put(*depthwise_of(saved[0]));
@@ -236,7 +241,7 @@ struct NormAct : torch::autograd::Function<NormAct> {
     at::Tensor out = norm_act()(x, scale, shift, act, gate, residual, residual_scale, residual_shift);
     variable_list saved{x};
     for (OptionalTensor tensor : {scale, shift, gate, residual, residual_scale, residual_shift}) {
-      saved.push_back(tensor.value_or(at::Tensor()));
+      saved.push_back(value(tensor));
     }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["act"] = std::move(act);
@@ -250,8 +255,9 @@ struct NormAct : torch::autograd::Function<NormAct> {
     // If the residual is only added, its gradient is the output's gradient: skip the copy.
     const bool passed_on = residual && !residual_scale && act == "identity" && !gate;
     const auto [grad_x, grad_scale, grad_shift, grad_gate, grad_residual, grad_residual_scale, grad_residual_shift] =
-        norm_act_backward()(grads[0], saved[0], optional(saved[1]), optional(saved[2]), act, gate,
-            residual, residual_scale, optional(saved[6]), residual && !passed_on);
+        norm_act_backward()(
+            grads[0], saved[0], optional(saved[1]), optional(saved[2]), act, gate, residual, residual_scale,
+            optional(saved[6]), residual && !passed_on);
     return gradients(
         {grad_x, grad_scale, grad_shift, {}, grad_gate, passed_on ? grads[0] : grad_residual, grad_residual_scale,
          grad_residual_shift});
@@ -268,9 +274,8 @@ struct ScaleShift : torch::autograd::Function<ScaleShift> {
       OptionalTensor bias,
       OptionalTensor bias_main_grad,
       double eps) {
-    auto [scale, shift] =
-        scale_shift()(mean, variance, weight, bias, eps);
-    ctx->save_for_backward({mean, variance, weight.value_or(at::Tensor()), bias.value_or(at::Tensor())});
+    auto [scale, shift] = scale_shift()(mean, variance, weight, bias, eps);
+    ctx->save_for_backward({mean, variance, value(weight), value(bias)});
     // The main_grad of a frozen vector must not change.
     ctx->saved_data["weight_main_grad"] = requires_grad(weight) ? weight_main_grad : std::nullopt;
     ctx->saved_data["bias_main_grad"] = requires_grad(bias) ? bias_main_grad : std::nullopt;
@@ -280,9 +285,9 @@ struct ScaleShift : torch::autograd::Function<ScaleShift> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto [grad_mean, grad_variance, grad_weight, grad_bias] = scale_shift_backward()(grads[0], grads[1], saved[0], saved[1], optional(saved[2]),
-        optional(*ctx, "weight_main_grad"), optional(saved[3]), optional(*ctx, "bias_main_grad"),
-        ctx->saved_data["eps"].toDouble());
+    const auto [grad_mean, grad_variance, grad_weight, grad_bias] = scale_shift_backward()(
+        grads[0], grads[1], saved[0], saved[1], optional(saved[2]), optional(*ctx, "weight_main_grad"),
+        optional(saved[3]), optional(*ctx, "bias_main_grad"), ctx->saved_data["eps"].toDouble());
     return gradients({grad_mean, grad_variance, grad_weight, {}, grad_bias, {}, {}});
   }
 };
@@ -320,7 +325,7 @@ Tensors3 conv_moments_autograd(
     int64_t padding,
     int64_t groups,
     int64_t views) {
-  check_main_grad("conv_moments", "main_grad", main_grad, weight);
+  check_like_weight("conv_moments", "main_grad", main_grad, weight);
   const variable_list results = ConvMoments::apply(
       x, scale, shift, std::string(act), gate, weight, main_grad, out_channels, stride, padding, groups, views);
   return {results[0], results[1], results[2]};
@@ -358,8 +363,8 @@ Tensors2 scale_shift_autograd(
     OptionalTensor bias,
     OptionalTensor bias_main_grad,
     double eps) {
-  check_main_grad("scale_shift", "weight_main_grad", weight_main_grad, weight);
-  check_main_grad("scale_shift", "bias_main_grad", bias_main_grad, bias);
+  check_like_weight("scale_shift", "weight_main_grad", weight_main_grad, weight);
+  check_like_weight("scale_shift", "bias_main_grad", bias_main_grad, bias);
   const variable_list results =
       ScaleShift::apply(mean, variance, weight, weight_main_grad, bias, bias_main_grad, eps);
   return {results[0], results[1]};
@@ -367,7 +372,7 @@ Tensors2 scale_shift_autograd(
 
 at::Tensor slim_linear_autograd(
     Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor main_grad, int64_t out_features) {
-  check_main_grad("slim_linear", "main_grad", main_grad, weight);
+  check_like_weight("slim_linear", "main_grad", main_grad, weight);
   return SlimLinear::apply(x, weight, bias, main_grad, out_features);
 }
 

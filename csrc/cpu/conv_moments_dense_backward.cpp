@@ -100,7 +100,8 @@ struct OutputGradient {
     const int64_t channels = shape.out_channels, view = shape.views > 1 ? band.segment * channels : 0;
     form_rows(formed, band.images, [&](float* to, int64_t i, int64_t row) {
       const int64_t first = ((band.image + i) * shape.out_height + row) * shape.out_width * channels;
-      for_panels(channels, [&]<typename P>(const P& panel) {
+      for_panels(channels, [&]<typename P>(P panel) {
+        panel.ahead = kRowsAhead * shape.out_width * channels;
         if (shape.views) {
           form_panel<true>(panel, first, view, to);
         } else {
@@ -122,9 +123,9 @@ struct OutputGradient {
     for (int64_t at = 0; at < shape.out_width * shape.out_channels; at += shape.out_channels) {
 #pragma GCC unroll 2
       for (int v = 0; v < P::vectors; ++v) {
-        Vec e = panel.get(grad_y + first + at, v);
+        Vec e = panel.read(grad_y + first + at, v);
         if constexpr (has_moments) {
-          e = e + at::vec::fmadd(b[v], panel.get(y + first + at, v) - center[v], a[v]);
+          e = e + at::vec::fmadd(b[v], panel.read(y + first + at, v) - center[v], a[v]);
         }
         panel.put(to + at, v, e);
       }
@@ -207,7 +208,7 @@ void finish_panel(
   for (int64_t i = 0; i < positions; ++i, grad_h += stride, x += channels, grad_x += channels) {
 #pragma GCC unroll 2
     for (int v = 0; v < P::vectors; ++v) {
-      const Vec value = panel.get(x, v), z = at::vec::fmadd(value, scale[v], shift[v]);
+      const Vec value = panel.read(x, v), z = at::vec::fmadd(value, scale[v], shift[v]);
       Vec dz = panel.get(grad_h, v);
       if constexpr (gated) {
         gate_sum[v] = at::vec::fmadd(dz, activate<act>(z), gate_sum[v]);
@@ -216,7 +217,7 @@ void finish_panel(
       dz = dz * activation_gradient<act>(z);
       shift_sum[v] = shift_sum[v] + dz;
       scale_sum[v] = at::vec::fmadd(dz, value, scale_sum[v]);
-      panel.put(grad_x, v, dz * scale[v]);
+      panel.write(grad_x, v, dz * scale[v]);
     }
   }
 #pragma GCC unroll 2
@@ -378,7 +379,8 @@ struct BackwardPass {
         const auto& [grad_shift, grad_scale] = buffered.reserve(positions, args.deferred.row(n, shape.images));
         float* grad_gate = gate_sums ? gate_sums + (bands.per_image > 1 ? 0 : n * channels) : nullptr;
         with_act(args.deferred.act, [&](auto act) {
-          for_panels(channels, [&](const auto& panel) {
+          for_panels(channels, [&](auto panel) {
+            panel.ahead = kRowsAhead * shape.width * channels;
             if (grad_gate) {
               finish_panel<act, true>(
                   panel, input, n, from, stride, x, to, positions, grad_shift, grad_scale, grad_gate);

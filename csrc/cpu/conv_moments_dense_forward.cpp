@@ -37,6 +37,7 @@ class OutputRows {
     epilogue_.sum = memory + panels.padded();
     epilogue_.square = memory + 2 * panels.padded();
     epilogue_.channels = shape.out_channels;
+    epilogue_.ahead = kMomentRows * shape.out_channels;
     pivot_ = memory;
   }
 

@@ -47,18 +47,20 @@ struct OutputGradient {
     }
   }
 
+  // Computes e for rows of one segment, and prefetches as many rows after them.
   void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
+    const int64_t ahead = rows * channels;
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
-      form_group<4>(segment, begin + r, to + r * stride);
+      form_group<4>(segment, begin + r, to + r * stride, ahead);
     }
     for (; r < rows; ++r) {
-      form_group<1>(segment, begin + r, to + r * stride);
+      form_group<1>(segment, begin + r, to + r * stride, ahead);
     }
   }
 
   template <int R>
-  void form_group(int64_t segment, int64_t begin, float* to) const {
+  void form_group(int64_t segment, int64_t begin, float* to, int64_t ahead) const {
     const int64_t view = (views > 1 ? segment : 0) * stride;
     const auto vector = [&](int64_t c, auto... count) {
       const Vec a = Vec::loadu(constant.data() + view + c), b = Vec::loadu(factor.data() + view + c);
@@ -66,8 +68,10 @@ struct OutputGradient {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const int64_t at = (begin + r) * channels + c;
+        prefetch(grad_y + at + ahead);
         Vec e = load(grad_y + at, count...);
         if (views > 0) {
+          prefetch(y + at + ahead);
           e = e + at::vec::fmadd(b, load(y + at, count...) - center, a);
         }
         e.store(to + r * stride + c);
@@ -97,6 +101,7 @@ struct StoreInputGradient {
   const scalar_t* x; // at the block's first row
   scalar_t* grad_x;
   int64_t channels;
+  int64_t ahead; // prefetch distance, in elements of x
   const float* scale; // of the block's segment
   const float* shift;
   float* grad_scale; // sums of the block
@@ -127,6 +132,7 @@ struct StoreInputGradient {
     if constexpr (!deferred) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
+        prefetch(to + r * channels + ahead);
         store(to + r * channels, grad_h[r], count...);
       }
     } else if (gate) {
@@ -159,6 +165,7 @@ struct StoreInputGradient {
         grad = grad * load(gate + at, count...);
       }
       grad = grad * activation_gradient<act>(z);
+      prefetch(to + r * channels + ahead);
       store(to + r * channels, grad * a, count...);
       scale_sum = at::vec::fmadd(grad, value, scale_sum);
       shift_sum = shift_sum + grad;
@@ -223,6 +230,7 @@ struct BackwardPass {
   Matrix form_h(const Blocks::Block& block, float* to) const {
     if constexpr (std::is_same_v<scalar_t, float>) {
       if (!input.is_deferred() && (!h_in_columns || input.channels == input.stride)) {
+        input.prefetch_rows(block.begin + block.rows, block.rows);
         return {args.x + block.begin * input.channels, input.channels};
       }
     }
@@ -243,8 +251,8 @@ struct BackwardPass {
       const int64_t row = input.row(block.segment) * input.stride;
       const StoreInputGradient<scalar_t, act, deferred> epilogue{
           args.x + block.begin * input.channels, args.grad_x + block.begin * input.channels, input.channels,
-          input.scale.data() + row, input.shift.data() + row, sums, sums + input.stride, args.deferred.gate, grad_gate,
-          images};
+          block.rows * input.channels, input.scale.data() + row, input.shift.data() + row, sums, sums + input.stride,
+          args.deferred.gate, grad_gate, images};
       multiply(Rows{e.data, e.stride, output.channels}, block.rows, weight, in, 0, in.count, epilogue);
     };
     if (input.is_deferred()) {

@@ -35,10 +35,11 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
       if (std::is_same_v<scalar_t, float> && !input.is_deferred()) {
         h.data = reinterpret_cast<const float*>(args.x + begin * channels);
         h.stride = channels;
+        input.prefetch_rows(begin + rows, rows);
       } else {
         input.form(segment, begin, rows, formed);
       }
-      StoreOutput<scalar_t> epilogue{args.y + begin * out_channels, out_channels, out_channels};
+      StoreOutput<scalar_t> epilogue{args.y + begin * out_channels, out_channels, out_channels, rows * out_channels};
       if (views == 0) {
         multiply(h, rows, weight, panels, 0, panels.count, epilogue);
         continue;

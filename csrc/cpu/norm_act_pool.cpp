@@ -49,7 +49,7 @@ void sum_panel(
   for (int64_t at = begin * channels; at < (begin + rows) * channels; at += channels) {
 #pragma GCC unroll 2
     for (int v = 0; v < P::vectors; ++v) {
-      const Vec value = panel.get(x + at, v), z = at::vec::fmadd(value, scale[v], shift[v]);
+      const Vec value = panel.read(x + at, v), z = at::vec::fmadd(value, scale[v], shift[v]);
       sum[v] = sum[v] + activate<act>(z);
       if constexpr (gradients) {
         const Vec gradient = activation_gradient<act>(z);
@@ -91,8 +91,8 @@ void backward_panel(
   for (int64_t at = begin * channels; at < (begin + rows) * channels; at += channels) {
 #pragma GCC unroll 2
     for (int v = 0; v < P::vectors; ++v) {
-      const Vec z = at::vec::fmadd(panel.get(x + at, v), scale[v], shift[v]);
-      panel.put(grad_x + at, v, factor[v] * activation_gradient<act>(z));
+      const Vec z = at::vec::fmadd(panel.read(x + at, v), scale[v], shift[v]);
+      panel.write(grad_x + at, v, factor[v] * activation_gradient<act>(z));
     }
   }
 }

@@ -83,6 +83,7 @@ struct AddToWeight {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           float* at = to.data + (row + r) * to.stride + c;
+          prefetch(at + V * kVec); // the next tile
           store(at, load(at, count...) + sums[r][v], count...);
         }
       });

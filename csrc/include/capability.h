@@ -1,6 +1,7 @@
 // Every source in csrc/cpu is compiled once per CPU capability, each build in the namespace that CPU_CAPABILITY names.
-// DSPNET_CPU_BUILDS declares the builds of one kernel, and its type as dspnet::signatures::<kernel>; DSPNET_CPU_BUILD selects one when the library is loaded, so
-// calls have no dispatch cost. ATEN_CPU_CAPABILITY=default|avx2 selects a lower capability than the processor's.
+// DSPNET_CPU_BUILDS declares the builds of one kernel, and its type as dspnet::signatures::<kernel>; DSPNET_CPU_BUILD
+// selects one when the library is loaded, so calls have no dispatch cost. ATEN_CPU_CAPABILITY=default|avx2 selects a
+// lower capability than the processor's.
 // DSPNET_CAPABILITY names the only build of a library that is compiled for a single capability.
 #pragma once
 

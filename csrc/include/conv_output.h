@@ -13,6 +13,7 @@ struct StoreOutput {
   scalar_t* y; // of the first row
   int64_t stride; // between rows
   int64_t channels;
+  int64_t ahead; // prefetch distance, in elements of y
   float* pivot = nullptr;
   float* sum = nullptr;
   float* square = nullptr;
@@ -32,6 +33,7 @@ struct StoreOutput {
       with_lanes(v + 1 < V, channels - c, [&](auto... count) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
+          prefetch(y + (row + r) * stride + c + ahead);
           store(y + (row + r) * stride + c, out[r], count...);
         }
       });

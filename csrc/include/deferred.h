@@ -115,6 +115,13 @@ auto with_act(Act act, const Run& run) {
   }
 }
 
+// Prefetches into the L2 cache, also memory that will be written. Passes over tensors that alternate with work on
+// scratch need it, because the hardware prefetcher does not run ahead of them. The address may be past the tensor.
+template <typename scalar_t>
+DSPNET_INLINE void prefetch(const scalar_t* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+
 // Loads kVec values as fp32.
 DSPNET_INLINE Vec load(const float* from) {
   return Vec::loadu(from);

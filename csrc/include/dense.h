@@ -20,6 +20,7 @@
 namespace dspnet::inline CPU_CAPABILITY::dense {
 
 constexpr int64_t kBandBytes = 512 << 10; // of h, for a band
+constexpr int64_t kRowsAhead = 2; // rows of an image that are prefetched
 constexpr int64_t kNarrow = 8; // output rows shorter than this do not fill a tile
 
 struct PackedWeight;
@@ -226,7 +227,8 @@ struct Input {
 
   template <Act act, bool gated>
   void form_row(int64_t n, const scalar_t* from, float* to) const {
-    for_panels(shape.channels, [&]<typename P>(const P& panel) {
+    for_panels(shape.channels, [&]<typename P>(P panel) {
+      panel.ahead = kRowsAhead * shape.width * shape.channels;
       Vec a[P::vectors], b[P::vectors], g[P::vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < P::vectors; ++v) {
@@ -238,7 +240,7 @@ struct Input {
            at += pixel_step() * shape.channels) {
 #pragma GCC unroll 2
         for (int v = 0; v < P::vectors; ++v) {
-          Vec h = activate<act>(at::vec::fmadd(panel.get(from + at, v), a[v], b[v]));
+          Vec h = activate<act>(at::vec::fmadd(panel.read(from + at, v), a[v], b[v]));
           if constexpr (gated) {
             h = h * g[v];
           }

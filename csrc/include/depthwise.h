@@ -128,12 +128,6 @@ DSPNET_INLINE void store_lanes(scalar_t* to, const Vec& value, int64_t lanes) {
   store(to, value, lanes);
 }
 
-// Prefetches into the L2 cache: the hardware prefetcher does not detect reads that alternate with work on scratch.
-template <typename scalar_t>
-DSPNET_INLINE void prefetch(const scalar_t* from) {
-  __builtin_prefetch(from, 0, 2);
-}
-
 DSPNET_INLINE void add_to(float* sum, const Vec& value) {
   (Vec::loadu(sum) + value).store(sum);
 }

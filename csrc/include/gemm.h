@@ -102,7 +102,14 @@ inline void pack_panel(
         at::vec::transpose_mxn<float>(
             from + c * column_stride + k, column_stride, to + k * width + c, width,
             static_cast<int>(std::min(kSide, count - c)), static_cast<int>(rows));
+        for (int64_t i = c; i < std::min(c + kSide, count); ++i) {
+          prefetch(from + i * column_stride + k + 4 * kSide);
+        }
       }
+    }
+  } else if (column_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      std::copy_n(from + k * depth_stride, count, to + k * width);
     }
   } else {
     for (int64_t k = 0; k < depth; ++k) {

@@ -9,6 +9,7 @@
 
 namespace dspnet::inline CPU_CAPABILITY {
 
+constexpr int64_t kBlocksAhead = 4;
 constexpr int64_t kGrainElements = 32768; // per thread at least: less costs more to start than to compute
 
 // `vectors` whole vectors, or, if `tail`, the last channels, fewer than a vector.
@@ -18,6 +19,7 @@ struct Panel {
   static constexpr bool tail = tail_;
   int64_t channel; // first channel
   int64_t count; // channels in a tail
+  int64_t ahead = 0; // prefetch distance of read() and write(), in elements
 
   template <typename scalar_t>
   Vec get(const scalar_t* row, int v) const {
@@ -44,6 +46,19 @@ struct Panel {
   void add(float* row, int v, const Vec& value) const {
     put(row, v, get(row, v) + value);
   }
+
+  // get() and put() for rows of a tensor that a loop passes over once.
+  template <typename scalar_t>
+  Vec read(const scalar_t* row, int v) const {
+    prefetch(row + channel + v * kVec + ahead);
+    return get(row, v);
+  }
+
+  template <typename scalar_t>
+  void write(scalar_t* row, int v, const Vec& value) const {
+    prefetch(row + channel + v * kVec + ahead);
+    put(row, v, value);
+  }
 };
 
 // Calls run(panel) for all channels.
@@ -62,13 +77,17 @@ void for_panels(int64_t channels, const Run& run) {
   }
 }
 
-// Calls run(panel, first row, number of rows) for each block. Blocks are short: their sums are in fp32.
+// Calls run(panel, first row, number of rows) for each block. Blocks are short: their sums are in fp32. Panels prefetch
+// the rows of a later block: one panel after another is no stream that the hardware prefetcher detects.
 template <typename Run>
 void for_blocks(int64_t begin, int64_t end, int64_t channels, const Run& run) {
   const int64_t block = std::clamp<int64_t>(2048 / channels, 4, 32);
   for (; begin < end; begin += block) {
     const int64_t rows = std::min(block, end - begin);
-    for_panels(channels, [&](const auto& panel) { run(panel, begin, rows); });
+    for_panels(channels, [&](auto panel) {
+      panel.ahead = kBlocksAhead * block * channels;
+      run(panel, begin, rows);
+    });
   }
 }
 

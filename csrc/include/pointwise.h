@@ -79,7 +79,15 @@ struct Input {
     return deferred.rows > 1 ? segment : 0;
   }
 
-  // Computes h for rows of one segment.
+  // Prefetches rows that are multiplied as they are.
+  void prefetch_rows(int64_t begin, int64_t rows) const {
+    constexpr int64_t line = 64 / sizeof(scalar_t);
+    for (int64_t i = begin * channels; i < (begin + rows) * channels; i += line) {
+      prefetch(x + i);
+    }
+  }
+
+  // Computes h for rows of one segment, and prefetches as many rows after them.
   void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
     with_act(deferred.act, [&](auto act) {
       if (!is_deferred()) {
@@ -94,17 +102,18 @@ struct Input {
 
   template <Act act, bool normalized, bool gated>
   void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
+    const int64_t ahead = rows * channels;
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
-      form_group<act, normalized, gated, 4>(segment, begin + r, to + r * stride);
+      form_group<act, normalized, gated, 4>(segment, begin + r, to + r * stride, ahead);
     }
     for (; r < rows; ++r) {
-      form_group<act, normalized, gated, 1>(segment, begin + r, to + r * stride);
+      form_group<act, normalized, gated, 1>(segment, begin + r, to + r * stride, ahead);
     }
   }
 
   template <Act act, bool normalized, bool gated, int R>
-  void form_group(int64_t segment, int64_t begin, float* to) const {
+  void form_group(int64_t segment, int64_t begin, float* to, int64_t ahead) const {
     const float* scales = scale.data() + row(segment) * stride;
     const float* shifts = shift.data() + row(segment) * stride;
     const scalar_t* from = x + begin * channels;
@@ -116,6 +125,7 @@ struct Input {
       const Vec a = Vec::loadu(scales + c), b = Vec::loadu(shifts + c);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
+        prefetch(from + r * channels + c + ahead);
         Vec h = load(from + r * channels + c, count...);
         if constexpr (normalized) {
           h = activate<act>(at::vec::fmadd(h, a, b));
