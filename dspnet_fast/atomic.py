@@ -95,5 +95,5 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_bytes(path, text.encode())
+    """Write a text file atomically, in UTF-8; file names that are not UTF-8 are written with escapes."""
+    write_bytes(path, text.encode(errors="backslashreplace"))

@@ -159,7 +159,12 @@ class PixelOptions:
             if low >= high:
                 raise InputError(f"--pixel-range {self.pixel_range}: give the smaller value first")
         if self.normalization not in ("auto", "imagenet", "measure"):
-            mean, _, std = self.normalization.partition(";")
+            mean, separator, std = self.normalization.partition(";")
+            if not separator:
+                raise InputError(
+                    f"--normalization {self.normalization}: give auto, imagenet, measure, or means;deviations, such as "
+                    "'0.31;0.12'"
+                )
             channels = len(_finite_numbers("--normalization", mean))
             if min(_finite_numbers("--normalization", std, channels)) <= 0:
                 raise InputError(f"--normalization {self.normalization}: standard deviations must be above 0")

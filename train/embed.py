@@ -20,6 +20,7 @@ from dspnet_fast.slim import slim
 
 from . import cli
 from .data.datasets.folder import open_files
+from .data.datasets.folder_files import is_image
 from .data.datasets.images import ImageDataset
 from .data.datasets.pixels import PixelFormat
 from .data.datasets.registry import open_images
@@ -131,7 +132,9 @@ def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("embed", DESCRIPTION, EXAMPLE, "[options] --data IMAGES --out FILE.npy RUN_OR_EXPORT")
     parser.add_argument("network", metavar="RUN_OR_EXPORT", help="run directory, or folder of an exported network")
     parser.add_argument("--dn", metavar="NAME", help="network of a run [its largest]")
-    parser.add_argument("--data", metavar="IMAGES", required=True, help="folder of images, dataset name or shards")
+    parser.add_argument(
+        "--data", metavar="IMAGES", required=True, help="folder of images, an image, dataset name or shards"
+    )
     parser.add_argument("--split", choices=("train", "test"), default="train", help="split of a dataset or shards")
     parser.add_argument("--out", metavar="FILE.npy", required=True, type=Path, help="file for the features")
     parser.add_argument("--workers", type=Workers, default="auto", metavar="N", help=WORKERS_HELP)
@@ -142,7 +145,8 @@ def _main(argv: Sequence[str]) -> None:
     if options.out.is_dir():
         raise InputError(f"--out {options.out} is a folder: give a file that ends in .npy")
     atomic.check_writable(options.out.absolute().parent)
-    images = open_files([options.data]) if Path(options.data).is_dir() else open_images(options.data, options.split)
+    listed = Path(options.data).is_dir() or (is_image(options.data) and Path(options.data).is_file())
+    images = open_files([options.data]) if listed else open_images(options.data, options.split)
     world, device = init_sharing(choose_device(options.device))
     embedder = open_embedder(options.network, options.dn, device, world)
     features = list(embedder.batches(images, options.workers, world))

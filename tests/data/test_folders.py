@@ -376,3 +376,14 @@ def test_lists_as_programs_write_them(tmp_path, content, expected, note):
 def test_file_that_is_no_list_is_refused_with_what_to_give(tmp_path):
     draw(tmp_path / "a.png")
     assert "a.png is a file: give a folder of images, a list" in error_of(tmp_path / "a.png")
+
+
+def test_results_of_runs_among_the_images_are_no_images(tmp_path):
+    classes(tmp_path, "a", "b")
+    for run in (tmp_path, tmp_path / "run"):
+        draw(run / "report" / "curves.png")
+        draw(run / "evaluation" / "knn.png")
+        (run / "data_used.json").write_text("{}")
+    images = open_images(str(tmp_path), "train")
+    assert images.classes == ["a", "b"] and images.note == "left out: 1 files ending in .json"
+    assert len(open_images(str(tmp_path), "train", unlabelled=True)) == 6

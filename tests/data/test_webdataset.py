@@ -333,6 +333,15 @@ def test_images_in_memory_are_written_as_png(tmp_path, monkeypatch):
     assert {np.asarray(found.load(i)).tobytes(): int(found.labels[i]) for i in range(6)} == expected
 
 
+def test_images_with_more_than_8_bits_are_written_unchanged(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            values = np.full((4, 5), -0.5, np.float32)
+            Image.fromarray(values).save(tmp_path / "images" / name / f"{i}.tif")
+    assert write_shards(ShardOptions(data=str(tmp_path / "images"), out=str(tmp_path / "out"), shards=1)) == 4
+
+
 def test_interrupted_writing_leaves_nothing(folder, tmp_path, monkeypatch):
     def interrupt(images, i, load=command._file):
         if i == 5:

@@ -2,12 +2,15 @@
 
 import importlib
 import math
+from pathlib import Path
 
 import pytest
+import yaml
 
+from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 from tests.commands import run
-from train import cli
+from train import cli, detect, pretrain
 from train.config import PretrainConfig
 
 CASES = {
@@ -53,3 +56,12 @@ def test_command_prints_the_line_without_usage(capsys):
 def test_values_that_break_a_rule_are_refused(options, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         PretrainConfig(**options)
+
+
+def test_names_that_are_not_utf8_are_options_arguments_and_text(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": "im\udcfe", "epochs": 7}))
+    options = pretrain.make_parser().parse_args(["--config", str(tmp_path / "config.yaml"), "--out", "out\udcfe"])
+    assert (options.data, options.out, options.epochs) == ("im\udcfe", "out\udcfe", 7)
+    assert detect.make_parser().parse_args(["run\udcfe", "--coco", "set"]).out == Path("run\udcfe")
+    atomic.write_text(tmp_path / "table.md", "stra\udcdfe")
+    assert (tmp_path / "table.md").read_text() == r"stra\udcdfe"

@@ -10,12 +10,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from dspnet_fast.errors import InputError
 from tests.commands import run as run_command
 from train import cli
-from train.distributed.process_group import World, refuse_ranks
+from train.distributed.process_group import World, init_process_group, refuse_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 
@@ -101,3 +102,21 @@ def test_torchrun_shows_a_refusal_once(tmp_path):
 
 def test_one_process_gathers_its_own_items():
     assert list(World().gather_in_order(iter("abc"), 3)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two': unset it"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT missing: start several processes with torchrun"),
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT missing"),
+    ],
+)
+def test_incomplete_variables_of_torchrun_raise_input_error(monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        init_process_group(torch.device("cpu"))

@@ -1,5 +1,6 @@
 """Output whose reader exits, or whose encoding lacks a character, does not end a command."""
 
+import os
 import subprocess
 import sys
 
@@ -26,6 +27,13 @@ def test_command_goes_on_after_the_reader_of_its_output_has_exited(tmp_path):
     process.stdout.close()
     assert process.wait(60) == 0 and process.stderr.read() == b""
     assert (tmp_path / "result").read_text() == "done"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_command_goes_on_when_the_disk_of_its_output_is_full(tmp_path):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "result")], stdout=full, timeout=60)
+    assert ended.returncode == 0 and (tmp_path / "result").read_text() == "done"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

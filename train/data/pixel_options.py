@@ -23,7 +23,7 @@ HEADERS = 200  # images whose headers are read
 MEASURED = 500  # images that range, mean and std are measured on, at most
 PIXELS = 4096  # of each of them
 PERCENTILES = 0.1, 99.9
-DEPTHS = 8, 10, 12, 14, 16  # bits of sensors
+DEPTHS = 1, 8, 10, 12, 14, 16  # bits of masks and sensors
 Options = TypeVar("Options", bound=PixelOptions)
 
 

@@ -21,9 +21,9 @@ from ..run.options import check_options, count, not_negative, option
 from ..run.progress import Monitor
 from .bad_images import BadImages
 from .datasets import open_images
-from .datasets.arrays import is_array
+from .datasets.arrays import decode_array, is_array, is_eight_bit
 from .datasets.folder_files import EXTENSIONS
-from .datasets.images import ImageDataset
+from .datasets.images import ImageDataset, decode
 from .datasets.webdataset import CLASSES, LABEL, TEST, write_index
 from .sampler import mix
 
@@ -130,13 +130,18 @@ def _file(images: ImageDataset, i: int) -> tuple[str, bytes]:
     suffix = Path(images.file(i)).suffix.lower()
     if is_array(suffix):
         raise InputError(f"{images.file(i)} is an array: shards hold images; train on the folder")
-    image = images.load(i)
     if suffix in EXTENSIONS:
-        return f"{i:08}{suffix}", images.encoded(i)
-    content = io.BytesIO()
+        content = images.encoded(i)
+        if is_eight_bit(content, images.file(i)):
+            decode(content, images.file(i))
+        else:
+            decode_array(content, images.file(i))
+        return f"{i:08}{suffix}", content
+    image = images.load(i)
+    file = io.BytesIO()
     assert isinstance(image, Image.Image)
-    image.save(content, "png")
-    return f"{i:08}.png", content.getvalue()
+    image.save(file, "png")
+    return f"{i:08}.png", file.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -118,14 +118,17 @@ SINGLE_PROCESS = World()
 
 def launched_ranks() -> int:
     """Number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise InputError(f"the environment variable WORLD_SIZE is {size!r}: unset it, or start processes with torchrun")
+    return int(size)
 
 
 def refuse_ranks(reason: str) -> None:
     """Raise InputError on rank 0 if torchrun started several processes; the other ranks end without a message."""
     if launched_ranks() == 1:
         return
-    if os.environ["RANK"] != "0":
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(REFUSAL_SECONDS)  # torchrun ends all ranks when rank 0 has printed the reason
         sys.exit(2)
     raise InputError(f"{reason}, and torchrun started {launched_ranks()}: start it without torchrun")
@@ -150,6 +153,11 @@ def init_process_group(
     size = launched_ranks()
     if size == 1:
         return SINGLE_PROCESS
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise InputError(
+            f"the environment variable WORLD_SIZE is {size}, but {', '.join(missing)} missing: start several processes "
+            "with torchrun, or unset WORLD_SIZE"
+        )
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "mps":
         raise InputError(f"{size} processes with --device mps: Apple's GPUs have no collectives; use one process")

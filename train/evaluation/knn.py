@@ -22,6 +22,12 @@ class KnnResult:
     interval: float
 
 
+def check_neighbours(k: int, images: int) -> None:
+    """Raise InputError if there are fewer training images than neighbours."""
+    if not 1 <= k <= images:
+        raise InputError(f"{k} neighbours among {images} training images: choose k from 1 to {images}")
+
+
 def knn(
     train_features: torch.Tensor,
     train_labels: torch.Tensor,
@@ -50,8 +56,7 @@ def knn(
         InputError: if k is not between 1 and N, or if M is 0.
     """
     n, m = len(train_features), len(test_features)
-    if not 1 <= k <= n:
-        raise InputError(f"{k} neighbours among {n} training images: choose k from 1 to {n}")
+    check_neighbours(k, n)
     if m == 0:
         raise InputError("no test images to classify: the test split is empty")
     dtype = torch.promote_types(train_features.dtype, torch.float32)

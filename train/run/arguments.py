@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 from dspnet_fast.errors import InputError
 
+SURROGATE = "\\uDC"  # start of the escape of a byte that is not UTF-8
 UNKNOWN = "unrecognized arguments: "
 REQUIRED = "the following arguments are required: "
 KINDS = {"<class 'int'>": "a whole number", "<class 'float'>": "a number"}
+
+
+_load = jsonargparse.get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """As jsonargparse, but with file names that are not UTF-8, which its YAML reader in C refuses."""
+    try:
+        return _load(text)
+    except UnicodeEncodeError:
+        return text
+    except yaml.YAMLError:
+        if SURROGATE not in text:
+            raise
+        return yaml.safe_load(text)
+
+
+jsonargparse.set_loader("yaml", _load_yaml, (yaml.YAMLError,))
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):

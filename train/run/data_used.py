@@ -11,10 +11,9 @@ from typing import Any
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
+from ..data.datasets.folder_files import DATA_USED
 from ..data.datasets.images import ImageDataset
 from .fingerprint import digest
-
-DATA_USED = "data_used.json"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import os
 import sys
 from typing import Any, TextIO
 
-GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has exited; the terminal was closed
+# The reader of a pipe has exited; the terminal was closed; the disk of the file that output is redirected to is full.
+GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT)
 REPLACEMENTS = {"±": "+-", "×": "x", "…": "...", "–": "-", "→": "->"}
 
 

@@ -40,6 +40,8 @@ EXTENSIONS = tuple(
 HINTS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "Pillow without AVIF"}
 HINTS |= {".dcm": "pip install 'dspnet-fast[dicom]'"}
 HINTS |= dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar"), "unpack them")
+DATA_USED = "data_used.json"  # a folder with this file is a run directory
+RESULTS = {"checkpoints", "evaluation", "exported", "features", "report", "tensorboard"}  # folders in it
 # Folders that archives, photo software and file systems add.
 FOREIGN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
@@ -157,12 +159,18 @@ def file_identity(path: str | Path) -> tuple[int, int]:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Entries of a folder without hidden ones and FOREIGN folders, sorted by name."""
+    """Entries of a folder, sorted by name, without hidden ones, FOREIGN folders, and results of this program."""
     with os.scandir(folder) as found:
-        return sorted(
-            (entry for entry in found if not entry.name.startswith(".") and entry.name not in FOREIGN),
-            key=lambda entry: entry.name,
-        )
+        inside = sorted(found, key=lambda entry: entry.name)
+    results = RESULTS if any(entry.name == DATA_USED for entry in inside) else ()
+    return [
+        entry
+        for entry in inside
+        if not entry.name.startswith(".")
+        and entry.name not in FOREIGN
+        and entry.name not in results
+        and not (entry.is_dir() and os.path.exists(os.path.join(entry.path, DATA_USED)))
+    ]
 
 
 def folders(folder: Path) -> list[Path]:

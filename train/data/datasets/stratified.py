@@ -77,7 +77,8 @@ def listed_subsets(images: ImageDataset, files: Sequence[str]) -> dict[float, li
     subsets = {}
     for file in files:
         try:
-            names = [os.path.basename(line) for line in map(str.strip, Path(file).read_text().splitlines()) if line]
+            lines = Path(file).read_text("utf-8-sig", errors="surrogateescape").splitlines()
+            names = [os.path.basename(line) for line in map(str.strip, lines) if line]
         except OSError as error:
             raise InputError(f"cannot read the list {file}: {error.strerror}") from error
         unknown = next((name for name in names if name not in by_name), None)

@@ -20,7 +20,7 @@ from ...distributed.process_group import end_sharing
 from ...run.options import Workers, check_options, count, option
 from ...run.progress import Monitor
 from ...run.tables import Table, cost_cells, percent
-from ..knn import knn
+from ..knn import check_neighbours, knn
 from ..plot_data import points
 from ..pretrained import BATCH, EvaluatedFamily, PretrainedFamily
 from ..results import Report, origin_of, publish
@@ -67,6 +67,7 @@ def evaluate_knn(out: Path, options: KnnOptions) -> Report:
     references = setup.train
     if options.references is not None:
         references = Subset.random(references, options.references, seed=0)
+    check_neighbours(options.k, len(references))
     assert references.labels is not None
     train_labels = references.labels
 
