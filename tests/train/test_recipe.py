@@ -60,12 +60,16 @@ def test_epochs_fall_with_the_number_of_images():
 
 def test_peak_learning_rate_does_not_depend_on_the_batch():
     for batch in (32, 256, 4096):
-        config = complete(PretrainConfig(batch_size=batch, epochs=10), 10_000)
-        assert config.base_lr * batch / 256 == pytest.approx(recipe.PEAK)
+        for network, dns, peak in (
+            ("mobilenet_v3_large", "w0.50,w1.00", recipe.PEAK),
+            ("resnet", "c8-d1111,c16-d1111", recipe.RESNET_PEAK),
+        ):
+            config = complete(PretrainConfig(network=network, dns=dns, batch_size=batch, epochs=10), 10_000)
+            assert config.base_lr * batch / 256 == pytest.approx(peak)
 
 
 def test_teacher_makes_runs_short_and_the_optimizer_adamw():
-    for images, epochs, batch in ((3_000, 27, 64), (50_000, 3, 128), (1_281_167, 3, 256)):
+    for images, epochs, batch in ((3_000, 20, 64), (50_000, 3, 128), (1_281_167, 3, 256)):
         config = complete(PretrainConfig(teacher="efficientnet-lite0"), images)
         assert (config.optimizer, config.epochs, config.batch_size) == ("adamw", epochs, batch)
         assert config.base_lr * batch / 256 == pytest.approx(recipe.TAUGHT_PEAK) and config.weight_decay == 0.05
@@ -148,7 +152,7 @@ def test_chosen_values_are_printed_and_saved(arguments, tmp_path, capsys):
     assert run(pretrain, *arguments(**left_open)) == DONE
     shown = capsys.readouterr().out
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    expected = complete(PretrainConfig(epochs=3), 80)
+    expected = complete(PretrainConfig(network="resnet", dns="c8-d1111,c16-d1111", epochs=3), 80)
     assert {name: saved[name] for name in PAPER} == {name: getattr(expected, name) for name in PAPER}
     assert "recipe  --tau 0.97: " in shown and "--epochs" not in shown
     config = to_config(PretrainConfig, pretrain.make_parser().parse_args(["--config", f"{tmp_path}/run/config.yaml"]))

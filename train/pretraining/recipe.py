@@ -17,7 +17,8 @@ from ..run.options import flag
 
 MIN_BATCH, MAX_BATCH = 32, 256
 GROUP = 16  # images per ghost batch norm group, at least
-PEAK = 1.5  # learning rate of LARS; independent of the batch, because the steps are normalised
+# Learning rates of LARS; independent of the batch, because the steps are normalised. MobileNetV3 collapses at 1.5.
+RESNET_PEAK, PEAK = 1.5, 0.3
 ADAMW_PEAK, TAUGHT_PEAK = ADAMW["base_lr"], 2e-3  # learning rates of AdamW, the second with a teacher
 TAU_SHARE = 0.1  # averaging time of the target, as a share of the run
 MIN_TAU, MAX_TAU = 0.97, 0.99
@@ -42,7 +43,7 @@ class Length:
 
 
 BYOL = Length(1_000_000, 100, 1000, 2_000)
-TAUGHT = Length(80_000, 3, 100, 1_000)  # with a teacher
+TAUGHT = Length(60_000, 3, 100, 900)  # with a teacher
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[s
     if round(warmup * epoch_steps) > steps / 10:
         warmup = steps // 10 / epoch_steps
     choose("warmup_epochs", warmup, f"{WARMUP_EPOCHS:g} epochs, but at most a tenth of the run")
-    peak = PEAK if optimizer == "lars" else ADAMW_PEAK if length is BYOL else TAUGHT_PEAK
+    if optimizer == "lars":
+        peak = RESNET_PEAK if config.network == "resnet" else PEAK
+    else:
+        peak = ADAMW_PEAK if length is BYOL else TAUGHT_PEAK
     choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g} for batches of any size")
     tau = min(max(1 - 1 / (TAU_SHARE * steps), MIN_TAU), MAX_TAU)
     choose("tau", round(tau, 4), f"for {steps:,} steps")
