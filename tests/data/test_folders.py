@@ -338,6 +338,14 @@ def test_masks_are_left_out(tmp_path):
     assert len(images) == 6 and "2 folders masks beside images" in images.note
 
 
+@pytest.mark.parametrize("image", ["images", "JPEGImages", "data/img"])
+def test_annotation_folders_beside_the_image_folder_are_noted(tmp_path, image):
+    classes(tmp_path, image, f"{image}/../masks", f"{image}/../depth")
+    images = open_images(str(tmp_path), "train")
+    assert len(images) == 3 and images.labels is None
+    assert images.note == "left out: 1 folders depth beside images, 1 folders masks beside images"
+
+
 def test_folder_without_images_says_what_it_has(tmp_path):
     (tmp_path / "set.zip").write_bytes(b"")
     assert "holds no images, but 1 files ending in .zip (unpack them)" in error_of(tmp_path)

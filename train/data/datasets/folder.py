@@ -19,7 +19,18 @@ from PIL import Image
 
 from dspnet_fast.errors import InputError
 
-from .folder_files import EXTENSIONS, Walk, describe_left_out, ending, entries, file_identity, folders, is_image
+from .folder_files import (
+    EXTENSIONS,
+    IMAGE_FOLDERS,
+    Walk,
+    describe_left_out,
+    ending,
+    entries,
+    file_identity,
+    folders,
+    is_annotation,
+    is_image,
+)
 from .folder_layout import (
     check_classes,
     class_names,
@@ -135,9 +146,12 @@ def _unusable(test: Path, classes: Collection[str]) -> str:
 
 
 def _files_between(path: Path, inner: Path) -> Counter[str]:
-    """Number of files by ending in the folders from `path` down to the parent of `inner`."""
+    """What is left out in the folders from `path` down to the parent of `inner`: files by ending, and masks."""
     found: Counter[str] = Counter()
     while inner != path:
+        if inner.name.lower() in IMAGE_FOLDERS:
+            beside = [folder.name for folder in folders(inner.parent) if is_annotation(folder.name)]
+            found.update(f"folders {name} beside images" for name in beside)
         inner = inner.parent
         found += _endings(inner)
     return found

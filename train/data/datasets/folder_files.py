@@ -48,7 +48,7 @@ FOREIGN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "l
 # Names, in lower case, of the image folders of annotated datasets (VOC, YOLO, Roboflow, Cityscapes).
 IMAGE_FOLDERS = ("image", "images", "jpegimages", "img", "imgs", "leftimg8bit", "rgb")
 _ANNOTATIONS = re.compile(
-    r"(labels?|annot(ation)?s?|masks?|imagesets|segmentation(class|object|s)?|trimaps?|gt(fine|coarse)?"
+    r"(labels?|annot(ation)?s?|masks?|imagesets|segmentation(class|object|s)?|trimaps?|depths?|disparit(y|ies)|gt(fine|coarse)?"
     r"|ground[ _-]?truths?)([ _-]?\w{1,4})?"
 )
 _MASK = re.compile(r"[ _-](mask|seg|segmentation|label|gt)s?([ _-]?\d+)?\.\w+$", re.IGNORECASE)
