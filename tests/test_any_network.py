@@ -185,15 +185,79 @@ def test_layers_replaced_afterwards_are_an_error():
         activate(model, 0.5)
 
 
-def test_converted_networks_can_be_copied_pickled_and_compiled():
+def test_converted_networks_can_be_copied_and_pickled():
     model = slimmable(Attention(), images())
     x = images()
     with activate(model, 0.5):
         wanted = model(x)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), wanted)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with activate(twin, 0.5):
             torch.testing.assert_close(twin(x), wanted)
+
+
+class Deep(nn.Module):
+    """A convolution and residual blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 16, 3), nn.ModuleList(Residual(16) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean((2, 3))
+
+
+class Residual(nn.Module):
+    """timm's normalisation with activation in a block."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1), BatchNormAct2d(channels)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "subnets"), [(Concatenation, [0.5]), (Attention, [0.5]), (Deep, [0.5, {"stem": 8, "blocks": 1}])]
+)
+def test_compiled_network_is_one_graph_and_equals_the_eager_one(network, subnets):
+    model = slimmable(network(), images(), keep=())
+    x = images()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for subnet in [None, *subnets]:
+        found = []
+        for run in (model, compiled):
+            with activate(model, subnet):
+                y = run(x)
+                y.square().sum().backward()
+            found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+            model.zero_grad()
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_slim_removes_the_blocks_that_are_left_out():
+    model = slimmable(Deep(), images(), keep=())
+    subnet = {"blocks": 2, "stem": 8}
+    post_statistics(model, [subnet], [images()])
+    small = slim(model, subnet, images())
+    assert len(small.blocks) == 2 and type(small.blocks[1]) is Residual
+    with pytest.raises(ValueError, match="blocks has 1 to 3 blocks: it cannot have 0"):
+        activate(model, {"blocks": 0})
+
+
+class Alternating(Deep):
+    """A network that needs its last block."""
+
+    def forward(self, x):
+        return self.blocks[2](self.blocks[1](self.blocks[0](self.stem(x)))).mean((2, 3))
+
+
+def test_blocks_that_the_forward_method_names_by_index_stay():
+    assert [stage.name for stage in slimmable(Deep(), images(), keep=()).channel_groups.stages] == ["blocks"]
+    assert slimmable(Alternating(), images(), keep=()).channel_groups.stages == ()
 
 
 def test_main_grad_receives_the_gradient_of_the_active_channels():

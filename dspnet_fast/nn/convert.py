@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from .activate import activate
 from .batch_norm import SlimBatchNorm, SlimBatchNorm1d, SlimBatchNorm2d
 from .conv import SlimConv2d
+from .depth import use_stages, verified_stages
 from .groups import OUTPUTS, ChannelGroups, Number, find_groups, owned_tensors
 from .labels import Conflict
 from .linear import SlimLinear
@@ -83,8 +84,11 @@ def slimmable(
             )
         groups.numbers = known_numbers(model, groups)
         groups.inputs = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        stages, groups.stages = groups.stages, ()
         use_groups(model, groups)
         _verify(model, groups, inputs, widths)
+        use_stages(model, stages)
+        groups.stages = verified_stages(model, stages, inputs)
     except BaseException:
         for module, kind, attributes in before:
             module.__class__ = kind
