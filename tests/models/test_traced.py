@@ -170,9 +170,9 @@ def test_exported_networks_of_all_widths_load_with_the_original_names(classes, t
             torch.testing.assert_close(exported.load(tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_network_of_timm_is_exported_for_timm(tmp_path):
-    name = "timm:lcnet_050"
-    dn = subnet(name, "w1.00")
+@pytest.mark.parametrize(("name", "dn"), [("timm:lcnet_050", "w1.00"), ("timm:convnext_atto", "w1.00-d1221")])
+def test_network_of_timm_is_exported_for_timm(name, dn, tmp_path):
+    dn = subnet(name, dn)
     model = build(name, dn)
     exported.save(tmp_path, slim(model, dn), dn, {})
     constructor = json.loads((tmp_path / "manifest.json").read_text())["loads_into"]["timm"]
@@ -181,6 +181,12 @@ def test_network_of_timm_is_exported_for_timm(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_size_that_timm_cannot_build_has_no_constructor():
+    name = "timm:convnext_atto"
+    dn = subnet(name, "w0.50")
+    assert exported.loads_into(slim(build(name, dn), None), dn) == {}
 
 
 def test_published_weights_load_into_the_traced_network(tmp_path):

@@ -1,5 +1,6 @@
 """Families of traced networks pretrain like the project's own."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -7,13 +8,17 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm
+from tests.small_run import SMALL_RUN
 from train.config import PretrainConfig
+from train.export import export
 from train.pretraining.dspnet import DSPNet
 from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.recipe import complete
+from train.pretraining.run import PretrainRun
 from train.selection.recording import calls_of
 
 
@@ -108,6 +113,19 @@ def test_subnet_of_fewer_blocks_trains_the_first_blocks_only():
     model.accumulate_subnet(images, model.targets(images), made.smallest)
     gradients = [block.conv.weight.main_grad.any() for block in model.online.encoder.body[3]]
     assert gradients == [True, True, False]
+
+
+def test_run_with_fewer_blocks_is_exported_as_programs(images, tmp_path):
+    out, size = tmp_path / "run", SMALL_RUN["image_size"]
+    options = {**SMALL_RUN, "network": DEEP, "dns": "w0.50-d1,w1.00", "stem": "standard", "data": str(images)}
+    PretrainRun(PretrainConfig(**options, out=str(out)), resume=False).run()
+    for folder in export(out):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["loads_into"] == {} and manifest["program"]["largest_difference"] < 1e-4
+        x = torch.randn(3, 3, size, size)
+        program = torch.export.load(folder / manifest["program"]["file"]).module()
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), exported.load(folder)(x))
 
 
 def test_target_keeps_the_activation_functions_of_its_normalisation_layers():
