@@ -230,7 +230,8 @@ def _timm_depths(network: TracedNetwork, name: str, subnet: Subnet) -> str | Non
 
     shapes = {key: tensor.shape for key, tensor in network.body.state_dict().items()}
     value = list(subnet.depths) if len(subnet.depths) > 1 else subnet.depths[0]
-    for arguments in ({}, *({argument: value} for argument in TIMM_DEPTHS)):
+    options: list[dict[str, Any]] = [{}, *({argument: value} for argument in TIMM_DEPTHS)]
+    for arguments in options:
         try:
             with torch.random.fork_rng(devices=[]):
                 made = timm.create_model(name, num_classes=0, in_chans=network.in_channels, **arguments)

@@ -183,6 +183,23 @@ def test_network_of_timm_is_exported_for_timm(name, dn, tmp_path):
         torch.testing.assert_close(network(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_families_take_images_of_other_channels_than_three(channels, tmp_path):
+    name = "timm:lcnet_050"
+    made = family(name, ["w0.50", "w1.00"])
+    model = build(name, made.full, in_channels=channels)
+    x = torch.randn(4, channels, 32, 32)
+    post_statistics(model, made, [x])
+    for dn in made:
+        exported.save(tmp_path, slim(model, dn), dn, {"pixels": {"channels": channels}})
+        with activate(model, dn), torch.no_grad():
+            torch.testing.assert_close(exported.load(tmp_path)(x), model(x), rtol=1e-3, atol=1e-5)
+    network = eval(json.loads((tmp_path / "manifest.json").read_text())["loads_into"]["timm"], {"timm": timm})
+    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match=f"takes images of 3 channels, not {channels}"):
+        build(NAME, subnet(NAME, "w0.50"), in_channels=channels)
+
+
 def test_size_that_timm_cannot_build_has_no_constructor():
     name = "timm:convnext_atto"
     dn = subnet(name, "w0.50")
