@@ -165,6 +165,13 @@ def reference(name: str) -> tuple[nn.Module, ChannelGroups, Tensor]:
     return plain, vars(converted)["channel_groups"], images
 
 
+@functools.lru_cache(maxsize=32)
+def has_chains(name: str) -> bool:
+    """Whether `fused` finds convolutions of an architecture that a batch normalisation follows."""
+    plain, _, images = reference(name)
+    return any("norm" in vars(module) for module in fused(copy.deepcopy(plain), images).modules())
+
+
 def _images(network: nn.Module, name: str) -> Tensor:
     """Images that a network maps to pooled features."""
     config: Any = getattr(network, "default_cfg", None) or {}
