@@ -195,6 +195,26 @@ def test_converted_networks_can_be_copied_and_pickled():
             torch.testing.assert_close(twin(x), wanted)
 
 
+class Partial(nn.Module):
+    """A layer that convolves a part of its input and passes the rest on."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.part, self.rest = channels // 4, channels - channels // 4
+        self.conv = nn.Conv2d(self.part, self.part, 3, padding=1)
+
+    def forward(self, x):
+        y, rest = x.split([self.part, self.rest], 1)
+        return torch.cat([self.conv(y), rest], 1)
+
+
+def test_parts_of_a_split_shrink_although_no_layer_reads_one_of_them():
+    layers = nn.Conv2d(3, 64, 1), Partial(64), nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = slimmable(nn.Sequential(nn.Sequential(*layers), nn.Linear(64, 5)), images(8))
+    with activate(model, 0.5):
+        assert (model[0][1].part, model[0][1].rest) == (8, 24) and model(images(8)).shape == (2, 5)
+
+
 class Deep(nn.Module):
     """A convolution and residual blocks."""
 
