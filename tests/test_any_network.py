@@ -215,6 +215,48 @@ def test_parts_of_a_split_shrink_although_no_layer_reads_one_of_them():
         assert (model[0][1].part, model[0][1].rest) == (8, 24) and model(images(8)).shape == (2, 5)
 
 
+class Bias(nn.Module):
+    """An attention bias by head, which a method and not the forward method computes, and evaluation keeps."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.shape = 17, 17, heads
+        self.table, self.bias_cache = nn.Parameter(torch.randn(17 * 17, heads)), {}
+
+    def by_head(self):
+        if self.training or "bias" not in self.bias_cache:
+            self.bias_cache["bias"] = self.table.view(self.shape).permute(2, 0, 1)
+        return self.bias_cache["bias"]
+
+
+class BiasedAttention(Attention):
+    """Attention with a bias of the weights of every head."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = Bias(4)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT + self.bias.by_head()).softmax(-1)
+        return self.head((x + self.gamma * self.proj((weights @ v).transpose(1, 2).flatten(2)))[:, 0])
+
+
+def test_tensors_that_evaluation_keeps_do_not_reach_other_subnets():
+    plain = BiasedAttention().eval()
+    x = images()
+    expected = plain(x)
+    model = slimmable(plain, x)
+    for width, heads in ((0.5, 2), (0.75, 3), (0.5, 2)):
+        with activate(model, width):
+            assert model(x).shape == (2, 5) and model.bias.bias_cache["bias"].shape == (heads, 17, 17)
+            torch.testing.assert_close(slim(model, width, x)(x), model(x))
+    torch.testing.assert_close(model(x), expected)
+
+
 class Deep(nn.Module):
     """A convolution and residual blocks."""
 

@@ -127,6 +127,7 @@ class ChannelGroups:
         numbers: attributes of modules that count channels.
         ties: indices of groups that have as many channels as another one at every width, and the index of that group.
         inputs: the inputs that were traced: shape and dtype of tensors, other values themselves.
+        caches: path of a module and attribute of every dictionary in which evaluation keeps tensors.
         stages: blocks that repeat, of which a subnet runs the first ones.
         fixed_blocks: why other blocks that repeat cannot be left out.
     """
@@ -139,6 +140,7 @@ class ChannelGroups:
         self.numbers: list[Number] = []
         self.ties: dict[int, int] = {}
         self.inputs: list[Any] = []
+        self.caches: list[tuple[str, str]] = []
         self.stages: tuple[Stage, ...] = ()
         self.fixed_blocks: tuple[str, ...] = ()
         self._counts: dict[tuple[Any, ...], int | None] = {}
@@ -170,6 +172,7 @@ class ChannelGroups:
         made.numbers = [replace(n, full=n.value(units), dimension=cut(n.dimension)) for n in numbers]
         stages = [replace(stage, blocks=stage.blocks[:depth]) for stage, depth in zip(self.stages, depths, strict=True)]
         made.stages = tuple(stages)
+        made.caches = [cache for cache in self.caches if remains(cache[0])]
         return made
 
     def full(self) -> tuple[int, ...]:
@@ -253,6 +256,16 @@ class ChannelGroups:
 def _compact(kept: np.ndarray, device: torch.device) -> int | Tensor:
     """The length of a prefix, or the positions."""
     return len(kept) if kept[-1] == len(kept) - 1 else torch.as_tensor(kept, device=device)
+
+
+def caches_of(model: nn.Module) -> list[tuple[str, str]]:
+    """Path of a module and attribute of every dictionary that is a cache, such as timm's `attention_bias_cache`."""
+    return [
+        (path, name)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name.endswith("cache") and isinstance(value, dict)
+    ]
 
 
 def owned_tensors(model: nn.Module) -> dict[tuple[str, str], Tensor]:
