@@ -7,8 +7,11 @@ Each network is built with random weights and checked:
     slim      the network cut out at each width equals the active subnet
     state     a state_dict of the original loads, and has the same names and shapes
     bf16      forward and backward under autocast are finite at width 0.5
+    compile   torch.compile(fullgraph=True) computes the same outputs and gradients at widths 1 and 0.5 as without it;
+              not checked where the original network cannot be compiled
 
-A network that `slimmable` refuses is listed with the reason.
+A network that `slimmable` refuses is listed with the reason. With `--results FILE`, results are appended to a file, and
+networks that are in it are not checked again, so an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -17,20 +20,22 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from dspnet_fast.nn import activate, slimmable
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
 
 WIDTHS = (0.25, 0.5, 0.75)
-CHECKS = ("full", "widths", "slim", "state", "bf16")
+CHECKS = ("full", "widths", "slim", "state", "bf16", "compile")
 CONVOLUTIONAL = """
 convmixer_768_32 cspdarknet53 cspresnet50 darknet53 densenet121 dla34 dla60_res2net dpn68 ecaresnet26t efficientnet_b0
 efficientnet_lite0 efficientnetv2_rw_t ese_vovnet19b_dw fbnetc_100 gernet_s ghostnet_100 ghostnetv2_100 hardcorenas_a
@@ -56,25 +61,29 @@ NAMES = [
 ]
 NOT_CONVOLUTIONAL = {f"timm:{name}" for name in OTHERS.split()} | {"torchvision:convnext_tiny", "torchvision:swin_t"}
 CLASSES = 10
+MARKS = {True: "yes", False: "no", None: "-"}
 INTRODUCTION = """\
 # Networks that become slimmable
 
 `slimmable` was tried with {count} networks of timm {timm} and torchvision {torchvision}, with random weights.
-{passed} of the {convolutional} convolutional networks pass every check, and {others_passed} of the {others} others.
+{passed} of the {convolutional} convolutional networks pass every check made, {others_passed} of the {others} others.
 Networks that are refused are refused by `slimmable`, before training.
 
 The checks: **full**, outputs equal the original network's within 1e-5 of the largest output; **widths**, forward and
 backward passes at widths 0.25, 0.5 and 0.75 are finite and have all classes; **slim**, the network cut out at each
 width equals the active subnet; **state**, the original's state_dict loads, with the same names and shapes; **bf16**,
-forward and backward passes under autocast at width 0.5 are finite. The last column is the share of the parameters that
-a subnet of width 0.5 has.
+forward and backward passes under autocast at width 0.5 are finite; **compile**, `torch.compile(fullgraph=True)` gives
+the outputs and gradients of plain PyTorch at widths 1 and 0.5, in training mode, with the backend `aot_eager`, which
+captures the graphs of both passes and generates no code ("-": the original network cannot be compiled; empty: not
+checked). {compiled} networks were checked for it. The last column is the share of the parameters that a subnet of width
+0.5 has.
 
 The page is the output of
 
     python -m benchmarks.architectures > docs/architectures.md
 
-| network | full | widths | slim | state | bf16 | parameters at 0.5 |
-|---|---|---|---|---|---|---|
+| network | full | widths | slim | state | bf16 | compile | parameters at 0.5 |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -105,8 +114,13 @@ def inputs(network: nn.Module) -> Tensor:
     raise ValueError(f"{type(network).__name__} runs on no image size that was tried")
 
 
-def check(name: str) -> dict[str, Any]:
-    """Check a network; the result has a truth value for each of `CHECKS`, or a reason under "refused"."""
+def check(name: str, compiles: bool = True) -> dict[str, Any]:
+    """Check a network; the result has a truth value for each of `CHECKS`, or a reason under "refused".
+
+    Args:
+        name: the network, such as "timm:resnet18".
+        compiles: whether to check "compile", which takes most of the time.
+    """
     network = build(name).eval()
     x = inputs(network)
     state = copy.deepcopy(network.state_dict())
@@ -128,6 +142,9 @@ def check(name: str) -> dict[str, Any]:
         "bf16": _trains(network, x, 0.5, torch.bfloat16),
         "slim": True,
     }
+    if compiles:
+        compiled = _compiles(network, x, (1.0, 0.5))
+        result["compile"] = compiled or (False if _compiles(build(name), x, (None,)) else None)
     network.load_state_dict(state)
     post_statistics(network, WIDTHS, [x])
     for width in WIDTHS:
@@ -159,17 +176,46 @@ def _trains(network: nn.Module, x: Tensor, width: float, dtype: torch.dtype | No
     return finite and all(y.shape == (len(x), CLASSES) for y in outputs)
 
 
+def _compiles(network: nn.Module, x: Tensor, widths: Sequence[float | None]) -> bool:
+    """Whether the network in training mode is one graph, with the outputs and gradients of plain PyTorch."""
+    torch.compiler.reset()
+    compiled = torch.compile(network.train(), backend="aot_eager", fullgraph=True)
+    try:
+        for width in widths:
+            with activate(network, width):
+                pairs = zip(_step(network, compiled, x), _step(network, network, x), strict=True)
+                if not all(_close(one, other, 1e-4) for one, other in pairs):
+                    return False
+    except Exception as error:  # graph breaks, and what backends do not support
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    finally:
+        network.zero_grad()
+        network.eval()
+    return True
+
+
+def _step(network: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
+    """Outputs of a forward pass, which may be random, and all gradients of its backward pass in one vector."""
+    torch.manual_seed(0)
+    outputs = [y for y in tree_iter(run(x)) if isinstance(y, Tensor)]
+    torch.stack([y.square().mean() for y in outputs]).sum().backward()
+    gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+    network.zero_grad()
+    return [*(y.detach() for y in outputs), torch.cat(gradients)]
+
+
 def page(results: Sequence[dict[str, Any]]) -> str:
     """The page of documentation."""
     rows, passed = [], set()
     for result in results:
         if "refused" in result:
             reason = result["refused"].replace("|", "/").replace("_", "\\_").replace("*", "\\*")
-            rows.append(f"| {result['name']} | refused: {reason} | | | | | |")
+            rows.append(f"| {result['name']} | refused: {reason} | | | | | | |")
             continue
-        if all(result[name] for name in CHECKS):
+        if all(result.get(name) is not False for name in CHECKS):
             passed.add(result["name"])
-        marks = " | ".join("yes" if result[name] else "no" for name in CHECKS)
+        marks = " | ".join(MARKS[result[name]] if name in result else "" for name in CHECKS)
         rows.append(f"| {result['name']} | {marks} | {result['share']:.0%} |")
     convolutional = {result["name"] for result in results} - NOT_CONVOLUTIONAL
     introduction = INTRODUCTION.format(
@@ -180,6 +226,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         convolutional=len(convolutional),
         others_passed=len(passed - convolutional),
         others=len(results) - len(convolutional),
+        compiled=sum("compile" in result for result in results),
     )
     return introduction + "\n".join(rows) + "\n"
 
@@ -188,12 +235,26 @@ def main() -> None:
     """Check networks, print a line for each on the standard error, and then the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="networks such as timm:resnet18 [the list in this file]")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="continue with the results in a file, line by line"
+    )
+    parser.add_argument(
+        "--without-compile", action="store_true", help="leave out the check that takes most of the time"
+    )
     options = parser.parse_args()
-    results = []
-    for name in options.names or NAMES:
-        results.append(check(name))
-        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    print(page(results), end="")
+    lines = options.results.read_text().splitlines() if options.results and options.results.exists() else []
+    results = {result["name"]: result for result in map(json.loads, lines)}
+    names = options.names or NAMES
+    for name in names:
+        if name in results:
+            continue
+        results[name] = check(name, not options.without_compile)
+        line = json.dumps(results[name])
+        print(line, file=sys.stderr, flush=True)
+        if options.results:
+            with options.results.open("a") as file:
+                file.write(f"{line}\n")
+    print(page([results[name] for name in names]), end="")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ import inspect
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,13 +23,15 @@ from .atomic import write_bytes
 from .device_formats import FILES
 from .errors import InputError
 from .models import Classifier, Network, build, encoder_of
+from .models.traced import TracedNetwork
 from .slim import slim
 from .subnets import Subnet
 from .tensor_file import write_tensors
 
 FORMAT = 1
 TORCHVISION: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-WEIGHTS, MANIFEST, ONNX = "model.safetensors", "manifest.json", "model.onnx"
+WEIGHTS, MANIFEST, ONNX, PROGRAM = "model.safetensors", "manifest.json", "model.onnx", "model.pt2"
+TIMM_DEPTHS = ("layers", "depths", "depth")  # arguments of constructors
 
 
 def save(
@@ -57,7 +61,7 @@ def save(
     if len(classes) != count:
         raise ValueError(f"classes has {len(classes)} names, but the network has {count} classes")
     directory.mkdir(parents=True, exist_ok=True)
-    stem = "small" if encoder.small_stem else "standard"
+    stem = _stem(encoder)
     manifest = {
         "format": FORMAT,
         "network": encoder.name,
@@ -68,12 +72,12 @@ def save(
         "features": subnet.channels[-1],
         **({"num_classes": count, "class_names": list(classes)} if count else {}),
         **extra,
-        "loads_into": _loads_into(encoder, subnet, stem, count),
+        "loads_into": loads_into(network, subnet),
         "layers": layers(network),
     }
     state = network.state_dict()
     tensors = {_timm_name(network, name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    for name in (ONNX, *itertools.chain(*FILES.values())):
+    for name in (ONNX, PROGRAM, *itertools.chain(*FILES.values())):
         (directory / name).unlink(missing_ok=True)
     metadata = {"format": "pt", "dn": subnet.name}
     write_tensors(directory / WEIGHTS, tensors, metadata)
@@ -162,12 +166,29 @@ def layers(network: nn.Module) -> list[dict[str, Any]]:
     return described
 
 
-def _loads_into(network: Network, subnet: Subnet, stem: str, classes: int) -> dict[str, str]:
-    """Constructors of timm's and torchvision's networks that take these weights, and the changes to them that are
-    needed.
+def _stem(network: Network) -> str:
+    return "small" if network.small_stem else "standard"
 
-    See docs/export.md.
+
+def loads_into(model: Network | Classifier, subnet: Subnet) -> dict[str, str]:
+    """Constructors of timm's and torchvision's networks that take an exported network's weights (docs/export.md).
+
+    Args:
+        model: a network cut out by `slim`.
+        subnet: the network's subnet.
+
+    Returns:
+        Expressions by library, and under "then" the changes to the network that are needed; empty if no library has a
+        network of this size.
+
+    Example:
+        >>> from dspnet_fast.models import subnet
+        >>> dn = subnet("resnet", "c64-d1111")
+        >>> loads_into(slim(build("resnet", dn), None), dn)["timm"]
+        'timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=0)'
     """
+    network, stem = encoder_of(model), _stem(encoder_of(model))
+    classes = model.head.out_features if isinstance(model, Classifier) else 0
     targets, changes = {}, []
     channels = network.in_channels
     in_chans = "" if channels == 3 else f", in_chans={channels}"
@@ -182,8 +203,11 @@ def _loads_into(network: Network, subnet: Subnet, stem: str, classes: int) -> di
             changes.append(f"classifier = torch.nn.Linear({subnet.channels[-1]}, {classes})")
     elif ":" in network.name:
         library, _, name = network.name.partition(":")
-        if library == "timm" and subnet.name in ("w1.0", "w1.00") and not classes:
-            targets["timm"] = f"timm.create_model({name!r}, num_classes=0{in_chans})"
+        whole = re.match(r"w1(\.0+)?(-|$)", subnet.name)
+        if library == "timm" and not classes and whole and isinstance(network, TracedNetwork):
+            depths = _timm_depths(network, name, subnet)
+            if depths is not None:
+                targets["timm"] = f"timm.create_model({name!r}, num_classes=0{in_chans}{depths})"
     elif subnet.channels[0] == 64:  # timm and torchvision fix the stem's channels
         arguments = f"timm.models.resnet.BasicBlock, {list(subnet.depths)}, num_classes={classes}{in_chans}"
         targets["timm"] = f"timm.models.resnet.ResNet({arguments})"
@@ -198,3 +222,21 @@ def _loads_into(network: Network, subnet: Subnet, stem: str, classes: int) -> di
     if changes:
         targets["then"] = "; ".join(changes)
     return targets
+
+
+def _timm_depths(network: TracedNetwork, name: str, subnet: Subnet) -> str | None:
+    """Arguments of `timm.create_model` that give a network of these shapes; None if there are none."""
+    import timm
+
+    shapes = {key: tensor.shape for key, tensor in network.body.state_dict().items()}
+    value = list(subnet.depths) if len(subnet.depths) > 1 else subnet.depths[0]
+    options: list[dict[str, Any]] = [{}, *({argument: value} for argument in TIMM_DEPTHS)]
+    for arguments in options:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                made = timm.create_model(name, num_classes=0, in_chans=network.in_channels, **arguments)
+        except Exception:  # the constructor has no such argument, or not this value
+            continue
+        if {key: tensor.shape for key, tensor in made.state_dict().items()} == shapes:
+            return "".join(f", {argument}={depths}" for argument, depths in arguments.items())
+    return None

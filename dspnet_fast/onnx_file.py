@@ -6,6 +6,7 @@ Needs the extra `onnx`: pip install 'dspnet-fast[onnx]'.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,16 +120,19 @@ class Session:
 
 
 @torch.no_grad()
-def verify(session: Session, network: nn.Module, images: Tensor) -> float:
+def verify(
+    session: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, runtime: str = "onnxruntime"
+) -> float:
     """Compare a converted network with PyTorch on `images`, as one batch and image by image.
 
     Args:
-        session: the converted network.
+        session: the converted network, such as a `Session`.
         network: the original network.
         images: normalised images, float32 [N, C, S, S], on the CPU.
+        runtime: what runs the converted network, for messages.
 
     Returns:
-        The largest absolute difference between the outputs of onnxruntime and PyTorch.
+        The largest absolute difference between the outputs of the two.
 
     Raises:
         RuntimeError: if a difference exceeds 1e-4, or 1e-4 of PyTorch's largest value if that is larger than 1.
@@ -140,8 +144,8 @@ def verify(session: Session, network: nn.Module, images: Tensor) -> float:
         difference = (result - wanted).abs()
         if not (difference <= TOLERANCE * wanted.abs().max().clamp(min=1)).all():  # false for NaN too
             raise RuntimeError(
-                f"onnxruntime's outputs differ from PyTorch's by up to {difference.max().item():.2g}: "
-                "the ONNX file is not kept"
+                f"the outputs of {runtime} differ from PyTorch's by up to {difference.max().item():.2g}: "
+                "the file is not kept"
             )
         largest = max(largest, difference.max().item())
     return largest

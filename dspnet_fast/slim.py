@@ -16,8 +16,9 @@ from .models import Classifier, Network, encoder_of, image_channels
 from .nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
 from .nn.activate import Sizes, traced_networks
 from .nn.batch_norm import MomentumBatchNorm, SlimBatchNorm
+from .nn.depth import remove_block
 from .nn.prefix import select
-from .nn.selected import Selected
+from .nn.selected import Selected, Skippable
 from .nn.shrink import state_sizes
 from .nn.sized import Sized
 from .subnets import Subnet
@@ -171,6 +172,8 @@ def _cut(model: nn.Module, ran: dict[nn.Module, int], channels: dict[nn.Module, 
     originals = {path: module for path, module in model.named_modules()}
     plain = copy.deepcopy(model, memo)
     for path, module in list(plain.named_modules()):
+        if isinstance(module, Skippable) and module.skipped:
+            remove_block(plain, path)
         _restore(module, originals[path], channels)
     return plain
 
@@ -228,7 +231,8 @@ def _restore(module: nn.Module, source: nn.Module, channels: dict[nn.Module, int
         if source.active_dn is not None and isinstance(module.num_batches_tracked, Tensor):
             module.num_batches_tracked.zero_()
     if isinstance(module, Selected):
-        vars(module).pop("active_selection", None)
+        for name in ("active_selection", "skipped"):
+            vars(module).pop(name, None)
         module.__class__ = module.original  # type: ignore[assignment]
     elif type(module) in PLAIN:
         module.__class__ = PLAIN[type(module)]
@@ -258,6 +262,8 @@ def _state_features(model: nn.Module, plain: nn.Module, inputs: Sequence[Any]) -
         return
     entries = getattr(plain, "feature_info", None)
     entries = entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else []
+    remaining = {name for name, _ in plain.named_modules()}
+    entries[:] = [entry for entry in entries if entry.get("module") in remaining | {None}]
     names = [entry.get("module") for entry in entries]
     with activate(model, None), _evaluation(model):
         full = _feature_shapes(model, inputs, names)

@@ -118,9 +118,12 @@ class Family(Sequence[Subnet]):
 
 
 def _weight_estimate(subnet: Subnet) -> tuple[int, int]:
-    """Sort key, an estimate of the weights: sum over stages of depth x channels^2, then the sum of channels."""
-    stages = subnet.channels[-len(subnet.depths) :]
-    return sum(d * c * c for d, c in zip(subnet.depths, stages, strict=True)), sum(subnet.channels)
+    """Sort key, an estimate of the weights: sum over stages of depth x channels^2, then all channels and blocks.
+
+    A network of more stages than channels has no channels for the first ones.
+    """
+    pairs = zip(reversed(subnet.depths), reversed(subnet.channels), strict=False)
+    return sum(d * c * c for d, c in pairs), sum(subnet.channels) + sum(subnet.depths)
 
 
 def sandwich(family: Family, count: int, seed: int, step: int) -> list[Subnet]:

@@ -185,15 +185,141 @@ def test_layers_replaced_afterwards_are_an_error():
         activate(model, 0.5)
 
 
-def test_converted_networks_can_be_copied_pickled_and_compiled():
+def test_converted_networks_can_be_copied_and_pickled():
     model = slimmable(Attention(), images())
     x = images()
     with activate(model, 0.5):
         wanted = model(x)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), wanted)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with activate(twin, 0.5):
             torch.testing.assert_close(twin(x), wanted)
+
+
+class Partial(nn.Module):
+    """A layer that convolves a part of its input and passes the rest on."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.part, self.rest = channels // 4, channels - channels // 4
+        self.conv = nn.Conv2d(self.part, self.part, 3, padding=1)
+
+    def forward(self, x):
+        y, rest = x.split([self.part, self.rest], 1)
+        return torch.cat([self.conv(y), rest], 1)
+
+
+def test_parts_of_a_split_shrink_although_no_layer_reads_one_of_them():
+    layers = nn.Conv2d(3, 64, 1), Partial(64), nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = slimmable(nn.Sequential(nn.Sequential(*layers), nn.Linear(64, 5)), images(8))
+    with activate(model, 0.5):
+        assert (model[0][1].part, model[0][1].rest) == (8, 24) and model(images(8)).shape == (2, 5)
+
+
+class Bias(nn.Module):
+    """An attention bias by head, which a method and not the forward method computes, and evaluation keeps."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.shape = 17, 17, heads
+        self.table, self.bias_cache = nn.Parameter(torch.randn(17 * 17, heads)), {}
+
+    def by_head(self):
+        if self.training or "bias" not in self.bias_cache:
+            self.bias_cache["bias"] = self.table.view(self.shape).permute(2, 0, 1)
+        return self.bias_cache["bias"]
+
+
+class BiasedAttention(Attention):
+    """Attention with a bias of the weights of every head."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = Bias(4)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT + self.bias.by_head()).softmax(-1)
+        return self.head((x + self.gamma * self.proj((weights @ v).transpose(1, 2).flatten(2)))[:, 0])
+
+
+def test_tensors_that_evaluation_keeps_do_not_reach_other_subnets():
+    plain = BiasedAttention().eval()
+    x = images()
+    expected = plain(x)
+    model = slimmable(plain, x)
+    for width, heads in ((0.5, 2), (0.75, 3), (0.5, 2)):
+        with activate(model, width):
+            assert model(x).shape == (2, 5) and model.bias.bias_cache["bias"].shape == (heads, 17, 17)
+            torch.testing.assert_close(slim(model, width, x)(x), model(x))
+    torch.testing.assert_close(model(x), expected)
+
+
+class Deep(nn.Module):
+    """A convolution and residual blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 16, 3), nn.ModuleList(Residual(16) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean((2, 3))
+
+
+class Residual(nn.Module):
+    """timm's normalisation with activation in a block."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1), BatchNormAct2d(channels)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "subnets"), [(Concatenation, [0.5]), (Attention, [0.5]), (Deep, [0.5, {"stem": 8, "blocks": 1}])]
+)
+def test_compiled_network_is_one_graph_and_equals_the_eager_one(network, subnets):
+    model = slimmable(network(), images(), keep=())
+    x = images()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for subnet in [None, *subnets]:
+        found = []
+        for run in (model, compiled):
+            with activate(model, subnet):
+                y = run(x)
+                y.square().sum().backward()
+            found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+            model.zero_grad()
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_slim_removes_the_blocks_that_are_left_out():
+    model = slimmable(Deep(), images(), keep=())
+    subnet = {"blocks": 2, "stem": 8}
+    post_statistics(model, [subnet], [images()])
+    small = slim(model, subnet, images())
+    assert len(small.blocks) == 2 and type(small.blocks[1]) is Residual
+    with pytest.raises(ValueError, match="blocks has 1 to 3 blocks: it cannot have 0"):
+        activate(model, {"blocks": 0})
+
+
+class Alternating(Deep):
+    """A network that needs its last block."""
+
+    def forward(self, x):
+        return self.blocks[2](self.blocks[1](self.blocks[0](self.stem(x)))).mean((2, 3))
+
+
+def test_blocks_that_the_forward_method_names_by_index_stay():
+    assert [stage.name for stage in slimmable(Deep(), images(), keep=()).channel_groups.stages] == ["blocks"]
+    assert slimmable(Alternating(), images(), keep=()).channel_groups.stages == ()
 
 
 def test_main_grad_receives_the_gradient_of_the_active_channels():

@@ -188,7 +188,8 @@ class FamilyOptions(PixelOptions):
     dns: str = option(
         "w0.50,w0.625,w0.75,w0.875,w1.00",
         "networks of the family (desired networks) by size: w0.50 has half of the channels; c64-d2222, of a resnet, "
-        "starts with 64 channels and has stages of 2, 2, 2 and 2 blocks",
+        "starts with 64 channels and has stages of 2, 2, 2 and 2 blocks; w0.50-d1122, of another network, has half of "
+        "the channels and stages of 1, 1, 2 and 2 blocks",
         metavar="NAMES",
     )
     stem: str = choice(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import dspnet_fast
-from dspnet_fast import atomic, device_formats, exported, latency, onnx_file
+from dspnet_fast import atomic, device_formats, exported, latency, onnx_file, program_file
 from dspnet_fast.cost import mac_count, parameter_count
-from dspnet_fast.models import Classifier, Network, image_channels
+from dspnet_fast.models import Classifier, Network, encoder_of, image_channels
 from dspnet_fast.slim import slim
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.switchable import Switchable
@@ -33,10 +33,11 @@ from .teachers.teacher import exported_facts
 
 DESCRIPTION = """\
 Save each network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network whose weights
-load into timm's and torchvision's classes. The manifest states its latency on this machine's CPU. Networks of a run of
-dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx adds model.onnx,
-and --formats fp16 and int8 ONNX and OpenVINO; --switchable adds one file of all networks that can switch between them
-at run time."""
+load into timm's and torchvision's classes. Networks of timm:NAME and the like, in sizes that timm does not have, are
+also saved as model.pt2, a program of torch.export. The manifest states the latency on this machine's CPU. Networks of a
+run of dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx adds
+model.onnx, and --formats fp16 and int8 ONNX and OpenVINO; --switchable adds one file of all networks that can switch
+between them at run time."""
 EXAMPLE = """\
   dspnet-export runs/first --dn w0.50
   dspnet-export runs/first --onnx --switchable
@@ -103,7 +104,7 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
     family = Family(subnets) if options.switchable else None
     trained = run.load(subnets)
     sources = trained.restore_statistics(subnets)
-    examples = _examples(trained, run.images()) if options.onnx or options.formats else None
+    examples = _examples(trained, run.images())
     images = FormatImages(trained, run.images(), run.images("test")) if options.formats else None
     written = []
     with Monitor("export", len(subnets) + options.switchable) as monitor:
@@ -112,6 +113,10 @@ def export(out: Path, dns: Sequence[str] = (), options: ExportOptions | None = N
             network = slim(trained.model, chosen)
             assert isinstance(network, Network | Classifier)
             converted, facts = _convert_and_time(network, run.image_size, examples, images, options)
+            if ":" in encoder_of(network).name and not exported.loads_into(network, chosen):
+                facts["program"] = _program(network, run.image_size, examples, converted)
+                if "refused" in facts["program"]:
+                    monitor.line(f"{chosen.name} {exported.PROGRAM} is not kept: {facts['program']['refused']}")
             for name, entry in facts.get("formats", {}).items():
                 monitor.line(f"{chosen.name} {_sentence(name, entry)}")
             manifest = {
@@ -154,9 +159,28 @@ def _training_facts(trained: EvaluatedFamily, config: PretrainConfig | FinetuneC
 
 
 def _examples(trained: EvaluatedFamily, images: ImageDataset) -> Tensor:
-    """Eight training images, [8, C, S, S], to verify the ONNX model."""
+    """Eight training images, [8, C, S, S], to verify converted networks."""
     few = Subset.up_to(VERIFICATION_IMAGES, images)
     return torch.cat(list(trained.batches(few, "images", 0))).contiguous()
+
+
+def _program(
+    network: Network | Classifier, image_size: int, examples: Tensor, files: dict[str, bytes]
+) -> dict[str, Any]:
+    """Add a program of torch.export to the files; returns its facts for the manifest."""
+    try:
+        content = program_file.convert(network, image_size)
+        difference = program_file.compare(content, network, examples)
+    except RuntimeError as error:
+        return {"refused": str(error)}
+    files[exported.PROGRAM] = content
+    return {
+        "file": exported.PROGRAM,
+        "bytes": len(content),
+        "torch": torch.__version__,
+        "verified_on": len(examples),
+        "largest_difference": difference,
+    }
 
 
 def _sentence(name: str, entry: dict[str, Any]) -> str:
@@ -170,11 +194,11 @@ def _sentence(name: str, entry: dict[str, Any]) -> str:
 def _convert_and_time(
     network: Network | Classifier,
     image_size: int,
-    examples: Tensor | None,
+    examples: Tensor,
     of_formats: FormatImages | None,
     options: ExportOptions,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Convert to ONNX and other formats if `examples` are given, and measure latency.
+    """Convert to ONNX and other formats, as `options` say, and measure latency.
 
     Returns:
         Content of files by name, and facts for the manifest.
@@ -183,7 +207,7 @@ def _convert_and_time(
     runtimes: dict[str, Callable[[], object]] = {"torch": lambda: network(images)}
     facts: dict[str, Any] = {}
     files: dict[str, bytes] = {}
-    if examples is not None:
+    if options.onnx or options.formats:
         output = "logits" if isinstance(network, Classifier) else "features"
         converted = onnx_file.convert(network, image_size, output)
         if options.onnx:

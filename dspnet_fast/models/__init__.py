@@ -9,7 +9,7 @@ from .heads import MLP, TeacherHead
 from .mobilenet_v3 import MobileNetV3
 from .network import Network
 from .resnet import ResNet
-from .traced import FORMS, traced
+from .traced import FORMS, has_chains, traced
 
 NETWORKS: dict[str, type[Network]] = {network.name: network for network in (MobileNetV3, ResNet)}
 STEMS = ("standard", "small")
@@ -28,6 +28,7 @@ __all__ = [
     "check_network",
     "encoder_of",
     "family",
+    "has_fused_formulation",
     "image_channels",
     "subnet",
 ]
@@ -44,6 +45,19 @@ def _network(name: str) -> type[Network]:
 def check_network(name: str) -> None:
     """Raise InputError unless a name is a key of `NETWORKS` or has a form such as "timm:resnet18"."""
     _network(name)
+
+
+def has_fused_formulation(network: str) -> bool:
+    """Whether a network has convolutions that fused operators can compute: those that a batch normalisation follows.
+
+    Args:
+        network: a key of `NETWORKS`, or a name such as "timm:resnet18" (`FORMS`).
+
+    Example:
+        >>> has_fused_formulation("resnet")
+        True
+    """
+    return ":" not in network or has_chains(network)
 
 
 def subnet(network: str, dn: str) -> Subnet:

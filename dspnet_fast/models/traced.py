@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn.activate import Sizes
 from ..nn.convert import slimmable, use_groups
+from ..nn.depth import no_stages, use_stages
 from ..nn.fused import fused
 from ..nn.groups import ChannelGroups
 from ..nn.shrink import shrink
@@ -27,7 +28,8 @@ SIZES = (64, 224, 299)  # of the images that a network is traced with, in pixels
 class TracedNetwork(Network):
     """An encoder that was made slimmable by tracing; a subclass per architecture has its name.
 
-    Its subnets are named by their width: "w0.50" has about half of the channels of every group.
+    Its subnets are named by their width: "w0.50" has about half of the channels of every group. Where blocks repeat,
+    "w0.50-d1122" also states the number of blocks of every stage.
     """
 
     head_name = "head"
@@ -41,23 +43,28 @@ class TracedNetwork(Network):
         super().__init__(full, in_channels=in_channels)
         self.body = make(self.name, in_channels)
         groups = reference(self.name)[1]
-        units = groups.at(_width(full.name))
-        if units != groups.full():
-            shrink(self.body, groups, units)
-        own = groups.reduced(units)
+        width, depths = _size(self.name, full.name)
+        units = groups.at(width)
+        shrink(self.body, groups, units, depths)
+        own = groups.reduced(units, depths)
         own.inputs = [((2, in_channels, *shape[2:]), dtype) for shape, dtype in groups.inputs]
         use_groups(self.body, own)
+        use_stages(self.body, own.stages)
         fused(self.body)
 
     @classmethod
     def subnet(cls, name: str) -> Subnet:
-        """The subnet of a width, such as "w0.50"."""
-        return _subnet(cls.name, _width(name), name)
+        """The subnet of a width, such as "w0.50", or of a width and depths, such as "w0.50-d1122"."""
+        return _subnet(cls.name, *_size(cls.name, name), name)
 
     def layer_sizes(self, dn: Subnet | str) -> tuple[str, Sizes]:
         name = dn if isinstance(dn, str) else dn.name
         groups = reference(self.name)[1]
-        return name, {f"body.{group}": size for group, size in groups.sizes(groups.at(_width(name))).items()}
+        width, depths = _size(self.name, name)
+        sizes = {f"body.{group}": size for group, size in groups.sizes(groups.at(width)).items()}
+        full = {stage.name: len(stage.blocks) for stage in vars(self.body)["channel_groups"].stages}
+        blocks = {stage.name: depth for stage, depth in zip(groups.stages, depths, strict=True)}
+        return name, sizes | {f"body.{stage}": depth for stage, depth in blocks.items() if depth != full[stage]}
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] to features [N, F]."""
@@ -158,6 +165,13 @@ def reference(name: str) -> tuple[nn.Module, ChannelGroups, Tensor]:
     return plain, vars(converted)["channel_groups"], images
 
 
+@functools.lru_cache(maxsize=32)
+def has_chains(name: str) -> bool:
+    """Whether `fused` finds convolutions of an architecture that a batch normalisation follows."""
+    plain, _, images = reference(name)
+    return any("norm" in vars(module) for module in fused(copy.deepcopy(plain), images).modules())
+
+
 def _images(network: nn.Module, name: str) -> Tensor:
     """Images that a network maps to pooled features."""
     config: Any = getattr(network, "default_cfg", None) or {}
@@ -180,19 +194,39 @@ def _images(network: nn.Module, name: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033
-def _subnet(network: str, width: float, name: str) -> Subnet:
+def _subnet(network: str, width: float, depths: tuple[int, ...], name: str) -> Subnet:
     plain, groups, images = reference(network)
     units = groups.at(width)
     with torch.device("cpu"), torch.no_grad():
         small = copy.deepcopy(plain)
-        shrink(small, groups, units)
+        shrink(small, groups, units, depths)
         features = small(images).shape[1]
     channels = tuple(n * group.unit_size for n, group in zip(units, groups.groups, strict=True))
-    return Subnet(name, (*channels, features), (1,))
+    return Subnet(name, (*channels, features), depths or (1,))
 
 
-def _width(name: str) -> float:
-    match = re.fullmatch(r"w(0\.\d+|1(?:\.0+)?)", name)
+def _size(network: str, name: str) -> tuple[float, tuple[int, ...]]:
+    """The width of a subnet, and the blocks of every stage."""
+    match = re.fullmatch(r"w(0\.\d+|1(?:\.0+)?)(?:-d([\d.]+))?", name)
     if not match or float(match[1]) == 0:
         raise InputError(f"{name!r} is no width of the network: they are named w0.25, w0.50 or w1.00, for example")
-    return float(match[1])
+    groups = reference(network)[1]
+    if match[2] is None:
+        return float(match[1]), groups.full_depths()
+    if not groups.stages:
+        raise InputError(
+            f"{name!r}: {network} has no blocks that can be left out: {no_stages(groups.fixed_blocks)}; "
+            f"name its networks by their width alone, for example w{match[1]}"
+        )
+    parts = match[2].split(".") if "." in match[2] or len(groups.stages) == 1 else list(match[2])
+    depths = tuple(int(part or 0) for part in parts)
+    ranges = [(stage.least, len(stage.blocks)) for stage in groups.stages]
+    if len(depths) != len(ranges) or not all(low <= d <= high for d, (low, high) in zip(depths, ranges, strict=True)):
+        stages = ", ".join(f"{stage.name} ({stage.least} to {len(stage.blocks)})" for stage in groups.stages)
+        full = [str(high) for _, high in ranges]
+        example = ("." if any(high > 9 for _, high in ranges) else "").join(full)
+        raise InputError(
+            f"{name!r}: {network} has blocks that can be left out in {stages}: give the number of blocks of each, for "
+            f"example w{match[1]}-d{example}"
+        )
+    return float(match[1]), depths

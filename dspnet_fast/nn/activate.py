@@ -134,6 +134,13 @@ def _activate_groups(
         module = root.get_submodule(number.path)
         if not isinstance(module, Sized):  # which take the number from their input
             active.set(module, number.attribute, number.attribute_value(module, units))
+    for cache, attribute in groups.caches:
+        active.set(root.get_submodule(cache), attribute, {})
+    for stage in groups.stages:
+        depth = rest.pop(stage.name, len(stage.blocks))
+        stage.check(depth)
+        for index, block in enumerate(stage.blocks[stage.least :], stage.least):
+            active.set(modules[start + block], "skipped", index >= depth)
     others = {name: size for name, size in sizes.items() if not name.startswith(start)}
     return others | {start + name: size for name, size in rest.items()}
 

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_iter
 from .activate import activate
 from .batch_norm import SlimBatchNorm, SlimBatchNorm1d, SlimBatchNorm2d
 from .conv import SlimConv2d
-from .groups import OUTPUTS, ChannelGroups, Number, find_groups, owned_tensors
+from .depth import use_stages, verified_stages
+from .groups import OUTPUTS, ChannelGroups, Number, caches_of, find_groups, owned_tensors
 from .labels import Conflict
 from .linear import SlimLinear
 from .numbers import guessed_numbers, known_numbers, tie_heads
@@ -75,16 +76,22 @@ def slimmable(
     try:
         model.eval()
         inputs = example_inputs(model, example)
+        caches = caches_of(model)
+        for path, name in caches:  # whose tensors have no labels
+            setattr(model.get_submodule(path), name, {})
         groups = find_groups(model, [(model, inputs), *_training_run(model, inputs)], keep)
         if not groups.groups:
             warnings.warn(
                 "every channel of the network is kept: name the channels to keep with keep=, which is () for none",
                 stacklevel=2,
             )
-        groups.numbers = known_numbers(model, groups)
+        groups.numbers, groups.caches = known_numbers(model, groups), caches
         groups.inputs = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        stages, groups.stages = groups.stages, ()
         use_groups(model, groups)
         _verify(model, groups, inputs, widths)
+        use_stages(model, stages)
+        groups.stages = verified_stages(model, stages, inputs)
     except BaseException:
         for module, kind, attributes in before:
             module.__class__ = kind
@@ -206,7 +213,8 @@ def _verify(model: nn.Module, groups: ChannelGroups, inputs: Any, widths: Sequen
             verified.add(width)
             continue
         path, problem = failure
-        for kind in dict.fromkeys(type(modules[name]) for name in reversed(path)):
+        running = [modules[name] for name in reversed(path)]  # and children, of which other methods may have run
+        for kind in dict.fromkeys(type(of) for module in running for of in (module, *module.children())):
             if issubclass(kind, Sized) or getattr(kind, "original", kind).__module__.startswith("torch."):
                 continue
             if tie_heads(model, groups, kind):

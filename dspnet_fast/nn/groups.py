@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..subnets import make_divisible
+from .depth import Stage, removed_blocks, repeated_blocks, stages_of
 from .labels import FIXED, Axes, Labels
 from .prefix import Positions
 from .tracing import Tracer
@@ -126,6 +127,9 @@ class ChannelGroups:
         numbers: attributes of modules that count channels.
         ties: indices of groups that have as many channels as another one at every width, and the index of that group.
         inputs: the inputs that were traced: shape and dtype of tensors, other values themselves.
+        caches: path of a module and attribute of every dictionary in which evaluation keeps tensors.
+        stages: blocks that repeat, of which a subnet runs the first ones.
+        fixed_blocks: why other blocks that repeat cannot be left out.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], tensors: dict[str, dict[str, list[Dimension]]]) -> None:
@@ -136,14 +140,21 @@ class ChannelGroups:
         self.numbers: list[Number] = []
         self.ties: dict[int, int] = {}
         self.inputs: list[Any] = []
+        self.caches: list[tuple[str, str]] = []
+        self.stages: tuple[Stage, ...] = ()
+        self.fixed_blocks: tuple[str, ...] = ()
         self._counts: dict[tuple[Any, ...], int | None] = {}
         self._selections: dict[tuple[Any, ...], dict[str, Positions]] = {}
 
     def __deepcopy__(self, memo: Any) -> ChannelGroups:
         return self  # copies of the network have the same groups
 
-    def reduced(self, units: Sequence[int]) -> ChannelGroups:
-        """The groups of the network of which each group has kept so many units."""
+    def reduced(self, units: Sequence[int], depths: Sequence[int]) -> ChannelGroups:
+        """The groups of the network of which each group has kept so many units, and each stage so many blocks."""
+        removed = tuple(removed_blocks(self.stages, depths))
+
+        def remains(path: str) -> bool:
+            return not any(path == block or path.startswith(f"{block}.") for block in removed)
 
         def cut(dimension: Dimension) -> Dimension:
             kept = dimension.kept(units)
@@ -152,16 +163,25 @@ class ChannelGroups:
         tensors = {
             path: {name: [cut(d) for d in dimensions] for name, dimensions in of.items()}
             for path, of in self.tensors.items()
+            if remains(path)
         }
         made = ChannelGroups([replace(g, units=n) for g, n in zip(self.groups, units, strict=True)], tensors)
         for name in ("foreign", "keeps_outputs", "ties", "inputs"):
             setattr(made, name, getattr(self, name))
-        made.numbers = [replace(n, full=n.value(units), dimension=cut(n.dimension)) for n in self.numbers]
+        numbers = [number for number in self.numbers if remains(number.path)]
+        made.numbers = [replace(n, full=n.value(units), dimension=cut(n.dimension)) for n in numbers]
+        stages = [replace(stage, blocks=stage.blocks[:depth]) for stage, depth in zip(self.stages, depths, strict=True)]
+        made.stages = tuple(stages)
+        made.caches = [cache for cache in self.caches if remains(cache[0])]
         return made
 
     def full(self) -> tuple[int, ...]:
         """Units of the full network."""
         return tuple(group.units for group in self.groups)
+
+    def full_depths(self) -> tuple[int, ...]:
+        """Blocks of the full network's stages."""
+        return tuple(len(stage.blocks) for stage in self.stages)
 
     def at(self, width: float) -> tuple[int, ...]:
         """Units of every group at a width."""
@@ -238,6 +258,16 @@ def _compact(kept: np.ndarray, device: torch.device) -> int | Tensor:
     return len(kept) if kept[-1] == len(kept) - 1 else torch.as_tensor(kept, device=device)
 
 
+def caches_of(model: nn.Module) -> list[tuple[str, str]]:
+    """Path of a module and attribute of every dictionary that is a cache, such as timm's `attention_bias_cache`."""
+    return [
+        (path, name)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name.endswith("cache") and isinstance(value, dict)
+    ]
+
+
 def owned_tensors(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     """Parameters and floating-point buffers by path of their module and name, each tensor once."""
     found: dict[tuple[str, str], Tensor] = {}
@@ -268,11 +298,15 @@ def find_groups(model: nn.Module, runs: Sequence[tuple[nn.Module, Any]], keep: I
     seen: set[int] = set()
     foreign: set[str] = set()
     keep = set(keep)
+    returned: dict[nn.Module, str] = {}
     for network, inputs in runs:
         own = owned_tensors(network)
         sources = [(own[key], of) for key, of in axes.items() if key in own]
         tracer = Tracer(labels, sources, {module: path for path, module in network.named_modules()})
+        if network is model:
+            tracer.blocks = {model.get_submodule(path) for _, blocks in repeated_blocks(model) for path in blocks}
         outputs = tracer.run(network, inputs)
+        returned |= tracer.returned
         if OUTPUTS in keep:
             for _, of in outputs:
                 labels.fix(of)
@@ -286,6 +320,7 @@ def find_groups(model: nn.Module, runs: Sequence[tuple[nn.Module, Any]], keep: I
     groups = _grouped(labels, tensors, axes)
     groups.foreign = foreign
     groups.keeps_outputs = OUTPUTS in keep
+    groups.stages, groups.fixed_blocks = stages_of(model, returned, {group.name for group in groups.groups})
     return groups
 
 

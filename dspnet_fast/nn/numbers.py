@@ -83,19 +83,26 @@ def guessed_numbers(model: nn.Module, groups: ChannelGroups, kind: type[nn.Modul
     """Guesses at what the attributes of all modules of a class count.
 
     An attribute may count the channels of any dimension of its size, among the module's own tensors and those of its
-    children. There is a guess for every combination, the most likely first.
+    children. There is a guess for every combination, the most likely first. Guesses that also count the channels of the
+    module around follow: a layer may split off channels that it passes on.
     """
+    yield from _guesses(model, groups, kind, around=False)
+    yield from _guesses(model, groups, kind, around=True)
+
+
+def _guesses(model: nn.Module, groups: ChannelGroups, kind: type[nn.Module], around: bool) -> Iterator[list[Number]]:
     places: dict[tuple[str, int | None], int] = {}  # number of choices by attribute and place
     choices: list[tuple[str, tuple[str, int | None], int, list[Dimension]]] = []
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if type(module) is not kind:
             continue
-        dimensions = list(_nearby(module, path, groups))
-        if not dimensions and path:  # a layer without parameters, such as a normalization that has none
+        dimensions = _with_parts(_nearby(module, path, groups))
+        if path and (around or not dimensions):  # some layers have no parameters
             parent = path.rpartition(".")[0]
-            dimensions = list(_nearby(modules[parent], parent, groups))
-        dimensions += [part for dimension in dimensions for part in dimension.parts()]
+            own = {len(dimension.group) for dimension in dimensions}
+            outer = _with_parts(_nearby(modules[parent], parent, groups))
+            dimensions += [dimension for dimension in outer if len(dimension.group) not in own]
         for attribute, place, number in _numbers_of(module):
             children = [name for name, _ in module.named_children()]
             first: list[Dimension] = []  # an element of a list may belong to the child of the same place
@@ -115,6 +122,12 @@ def guessed_numbers(model: nn.Module, groups: ChannelGroups, kind: type[nn.Modul
         yield [
             Number(path, *key, number, equal[min(index[key], len(equal) - 1)]) for path, key, number, equal in choices
         ]
+
+
+def _with_parts(dimensions: Iterator[Dimension]) -> list[Dimension]:
+    """Dimensions, and then the positions of each group in those that have several."""
+    whole = list(dimensions)
+    return [*whole, *(part for dimension in whole for part in dimension.parts())]
 
 
 def _numbers_of(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:

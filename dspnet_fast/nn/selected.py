@@ -27,9 +27,25 @@ class Selected(nn.Module):
     active_selection: Mapping[str, Positions] = {}
     original: type[nn.Module]
     _names: tuple[str, ...]
+    _skips = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made at run time
-        return _rebuild, (self.original, self._names), self.__dict__
+        return _rebuild, (self.original, self._names, self._skips), self.__dict__
+
+
+class Skippable(Selected):
+    """Base class of blocks that a subnet may leave out.
+
+    Attributes:
+        skipped: whether the forward method returns its input; set by `activate`.
+    """
+
+    skipped = False
+    _skips = True
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        follow()
+        return x if self.skipped else super().forward(x, *args, **kwargs)
 
 
 class SlimBatchNormAct(SlimBatchNorm):
@@ -58,11 +74,24 @@ def is_norm_act(kind: type[nn.Module]) -> bool:
     return issubclass(kind, _BatchNorm) and kind.__module__.startswith("timm.") and kind.__name__.endswith("NormAct2d")
 
 
-def selected_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[Selected]:
-    """The subclass of a layer's class that reads the named parameters and buffers reduced to the active channels."""
-    key = kind, names
+def skippable_class(block: nn.Module) -> type[Selected]:
+    """The subclass of a block's class that can be skipped."""
+    if isinstance(block, Selected):
+        return selected_class(block.original, block._names, skips=True)
+    return selected_class(type(block), (), skips=True)
+
+
+def selected_class(kind: type[nn.Module], names: tuple[str, ...], skips: bool = False) -> type[Selected]:
+    """The subclass of a layer's class that reads the named parameters and buffers reduced to the active channels.
+
+    Args:
+        kind: the class of the layer.
+        names: the parameters and buffers.
+        skips: whether the layer is a block that can be skipped.
+    """
+    key = kind, names, skips
     if key not in _classes:
-        bases: tuple[type, ...] = (Selected, kind)
+        bases: tuple[type, ...] = (Skippable if skips else Selected, kind)
         if is_norm_act(kind):
             bases = (Selected, SlimBatchNormAct, kind)
         elif issubclass(kind, _BatchNorm):
@@ -73,7 +102,7 @@ def selected_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[Select
     return _classes[key]
 
 
-_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[Selected]] = {}
+_classes: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[Selected]] = {}
 
 
 def _read(module: Selected, name: str) -> Tensor | None:
@@ -83,6 +112,6 @@ def _read(module: Selected, name: str) -> Tensor | None:
     return tensor if tensor is None or positions is None else select(tensor, positions)
 
 
-def _rebuild(kind: type[nn.Module], names: tuple[str, ...]) -> Selected:
-    made = selected_class(kind, names)
+def _rebuild(kind: type[nn.Module], names: tuple[str, ...], skips: bool) -> Selected:
+    made = selected_class(kind, names, skips)
     return made.__new__(made)

@@ -9,18 +9,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from .depth import remove_block, removed_blocks
 from .groups import ChannelGroups
 from .prefix import select
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, groups: ChannelGroups, units: Sequence[int]) -> None:
+def shrink(model: nn.Module, groups: ChannelGroups, units: Sequence[int], depths: Sequence[int]) -> None:
     """Cut an ordinary network to a subnet, in place.
 
     Args:
         model: a network of the layers that were traced, not converted by `slimmable`.
         groups: its channel groups.
         units: units that each group keeps.
+        depths: blocks that each stage keeps.
     """
     for path in groups.tensors:
         module = model.get_submodule(path)
@@ -38,6 +40,8 @@ def shrink(model: nn.Module, groups: ChannelGroups, units: Sequence[int]) -> Non
         setattr(module, number.attribute, number.attribute_value(module, units))
     for path in groups.tensors:
         state_sizes(model.get_submodule(path))
+    for path in removed_blocks(groups.stages, depths):
+        remove_block(model, path)
 
 
 def state_sizes(module: nn.Module) -> None:

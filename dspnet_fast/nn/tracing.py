@@ -42,6 +42,8 @@ class Tracer(TorchDispatchMode):
         users: by id of each parameter and buffer, paths of the modules that used it.
         path: names of the modules that run, from the outermost to the innermost.
         reasons: operations that fixed channels because their effect on channels is unknown, and the modules.
+        blocks: modules to watch; set by the caller.
+        returned: by watched module that ran, why it does not return the channels of its input, or an empty text.
     """
 
     def __init__(self, labels: Labels, sources: Sequence[tuple[Tensor, Axes]], names: dict[nn.Module, str]) -> None:
@@ -55,6 +57,8 @@ class Tracer(TorchDispatchMode):
         self.users: dict[int, set[str]] = {}
         self.path: list[str] = []
         self.reasons: dict[str, str] = {}
+        self.blocks: set[nn.Module] = set()
+        self.returned: dict[nn.Module, str] = {}
 
     def run(self, model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Tensor, Axes]]:
         """Run the model; returns the tensors of its output with their labels."""
@@ -80,8 +84,20 @@ class Tracer(TorchDispatchMode):
     def _enter(self, module: nn.Module, _: Any) -> None:
         self.path.append(self._names.get(module, self.path[-1] if self.path else ""))
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.path.pop()
+        if module in self.blocks:
+            self.returned[module] = "it runs twice" if module in self.returned else self._difference(args, output)
+
+    def _difference(self, args: Any, output: Any) -> str:
+        """Why a module does not return the channels of its input; an empty text if it does."""
+        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+            return "it does not map a tensor to a tensor"
+        if args[0].shape != output.shape:
+            return "its output has another shape than its input"
+        received, returned = self.axes(args[0]), self.axes(output)
+        equal = len(received) == len(returned) and all(map(torch.equal, received, returned))
+        return "" if equal and returned else "it does not add its input to its output"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.ops.layers import IMAGES, MOBILENET, RESNET, VIEWS, Conv
 from dspnet_fast.ops import triton as provider
 
 DTYPES = (torch.bfloat16, torch.float32)
+OTHER_ACTS = ("relu6", "silu")  # of traced networks
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -113,11 +115,19 @@ def call_slim_linear(layer: Conv, dtype: torch.dtype) -> None:
 CALLS = {name.removeprefix("call_"): function for name, function in globals().items() if name.startswith("call_")}
 
 
+def layers() -> list[Conv]:
+    """The layers of our networks, and one pointwise and one depthwise layer with each activation of others."""
+    own = [*(MOBILENET | RESNET).values()]
+    pointwise = next(layer for layer in own if layer.act == "hardswish" and layer.groups == 1)
+    depthwise = next(layer for layer in own if layer.act == "hardswish" and layer.groups > 1)
+    return [*own, *(replace(layer, act=act) for act in OTHER_ACTS for layer in (pointwise, depthwise))]
+
+
 def launches(operator: str) -> list[Launch]:
     """All distinct launches of an operator."""
     found: dict[Launch, None] = {}
     with launch.observed(lambda *observed: found.setdefault(Launch.of(*observed))):
-        for layer in (MOBILENET | RESNET).values():
+        for layer in layers():
             for dtype in DTYPES:
                 CALLS[operator](layer, dtype)
     return list(found)

@@ -1,6 +1,8 @@
 """Networks of timm, torchvision and users as families: names, sizes, export."""
 
+import copy
 import json
+import pickle
 import sys
 
 import pytest
@@ -27,11 +29,48 @@ def small() -> nn.Module:
     )  # fmt: skip
 
 
+class Residual(nn.Module):
+    """A block with a shortcut, and a parameter of its own."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+        self.gamma = nn.Parameter(torch.rand(out_channels, 1, 1))
+        self.adds = channels == out_channels
+
+    def forward(self, x):
+        y = self.gamma * self.norm(self.conv(x)).relu()
+        return x + y if self.adds else y
+
+
+class ByName(nn.Module):
+    """A stage that is no container of torch.nn."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Residual(16, 32), Residual(32, 32)
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+def deep() -> nn.Module:
+    blocks = nn.Sequential(*(Residual(16, 16) for _ in range(3)))
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2), blocks, ByName(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def without_residuals() -> nn.Module:
+    plain = [nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU()) for _ in range(2)]
+    strided = [Residual(16, 16), Residual(16, 32)]
+    return nn.Sequential(nn.Conv2d(3, 16, 1), *plain, *strided, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 @pytest.fixture(autouse=True)
 def encoders(monkeypatch):
     """A module of the user."""
     module = type(sys)("encoders")
     module.small, module.maps, module.nothing = small, lambda: nn.Conv2d(3, 8, 1), lambda: 1
+    module.deep, module.without_residuals = deep, without_residuals
     monkeypatch.setitem(sys.modules, "encoders", module)
 
 
@@ -56,6 +95,64 @@ def test_network_built_for_a_width_has_only_its_weights():
         activate(half, "w1.00")
 
 
+DEEP = "encoders:deep"
+
+
+def test_subnets_of_fewer_blocks_run_the_first_blocks_of_each_stage():
+    made = family(DEEP, ["w0.50-d11", "w0.50", "w1.00-d2.1", "w1.00"])
+    assert [dn.depths for dn in made] == [(1, 1), (3, 2), (2, 1), (3, 2)]
+    model = build(DEEP, made.full).double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    body = copy.deepcopy(deep()).double()
+    body.load_state_dict(model.body.state_dict())
+    body[1], body[2].two = body[1][:2], nn.Identity()
+    with activate(model, "w1.00-d2.1"):
+        y = model(x)
+    torch.testing.assert_close(y, body(x))
+    y.sum().backward()
+    assert model.body[1][1].conv.weight.grad.any() and model.body[1][2].conv.weight.grad is None
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+    with activate(model, "w0.50-d11"):
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model.body))(x), model(x))
+
+
+def test_network_built_for_few_blocks_has_only_their_weights():
+    small = build(DEEP, subnet(DEEP, "w0.50-d21"))
+    names = {name.partition(".conv")[0] for name in small.state_dict() if name.endswith("conv.weight")}
+    assert names == {"body.1.0", "body.1.1", "body.2.one"}
+    with activate(small, "w0.25-d11"):
+        assert small(torch.randn(2, 3, 9, 9)).shape == (2, 8)
+    with pytest.raises(ValueError, match="1 has 1 to 2 blocks: it cannot have 3"):
+        activate(small, "w0.50-d31")
+
+
+def test_exported_network_of_few_blocks_has_the_original_names(tmp_path):
+    made = family(DEEP, ["w0.50-d11", "w1.00"])
+    model = build(DEEP, made.full)
+    x = torch.randn(4, 3, 9, 9)
+    post_statistics(model, made, [x])
+    exported.save(tmp_path, slim(model, made[0]), made[0], {})
+    assert load_file(tmp_path / "model.safetensors").keys() < deep().state_dict().keys()
+    with activate(model, made[0]), torch.no_grad():
+        torch.testing.assert_close(exported.load(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "dn", "message"),
+    [
+        (DEEP, "w0.50-d1", r"left out in 1 \(1 to 3\), 2 \(1 to 2\): .* for example w0.50-d32"),
+        (DEEP, "w0.50-d41", "give the number of blocks of each"),
+        (DEEP, "w0.50-d0.1", "give the number of blocks of each"),
+        (DEEP, "w0.50-d1..1", "give the number of blocks of each"),
+        (NAME, "w0.50-d1", "no blocks that can be left out: it has no blocks of one class that follow each other"),
+        ("encoders:without_residuals", "w0.50-d1", r"4 \(Residual\): its output has another shape than its input"),
+    ],
+)
+def test_impossible_numbers_of_blocks_are_rejected(network, dn, message):
+    with pytest.raises(InputError, match=message):
+        subnet(network, dn)
+
+
 @pytest.mark.parametrize("classes", [0, 5])
 def test_exported_networks_of_all_widths_load_with_the_original_names(classes, tmp_path):
     made = family(NAME, ["w0.50", "w1.00"])
@@ -73,9 +170,9 @@ def test_exported_networks_of_all_widths_load_with_the_original_names(classes, t
             torch.testing.assert_close(exported.load(tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_network_of_timm_is_exported_for_timm(tmp_path):
-    name = "timm:lcnet_050"
-    dn = subnet(name, "w1.00")
+@pytest.mark.parametrize(("name", "dn"), [("timm:lcnet_050", "w1.00"), ("timm:convnext_atto", "w1.00-d1221")])
+def test_network_of_timm_is_exported_for_timm(name, dn, tmp_path):
+    dn = subnet(name, dn)
     model = build(name, dn)
     exported.save(tmp_path, slim(model, dn), dn, {})
     constructor = json.loads((tmp_path / "manifest.json").read_text())["loads_into"]["timm"]
@@ -84,6 +181,29 @@ def test_network_of_timm_is_exported_for_timm(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_families_take_images_of_other_channels_than_three(channels, tmp_path):
+    name = "timm:lcnet_050"
+    made = family(name, ["w0.50", "w1.00"])
+    model = build(name, made.full, in_channels=channels)
+    x = torch.randn(4, channels, 32, 32)
+    post_statistics(model, made, [x])
+    for dn in made:
+        exported.save(tmp_path, slim(model, dn), dn, {"pixels": {"channels": channels}})
+        with activate(model, dn), torch.no_grad():
+            torch.testing.assert_close(exported.load(tmp_path)(x), model(x), rtol=1e-3, atol=1e-5)
+    network = eval(json.loads((tmp_path / "manifest.json").read_text())["loads_into"]["timm"], {"timm": timm})
+    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match=f"takes images of 3 channels, not {channels}"):
+        build(NAME, subnet(NAME, "w0.50"), in_channels=channels)
+
+
+def test_size_that_timm_cannot_build_has_no_constructor():
+    name = "timm:convnext_atto"
+    dn = subnet(name, "w0.50")
+    assert exported.loads_into(slim(build(name, dn), None), dn) == {}
 
 
 def test_published_weights_load_into_the_traced_network(tmp_path):

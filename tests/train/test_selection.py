@@ -230,6 +230,21 @@ def test_fp16_gives_eager_without_verification(small, no_workers):
     assert choose_kernels(small(**FAMILY, precision="fp16"), 10, CPU).formulation == "eager"
 
 
+def without_batch_norm():
+    layers = torch.nn.Conv2d(3, 16, 3), torch.nn.GroupNorm(4, 16), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
+    return torch.nn.Sequential(*layers, torch.nn.Flatten())
+
+
+def test_network_without_batch_normalisation_is_eager_without_verification(small, no_workers, capsys):
+    config = small(network=f"{__name__}:without_batch_norm", dns="w0.50,w1.00", stem="standard", fast_kernels=True)
+    verdict = selection.select(config, CPU)
+    assert (verdict.formulation, verdict.operators, verdict.reason) == ("eager", {}, selection.NOTHING_TO_FUSE)
+    expected = Kernels("eager", selection.NOTHING_TO_FUSE)
+    assert choose_kernels(config, 10, CPU) == expected
+    kernels.use_kernels(CPU, config, 16, None, tf32=False, plugins="", trains=True)
+    assert capsys.readouterr().out == f"{expected.line()}\n"
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_short_run_without_verdict_does_not_select(small, monkeypatch, no_workers, known):
     monkeypatch.setattr(registry, "known_to_be_fast", lambda device, precision: known)

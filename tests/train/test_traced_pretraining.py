@@ -1,5 +1,6 @@
 """Families of traced networks pretrain like the project's own."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -7,13 +8,17 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.nn.batch_norm import MomentumBatchNorm
+from tests.small_run import SMALL_RUN
 from train.config import PretrainConfig
+from train.export import export
 from train.pretraining.dspnet import DSPNet
 from train.pretraining.flat_buffers import FlatBuffers
 from train.pretraining.recipe import complete
+from train.pretraining.run import PretrainRun
 from train.selection.recording import calls_of
 
 
@@ -25,7 +30,24 @@ def encoder() -> nn.Module:
     )  # fmt: skip
 
 
-NAME = f"{__name__}:encoder"
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), BatchNormAct2d(16)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x))
+
+
+def deep() -> nn.Module:
+    """An encoder of residual blocks."""
+    stem = nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    return nn.Sequential(*stem, nn.Sequential(Block(), Block(), Block()), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+NAME, DEEP = f"{__name__}:encoder", f"{__name__}:deep"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -42,15 +64,18 @@ def test_step_trains_the_sampled_subnets_of_a_traced_network(precision):
     assert not torch.equal(flat.params, before) and flat.params.isfinite().all()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fused_step_equals_the_eager_one(precision, policy):
-    made = family(NAME, ["w0.50", "w1.00"])
+@pytest.mark.parametrize(
+    ("network", "smallest", "precision"),
+    [(NAME, "w0.50", "fp32"), (NAME, "w0.50", "bf16"), (DEEP, "w0.50-d1", "fp32")],
+)
+def test_fused_step_equals_the_eager_one(network, smallest, precision, policy):
+    made = family(network, [smallest, "w1.00"])
     exact = precision == "fp32"  # in fp64
     images, found = torch.randn(8, 3, 16, 16).to(torch.float64 if exact else torch.float32), []
     for name in ("native", "eager"):
         policy(name)
         torch.manual_seed(0)
-        model = DSPNet(NAME, made, hidden_features=32, out_features=16, precision=precision, bn_groups=2)
+        model = DSPNet(network, made, hidden_features=32, out_features=16, precision=precision, bn_groups=2)
         flat = FlatBuffers(*((model.online.double(), model.target.double()) if exact else (model.online, model.target)))
         losses = model.accumulate(images, list(made), 0.5)
         found.append((torch.stack([*losses.values()]), flat.grads, flat.statistics))
@@ -78,6 +103,29 @@ def test_gradients_of_a_subnet_are_zero_outside_it():
     for parameter in (body[0].weight, body[4].weight, body[5].weight):
         half = len(parameter) // 2
         assert parameter.main_grad[:half].any() and not parameter.main_grad[half:].any()
+
+
+def test_subnet_of_fewer_blocks_trains_the_first_blocks_only():
+    made = family(DEEP, ["w1.00-d2", "w1.00"])
+    model = DSPNet(DEEP, made, hidden_features=32, out_features=16)
+    FlatBuffers(model.online, model.target)
+    images = torch.randn(8, 3, 16, 16)
+    model.accumulate_subnet(images, model.targets(images), made.smallest)
+    gradients = [block.conv.weight.main_grad.any() for block in model.online.encoder.body[3]]
+    assert gradients == [True, True, False]
+
+
+def test_run_with_fewer_blocks_is_exported_as_programs(images, tmp_path):
+    out, size = tmp_path / "run", SMALL_RUN["image_size"]
+    options = {**SMALL_RUN, "network": DEEP, "dns": "w0.50-d1,w1.00", "stem": "standard", "data": str(images)}
+    PretrainRun(PretrainConfig(**options, out=str(out)), resume=False).run()
+    for folder in export(out):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["loads_into"] == {} and manifest["program"]["largest_difference"] < 1e-4
+        x = torch.randn(3, 3, size, size)
+        program = torch.export.load(folder / manifest["program"]["file"]).module()
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), exported.load(folder)(x))
 
 
 def test_target_keeps_the_activation_functions_of_its_normalisation_layers():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dspnet_fast import atomic, verdicts
+from dspnet_fast.models import has_fused_formulation
 from dspnet_fast.ops import registry
 from dspnet_fast.plugins import load as load_plugins
 from dspnet_fast.verdicts import FORMULATIONS, POLICIES, Verdict
@@ -29,7 +30,7 @@ from ..run.device import check_fast_kernels
 from ..teachers.targets import random_targets
 from .racer import FEWEST_IMAGES
 from .recording import micro_batch_config, shape_of
-from .selection import Print, Progress, key_of, select, verify_run
+from .selection import NOTHING_TO_FUSE, Print, Progress, key_of, select, verify_run
 
 KERNELS = "kernels.json"
 SELECTION_SECONDS = {"cpu": 60.0, "cuda": 300.0}  # of a selection, roughly; on a GPU it compiles kernels
@@ -143,6 +144,8 @@ class _Rank:
 
     def choose(self, steps: int) -> Kernels:
         """The kernels of a new run."""
+        if not has_fused_formulation(self.config.network):
+            return Kernels("eager", NOTHING_TO_FUSE)
         decides = self.world.rank in self.kinds
         gathered = self.world.all_gather(self._verdict(steps) if decides else None)
         found = [verdict for rank in self.kinds if (verdict := gathered[rank]) is not None]
@@ -265,6 +268,8 @@ def use_kernels(
     key = key_of(device, tf32, plugins)
     if policy := registry.policy_of_environment():
         kernels = Kernels(policy, "DSPNET_KERNELS is set")
+    elif not has_fused_formulation(networks.network):
+        kernels = Kernels("eager", NOTHING_TO_FUSE)
     else:
         shape = {"network": networks.network, "dns": networks.dns, "stem": networks.stem, "image_size": image_size}
         kernels = _existing(key, shape, out, trains) or Kernels(

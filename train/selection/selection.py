@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dspnet_fast import verdicts
+from dspnet_fast.models import has_fused_formulation
 from dspnet_fast.ops import registry
 from dspnet_fast.verdicts import Race, Verdict
 from dspnet_fast.verification.calls import odd_variants
@@ -32,6 +33,7 @@ VERIFYING_SHARE = 0.75  # of this time, for verification
 RACING_SECONDS = {"cpu": 15.0, "cuda": 30.0}  # for the timed steps
 FIRST_STEPS_SECONDS = 300.0  # for the first steps of a formulation, which may compile kernels
 BUSY = "known without a race, for which the device was too busy"
+NOTHING_TO_FUSE = "no convolution of the network is followed by a batch normalisation that could be fused"
 PROGRESS_SECONDS = 5.0  # between printed lines
 
 Print = Callable[[str], object]
@@ -64,11 +66,14 @@ def select(
     """
     key, shape = key_of(device, config.tf32, config.plugins, config.cudnn), shape_of(config, world_size)
     progress, deadline = Progress(write), time.monotonic() + _limit(world_size)
-    outcomes = verify_run(config, device, world_size, progress, call_seconds)
+    fuses = has_fused_formulation(config.network)
+    outcomes = verify_run(config, device, world_size, progress, call_seconds) if fuses else {}
     today, race = date.today().isoformat(), None
     missing = [name for name in registry.CONVOLUTIONS if not any(o.verified for o in outcomes.get(name, {}).values())]
     if config.precision == "fp16":
         formulation, reason = "eager", "fp16 is computed in plain PyTorch only"
+    elif not fuses:
+        formulation, reason = "eager", NOTHING_TO_FUSE
     elif missing:
         formulation, reason = "eager", f"no provider of {missing[0]} was verified"
     else:
