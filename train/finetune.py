@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, build
+from dspnet_fast.models import Network, build, check_network
 from dspnet_fast.models import family as family_of
 from dspnet_fast.subnets import Family
 
@@ -144,6 +144,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
         config = resolve_pixels(config, train)
     assert config.data is not None and config.image_size is not None
     options, format = config.family(), PixelFormat.of(config)
+    check_network(options.network, config.image_size)
     train, test = read_as(train, format), read_as(open_images(config.data, "test"), format)
     if config.from_ != SCRATCH:
         train = without_bad_images(Path(config.from_), train)

@@ -6,9 +6,9 @@
 //
 // If `apply` is false, only g = 0.
 //
-// Bound by memory, fp32: one pass reads p, g, m, v, xi and writes them, 40 bytes per element. A block processes one tile
-// (cuda_flat_step.h). The factors that depend on t are computed once, by a kernel of one thread before the pass: they
-// need transcendental functions in double, of which a GPU computes few per second.
+// Bound by memory, fp32: one pass reads p, g, m, v, xi and writes them, 40 bytes per element. A block processes one
+// tile (cuda_flat_step.h). The factors that depend on t are computed once, by a kernel of one thread before the pass:
+// they need transcendental functions in double, of which a GPU computes few per second.
 #ifndef __CUDACC_RTC__
 #include <cmath>
 #endif

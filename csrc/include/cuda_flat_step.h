@@ -2,8 +2,8 @@
 //
 // The buffers are split into regions, each a segment or the gap between two, and regions into tiles of 4096 elements. A
 // block processes one tile, whose elements are all in a segment or all in a gap, and finds its region by binary search.
-// Up to 220 regions are kernel parameters, limited to 4 KB, so no table is copied to the device, and a CUDA graph stores
-// them.
+// Up to 220 regions are kernel parameters, limited to 4 KB, so no table is copied to the device, and a CUDA graph
+// stores them.
 #pragma once
 
 #include "cuda_kernel.h"
@@ -55,8 +55,8 @@ __device__ inline void zero_gradients(scalar_t* grads, const Tile& tile, int ali
   });
 }
 
-// Calls update(Constant<width>, i, has_target) as for_range does; has_target is Constant<1> for the tile's elements with
-// a target, and Constant<0> for those without.
+// Calls update(Constant<width>, i, has_target) as for_range does; has_target is Constant<1> for the tile's elements
+// with a target, and Constant<0> for those without.
 template <int width, typename Update>
 __device__ inline void for_tile(const Tile& tile, int aligned, int64_t target_size, const Update& update) {
   const int64_t split = target_size < tile.begin ? tile.begin : target_size < tile.end ? target_size : tile.end;

@@ -9,7 +9,7 @@ from .heads import MLP, TeacherHead
 from .mobilenet_v3 import MobileNetV3
 from .network import Network
 from .resnet import ResNet
-from .traced import FORMS, has_chains, traced
+from .traced import FORMS, check_image_size, has_chains, traced
 
 NETWORKS: dict[str, type[Network]] = {network.name: network for network in (MobileNetV3, ResNet)}
 STEMS = ("standard", "small")
@@ -42,9 +42,22 @@ def _network(name: str) -> type[Network]:
     return NETWORKS[name]
 
 
-def check_network(name: str) -> None:
-    """Raise InputError unless a name is a key of `NETWORKS` or has a form such as "timm:resnet18"."""
+def check_network(name: str, image_size: int | None = None) -> None:
+    """Check the name of a network, and the size of its images.
+
+    Args:
+        name: a key of `NETWORKS`, or a name such as "timm:resnet18" (`FORMS`).
+        image_size: height and width of the images, in pixels; None: any.
+
+    Raises:
+        InputError: the name is of neither form, or the network does not run on images of this size.
+
+    Example:
+        >>> check_network("resnet", 64)
+    """
     _network(name)
+    if ":" in name and image_size is not None:
+        check_image_size(name, image_size)
 
 
 def has_fused_formulation(network: str) -> bool:

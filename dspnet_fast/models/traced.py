@@ -166,6 +166,24 @@ def reference(name: str) -> tuple[nn.Module, ChannelGroups, Tensor]:
 
 
 @functools.lru_cache(maxsize=32)
+def check_image_size(name: str, image_size: int) -> None:
+    """Raise InputError if a network does not run on images of a height and width."""
+    plain, _, images = reference(name)
+    usual = images.shape[-1]
+    if image_size == usual:
+        return
+    with torch.device("cpu"), torch.no_grad():
+        try:
+            plain(torch.zeros(1, 3, image_size, image_size))
+        except Exception as error:  # of many types
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"--network {name} does not run on images of {image_size} px: {reason.rstrip('.')}. Use --image-size "
+                f"{usual}, or name a function that makes the network for other sizes as MODULE:FUNCTION"
+            ) from error
+
+
+@functools.lru_cache(maxsize=32)
 def has_chains(name: str) -> bool:
     """Whether `fused` finds convolutions of an architecture that a batch normalisation follows."""
     plain, _, images = reference(name)
@@ -175,7 +193,8 @@ def has_chains(name: str) -> bool:
 def _images(network: nn.Module, name: str) -> Tensor:
     """Images that a network maps to pooled features."""
     config: Any = getattr(network, "default_cfg", None) or {}
-    usual = config.get("input_size", (3, 224, 224))[-1]
+    own = getattr(getattr(network, "patch_embed", None), "img_size", None)  # of timm's transformers
+    usual = own[-1] if own else config.get("input_size", (3, 224, 224))[-1]
     sizes = [usual] if config.get("fixed_input_size") else [size for size in SIZES if size < usual] + [usual]
     problem: Exception | None = None
     for size in sizes:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dspnet_fast import exported
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Classifier, build, family, subnet
+from dspnet_fast.models import Classifier, build, check_network, family, subnet
 from dspnet_fast.models.published import Source, load_published
 from dspnet_fast.nn import activate
 from dspnet_fast.slim import slim
@@ -71,6 +71,7 @@ def encoders(monkeypatch):
     module = type(sys)("encoders")
     module.small, module.maps, module.nothing = small, lambda: nn.Conv2d(3, 8, 1), lambda: 1
     module.deep, module.without_residuals = deep, without_residuals
+    module.transformer = lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
     monkeypatch.setitem(sys.modules, "encoders", module)
 
 
@@ -244,6 +245,16 @@ def test_torchvision_networks_lose_their_classifier():
 def test_unusable_networks_and_widths_are_rejected(network, dn, message):
     with pytest.raises(InputError, match=message):
         subnet(network, dn)
+
+
+def test_transformer_takes_images_of_the_size_it_was_made_for():
+    check_network("encoders:transformer", 32)
+    assert subnet("encoders:transformer", "w0.50").channels[-1] < subnet("encoders:transformer", "w1.00").channels[-1]
+    with pytest.raises(
+        InputError, match=r"does not run on images of 48 px: .*\. Use --image-size 32, or name a function"
+    ):
+        check_network("encoders:transformer", 48)
+    check_network(NAME, 48)
 
 
 def test_small_stem_and_feature_maps_are_rejected():

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.models import check_network
 from dspnet_fast.models import family as family_of
 from dspnet_fast.models.published import Source, check_name
 from dspnet_fast.subnets import sandwich
@@ -85,6 +86,7 @@ def estimate(config: PretrainConfig, resume: bool = False) -> RunEstimate:
     """
     if config.out:
         check_run(config, resume)
+    check_network(config.network, config.image_size)
     family = family_of(config.network, config.names())
     sandwich(family, config.subnets_per_step, config.seed, 0)
     size = known_size(config.data)

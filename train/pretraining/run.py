@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
+from dspnet_fast.models import check_network
 from dspnet_fast.models.published import Source
 from dspnet_fast.ops import registry
 
@@ -103,6 +104,7 @@ class PretrainRun:
         if world.is_main:
             trackers.require(config.log_to)
             check_out(config, resume)  # before images are downloaded
+            check_network(config.network, config.image_size)
         images = open_train_images(config)
         if resume:
             config = resumed_pixels(config, read_config(Path(config.out), PretrainConfig))
