@@ -37,18 +37,21 @@ from dspnet_fast.statistics import post_statistics
 WIDTHS = (0.25, 0.5, 0.75)
 CHECKS = ("full", "widths", "slim", "state", "bf16", "compile")
 CONVOLUTIONAL = """
-convmixer_768_32 cspdarknet53 cspresnet50 darknet53 densenet121 dla34 dla60_res2net dpn68 ecaresnet26t efficientnet_b0
-efficientnet_lite0 efficientnetv2_rw_t ese_vovnet19b_dw fbnetc_100 gernet_s ghostnet_100 ghostnetv2_100 hardcorenas_a
-hgnet_tiny hgnetv2_b0 hrnet_w18_small inception_next_tiny lcnet_050 legacy_xception mixnet_s mnasnet_small
-mobilenet_edgetpu_v2_xs mobilenetv2_050 mobilenetv3_large_100 mobilenetv3_small_050 mobilenetv4_conv_small mobileone_s0
-nf_regnet_b0 nfnet_f0 regnetx_002 regnety_002 regnetz_b16 repghostnet_050 repvgg_a0 res2net50_26w_4s resnest14d resnet18
-resnet50 resnet50d resnetv2_50 resnext50_32x4d rexnet_100 selecsls42 semnasnet_075 seresnet50 skresnet18 spnasnet_100
-starnet_s1 tf_efficientnet_lite0 tinynet_e tresnet_m vgg11_bn vovnet39a xception41
+bat_resnext26ts convmixer_768_32 cs3darknet_s cspdarknet53 cspresnet50 darknet53 densenet121 dla34 dla60_res2net dpn68
+eca_nfnet_l0 ecaresnet26t efficientnet_b0 efficientnet_lite0 efficientnetv2_rw_t ese_vovnet19b_dw fasternet_t0
+fbnetc_100 gernet_s ghostnet_100 ghostnetv2_100 ghostnetv3_100 hardcorenas_a hgnet_tiny hgnetv2_b0 hrnet_w18_small
+inception_next_tiny lcnet_050 legacy_xception mixnet_s mnasnet_small mobilenet_edgetpu_v2_xs mobilenetv2_050
+mobilenetv3_large_100 mobilenetv3_small_050 mobilenetv4_conv_small mobileone_s0 nf_regnet_b0 nfnet_f0 regnetx_002
+regnety_002 regnetz_b16 repghostnet_050 repvgg_a0 res2net50_26w_4s resnest14d resnet18 resnet50 resnet50d resnetv2_50
+resnext50_32x4d rexnet_100 selecsls42 semnasnet_075 seresnet50 skresnet18 spnasnet_100 starnet_s1
+tf_efficientnet_lite0 tinynet_e tresnet_m vgg11_bn vovnet39a xception41
 """
 OTHERS = """
-convformer_s18 convnext_atto convnextv2_atto coat_lite_tiny deit_tiny_patch16_224 edgenext_xx_small efficientformer_l1
-fastvit_t8 levit_128s mambaout_femto mixer_s32_224 mobilevitv2_050 poolformer_s12 pvt_v2_b0 repvit_m0_9
-swin_tiny_patch4_window7_224 vit_tiny_patch16_224 xcit_nano_12_p16_224
+cait_xxs24_224 coat_lite_tiny coatnet_pico_rw_224 convformer_s18 convit_tiny convnext_atto convnextv2_atto
+deit_tiny_patch16_224 edgenext_xx_small efficientformer_l1 efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224
+fastvit_t8 gcvit_xxtiny gmlp_s16_224 hiera_tiny_224 lambda_resnet26t levit_128s mambaout_femto mixer_s32_224
+mobilevit_xxs mobilevitv2_050 pit_ti_224 poolformer_s12 pvt_v2_b0 repvit_m0_9 resmlp_12_224 shvit_s1
+swin_tiny_patch4_window7_224 tiny_vit_5m_224 visformer_tiny vit_tiny_patch16_224 xcit_nano_12_p16_224
 """
 TORCHVISION = """
 alexnet densenet121 efficientnet_b0 efficientnet_v2_s googlenet mnasnet0_5 mobilenet_v2 mobilenet_v3_small
