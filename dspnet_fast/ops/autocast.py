@@ -11,12 +11,14 @@ from torch import Tensor
 CAST = (torch.float32, torch.float16, torch.bfloat16)  # as convolutions: all but float64
 DISPATCH_KEYS = ("AutocastCPU", "AutocastCUDA")
 
+# Found here, because torch.compile of PyTorch 2.11 cannot call is_autocast_available.
+_DEVICES = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
 
 def is_autocasting(device: torch.device) -> bool:
     """Whether autocast is enabled for a device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def disabled() -> Any:
