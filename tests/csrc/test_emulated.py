@@ -198,7 +198,8 @@ def backward(grad, p, z, *wanted):
 serve(lars_ema_step, emulated.lars_ema_step)
 serve(normalized_mse, lambda p, z: emulated.normalized_mse(p.contiguous(), z.contiguous()))
 serve(normalized_mse_backward, backward)
-del registry.operators["ema_update"].providers["cuda"]  # not called in a training step
+for unused in ("adamw_ema_step", "ema_update"):  # not called in a training step
+    del registry.operators[unused].providers["cuda"]
 training.check_fp32("mobilenet_v3_large", "cuda")
 counts = {name: calls.count(name) for name in set(calls)}
 steps = training.STEPS

@@ -32,6 +32,13 @@ def gpu(monkeypatch):
     return replace
 
 
+def _set_torchrun(monkeypatch, rank):
+    """The variables of one of two processes that torchrun starts."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, **address}.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_bf16_is_refused_before_compute_capability_8(gpu):
     gpu((7, 0))
     with pytest.raises(InputError, match=r"this GPU has compute capability 7\.0.*use --precision fp16"):
@@ -99,8 +106,7 @@ def test_rank_chooses_its_gpu_before_anything_asks_the_driver(gpu, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(process_group, "rendezvous", lambda timeout: (None, "launch"))
     record(torch.distributed, "init_process_group")
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
+    _set_torchrun(monkeypatch, rank=1)
 
     def stop(config):
         raise InterruptedError
@@ -156,8 +162,7 @@ def test_mps_takes_fp32_without_fast_kernels_in_one_process(monkeypatch):
             check_precision(precision, apple)
     with pytest.raises(InputError, match="--fast-kernels: no operator has a kernel for mps"):
         check_fast_kernels(apple)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    _set_torchrun(monkeypatch, rank=0)
     with pytest.raises(InputError, match="2 processes with --device mps: .* use one process"):
         process_group.init_process_group(apple)
 
