@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, cuda
-from .flat_step import check_buffers, check_scalars, check_segments
+from .flat_step import check_buffers, check_scalars, check_segments, read_on_cpu
 from .registry import operator
 
 
@@ -85,11 +85,15 @@ def adamw_ema_step(
         >>> params, targets, steps
         (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([0.2500, 0.2500, 0.2500, 0.2500]), tensor(1.))
     """
+    applied, apply = read_on_cpu(apply)
+    if not applied:
+        grads.zero_()
+        return
     lr, weight_decay, to_online = lr.double(), weight_decay.double(), 1 - tau.double()
     first, second = lr.new_full((), 1 - beta1), lr.new_full((), beta2)
     if apply is None:
         steps.add_(1)
-    else:  # otherwise nothing is added to anything
+    else:  # if it is false, nothing is added to anything
         grads.masked_fill_(~apply, 0)
         steps.add_(apply)
         lr, to_online, first = (torch.where(apply, scalar, 0) for scalar in (lr, to_online, first))

@@ -52,6 +52,15 @@ def check_segments(op: str, params: Tensor, starts: Sequence[int], sizes: Sequen
         end = start + size
 
 
+def read_on_cpu(apply: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Read `apply` if it is on the CPU, where this does not wait for a device.
+
+    Returns:
+        Whether to apply, True if only the device knows; and `apply`, or None if it was read.
+    """
+    return (True, apply) if apply is None or not apply.is_cpu else (bool(apply), None)
+
+
 def check_scalars(op: str, params: Tensor, scalars: Mapping[str, Tensor], apply: Tensor | None) -> None:
     """Check that scalars are floating-point and on the device of params, and that `apply` is bool."""
     for name, scalar in scalars.items():

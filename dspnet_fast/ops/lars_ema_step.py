@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, cuda
-from .flat_step import check_buffers, check_scalars, check_segments
+from .flat_step import check_buffers, check_scalars, check_segments, read_on_cpu
 from .registry import operator
 
 
@@ -74,6 +74,10 @@ def lars_ema_step(
         >>> params, targets
         (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([0.2500, 0.2500, 0.2500, 0.2500]))
     """
+    applied, apply = read_on_cpu(apply)
+    if not applied:
+        grads.zero_()
+        return
     lr, to_online, decay = lr.to(params.dtype), (1 - tau).to(params.dtype), params.new_full((), momentum)
     if starts:
         weights, updates = (
@@ -84,10 +88,10 @@ def lars_ema_step(
         ratio = eta * weight_norms / update_norms
         trust = torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio)
         torch._foreach_mul_(updates, list(trust.unbind()))
-    if apply is not None:  # otherwise nothing is added to anything
+    if apply is not None:  # if it is false, nothing is added to anything
         grads.masked_fill_(~apply, 0)
         lr, to_online, decay = torch.where(apply, lr, 0), torch.where(apply, to_online, 0), torch.where(apply, decay, 1)
-    momenta.mul_(decay).add_(grads)
+    torch.addcmul(grads, momenta, decay, out=momenta)
     params.addcmul_(momenta, lr, value=-1)
     targets.lerp_(params[: len(targets)], to_online)
     grads.zero_()

@@ -1,5 +1,7 @@
 """Tests that lars_ema_step and adamw_ema_step share: exact targets, apply, threads, slices and builds."""
 
+import sys
+
 import pytest
 import torch
 
@@ -43,6 +45,13 @@ def test_tau_of_0_and_1_is_exact(provider, rules, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_step_without_apply_only_zeroes_the_gradients(provider, rules, layout):
     check_apply(rules.step, rules.make(layout, torch.float32), rules.BUFFERS)
+
+
+def test_step_whose_apply_only_the_device_knows(operator, rules, policy, monkeypatch):
+    """As on a GPU, where the host does not read `apply`."""
+    policy("native")
+    monkeypatch.setattr(sys.modules[f"dspnet_fast.ops.{operator}"], "read_on_cpu", lambda apply: (True, apply))
+    check_apply(rules.step, rules.make("odd sizes", torch.float32), rules.BUFFERS)
 
 
 @pytest.mark.parametrize("provider", ["cpp"], indirect=True)
