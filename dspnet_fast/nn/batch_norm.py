@@ -136,13 +136,13 @@ class SlimBatchNorm(_BatchNorm):
             raise ValueError(f"{type(self).__name__} has {self.num_features} channels, but the input has {channels}")
         if isinstance(x, ConvOutput):
             return Deferred(x.y, *self._scale_shift(x))
-        output = moments_of(x, self.batch_views)
+        views = self.batch_views
+        output = moments_of(x, views)
         if output is not None and defers_normalization(x.device):
             return DeferredTensor.of(Deferred(x, *self._scale_shift(output)))
         x = computed(x)
         self._check_input_dim(x)
         weight, bias = prefixes(self, channels)
-        views = self.batch_views
         if not views:
             mean, variance = self._stored_statistics(channels)
             return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)

@@ -92,8 +92,10 @@ def follow() -> None:
     if torch.compiler.is_compiling():
         return
     task = torch._C._current_graph_task_id()
+    if task == -1:
+        return
     node = torch._C._current_autograd_node()
-    if task == -1 or node is None or _followed.task not in (None, task):
+    if node is None or _followed.task not in (None, task):
         return
     for model, notes in list(_notes.items()):
         index = max(0, bisect_right(notes.numbers, node._sequence_nr()) - 1)
