@@ -6,9 +6,10 @@ therefore interleaved in one process, and each waits until other processes are q
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 QUIET = 0.06  # fraction of all processors' time that other processes may use before a sample
 WINDOW = 0.3  # seconds over which their load is measured
@@ -55,6 +56,13 @@ def relative_half_iqr(seconds: Sequence[float]) -> float:
     return (third - first) / 2 / median
 
 
+def shuffled(names: Iterable[str], number: int) -> list[str]:
+    """The names in the order of a round, a random one: a sample depends on the memory that the one before has left."""
+    order = list(names)
+    random.Random(number).shuffle(order)
+    return order
+
+
 def interleave(
     variants: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -62,10 +70,10 @@ def interleave(
     tick: Callable[[str], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Time variants alternately.
+    """Time variants in rounds of one sample each, in the order of `shuffled`.
 
     Args:
-        variants: functions by name; each round starts with another variant.
+        variants: functions by name.
         rounds: number of samples of each variant.
         quiet: wait before each sample.
         tick: called with the name of the variant before each sample.
@@ -75,10 +83,8 @@ def interleave(
         Seconds of all samples by variant.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for first in range(rounds):
-        for index in range(len(names)):
-            name = names[(first + index) % len(names)]
+    for number in range(rounds):
+        for name in shuffled(variants, number):
             tick(name)
             quiet.wait()
             began = clock()

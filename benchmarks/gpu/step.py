@@ -34,6 +34,7 @@ from torch import Tensor
 from benchmarks import machine, work
 from benchmarks.device import DEVICE, PRECISION, TRIALS, is_broken
 from benchmarks.eager import EagerStep
+from benchmarks.quiet import shuffled
 from dspnet_fast.ops import registry
 from dspnet_fast.subnets import sandwich
 from train.config import PretrainConfig
@@ -285,10 +286,8 @@ class StepBenchmark:
         rounds = min(max(round(seconds / max(total, 1e-6)), ROUNDS[0]), ROUNDS[1])
         times: dict[str, list[float]] = {name: [] for name in self._steps}
         retries = measuring.retries()
-        for first in range(rounds):
-            names = list(self._steps)
-            for index in range(len(names)):
-                name = names[(first + index) % len(names)]
+        for number in range(rounds):
+            for name in shuffled(self._steps, number):
 
                 def sample(name: str = name) -> None:
                     step = self._steps[name]

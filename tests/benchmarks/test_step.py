@@ -159,13 +159,14 @@ def test_relative_half_iqr():
     assert quiet.relative_half_iqr([1.0]) == 0
 
 
-def test_interleave_alternates_the_variants(monkeypatch):
+def test_interleave_takes_a_sample_of_every_variant_in_each_round_in_changing_orders(monkeypatch):
     monkeypatch.setattr(quiet, "other_load", lambda: 0.0)
     order = []
     variants = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = quiet.interleave(variants, 2, quiet.QuietWait(1, 1), lambda name: None)
-    assert "".join(order) == "abcbca"
-    assert all(len(seconds) == 2 for seconds in samples.values())
+    samples = quiet.interleave(variants, 12, quiet.QuietWait(1, 1), lambda name: None)
+    assert all(len(seconds) == 12 for seconds in samples.values())
+    rounds = ["".join(order[start : start + 3]) for start in range(0, 36, 3)]
+    assert all(sorted(names) == [*"abc"] for names in rounds) and len({*rounds}) > 3
 
 
 def test_quiet_wait_is_limited(monkeypatch):
