@@ -16,7 +16,7 @@ from dspnet_fast.errors import InputError
 from dspnet_fast.models import family
 from dspnet_fast.nn import activate
 from tests.commands import as_arguments, run
-from tests.interruption import stop_after
+from tests.interruption import check_resume, stop_after
 from tests.small_run import SMALL_RUN
 from train import compare
 from train.comparison import times
@@ -29,7 +29,6 @@ from train.pretraining.cuda_graphs import CapturedFunction
 from train.pretraining.dspnet import DSPNet, Taught
 from train.pretraining.run import PretrainRun
 from train.pretraining.trainer import Trainer
-from train.run import checkpoint
 from train.selection.recording import calls_of, shape_of
 from train.teachers.cache import CachedFeatures
 from train.teachers.live import LiveFeatures
@@ -216,13 +215,8 @@ def test_nonfinite_features_are_skipped_and_found(taught):
 def test_resume_is_exact(taught, tmp_path, cached, target):
     cache = {"teacher_cache": str(tmp_path / "cache")} if cached else {}
     options = {"teacher_target": target, "self_weight": 0.5 if cached else 0.0, **cache}
-    PretrainRun(taught(out=str(tmp_path / "whole"), **options), resume=False).run()
-    stop_after(taught(**options), 3)
-    _main(["--resume", "--out", str(tmp_path / "run")])
-    actual, expected = (checkpoint.load(checkpoint.newest_of_run(tmp_path / name)) for name in ("run", "whole"))
-    for part in ("model", "momentum"):
-        torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
-    assert not any("teacher" in name and "head" not in name for name in actual["model"]), "weights of the teacher"
+    weights = check_resume(taught, tmp_path, **options)["model"]
+    assert not any("teacher" in name and "head" not in name for name in weights), "weights of the teacher"
 
 
 def test_resume_with_another_teacher_is_refused(taught, tmp_path, weights):
