@@ -160,7 +160,7 @@ def accepts(*args: Any) -> tuple[bool, str]:
     """Whether the kernels support these arguments of either operator: (True, "") or (False, reason)."""
     given = [arg for arg in args if isinstance(arg, Tensor)]
     if any(vector.dtype != torch.float32 for vector in given):
-        return False, "it supports float32 only"
+        return False, "it only supports float32"
     if any(not vector.is_contiguous() for vector in given if vector.ndim == 1):
-        return False, "it supports contiguous weights and biases only"
+        return False, "it only supports contiguous weights and biases"
     return True, ""

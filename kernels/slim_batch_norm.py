@@ -154,7 +154,7 @@ def accepts(x: Tensor) -> tuple[bool, str]:
     """Whether the kernels support x: (True, "") or (False, reason)."""
     dense = x.is_contiguous() if x.ndim == 2 else x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not dense:
-        return False, "it supports [N, C], contiguous, and [N, C, H, W], channels-last"
+        return False, "it only supports [N, C], contiguous, and [N, C, H, W], channels-last"
     return accepts_dtype(x)
 
 

@@ -146,7 +146,7 @@ scale_shift.register_autograd(_backward, _setup_context)
 
 def _accepts(*args: Any) -> tuple[bool, str]:
     if any(isinstance(arg, Tensor) and arg.dtype != torch.float32 for arg in args):
-        return False, "it supports float32 only"
+        return False, "it only supports float32"
     return True, ""
 
 

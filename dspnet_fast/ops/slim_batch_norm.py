@@ -126,9 +126,9 @@ slim_batch_norm.register_autograd(_backward, _setup_context)
 def _accepts(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> tuple[bool, str]:
     dense = x.is_contiguous() if x.ndim == 2 else x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not dense:
-        return False, "it supports [N, C], contiguous, and [N, C, H, W], channels-last"
+        return False, "it only supports [N, C], contiguous, and [N, C, H, W], channels-last"
     if any(vector is not None and vector.dtype != torch.float32 for vector in (weight, bias)):
-        return False, "it supports weights and biases of float32 only"
+        return False, "it only supports weights and biases in float32"
     return cpp.stores(x)
 
 

@@ -142,13 +142,13 @@ def _accepts(
     if not supported:
         return False, reason
     if not (x.ndim == weight.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return False, "it supports channels-last inputs"
+        return False, "it only supports channels-last inputs"
     if x.dtype != weight.dtype:
         return False, f"it supports inputs and weights of one dtype, not {x.dtype} by {weight.dtype}"
     if groups != 1 and not groups == x.shape[1] == out_channels:
-        return False, "it supports dense and depthwise convolutions"
+        return False, "it only supports dense and depthwise convolutions"
     if weight.shape[2] != weight.shape[3] or len({*stride}) > 1 or len({*padding}) > 1 or {*dilation} != {1}:
-        return False, "it supports square kernels, strides and paddings without dilation"
+        return False, "it only supports square kernels, strides and paddings without dilation"
     return True, ""
 
 
