@@ -146,7 +146,7 @@ class SlimBatchNorm(_BatchNorm):
         if not views:
             mean, variance = self._stored_statistics(channels)
             return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
-        if len(x) % views:
+        if x.shape[0] % views:  # len() of a tensor is slow
             raise ValueError(
                 f"a batch of {len(x)} is not {views} parts of equal size: see activate(views=) and bn_groups"
             )

@@ -60,8 +60,8 @@ class SlimConv2d(Sized, nn.Conv2d):
             ValueError: if the input has more than `in_channels` channels or ends within a group, or if the layer does
                 not support a `Deferred`.
         """
-        follow()
         if self.norm is not None and not isinstance(x, Deferred) and defers_normalization(device_of(x)):
+            follow()
             deferred = loaded(x)
             if deferred.x.ndim == 4:
                 groups, out_channels = self._active(deferred.x.shape[1])
@@ -79,15 +79,15 @@ class SlimConv2d(Sized, nn.Conv2d):
             padding = (0, 0)
         # On maps of one pixel, as in squeeze-and-excite.
         is_product = self.kernel_size == (1, 1) and groups == 1 and x.shape[2:].numel() == 1 and padding == (0, 0)
-        if uses_pytorch(x.device):
-            dtype = x.dtype
-            if groups > 1 and x.device.type == "cpu" and dtype in HALF:
+        device, dtype = x.device, x.dtype
+        if uses_pytorch(device):
+            if groups > 1 and dtype in HALF and device.type == "cpu":
                 x = x.float()  # backward passes of grouped convolutions in 16 bits are several times slower
             weight, bias = prefixes(self, out_channels, x.shape[1] // groups, like=x)
             if is_product:
                 return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
             y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
-            return y if is_autocasting(x.device) else y.to(dtype)
+            return y if y.dtype == dtype or is_autocasting(device) else y.to(dtype)
         bias = None if self.bias is None else self.bias[:out_channels]
         weight, grad = self.weight, main_grad(self.weight)
         if is_product:
