@@ -36,22 +36,33 @@ def convert(network: nn.Module, image_size: int) -> bytes:
         >>> program(torch.zeros(4, 3, 16, 16)).shape
         torch.Size([4, 8])
     """
+    program = export(network, image_size)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor")  # of storages that are larger than their tensor
+        torch.export.save(program, content)
+    return content.getvalue()
+
+
+def export(network: nn.Module, image_size: int, largest_batch: int | None = None) -> torch.export.ExportedProgram:
+    """The program of a network, before it is saved; other arguments and errors as of `convert`.
+
+    Args:
+        network: a network of torch.nn layers; set to evaluation mode.
+        image_size: height and width S of the images.
+        largest_batch: the most images of a batch [any number].
+    """
     images = torch.zeros(2, image_channels(network), image_size, image_size)  # a batch of one would be a constant
+    batch = torch.export.Dim("batch", max=largest_batch)
     try:
-        program = torch.export.export(
-            network.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-        )
+        program = torch.export.export(network.eval(), (images,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # of many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RuntimeError(f"torch.export does not support the network: {reason}") from error
     for node in program.graph.nodes:
         for note in SOURCE_NOTES:
             node.meta.pop(note, None)
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No complete tensor")  # of storages that are larger than their tensor
-        torch.export.save(program, content)
-    return content.getvalue()
+    return program
 
 
 def compare(content: bytes, network: nn.Module, images: Tensor) -> float:
