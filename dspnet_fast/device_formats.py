@@ -6,6 +6,7 @@ int8 is post-training static quantization: the ranges of activations are measure
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -31,7 +32,6 @@ FILES = {
 SMALLEST_COSINE = {"onnx-fp16": 0.999, "onnx-int8": 0.8, "openvino": 0.99999, "executorch": 0.99999}
 LIBRARIES = {"openvino": "OpenVINO", "executorch": "ExecuTorch"}  # of formats whose packages and extras have their name
 CALIBRATION_BATCH = 16
-LARGEST_BATCH = 64  # images per call of an ExecuTorch program, which allocates memory for them
 
 
 @dataclass
@@ -141,12 +141,16 @@ def _openvino(model: bytes, threads: int | None) -> Converted:
 
 
 def _executorch(network: nn.Module, image_size: int, threads: int | None) -> Converted:
-    """A program for XNNPACK, of up to LARGEST_BATCH images."""
+    """A program for XNNPACK, of one image."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool  # there is no other setting
     from executorch.runtime import Runtime
 
-    program = program_file.export(network, image_size, LARGEST_BATCH)
+    _unsafe_reset_threadpool(threads or torch.get_num_threads())
+    # ExecuTorch's passes fail on weights in channels-last memory.
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    program = program_file.export(plain, image_size, any_batch=False)
     try:
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         content = bytes(lowered.to_executorch().buffer)
@@ -155,8 +159,7 @@ def _executorch(network: nn.Module, image_size: int, threads: int | None) -> Con
         raise RuntimeError(f"ExecuTorch does not support the network: {first_line(error)}") from error
 
     def run(images: Tensor) -> Tensor:
-        parts = images.contiguous().split(LARGEST_BATCH)
-        return torch.cat([method.execute([part])[0] for part in parts])  # copies: the next call overwrites its result
+        return torch.cat([method.execute([image.contiguous()])[0] for image in images.split(1)])
 
     return Converted({FILES["executorch"][0]: content}, run, f"executorch {importlib.metadata.version('executorch')}")
 
