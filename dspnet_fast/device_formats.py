@@ -1,11 +1,13 @@
-"""Conversion of an ONNX network to formats for devices: fp16 and int8 ONNX, and OpenVINO.
+"""Conversion of a network to formats for devices: fp16 and int8 ONNX, OpenVINO and ExecuTorch.
 
 int8 is post-training static quantization: the ranges of activations are measured on calibration images. Needs the extra
-`onnx`, and for OpenVINO the extra `openvino`.
+`onnx`, for OpenVINO the extra `openvino`, and for ExecuTorch the extra `executorch`.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import onnx_file
-from .errors import InputError
+from . import onnx_file, program_file
+from .errors import InputError, first_line
 
 # Files of each format, and the smallest mean cosine similarity to PyTorch's outputs with which they are kept.
 FILES = {
     "onnx-fp16": ("model.fp16.onnx",),
     "onnx-int8": ("model.int8.onnx",),
     "openvino": ("model.xml", "model.bin"),
+    "executorch": ("model.pte",),
 }
-SMALLEST_COSINE = {"onnx-fp16": 0.999, "onnx-int8": 0.8, "openvino": 0.99999}
+SMALLEST_COSINE = {"onnx-fp16": 0.999, "onnx-int8": 0.8, "openvino": 0.99999, "executorch": 0.99999}
+LIBRARIES = {"openvino": "OpenVINO", "executorch": "ExecuTorch"}  # of formats whose packages and extras have their name
 CALIBRATION_BATCH = 16
 
 
@@ -57,25 +61,32 @@ def require(formats: Sequence[str]) -> None:
             raise InputError(f"--formats {name}: give some of {', '.join(FILES)}, separated by commas")
     if formats:
         onnx_file.require()
-    if "openvino" in formats and importlib.util.find_spec("openvino") is None:
-        raise InputError("the format openvino needs OpenVINO, not installed here: pip install 'dspnet-fast[openvino]'")
+    for name, library in LIBRARIES.items():
+        if name in formats and importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"the format {name} needs {library}, not installed here: pip install 'dspnet-fast[{name}]'"
+            )
 
 
-def convert(name: str, model: bytes, calibration: Tensor, threads: int | None = None) -> Converted:
+def convert(name: str, network: nn.Module, model: bytes, calibration: Tensor, threads: int | None = None) -> Converted:
     """Convert a network.
 
     Args:
         name: key of FILES.
+        network: the network in PyTorch, on the CPU; set to evaluation mode.
         model: content of its ONNX file in fp32.
-        calibration: normalised images [N, 3, S, S] on the CPU, for int8.
+        calibration: normalised images [N, C, S, S] on the CPU, for int8.
         threads: threads of the runtime; by default PyTorch's number.
 
     Raises:
         InputError: if a package is missing.
+        RuntimeError: if the format does not support the network.
     """
     require([name])
     if name == "openvino":
         return _openvino(model, threads)
+    if name == "executorch":
+        return _executorch(network, calibration.shape[-1], threads)
     content = _fp16(model) if name == "onnx-fp16" else _int8(model, calibration)
     session = onnx_file.Session(content, threads)
     return Converted({FILES[name][0]: content}, session, f"onnxruntime {session.version}")
@@ -127,6 +138,30 @@ def _openvino(model: bytes, threads: int | None) -> Converted:
         return torch.from_numpy(compiled(images.numpy())[0].copy())
 
     return Converted(files, run, f"openvino {openvino.__version__.split('-')[0]}")
+
+
+def _executorch(network: nn.Module, image_size: int, threads: int | None) -> Converted:
+    """A program for XNNPACK, of one image."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool  # there is no other setting
+    from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(threads or torch.get_num_threads())
+    # ExecuTorch's passes fail on weights in channels-last memory.
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    program = program_file.export(plain, image_size, any_batch=False)
+    try:
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        content = bytes(lowered.to_executorch().buffer)
+        method = Runtime.get().load_program(content).load_method("forward")
+    except Exception as error:  # of many types
+        raise RuntimeError(f"ExecuTorch does not support the network: {first_line(error)}") from error
+
+    def run(images: Tensor) -> Tensor:
+        return torch.cat([method.execute([image.contiguous()])[0] for image in images.split(1)])
+
+    return Converted({FILES["executorch"][0]: content}, run, f"executorch {importlib.metadata.version('executorch')}")
 
 
 @torch.no_grad()

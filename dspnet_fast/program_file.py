@@ -36,22 +36,34 @@ def convert(network: nn.Module, image_size: int) -> bytes:
         >>> program(torch.zeros(4, 3, 16, 16)).shape
         torch.Size([4, 8])
     """
-    images = torch.zeros(2, image_channels(network), image_size, image_size)  # a batch of one would be a constant
+    program = export(network, image_size)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor")  # of storages that are larger than their tensor
+        torch.export.save(program, content)
+    return content.getvalue()
+
+
+def export(network: nn.Module, image_size: int, any_batch: bool = True) -> torch.export.ExportedProgram:
+    """The program of a network, before it is saved; other arguments and errors as of `convert`.
+
+    Args:
+        network: a network of torch.nn layers; set to evaluation mode.
+        image_size: height and width S of the images.
+        any_batch: whether the program takes any number of images, and not one.
+    """
+    count = 2 if any_batch else 1  # a batch of one would be a constant
+    images = torch.zeros(count, image_channels(network), image_size, image_size)
+    shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
     try:
-        program = torch.export.export(
-            network.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-        )
+        program = torch.export.export(network.eval(), (images,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # of many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RuntimeError(f"torch.export does not support the network: {reason}") from error
     for node in program.graph.nodes:
         for note in SOURCE_NOTES:
             node.meta.pop(note, None)
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No complete tensor")  # of storages that are larger than their tensor
-        torch.export.save(program, content)
-    return content.getvalue()
+    return program
 
 
 def compare(content: bytes, network: nn.Module, images: Tensor) -> float:

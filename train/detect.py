@@ -55,9 +55,6 @@ EXAMPLE = """\
   dspnet-detect runs/resnet18 --coco coco --weights torchvision:resnet18=resnet18.pth"""
 
 
-ROBOFLOW = "_annotations.coco.json"
-
-
 @dataclass(kw_only=True)
 class CocoOptions:
     """data"""
@@ -68,13 +65,11 @@ class CocoOptions:
         metavar="DIR",
     )
     train_annotations: str = option(
-        "instances_train2017", "training annotations: the NAME in annotations/NAME.json", metavar="NAME"
+        coco.TRAIN[0], "training annotations: the NAME in annotations/NAME.json", metavar="NAME"
     )
-    train_images: str = option("train2017", "folder of the training images in --coco", metavar="DIR")
-    val_annotations: str = option(
-        "instances_val2017", "test annotations: the NAME in annotations/NAME.json", metavar="NAME"
-    )
-    val_images: str = option("val2017", "folder of the test images in --coco", metavar="DIR")
+    train_images: str = option(coco.TRAIN[1], "folder of the training images in --coco", metavar="DIR")
+    val_annotations: str = option(coco.VAL[0], "test annotations: the NAME in annotations/NAME.json", metavar="NAME")
+    val_images: str = option(coco.VAL[1], "folder of the test images in --coco", metavar="DIR")
     boxes_only: bool = option(False, "train Faster R-CNN on boxes and ignore masks")
     crowds_as_objects: bool = option(
         False, "treat annotations with iscrowd 1 as single objects, for masks that CVAT exports"
@@ -167,7 +162,9 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             raise InputError(f"--coco {root} is not a folder: name one with annotations/ and images")
         train, val = (
             coco.read(file, folder, self.max_bad_annotations, self.boxes_only, self.crowds_as_objects)
-            for file, folder in self._places(root)
+            for file, folder in coco.places(
+                root, (self.train_annotations, self.train_images), (self.val_annotations, self.val_images)
+            )
         )
         ids = [{category["id"]: category["name"] for category in part.categories} for part in (train, val)]
         if ids[0] != ids[1]:
@@ -179,18 +176,6 @@ class DetectOptions(DetectOptimizationOptions, DetectorOptions, CocoOptions):
             if len(part.left_out) > coco.MAX_REPORTED:
                 print(f"left out of {part.file.name}: {len(part.left_out) - coco.MAX_REPORTED:,} more", flush=True)
         return (train if self.keep_empty else train.annotated()), val
-
-    def _places(self, root: Path) -> list[tuple[Path, Path]]:
-        """Annotations and folder of images of the training and the test set, in COCO's or Roboflow's layout."""
-        if not (root / "annotations").is_dir() and (root / "train" / ROBOFLOW).is_file():
-            tests = [root / name for name in ("valid", "test") if (root / name / ROBOFLOW).is_file()]
-            if not tests:
-                raise InputError(f"{root} has train/{ROBOFLOW}, but none in valid/ or test/: export a test split too")
-            return [(folder / ROBOFLOW, folder) for folder in (root / "train", tests[0])]
-        return [
-            (root / "annotations" / f"{self.train_annotations}.json", root / self.train_images),
-            (root / "annotations" / f"{self.val_annotations}.json", root / self.val_images),
-        ]
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dspnet_fast import atomic
 
 from . import cli
-from .evaluation.protocols import knn, linear, semi
+from .evaluation.protocols import dense, knn, linear, semi
 from .evaluation.protocols.common import EvaluationOptions
 from .evaluation.results import Report
 
@@ -46,6 +46,13 @@ PROTOCOLS = {
         semi.SemiOptions,
         semi.evaluate_semi,
         semi.publish_semi,
+    ),
+    "dense": Protocol(
+        "linear classifiers of pixels on frozen feature maps, for images with masks",
+        dense,
+        dense.DenseOptions,
+        dense.evaluate_dense,
+        dense.publish_dense,
     ),
 }
 

@@ -36,8 +36,8 @@ Save each network of a run as OUT/exported/<dn>/model.safetensors and manifest.j
 load into timm's and torchvision's classes. Networks of timm:NAME and the like, in sizes that timm does not have, are
 also saved as model.pt2, a program of torch.export. The manifest states the latency on this machine's CPU. Networks of a
 run of dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx adds
-model.onnx, and --formats fp16 and int8 ONNX and OpenVINO; --switchable adds one file of all networks that can switch
-between them at run time."""
+model.onnx, and --formats fp16 and int8 ONNX, OpenVINO and ExecuTorch; --switchable adds one file of all networks that
+can switch between them at run time."""
 EXAMPLE = """\
   dspnet-export runs/first --dn w0.50
   dspnet-export runs/first --onnx --switchable
@@ -225,8 +225,8 @@ def _convert_and_time(
             facts["formats"] = {}
             fp32 = of_formats.accuracy(network)
             for name in options.format_names():
-                other = device_formats.convert(name, converted, of_formats.calibration, options.threads)
                 try:
+                    other = device_formats.convert(name, network, converted, of_formats.calibration, options.threads)
                     entry = of_formats.facts(name, other, network, examples)
                 except RuntimeError as error:
                     facts["formats"][name] = {"refused": str(error)}

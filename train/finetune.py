@@ -147,7 +147,7 @@ def finetune(config: FinetuneConfig, resume: bool) -> Report:
     check_network(options.network, config.image_size)
     train, test = read_as(train, format), read_as(open_images(config.data, "test"), format)
     if config.from_ != SCRATCH:
-        train = without_bad_images(Path(config.from_), train)
+        train = without_bad_images(Path(config.from_), train, config.data)
     switches = family_of(options.network, options.names())
     view = augmentation.supervised(config.image_size, config.min_scale)
 

@@ -38,6 +38,26 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory):
+    """Images of a bright square on stripes, with masks of the classes 0 and 3: 24 for training and 10 for tests."""
+    root = tmp_path_factory.mktemp("masked")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 10)):
+        for folder in ("images", "masks"):
+            (root / split / folder).mkdir(parents=True)
+        for k in range(count):
+            mask = np.zeros((16, 16), np.uint8)
+            top, left = random.integers(0, 8, 2)
+            mask[top : top + 8, left : left + 8] = 3
+            stripes = 90 + 40 * np.sin(np.arange(16))[:, None] + random.normal(0, 5, (16, 16))
+            pixels = np.stack([np.where(mask > 0, 230, stripes)] * 3, -1).clip(0, 255)
+            mask[:3] = 255
+            Image.fromarray(pixels.astype(np.uint8)).save(root / split / "images" / f"{k}.png")
+            Image.fromarray(mask).save(root / split / "masks" / f"{k}.png")
+    return root
+
+
 @pytest.fixture
 def small(images, tmp_path):
     """small(**options): the configuration of a small run."""

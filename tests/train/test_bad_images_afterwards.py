@@ -9,7 +9,7 @@ from train import evaluate, finetune
 from train.cli import DONE, WRONG_INPUT
 from train.export import ExportOptions, export
 from train.pretraining.run import PretrainRun
-from train.run.run_directory import BAD_IMAGES, read_bad_images
+from train.run.run_directory import BAD_IMAGES
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def damaged(images, tmp_path_factory):
 @pytest.fixture
 def run(small, damaged, tmp_path):
     PretrainRun(small(data=str(damaged), max_bad_images=2, epochs=3, probe_epochs=0), resume=False).run()
-    assert len(read_bad_images(tmp_path / "run")) == 2
+    assert len(json.loads((tmp_path / "run" / BAD_IMAGES).read_text())) == 2
     return tmp_path / "run"
 
 
@@ -48,6 +48,32 @@ def test_they_are_left_out_and_counted(run, tmp_path, capsys):
     options = ("--epochs=1", "--batch-size=16", "--warmup-epochs=0", "--out", tmp_path / "labels")
     assert code(finetune, "--from", run, "--dn", "c8-d1111", *options) == DONE
     export(tmp_path / "labels", [], ExportOptions(threads=1))
+
+
+def test_list_names_images_relative_to_the_data(run, damaged):
+    found = json.loads((run / BAD_IMAGES).read_text())
+    assert found.keys() == {"train/blobs/003.png", "train/stripes/017.png"}
+    assert all(f"cannot read the image {name}: " in reason for name, reason in found.items())
+
+
+def references(run, data, capsys):
+    assert code(evaluate, "knn", run, "--k", 5, "--data", data) == DONE, capsys.readouterr().err
+    return json.loads((run / "evaluation" / "knn.json").read_text())["references"]
+
+
+def test_they_are_left_out_after_the_images_have_moved(run, damaged, tmp_path, capsys):
+    moved = shutil.copytree(damaged, tmp_path / "elsewhere")
+    assert references(run, moved, capsys) == 78
+    found = json.loads((run / BAD_IMAGES).read_text())
+    whole = {str(damaged / name): reason for name, reason in found.items()}  # as earlier versions wrote them
+    (run / BAD_IMAGES).write_text(json.dumps(whole))
+    assert references(run, damaged, capsys) == 78
+
+
+def test_images_of_another_set_with_the_same_names_are_used(run, images, tmp_path, capsys):
+    other = shutil.copytree(images, tmp_path / "other")
+    (other / "train" / "blobs" / "003.png").rename(other / "train" / "blobs" / "new.png")
+    assert references(run, other, capsys) == 80
 
 
 def test_others_are_named(run, damaged, capsys):

@@ -43,24 +43,25 @@ def run(*command):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_two_ranks_give_the_files_of_one(trained, images, tmp_path, monkeypatch):
+def test_two_ranks_give_the_files_of_one(trained, images, masked, tmp_path, monkeypatch):
     alone = shutil.copytree(trained, tmp_path / "alone")
     commands = f"""
     train.evaluate knn OUT --device cpu --workers 0 --k 5 --baselines
     train.evaluate linear OUT --device cpu --workers 0 --epochs 2
     train.evaluate semi OUT --device cpu --workers 0 --epochs 2 --shares 50 --methods linear
+    train.evaluate dense OUT --device cpu --workers 0 --epochs 2 --data {masked}
     train.embed OUT --device cpu --workers 0 --data {images} --out OUT/features.npy
     """
     (tmp_path / "program.py").write_text(PROGRAM)
     ended = run(tmp_path / "program.py", commands.replace("OUT", str(trained)))
-    assert ended.returncode == 0 and ended.stderr.count(" with 0\n") == 4 * 2, ended.stderr
+    assert ended.returncode == 0 and ended.stderr.count(" with 0\n") == 5 * 2, ended.stderr
     assert ended.stdout.count("knn.json, knn.md") == 1, "rank 0 alone prints"
     for module in ("train.embed", "train.evaluation.pretrained"):
         monkeypatch.setattr(f"{module}.BATCH", BATCH)
     for line in commands.replace("OUT", str(alone)).strip().splitlines():
         module, *argv = line.split()
         assert run_command(importlib.import_module(module), *argv) == cli.DONE
-    for name in ("knn", "linear", "semi"):
+    for name in ("knn", "linear", "semi", "dense"):
         found, expected = (json.loads((out / "evaluation" / f"{name}.json").read_text()) for out in (trained, alone))
         assert found == expected
     for path in [*sorted((alone / "features").glob("*.npy")), alone / "features.npy"]:

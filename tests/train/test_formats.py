@@ -1,8 +1,11 @@
-"""Device formats: fp16 and int8 ONNX and OpenVINO, verified, measured and described in the manifest."""
+"""Device formats: fp16 and int8 ONNX, OpenVINO and ExecuTorch, verified, measured and described in the manifest."""
 
+import copy
 import importlib.util
 import json
 import shutil
+from importlib.metadata import version
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -10,14 +13,17 @@ import torch
 
 from dspnet_fast import device_formats, exported
 from dspnet_fast.errors import InputError
+from dspnet_fast.models import build, family
+from dspnet_fast.slim import slim
 from train import export as export_command
 from train.data.datasets import open_images
 from train.evaluation.pretrained import PretrainedFamily
 from train.export import ExportOptions, export
 
-has_openvino = importlib.util.find_spec("openvino") is not None
-FORMATS = ["onnx-fp16", "onnx-int8", *(["openvino"] if has_openvino else [])]
+LIBRARIES = device_formats.LIBRARIES
+FORMATS = ["onnx-fp16", "onnx-int8", *filter(importlib.util.find_spec, LIBRARIES)]
 DN = "c16-d2121"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +43,25 @@ def manifest(folder):
     return json.loads((folder / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("onnx-fp16", 0.01), ("onnx-int8", 0.2), ("openvino", 1e-4)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("onnx-fp16", 0.01), ("onnx-int8", 0.2), ("openvino", 1e-4), ("executorch", 1e-4)]
+)
 @torch.no_grad()
 def test_files_compute_the_features_of_the_network(deployed, pixels, name, tolerance):
     if name not in FORMATS:
-        pytest.skip("OpenVINO is not installed")
+        pytest.skip(f"{LIBRARIES[name]} is not installed")
     expected = exported.load(deployed)(pixels)
     if name == "openvino":
         import openvino
 
         compiled = openvino.Core().compile_model(deployed / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         features = torch.from_numpy(compiled(pixels.numpy())[0])
+    elif name == "executorch":
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(deployed / "model.pte")
+        method = program.load_method("forward")
+        features = torch.cat([method.execute([image])[0] for image in pixels.split(1)])
     else:
         session = onnxruntime.InferenceSession(deployed / device_formats.FILES[name][0])
         features = torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
@@ -105,10 +119,46 @@ def test_export_without_formats_deletes_files_of_other_weights(deployed, finishe
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "manifest.json"}
 
 
-def test_unknown_format_and_missing_package_are_named(monkeypatch):
-    with pytest.raises(InputError, match="--formats tflite: give some of onnx-fp16, onnx-int8, openvino"):
-        ExportOptions(formats="tflite")
+@pytest.mark.parametrize("package", LIBRARIES)
+def test_missing_package_is_named(package, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
-    with pytest.raises(InputError, match="needs OpenVINO, not installed here: pip install 'dspnet-fast\\[openvino\\]'"):
-        ExportOptions(formats="openvino")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    reason = f"the format {package} needs {LIBRARIES[package]}, not installed here: "
+    with pytest.raises(InputError, match=f"{reason}pip install 'dspnet-fast\\[{package}\\]'"):
+        ExportOptions(formats=package)
+
+
+def test_unknown_format_is_named():
+    with pytest.raises(InputError, match="--formats tflite: give some of onnx-fp16, onnx-int8, openvino, executorch"):
+        ExportOptions(formats="tflite")
+
+
+@pytest.mark.skipif("executorch" not in FORMATS, reason="ExecuTorch is not installed")
+def test_executorch_program_is_reproducible_and_holds_no_paths():
+    network = slim(build("resnet", family("resnet", ["c8-d1111"]).full, "small"), None)
+    network.to(memory_format=torch.channels_last)  # as in an export
+    images = torch.randn(3, 3, 12, 12)
+    first, second = (device_formats.convert("executorch", network, b"", images, threads=1) for _ in range(2))
+    assert first.files == second.files and first.runtime == f"executorch {version('executorch')}"
+    assert b"site-packages" not in first.files["model.pte"] and str(ROOT).encode() not in first.files["model.pte"]
+    assert device_formats.compare("executorch", first, network, images)["largest_difference"] < 1e-4
+    with pytest.raises(RuntimeError, match="cosine similarity"):
+        device_formats.compare("executorch", second, with_other_weights(network), images)
+
+
+def with_other_weights(network):
+    """A network with other weights."""
+    other = copy.deepcopy(network)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    return other
+
+
+@pytest.mark.skipif("executorch" not in FORMATS, reason="ExecuTorch is not installed")
+def test_network_that_executorch_does_not_support_is_refused():
+    class Branching(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    with pytest.raises(RuntimeError, match=r"torch.export does not support the network: "):
+        device_formats.convert("executorch", Branching(), b"", torch.zeros(2, 3, 8, 8))

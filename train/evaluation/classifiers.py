@@ -18,7 +18,7 @@ from ..data.sampler import EpochSampler
 from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
 
-Batch = tuple[Mapping[str, Tensor], Tensor]  # features [B, F] by network, labels [B]
+Batch = tuple[Mapping[str, Tensor], Tensor]  # features [B, F] by network, labels [B] or of pixels [B, S, S]
 EVALUATION_ROWS = 4096  # per batch
 
 
@@ -61,7 +61,7 @@ class Classifiers(nn.Module):
 class ClassifierTraining:
     """Training of classifiers; implements `train.run.loop.Training`."""
 
-    def __init__(self, classifiers: Classifiers, hparams: Hyperparameters, epoch_steps: int) -> None:
+    def __init__(self, classifiers: nn.Module, hparams: Hyperparameters, epoch_steps: int) -> None:
         self.classifiers = classifiers
         self.step, self.steps = 0, hparams.epochs * epoch_steps
         self._peak = hparams.lr * hparams.batch_size / 256
@@ -75,11 +75,15 @@ class ClassifierTraining:
         loss = torch.stack(losses).sum()
         self._optimizer.zero_grad()
         loss.backward()
+        self.update()
+        return loss.detach() / len(losses)
+
+    def update(self) -> None:
+        """Update the weights by their gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, 0, self._peak)
         self._optimizer.step()
         self.step += 1
-        return loss.detach() / len(losses)
 
     def state(self) -> dict[str, Any]:
         """The contents of a checkpoint."""
@@ -95,7 +99,7 @@ class ClassifierTraining:
 def feature_batches(
     features: Mapping[str, Tensor], labels: Tensor, order: EpochSampler, device: torch.device
 ) -> Iterator[Batch]:
-    """Batches of features [B, F] by network and labels [B], from features [N, F] in memory or memory-mapped."""
+    """Batches of features [B, F] by network and labels [B, ...], from features [N, F] in memory or memory-mapped."""
     for items in order:
         rows = torch.tensor([i for _, i in items])
         yield {name: table[rows].to(device) for name, table in features.items()}, labels[rows].to(device)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ FLOAT = 4  # bytes
 
 @torch.no_grad()
 def representations(
-    encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor]
+    encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor], maps: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Compute features of batches of images by all subnets.
 
@@ -34,9 +35,10 @@ def representations(
         encoder: slimmable network with post-statistics of `subnets`; stays in evaluation mode.
         subnets: subnets of the encoder.
         batches: images [B, 3, H, W] on the encoder's device.
+        maps: compute the feature maps before the pooling.
 
     Yields:
-        Features [B, F] in float32 by subnet, on the same device.
+        Features [B, F] in float32 by subnet, on the same device; of maps [B, F * h * w].
     """
     encoder.eval()
     subnets = list(subnets)
@@ -44,8 +46,14 @@ def representations(
         features = {}
         for subnet in subnets:
             with activate(encoder, subnet):
-                features[subnet.name] = encoder(images).float()
+                output = last_map(encoder, images).flatten(1) if maps else encoder(images)
+                features[subnet.name] = output.float()
         yield features
+
+
+def last_map(encoder: Any, images: Tensor) -> Tensor:
+    """The feature map [B, F, h, w] before the pooling, of the active subnet; InputError if there is none."""
+    return encoder.forward_dense(images)[1]
 
 
 def extract(encoder: nn.Module, subnets: Iterable[Subnet], batches: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dspnet_fast.errors import InputError
-from dspnet_fast.models import Network, build
+from dspnet_fast.models import Network, build, image_channels
+from dspnet_fast.nn import activate
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.tensor_file import write_tensors
@@ -29,7 +31,7 @@ from ..run import checkpoint, fingerprint
 from ..run.options import Workers
 from ..run.progress import Monitor
 from ..run.saved_config import read_config
-from .features import load_or_compute, representations
+from .features import last_map, load_or_compute, representations
 
 BATCH = 256  # images per forward pass
 STATISTICS = "post_statistics.safetensors"
@@ -114,8 +116,20 @@ class EvaluatedFamily:
         """Views of images for this model: see `evaluation_views`."""
         return evaluation_views(images, self.image_size, self.device, name, workers, start)
 
+    @torch.no_grad()
+    def map_shape(self, subnet: Subnet) -> tuple[int, int, int]:
+        """Channels, height and width of the feature map before the pooling, of a subnet with post-statistics.
+
+        Raises:
+            InputError: the network has no such map.
+        """
+        images = torch.zeros(1, image_channels(self.model), self.image_size, self.image_size, device=self.device)
+        with activate(self.model, subnet):
+            _, channels, height, width = last_map(self.model, images).shape
+        return channels, height, width
+
     def features(
-        self, subnets: Sequence[Subnet], images: ImageDataset, name: str, workers: Workers = "auto"
+        self, subnets: Sequence[Subnet], images: ImageDataset, name: str, workers: Workers = "auto", maps: bool = False
     ) -> dict[str, Tensor]:
         """Compute features of all images, or load them from OUT/features.
 
@@ -126,9 +140,10 @@ class EvaluatedFamily:
             images: dataset.
             name: name of the work on the progress bar.
             workers: number of loader processes.
+            maps: compute the feature maps before the pooling.
 
         Returns:
-            Features [N, F] by subnet, in float32 on the CPU.
+            Features [N, F] by subnet, in float32 on the CPU; of maps [N, F * h * w], see `map_shape`.
         """
         by_name = {subnet.name: subnet for subnet in subnets}
         files_key = dataset_digest(images)
@@ -136,12 +151,12 @@ class EvaluatedFamily:
         for dn, subnet in by_name.items():
             statistics = [part for item in sorted(measured_statistics(self.model, [subnet]).items()) for part in item]
             key = fingerprint.digest(self.weights, self.image_size, files_key, *statistics)
-            files[dn] = self.out / FEATURES / f"{dn}-{key}.npy"
-            shapes[dn] = (len(images), subnet.channels[-1])
+            files[dn] = self.out / FEATURES / f"{dn}-{'map-' if maps else ''}{key}.npy"
+            shapes[dn] = (len(images), math.prod(self.map_shape(subnet)) if maps else subnet.channels[-1])
 
         def compute(dns: list[str], start: int) -> Iterable[dict[str, Tensor]]:
             batches = evaluation_views(images, self.image_size, self.device, name, workers, start, self.world)
-            parts = representations(self.model, [by_name[dn] for dn in dns], batches)
+            parts = representations(self.model, [by_name[dn] for dn in dns], batches, maps)
             on_cpu = ({dn: rows.cpu() for dn, rows in part.items()} for part in parts)
             return self.world.gather_in_order(on_cpu, -(-(len(images) - start) // BATCH))
 

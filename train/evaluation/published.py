@@ -22,7 +22,7 @@ from ..data.normalization import MEAN, STD
 from ..distributed.process_group import SINGLE_PROCESS, World
 from ..run import fingerprint
 from ..run.options import Workers
-from ..teachers.sources import Source, feature_count, load_source, pooled, published_name
+from ..teachers.sources import Source, dense, feature_count, load_source, pooled, published_name
 from .pretrained import EvaluatedFamily
 
 
@@ -55,6 +55,10 @@ class PublishedEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, F] of images [N, 3, S, S]."""
         return pooled(self.network(torch.addcmul(self.shift, images, self.scale)))
+
+    def forward_dense(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, and the feature map [N, C, h, w] before the pooling; InputError if the network has none."""
+        return dense(self.network, torch.addcmul(self.shift, images, self.scale))
 
 
 class PublishedNetwork(EvaluatedFamily):

@@ -59,7 +59,7 @@ class TrainedRun:
             unlabelled = isinstance(self.config, PretrainConfig) and self.config.unlabelled
             images = read_as(open_images(self.data, split, unlabelled=unlabelled), self.format)
             pretrained = Path(self.config.from_) if isinstance(self.config, FinetuneConfig) else self.out
-            self._images[split] = without_bad_images(pretrained, images)
+            self._images[split] = without_bad_images(pretrained, images, self.data)
         return self._images[split]
 
     def subnets(self, dns: Sequence[str]) -> list[Subnet]:

@@ -129,7 +129,7 @@ class PretrainRun:
             recipe.check_sampling(config, len(images))
         self.checkpoints = self.out / "checkpoints"
         limit = len(images) // 1000 if config.max_bad_images is None else config.max_bad_images
-        self.bad = BadImages(limit, read_bad_images(self.out) if resume else None)
+        self.bad = BadImages(limit, read_bad_images(self.out, config.data) if resume else None)
         before = read_data_used(self.out) if resume else None
         self._raised = raised_epochs(config) if resume else ""
         epoch_steps = self._sampler().steps_per_epoch if before is None else before.epoch_steps
@@ -459,7 +459,7 @@ class PretrainRun:
         news = self.bad.new_messages()
         if news and self.world.is_main:
             self._print(*news)
-            write_bad_images(self.out, self.bad.found)
+            write_bad_images(self.out, self.bad.found, self.config.data)
 
     def _description(self) -> list[str]:
         trainer, config = self.trainer, self.config

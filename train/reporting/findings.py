@@ -22,8 +22,8 @@ from ..run.log import read_metrics, training_seconds
 from ..run.saved_config import read_config
 
 COMPARE = "compare.json"
-ACCURACY_KEYS = ("top1", "majority")  # keys of the accuracy that "interval" belongs to
-PROTOCOL_NAMES = {"knn": "kNN"}  # spelling in texts; others as in the file
+ACCURACY_KEYS = ("top1", "majority", "mean_iou")  # keys of the accuracy that "interval" belongs to
+PROTOCOL_NAMES = {"knn": "kNN", "dense": "mean IoU"}  # names in texts; others as in the file
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
@@ -103,7 +103,8 @@ def read_evaluation(path: Path) -> Evaluation | None:
     about += "" if step is None else f", after {step:,} steps"
     weights = report.get("weights")
     about += "" if weights is None else f", weights of {weights}"
-    found = Evaluation(path.name, about, f"{protocol_name} accuracy", data, step, weights)
+    label = protocol_name if protocol == "dense" else f"{protocol_name} accuracy"
+    found = Evaluation(path.name, about, label, data, step, weights)
     for name, network in report["networks"].items():
         for column, result in network.items():
             accuracy = accuracy_of(result)

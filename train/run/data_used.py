@@ -89,13 +89,17 @@ def data_used(data: str, images: ImageDataset, test: ImageDataset | None, epoch_
         test: test images, if they were opened.
         epoch_steps: steps per epoch.
     """
-    files = [images.file(i) for i in range(len(images))]
-    common = os.path.commonprefix([files[0], files[-1]])  # the folder may have another path on another machine
-    names = digest(*(file.removeprefix(common) for file in files))
     tests = None if test is None or test.labels is None else len(test)
     several = f"{len(images.classes)} classes: {', '.join(images.classes[:3])}{', ...' if images.classes[3:] else ''}"
     classes = several if images.classes else ""
-    return DataUsed(data, len(images), tests, images.note, names, epoch_steps, classes=classes)
+    return DataUsed(data, len(images), tests, images.note, names_digest(images), epoch_steps, classes=classes)
+
+
+def names_digest(images: ImageDataset) -> str:
+    """A digest of the names of images relative to their common folder, whose path differs between machines."""
+    files = [images.file(i) for i in range(len(images))]
+    common = os.path.commonprefix([files[0], files[-1]])
+    return digest(*(file.removeprefix(common) for file in files))
 
 
 def read_data_used(out: Path) -> DataUsed | None:

@@ -17,6 +17,8 @@ OUT/.lock             locked by the process that writes to the directory
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from dspnet_fast.errors import InputError
 
 from ..config import RunConfig
 from ..data.datasets.images import ImageDataset, Subset
-from .data_used import DATA_USED
+from .data_used import DATA_USED, names_digest, read_data_used
 from .lock import lock
 from .options import flag, key
 from .saved_config import CONFIG, read_config
@@ -109,29 +111,63 @@ def open_run(config: RunConfig, resume: bool) -> Path:
     return out
 
 
-def read_bad_images(out: Path) -> dict[str, str]:
-    """Return error messages by name of the images that the run in `out` has left out; InputError for a damaged list."""
+def _folder_of(data: str) -> str:
+    """The folder of images with a final separator, as names of its files begin; empty for named datasets."""
+    path = Path(data).expanduser()
+    folder = str(path if path.is_dir() else path.parent)
+    return "" if folder == "." else os.path.join(folder, "")
+
+
+def read_bad_images(out: Path, data: str) -> dict[str, str]:
+    """The images that the run in `out` has left out.
+
+    Args:
+        out: run directory.
+        data: the name of the dataset, whose folder may have moved since then.
+
+    Returns:
+        Error messages by name of the image.
+
+    Raises:
+        InputError: the list is damaged.
+    """
     path = out / BAD_IMAGES
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        found = dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): remove it to count unreadable images again") from error
+    return {os.path.join(_folder_of(data), name): reason for name, reason in found.items()}
 
 
-def write_bad_images(out: Path, found: dict[str, str]) -> None:
-    """Write the error messages by name of the images that a run has left out."""
-    atomic.write_text(out / BAD_IMAGES, json.dumps(found, indent=1) + "\n")
+def write_bad_images(out: Path, found: Mapping[str, str], data: str) -> None:
+    """Write the error messages by name of the images that a run has left out, with names relative to the folder of
+    `data`: on another machine it has another path."""
+    folder = _folder_of(data)
+    relative = {
+        name.removeprefix(folder): reason.replace(name, name.removeprefix(folder)) for name, reason in found.items()
+    }
+    atomic.write_text(out / BAD_IMAGES, json.dumps(relative, indent=1) + "\n")
 
 
-def without_bad_images(out: Path, images: ImageDataset) -> ImageDataset:
-    """The images without those that the run in `out` has left out; prints how many these are."""
-    bad = read_bad_images(out)
-    if not bad:
-        return images
+def without_bad_images(out: Path, images: ImageDataset, data: str) -> ImageDataset:
+    """The images without those that the run in `out` has left out; prints how many these are.
+
+    Args:
+        out: run directory.
+        images: training or test images.
+        data: the name of their dataset. Of other images than those of the run, none is left out.
+    """
+    bad = read_bad_images(out, data)
     kept = [i for i in range(len(images)) if images.file(i) not in bad]
-    if len(kept) == len(images):
+    if len(kept) == len(images) or not _are_of_run(out, images, data):
         return images
     print(
         f"left out: {len(images) - len(kept):,} images that the run could not read, see {out / BAD_IMAGES}", flush=True
     )
     return Subset(images, kept)
+
+
+def _are_of_run(out: Path, images: ImageDataset, data: str) -> bool:
+    """Whether images are those of a run, by the name of the dataset or by the names of its training images."""
+    used = read_data_used(out)
+    return used is None or used.data == data or used.digest == names_digest(images)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
-import re
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .decoders import reading, unreadable
+from .depth import PNM, TIFF_BITS, bits_per_sample
 
 ARRAYS = (".npy",) + (".dcm",) * (importlib.util.find_spec("pydicom") is not None)  # endings
-PNG, PNG_BITS, GREY = b"\x89PNG\r\n\x1a\n", 24, 0  # signature, place of the bit depth, the next byte for grey
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 338, 339  # TIFF's tags
+PHOTOMETRIC, ORIENTATION, SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SAMPLE_FORMAT = 262, 274, 277, 338, 339  # TIFF's tags
 UNSIGNED, SIGNED = 1, 2  # values of SAMPLE_FORMAT
-PPM = re.compile(rb"P6\s+(?:#.*\s+)*(\d+)\s+(\d+)\s+(\d+)\s")
+DECODERS = {"PNG": "png_decode", "JPEG2000": "jpeg2k_decode", "AVIF": "avif_decode"}  # functions of imagecodecs
 
 Decoded = tuple[np.ndarray, int]  # values [H, W, C], and the number of channels that are not transparency
 
@@ -32,16 +31,13 @@ def is_eight_bit(content: bytes, file: str) -> bool:
     """Whether an image is 8-bit grey or colour, by its header; also for a damaged file, which is reported later."""
     if is_array(file):
         return False
-    if content.startswith(PNG):
-        return content[PNG_BITS : PNG_BITS + 1] != b"\x10"
-    if (ppm := PPM.match(content)) is not None:
-        return int(ppm[3]) < 256
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if bits_per_sample(image, content) > 8:
+                return False
             if image.format == "TIFF":
-                bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
                 pages_are_channels = getattr(image, "n_frames", 1) > 1 and len(image.getbands()) == 1
-                return bits <= 8 and image.mode != "RGBX" and not pages_are_channels and not _pillow_misreads(image)
+                return image.mode != "RGBX" and not pages_are_channels and not _pillow_misreads(image)
             return image.mode[0] not in "IF"
     except UnidentifiedImageError:
         return not content.startswith(TIFF)
@@ -79,16 +75,39 @@ def _decode(content: bytes, file: str) -> Decoded:
         return _npy(content)
     if is_array(file):
         return _dicom(content)
-    if content.startswith(PNG) and content[PNG_BITS] == 16 and content[PNG_BITS + 1] != GREY:
-        values = _package("imagecodecs").png_decode(content)  # Pillow keeps 8 bits
-        return values, values.shape[-1] - (values.shape[-1] % 2 == 0)
     if content.startswith(TIFF):
         return _tiff(content)
-    if (ppm := PPM.match(content)) is not None and int(ppm[3]) > 255:  # Pillow keeps 8 bits
-        width, height, _ = map(int, ppm.groups())
-        return np.frombuffer(content, ">u2", height * width * 3, ppm.end()).reshape(height, width, 3), 3
     with Image.open(io.BytesIO(content)) as image:
-        return _of_pillow(image)
+        # Pillow keeps all bits of a single grey channel, and 8 of others.
+        deep = bits_per_sample(image, content) > 8 and image.mode[0] != "I"
+        return _deep_colours(image, content) if deep else _of_pillow(image)
+
+
+def _deep_colours(image: Image.Image, content: bytes) -> Decoded:
+    """Colours, or grey with transparency, of more than 8 bits."""
+    if image.format == "PPM":
+        header = PNM.match(content)
+        assert header is not None
+        width, height, stored = int(header[2]), int(header[3]), content[header.end() :]
+        if header[1] == b"3":  # numbers as text
+            return np.array([int(number) for number in stored.split()], np.uint16).reshape(height, width, 3), 3
+        return np.frombuffer(stored, ">u2", height * width * 3).reshape(height, width, 3), 3
+    if image.format == "HEIF":  # already turned
+        opened = _package("pillow_heif").open_heif(io.BytesIO(content), convert_hdr_to_8bit=False, hdr_to_16bit=False)
+        values = np.asarray(opened)
+    else:
+        decoded = getattr(_package("imagecodecs"), DECODERS[image.format or ""])(content)
+        values = _turned(decoded, image.getexif().get(ORIENTATION, 1))
+    values = values[..., None] if values.ndim == 2 else values
+    return values, values.shape[-1] - (values.shape[-1] % 2 == 0)
+
+
+def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Values [H, W, ...] turned and mirrored as EXIF's orientation says."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    values = values[::-1] if orientation in (3, 4, 7, 8) else values
+    return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 
 def _package(name: str) -> Any:
@@ -96,7 +115,7 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            "its colours have 16 bits or more than 4 samples: pip install 'dspnet-fast[images]'"
+            "its colours have more than 8 bits, or it has more than 4 samples: pip install 'dspnet-fast[images]'"
         ) from error
 
 
@@ -133,7 +152,7 @@ def _tiff(content: bytes) -> Decoded:
         return _by_tifffile(content)
     with image:
         samples = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)  # type: ignore[attr-defined]
-        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+        bits = bits_per_sample(image, content)
         if samples > 4 or (samples > 1 and bits > 8) or _pillow_misreads(image):
             return _by_tifffile(content)
         first, *others = (_page(image, page) for page in range(getattr(image, "n_frames", 1)))
@@ -146,7 +165,7 @@ def _tiff(content: bytes) -> Decoded:
 def _pillow_misreads(image: Any) -> bool:
     """Whether Pillow would wrap signed 8-bit or unsigned 32-bit values, or drop a second channel as transparency."""
     tags = image.tag_v2
-    bits, kind = max(tags.get(BITS_PER_SAMPLE, (1,))), max(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
+    bits, kind = max(tags.get(TIFF_BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
     two_channels = tags.get(SAMPLES_PER_PIXEL, 1) == 2 and tags.get(EXTRA_SAMPLES, (0,))[0] == 0
     return two_channels or (bits, kind) in ((8, SIGNED), (32, UNSIGNED))
 
@@ -165,10 +184,11 @@ def _by_tifffile(content: bytes) -> Decoded:
     with _package("tifffile").TiffFile(io.BytesIO(content)) as tiff:
         series, extra = tiff.series[0], tiff.pages[0].extrasamples
         values, axes = series.asarray(), series.axes
+        orientation = int(tiff.pages[0].tags.valueof(ORIENTATION, 1))
     if not {"Y", "X"} <= set(axes):
         raise ValueError(f"its axes are {axes}, not height and width")
     values = np.moveaxis(values, (axes.index("Y"), axes.index("X")), (0, 1))
-    values = values.reshape(*values.shape[:2], -1)
+    values = _turned(values.reshape(*values.shape[:2], -1), orientation)
     return values, values.shape[-1] - sum(kind != 0 for kind in extra)  # 0: no transparency
 
 

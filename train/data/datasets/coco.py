@@ -39,6 +39,8 @@ from .decoders import describe_content, unreadable
 from .images import decode
 
 MAX_REPORTED = 10  # invalid annotations listed in a message
+TRAIN, VAL = ("instances_train2017", "train2017"), ("instances_val2017", "val2017")  # COCO's annotations and images
+ROBOFLOW = "_annotations.coco.json"
 CHECKED_AT_ONCE = 1000
 
 
@@ -138,6 +140,28 @@ def require_pycocotools() -> None:
     """Raise InputError if pycocotools is not installed."""
     if importlib.util.find_spec("pycocotools") is None:
         raise InputError("COCO's masks and AP need pycocotools: pip install 'dspnet-fast[detect]'")
+
+
+def places(
+    root: Path, train: tuple[str, str] = TRAIN, val: tuple[str, str] = VAL
+) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    """Annotations and folder of images of the training and of the test set, in COCO's or Roboflow's layout.
+
+    Args:
+        root: folder of the dataset.
+        train: in COCO's layout, the NAME in annotations/NAME.json and the folder of the images of the training set.
+        val: likewise of the test set.
+
+    Raises:
+        InputError: Roboflow's layout lacks a test set.
+    """
+    if not (root / "annotations").is_dir() and (root / "train" / ROBOFLOW).is_file():
+        tests = [root / name for name in ("valid", "test") if (root / name / ROBOFLOW).is_file()]
+        if not tests:
+            raise InputError(f"{root} has train/{ROBOFLOW}, but none in valid/ or test/: export a test split too")
+        return (root / "train" / ROBOFLOW, root / "train"), (tests[0] / ROBOFLOW, tests[0])
+    first, second = ((root / "annotations" / f"{name}.json", root / images) for name, images in (train, val))
+    return first, second
 
 
 def read(

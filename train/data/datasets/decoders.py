@@ -9,13 +9,18 @@ import threading
 import warnings
 from typing import Any
 
+from PIL import Image
+
 from dspnet_fast.errors import InputError
 
+from .depth import jpeg_bits
+
 LFS = b"version https://git-lfs"
-HEIC = "HEIC, damaged" if importlib.util.find_spec("pillow_heif") else "HEIC: pip install pillow-heif"
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+HEIC = re.compile(rb"ftyp(heic|heix|heim|heis|hevc|hevx|hevm|hevs|mif1|msf1)")  # after 4 bytes
 # Start of other files, after offset, and what they are. Phones and editors write them with the ending .jpg too.
 KINDS = (
-    (4, re.compile(rb"ftyp(heic|heix|heim|heis|hevc|mif1|msf1)"), HEIC),
+    (4, HEIC, "HEIC, damaged" if HAS_HEIF else "HEIC: pip install pillow-heif"),
     (4, re.compile(rb"ftypavif"), "AVIF, which this Pillow cannot read: pip install --upgrade pillow"),
     (4, re.compile(rb"ftyp"), "a video: take it out"),
     (0, re.compile(rb"RIFF....AVI ", re.DOTALL), "a video: take it out"),
@@ -64,19 +69,21 @@ def describe_content(content: bytes) -> str:
     for offset, kind, what in KINDS:
         if kind.match(content, offset):
             return what
+    if (bits := jpeg_bits(content)) != 8:
+        return f"a JPEG of {bits} bits, and JPEG is read with 8: convert it to PNG or TIFF of 16 bits"
     text = start.strip()
     if len(content) < 512 and text.isascii() and text.decode().isprintable() and not text.startswith((b"gif", b"bm")):
         return f"a text, as a failed download leaves: {content.decode(errors='replace').strip()[:40]!r}"
     return ""
 
 
-def read_heic() -> None:
-    """Let Pillow read HEIC if pillow-heif is installed."""
-    if importlib.util.find_spec("pillow_heif") is not None:
-        importlib.import_module("pillow_heif").register_heif_opener()
+def _open_heic(file: Any, name: Any = None) -> Image.Image:
+    """Open HEIC by pillow-heif, which is imported with the first such file: not every process reads one."""
+    return importlib.import_module("pillow_heif").HeifImageFile(file, name)
 
 
-read_heic()
+if HAS_HEIF:
+    Image.register_open("HEIF", _open_heic, lambda start: HEIC.match(start, 4) is not None)
 
 
 def gather_warnings() -> None:

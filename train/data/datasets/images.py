@@ -12,9 +12,10 @@ from dspnet_fast.errors import InputError
 
 from ...run.fingerprint import digest
 from .decoders import note, reading, unreadable
+from .depth import bits_per_sample
 from .pixels import RescaledImage
 
-UPPER_BITS = "16-bit image read with its upper 8 bits, see --pixel-range"
+UPPER_BITS = "image of more than 8 bits read with its upper 8 bits, see --pixel-range"
 
 Loaded = Image.Image | RescaledImage
 
@@ -161,7 +162,7 @@ def decode(content: bytes, file: str, turn: bool = True) -> Image.Image:
         with Image.open(io.BytesIO(content)) as image:
             if turn:
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode in ("RGB", "RGBA") and image.format == "PNG" and content[24] == 16:
+            if image.mode[0] not in "IF" and bits_per_sample(image, content) > 8:
                 note(UPPER_BITS)
             return to_grey_or_rgb(image)
     except Exception as error:  # decoders raise many types of exceptions for broken files

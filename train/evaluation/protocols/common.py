@@ -105,7 +105,11 @@ class EvaluationSetup:
                 use_kernels(device, config, config.image_size, out, tf32=config.tf32, plugins=plugins, trains=trains)
             self.data = options.data or config.data
             format = PixelFormat.of(config)
-        self.train: ImageDataset = without_bad_images(out, read_as(open_images(self.data, "train"), format))
+        self.open_splits(out, options, format)
+
+    def open_splits(self, out: Path, options: EvaluationOptions, format: PixelFormat) -> None:
+        """Open both splits, read in the run's pixel format."""
+        self.train: ImageDataset = without_bad_images(out, read_as(open_images(self.data, "train"), format), self.data)
         self.test: ImageDataset = read_as(open_images(self.data, "test"), format)
         self.train_labels: Tensor = require_labels(self.train)
         self.test_labels: Tensor = require_labels(self.test)
