@@ -13,10 +13,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-kernels test-faults fuzz sanitize docs demo dataset wheel clean
+.PHONY: help install lint test test-kernels test-faults test-aarch64 fuzz sanitize docs demo dataset wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv, and install the project and all that it needs in it (about 7 GB)
 
@@ -42,6 +42,9 @@ test-kernels: install ## the kernels for GPUs alone, without one: interpreted, a
 
 test-faults: install ## every fault of docs/faults.md, several processes and hosts included (some minutes)
 	$(BIN)/python -m pytest tests/faults -m ""
+
+test-aarch64: install ## the compiled operators cross-compiled for aarch64, their tests under qemu-user (hours)
+	bash tests/csrc/aarch64.sh $(or $(TESTS),tests/ops -k "cpp or build or fuzz")
 
 fuzz: install ## 10,000 calls of the operators with arguments that are wrong, or nearly right: none may crash
 	DSPNET_FUZZ_CALLS=$${DSPNET_FUZZ_CALLS:-10000} $(BIN)/python -m pytest --capture=no tests/ops/test_fuzz.py

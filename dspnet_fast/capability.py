@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
-# The instructions that each capability requires, in ascending order. Every CPU with AVX2 also has F16C.
+# The instructions that each capability requires, in ascending order. Every CPU with AVX2 also has F16C. DEFAULT is the
+# only one on aarch64, where it includes NEON, which all of these CPUs have.
 INSTRUCTIONS = {
     "DEFAULT": (),
     "AVX2": ("avx2", "fma3"),

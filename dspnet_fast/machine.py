@@ -22,13 +22,18 @@ def in_float64(x: Tensor) -> Tensor:
 
 
 def cpu_model() -> str:
-    """The processor's model name."""
+    """The processor's model name. On aarch64, for which Linux has no name, the numbers of its implementer and part."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    facts: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    if "CPU part" in facts:
+        return f"aarch64, implementer {facts['CPU implementer']}, part {facts['CPU part']}"
+    return facts.get("model name") or platform.processor() or "unknown"
 
 
 def installed_version(*distributions: str) -> str:

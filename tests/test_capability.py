@@ -14,6 +14,7 @@ from dspnet_fast import capability
 from dspnet_fast.ops import cpp
 
 ROOT = Path(__file__).parent.parent
+X86 = platform.machine() in ("x86_64", "AMD64")
 # CPUs by the instructions of capability.INSTRUCTIONS that they have. Xeon Phi has a part of AVX-512.
 CPUS = {
     "AVX512": ["avx2", "fma3", "avx512_f", "avx512_dq", "avx512_vl", "avx512_bw"],
@@ -90,7 +91,7 @@ info.main(["--json"])
 """
 
 
-@pytest.mark.skipif(not cpp.load()[0], reason=cpp.load()[1])
+@pytest.mark.skipif(not (X86 and cpp.load()[0]), reason=cpp.load()[1] or "this architecture has one capability")
 def test_info_shows_why_a_capability_that_the_cpu_lacks_is_refused(run_python):
     facts = json.loads(run_python("-c", WITHOUT_AVX512, ATEN_CPU_CAPABILITY="avx512", DSPNET_KERNELS="cpp"))
     reason = "ATEN_CPU_CAPABILITY asks for AVX512, which this CPU cannot execute: unset it"
@@ -120,7 +121,7 @@ int main(int, char** arguments) {
 def library(request, tmp_path_factory):
     """The builds in a library, and a function of a CPU and torch's capability: the build that the library registers."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+    if compiler is None or not X86:
         pytest.skip("no C++ compiler, or none of these CPUs")
     folder = tmp_path_factory.mktemp("choice")
     (folder / "ATen").mkdir()

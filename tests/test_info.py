@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from dspnet_fast import info, verdicts
+from dspnet_fast import info, machine, verdicts
 from dspnet_fast.ops import apex, registry
 from dspnet_fast.verdicts import Verdict
 
@@ -35,6 +35,19 @@ def test_table_has_a_row_for_each_operator_and_a_line_for_each_reason(capsys, mo
             assert not reason or any(line[:1] == [provider] and reason in " ".join(line) for line in lines)
     assert not any("no implementation" in " ".join(line) for line in lines)
     assert any({"operator", "chosen", "available", "unavailable"} <= set(line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "model"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel name\t: AMD EPYC\n", "AMD EPYC"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n", "aarch64, implementer 0x41, part 0xd0c"),
+    ],
+)
+def test_cpu_model_is_a_name_or_implementer_and_part(tmp_path, monkeypatch, cpuinfo, model):
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+    assert machine.cpu_model() == model
 
 
 def test_several_reasons_of_a_provider_name_their_operators():

@@ -18,7 +18,7 @@
 namespace dspnet::inline CPU_CAPABILITY {
 
 using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kVec = Vec::size(); // floats: 16 with AVX-512, 8 otherwise
+constexpr int64_t kVec = Vec::size(); // floats: 16 with AVX-512, 4 on aarch64, 8 otherwise
 
 enum class Act { identity, relu, relu6, hardswish, silu };
 

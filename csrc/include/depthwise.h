@@ -20,7 +20,7 @@
 
 namespace dspnet::inline CPU_CAPABILITY::depthwise {
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__) // 32 registers
 constexpr int64_t kTile = 8; // pixels whose sums stay in registers
 #else
 constexpr int64_t kTile = 4;

@@ -34,6 +34,11 @@ constexpr int64_t kRegisters = 32;
 constexpr int kPanelVectors = 4;
 template <int V>
 constexpr int kTileRows = V == 1 ? 16 : V == 2 ? 12 : V == 3 ? 8 : 6;
+#elif defined(__aarch64__) // NEON broadcasts into a register, so a tile must fit beside one more vector per row
+constexpr int64_t kRegisters = 32;
+constexpr int kPanelVectors = 4;
+template <int V>
+constexpr int kTileRows = V == 4 ? 4 : V == 3 ? 6 : 8;
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t kRegisters = 16;
 constexpr int kPanelVectors = 2;

@@ -39,7 +39,8 @@ def builds() -> list[str]:
 def is_fast(precision: str) -> bool:
     """Whether a training step by this library was measured to be faster than in plain PyTorch, in fp32 or bf16.
 
-    Not so for the build for any processor; and not in bf16 for that of AVX2 on a CPU with AVX-512, which oneDNN uses.
+    Not so for DEFAULT: slower on x86, not measured on aarch64. And not so in bf16 for AVX2 on a CPU with AVX-512, which
+    oneDNN uses.
     """
     if not load()[0]:
         return False
