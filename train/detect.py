@@ -14,7 +14,7 @@ from dspnet_fast.errors import InputError
 from . import cli
 from .data.coco_loader import training_batches
 from .data.datasets import coco
-from .data.datasets.coco import CocoDataset, Instances
+from .data.datasets.coco import TRAIN, VAL, CocoDataset, Instances
 from .data.sampler import EpochSampler
 from .detection.average_precision import KINDS, MEASURES
 from .detection.backbones import open_backbone
@@ -64,12 +64,10 @@ class CocoOptions:
         "folder with annotations/NAME.json and folders of images, or, as Roboflow exports them, with train/ and valid/",
         metavar="DIR",
     )
-    train_annotations: str = option(
-        coco.TRAIN[0], "training annotations: the NAME in annotations/NAME.json", metavar="NAME"
-    )
-    train_images: str = option(coco.TRAIN[1], "folder of the training images in --coco", metavar="DIR")
-    val_annotations: str = option(coco.VAL[0], "test annotations: the NAME in annotations/NAME.json", metavar="NAME")
-    val_images: str = option(coco.VAL[1], "folder of the test images in --coco", metavar="DIR")
+    train_annotations: str = option(TRAIN[0], "training annotations: the NAME in annotations/NAME.json", metavar="NAME")
+    train_images: str = option(TRAIN[1], "folder of the training images in --coco", metavar="DIR")
+    val_annotations: str = option(VAL[0], "test annotations: the NAME in annotations/NAME.json", metavar="NAME")
+    val_images: str = option(VAL[1], "folder of the test images in --coco", metavar="DIR")
     boxes_only: bool = option(False, "train Faster R-CNN on boxes and ignore masks")
     crowds_as_objects: bool = option(
         False, "treat annotations with iscrowd 1 as single objects, for masks that CVAT exports"

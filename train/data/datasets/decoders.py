@@ -9,7 +9,7 @@ import threading
 import warnings
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dspnet_fast.errors import InputError
 
@@ -77,7 +77,7 @@ def describe_content(content: bytes) -> str:
     return ""
 
 
-def _open_heic(file: Any, name: Any = None) -> Image.Image:
+def _open_heic(file: Any, name: Any = None) -> ImageFile.ImageFile:
     """Open HEIC by pillow-heif, which is imported with the first such file: not every process reads one."""
     return importlib.import_module("pillow_heif").HeifImageFile(file, name)
 
