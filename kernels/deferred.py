@@ -40,6 +40,24 @@ def row_tile(first, size, segment, column, inside, channels, BLOCK_M: tl.constex
 
 
 @triton.jit
+def normal_cdf(z, power):
+    """The distribution function of the standard normal distribution, within 7.5e-8: Abramowitz and Stegun, 7.1.26.
+
+    power: exp(-z^2 / 2), which the gradient needs too.
+    """
+    t = 1 / (1 + tl.abs(z) * (0.3275911 * 0.70710678))
+    total = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
+    tail = 0.5 * t * (0.254829592 + t * (-0.284496736 + t * total)) * power  # that of -|z|
+    return tl.where(z > 0, 1 - tail, tail)
+
+
+@triton.jit
+def gelu_sigmoid(z):
+    """The factor of z in GELU's tanh approximation: sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3))."""
+    return tl.sigmoid(z * (1.5957691216 + 0.0713548163 * z * z))
+
+
+@triton.jit
 def apply_activation(z, ACT: tl.constexpr):
     if ACT == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -47,6 +65,10 @@ def apply_activation(z, ACT: tl.constexpr):
         z = tl.minimum(tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "silu":
         z = z * tl.sigmoid(z)
+    if ACT == "gelu":
+        z = z * normal_cdf(z, tl.exp(-0.5 * z * z))
+    if ACT == "gelu_tanh":
+        z = z * gelu_sigmoid(z)
     if ACT == "hardswish":
         z = z * tl.minimum(tl.maximum(z + 3, 0.0), 6.0) * (1 / 6)
     return z
@@ -63,6 +85,12 @@ def activation_gradient(z, ACT: tl.constexpr):
     if ACT == "silu":
         sigmoid = tl.sigmoid(z)
         result = sigmoid * (1 + z * (1 - sigmoid))
+    if ACT == "gelu":
+        power = tl.exp(-0.5 * z * z)
+        result = normal_cdf(z, power) + z * power * 0.39894228  # the density is power / sqrt(2 pi)
+    if ACT == "gelu_tanh":
+        sigmoid = gelu_sigmoid(z)
+        result = sigmoid * (1 + z * (1.5957691216 + 3 * 0.0713548163 * z * z) * (1 - sigmoid))
     if ACT == "hardswish":
         result = tl.where(z < -3, 0.0, tl.where(z > 3, 1.0, z * (1 / 3) + 0.5))
     return result

@@ -45,9 +45,15 @@ class Attention(nn.Module):
         x = self.embed(x).flatten(2).mT
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        qkv = self.qkv(self.norm(x)).view(batch, tokens, 3, self.num_heads, self.head_size(x))
+        y = self.attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
         return self.head((x + self.gamma * self.proj(y))[:, 0])
+
+    def head_size(self, x):
+        return -1
+
+    def attend(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 def images(size=16, count=2):
@@ -236,13 +242,8 @@ class BiasedAttention(Attention):
         super().__init__()
         self.bias = Bias(4)
 
-    def forward(self, x):
-        x = self.embed(x).flatten(2).mT
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
-        batch, tokens, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT + self.bias.by_head()).softmax(-1)
-        return self.head((x + self.gamma * self.proj((weights @ v).transpose(1, 2).flatten(2)))[:, 0])
+    def attend(self, q, k, v):
+        return (q @ k.mT + self.bias.by_head()).softmax(-1) @ v
 
 
 def test_tensors_that_evaluation_keeps_do_not_reach_other_subnets():
@@ -254,6 +255,61 @@ def test_tensors_that_evaluation_keeps_do_not_reach_other_subnets():
         with activate(model, width):
             assert model(x).shape == (2, 5) and model.bias.bias_cache["bias"].shape == (heads, 17, 17)
             torch.testing.assert_close(slim(model, width, x)(x), model(x))
+    torch.testing.assert_close(model(x), expected)
+
+
+class CrossCovariance(Attention):
+    """Attention between the channels of a head, with a parameter per head that comes before the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.rand(4, 1, 1))
+
+    def attend(self, q, k, v):
+        return v @ (self.temperature * (q.mT @ k)).softmax(-1)
+
+
+class Rotary(Attention):
+    """Attention with a table and a normalisation that all heads share."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(17, 8), persistent=False)
+        self.head_norm = nn.LayerNorm(8)
+
+    def attend(self, q, k, v):
+        return super().attend(self.head_norm(q) * self.table + q.roll(1, -1) * self.table.cos(), k * self.table, v)
+
+
+class SingleHead(Attention):
+    """Attention with one head, whose size a method needs."""
+
+    def __init__(self):
+        super().__init__(heads=1)
+        self.head_dim = 32
+
+    def head_size(self, x):
+        return self.head_dim
+
+
+@pytest.mark.parametrize(
+    "kind, attribute, values",
+    [
+        (CrossCovariance, "num_heads", (1, 2, 3)),
+        (Rotary, "num_heads", (1, 2, 3)),
+        (SingleHead, "head_dim", (8, 16, 24)),
+    ],
+)
+def test_attention_of_many_kinds_shrinks(kind, attribute, values):
+    plain = kind().double().eval()
+    x = images().double()
+    expected, full = plain(x), getattr(plain, attribute)
+    model = slimmable(plain, x)
+    for width, value in zip((0.25, 0.5, 0.75), values, strict=True):
+        with activate(model, width):
+            assert getattr(model, attribute) == value
+            torch.testing.assert_close(slim(model, width, x)(x), model(x))
+    assert getattr(model, attribute) == full
     torch.testing.assert_close(model(x), expected)
 
 

@@ -57,13 +57,15 @@ inline at::Tensor check_matrix(
 inline Act check_act(const char* op, std::string_view act) {
   constexpr std::pair<std::string_view, Act> acts[] = {
       {"identity", Act::identity}, {"relu", Act::relu}, {"relu6", Act::relu6}, {"hardswish", Act::hardswish},
-      {"silu", Act::silu}};
+      {"silu", Act::silu}, {"gelu", Act::gelu}, {"gelu_tanh", Act::gelu_tanh}};
   for (const auto& [name, value] : acts) {
     if (act == name) {
       return value;
     }
   }
-  TORCH_CHECK(false, op, ": act must be one of identity, relu, relu6, hardswish, silu, not ", std::string(act));
+  TORCH_CHECK(
+      false, op, ": act must be one of identity, relu, relu6, hardswish, silu, gelu, gelu_tanh, not ",
+      std::string(act));
 }
 
 // The deferred normalisation and the tensors that own its memory.

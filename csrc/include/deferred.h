@@ -20,7 +20,7 @@ namespace dspnet::inline CPU_CAPABILITY {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kVec = Vec::size(); // floats: 16 with AVX-512, 4 on aarch64, 8 otherwise
 
-enum class Act { identity, relu, relu6, hardswish, silu };
+enum class Act { identity, relu, relu6, hardswish, silu, gelu, gelu_tanh };
 
 // scale, shift: [rows, C] with rows 1 or the number of views, or null with rows = 0. gate: [N, C] or null.
 struct Deferred {
@@ -51,6 +51,33 @@ DSPNET_INLINE Vec sigmoid(const Vec& z) {
   return Vec(1) / (Vec(1) + z.neg().exp());
 }
 
+// exp(-z^2 / 2)
+DSPNET_INLINE Vec gaussian(const Vec& z) {
+  return (z * z * Vec(-0.5f)).exp();
+}
+
+// The distribution function of the standard normal distribution, (1 + erf(z / sqrt(2))) / 2, within 7.5e-8:
+// Abramowitz and Stegun, 7.1.26. `power` is gaussian(z).
+DSPNET_INLINE Vec normal_cdf(const Vec& z, const Vec& power) {
+  const Vec t = Vec(1) / at::vec::fmadd(z.abs(), Vec(0.3275911f * 0.70710678f), Vec(1));
+  Vec sum = at::vec::fmadd(t, Vec(0.5f * 1.061405429f), Vec(0.5f * -1.453152027f));
+  sum = at::vec::fmadd(t, sum, Vec(0.5f * 1.421413741f));
+  sum = at::vec::fmadd(t, sum, Vec(0.5f * -0.284496736f));
+  sum = at::vec::fmadd(t, sum, Vec(0.5f * 0.254829592f));
+  const Vec tail = sum * t * power; // that of -|z|
+#if defined(CPU_CAPABILITY_AVX512)
+  return Vec(_mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(z, Vec(0), _CMP_GT_OQ), Vec(1), tail));
+#else
+  return Vec::blendv(tail, Vec(1) - tail, z > Vec(0));
+#endif
+}
+
+// The factor of z in GELU's tanh approximation: sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)).
+constexpr float kGeluLinear = 1.5957691216f, kGeluCubic = 0.044715f * kGeluLinear;
+DSPNET_INLINE Vec gelu_sigmoid(const Vec& z) {
+  return sigmoid(z * at::vec::fmadd(z * z, Vec(kGeluCubic), Vec(kGeluLinear)));
+}
+
 template <Act act>
 DSPNET_INLINE Vec activate(const Vec& z) {
   if constexpr (act == Act::relu) {
@@ -61,6 +88,10 @@ DSPNET_INLINE Vec activate(const Vec& z) {
     return z * at::vec::clamp(z + Vec(3), Vec(0), Vec(6)) * Vec(1.f / 6);
   } else if constexpr (act == Act::silu) {
     return z * sigmoid(z);
+  } else if constexpr (act == Act::gelu) {
+    return z * normal_cdf(z, gaussian(z));
+  } else if constexpr (act == Act::gelu_tanh) {
+    return z * gelu_sigmoid(z);
   } else {
     return z;
   }
@@ -85,6 +116,13 @@ DSPNET_INLINE Vec activation_gradient(const Vec& z) {
   } else if constexpr (act == Act::silu) {
     const Vec s = sigmoid(z);
     return s * at::vec::fmadd(z, Vec(1) - s, Vec(1));
+  } else if constexpr (act == Act::gelu) {
+    const Vec power = gaussian(z);
+    return at::vec::fmadd(z * Vec(0.39894228f), power, normal_cdf(z, power)); // density power / sqrt(2 pi)
+  } else if constexpr (act == Act::gelu_tanh) {
+    const Vec s = gelu_sigmoid(z);
+    const Vec slope = at::vec::fmadd(z * z, Vec(3 * kGeluCubic), Vec(kGeluLinear));
+    return s * at::vec::fmadd(z * slope, Vec(1) - s, Vec(1));
   } else if constexpr (act == Act::hardswish) {
     const Vec middle = at::vec::fmadd(z, Vec(1.f / 3), Vec(0.5f));
 #if defined(CPU_CAPABILITY_AVX512)
@@ -110,6 +148,10 @@ auto with_act(Act act, const Run& run) {
       return run(std::integral_constant<Act, Act::silu>{});
     case Act::hardswish:
       return run(std::integral_constant<Act, Act::hardswish>{});
+    case Act::gelu:
+      return run(std::integral_constant<Act, Act::gelu>{});
+    case Act::gelu_tanh:
+      return run(std::integral_constant<Act, Act::gelu_tanh>{});
     default:
       return run(std::integral_constant<Act, Act::identity>{});
   }

@@ -289,6 +289,11 @@ def _hardtanh(x: DeferredTensor, min_val: float = -1.0, max_val: float = 1.0, in
     return _deferring_activation("relu6")(x, inplace) if (min_val, max_val) == (0, 6) else NotImplemented
 
 
+def _gelu(x: DeferredTensor, *, approximate: str = "none") -> Any:
+    act = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    return _deferring_activation(act)(x) if act else NotImplemented
+
+
 def _add(a: Any, b: Any = None, *, in_place: bool = False, **options: Any) -> Any:
     """The sum of two tensors of one shape, which an activation function may follow."""
     fits = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
@@ -343,6 +348,7 @@ _DEFERRING: Mapping[Any, Callable[..., Any]] = {
     F.hardtanh: _hardtanh,
     F.hardswish: _deferring_activation("hardswish"),
     F.silu: _deferring_activation("silu"),
+    F.gelu: _gelu,
     **dict.fromkeys((torch.add, Tensor.add), _add),
     Tensor.add_: partial(_add, in_place=True),
     **dict.fromkeys((torch.mul, Tensor.mul), _multiply),

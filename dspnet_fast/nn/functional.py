@@ -23,6 +23,7 @@ ACTS: dict[type[nn.Module], str] = {
     nn.ReLU6: "relu6",
     nn.Hardswish: "hardswish",
     nn.SiLU: "silu",
+    nn.GELU: "gelu",
 }
 
 
@@ -37,7 +38,7 @@ def act_name(act: nn.Module | None) -> str:
     if type(act) not in ACTS:
         supported = ", ".join(kind.__name__ for kind in ACTS)
         raise ValueError(f"the operators do not support the activation {type(act).__name__}: use one of {supported}")
-    return ACTS[type(act)]
+    return "gelu_tanh" if isinstance(act, nn.GELU) and act.approximate == "tanh" else ACTS[type(act)]
 
 
 def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Module | None = None) -> Activation:
@@ -48,7 +49,8 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
         conv: a `SlimConv2d` without bias, ungrouped or depthwise, with square kernel, stride and zero padding and
             without dilation; or any torch.nn layer.
         norm: the batch normalisation of its output.
-        act: an `nn.ReLU`, `nn.ReLU6`, `nn.Hardswish`, `nn.SiLU` or `nn.Identity`; None for no activation function.
+        act: an `nn.ReLU`, `nn.ReLU6`, `nn.Hardswish`, `nn.SiLU`, `nn.GELU` or `nn.Identity`; None for no activation
+            function.
 
     Returns:
         A `Deferred` of shape [N, C', H', W'] for slimmable layers, a Tensor for torch.nn layers and with the policy

@@ -21,11 +21,11 @@ def fused(model: nn.Module, example: Any = None) -> nn.Module:
     """Let a network defer its batch normalisations, in place, so that fused operators can apply them.
 
     The network runs once, and every convolution learns which batch normalisation reads its output. From then on, with
-    every policy but "eager", such convolutions run as `conv_moments`, and the normalisation, a ReLU, ReLU6, hard-swish
-    or SiLU, and the gate of squeeze-and-excite are applied by the next operator: a convolution, a mean over height and
-    width, or a residual sum. All other functions get the computed tensor. Parameters, buffers, hooks and names stay the
-    same. With the policy "eager", under torch.compile and under autocast in float16, the network is computed in plain
-    PyTorch as before.
+    every policy but "eager", such convolutions run as `conv_moments`, and the normalisation, a ReLU, ReLU6, hard-swish,
+    SiLU or GELU, and the gate of squeeze-and-excite are applied by the next operator: a convolution, a mean over height
+    and width, or a residual sum. All other functions get the computed tensor. Parameters, buffers, hooks and names stay
+    the same. With the policy "eager", under torch.compile and under autocast in float16, the network is computed in
+    plain PyTorch as before.
 
     Args:
         model: a network, converted by `slimmable` or not. Layers nn.Conv2d and batch normalisations that follow each

@@ -343,8 +343,12 @@ def _grouped(labels: Labels, tensors: Mapping[tuple[str, str], Tensor], axes: Ma
     group_of, unit_of = np.full(len(labels), -1), np.zeros(len(labels), dtype=np.int64)
     names: set[str] = set()
     for found_in, members in by_places.items():
-        producer = next((place for place in found_in if place[1] == 0), found_in[0])
-        size = int(np.isin(roots[producer], members).sum())
+        # A tensor with one value per head may come before the layer that computes the heads' channels.
+        producers = [place for place in found_in if place[1] == 0 and tensors[place[0]].ndim > 1]
+        producers = producers or [place for place in found_in if place[1] == 0] or found_in[:1]
+        sizes = {place: int(np.isin(roots[place], members).sum()) for place in producers}
+        producer = max(sizes, key=lambda place: sizes[place])
+        size = sizes[producer]
         name, count = producer[0][0] or producer[0][1], 1
         while name in names:
             count += 1

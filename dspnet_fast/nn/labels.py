@@ -105,6 +105,9 @@ class Labels:
         placed = [
             ([axis.view(_right(axis.shape, ndim)) for axis in axes], _right(shape, ndim)) for axes, shape in operands
         ]
+        batched = any(shape[:1] > [1] for _, shape in placed)
+        if batched:
+            self._fix_tables(placed)
         result: Axes = []
         for axes, _ in placed:
             for axis in axes:
@@ -118,8 +121,20 @@ class Labels:
             for axes, shape in placed:
                 extends = any(size > 1 and shape[dim] > 1 for dim, size in enumerate(axis.shape))
                 if extends and not any(_shared(axis, own) for own in axes):
-                    self.fix([axis])
+                    inner = _inside_heads(axis, shape) if batched else []
+                    for dim in inner:
+                        self.unite(axis, axis.narrow(dim, 0, 1))
+                    self.fix([] if inner else [axis])
         return self._compressed(result)
+
+    def _fix_tables(self, placed: list[tuple[Axes, list[int]]]) -> None:
+        """Keep all channels of what every head uses, such as a rotary embedding, so that heads can be dropped."""
+        for index, (table, shape) in enumerate(placed):
+            heads = [axis for axes, _ in placed for axis in axes if _inside_heads(axis, shape)]
+            shared = [own for own in table if any(_shared(own, axis) for axis in heads)]
+            if shared:
+                self.fix(shared)
+                placed[index] = self._compressed(table), shape
 
     def reduce(self, axes: Axes, dims: Sequence[int]) -> Axes:
         """Labels after a sum over dimensions, which are kept with size 1. A set that varies along other dimensions too,
@@ -149,6 +164,14 @@ def _along(dim: int, ndim: int) -> list[int]:
 def _right(shape: Sequence[int], ndim: int) -> list[int]:
     """A shape with leading dimensions of size 1."""
     return [1] * (ndim - len(shape)) + list(shape)
+
+
+def _inside_heads(axis: Tensor, shape: Sequence[int]) -> list[int]:
+    """Dimensions inside of all others of labels, such as the channels of each head, if an operand without a batch has
+    these alone."""
+    dims = [dim for dim, size in enumerate(axis.shape) if size > 1]
+    inner, outer = [dim for dim in dims if shape[dim] > 1], [dim for dim in dims if shape[dim] == 1]
+    return inner if shape[0] == 1 and inner and outer and max(outer) < min(inner) else []
 
 
 def _shared(one: Tensor, other: Tensor) -> bool:

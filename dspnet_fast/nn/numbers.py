@@ -17,8 +17,9 @@ from .groups import ChannelGroups, Dimension, Number
 
 MAX_GUESSES = 24  # for the attributes of a class
 HEADS = ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads", "nh")
-UNRELATED = ("training", "head_dim", "dim_head", "key_dim", "num_classes", "patch_size", "window_size", "img_size",
-             "stride", "kernel_size", "dilation", "padding", "depth", "grid_size", "input_size")  # fmt: skip
+HEAD_SIZES = ("head_dim", "dim_head", "key_dim")  # of which subnets keep all channels, if there are several heads
+UNRELATED = ("training", "num_classes", "patch_size", "window_size", "img_size", "stride", "kernel_size", "dilation",
+             "padding", "depth", "grid_size", "input_size", "active_units")  # fmt: skip
 
 
 def known_numbers(model: nn.Module, groups: ChannelGroups) -> list[Number]:
@@ -84,39 +85,51 @@ def guessed_numbers(model: nn.Module, groups: ChannelGroups, kind: type[nn.Modul
 
     An attribute may count the channels of any dimension of its size, among the module's own tensors and those of its
     children. There is a guess for every combination, the most likely first. Guesses that also count the channels of the
-    module around follow: a layer may split off channels that it passes on.
+    module around follow: a layer may split off channels that it passes on. In the last guesses, the size of a head may
+    shrink, as it does if there is one head, and a number may count channels that occur several times, such as those of
+    queries and keys.
     """
-    yield from _guesses(model, groups, kind, around=False)
+    yield from _guesses(model, groups, kind)
     yield from _guesses(model, groups, kind, around=True)
+    yield from _guesses(model, groups, kind, sizes=True)
 
 
-def _guesses(model: nn.Module, groups: ChannelGroups, kind: type[nn.Module], around: bool) -> Iterator[list[Number]]:
+def _guesses(
+    model: nn.Module, groups: ChannelGroups, kind: type[nn.Module], around: bool = False, sizes: bool = False
+) -> Iterator[list[Number]]:
     places: dict[tuple[str, int | None], int] = {}  # number of choices by attribute and place
     choices: list[tuple[str, tuple[str, int | None], int, list[Dimension]]] = []
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if type(module) is not kind:
             continue
-        dimensions = _with_parts(_nearby(module, path, groups))
+        dimensions = _with_parts(_nearby(module, path, groups, levels=4 if sizes else 3))
         if path and (around or not dimensions):  # some layers have no parameters
             parent = path.rpartition(".")[0]
             own = {len(dimension.group) for dimension in dimensions}
             outer = _with_parts(_nearby(modules[parent], parent, groups))
             dimensions += [dimension for dimension in outer if len(dimension.group) not in own]
         for attribute, place, number in _numbers_of(module):
+            if attribute in HEAD_SIZES and not sizes:
+                continue
             children = [name for name, _ in module.named_children()]
             first: list[Dimension] = []  # an element of a list may belong to the child of the same place
             if place is not None and place < len(children):
                 child = f"{path}.{children[place]}"
                 first = list(_nearby(module.get_submodule(children[place]), child, groups))
             equal: dict[tuple[int, ...], Dimension] = {}
-            for dimension in [*first, *dimensions]:
-                if len(dimension.group) == number:
+            found = [dimension for dimension in [*first, *dimensions] if len(dimension.group) == number]
+            if sizes:
+                found += [dimension for dimension in dimensions if dimension.count_units() == number]
+            for dimension in found:
+                if attribute not in HEAD_SIZES or (dimension.dim == 0 and dimension.count_units() == number):
                     equal.setdefault(tuple(np.unique(dimension.group)), dimension)
             if equal:
                 key = attribute, place
                 places[key] = max(places.get(key, 0), len(equal))
                 choices.append((path, key, number, list(equal.values())))
+    if not choices:
+        return
     for picked in itertools.islice(itertools.product(*(range(count) for count in places.values())), MAX_GUESSES):
         index = dict(zip(places, picked, strict=True))
         yield [
@@ -142,10 +155,10 @@ def _numbers_of(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
             yield attribute, None, value
 
 
-def _nearby(module: nn.Module, path: str, groups: ChannelGroups) -> Iterator[Dimension]:
-    """Dimensions of a module's own tensors, of its children's, and of its grandchildren's."""
+def _nearby(module: nn.Module, path: str, groups: ChannelGroups, levels: int = 3) -> Iterator[Dimension]:
+    """Dimensions of a module's own tensors, of its children's, and of its grandchildren's, or of further levels."""
     level = [(path, module)]
-    for _ in range(3):
+    for _ in range(levels):
         for name, _ in level:
             for dimensions in groups.tensors.get(name, {}).values():
                 yield from dimensions

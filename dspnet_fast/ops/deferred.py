@@ -5,13 +5,15 @@ the operator that loads it. The N images are V views of equal size, one after an
 for each view, or a single row for all.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTS = ("identity", "relu", "relu6", "hardswish", "silu")
+ACTS = ("identity", "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
 
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -19,6 +21,8 @@ _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "hardswish": F.hardswish,
     "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 
 
@@ -41,12 +45,26 @@ def _silu_gradient(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
+def _gelu_gradient(z: Tensor) -> Tensor:
+    """Derivative of z P(z), with the distribution function P and the density of the standard normal distribution."""
+    return (1 + torch.erf(z / math.sqrt(2))) / 2 + z * (-z * z / 2).exp() / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_gradient(z: Tensor) -> Tensor:
+    """Derivative of z s, with s = sigmoid(c (z + 0.044715 z^3)) = (1 + tanh(c / 2 (z + 0.044715 z^3))) / 2."""
+    c = 2 * math.sqrt(2 / math.pi)
+    s = (c * (z + 0.044715 * z**3)).sigmoid()
+    return s * (1 + z * (1 - s) * c * (1 + 3 * 0.044715 * z * z))
+
+
 _GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
     "relu": _relu_gradient,
     "relu6": _relu6_gradient,
     "hardswish": _hardswish_gradient,
     "silu": _silu_gradient,
+    "gelu": _gelu_gradient,
+    "gelu_tanh": _gelu_tanh_gradient,
 }
 
 

@@ -26,7 +26,7 @@ from benchmarks.ops.layers import IMAGES, MOBILENET, RESNET, VIEWS, Conv
 from dspnet_fast.ops import triton as provider
 
 DTYPES = (torch.bfloat16, torch.float32)
-OTHER_ACTS = ("relu6", "silu")  # of traced networks
+OTHER_ACTS = ("relu6", "silu", "gelu", "gelu_tanh")  # of traced networks
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

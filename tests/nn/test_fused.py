@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import GELU, BatchNormAct2d, GELUTanh
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,7 +74,7 @@ def test_outputs_gradients_and_statistics_equal_plain_pytorch(training, width):
         torch.testing.assert_close(results(network, x, "native"), results(network, x, "eager"))
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t", "regnetx_002"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t", "regnetx_002", "fasternet_t0"])
 def test_networks_of_timm_equal_plain_pytorch(name):
     network = fused(timm.create_model(name, num_classes=0).double())
     x = torch.randn(4, 3, 32, 32).double()
@@ -95,6 +95,27 @@ def test_activations_are_computed_at_ends_of_blocks_only(monkeypatch):
     residuals = sum(getattr(block, "has_skip", False) for block in network.modules())
     network(torch.randn(2, 3, 64, 64))
     assert chains == 34 and len(computed) == residuals == 7
+
+
+@pytest.mark.parametrize(
+    "act, name",
+    [
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.ReLU6(), "relu6"),
+        (nn.Hardswish(inplace=True), "hardswish"),
+        (nn.SiLU(inplace=True), "silu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (GELU(), "gelu"),
+        (GELUTanh(), "gelu_tanh"),
+    ],
+    ids=str,
+)
+def test_activation_function_is_deferred(act, name, policy):
+    network = fused(nn.Sequential(*chain(3, 8), act).double(), torch.randn(2, 3, 4, 4).double())
+    x = torch.randn(4, 3, 4, 4).double()
+    assert network(x).state.x.act == name
+    torch.testing.assert_close(results(network, x, "native"), results(network, x, "eager"))
 
 
 def test_ordinary_layers_outside_of_chains_keep_their_classes():

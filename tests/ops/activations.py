@@ -11,6 +11,8 @@ ACTIVATIONS = {
     "relu6": F.relu6,
     "hardswish": F.hardswish,
     "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
 }
 
 # (images, channels, height, width, views)
@@ -31,7 +33,7 @@ NAMES = [pytest.param(name, marks=SLOW_INTERPRETED if name == "wide, small maps"
 REFUSED = {
     "x of three dimensions": lambda a: {"x": a["x"][0]},
     "integers": lambda a: {"x": a["x"].int()},
-    "an unknown activation": lambda a: {"act": "gelu"},
+    "an unknown activation": lambda a: {"act": "mish"},
     "scale without shift": lambda a: {"shift": None},
     "scale of other channels": lambda a: {"scale": a["scale"][:, 1:]},
     "rows that do not divide the batch": lambda a: {"scale": torch.ones(3, 16), "shift": torch.ones(3, 16)},

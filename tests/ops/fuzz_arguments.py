@@ -130,7 +130,7 @@ def valid(draw: Callable, name: str, schema: Any) -> dict[str, Any]:
 INTEGERS = (0, 1, -1, 2, 3, 7, 2**20 - 1, 2**20, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1, -(2**63), 2**63, 2**70)
 inf, nan = math.inf, math.nan
 FLOATS = (0.0, 1e-5, 0.5, 0.99, 1.0, -0.0, -1.0, 1e-310, 3e38, 1e308, inf, -inf, nan)
-STRINGS = (*ACTS, "", "gelu", "ReLU", "relu ", "relu\0", "identity" * 1000, "é", "\N{SNOWMAN}")
+STRINGS = (*ACTS, "", "mish", "ReLU", "relu ", "relu\0", "identity" * 1000, "é", "\N{SNOWMAN}")
 # A sanitizer ends the process if an allocation fails, instead of raising an exception, and needs much memory itself.
 VAST_TENSORS = "libasan" not in os.environ.get("LD_PRELOAD", "")
 

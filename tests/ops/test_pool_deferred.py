@@ -252,7 +252,7 @@ REFUSED = {
     "rows that do not divide the batch": lambda a: {
         name: torch.ones(3, a["y"].shape[1]) for name in ("pooled_scale", "pooled_shift")
     },
-    "an unknown activation": lambda a: {"pooled_act": "gelu"},
+    "an unknown activation": lambda a: {"pooled_act": "mish"},
 }
 
 
