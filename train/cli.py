@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,13 +30,21 @@ from .run.terminal import protect_output
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 RECIPES = Path(__file__).parents[1] / "recipes"  # beside train in a checkout and in the installed package
 METAVARS = {int: "N", float: "X"}
+WIDTH = 120  # of help, at most
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, JsonHelpFormatter):
     """Keeps the line breaks of descriptions, and shows defaults but not Python types."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=120)
+        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        super().__init__(prog, max_help_position=min(30, width // 3), width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Descriptions are written in lines of WIDTH: on a narrower terminal, paragraphs are filled again."""
+        if self._width == WIDTH or text.startswith("examples:"):
+            return super()._fill_text(text, width, indent)
+        return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.dest == "help":

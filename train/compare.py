@@ -77,7 +77,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = compare(comparison)
     except KeyboardInterrupt:
-        print("saved: the same dspnet-compare command continues from here", flush=True)
+        print("the same dspnet-compare command continues from what was saved", flush=True)
         raise
     publish(comparison.out, report)
     family = comparison.run_directory(comparison.families[-1], comparison.seeds[0])

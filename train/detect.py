@@ -319,7 +319,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = detect(out, parsed.dn, options)
     except KeyboardInterrupt:
-        print("saved: the same command continues from here", flush=True)
+        print("the same command continues from what was saved", flush=True)
         raise
     publish_detect(out, report)
 

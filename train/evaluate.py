@@ -89,7 +89,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         report = protocol.evaluate(out, options)
     except KeyboardInterrupt:
-        print("saved: the same command continues from here", flush=True)
+        print("the same command continues from what was saved", flush=True)
         raise
     protocol.publish(out, report)
 

@@ -24,7 +24,7 @@ CASES = {
     "pretrain photos": "'photos' is one argument too many: see dspnet-pretrain --help",
     "export": "OUT missing: see dspnet-export --help",
     "evaluate knn OUT --kk 3": "unknown option --kk: did you mean --k?",
-    "evaluate some OUT": "argument protocol: invalid choice: 'some' (choose from 'knn', 'linear', 'semi')",
+    "evaluate some OUT": "argument protocol: invalid choice: 'some' (choose from 'knn', 'linear', 'semi', 'dense')",
     "finetune --no-distilation": "unknown option --no-distilation: did you mean --no-distillation?",
 }
 
@@ -65,3 +65,14 @@ def test_names_that_are_not_utf8_are_options_arguments_and_text(tmp_path):
     assert detect.make_parser().parse_args(["run\udcfe", "--coco", "set"]).out == Path("run\udcfe")
     atomic.write_text(tmp_path / "table.md", "stra\udcdfe")
     assert (tmp_path / "table.md").read_text() == r"stra\udcdfe"
+
+
+def test_help_is_as_wide_as_the_terminal(monkeypatch):
+    made = pretrain.make_parser()
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = made.format_help()
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow, _, examples = made.format_help().partition("examples:")
+    assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines())) <= cli.WIDTH
+    assert "".join(narrow.split()) == "".join(wide.partition("examples:")[0].split())
+    assert examples.strip() == wide.partition("examples:")[2].strip(), "commands keep their lines"

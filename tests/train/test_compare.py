@@ -327,7 +327,7 @@ def test_interrupted_comparison_continues_with_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
         assert run(compare, *command(out)) == FAILED
-    assert "saved: the same dspnet-compare command continues" in capsys.readouterr().out
+    assert "the same dspnet-compare command continues" in capsys.readouterr().out
     assert not (out / "compare.json").exists()
     assert (out / "runs" / "family-n2-seed0" / "checkpoints" / "step-00000004.pt").exists()
     assert run(compare, *command(out)) == DONE

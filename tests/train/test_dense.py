@@ -118,7 +118,7 @@ def test_interrupted_command_continues_to_the_same_result(trained, masked, capsy
             file.unlink()
     with interrupting(DenseTraining, 5):
         assert run("dense", trained, "--data", masked, *COMMON) == FAILED
-    assert "the same command continues from here" in capsys.readouterr().out
+    assert "the same command continues from what was saved" in capsys.readouterr().out
     assert run("dense", trained, "--data", masked, *COMMON) == DONE
     assert (trained / "evaluation" / "dense.json").read_text() == expected
 

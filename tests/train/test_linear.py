@@ -196,7 +196,7 @@ def test_resumed_training_equals_an_uninterrupted_one(trained, tmp_path, monkeyp
     monkeypatch.setattr(ClassifierTraining, "train_step", noting)
     with interrupting(ClassifierTraining, 7):
         assert run("linear", trained, *command) == FAILED
-    assert "the same command continues from here" in capsys.readouterr().out
+    assert "the same command continues from what was saved" in capsys.readouterr().out
     assert run("linear", trained, *command) == DONE
     assert steps == list(range(15)), "none is repeated"
     assert report(trained) == report(other)

@@ -154,7 +154,7 @@ def test_resumed_finetuning_equals_an_uninterrupted_one(trained, complete, monke
 
     monkeypatch.setattr(SupervisedTraining, "train_step", interrupting)
     assert run("semi", trained, *command) == FAILED
-    assert "the same command continues from here" in capsys.readouterr().out
+    assert "the same command continues from what was saved" in capsys.readouterr().out
     assert run("semi", trained, *command) == DONE
     five, quarter = steps[:9], steps[9:]  # 5 %: 4 images, 1 step per epoch; 25 %: 20 images, 2 steps of 10
     assert (len(five), len(set(five))) == (9, 9) and (len(quarter), len(set(quarter))) == (18, 18)
