@@ -345,7 +345,7 @@ def _grouped(labels: Labels, tensors: Mapping[tuple[str, str], Tensor], axes: Ma
     for found_in, members in by_places.items():
         # A tensor with one value per head may come before the layer that computes the heads' channels.
         producers = [place for place in found_in if place[1] == 0 and tensors[place[0]].ndim > 1]
-        producers = producers or [place for place in found_in if place[1] == 0] or found_in[:1]
+        producers = producers or [place for place in found_in if place[1] == 0] or [found_in[0]]
         sizes = {place: int(np.isin(roots[place], members).sum()) for place in producers}
         producer = max(sizes, key=lambda place: sizes[place])
         size = sizes[producer]

@@ -120,7 +120,7 @@ def _guesses(
             equal: dict[tuple[int, ...], Dimension] = {}
             found = [dimension for dimension in [*first, *dimensions] if len(dimension.group) == number]
             if sizes:
-                found += [dimension for dimension in dimensions if dimension.count_units() == number]
+                found += [d for d in dimensions if d.count_units() == number and len(d.group) <= 3 * number]
             for dimension in found:
                 if attribute not in HEAD_SIZES or (dimension.dim == 0 and dimension.count_units() == number):
                     equal.setdefault(tuple(np.unique(dimension.group)), dimension)
