@@ -150,10 +150,10 @@ class SlimBatchNorm(_BatchNorm):
             raise ValueError(
                 f"a batch of {len(x)} is not {views} parts of equal size: see activate(views=) and bn_groups"
             )
-        if uses_pytorch(x.device) and not (self._changes_moments and torch.is_grad_enabled()):
+        if uses_pytorch(x.device) and not (self.changes_moments and torch.is_grad_enabled()):
             return self._eager(x, weight, bias, views)
         y, mean, variance = slim_batch_norm(x, weight, bias, self.eps, views)
-        if not self._changes_moments:
+        if not self.changes_moments:
             self._observe(mean, variance, self._count(x.shape, views))
             return y
         scale, shift = self._scale_shift(ConvOutput(x, mean, variance))
@@ -164,7 +164,7 @@ class SlimBatchNorm(_BatchNorm):
         """Normalise each view by PyTorch's kernels."""
         channels, count = x.shape[1], self._count(x.shape, views)
         tracks = self._tracks(channels)
-        plain = self.observer is None and not tracks and not self._changes_moments
+        plain = self.observer is None and not tracks and not self.changes_moments
         if plain and self.training:
             self.measured.clear()
         if plain and views == 1:
@@ -180,7 +180,7 @@ class SlimBatchNorm(_BatchNorm):
 
         if plain:
             return normalize(views * [(None, None)])
-        if self._changes_moments:
+        if self.changes_moments:
             moments = [self._moments(part) for part in parts]
             mean, variance = map(torch.stack, zip(*moments, strict=True))
             return normalize(zip(*self._statistics(mean, variance, count), strict=True), training=False)
@@ -218,7 +218,7 @@ class SlimBatchNorm(_BatchNorm):
         )
 
     @property
-    def _changes_moments(self) -> bool:
+    def changes_moments(self) -> bool:
         """Whether `_statistics` returns anything but the moments of this rank's batch."""
         return self._group is not None
 
@@ -248,6 +248,18 @@ class SlimBatchNorm(_BatchNorm):
         """Whether a batch updates the running statistics: in training, by the full network, without an observer."""
         full = self.active_dn is None and channels == self.num_features
         return self.training and self.track_running_stats and full and self.observer is None
+
+    def observe(self, mean: Tensor, variance: Tensor, shape: torch.Size) -> None:
+        """Update the statistics with a batch's moments, as `forward` does.
+
+        Args:
+            mean, variance: mean and biased variance of each view, [V, C], without gradients.
+            shape: shape of the batch.
+
+        Raises:
+            ValueError: in training, if there is a single value per channel.
+        """
+        self._observe(mean, variance, self._count(shape, len(mean)))
 
     @torch.no_grad()
     def _observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -348,7 +360,7 @@ class MomentumBatchNorm(SlimBatchNorm):
     _earlier: Sequence[tuple[Tensor, Tensor]] = ()  # moments [V, C] of the batch's earlier views
 
     @property
-    def _changes_moments(self) -> bool:
+    def changes_moments(self) -> bool:
         return True
 
     def _count(self, shape: torch.Size, views: int) -> int:
