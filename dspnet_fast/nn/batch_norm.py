@@ -261,21 +261,25 @@ class SlimBatchNorm(_BatchNorm):
         """
         self._observe(mean, variance, self._count(shape, len(mean)))
 
-    @torch.no_grad()
     def _observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Call the observer, or update the running statistics once per view if the full network is active."""
         if not self.training:
             return
         self.measured.clear()  # stale once training changes the weights
         if self.observer is not None:
-            self.observer(mean, variance, count)
-            return
-        if not self._tracks(mean.shape[1]):
-            return
+            with torch.no_grad():
+                self.observer(mean, variance, count)
+        elif self._tracks(mean.shape[1]):
+            self._track(mean, variance, count)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Update the running statistics once per view."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         unbiased = variance * (count / (count - 1))
-        mean, unbiased = (moments.unflatten(0, (-1, self.bn_groups)).mean(1) for moments in (mean, unbiased))
-        for view_mean, view_variance in zip(mean, unbiased, strict=True):
+        if self.bn_groups > 1:
+            mean, unbiased = (moments.unflatten(0, (-1, self.bn_groups)).mean(1) for moments in (mean, unbiased))
+        for view_mean, view_variance in zip(mean.unbind(), unbiased.unbind(), strict=True):
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(view_mean.to(self.running_mean.dtype), momentum)
@@ -423,13 +427,13 @@ class BatchNormSettings(TypedDict, total=False):
 
 
 def configure_batch_norm(
-    model: nn.Module | Iterable[SlimBatchNorm], **settings: Unpack[BatchNormSettings]
+    model: nn.Module | Iterable[nn.Module], **settings: Unpack[BatchNormSettings]
 ) -> AttributeChanges:
     """Set attributes of all slimmable batch normalisation layers in a model: permanently, or inside a `with` block
     only.
 
     Args:
-        model: any module, or the layers themselves.
+        model: any module, or modules, of which those of other kinds are left as they are.
         settings: `bn_groups`, `process_group` and `view` for all layers, `alpha` for momentum batch normalisation, as
             documented at `SlimBatchNorm` and `MomentumBatchNorm`. Attributes not named here keep their values.
 

@@ -34,9 +34,10 @@ def conv_norm(
     """
     if not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or not records("scale_shift", "cpu"):
         return None
-    if any(vector is not None and vector.dtype != torch.float32 for vector in (weight, bias)):
+    vectors = weight, weight_main_grad, bias, bias_main_grad
+    for vector in vectors:
+        if vector is not None and vector.dtype != torch.float32:
+            return None
+    if not is_plain_eager((*convolution, *vectors)) or conv_moments.recorded(*convolution) is None:
         return None
-    arguments = *convolution, weight, weight_main_grad, bias, bias_main_grad, eps
-    if not is_plain_eager(arguments) or conv_moments.recorded(*convolution) is None:
-        return None
-    return torch.ops.dspnet_cpp.conv_norm_autograd.default(*arguments)
+    return torch.ops.dspnet_cpp.conv_norm_autograd.default(*convolution, *vectors, eps)
