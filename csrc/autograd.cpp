@@ -3,6 +3,7 @@
 // in Python, in several times the time; registry.py chooses between the two. A main_grad is not saved for backward,
 // because autograd rejects saved tensors that were changed in place.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -100,6 +101,8 @@ variable_list gradients(std::initializer_list<at::Tensor> all) {
   return error.apply(std::move(given));
 }
 
+// Without eps the results are y, mean and variance. With eps they are y, the scale and shift of the normalisation of y
+// (scale_shift), and mean and variance, which have no gradients then.
 struct ConvMoments : torch::autograd::Function<ConvMoments> {
   static variable_list forward(
       AutogradContext* ctx,
@@ -114,17 +117,33 @@ struct ConvMoments : torch::autograd::Function<ConvMoments> {
       int64_t stride,
       int64_t padding,
       int64_t groups,
-      int64_t views) {
+      int64_t views,
+      OptionalTensor norm_weight,
+      OptionalTensor norm_weight_main_grad,
+      OptionalTensor norm_bias,
+      OptionalTensor norm_bias_main_grad,
+      std::optional<double> eps) {
     auto [y, mean, variance] =
         conv_moments()(x, scale, shift, act, gate, weight, out_channels, stride, padding, groups, views);
-    ctx->save_for_backward({x, value(scale), value(shift), value(gate), weight, y, mean});
+    variable_list results{y, mean, variance}, saved{x, value(scale), value(shift), value(gate), weight, y, mean};
+    if (eps) {
+      auto [next_scale, next_shift] = scale_shift()(mean, variance, norm_weight, norm_bias, *eps);
+      results.insert(results.begin() + 1, {next_scale, next_shift});
+      saved.insert(saved.end(), {variance, value(norm_weight), value(norm_bias)});
+      ctx->mark_non_differentiable({mean, variance});
+      ctx->set_materialize_grads(false); // of mean and variance
+      ctx->saved_data["norm_weight_main_grad"] = requires_grad(norm_weight) ? norm_weight_main_grad : std::nullopt;
+      ctx->saved_data["norm_bias_main_grad"] = requires_grad(norm_bias) ? norm_bias_main_grad : std::nullopt;
+      ctx->saved_data["eps"] = *eps;
+    }
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["act"] = std::move(act);
     ctx->saved_data["geometry"] = std::vector<int64_t>{stride, padding, groups};
     ctx->saved_data["main_grad"] = main_grad;
     ctx->saved_data["input_gradient"] =
         x.requires_grad() || requires_grad(scale) || requires_grad(shift) || requires_grad(gate);
     ctx->saved_data["weight_gradient"] = weight.requires_grad();
-    return {y, mean, variance};
+    return results;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -132,12 +151,23 @@ struct ConvMoments : torch::autograd::Function<ConvMoments> {
     const auto geometry = ctx->saved_data["geometry"].toIntVector();
     const OwnedTensor main_grad = optional(*ctx, "main_grad");
     const PooledGradient pooled = PooledGradient::take(*ctx);
+    at::Tensor grad_y = grads[0], grad_mean = grads[1], grad_variance = grads[2], grad_norm_weight, grad_norm_bias;
+    if (saved.size() > 7) {
+      const auto given = [](Tensor grad, Tensor like) { return grad.defined() ? grad : at::zeros_like(like); };
+      grad_y = given(grads[0], saved[5]);
+      std::tie(grad_mean, grad_variance, grad_norm_weight, grad_norm_bias) = scale_shift_backward()(
+          given(grads[1], saved[6]), given(grads[2], saved[6]), saved[6], saved[7], optional(saved[8]),
+          optional(*ctx, "norm_weight_main_grad"), optional(saved[9]), optional(*ctx, "norm_bias_main_grad"),
+          ctx->saved_data["eps"].toDouble());
+    }
     const auto [grad_x, grad_scale, grad_shift, grad_gate, grad_weight] = conv_moments_backward()(
-        grads[0], grads[1], grads[2], saved[0], optional(saved[1]), optional(saved[2]),
+        grad_y, grad_mean, grad_variance, saved[0], optional(saved[1]), optional(saved[2]),
         ctx->saved_data["act"].toStringRef(), optional(saved[3]), saved[4], main_grad, saved[5], saved[6], geometry[0],
         geometry[1], geometry[2], ctx->saved_data["input_gradient"].toBool(),
         ctx->saved_data["weight_gradient"].toBool(), pooled.grad, pooled.scale, pooled.shift, pooled.act);
-    return gradients({grad_x, grad_scale, grad_shift, {}, grad_gate, grad_weight, {}, {}, {}, {}, {}, {}});
+    return gradients(
+        {grad_x, grad_scale, grad_shift, {}, grad_gate, grad_weight, {}, {}, {}, {}, {}, {}, grad_norm_weight, {},
+         grad_norm_bias, {}, {}});
   }
 
   // The gradient of a pooled output that the backward of the convolution computes (docs/formulation.md). It is valid
@@ -326,9 +356,39 @@ Tensors3 conv_moments_autograd(
     int64_t groups,
     int64_t views) {
   check_like_weight("conv_moments", "main_grad", main_grad, weight);
+  const OwnedTensor none;
   const variable_list results = ConvMoments::apply(
-      x, scale, shift, std::string(act), gate, weight, main_grad, out_channels, stride, padding, groups, views);
+      x, scale, shift, std::string(act), gate, weight, main_grad, out_channels, stride, padding, groups, views, none,
+      none, none, none, std::optional<double>());
   return {results[0], results[1], results[2]};
+}
+
+// conv_moments and scale_shift of its moments.
+Tensors5 conv_norm_autograd(
+    Tensor x,
+    OptionalTensor scale,
+    OptionalTensor shift,
+    std::string_view act,
+    OptionalTensor gate,
+    Tensor weight,
+    OptionalTensor main_grad,
+    int64_t out_channels,
+    int64_t stride,
+    int64_t padding,
+    int64_t groups,
+    int64_t views,
+    OptionalTensor norm_weight,
+    OptionalTensor norm_weight_main_grad,
+    OptionalTensor norm_bias,
+    OptionalTensor norm_bias_main_grad,
+    double eps) {
+  check_like_weight("conv_norm", "main_grad", main_grad, weight);
+  check_like_weight("conv_norm", "norm_weight_main_grad", norm_weight_main_grad, norm_weight);
+  check_like_weight("conv_norm", "norm_bias_main_grad", norm_bias_main_grad, norm_bias);
+  const variable_list results = ConvMoments::apply(
+      x, scale, shift, std::string(act), gate, weight, main_grad, out_channels, stride, padding, groups, views,
+      norm_weight, norm_weight_main_grad, norm_bias, norm_bias_main_grad, std::optional<double>(eps));
+  return {results[0], results[1], results[2], results[3], results[4]};
 }
 
 Tensors3 norm_act_pool_autograd(
@@ -384,6 +444,12 @@ TORCH_LIBRARY_FRAGMENT(dspnet_cpp, library) {
       "Tensor? main_grad, int out_channels, int stride, int padding, int groups, int views) -> "
       "(Tensor, Tensor, Tensor)",
       conv_moments_autograd);
+  library.def(
+      "conv_norm_autograd(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor weight, "
+      "Tensor? main_grad, int out_channels, int stride, int padding, int groups, int views, Tensor? norm_weight, "
+      "Tensor? norm_weight_main_grad, Tensor? norm_bias, Tensor? norm_bias_main_grad, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+      conv_norm_autograd);
   library.def(
       "norm_act_autograd(Tensor x, Tensor? scale, Tensor? shift, str act, Tensor? gate, Tensor? residual, "
       "Tensor? residual_scale, Tensor? residual_shift) -> Tensor",

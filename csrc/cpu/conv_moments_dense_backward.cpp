@@ -166,7 +166,7 @@ void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, 
     for (const auto& [a, b] : pairs.first) {
       const float *values = a + i, *columns = b + column;
       for (int64_t row = 0; row < pairs.rows; ++row) {
-        add_product(sums, values, 1, columns);
+        add_product<Fp32>(sums, values, 1, columns);
         values += pairs.stride;
         columns += pairs.other_stride;
       }

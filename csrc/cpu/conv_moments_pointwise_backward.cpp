@@ -48,34 +48,29 @@ struct OutputGradient {
   }
 
   // Computes e for rows of one segment, and prefetches as many rows after them.
-  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
-    const int64_t ahead = rows * channels;
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      form_group<4>(segment, begin + r, to + r * stride, ahead);
-    }
-    for (; r < rows; ++r) {
-      form_group<1>(segment, begin + r, to + r * stride, ahead);
-    }
+  template <typename Layout>
+  void form(int64_t segment, int64_t begin, int64_t rows, const Layout& to) const {
+    for_row_groups(rows, [&](auto count, int64_t r) { form_group<count>(segment, begin + r, r, rows * channels, to); });
   }
 
-  template <int R>
-  void form_group(int64_t segment, int64_t begin, float* to, int64_t ahead) const {
+  template <int R, typename Layout>
+  void form_group(int64_t segment, int64_t begin, int64_t row, int64_t ahead, const Layout& to) const {
     const int64_t view = (views > 1 ? segment : 0) * stride;
     const auto vector = [&](int64_t c, auto... count) {
       const Vec a = Vec::loadu(constant.data() + view + c), b = Vec::loadu(factor.data() + view + c);
       const Vec center = Vec::loadu(mean.data() + view + c);
+      Vec e[R];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const int64_t at = (begin + r) * channels + c;
         prefetch(grad_y + at + ahead);
-        Vec e = load(grad_y + at, count...);
+        e[r] = load(grad_y + at, count...);
         if (views > 0) {
           prefetch(y + at + ahead);
-          e = e + at::vec::fmadd(b, load(y + at, count...) - center, a);
+          e[r] = e[r] + at::vec::fmadd(b, load(y + at, count...) - center, a);
         }
-        e.store(to + r * stride + c);
       }
+      to.store(row, c, e);
     };
     int64_t c = 0;
     for (; c + kVec <= channels; c += kVec) {
@@ -182,8 +177,10 @@ struct StoreInputGradient {
   }
 };
 
-template <typename scalar_t>
+template <typename Arithmetic, typename scalar_t>
 struct BackwardPass {
+  static constexpr bool kFp32 = std::is_same_v<Arithmetic, Fp32>;
+
   const ConvShape& shape;
   const Backward<scalar_t>& args;
   Input<scalar_t> input;
@@ -207,7 +204,8 @@ struct BackwardPass {
         out(shape.out_channels),
         h_in_columns(in.waste() <= out.waste()),
         weight(
-            args.grad_x ? pack(in, args.weight.data, args.weight.out, args.weight.in, shape.out_channels) : nullptr) {}
+            args.grad_x ? pack<Arithmetic>(in, args.weight.data, args.weight.out, args.weight.in, shape.out_channels)
+                        : nullptr) {}
 
   const Panels& weight_panels() const {
     return h_in_columns ? in : out;
@@ -217,29 +215,55 @@ struct BackwardPass {
     return h_in_columns ? shape.out_channels : shape.channels;
   }
 
+  // e or h of a block as an operand of multiply() and of multiply_outer(), if wanted.
+  struct Operand {
+    Rows rows;
+    Matrix outer;
+  };
+
+  // Floats of scratch for an operand in which rows have this stride.
+  int64_t scratch_floats(int64_t stride) const {
+    return (blocks.rows + 1) * stride;
+  }
+
+  // Forms e or h in `to`.
+  template <typename Formed>
+  Operand form(const Formed& from, const Blocks::Block& block, bool for_rows, bool for_outer, float* to) const {
+    const int64_t depth = lanes_of<Arithmetic>(from.channels);
+    if constexpr (kFp32) {
+      from.form(block.segment, block.begin, block.rows, Fp32Rows{to, from.stride});
+      return {{to, from.stride, depth}, {to, from.stride}};
+    } else {
+      float* adjacent_rows = to + (for_rows ? block.rows * from.stride / 2 : 0);
+      const typename Arithmetic::Layout layout{
+          for_rows ? to : nullptr, for_outer ? adjacent_rows : nullptr, from.stride};
+      from.form(block.segment, block.begin, block.rows, layout);
+      return {{to, from.stride / 2, depth}, {adjacent_rows, from.stride}};
+    }
+  }
+
   // e and h of a block: in `to`, or the tensors themselves if they are equal to e or h.
-  Matrix form_e(const Blocks::Block& block, float* to) const {
-    if constexpr (std::is_same_v<scalar_t, float>) {
+  Operand form_e(const Blocks::Block& block, bool for_outer, float* to) const {
+    if constexpr (kFp32 && std::is_same_v<scalar_t, float>) {
       if (output.views == 0 && (h_in_columns || output.channels == output.stride)) {
-        return {args.grad_y + block.begin * output.channels, output.channels};
+        const float* e = args.grad_y + block.begin * output.channels;
+        return {{e, output.channels, output.channels}, {e, output.channels}};
       }
     }
-    output.form(block.segment, block.begin, block.rows, to);
-    return {to, output.stride};
+    return form(output, block, args.grad_x, for_outer, to);
   }
   Matrix form_h(const Blocks::Block& block, float* to) const {
-    if constexpr (std::is_same_v<scalar_t, float>) {
+    if constexpr (kFp32 && std::is_same_v<scalar_t, float>) {
       if (!input.is_deferred() && (!h_in_columns || input.channels == input.stride)) {
         input.prefetch_rows(block.begin + block.rows, block.rows);
         return {args.x + block.begin * input.channels, input.channels};
       }
     }
-    input.form(block.segment, block.begin, block.rows, to);
-    return {to, input.stride};
+    return form(input, block, false, true, to).outer;
   }
 
   // Computes dx of a block, and its sums in `sums`, [2, input.stride], and `grad_gate`.
-  void input_gradient(const Blocks::Block& block, const Matrix& e, float* sums, float* grad_gate) const {
+  void input_gradient(const Blocks::Block& block, const Rows& e, float* sums, float* grad_gate) const {
     int32_t* images = nullptr;
     if (args.deferred.gate) {
       images = reinterpret_cast<int32_t*>(scratch<RowImages>(block.rows));
@@ -253,7 +277,7 @@ struct BackwardPass {
           args.x + block.begin * input.channels, args.grad_x + block.begin * input.channels, input.channels,
           block.rows * input.channels, input.scale.data() + row, input.shift.data() + row, sums, sums + input.stride,
           args.deferred.gate, grad_gate, images};
-      multiply(Rows{e.data, e.stride, output.channels}, block.rows, weight, in, 0, in.count, epilogue);
+      multiply<Arithmetic>(e, block.rows, weight, in, 0, in.count, epilogue);
     };
     if (input.is_deferred()) {
       with_act(args.deferred.act, [&](auto act) { run(act, std::true_type{}); });
@@ -264,11 +288,9 @@ struct BackwardPass {
 
   void weight_gradient(const Matrix& e, const Matrix& h, int64_t rows, const AddToMatrix& epilogue) const {
     const Panels& panels = weight_panels();
-    if (h_in_columns) {
-      multiply_outer(e, weight_height(), h, panels, 0, panels.count, rows, epilogue);
-    } else {
-      multiply_outer(h, weight_height(), e, panels, 0, panels.count, rows, epilogue);
-    }
+    const Matrix &values = h_in_columns ? e : h, &columns = h_in_columns ? h : e;
+    multiply_outer<Arithmetic>(
+        values, weight_height(), columns, panels, 0, panels.count, lanes_of<Arithmetic>(rows), epilogue);
   }
 
   // Distributes blocks over the threads and merges their weight gradients and sums.
@@ -284,8 +306,8 @@ struct BackwardPass {
 
     at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
       const int64_t thread = at::get_thread_num();
-      float* formed_e = scratch<FormedOutput>(blocks.rows * output.stride);
-      float* formed_h = scratch<FormedInput>(blocks.rows * input.stride);
+      float* formed_e = scratch<FormedOutput>(scratch_floats(output.stride));
+      float* formed_h = scratch<FormedInput>(scratch_floats(input.stride));
       float* block_sums = scratch<BlockSums>(2 * input.stride);
       float* gate = nullptr;
       if (has_gate) {
@@ -295,13 +317,13 @@ struct BackwardPass {
       used[thread] = 1;
       for (int64_t b = first; b < last; ++b) {
         const Blocks::Block block = blocks.at(b);
-        const Matrix e = form_e(block, formed_e);
+        const Operand e = form_e(block, weights, formed_e);
         if (weights) {
           const AddToMatrix epilogue{weights + thread * weight_size, weight_panels().padded(), b == first};
-          weight_gradient(e, form_h(block, formed_h), block.rows, epilogue);
+          weight_gradient(e.outer, form_h(block, formed_h), block.rows, epilogue);
         }
         if (args.grad_x) {
-          input_gradient(block, e, block_sums, gate);
+          input_gradient(block, e.rows, block_sums, gate);
           if (args.deferred.rows > 0) {
             double* to = sums.data() + (thread * sum_rows + input.row(block.segment)) * 2 * input.stride;
             std::transform(block_sums, block_sums + 2 * input.stride, to, to, std::plus<double>());
@@ -364,7 +386,9 @@ struct BackwardPass {
 
 template <typename scalar_t>
 void pointwise_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
-  pointwise::BackwardPass<scalar_t>(shape, args).run();
+  pointwise::with_arithmetic<scalar_t>([&]<typename Arithmetic>(Arithmetic) {
+    pointwise::BackwardPass<Arithmetic, scalar_t>(shape, args).run();
+  });
 }
 
 template void pointwise_backward(const ConvShape&, const Backward<float>&);

@@ -15,14 +15,34 @@ namespace {
 constexpr int64_t kForwardBytes = 48 << 10; // of h in a block
 constexpr int64_t kForwardRows = 192; // rows summed in fp32
 
-template <typename scalar_t>
+// h of a block as operand A of multiply(): formed in `to`, or x itself if it is equal to h.
+template <typename Arithmetic, typename scalar_t>
+Rows rows_of_h(const Input<scalar_t>& input, int64_t segment, int64_t begin, int64_t rows, float* to) {
+  constexpr bool fp32 = std::is_same_v<Arithmetic, Fp32>;
+  const int64_t channels = input.channels, depth = lanes_of<Arithmetic>(channels);
+  if constexpr (!fp32 || std::is_same_v<scalar_t, float>) {
+    if (!input.is_deferred() && (fp32 || channels % 2 == 0)) {
+      input.prefetch_rows(begin + rows, rows);
+      return {reinterpret_cast<const float*>(input.x + begin * channels), depth, depth};
+    }
+  }
+  if constexpr (fp32) {
+    input.form(segment, begin, rows, Fp32Rows{to, input.stride});
+    return {to, input.stride, depth};
+  } else {
+    input.form(segment, begin, rows, typename Arithmetic::Layout{to, nullptr, input.stride});
+    return {to, input.stride / 2, depth};
+  }
+}
+
+template <typename Arithmetic, typename scalar_t>
 void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
   const int64_t channels = shape.channels, out_channels = shape.out_channels, views = shape.views;
   const int64_t limit = kForwardBytes / static_cast<int64_t>(channels * sizeof(float));
   const Blocks blocks(shape, args.deferred, std::min(kForwardRows, limit));
   const Input<scalar_t> input(shape, args.x, args.deferred);
   const Panels panels(out_channels);
-  const float* weight = pack(panels, args.weight.data, args.weight.in, args.weight.out, channels);
+  const float* weight = pack<Arithmetic>(panels, args.weight.data, args.weight.in, args.weight.out, channels);
   std::vector<ChannelMoments> moments(at::get_num_threads() * views); // [thread, view]
 
   at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
@@ -31,17 +51,10 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
     std::fill_n(sums, panels.padded(), 0.f);
     for (int64_t b = first; b < last; ++b) {
       const auto [segment, begin, rows] = blocks.at(b);
-      Rows h{formed, input.stride, channels};
-      if (std::is_same_v<scalar_t, float> && !input.is_deferred()) {
-        h.data = reinterpret_cast<const float*>(args.x + begin * channels);
-        h.stride = channels;
-        input.prefetch_rows(begin + rows, rows);
-      } else {
-        input.form(segment, begin, rows, formed);
-      }
+      const Rows h = rows_of_h<Arithmetic>(input, segment, begin, rows, formed);
       StoreOutput<scalar_t> epilogue{args.y + begin * out_channels, out_channels, out_channels, rows * out_channels};
       if (views == 0) {
-        multiply(h, rows, weight, panels, 0, panels.count, epilogue);
+        multiply<Arithmetic>(h, rows, weight, panels, 0, panels.count, epilogue);
         continue;
       }
       ChannelMoments& view = moments[at::get_thread_num() * views + (views > 1 ? segment : 0)];
@@ -52,7 +65,7 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
         epilogue.has_pivot = view.to_pivot(sums);
         some = epilogue.has_pivot ? rows - done : std::min(rows, kRowMultiple); // few rows suffice for a pivot
         epilogue.y = args.y + (begin + done) * out_channels;
-        multiply(h.from(done), some, weight, panels, 0, panels.count, epilogue);
+        multiply<Arithmetic>(h.from(done), some, weight, panels, 0, panels.count, epilogue);
         view.merge(some, out_channels, epilogue.pivot, epilogue.sum, epilogue.square);
       }
     }
@@ -65,7 +78,8 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 
 template <typename scalar_t>
 void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
-  pointwise::forward(shape, args);
+  pointwise::with_arithmetic<scalar_t>(
+      [&]<typename Arithmetic>(Arithmetic) { pointwise::forward<Arithmetic>(shape, args); });
 }
 
 template void pointwise_forward(const ConvShape&, const Forward<float>&);

@@ -24,13 +24,15 @@ namespace dspnet::inline CPU_CAPABILITY {
 namespace linear {
 namespace {
 
-constexpr int64_t kDepth = 1024; // of a packed piece of the weight, for y
+constexpr int64_t kDepth = 1024; // of a packed piece of the weight or of x, for y
 constexpr int64_t kInputDepth = 128; // likewise for dx
 constexpr int64_t kOuterRows = 256; // rows summed in fp32, for dW
 constexpr int64_t kOuterBytes = 256 << 10; // of x in a block of columns, for dW
 constexpr int64_t kGrain = 1 << 19; // multiplications per thread at least
 
 struct PackedPiece;
+struct PackedInput;
+struct TransposedOutput;
 struct PaddedInput;
 struct ColumnTile;
 
@@ -120,7 +122,82 @@ void multiply_pieces(
   }
 }
 
+// Adds the products of R outputs of the weight, from `o` on, with the inputs [begin, end) of a panel of x^T to rows of
+// y^T. Rows of the weight are read in place, once, and the next tile's are prefetched.
+template <int V, int R>
+void output_tile(const Weight& weight, int64_t o, int64_t begin, int64_t end, const float* panel, float* y) {
+  constexpr int64_t kLine = 16; // floats
+  const float* from = weight.data + o * weight.stride;
+  for (int64_t k = begin; k < end;) {
+    const bool begins = k == 0;
+    const int64_t chain = std::min(k + kChain, end);
+    Vec sums[R][V];
+    clear(sums);
+    while (k < chain) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        prefetch(from + (R + r) * weight.stride + k);
+      }
+      for (const int64_t line = std::min(k + kLine, chain); k < line; ++k, panel += V * kVec) {
+        add_product<Fp32>(sums, from + k, weight.stride, panel);
+      }
+    }
+    if (!begins) {
+      add_parked(sums, y + o * V * kVec);
+    }
+    park(sums, y + o * V * kVec);
+  }
+}
+
+template <int V, int R = kTileRows<V>>
+void output_tiles(const Weight& weight, int64_t o, int64_t begin, int64_t end, const float* panel, float* y) {
+  for (; o + R <= weight.outputs; o += R) {
+    output_tile<V, R>(weight, o, begin, end, panel, y);
+  }
+  if constexpr (R > 1) {
+    if (o < weight.outputs) {
+      output_tiles<V, R / 2>(weight, o, begin, end, panel, y);
+    }
+  }
+}
+
+// y of as many rows as a panel has columns, as (W x^T)^T: x and y are transposed instead of the weight, which is larger.
+void forward_of_panel(const float* x, int64_t rows, const Weight& weight, const float* bias, float* y) {
+  constexpr int64_t kSide = 16;
+  const Panels panel(rows);
+  const int64_t width = panel.padded();
+  float* packed = scratch<PackedInput>(width * weight.features);
+  pack_panel(packed, panel, 0, x, 1, weight.features, weight.features);
+  const int64_t grain = kGrain / std::max<int64_t>(rows * weight.features, 1) + 1;
+  at::parallel_for(0, weight.outputs, grain, [&](int64_t first, int64_t last) {
+    const Weight part{weight.data + first * weight.stride, last - first, weight.features, weight.stride};
+    float* transposed = scratch<TransposedOutput>(part.outputs * width);
+    with_vectors(width, [&](auto v) {
+      for (int64_t begin = 0; begin < part.features; begin += kDepth) {
+        const int64_t end = std::min(begin + kDepth, part.features);
+        output_tiles<v>(part, 0, begin, end, packed + begin * width, transposed);
+      }
+    });
+    for (int64_t o = 0; bias && o < part.outputs; ++o) {
+      for (int64_t row = 0; row < width; ++row) {
+        transposed[o * width + row] += bias[first + o];
+      }
+    }
+    for (int64_t o = 0; o < part.outputs; o += kSide) {
+      for (int64_t row = 0; row < rows; row += kSide) {
+        at::vec::transpose_mxn<float>(
+            transposed + o * width + row, width, y + row * weight.outputs + first + o, weight.outputs,
+            static_cast<int>(std::min(kSide, part.outputs - o)), static_cast<int>(std::min(kSide, rows - row)));
+      }
+    }
+  });
+}
+
 void forward(const float* x, int64_t rows, const Weight& weight, const float* bias, float* y) {
+  constexpr int64_t kWidest = kPanelVectors * kVec;
+  if (4 * rows >= 3 * kWidest && rows <= kWidest && rows <= weight.outputs) {
+    return forward_of_panel(x, rows, weight, bias, y);
+  }
   const Panels panels(weight.outputs);
   const int64_t grain = kGrain / std::max<int64_t>(rows * weight.features * kPanelVectors * kVec, 1) + 1;
   at::parallel_for(0, panels.count, grain, [&](int64_t first, int64_t last) {

@@ -1,4 +1,5 @@
-// Matrix products from register tiles, for convolutions as implicit GEMM. Everything is fp32.
+// Matrix products from register tiles, for convolutions as implicit GEMM. Everything is fp32, or with BFloat16Pairs
+// (bfloat16_pairs.h) products of bfloat16 numbers summed in fp32.
 //
 //   multiply()          sums[row, column] = sum over taps t and k of  A[row, t, k] * B[t, k, column]
 //   multiply_outer()    sums[i, column]   = sum over rows of          A[row, i] * B[row, column]
@@ -158,8 +159,15 @@ DSPNET_INLINE void clear(Vec (&sums)[R][V]) {
   }
 }
 
+// The arithmetic of a product: a lane of A and of B is an fp32 number.
+struct Fp32 {
+  static DSPNET_INLINE void add(Vec& sum, const Vec& a, const Vec& b) {
+    sum = at::vec::fmadd(a, b, sum);
+  }
+};
+
 // sums[r] += a[r * row_stride] * b
-template <int R, int V>
+template <typename Arithmetic, int R, int V>
 DSPNET_INLINE void add_product(Vec (&sums)[R][V], const float* a, int64_t row_stride, const float* b) {
   Vec columns[V];
 #pragma GCC unroll 16
@@ -171,7 +179,7 @@ DSPNET_INLINE void add_product(Vec (&sums)[R][V], const float* a, int64_t row_st
     const Vec value(a[r * row_stride]);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      sums[r][v] = at::vec::fmadd(value, columns[v], sums[r][v]);
+      Arithmetic::add(sums[r][v], value, columns[v]);
     }
   }
 }
@@ -216,7 +224,7 @@ DSPNET_INLINE void park(const Vec (&sums)[R][V], float* parked) {
   }
 }
 
-template <int V, int R, typename Epilogue>
+template <int V, int R, typename Arithmetic, typename Epilogue>
 void multiply_tile(
     const Rows& a, int64_t row, const float* panel, int64_t column, float* parked, const Epilogue& epilogue) {
   Vec sums[R][V];
@@ -240,7 +248,7 @@ void multiply_tile(
       }
       chain += end - k;
       for (; k < end; ++k) {
-        add_product(sums, from + k, a.stride, columns);
+        add_product<Arithmetic>(sums, from + k, a.stride, columns);
         columns += V * kVec;
       }
     }
@@ -252,7 +260,7 @@ void multiply_tile(
 }
 
 // Multiplies tiles of R rows, then smaller tiles for the remaining rows.
-template <int V, int R, typename Epilogue>
+template <int V, int R, typename Arithmetic = Fp32, typename Epilogue>
 void multiply_rows(
     const Rows& a,
     int64_t row,
@@ -262,11 +270,11 @@ void multiply_rows(
     float* parked,
     const Epilogue& epilogue) {
   for (; row + R <= end; row += R) {
-    multiply_tile<V, R>(a, row, panel, column, parked, epilogue);
+    multiply_tile<V, R, Arithmetic>(a, row, panel, column, parked, epilogue);
   }
   if constexpr (R > 1) {
     if (row < end) {
-      multiply_rows<V, R / 2>(a, row, end, panel, column, parked, epilogue);
+      multiply_rows<V, R / 2, Arithmetic>(a, row, end, panel, column, parked, epilogue);
     }
   }
 }
@@ -284,7 +292,7 @@ void with_vectors(int64_t width, const Run& run) {
 
 // Multiplies `rows` rows of A by the panels [first, last) of B, packed with depth a.tap_count * a.depth. The order of
 // tiles is by panel, then by row: the first tile of a panel holds row 0.
-template <typename Epilogue>
+template <typename Arithmetic = Fp32, typename Epilogue>
 void multiply(
     const Rows& a,
     int64_t rows,
@@ -297,7 +305,7 @@ void multiply(
   for (int64_t p = first; p < last; ++p) {
     const float* panel = packed + panels.offset(p, a.tap_count * a.depth);
     with_vectors(panels.width(p), [&](auto v) {
-      multiply_rows<v, kTileRows<v>>(a, 0, rows, panel, panels.column(p), parked, epilogue);
+      multiply_rows<v, kTileRows<v>, Arithmetic>(a, 0, rows, panel, panels.column(p), parked, epilogue);
     });
   }
 }
@@ -323,7 +331,7 @@ struct Matrix {
   int64_t stride;
 };
 
-template <int V, int R, typename Epilogue>
+template <int V, int R, typename Arithmetic = Fp32, typename Epilogue>
 void multiply_outer_tile(
     const Matrix& a, const Matrix& b, int64_t rows, int64_t i, int64_t column, const Epilogue& epilogue) {
   Vec sums[R][V];
@@ -331,28 +339,28 @@ void multiply_outer_tile(
   const float* values = a.data + i;
   const float* columns = b.data + column;
   for (int64_t row = 0; row < rows; ++row) {
-    add_product(sums, values, 1, columns);
+    add_product<Arithmetic>(sums, values, 1, columns);
     values += a.stride;
     columns += b.stride;
   }
   epilogue(i, column, sums);
 }
 
-template <int V, int R, typename Epilogue>
+template <int V, int R, typename Arithmetic, typename Epilogue>
 void multiply_outer_panel(
     const Matrix& a, const Matrix& b, int64_t rows, int64_t i, int64_t end, int64_t column, const Epilogue& epilogue) {
   for (; i + R <= end; i += R) {
-    multiply_outer_tile<V, R>(a, b, rows, i, column, epilogue);
+    multiply_outer_tile<V, R, Arithmetic>(a, b, rows, i, column, epilogue);
   }
   if constexpr (R > 1) {
     if (i < end) {
-      multiply_outer_panel<V, R - 1>(a, b, rows, i, end, column, epilogue);
+      multiply_outer_panel<V, R - 1, Arithmetic>(a, b, rows, i, end, column, epilogue);
     }
   }
 }
 
 // Multiplies A's columns [0, height) by B's columns in panels [first, last), summed over `rows` rows of both.
-template <typename Epilogue>
+template <typename Arithmetic = Fp32, typename Epilogue>
 void multiply_outer(
     const Matrix& a,
     int64_t height,
@@ -364,7 +372,7 @@ void multiply_outer(
     const Epilogue& epilogue) {
   for (int64_t p = first; p < last; ++p) {
     with_vectors(panels.width(p), [&](auto v) {
-      multiply_outer_panel<v, kTileRows<v>>(a, b, rows, 0, height, panels.column(p), epilogue);
+      multiply_outer_panel<v, kTileRows<v>, Arithmetic>(a, b, rows, 0, height, panels.column(p), epilogue);
     });
   }
 }

@@ -2,21 +2,25 @@
 // and the packing of the weight.
 //
 // Rows are the positions of all images. They are processed in blocks: a block's h = act(scale x + shift) * gate is
-// computed once, into scratch that stays in the cache.
+// computed once, into scratch that stays in the cache. Products of bfloat16 activations are BFloat16Pairs where the
+// processor has the instruction, and otherwise Fp32.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
+#include "bfloat16_pairs.h"
 #include "conv_moments.h"
 #include "gemm.h"
 
 namespace dspnet::inline CPU_CAPABILITY::pointwise {
 
 struct PackedWeight;
+struct UnpairedPanel;
 struct FormedInput;
 struct BlockSums;
 
@@ -44,6 +48,22 @@ struct Blocks {
     return {segment, segment * segment_rows + offset, std::min(rows, segment_rows - offset)};
   }
 };
+
+// Calls run(std::integral_constant<int, n>, first row) for groups of n rows; every group begins at an even row.
+template <typename Run>
+DSPNET_INLINE void for_row_groups(int64_t rows, const Run& run) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    run(std::integral_constant<int, 4>{}, r);
+  }
+  if (r + 2 <= rows) {
+    run(std::integral_constant<int, 2>{}, r);
+    r += 2;
+  }
+  if (r < rows) {
+    run(std::integral_constant<int, 1>{}, r);
+  }
+}
 
 // Copies rows of C floats to rows of whole vectors, padded with zeros. Without rows: one row of `fill`.
 inline std::vector<float> padded_rows(const float* from, int64_t rows, int64_t columns, float fill = 0) {
@@ -88,7 +108,8 @@ struct Input {
   }
 
   // Computes h for rows of one segment, and prefetches as many rows after them.
-  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
+  template <typename Layout>
+  void form(int64_t segment, int64_t begin, int64_t rows, const Layout& to) const {
     with_act(deferred.act, [&](auto act) {
       if (!is_deferred()) {
         form<Act::identity, false, false>(segment, begin, rows, to);
@@ -100,22 +121,17 @@ struct Input {
     });
   }
 
-  template <Act act, bool normalized, bool gated>
-  void form(int64_t segment, int64_t begin, int64_t rows, float* to) const {
-    const int64_t ahead = rows * channels;
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      form_group<act, normalized, gated, 4>(segment, begin + r, to + r * stride, ahead);
-    }
-    for (; r < rows; ++r) {
-      form_group<act, normalized, gated, 1>(segment, begin + r, to + r * stride, ahead);
-    }
+  template <Act act, bool normalized, bool gated, typename Layout>
+  void form(int64_t segment, int64_t begin, int64_t rows, const Layout& to) const {
+    for_row_groups(rows, [&](auto count, int64_t r) {
+      form_group<act, normalized, gated, count>(segment, begin + r, r, rows * channels, to);
+    });
   }
 
-  template <Act act, bool normalized, bool gated, int R>
-  void form_group(int64_t segment, int64_t begin, float* to, int64_t ahead) const {
-    const float* scales = scale.data() + row(segment) * stride;
-    const float* shifts = shift.data() + row(segment) * stride;
+  template <Act act, bool normalized, bool gated, int R, typename Layout>
+  void form_group(int64_t segment, int64_t begin, int64_t row, int64_t ahead, const Layout& to) const {
+    const float* scales = scale.data() + this->row(segment) * stride;
+    const float* shifts = shift.data() + this->row(segment) * stride;
     const scalar_t* from = x + begin * channels;
     const float* gates[R];
     for (int r = 0; gated && r < R; ++r) {
@@ -123,18 +139,19 @@ struct Input {
     }
     const auto vector = [&](int64_t c, auto... count) {
       const Vec a = Vec::loadu(scales + c), b = Vec::loadu(shifts + c);
+      Vec h[R];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         prefetch(from + r * channels + c + ahead);
-        Vec h = load(from + r * channels + c, count...);
+        h[r] = load(from + r * channels + c, count...);
         if constexpr (normalized) {
-          h = activate<act>(at::vec::fmadd(h, a, b));
+          h[r] = activate<act>(at::vec::fmadd(h[r], a, b));
         }
         if constexpr (gated) {
-          h = h * load(gates[r] + c, count...);
+          h[r] = h[r] * load(gates[r] + c, count...);
         }
-        h.store(to + r * stride + c);
       }
+      to.store(row, c, h);
     };
     int64_t c = 0;
     for (; c + kVec <= channels; c += kVec) {
@@ -146,17 +163,44 @@ struct Input {
   }
 };
 
+// Lanes of a sum over `count` elements.
+template <typename Arithmetic>
+constexpr int64_t lanes_of(int64_t count) {
+  return std::is_same_v<Arithmetic, Fp32> ? count : (count + 1) / 2;
+}
+
 // Packs a matrix into panels; element (k, column) = from[k * depth_stride + column * column_stride].
-inline const float* pack(
+template <typename Arithmetic>
+const float* pack(
     const Panels& panels, const float* from, int64_t depth_stride, int64_t column_stride, int64_t depth) {
-  float* to = scratch<PackedWeight>(panels.padded() * depth);
+  const int64_t lanes = lanes_of<Arithmetic>(depth);
+  float* to = scratch<PackedWeight>(panels.padded() * lanes);
   constexpr int64_t kGrain = 1 << 16; // floats per thread at least
   at::parallel_for(0, panels.count, kGrain / (depth * kVec * kPanelVectors) + 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
-      pack_panel(to + panels.offset(p, depth), panels, p, from, depth_stride, column_stride, depth);
+      float* panel = to + panels.offset(p, lanes);
+      if constexpr (std::is_same_v<Arithmetic, Fp32>) {
+        pack_panel(panel, panels, p, from, depth_stride, column_stride, depth);
+      } else {
+        float* rows = scratch<UnpairedPanel>(panels.width(p) * depth);
+        Arithmetic::pack(panel, panels, p, from, depth_stride, column_stride, depth, rows);
+      }
     }
   });
   return to;
+}
+
+// Calls run(Arithmetic{}), with the arithmetic of the products for activations of this type.
+template <typename scalar_t, typename Run>
+void with_arithmetic(const Run& run) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (multiplies_bfloat16()) {
+      return run(BFloat16Pairs{});
+    }
+  }
+#endif
+  run(Fp32{});
 }
 
 } // namespace dspnet::CPU_CAPABILITY::pointwise

@@ -76,7 +76,10 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Activation) -> Activation:
         """Gate [N, C, H, W]."""
-        gate = self.conv_expand(self.act1(self.conv_reduce(pool(x)[:, :, None, None])))
+        pooled = pool(x)
+        if not isinstance(self.conv_reduce, SlimConv2d):  # nn.Conv2d does not take [N, C]
+            pooled = pooled[:, :, None, None]
+        gate = self.conv_expand(self.act1(self.conv_reduce(pooled)))
         return gated(x, F.hardsigmoid(gate.flatten(1)))
 
 

@@ -37,7 +37,13 @@ class ActiveSubnet(AttributeChanges):
             self.at_exit()
 
 
-def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views: int = 1) -> ActiveSubnet:
+def activate(
+    model: nn.Module,
+    dn: Subnet | str | float | Sizes | None,
+    *,
+    views: int = 1,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> ActiveSubnet:
     """Make `model` compute as the subnet `dn`: permanently, or inside a `with` block only.
 
     Args:
@@ -51,6 +57,8 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
             - None for the full network.
         views: number of augmented views, which are equal, consecutive parts of the batch. In training batch
             normalisation normalises each view separately, or each of its `bn_groups`.
+        modules: `dict(model.named_modules())`, which a training loop can keep: to find the modules takes longer than to
+            activate a subnet.
 
     Returns:
         A context manager that restores the previous subnet on exit.
@@ -64,7 +72,7 @@ def activate(model: nn.Module, dn: Subnet | str | float | Sizes | None, *, views
         ...     layer(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 8, 8, 8])
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if modules is None else modules
     name, sizes = _resolve(model, modules, dn)
     active = ActiveSubnet(name)
     left = dict(sizes)

@@ -150,10 +150,10 @@ class SlimBatchNorm(_BatchNorm):
             raise ValueError(
                 f"a batch of {len(x)} is not {views} parts of equal size: see activate(views=) and bn_groups"
             )
-        if uses_pytorch(x.device) and not (self._changes_moments and torch.is_grad_enabled()):
+        if uses_pytorch(x.device) and not (self.changes_moments and torch.is_grad_enabled()):
             return self._eager(x, weight, bias, views)
         y, mean, variance = slim_batch_norm(x, weight, bias, self.eps, views)
-        if not self._changes_moments:
+        if not self.changes_moments:
             self._observe(mean, variance, self._count(x.shape, views))
             return y
         scale, shift = self._scale_shift(ConvOutput(x, mean, variance))
@@ -164,7 +164,7 @@ class SlimBatchNorm(_BatchNorm):
         """Normalise each view by PyTorch's kernels."""
         channels, count = x.shape[1], self._count(x.shape, views)
         tracks = self._tracks(channels)
-        plain = self.observer is None and not tracks and not self._changes_moments
+        plain = self.observer is None and not tracks and not self.changes_moments
         if plain and self.training:
             self.measured.clear()
         if plain and views == 1:
@@ -180,7 +180,7 @@ class SlimBatchNorm(_BatchNorm):
 
         if plain:
             return normalize(views * [(None, None)])
-        if self._changes_moments:
+        if self.changes_moments:
             moments = [self._moments(part) for part in parts]
             mean, variance = map(torch.stack, zip(*moments, strict=True))
             return normalize(zip(*self._statistics(mean, variance, count), strict=True), training=False)
@@ -218,7 +218,7 @@ class SlimBatchNorm(_BatchNorm):
         )
 
     @property
-    def _changes_moments(self) -> bool:
+    def changes_moments(self) -> bool:
         """Whether `_statistics` returns anything but the moments of this rank's batch."""
         return self._group is not None
 
@@ -249,21 +249,37 @@ class SlimBatchNorm(_BatchNorm):
         full = self.active_dn is None and channels == self.num_features
         return self.training and self.track_running_stats and full and self.observer is None
 
-    @torch.no_grad()
+    def observe(self, mean: Tensor, variance: Tensor, shape: torch.Size) -> None:
+        """Update the statistics with a batch's moments, as `forward` does.
+
+        Args:
+            mean, variance: mean and biased variance of each view, [V, C], without gradients.
+            shape: shape of the batch.
+
+        Raises:
+            ValueError: in training, if there is a single value per channel.
+        """
+        self._observe(mean, variance, self._count(shape, len(mean)))
+
     def _observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Call the observer, or update the running statistics once per view if the full network is active."""
         if not self.training:
             return
         self.measured.clear()  # stale once training changes the weights
         if self.observer is not None:
-            self.observer(mean, variance, count)
-            return
-        if not self._tracks(mean.shape[1]):
-            return
+            with torch.no_grad():
+                self.observer(mean, variance, count)
+        elif self._tracks(mean.shape[1]):
+            self._track(mean, variance, count)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Update the running statistics once per view."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         unbiased = variance * (count / (count - 1))
-        mean, unbiased = (moments.unflatten(0, (-1, self.bn_groups)).mean(1) for moments in (mean, unbiased))
-        for view_mean, view_variance in zip(mean, unbiased, strict=True):
+        if self.bn_groups > 1:
+            mean, unbiased = (moments.unflatten(0, (-1, self.bn_groups)).mean(1) for moments in (mean, unbiased))
+        for view_mean, view_variance in zip(mean.unbind(), unbiased.unbind(), strict=True):
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(view_mean.to(self.running_mean.dtype), momentum)
@@ -348,7 +364,7 @@ class MomentumBatchNorm(SlimBatchNorm):
     _earlier: Sequence[tuple[Tensor, Tensor]] = ()  # moments [V, C] of the batch's earlier views
 
     @property
-    def _changes_moments(self) -> bool:
+    def changes_moments(self) -> bool:
         return True
 
     def _count(self, shape: torch.Size, views: int) -> int:
@@ -411,13 +427,13 @@ class BatchNormSettings(TypedDict, total=False):
 
 
 def configure_batch_norm(
-    model: nn.Module | Iterable[SlimBatchNorm], **settings: Unpack[BatchNormSettings]
+    model: nn.Module | Iterable[nn.Module], **settings: Unpack[BatchNormSettings]
 ) -> AttributeChanges:
     """Set attributes of all slimmable batch normalisation layers in a model: permanently, or inside a `with` block
     only.
 
     Args:
-        model: any module, or the layers themselves.
+        model: any module, or modules, of which those of other kinds are left as they are.
         settings: `bn_groups`, `process_group` and `view` for all layers, `alpha` for momentum batch normalisation, as
             documented at `SlimBatchNorm` and `MomentumBatchNorm`. Attributes not named here keep their values.
 

@@ -50,11 +50,12 @@ class SlimConv2d(Sized, nn.Conv2d):
         """Convolve with the active prefix of the weight.
 
         Args:
-            x: a Tensor [N, C, H, W] or [C, H, W], C at most `in_channels`, or a `Deferred`.
+            x: a Tensor [N, C, H, W] or [C, H, W], C at most `in_channels`, or a `Deferred`; also [N, C], maps of one
+                pixel, for an ungrouped 1 x 1 kernel.
             views: number of views to compute the output's moments of; for a `Deferred` only.
 
         Returns:
-            A Tensor [N, size, H', W'], or a `ConvOutput` of this shape for a `Deferred`.
+            A Tensor [N, size, H', W'], or a `ConvOutput` of this shape for a `Deferred`; [N, size] for [N, C].
 
         Raises:
             ValueError: if the input has more than `in_channels` channels or ends within a group, or if the layer does
@@ -69,6 +70,8 @@ class SlimConv2d(Sized, nn.Conv2d):
         if len(x.shape) == 3:
             return self.forward(x[None])[0]
         groups, out_channels = self._active(x.shape[1])
+        if len(x.shape) == 2 and self._is_product:
+            return self._product(computed(x), out_channels)
         if isinstance(x, Deferred):
             return self._conv_moments(x, out_channels, groups, views)
         x = computed(x)
@@ -77,22 +80,31 @@ class SlimConv2d(Sized, nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
-        # On maps of one pixel, as in squeeze-and-excite.
-        is_product = self.kernel_size == (1, 1) and groups == 1 and x.shape[2:].numel() == 1 and padding == (0, 0)
+        if self._is_product and x.shape[2:].numel() == 1:
+            return self._product(x.flatten(1), out_channels)[:, :, None, None]
         device, dtype = x.device, x.dtype
         if uses_pytorch(device):
             if groups > 1 and dtype in HALF and device.type == "cpu":
                 x = x.float()  # backward passes of grouped convolutions in 16 bits are several times slower
             weight, bias = prefixes(self, out_channels, x.shape[1] // groups, like=x)
-            if is_product:
-                return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
             y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
             return y if y.dtype == dtype or is_autocasting(device) else y.to(dtype)
         bias = None if self.bias is None else self.bias[:out_channels]
-        weight, grad = self.weight, main_grad(self.weight)
-        if is_product:
-            return slim_linear(x.flatten(1), weight, bias, grad, out_channels)[:, :, None, None]
-        return slim_conv2d(x, weight, bias, grad, out_channels, self.stride, padding, self.dilation, groups)
+        grad = main_grad(self.weight)
+        return slim_conv2d(x, self.weight, bias, grad, out_channels, self.stride, padding, self.dilation, groups)
+
+    @property
+    def _is_product(self) -> bool:
+        """Whether the convolution of a pixel is a product of matrices."""
+        return self.kernel_size == (1, 1) and self.groups == 1 and self.padding in ((0, 0), "valid", "same")
+
+    def _product(self, x: Tensor, out_channels: int) -> Tensor:
+        """The convolution of maps of one pixel, [N, C] -> [N, out_channels], as in squeeze-and-excite."""
+        if uses_pytorch(x.device):
+            weight, bias = prefixes(self, out_channels, x.shape[1], like=x)
+            return F.linear(x, weight.flatten(1), bias)
+        bias = None if self.bias is None else self.bias[:out_channels]
+        return slim_linear(x, self.weight, bias, main_grad(self.weight), out_channels)
 
     def _active(self, channels: int) -> tuple[int, int]:
         """Groups and output channels for `channels` input channels."""
@@ -107,29 +119,26 @@ class SlimConv2d(Sized, nn.Conv2d):
         return groups, groups * (self.out_channels // self.groups)
 
     def _conv_moments(self, deferred: Deferred, out_channels: int, groups: int, views: int) -> ConvOutput:
+        return ConvOutput(*conv_moments(*self._arguments(deferred, out_channels, groups, views)))
+
+    def moments_arguments(self, x: Deferred, views: int) -> tuple[Any, ...]:
+        """The arguments of `conv_moments` for an input; ValueError as of `forward`."""
+        groups, out_channels = self._active(x.x.shape[1])
+        return self._arguments(x, out_channels, groups, views)
+
+    def _arguments(self, x: Deferred, out_channels: int, groups: int, views: int) -> tuple[Any, ...]:
         if not has_moments(self):
             raise ValueError(f"conv_moments does not support {self}: materialize its input first")
-        return ConvOutput(
-            *conv_moments(
-                deferred.x,
-                deferred.scale,
-                deferred.shift,
-                deferred.act,
-                deferred.gate,
-                self.weight,
-                main_grad(self.weight),
-                out_channels,
-                self.stride[0],
-                self.padding[0],  # type: ignore[arg-type]
-                groups,
-                views,
-            )
-        )
+        weight, stride, padding = self.weight, self.stride[0], self.padding[0]
+        grad = main_grad(weight)
+        return x.x, x.scale, x.shift, x.act, x.gate, weight, grad, out_channels, stride, padding, groups, views
 
 
 def has_moments(conv: nn.Conv2d) -> bool:
     """Whether the operator `conv_moments` supports a convolution."""
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or conv.bias is not None:
         return False
-    square = all(len({*sizes}) == 1 for sizes in (conv.kernel_size, conv.stride, conv.padding))
-    return square and conv.dilation == (1, 1) and conv.groups in (1, conv.in_channels)
+    for height, width in (conv.kernel_size, conv.stride, conv.padding):  # in every call: not all(...) of a generator
+        if height != width:
+            return False
+    return conv.dilation == (1, 1) and conv.groups in (1, conv.in_channels)

@@ -100,7 +100,7 @@ class Operator(Generic[P, R]):
         functools.update_wrapper(self, body)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not self._returns or kwargs or not _is_plain_eager(args):
+        if not self._returns or kwargs or not is_plain_eager(args):
             return self._call(*args, **kwargs)
         if not torch._C._is_any_autocast_enabled():
             return self._call_plain(args)
@@ -423,6 +423,11 @@ def _recording(name: str, device: str) -> Provider | None:
     return providers[0] if gradients and gradients[0].name == providers[0].name else None
 
 
+def records(name: str, device: str) -> bool:
+    """Whether an operator's first provider records gradients, with its gradient by the same provider."""
+    return _recording(name, device) is not None
+
+
 def available(name: str, device: str) -> Iterator[Provider]:
     """The providers of an operator that this machine can run on a device type and that may be chosen, best first."""
     providers = operators[name].providers
@@ -459,7 +464,7 @@ def _device_type(args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _is_plain_eager(args: tuple[Any, ...]) -> bool:
+def is_plain_eager(args: tuple[Any, ...]) -> bool:
     """Whether only autograd observes this call: no compiler, mode, transform, subclass, fake tensor or lazy view."""
     if (
         torch.compiler.is_compiling()

@@ -42,7 +42,7 @@ CASTING = {
 @pytest.mark.parametrize("function", CASTING, ids=lambda function: function.__name__)
 def test_outputs_and_gradients_are_those_of_pytorch_under_autocast(function, through_dispatcher, dtype, monkeypatch):
     if through_dispatcher:
-        monkeypatch.setattr(ops.registry, "_is_plain_eager", lambda args: False)
+        monkeypatch.setattr(ops.registry, "is_plain_eager", lambda args: False)
     found = []
     for compute in (function, CASTING[function]):
         torch.manual_seed(0)

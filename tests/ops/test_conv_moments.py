@@ -177,6 +177,25 @@ def test_error_rule_in_narrow_dtypes(provider, nan_filled, case, gated, dtype):
     check(make(case, "hardswish", gated=gated, dtype=dtype))
 
 
+@needs_cpp
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("pointwise")])
+def test_products_of_small_integers_in_bfloat16_are_exact(policy, nan_filled, case):
+    """The specification of vdpbf16ps: exact products, summed in fp32. A sum of integers is exact in any order."""
+    arguments = make(case, "relu", deferred=False, dtype=torch.bfloat16) | {"views": 0}
+    for name in ("x", "weight"):
+        arguments[name] = torch.randint_like(arguments[name], -4, 5)
+    integers = double(arguments)
+    results, used, grads = run(conv_moments, integers, lambda outputs: tuple(map(small_integers, outputs)))
+    policy("cpp")
+    got, _, got_grads = run(conv_moments, arguments, used)
+    for want, ours in zip((results[0], *grads), (got[0], *got_grads)):
+        assert torch.equal(ours, want.to(ours.dtype))
+
+
+def small_integers(like: Tensor) -> Tensor:
+    return torch.randint_like(like, -3, 4)
+
+
 @pytest.mark.parametrize("case", TILES)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 def test_error_rule_for_tensor_core_tiles(provider, nan_filled, case, gated):
@@ -331,5 +350,18 @@ def test_every_build_of_the_library(run_python, capability):
         "for case in t.CASES:\n"
         "    t.check(t.make(case, 'hardswish', gated=True))\n"
         "    if case != 'pointwise one row':\n"
+        "        t.check(t.make(case, 'relu', dtype=torch.bfloat16))\n",
+    )
+
+
+@pytest.mark.parametrize("capability", ["AVX512"], indirect=True)
+def test_products_without_avx512_bf16_satisfy_the_error_rule(run_python, capability, monkeypatch):
+    monkeypatch.setenv("DSPNET_AVX512_BF16", "0")
+    check_build(
+        run_python,
+        capability,
+        "test_conv_moments",
+        "for case in t.CASES:\n"
+        "    if case.startswith('pointwise') and case != 'pointwise one row':\n"
         "        t.check(t.make(case, 'relu', dtype=torch.bfloat16))\n",
     )

@@ -19,6 +19,8 @@ CASES = {
     "no rows": ((0, 9), (16, 12), 7),
     "several panels": ((70, 300), (210, 310), 200),
     "deep": ((3, 1100), (40, 1100), 17),
+    "a panel of rows": ((60, 1300), (100, 1310), 90),
+    "half a panel of AVX2": ((14, 300), (40, 300), 33),
     "many rows": ((300, 20), (40, 24), 33),
     "many outputs": ((9, 20), (300, 24), 290),
 }
@@ -71,7 +73,7 @@ def test_results_with_several_threads_are_correct_and_reproducible(provider, nan
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        for case in ("several panels", "many outputs"):
+        for case in ("several panels", "many outputs", "a panel of rows"):
             arguments = make(case, dtype=torch.float32)
             check(slim_linear, ("y",), arguments)
             first, used, first_grads = run(slim_linear, arguments)

@@ -102,6 +102,11 @@ class Branch(nn.Module):
         return list(outputs) if is_eager() else [output.to(next(self.parameters()).dtype) for output in outputs]
 
     @cached_property
+    def modules_by_name(self) -> dict[str, nn.Module]:
+        """All modules of the branch, in which `activate` finds the layers of a subnet."""
+        return dict(self.named_modules())
+
+    @cached_property
     def encoder_norms(self) -> list[SlimBatchNorm]:
         """The encoder's batch normalisation layers."""
         return [module for module in self.encoder.modules() if isinstance(module, SlimBatchNorm)]
@@ -194,8 +199,9 @@ class DSPNet(nn.Module):
         """
         if not self.self_weight:
             return images.new_zeros(0, 0)
-        configure_batch_norm(self.target, alpha=alpha)
-        with activate(self.target, None, views=VIEWS):
+        modules = self.target.modules_by_name
+        configure_batch_norm(modules.values(), alpha=alpha)
+        with activate(self.target, None, views=VIEWS, modules=modules):
             first, second = self.target.heads(*self._encode(self.target, images)).chunk(VIEWS)
         return torch.cat([second, first])
 
@@ -211,7 +217,7 @@ class DSPNet(nn.Module):
         """
         online = self.online
         losses = []
-        with activate(online, subnet, views=VIEWS):
+        with activate(online, subnet, views=VIEWS, modules=online.modules_by_name):
             features, *maps = self._encode(online, images, dense=online.local_head is not None)
             if online.teacher_head is not None:
                 assert taught is not None
