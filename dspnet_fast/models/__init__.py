@@ -9,7 +9,7 @@ from .heads import MLP, TeacherHead
 from .mobilenet_v3 import MobileNetV3
 from .network import Network
 from .resnet import ResNet
-from .traced import FORMS, check_image_size, has_chains, traced
+from .traced import FORMS, check_image_size, has_chains, has_heads, traced
 
 NETWORKS: dict[str, type[Network]] = {network.name: network for network in (MobileNetV3, ResNet)}
 STEMS = ("standard", "small")
@@ -28,6 +28,7 @@ __all__ = [
     "check_network",
     "encoder_of",
     "family",
+    "has_attention",
     "has_fused_formulation",
     "image_channels",
     "subnet",
@@ -58,6 +59,19 @@ def check_network(name: str, image_size: int | None = None) -> None:
     _network(name)
     if ":" in name and image_size is not None:
         check_image_size(name, image_size)
+
+
+def has_attention(network: str) -> bool:
+    """Whether a network has attention heads, as transformers have.
+
+    Args:
+        network: a key of `NETWORKS`, or a name such as "timm:vit_tiny_patch16_224" (`FORMS`).
+
+    Example:
+        >>> has_attention("resnet")
+        False
+    """
+    return ":" in network and has_heads(network)
 
 
 def has_fused_formulation(network: str) -> bool:

@@ -17,6 +17,7 @@ from ..nn.convert import slimmable, use_groups
 from ..nn.depth import no_stages, use_stages
 from ..nn.fused import fused
 from ..nn.groups import ChannelGroups
+from ..nn.numbers import HEADS
 from ..nn.shrink import shrink
 from ..subnets import Subnet
 from .network import Network
@@ -188,6 +189,13 @@ def has_chains(name: str) -> bool:
     """Whether `fused` finds convolutions of an architecture that a batch normalisation follows."""
     plain, _, images = reference(name)
     return any("norm" in vars(module) for module in fused(copy.deepcopy(plain), images).modules())
+
+
+@functools.lru_cache(maxsize=32)
+def has_heads(name: str) -> bool:
+    """Whether an architecture has modules with attention heads."""
+    modules = reference(name)[0].modules()
+    return any(isinstance(vars(module).get(attribute), int) for module in modules for attribute in HEADS)
 
 
 def _images(network: nn.Module, name: str) -> Tensor:

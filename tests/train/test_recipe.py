@@ -1,8 +1,10 @@
 """Recipes: values of options that are not given, as functions of the numbers of images and steps."""
 
 import json
+import sys
 
 import pytest
+import timm
 import yaml
 
 from dspnet_fast.errors import InputError
@@ -76,6 +78,20 @@ def test_teacher_makes_runs_short_and_the_optimizer_adamw():
     assert complete(PretrainConfig(), 3_000).optimizer == PretrainConfig(recipe="paper").optimizer == "lars"
     given = complete(PretrainConfig(teacher="efficientnet-lite0", optimizer="lars"), 3_000)
     assert given.base_lr * given.batch_size / 256 == pytest.approx(recipe.PEAK)
+
+
+def test_attention_makes_the_optimizer_adamw_and_the_peak_lower(monkeypatch):
+    module = type(sys)("encoders")
+    module.transformer = lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    monkeypatch.setitem(sys.modules, "encoders", module)
+    for teacher in (None, "efficientnet-lite0"):
+        given = PretrainConfig(network="encoders:transformer", dns="w0.50,w1.00", teacher=teacher)
+        config = complete(given, 3_000)
+        assert config.optimizer == "adamw" and config.weight_decay == 0.05
+        assert config.base_lr * config.batch_size / 256 == pytest.approx(recipe.ATTENTION_PEAK)
+        assert "lower because of attention" in chosen(given, 3_000)["base_lr"].reason
+    lars = complete(PretrainConfig(network="encoders:transformer", dns="w0.50,w1.00", optimizer="lars"), 3_000)
+    assert lars.base_lr * lars.batch_size / 256 == pytest.approx(recipe.PEAK)
 
 
 def test_tau_rises_with_the_number_of_steps():

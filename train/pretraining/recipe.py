@@ -9,6 +9,7 @@ from typing import Any
 
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import family as family_of
+from dspnet_fast.models import has_attention
 from dspnet_fast.subnets import sandwich
 
 from ..config import ADAMW, PAPER, PretrainConfig
@@ -20,6 +21,7 @@ GROUP = 16  # images per ghost batch norm group, at least
 # Learning rates of LARS; independent of the batch, because the steps are normalised. MobileNetV3 collapses at 1.5.
 RESNET_PEAK, PEAK = 1.5, 0.3
 ADAMW_PEAK, TAUGHT_PEAK = ADAMW["base_lr"], 2e-3  # learning rates of AdamW, the second with a teacher
+ATTENTION_PEAK = 5e-4  # of AdamW for networks with attention heads
 TAU_SHARE = 0.1  # averaging time of the target, as a share of the run
 MIN_TAU, MAX_TAU = 0.97, 0.99
 WARMUP_EPOCHS = 10.0
@@ -84,7 +86,9 @@ def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[s
         return value if given is None else given
 
     length, learner = (BYOL, "BYOL") if config.teacher is None else (TAUGHT, "a family with a teacher")
-    optimizer = choose("optimizer", "lars" if length is BYOL else "adamw", f"for {learner}")
+    attention = has_attention(config.network)
+    reason = "usual for networks with attention" if attention and length is BYOL else f"for {learner}"
+    optimizer = choose("optimizer", "lars" if length is BYOL and not attention else "adamw", reason)
     passes = f"{length.min_epochs} to {length.max_epochs:,} passes"
     epochs = min(max(round(length.viewed / images), length.min_epochs), length.max_epochs)
     epochs = choose("epochs", epochs, f"{length.viewed:,} images for {learner}, in {passes}")
@@ -101,9 +105,12 @@ def chosen(config: PretrainConfig, images: int | None, ranks: int = 1) -> dict[s
     choose("warmup_epochs", warmup, f"{WARMUP_EPOCHS:g} epochs, but at most a tenth of the run")
     if optimizer == "lars":
         peak = RESNET_PEAK if config.network == "resnet" else PEAK
+    elif attention:
+        peak = ATTENTION_PEAK
     else:
         peak = ADAMW_PEAK if length is BYOL else TAUGHT_PEAK
-    choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g} for batches of any size")
+    note = ", lower because of attention" if attention and optimizer == "adamw" else ""
+    choose("base_lr", peak * 256 / max(1, batch), f"a peak of {peak:g} for batches of any size{note}")
     tau = min(max(1 - 1 / (TAU_SHARE * steps), MIN_TAU), MAX_TAU)
     choose("tau", round(tau, 4), f"for {steps:,} steps")
     min_scale = MIN_SCALE if steps < LONG_RUN else PAPER["min_scale"]
