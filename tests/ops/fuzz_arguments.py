@@ -61,6 +61,8 @@ FORMS: dict[str, dict[str, str]] = {
 }
 RECORDED = ("conv_moments", "norm_act", "norm_act_pool", "scale_shift", "slim_linear")  # with gradients in C++
 FORMS |= {f"{name}_autograd": FORMS[name] for name in RECORDED}
+NORM_VECTORS = dict.fromkeys((f"norm_{name}" for name in VECTORS), "O+")
+FORMS["conv_norm_autograd"] = FORMS["conv_moments"] | NORM_VECTORS  # conv_moments and scale_shift
 STORED = {
     "normalized_mse": 4,
     "ema_update": 4,

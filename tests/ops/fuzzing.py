@@ -148,11 +148,15 @@ def flattened(values: Any, kind: type = Tensor) -> list:
 
 def body_returns(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Exception | None:
     """Outputs or exception of the operator's body on the meta device; None for operators or tensors without one."""
-    name = name.removesuffix("_autograd")  # the same operator
-    operator = registry.operators.get(name)
-    if operator is None or any(tensor.layout != torch.strided for tensor in flattened(made.values())):
+    if any(tensor.layout != torch.strided for tensor in flattened(made.values())):
         return None
-    order = [argument.name for argument in getattr(torch.ops.dspnet, name).default._schema.arguments]
+    if name == "conv_norm_autograd":
+        body, schema = conv_norm, torch.ops.dspnet_cpp.conv_norm_autograd.default._schema
+    else:
+        name = name.removesuffix("_autograd")  # the same operator
+        if name not in registry.operators:
+            return None
+        body, schema = registry.operators[name].native, getattr(torch.ops.dspnet, name).default._schema
 
     def without_data(value: Any) -> Any:
         if isinstance(value, list):
@@ -163,10 +167,17 @@ def body_returns(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Except
 
     try:
         with torch.no_grad():
-            returned = operator.native(*(without_data(made.get(argument)) for argument in order))
+            returned = body(*(without_data(made.get(argument.name)) for argument in schema.arguments))
     except Exception as error:
         return error
     return (returned,) if isinstance(returned, Tensor) else returned
+
+
+def conv_norm(*arguments: Any) -> tuple[Tensor, ...]:
+    """The body of conv_norm_autograd: that of conv_moments, and that of scale_shift with the rest of the arguments."""
+    split = len(registry.operators["conv_moments"].parameters)
+    y, mean, variance = registry.operators["conv_moments"].native(*arguments[:split])
+    return y, *registry.operators["scale_shift"].native(mean, variance, *arguments[split:]), mean, variance
 
 
 def fuzz(target: Target, count: int, first: int, record: Path) -> collections.Counter[str]:
