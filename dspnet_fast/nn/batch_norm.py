@@ -112,6 +112,12 @@ class SlimBatchNorm(_BatchNorm):
             return (self.views if self.view is None else 1) * (self.bn_groups if self.observer is None else 1)
         return 0 if self.track_running_stats or self.active_dn in self.measured else 1
 
+    def uses_moments_of(self, channels: int) -> bool:
+        """Whether `forward` will normalise an output of a convolution by its own moments, with today's parameters."""
+        if not self.training or self.changes_moments or channels > self.num_features:
+            return False
+        return not self._forward_pre_hooks  # which may change the parameters
+
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
@@ -137,7 +143,7 @@ class SlimBatchNorm(_BatchNorm):
         if isinstance(x, ConvOutput):
             return Deferred(x.y, *self._scale_shift(x))
         views = self.batch_views
-        output = moments_of(x, views)
+        output = moments_of(x, views, self)
         if output is not None and defers_normalization(x.device):
             return DeferredTensor.of(Deferred(x, *self._scale_shift(output)))
         x = computed(x)
@@ -209,6 +215,9 @@ class SlimBatchNorm(_BatchNorm):
 
     def _scale_shift(self, x: ConvOutput) -> tuple[Tensor, Tensor]:
         """Scale and shift [V, C] of the deferred normalisation; a single row with stored statistics."""
+        if x.scale is not None and x.shift is not None:
+            self._observe(x.mean, x.variance, self._count(x.shape, len(x.mean)))
+            return x.scale, x.shift
         if len(x.mean):
             mean, variance = self._statistics(x.mean, x.variance, self._count(x.shape, len(x.mean)))
         else:
@@ -248,18 +257,6 @@ class SlimBatchNorm(_BatchNorm):
         """Whether a batch updates the running statistics: in training, by the full network, without an observer."""
         full = self.active_dn is None and channels == self.num_features
         return self.training and self.track_running_stats and full and self.observer is None
-
-    def observe(self, mean: Tensor, variance: Tensor, shape: torch.Size) -> None:
-        """Update the statistics with a batch's moments, as `forward` does.
-
-        Args:
-            mean, variance: mean and biased variance of each view, [V, C], without gradients.
-            shape: shape of the batch.
-
-        Raises:
-            ValueError: in training, if there is a single value per channel.
-        """
-        self._observe(mean, variance, self._count(shape, len(mean)))
 
     def _observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Call the observer, or update the running statistics once per view if the full network is active."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import conv_moments, slim_conv2d, slim_linear
 from ..ops.autocast import is_autocasting
+from ..ops.conv_norm import conv_norm
 from ..ops.registry import defers_normalization, uses_pytorch
 from .batch_norm import SlimBatchNorm
 from .deferred import ConvOutput, Deferred
@@ -44,15 +45,17 @@ class SlimConv2d(Sized, nn.Conv2d):
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
-    def forward(self, x: Deferred, views: int) -> ConvOutput: ...
+    def forward(self, x: Deferred, views: int, norm: SlimBatchNorm | None = None) -> ConvOutput: ...
 
-    def forward(self, x: Any, views: int = 0) -> Any:
+    def forward(self, x: Any, views: int = 0, norm: SlimBatchNorm | None = None) -> Any:
         """Convolve with the active prefix of the weight.
 
         Args:
             x: a Tensor [N, C, H, W] or [C, H, W], C at most `in_channels`, or a `Deferred`; also [N, C], maps of one
                 pixel, for an ungrouped 1 x 1 kernel.
             views: number of views to compute the output's moments of; for a `Deferred` only.
+            norm: the batch normalisation of the output, whose scale and shift the call may compute; for a `Deferred`
+                only.
 
         Returns:
             A Tensor [N, size, H', W'], or a `ConvOutput` of this shape for a `Deferred`; [N, size] for [N, C].
@@ -66,14 +69,15 @@ class SlimConv2d(Sized, nn.Conv2d):
             deferred = loaded(x)
             if deferred.x.ndim == 4:
                 groups, out_channels = self._active(deferred.x.shape[1])
-                return attach_moments(self._conv_moments(deferred, out_channels, groups, self.norm.batch_views))
+                views = self.norm.batch_views
+                return attach_moments(self._conv_moments(deferred, out_channels, groups, views, self.norm), self.norm)
         if len(x.shape) == 3:
             return self.forward(x[None])[0]
         groups, out_channels = self._active(x.shape[1])
         if len(x.shape) == 2 and self._is_product:
             return self._product(computed(x), out_channels)
         if isinstance(x, Deferred):
-            return self._conv_moments(x, out_channels, groups, views)
+            return self._conv_moments(x, out_channels, groups, views, norm)
         x = computed(x)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -118,20 +122,21 @@ class SlimConv2d(Sized, nn.Conv2d):
             raise ValueError(f"an input of {channels} channels is not a whole number of groups of {group_channels}")
         return groups, groups * (self.out_channels // self.groups)
 
-    def _conv_moments(self, deferred: Deferred, out_channels: int, groups: int, views: int) -> ConvOutput:
-        return ConvOutput(*conv_moments(*self._arguments(deferred, out_channels, groups, views)))
-
-    def moments_arguments(self, x: Deferred, views: int) -> tuple[Any, ...]:
-        """The arguments of `conv_moments` for an input; ValueError as of `forward`."""
-        groups, out_channels = self._active(x.x.shape[1])
-        return self._arguments(x, out_channels, groups, views)
-
-    def _arguments(self, x: Deferred, out_channels: int, groups: int, views: int) -> tuple[Any, ...]:
+    def _conv_moments(
+        self, x: Deferred, out_channels: int, groups: int, views: int, norm: SlimBatchNorm | None
+    ) -> ConvOutput:
         if not has_moments(self):
             raise ValueError(f"conv_moments does not support {self}: materialize its input first")
         weight, stride, padding = self.weight, self.stride[0], self.padding[0]
-        grad = main_grad(weight)
-        return x.x, x.scale, x.shift, x.act, x.gate, weight, grad, out_channels, stride, padding, groups, views
+        geometry = out_channels, stride, padding, groups, views
+        arguments: tuple[Any, ...] = x.x, x.scale, x.shift, x.act, x.gate, weight, main_grad(weight), *geometry
+        if norm is not None and norm.uses_moments_of(out_channels):
+            gamma, beta = norm.weight, norm.bias
+            results = conv_norm(arguments, gamma, main_grad(gamma), beta, main_grad(beta), norm.eps)
+            if results is not None:
+                y, scale, shift, mean, variance = results
+                return ConvOutput(y, mean, variance, scale, shift)
+        return ConvOutput(*conv_moments(*arguments))
 
 
 def has_moments(conv: nn.Conv2d) -> bool:

@@ -23,11 +23,16 @@ class ConvOutput:
         y: the output, [N, C, H, W].
         mean: mean of each view, [V, C]; [0, C] if no moments were computed.
         variance: biased variance of each view, of the same shape.
+        scale: scale of the batch normalisation by these moments, [V, C], if the convolution has computed it. Then mean
+            and variance have no gradients.
+        shift: like scale.
     """
 
     y: Tensor
     mean: Tensor
     variance: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:

@@ -14,7 +14,7 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
@@ -239,19 +239,22 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def attach_moments(output: ConvOutput) -> Tensor:
-    """The output as a tensor that carries its moments to `moments_of`."""
-    output.y.moments = output.mean, output.variance, _version(output.y)  # type: ignore[attr-defined]
-    return output.y
+def attach_moments(output: ConvOutput, norm: nn.Module) -> Tensor:
+    """The output as a tensor that carries its moments, and the scale and shift of `norm`, to `moments_of`."""
+    y = output.y
+    y.moments = output.mean, output.variance, output.scale, output.shift, norm, _version(y)  # type: ignore[attr-defined]
+    return y
 
 
-def moments_of(y: Tensor, views: int) -> ConvOutput | None:
-    """A tensor with the moments of its views that a convolution attached; None if it has no such moments."""
+def moments_of(y: Tensor, views: int, norm: nn.Module) -> ConvOutput | None:
+    """A tensor with what a convolution attached; None without moments of these views, or with another norm's scale."""
     attached = getattr(y, "moments", None)
     if attached is None:
         return None
-    mean, variance, version = attached
-    return ConvOutput(y, mean, variance) if len(mean) == views and version == _version(y) else None
+    mean, variance, scale, shift, of_norm, version = attached
+    if len(mean) != views or version != _version(y) or (scale is not None and of_norm is not norm):
+        return None
+    return ConvOutput(y, mean, variance, scale, shift)
 
 
 def loaded(x: Tensor) -> Deferred:

@@ -12,13 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..ops.conv_norm import conv_norm
 from ..ops.registry import uses_pytorch
-from .batch_norm import SlimBatchNorm, SlimBatchNorm2d
+from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d
 from .deferred import Activation, Deferred, compute, gate_by, mean
-from .recomputation import follow
-from .sized import main_grad
 
 ACTS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -73,33 +70,7 @@ def conv_norm_act(x: Activation, conv: nn.Module, norm: nn.Module, act: nn.Modul
         y = norm(conv(x))
         return y if act is None else act(y)
     x = x if isinstance(x, Deferred) else Deferred(x)
-    deferred = _in_one_call(x, conv, norm, act_name(act))
-    return replace(norm(conv(x, views=norm.batch_views)), act=act_name(act)) if deferred is None else deferred
-
-
-def _in_one_call(x: Deferred, conv: SlimConv2d, norm: SlimBatchNorm, act: str) -> Deferred | None:
-    """Convolution and batch normalisation by one call, or None where the layers may do more than these operators."""
-    if torch.compiler.is_compiling():
-        return None
-    follow()
-    if type(conv) is not SlimConv2d or type(norm) is not SlimBatchNorm2d or _has_hooks(conv) or _has_hooks(norm):
-        return None
-    if not norm.training or norm.changes_moments:
-        return None
-    convolution = conv.moments_arguments(x, norm.batch_views)
-    if conv.size > norm.num_features:
-        return None
-    results = conv_norm(convolution, norm.weight, main_grad(norm.weight), norm.bias, main_grad(norm.bias), norm.eps)
-    if results is None:
-        return None
-    y, scale, shift, mean, variance = results
-    norm.observe(mean, variance, y.shape)
-    return Deferred(y, scale, shift, act)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or torch.nn.modules.module._has_any_global_hook()
+    return replace(norm(conv(x, views=norm.batch_views, norm=norm)), act=act_name(act))
 
 
 def materialize(

@@ -72,14 +72,18 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
 
 def _chains(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[nn.Conv2d, _BatchNorm]]:
     """Convolutions and the batch normalisations that read their outputs, of the classes that `fused` supports."""
-    outputs: list[tuple[Tensor, nn.Conv2d]] = []
+    outputs: list[tuple[Tensor, int, nn.Conv2d]] = []  # with the number of changes in place
     chains: list[tuple[nn.Conv2d, _BatchNorm]] = []
 
     def keep(conv: nn.Conv2d, _: Any, output: Tensor) -> None:
-        outputs.append((output, conv))
+        outputs.append((output, output._version, conv))
 
     def find(norm: _BatchNorm, args: tuple[Any, ...]) -> None:
-        chains.extend((conv, norm) for output, conv in outputs if args and output is args[0])
+        chains.extend(
+            (conv, norm)
+            for output, version, conv in outputs
+            if args and output is args[0] and output._version == version
+        )
 
     hooks = [
         *(m.register_forward_hook(keep) for m in model.modules() if type(m) in (nn.Conv2d, SlimConv2d)),

@@ -28,11 +28,13 @@ def conv_norm(
         weight, weight_main_grad, bias, bias_main_grad, eps: as of `scale_shift`.
 
     Returns:
-        y, scale, shift, and the mean and variance without gradients; or None if the operators must be called instead,
-        because gradients are off, because one of them has another provider, or under autocast, compilers and
-        transforms.
+        y, scale, shift, and the mean and variance without gradients. None if the operators must be called instead:
+        without gradients, under autocast, compilers and transforms, if one of the two operators has another provider,
+        or if a vector is not float32.
     """
-    if not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or not records("scale_shift", "cpu"):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        return None
+    if not records("scale_shift", "cpu"):
         return None
     vectors = weight, weight_main_grad, bias, bias_main_grad
     for vector in vectors:
