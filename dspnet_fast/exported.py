@@ -27,6 +27,7 @@ from .models.traced import TracedNetwork
 from .slim import slim
 from .subnets import Subnet
 from .tensor_file import write_tensors
+from .weight_file import load_state
 
 FORMAT = 1
 TORCHVISION: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
@@ -115,7 +116,7 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
         network = plain(manifest["network"], subnet, manifest["stem"], classes, channels)
         names = {_timm_name(network, name): name for name in network.state_dict()}
         tensors = load_file(folder / WEIGHTS)
-        network.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()})
+        load_state(network, {names.get(name, name): tensor for name, tensor in tensors.items()})
     except FileNotFoundError as error:
         raise InputError(f"{folder} contains no exported network: {error.filename or error} is missing") from error
     except Exception as error:  # any error here means foreign or damaged files

@@ -31,6 +31,7 @@ from .models import Classifier, Network, encoder_of
 from .slim import slim
 from .subnets import Family, Subnet
 from .tensor_file import write_tensors
+from .weight_file import load_state
 
 KIND, FORMAT = "dspnet-fast switchable", 1
 WEIGHTS = "weights/"
@@ -304,7 +305,7 @@ class Switchable(nn.Module):
                     f"{name} of {dn.name} is {list(tensor.shape)} of {tensor.dtype}, not {list(wanted.shape)}"
                 )
             state[name] = tensor
-        network.load_state_dict(state, assign=True)
+        load_state(network, state, assign=True)
         return network.requires_grad_(False).eval()
 
 

@@ -1,15 +1,16 @@
-"""Weight files of other programs, read without executing code."""
+"""Weights of files: read without executing code, and loaded into networks."""
 
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError, first_line
 
@@ -56,3 +57,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise InputError(f"{path} holds no weights: a state_dict, tensors by name, is needed")
     return tensors
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+    """Load a state_dict of a file, by `torch.nn.Module.load_state_dict`.
+
+    A state_dict also holds the version of every layer, which files of tensors do not have. Without it some layers
+    refuse the tensors (torchvision's MNASNet), or convert them as those of an older version. The versions are taken to
+    be those of the module.
+
+    Args:
+        module: the network.
+        tensors: tensors by name.
+        strict, assign: as of `load_state_dict`.
+
+    Raises:
+        RuntimeError: if names or shapes do not fit.
+
+    Example:
+        >>> layer = nn.BatchNorm2d(8)
+        >>> load_state(layer, {name: tensor.clone() for name, tensor in layer.state_dict().items()})
+    """
+    state = OrderedDict(tensors)
+    state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(state, strict, assign)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InputError, first_line
 from ..nn.groups import find_groups
-from ..weight_file import read_weights
+from ..weight_file import load_state, read_weights
 from .mobilenet_v3 import FEATURE_CHANNELS, MobileNetV3
 from .network import Network
 from .traced import TracedNetwork
@@ -201,7 +201,7 @@ def _load_traced(network: TracedNetwork, source: Source) -> Tensor:
         if name not in state or state[name].shape != tensor.shape:
             found = list(state[name].shape) if name in state else "missing"
             raise InputError(f"--init-from: {name} of {source.name} is {found}, not {list(tensor.shape)}")
-    network.body.load_state_dict({name: state[name] for name in own})
+    load_state(network.body, {name: state[name] for name in own})
     return torch.arange(network.num_features)
 
 

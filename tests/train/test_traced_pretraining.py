@@ -31,11 +31,17 @@ def encoder() -> nn.Module:
 
 
 class Block(nn.Module):
-    """A residual block."""
+    """A residual block that, as torchvision's MNASNet, loads tensors of a known version only."""
+
+    _version = 2
 
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), BatchNormAct2d(16)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata["version"] == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def forward(self, x):
         return x + self.norm(self.conv(x))

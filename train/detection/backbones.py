@@ -15,7 +15,7 @@ from dspnet_fast import exported
 from dspnet_fast.errors import InputError, first_line
 from dspnet_fast.models import Network, build, subnet
 from dspnet_fast.slim import slim
-from dspnet_fast.weight_file import SORTED, read_weights
+from dspnet_fast.weight_file import SORTED, load_state, read_weights
 
 from ..config import PretrainConfig
 from ..data.datasets.pixels import PixelFormat
@@ -189,7 +189,7 @@ def _torchvision(name: str, file: str) -> Backbone:
             if hasattr(network, classifier):
                 setattr(network, classifier, nn.Identity())
         state, by_order = match(network, read_weights(Path(file)), CLASSIFIERS, not file.endswith(SORTED))
-        network.load_state_dict(state, strict=False)
+        load_state(network, state, strict=False)
         source += f" from {file}" + (", matched by order" if by_order else "")
     if hasattr(network, "layer4"):
         parts = [part for part_name, part in network.named_children() if part_name not in ("avgpool", *CLASSIFIERS)]

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspnet_fast.weight_file import load_state
+
 from ..data.sampler import EpochSampler
 from ..run.schedules import learning_rate
 from .accuracy import Accuracy, accuracies
@@ -91,7 +93,7 @@ class ClassifierTraining:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.classifiers.load_state_dict(state["classifiers"])
+        load_state(self.classifiers, state["classifiers"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 

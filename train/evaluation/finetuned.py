@@ -9,6 +9,7 @@ import torch
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, build
 from dspnet_fast.models import family as family_of
+from dspnet_fast.weight_file import load_state
 
 from ..config import FinetuneConfig
 from ..data.datasets import open_images
@@ -43,7 +44,7 @@ class FinetunedFamily(EvaluatedFamily):
                 build(options.network, family.full, options.stem, options.in_channels), len(self.classes)
             )
         try:
-            model.load_state_dict(state["model"])
+            load_state(model, state["model"])
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoint in {out} is of another network, or has other classes than the {len(self.classes)} of "

@@ -19,6 +19,7 @@ from dspnet_fast.nn import activate
 from dspnet_fast.statistics import load_statistics, measured_statistics, post_statistics
 from dspnet_fast.subnets import Family, Subnet
 from dspnet_fast.tensor_file import write_tensors
+from dspnet_fast.weight_file import load_state
 
 from ..config import PretrainConfig
 from ..costs.flops import NetworkCost, network_cost
@@ -262,12 +263,12 @@ class PretrainedFamily(EvaluatedFamily):
         step = 0
         if not untrained:
             state = checkpoint.load_of_run(out, "cpu", print)
-            model.load_state_dict(state["model"])
+            load_state(model, state["model"])
             step = state["step"]
         self.encoder = model.online.encoder
         if part == "target":
             weights = dict(model.target.encoder.named_parameters())
-            self.encoder.load_state_dict({n: weights.get(n, value) for n, value in self.encoder.state_dict().items()})
+            load_state(self.encoder, {n: weights.get(n, value) for n, value in self.encoder.state_dict().items()})
         super().__init__(out, device, model.family, self.encoder, self.config.image_size, step)
 
     def cost(self, subnet: Subnet) -> NetworkCost:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dspnet_fast.errors import InputError
 from dspnet_fast.models.published import Source, load_published
 from dspnet_fast.subnets import Subnet, sandwich
+from dspnet_fast.weight_file import load_state
 
 from ..config import EIGHT_BIT, PretrainConfig
 from ..costs.flops import largest_activation
@@ -216,7 +217,7 @@ class Trainer:
     def load_weights(self, state: dict[str, Any]) -> None:
         """Load the weights of a checkpoint, of this or another run; InputError if the networks differ."""
         try:
-            self.model.load_state_dict(state["model"])
+            load_state(self.model, state["model"])
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"the checkpoint is of another network: {str(error).splitlines()[-1].strip()}; remove it from "

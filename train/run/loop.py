@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.weight_file import load_state
 
 from ..distributed.process_group import SINGLE_PROCESS
 from ..distributed.watchdog import Watchdog
@@ -117,7 +118,7 @@ class SingleModelTraining:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.model.load_state_dict(state["model"])
+        load_state(self.model, state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 

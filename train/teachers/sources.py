@@ -21,7 +21,7 @@ from dspnet_fast.errors import InputError, first_line
 from dspnet_fast.models import Classifier, Network
 from dspnet_fast.models.traced import forward_dense
 from dspnet_fast.slim import slim
-from dspnet_fast.weight_file import SORTED, read_weights
+from dspnet_fast.weight_file import SORTED, load_state, read_weights
 
 from ..data.normalization import MEAN, STD
 from ..evaluation.trained import TrainedRun
@@ -127,7 +127,7 @@ def _timm(name: str, file: str, image_size: int | None, weights: bool) -> Source
         tensors = read_weights(Path(file))
         try:
             state, by_order = match(network, tensors, classifiers, not file.endswith(SORTED))
-            network.load_state_dict(state, strict=False)  # match has compared everything but counters
+            load_state(network, state, strict=False)  # match has compared everything but counters
             note = _by_order(file) if by_order else ""
         except InputError as error:
             overlay = {"state_dict": tensors}
@@ -190,7 +190,7 @@ def _torchvision(name: str, file: str, weights: bool) -> Source:
             state, by_order = match(network, read_weights(Path(file)), [classifier], not file.endswith(SORTED))
         except InputError as error:
             raise InputError(f"{file} does not fit {name}: {error}") from error
-        network.load_state_dict(state, strict=False)
+        load_state(network, state, strict=False)
         note = _by_order(file) if by_order else ""
     preset = default.transforms() if default is not None else None
     size = preset.crop_size[0] if preset is not None else 224
