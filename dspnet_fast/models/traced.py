@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..nn.activate import Sizes
 from ..nn.convert import slimmable, use_groups
 from ..nn.depth import no_stages, use_stages
@@ -111,7 +111,10 @@ def make(name: str, in_channels: int = 3) -> nn.Module:
         if library == "torchvision":
             import torchvision
 
-            return _without_classifier(torchvision.models.get_model(rest, weights=None), name)
+            network = torchvision.models.get_model(rest, weights=None)
+            if getattr(network, "aux_logits", False):  # GoogLeNet and Inception return their logits too in training
+                network = torchvision.models.get_model(rest, weights=None, aux_logits=False)
+            return _without_classifier(network, name)
         network = getattr(importlib.import_module(library), rest)()
     except ImportError as error:
         raise InputError(f"--network {name} needs a package that is not installed: {error}") from error
@@ -158,6 +161,7 @@ def reference(name: str) -> tuple[nn.Module, ChannelGroups, Tensor]:
         torch.manual_seed(0)
         plain = make(name).eval()
         images = _images(plain, name)
+        _check_training(plain, images, name)
         try:
             converted = slimmable(copy.deepcopy(plain), images, keep=())
         except TypeError as error:
@@ -213,11 +217,27 @@ def _images(network: nn.Module, name: str) -> Tensor:
         except Exception as error:  # the size may be too small
             problem = error
             continue
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise InputError(f"--network {name} must map images to features [N, F], but returns {shape}")
+        _check_features(features, f"--network {name}")
         return images
     raise InputError(f"--network {name} does not run on images of {' or '.join(map(str, sizes))} px: {problem}")
+
+
+def _check_training(network: nn.Module, images: Tensor, name: str) -> None:
+    """Raise InputError if a network has other outputs than features in training mode."""
+    network = copy.deepcopy(network)
+    network.train()
+    try:
+        with torch.no_grad():
+            features = network(images)
+    except Exception as error:  # of many types
+        raise InputError(f"--network {name} does not run in training mode: {first_line(error)}") from error
+    _check_features(features, f"--network {name} in training mode")
+
+
+def _check_features(features: Any, network: str) -> None:
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"{network} must map images to features [N, F], but returns {shape}")
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033

@@ -146,4 +146,5 @@ def has_moments(conv: nn.Conv2d) -> bool:
     for height, width in (conv.kernel_size, conv.stride, conv.padding):  # in every call: not all(...) of a generator
         if height != width:
             return False
-    return conv.dilation == (1, 1) and conv.groups in (1, conv.in_channels)
+    is_depthwise = conv.groups == conv.in_channels == conv.out_channels
+    return conv.dilation == (1, 1) and (conv.groups == 1 or is_depthwise)

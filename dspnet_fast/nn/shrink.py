@@ -40,6 +40,8 @@ def shrink(model: nn.Module, groups: ChannelGroups, units: Sequence[int], depths
         setattr(module, number.attribute, number.attribute_value(module, units))
     for path in groups.tensors:
         state_sizes(model.get_submodule(path))
+    for path, attribute in groups.caches:
+        setattr(model.get_submodule(path), attribute, {})
     for path in removed_blocks(groups.stages, depths):
         remove_block(model, path)
 

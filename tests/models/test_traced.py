@@ -15,6 +15,7 @@ from dspnet_fast import exported
 from dspnet_fast.errors import InputError
 from dspnet_fast.models import Classifier, build, check_network, family, subnet
 from dspnet_fast.models.published import Source, load_published
+from dspnet_fast.models.traced import make
 from dspnet_fast.nn import activate
 from dspnet_fast.slim import slim
 from dspnet_fast.statistics import post_statistics
@@ -65,12 +66,38 @@ def without_residuals() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 1), *plain, *strided, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class Auxiliary(nn.Sequential):
+    """An encoder with another output in training, as GoogLeNet's auxiliary classifiers."""
+
+    def forward(self, x):
+        features = super().forward(x)
+        return (features, features) if self.training else features
+
+
+class CachedScale(nn.Module):
+    """A layer that keeps a tensor of its channels in evaluation mode, as attention biases of EfficientFormer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.scale_cache = nn.Parameter(torch.rand(32)), {}
+
+    def forward(self, x):
+        if self.training or "scale" not in self.scale_cache:
+            self.scale_cache["scale"] = self.scale[:, None, None].exp()
+        return x * self.scale_cache["scale"]
+
+
+def cached() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 32, 3, 2), CachedScale(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 @pytest.fixture(autouse=True)
 def encoders(monkeypatch):
     """A module of the user."""
     module = type(sys)("encoders")
     module.small, module.maps, module.nothing = small, lambda: nn.Conv2d(3, 8, 1), lambda: 1
-    module.deep, module.without_residuals = deep, without_residuals
+    module.deep, module.without_residuals, module.cached = deep, without_residuals, cached
+    module.auxiliary = lambda: Auxiliary(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     module.transformer = lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
     monkeypatch.setitem(sys.modules, "encoders", module)
 
@@ -228,6 +255,17 @@ def test_torchvision_networks_lose_their_classifier():
         subnet("torchvision:squeezenet1_1", "w0.50")
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvision_networks_have_no_auxiliary_classifiers(name):
+    network = make(f"torchvision:{name}").train()
+    assert isinstance(network(torch.randn(2, 3, 96, 96)), torch.Tensor)
+
+
+def test_tensors_that_evaluation_keeps_are_not_those_of_a_narrower_network():
+    assert subnet("encoders:cached", "w0.50").channels[-1] == 16
+    build("encoders:cached", subnet("encoders:cached", "w0.50")).eval()(torch.randn(2, 3, 64, 64))
+
+
 @pytest.mark.parametrize(
     ("network", "dn", "message"),
     [
@@ -237,6 +275,7 @@ def test_torchvision_networks_lose_their_classifier():
         ("encoders:missing", "w0.50", "does not exist"),
         ("encoders:nothing", "w0.50", "must return a torch.nn.Module, not int"),
         ("encoders:maps", "w0.50", r"must map images to features \[N, F\], but returns \[2, 8, 64, 64\]"),
+        ("encoders:auxiliary", "w0.50", r"in training mode must map images to features \[N, F\], but returns tuple"),
         (NAME, "w1.50", "is no width of the network"),
         (NAME, "c8-d1111", "is no width of the network"),
         (":", "w0.50", "unknown network ':'"),

@@ -74,6 +74,12 @@ def test_outputs_gradients_and_statistics_equal_plain_pytorch(training, width):
         torch.testing.assert_close(results(network, x, "native"), results(network, x, "eager"))
 
 
+def test_grouped_convolution_of_more_outputs_than_inputs_is_computed_in_plain_pytorch():
+    network = fused(nn.Sequential(*chain(8, 16, 3, 8), *chain(16, 8)).double(), torch.randn(2, 8, 4, 4).double())
+    x = torch.randn(2, 8, 4, 4).double()
+    torch.testing.assert_close(results(network, x, "native"), results(network, x, "eager"))
+
+
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t", "regnetx_002", "fasternet_t0"])
 def test_networks_of_timm_equal_plain_pytorch(name):
     network = fused(timm.create_model(name, num_classes=0).double())

@@ -211,12 +211,25 @@ def test_step_refuses_tensors_outside_the_buffers(replace):
     assert torch.equal(flat.params, before)
 
 
+def test_frozen_parameters_stay_outside_of_the_buffers():
+    model, images = make()
+    frozen = model.online.encoder.conv1.weight.requires_grad_(False)
+    before = frozen.clone()
+    target = model.target.encoder.conv1.weight.clone()
+    flat = FlatBuffers(model.online, model.target)
+    model.accumulate(images, list(model.family))
+    flat.step(0.5, 0.9, **OPTIONS)
+    assert "encoder.conv1.weight" not in flat.momentum() and "encoder.bn1.weight" in flat.momentum()
+    assert torch.equal(frozen, before) and torch.equal(model.target.encoder.conv1.weight, target)
+    assert frozen.grad is None and flat.params.isfinite().all() and flat.momenta.any()
+
+
 def test_online_and_target_that_do_not_match_are_refused():
     for online, target in (
         (nn.Linear(3, 4), nn.Linear(3, 5)),
         (nn.Linear(3, 4, bias=False), nn.Linear(3, 4)),
         (nn.Linear(3, 4), nn.Linear(3, 4).double()),
-        (nn.Linear(3, 4).requires_grad_(False), nn.Linear(3, 4)),
+        (nn.Linear(3, 4).requires_grad_(False), nn.Linear(3, 4).requires_grad_(False)),
         (nn.ReLU(), nn.ReLU()),
     ):
         with pytest.raises(ValueError):

@@ -29,7 +29,8 @@ class FlatBuffers:
     `to`) is therefore an error in the next `update`.
 
     Args:
-        online: module trained by gradients; every parameter must require one.
+        online: module trained by gradients. Parameters that require none, such as fixed position embeddings of
+            transformers, stay outside of the buffers, here and in the target.
         target: module that follows the online parameters of the same names; it may have fewer.
         optimizer: "lars" or "adamw", which needs memory for the variances too.
 
@@ -47,6 +48,8 @@ class FlatBuffers:
     def __init__(self, online: nn.Module, target: nn.Module, optimizer: str = "lars") -> None:
         parameters, targets = dict(online.named_parameters()), dict(target.named_parameters())
         _check(parameters, targets)
+        parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        targets = {name: target for name, target in targets.items() if name in parameters}
         self._parameters = {name: parameters[name] for name in (*targets, *parameters)}
         example = next(iter(parameters.values()))
         aligned = ALIGNMENT // example.element_size()
@@ -205,8 +208,8 @@ def _flatten_buffers(*modules: nn.Module) -> Tensor:
 
 
 def _check(parameters: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    if not parameters:
-        raise ValueError("the online module has no parameters")
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError("the online module has no parameters that require a gradient")
     for name, target in targets.items():
         if name not in parameters or parameters[name].shape != target.shape:
             raise ValueError(f"the target's parameter {name} has no online parameter of its shape")
@@ -214,6 +217,3 @@ def _check(parameters: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> N
     kinds = {(tensor.dtype, tensor.device) for tensor in everything}
     if len(kinds) > 1:
         raise ValueError(f"parameters of several kinds: {', '.join(sorted(map(str, kinds)))}")
-    for name, parameter in parameters.items():
-        if not parameter.requires_grad:
-            raise ValueError(f"the online parameter {name} is frozen")
