@@ -40,9 +40,11 @@ EXAMPLE = """\
 class SelectOptions:
     """Options of `train.select` besides those of the run."""
 
-    again: bool = option(False, "ignore a verdict in the cache")
-    ranks: int = count(1, "number of processes of the run")
-    call_seconds: float = positive(CALL_SECONDS, "seconds after which a call of an operator counts as hanging")
+    again: bool = option(False, "select again, even if the cache has a verdict")
+    ranks: int = count(1, "number of processes (ranks) that the run will have")
+    call_seconds: float = positive(
+        CALL_SECONDS, "longest time of an operator's call, in seconds; a provider that takes longer is refused"
+    )
 
 
 def make_parser() -> cli.ArgumentParser:
