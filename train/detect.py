@@ -316,12 +316,7 @@ def _main(argv: Sequence[str]) -> None:
     options = cli.to_config(DetectOptions, parsed)
     out: Path = parsed.out
     atomic.check_writable(out)
-    try:
-        report = detect(out, parsed.dn, options)
-    except KeyboardInterrupt:
-        print("the same command continues from what was saved", flush=True)
-        raise
-    publish_detect(out, report)
+    publish_detect(out, detect(out, parsed.dn, options))
 
 
 main = cli.command(_main)

@@ -16,6 +16,7 @@ from .config import PretrainConfig
 from .costs.dry_run import known_images, known_size
 from .pretraining import recipe
 from .run.device import check_fast_kernels, choose_device
+from .run.interruption import NOTHING
 from .run.options import check_options, count, option, positive
 from .run.tables import Table
 from .selection.recording import shape_of
@@ -97,7 +98,7 @@ def _main(argv: Sequence[str]) -> None:
         print(f"kept in {verdicts.path_of(key, shape)} on {verdict.date}")
 
 
-main = cli.command(_main)
+main = cli.command(_main, interrupted=NOTHING)
 
 if __name__ == "__main__":
     main()

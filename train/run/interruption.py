@@ -8,6 +8,21 @@ from typing import Any, NoReturn
 
 NAMES = "SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"  # Windows lacks the last two
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# What Ctrl-C leaves, and how to go on.
+CONTINUES = "the same command continues from what was saved"
+NOTHING = "nothing was written: start again"
+
+
+def ctrl_c_kills() -> None:
+    """Let Ctrl-C end the process at once, without a traceback, unless it is ignored or handled otherwise."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ctrl_c_raises() -> None:
+    """Undo `ctrl_c_kills`: Ctrl-C raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Interruption:

@@ -29,7 +29,9 @@ from dspnet_fast.errors import InputError
 
 from ..config import RunConfig
 from ..data.datasets.images import ImageDataset, Subset
+from . import checkpoint
 from .data_used import DATA_USED, names_digest, read_data_used
+from .interruption import NOTHING
 from .lock import lock
 from .options import flag, key
 from .saved_config import CONFIG, read_config
@@ -109,6 +111,14 @@ def open_run(config: RunConfig, resume: bool) -> Path:
         note = f"# The images that the run uses, and those left out: {DATA_USED}\n"
         atomic.write_text(out / CONFIG, note + yaml.safe_dump(options, sort_keys=False))
     return out
+
+
+def after_ctrl_c(out: Path) -> str:
+    """What Ctrl-C leaves of a run, and how to go on: a clause for an error message."""
+    if not (out / CONFIG).exists():
+        return NOTHING
+    step = checkpoint.latest_step(out / "checkpoints")
+    return f"{f'saved up to step {step}' if step else 'no step was saved'}: continue with --resume --out {out}"
 
 
 def _folder_of(data: str) -> str:
