@@ -143,7 +143,7 @@ def run(
 ) -> None:
     """Run a command and exit.
 
-    The exit code is 0 after success, 2 after an `InputError`, 130 after Ctrl-C, and 1
+    The exit code is 0 after success, 2 after an `InputError` or a file without permission, 130 after Ctrl-C, and 1
     after any other error. Errors are one line on stderr; with --debug the traceback comes before it. A reader of the
     output that exits does not end the command.
 
@@ -173,6 +173,8 @@ def run(
             traceback.print_exc()
         if isinstance(error, InputError):
             _fail(str(error), WRONG_INPUT)
+        if isinstance(error, PermissionError) and error.filename is not None:
+            _fail(f"this user may not use {error.filename}: change its permissions, or give another", WRONG_INPUT)
         reason = str(error).strip().splitlines()
         hint = "" if "--debug" in argv else " (--debug shows the traceback)"
         _fail(f"{type(error).__name__}: {reason[0] if reason else 'no message'}{hint}", FAILED)

@@ -245,7 +245,7 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parsed = make_parser().parse_args(with_saved_config(argv))
+    parsed = make_parser().parse_args(with_saved_config(argv, FinetuneConfig))
     config = completed(cli.to_config(FinetuneConfig, parsed))
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/finetuned")

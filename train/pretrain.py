@@ -71,7 +71,7 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def _main(argv: Sequence[str]) -> None:
-    options = make_parser().parse_args(with_saved_config(argv))
+    options = make_parser().parse_args(with_saved_config(argv, PretrainConfig))
     config = cli.to_config(PretrainConfig, options)
     if options.dry_run:
         dry_run.show(dry_run.estimate(config, options.resume))

@@ -26,6 +26,7 @@ import yaml
 
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
+from dspnet_fast.exported import MANIFEST
 
 from ..config import RunConfig
 from ..data.datasets.images import ImageDataset, Subset
@@ -48,8 +49,8 @@ def check_out(config: RunConfig, resume: bool) -> None:
         resume: whether to continue the run in `config.out`.
 
     Raises:
-        InputError: `out` is a file, cannot be written to, contains a run and `resume` is False, or contains none and
-            `resume` is True.
+        InputError: `out` is a file, cannot be written to, contains a run, checkpoints or an exported network and
+            `resume` is False, or contains no run and `resume` is True.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
@@ -59,6 +60,10 @@ def check_out(config: RunConfig, resume: bool) -> None:
         read_config(out, type(config))
     elif (out / CONFIG).exists():
         raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
+    elif checkpoint.latest(out / "checkpoints") is not None:
+        raise InputError(f"--out {out} has checkpoints of a run without its {CONFIG}: choose another --out")
+    elif (out / MANIFEST).exists():
+        raise InputError(f"--out {out} is an exported network: choose another --out")
 
 
 def check_run(config: RunConfig, resume: bool) -> None:
