@@ -25,7 +25,7 @@ from dspnet_fast.errors import InputError
 from .data.datasets.decoders import gather_warnings
 from .distributed.process_group import refuse_ranks
 from .run.arguments import ArgumentParser
-from .run.interruption import CONTINUES, ctrl_c_kills, ctrl_c_raises
+from .run.interruption import CONTINUES, ctrl_c_again, ctrl_c_kills, ctrl_c_raises
 from .run.options import flag, key
 from .run.terminal import protect_output
 
@@ -157,6 +157,7 @@ def run(
     argv = sys.argv[1:] if argv is None else argv
     if is_process:
         ctrl_c_raises()
+        sys.unraisablehook = ctrl_c_again
     protect_output()
     gather_warnings()
     try:

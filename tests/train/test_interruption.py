@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from train import cli
+from train.data.loader import BatchDataset, make_loader
 from train.run.interruption import NOTHING
 from train.run.run_directory import after_ctrl_c
 
@@ -73,6 +74,24 @@ def test_ctrl_c_during_imports_gives_no_traceback(tmp_path):
 def test_package_imported_by_a_program_leaves_its_ctrl_c():
     code = "import signal, train; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     assert start("-c", code).communicate(timeout=60)[0] == "True\n"
+
+
+def test_ctrl_c_in_a_destructor_ends_the_command():
+    destructor = "import signal\nclass Last:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+    program = destructor + PROGRAM.replace("time.sleep(60)\n\ndef", "Last()\n    while True: time.sleep(0.01)\n\ndef")
+    process = start("-c", program.replace("WAITS", "False"))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "error: interrupted; nothing was written\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
+def test_workers_are_forked_while_ctrl_c_waits():
+    class Masks(BatchDataset):
+        def batch(self, items, unreadable):
+            return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    assert list(make_loader(Masks(), [[0], [1]], workers=1)) == [True, True]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_message_of_main_replaces_that_of_the_command(capsys):
