@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import textwrap
 import threading
@@ -24,10 +25,12 @@ from dspnet_fast.errors import InputError
 from .data.datasets.decoders import gather_warnings
 from .distributed.process_group import refuse_ranks
 from .run.arguments import ArgumentParser
+from .run.interruption import CONTINUES, ctrl_c_again, ctrl_c_kills, ctrl_c_raises
 from .run.options import flag, key
 from .run.terminal import protect_output
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+INTERRUPTED = 128 + signal.SIGINT  # as shells report a command that Ctrl-C ended
 RECIPES = Path(__file__).parents[1] / "recipes"  # beside train in a checkout and in the installed package
 METAVARS = {int: "N", float: "X"}
 WIDTH = 120  # of help, at most
@@ -125,23 +128,36 @@ def to_config(config: type, namespace: Namespace) -> Any:
     return config(**{f.name: namespace[key(f.name)] for f in fields(config)})
 
 
-def command(main: Callable[[Sequence[str]], None], several_ranks: bool = False) -> Callable[..., None]:
+def command(
+    main: Callable[[Sequence[str]], None], several_ranks: bool = False, interrupted: str = CONTINUES
+) -> Callable[..., None]:
     """The entry point of a command: `run` with this function, called with arguments or, without any, sys.argv[1:]."""
-    return partial(run, main, several_ranks=several_ranks)
+    return partial(run, main, several_ranks=several_ranks, interrupted=interrupted)
 
 
-def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, several_ranks: bool = False) -> None:
+def run(
+    main: Callable[[Sequence[str]], None],
+    argv: Sequence[str] | None = None,
+    several_ranks: bool = False,
+    interrupted: str = CONTINUES,
+) -> None:
     """Run a command and exit.
 
-    The exit code is 0 after success, 2 after an `InputError`, 1 after any other error. Errors are one line on stderr;
-    with --debug the traceback comes before it. A reader of the output that exits does not end the command.
+    The exit code is 0 after success, 2 after an `InputError` or a file without permission, 130 after Ctrl-C, and 1
+    after any other error. Errors are one line on stderr; with --debug the traceback comes before it. A reader of the
+    output that exits does not end the command.
 
     Args:
         main: function to run, given the arguments.
         argv: arguments [sys.argv[1:]].
         several_ranks: whether `main` shares its work with other processes that torchrun started; else rank 0 refuses.
+        interrupted: what Ctrl-C leaves and how to go on, unless the KeyboardInterrupt that ends `main` has a message.
     """
+    is_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
+    if is_process:
+        ctrl_c_raises()
+        sys.unraisablehook = ctrl_c_again
     protect_output()
     gather_warnings()
     try:
@@ -149,13 +165,17 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
             if not several_ranks:
                 refuse_ranks("this command runs in one process")
             main(argv)
-    except KeyboardInterrupt:
-        _fail("interrupted", FAILED)
+    except KeyboardInterrupt as interrupt:
+        if is_process:
+            ctrl_c_kills()  # without a traceback, while Python ends
+        _fail(f"interrupted; {str(interrupt) or interrupted}", INTERRUPTED)
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
         if isinstance(error, InputError):
             _fail(str(error), WRONG_INPUT)
+        if isinstance(error, PermissionError) and error.filename is not None:
+            _fail(f"this user may not use {error.filename}: change its permissions, or give another", WRONG_INPUT)
         reason = str(error).strip().splitlines()
         hint = "" if "--debug" in argv else " (--debug shows the traceback)"
         _fail(f"{type(error).__name__}: {reason[0] if reason else 'no message'}{hint}", FAILED)

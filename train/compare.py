@@ -74,12 +74,7 @@ def _main(argv: Sequence[str]) -> None:
     if not comparison.options.out:
         raise InputError("--out is missing: name a folder for the runs and the results, such as --out runs/compared")
     atomic.check_writable(comparison.out)
-    try:
-        report = compare(comparison)
-    except KeyboardInterrupt:
-        print("the same dspnet-compare command continues from what was saved", flush=True)
-        raise
-    publish(comparison.out, report)
+    publish(comparison.out, compare(comparison))
     family = comparison.run_directory(comparison.families[-1], comparison.seeds[0])
     print("report with the curves of the family: dspnet-report", family)
 

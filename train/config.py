@@ -200,7 +200,7 @@ class FamilyOptions(PixelOptions):
     momentum_bn: str = choice(
         "on",
         ("on", "off", "momentum2"),
-        "momentum batch norm in the target: on; off; or momentum2, with the variance of its published code",
+        "momentum batch norm (Momentum^2 Teacher) in the target: on; off; or momentum2, with the variance of its code",
         metavar="MODE",
     )
     init_from: str | None = option(
@@ -228,9 +228,7 @@ class TeacherOptions:
     teacher_size: int | None = count(
         None, "height and width of the teacher's images, in pixels [its own, at most twice --image-size]"
     )
-    teacher_features: int | None = count(
-        None, "expected number of the teacher's features; another number is an error [any]"
-    )
+    teacher_features: int | None = count(None, "number of features that the teacher must have [any]")
     teacher_target: str = choice(
         "centred",
         ("centred", "whitened"),
@@ -243,9 +241,7 @@ class TeacherOptions:
     local_weight: float = not_negative(
         0.0, "with a teacher, weight of the loss between the feature maps of subnets and teacher, position by position"
     )
-    teacher_map_channels: int | None = count(
-        None, "expected channels of the teacher's feature map; another number is an error [any]"
-    )
+    teacher_map_channels: int | None = count(None, "number of channels that the teacher's feature map must have [any]")
     teacher_cache: str | None = option(
         None,
         "folder for the teacher's features of every image and of its mirror image, which replace those of the views",
@@ -309,7 +305,7 @@ class ExecutionOptions:
     device: str = choice("auto", DEVICES, DEVICE_HELP, True, "DEVICE")
     fast_kernels: bool = option(False, FAST_KERNELS_HELP, changeable=True)
     plugins: str = option("", PLUGINS_HELP, True, "MODULES")
-    grad_accum_steps: int = count(1, "micro-batches per optimizer step", True)
+    grad_accum_steps: int = count(1, "micro-batches per optimizer step; more need less memory", True)
     overlap_all_reduce: bool = option(
         False, "all-reduce gradients of late layers during the backward pass of early ones", True
     )
@@ -401,7 +397,7 @@ class StartOptions:
 
     from_: str = option("", "run directory of dspnet-pretrain to start from; none: random weights", metavar="DIR")
     dn: str | None = option(None, "network of the run to train alone", metavar="NAME")
-    dns: str | None = option(None, "subnets to train jointly (switches) [the run's networks]", metavar="NAMES")
+    dns: str | None = option(None, "subnets to train jointly [the networks of the run]", metavar="NAMES")
     network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}, {FORMS}", metavar="NAME")
     stem: str | None = choice(None, STEMS, f"stem with --from none: {', '.join(STEMS)} [standard]", metavar="STEM")
 
@@ -427,7 +423,7 @@ class SupervisedOptions:
     momentum: float = below_one(0.9, "SGD momentum")
     weight_decay: float = not_negative(4e-5, "weight decay of tensors with two or more dimensions")
     warmup_epochs: float = not_negative(5.0, "epochs of linear learning rate warm-up")
-    label_smoothing: float = below_one(0.1, "label smoothing")
+    label_smoothing: float = below_one(0.1, "share of the target probability that is spread over all classes")
     subnets_per_step: int = option(4, "subnets per step: the smallest, the full one, and random others")
     no_distillation: bool = option(
         False, "train every subnet on the labels instead of on the full network's predictions"

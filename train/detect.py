@@ -85,12 +85,12 @@ class DetectorOptions:
 
     sizes: str = option(
         "640,672,704,736,768,800",
-        "shorter sides of images in pixels: training draws one, evaluation uses the last",
+        "shorter side of resized images in pixels: training draws one of these, evaluation uses the last",
         metavar="SIZES",
     )
-    max_size: int = count(1333, "largest longer side of an image, in pixels")
+    max_size: int = count(1333, "longest side of a resized image, in pixels")
     anchor_size: int = count(32, "side of the smallest anchors in pixels; doubled at each pyramid level")
-    rois: int = count(512, "regions per image that the heads are trained on in a step")
+    rois: int = count(512, "regions (RoIs) per image that the box and mask heads are trained on in a step")
 
 
 @dataclass(kw_only=True)
@@ -316,12 +316,7 @@ def _main(argv: Sequence[str]) -> None:
     options = cli.to_config(DetectOptions, parsed)
     out: Path = parsed.out
     atomic.check_writable(out)
-    try:
-        report = detect(out, parsed.dn, options)
-    except KeyboardInterrupt:
-        print("the same command continues from what was saved", flush=True)
-        raise
-    publish_detect(out, report)
+    publish_detect(out, detect(out, parsed.dn, options))
 
 
 main = cli.command(_main)

@@ -29,6 +29,7 @@ from .distributed.process_group import SINGLE_PROCESS, World, end_sharing, init_
 from .evaluation.pretrained import BATCH, evaluation_views
 from .evaluation.trained import TrainedRun
 from .run.device import choose_device
+from .run.interruption import NOTHING
 from .run.options import DEVICE_HELP, WORKERS_HELP, Workers
 
 DESCRIPTION = """\
@@ -166,7 +167,7 @@ def _save(path: Path, features: np.ndarray) -> None:
         np.save(file, features)
 
 
-main = cli.command(_main, several_ranks=True)
+main = cli.command(_main, several_ranks=True, interrupted=NOTHING)
 
 if __name__ == "__main__":
     main()

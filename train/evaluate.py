@@ -86,12 +86,7 @@ def _main(argv: Sequence[str]) -> None:
     options = cli.to_config(protocol.options, given)
     out: Path = given.out
     atomic.check_writable(out)
-    try:
-        report = protocol.evaluate(out, options)
-    except KeyboardInterrupt:
-        print("the same command continues from what was saved", flush=True)
-        raise
-    protocol.publish(out, report)
+    protocol.publish(out, protocol.evaluate(out, options))
 
 
 main = cli.command(_main, several_ranks=True)

@@ -44,6 +44,7 @@ EXAMPLE = """\
   dspnet-export runs/finetuned"""
 VERIFICATION_IMAGES = 8
 SWITCHABLE = "switchable.safetensors"
+INTERRUPTED = "networks that were exported before are whole: start again, with --dn for the others alone"
 
 
 @dataclass(kw_only=True)
@@ -268,7 +269,7 @@ def _main(argv: Sequence[str]) -> None:
         table.show()
 
 
-main = cli.command(_main)
+main = cli.command(_main, interrupted=INTERRUPTED)
 
 if __name__ == "__main__":
     main()

@@ -32,9 +32,10 @@ from .evaluation.supervised import Hyperparameters, SupervisedTraining, evaluate
 from .run import checkpoint, loop, trackers
 from .run.data_used import data_used, read_data_used, write_data_used
 from .run.device import choose_device
+from .run.interruption import NOTHING
 from .run.log import RunLog
 from .run.options import flag
-from .run.run_directory import check_run, open_run, raised_epochs, without_bad_images
+from .run.run_directory import after_ctrl_c, check_run, open_run, raised_epochs, without_bad_images
 from .run.saved_config import read_config, with_saved_config
 from .selection.kernels import use_kernels
 
@@ -244,7 +245,7 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parsed = make_parser().parse_args(with_saved_config(argv))
+    parsed = make_parser().parse_args(with_saved_config(argv, FinetuneConfig))
     config = completed(cli.to_config(FinetuneConfig, parsed))
     if not config.out:
         raise InputError("--out is missing: name a new folder for this run, such as --out runs/finetuned")
@@ -252,13 +253,12 @@ def _main(argv: Sequence[str]) -> None:
         _use_kernels(config)
     try:
         report = finetune(config, parsed.resume)
-    except KeyboardInterrupt:
-        print(f"continue with\n  dspnet-finetune --out {config.out} --resume", flush=True)
-        raise
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(after_ctrl_c(Path(config.out))) from interrupt
     publish_finetune(Path(config.out), report)
 
 
-main = cli.command(_main)
+main = cli.command(_main, interrupted=NOTHING)
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,8 @@ from .config import PretrainConfig
 from .costs import dry_run
 from .distributed.process_group import destroy_process_group
 from .pretraining.run import PretrainRun
+from .run.interruption import NOTHING
+from .run.run_directory import after_ctrl_c
 from .run.saved_config import with_saved_config
 
 DESCRIPTION = """\
@@ -69,15 +71,18 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def _main(argv: Sequence[str]) -> None:
-    options = make_parser().parse_args(with_saved_config(argv))
+    options = make_parser().parse_args(with_saved_config(argv, PretrainConfig))
     config = cli.to_config(PretrainConfig, options)
     if options.dry_run:
         dry_run.show(dry_run.estimate(config, options.resume))
-    else:
+        return
+    try:
         pretrain(config, options.resume)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(after_ctrl_c(Path(config.out))) from interrupt
 
 
-main = cli.command(_main, several_ranks=True)
+main = cli.command(_main, several_ranks=True, interrupted=NOTHING)
 
 if __name__ == "__main__":
     main()

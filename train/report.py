@@ -256,7 +256,7 @@ def _main(argv: Sequence[str]) -> None:
     print(write(parser.parse_args(argv).out))
 
 
-main = cli.command(_main)
+main = cli.command(_main, interrupted="the page was not written: start again")
 
 if __name__ == "__main__":
     main()

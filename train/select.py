@@ -16,6 +16,7 @@ from .config import PretrainConfig
 from .costs.dry_run import known_images, known_size
 from .pretraining import recipe
 from .run.device import check_fast_kernels, choose_device
+from .run.interruption import NOTHING
 from .run.options import check_options, count, option, positive
 from .run.tables import Table
 from .selection.recording import shape_of
@@ -40,9 +41,11 @@ EXAMPLE = """\
 class SelectOptions:
     """Options of `train.select` besides those of the run."""
 
-    again: bool = option(False, "ignore a verdict in the cache")
-    ranks: int = count(1, "number of processes of the run")
-    call_seconds: float = positive(CALL_SECONDS, "seconds after which a call of an operator counts as hanging")
+    again: bool = option(False, "select again, even if the cache has a verdict")
+    ranks: int = count(1, "number of processes (ranks) that the run will have")
+    call_seconds: float = positive(
+        CALL_SECONDS, "longest time of an operator's call, in seconds; a provider that takes longer is refused"
+    )
 
 
 def make_parser() -> cli.ArgumentParser:
@@ -95,7 +98,7 @@ def _main(argv: Sequence[str]) -> None:
         print(f"kept in {verdicts.path_of(key, shape)} on {verdict.date}")
 
 
-main = cli.command(_main)
+main = cli.command(_main, interrupted=NOTHING)
 
 if __name__ == "__main__":
     main()

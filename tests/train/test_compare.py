@@ -22,7 +22,7 @@ from dspnet_fast.subnets import sandwich
 from tests.commands import as_arguments, run
 from tests.small_run import SMALL_RUN
 from train import compare, report
-from train.cli import DONE, FAILED, WRONG_INPUT
+from train.cli import DONE, INTERRUPTED, WRONG_INPUT
 from train.comparison import measuring, times
 from train.comparison.curves import curves_over_seeds
 from train.comparison.measuring import StepMeasurement
@@ -326,8 +326,8 @@ def test_interrupted_comparison_continues_with_the_same_weights(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
-        assert run(compare, *command(out)) == FAILED
-    assert "the same dspnet-compare command continues" in capsys.readouterr().out
+        assert run(compare, *command(out)) == INTERRUPTED
+    assert "error: interrupted; the same command continues from what was saved" in capsys.readouterr().err
     assert not (out / "compare.json").exists()
     assert (out / "runs" / "family-n2-seed0" / "checkpoints" / "step-00000004.pt").exists()
     assert run(compare, *command(out)) == DONE

@@ -15,7 +15,7 @@ from tests.commands import run as run_command
 from tests.interruption import interrupting
 from tests.train.timm_weights import saved, timm_network
 from train import evaluate, report
-from train.cli import DONE, FAILED, WRONG_INPUT
+from train.cli import DONE, INTERRUPTED, WRONG_INPUT
 from train.data.datasets.masks import UNKNOWN
 from train.evaluation.classifiers import Hyperparameters
 from train.evaluation.overlap import overlap, pixel_counts
@@ -117,8 +117,8 @@ def test_interrupted_command_continues_to_the_same_result(trained, masked, capsy
         for file in checkpoints.iterdir():
             file.unlink()
     with interrupting(DenseTraining, 5):
-        assert run("dense", trained, "--data", masked, *COMMON) == FAILED
-    assert "the same command continues from what was saved" in capsys.readouterr().out
+        assert run("dense", trained, "--data", masked, *COMMON) == INTERRUPTED
+    assert "error: interrupted; the same command continues from what was saved" in capsys.readouterr().err
     assert run("dense", trained, "--data", masked, *COMMON) == DONE
     assert (trained / "evaluation" / "dense.json").read_text() == expected
 

@@ -22,7 +22,7 @@ from tests.commands import run as run_command
 from tests.interruption import interrupting
 from tests.train.coco_set import NAMES
 from train import detect, export
-from train.cli import DONE, FAILED, WRONG_INPUT
+from train.cli import DONE, INTERRUPTED, WRONG_INPUT
 from train.detection import mask_rcnn
 from train.detection.average_precision import KINDS, MEASURES, average_precision
 from train.detection.backbones import Backbone, pretrained_network
@@ -199,8 +199,8 @@ def test_detector_learns_and_resumes_with_the_same_weights(unexported, shapes, l
         path.unlink()
     losses.clear()
     with interrupting(DetectionTraining, 5):
-        assert run(*arguments) == FAILED
-    assert "the same command continues" in capsys.readouterr().out
+        assert run(*arguments) == INTERRUPTED
+    assert "error: interrupted; the same command continues from what was saved" in capsys.readouterr().err
     assert run(*arguments, "--evaluate-steps", "10") == DONE
     assert losses == whole
     assert "step 10  box AP" in capsys.readouterr().out

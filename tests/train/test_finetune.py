@@ -15,7 +15,7 @@ from tests.commands import as_arguments
 from tests.commands import run as run_command
 from tests.interruption import interrupting
 from train import finetune
-from train.cli import DONE, FAILED, WRONG_INPUT
+from train.cli import DONE, INTERRUPTED, WRONG_INPUT
 from train.config import FinetuneConfig
 from train.evaluation.pretrained import PretrainedFamily
 from train.evaluation.supervised import Hyperparameters, SupervisedTraining, new_classifier
@@ -183,8 +183,8 @@ def test_all_subnets_learn(finished, tmp_path):
 def test_resumed_run_equals_an_uninterrupted_one(finished, whole, tmp_path, capsys):
     second = tmp_path / "second"
     with interrupting(SupervisedTraining, 4):
-        assert run(*command(**{"from": finished, "out": second})) == FAILED
-    assert f"dspnet-finetune --out {second} --resume" in capsys.readouterr().out
+        assert run(*command(**{"from": finished, "out": second})) == INTERRUPTED
+    assert f"saved up to step 4: continue with --resume --out {second}" in capsys.readouterr().err
     assert checkpoint.latest_step(second / "checkpoints") == 4
     assert run("--out", second, "--resume", "--lr", "9") == WRONG_INPUT
     assert "another --lr" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from dspnet_fast.errors import InputError
 from tests.commands import run as run_command
 from tests.interruption import interrupting
 from train import evaluate
-from train.cli import DONE, FAILED, WRONG_INPUT
+from train.cli import DONE, INTERRUPTED, WRONG_INPUT
 from train.data.datasets import open_images
 from train.data.datasets.images import Subset
 from train.data.loader import evaluation_batches
@@ -195,8 +195,8 @@ def test_resumed_training_equals_an_uninterrupted_one(trained, tmp_path, monkeyp
 
     monkeypatch.setattr(ClassifierTraining, "train_step", noting)
     with interrupting(ClassifierTraining, 7):
-        assert run("linear", trained, *command) == FAILED
-    assert "the same command continues from what was saved" in capsys.readouterr().out
+        assert run("linear", trained, *command) == INTERRUPTED
+    assert "error: interrupted; the same command continues from what was saved" in capsys.readouterr().err
     assert run("linear", trained, *command) == DONE
     assert steps == list(range(15)), "none is repeated"
     assert report(trained) == report(other)

@@ -26,6 +26,19 @@ def test_card_states_network_data_accuracy_and_licence(trained, images):
     assert "teacher" not in body and "c8-d1111, c8-d1121, c16-d2121" in body
 
 
+def test_card_lists_a_dense_evaluation_after_training_and_before(trained, masked):
+    arguments = ("--data", str(masked), "--epochs=1", "--batch-size=8", "--workers=0", "--device=cpu")
+    evaluate._main(["dense", str(trained), *arguments])
+    (folder,) = export(trained, [DN], ExportOptions(card=True, threads=1))
+    rows = [line.strip("| ").split(" | ") for line in (folder / "README.md").read_text().splitlines() if "IoU" in line]
+    found = {row[0]: row[1:] for row in rows}
+    networks = json.loads((trained / "evaluation" / "dense.json").read_text())["networks"]
+    about = f"mean IoU on {masked}, 10 test images"
+    for title, column, end in (("mean IoU", "dense", ", after 20 steps"), ("mean IoU untrained", "untrained", "")):
+        share, of = found[title]
+        assert share.startswith(f"{networks[DN][column]['mean_iou']:.1%} ± ") and of == about + end
+
+
 def test_card_without_evaluations_says_so(trained):
     (folder,) = export(trained, [DN], ExportOptions(card=True, threads=1))
     assert "Its accuracy was not measured." in (folder / "README.md").read_text()

@@ -14,7 +14,7 @@ from dspnet_fast.nn import activate
 from dspnet_fast.slim import slim
 from tests.commands import run as run_command
 from train import evaluate
-from train.cli import DONE, FAILED, WRONG_INPUT
+from train.cli import DONE, INTERRUPTED, WRONG_INPUT
 from train.data.datasets import open_images
 from train.data.datasets.stratified import checksum, index_text, stratified_subset
 from train.evaluation.classifiers import ClassifierTraining
@@ -153,8 +153,8 @@ def test_resumed_finetuning_equals_an_uninterrupted_one(trained, complete, monke
         return loss
 
     monkeypatch.setattr(SupervisedTraining, "train_step", interrupting)
-    assert run("semi", trained, *command) == FAILED
-    assert "the same command continues from what was saved" in capsys.readouterr().out
+    assert run("semi", trained, *command) == INTERRUPTED
+    assert "error: interrupted; the same command continues from what was saved" in capsys.readouterr().err
     assert run("semi", trained, *command) == DONE
     five, quarter = steps[:9], steps[9:]  # 5 %: 4 images, 1 step per epoch; 25 %: 20 images, 2 steps of 10
     assert (len(five), len(set(five))) == (9, 9) and (len(quarter), len(set(quarter))) == (18, 18)

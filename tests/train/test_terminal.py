@@ -36,6 +36,14 @@ def test_command_goes_on_when_the_disk_of_its_output_is_full(tmp_path):
     assert ended.returncode == 0 and (tmp_path / "result").read_text() == "done"
 
 
+def test_closed_output_does_not_reach_a_file_that_is_opened_later(tmp_path):
+    program = PROGRAM.replace('.write("done")', "; import os; os.write(1, b'noise')")
+    command = [sys.executable, "-c", program, str(tmp_path / "result")]
+    ended = subprocess.run(command, preexec_fn=lambda: os.closerange(0, 2), stderr=subprocess.PIPE, timeout=60)
+    assert ended.returncode == 0 and ended.stderr == b""
+    assert (tmp_path / "result").read_text() == ""
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_characters_that_the_output_lacks_are_replaced(tmp_path, encoding):
     process = run(tmp_path, env={"PYTHONIOENCODING": encoding, "PYTHONPATH": "."})

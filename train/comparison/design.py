@@ -29,18 +29,22 @@ class CompareOptions:
     """comparison"""
 
     out: str = option("", "folder for the runs and the results", metavar="DIR")
-    seeds: int | str = option(0, "seeds, such as 0,1,2; every run is made with each of them", metavar="SEEDS")
+    seeds: int | str = option(
+        0, "seeds, such as 0,1,2; every network and family is trained once with each", metavar="SEEDS"
+    )
     subnets_per_step: int | str = option(
-        4, "subnets per step; several, such as 2,3,4,5, give several families", metavar="NUMBERS"
+        4, "subnets per step; several numbers, such as 2,3,4,5, train a family with each", metavar="NUMBERS"
     )
-    no_separate_runs: bool = option(False, "train families only; costs of separate runs are only counted")
+    no_separate_runs: bool = option(
+        False, "train families only, and count the cost of separate runs without training them"
+    )
     separate: str | None = option(
-        None, "networks to pretrain alone, such as w1.00; costs of the others are only counted [all]", metavar="NAMES"
+        None, "networks to pretrain alone, such as w1.00; of the others only the cost is counted [all]", metavar="NAMES"
     )
-    k: int = count(20, "number of neighbours in the kNN evaluation")
-    references: int | None = option(None, "training images among which neighbours are searched, drawn at random [all]")
+    k: int = count(20, "number of neighbours that vote in the kNN evaluation")
+    references: int | None = option(None, "training images to search neighbours among, drawn at random [all]")
     linear_epochs: int = not_negative(0, "epochs of linear classifiers for linear evaluation; 0: none")
-    timed_steps: int = count(5, "timed steps per configuration")
+    timed_steps: int = count(5, "training steps to time, of each network alone and of each family")
 
 
 @dataclass(frozen=True)

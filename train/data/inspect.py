@@ -16,6 +16,7 @@ from dspnet_fast.errors import InputError
 
 from .. import cli
 from ..config import PixelOptions
+from ..run.interruption import NOTHING
 from ..run.options import check_options, count, option
 from ..run.tables import Table
 from .backends import choose_backend, open_batches
@@ -192,7 +193,7 @@ def _main(argv: Sequence[str]) -> None:
     print(f"{out}: views.png, differences.md, differences.json")
 
 
-main = cli.command(_main)
+main = cli.command(_main, interrupted=NOTHING)
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dspnet_fast.errors import InputError
 
-from ..run.interruption import SIGNALS
+from ..run.interruption import SIGNALS, ctrl_c_waits
 from ..run.options import MAX_WORKERS, SMALL_SET, Workers
 from .bad_images import BadImages, Unreadable, load_or_next
 from .datasets.decoders import gather_warnings, new_warnings
@@ -202,12 +202,16 @@ class _Loader(DataLoader):
     bad: BadImages
 
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
-        for batch, unreadable, warned in super().__iter__():
+        for batch, unreadable, warned in self._start():
             self.bad.add_warnings(warned)
             self.bad.add(unreadable)
             if isinstance(batch, _WorkerError):
                 raise InputError(batch.message)
             yield batch
+
+    def _start(self) -> Iterator[Any]:
+        with ctrl_c_waits():  # a worker ignores it, but only once it has started
+            return super().__iter__()
 
 
 def _context(workers: int) -> str | None:

@@ -17,6 +17,7 @@ from dspnet_fast.atomic import check_writable, sync
 from dspnet_fast.errors import InputError
 
 from .. import cli
+from ..run.interruption import NOTHING
 from ..run.options import check_options, count, not_negative, option
 from ..run.progress import Monitor
 from .bad_images import BadImages
@@ -158,7 +159,7 @@ def _main(argv: Sequence[str]) -> None:
     print(f"wrote {written} images to {options.out}")
 
 
-main = cli.command(_main)
+main = cli.command(_main, interrupted=NOTHING)
 
 if __name__ == "__main__":
     main()

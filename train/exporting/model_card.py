@@ -12,6 +12,7 @@ import yaml
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
 
+from ..evaluation.verdict import UNTRAINED
 from ..reporting.findings import read_evaluation
 from ..run.tables import Table, percent
 
@@ -84,10 +85,14 @@ def _accuracies(out: Path, dn: str) -> str:
         if evaluation is None:
             continue
         for column, points in evaluation.series.items():
-            rows += [[column, percent(p.accuracy, p.interval), evaluation.about] for p in points if p.name == dn]
+            about = evaluation.about
+            if column.endswith(UNTRAINED):
+                about = about.split(", after ")[0]  # steps of training
+            rows += [[column, percent(p.accuracy, p.interval), about] for p in points if p.name == dn]
     if not rows:
         return "Its accuracy was not measured.\n"
-    return Table("Accuracy in percent; ± is the half-width of the 95 % interval", ["", "%", "of"], rows).markdown()
+    title = "Evaluations in percent; ± is the half-width of the 95 % interval"
+    return Table(title, ["accuracy or mean IoU", "%", "protocol and images"], rows).markdown()
 
 
 def require_hub() -> None:

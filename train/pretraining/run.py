@@ -145,6 +145,8 @@ class PretrainRun:
         used = data_used(config.data, images, self._test, epoch_steps)
         step = checkpoint.latest_step(self.checkpoints) if resume else 0
         self._data_used, self._data_change = used.resumed(before, step, self.out)
+        if not resume:
+            self._load_initial()  # before the directory is created: it would stay after an error
         if world.is_main:
             checkpoint.check_room(self.checkpoints, trainer.state(), 1 if resume else config.keep_checkpoints + 1)
             open_run(config, resume)
@@ -156,7 +158,7 @@ class PretrainRun:
         world.barrier()
         if teacher is not None:
             trainer.teacher = teacher_targets(config, teacher, images, self._sampler(), self.bad, device, world)
-        self._load()
+        self._load(resume)
         views = augmentation.byol(config.image_size, config.min_scale, config)
         sampler = self._sampler(trainer.step, trainer.steps)
         self.meter = Meter(
@@ -196,20 +198,27 @@ class PretrainRun:
             len(self.images), config.batch_size, config.seed, config.epochs, step, world.rank, world.size, steps
         )
 
-    def _load(self) -> None:
-        """Load the checkpoint to resume or the initial weights, and check that all ranks start alike."""
-        trainer, config, world = self.trainer, self.config, self.world
+    def _load_initial(self) -> None:
+        """Load the weights of --init-from, if it was given."""
+        source = self.config.init_from
+        if source is None:
+            return
+        if (published := Source.parse(source)) is not None:
+            self.trainer.load_published(published)
+            return
+        checkpoint.newest_of_run(Path(source))  # raises if there is none
+        self.trainer.load_weights(self._newest(Path(source) / "checkpoints") or {})
+
+    def _load(self, resume: bool) -> None:
+        """Load the checkpoint to resume, if there is one, and check that all ranks start alike."""
+        trainer, world = self.trainer, self.world
         if world.is_main:
             checkpoint.remove_leftovers(self.checkpoints)
         state = self._newest(self.checkpoints)
         if state is not None:
             trainer.load_state(state)
-        elif config.init_from is not None and (source := Source.parse(config.init_from)):
-            trainer.load_published(source)
-        elif config.init_from is not None:
-            run = Path(config.init_from)
-            checkpoint.newest_of_run(run)  # raises if there is none
-            trainer.load_weights(self._newest(run / "checkpoints") or {})
+        elif resume:
+            self._load_initial()
         starts = world.all_gather((trainer.step, trainer.flat_buffers.checksum()))
         for rank, start in enumerate(starts):
             if start != starts[0]:

@@ -28,6 +28,8 @@ from .flat_buffers import FlatBuffers
 from .loss_scale import SEARCH, LossScale
 from .nonfinite import MAX_IN_A_ROW, Finding, Guard, find_nonfinite
 
+INITIAL_REMEDY = "give --init-from a run with the same --network, --dns, --stem, --hidden-features and --out-features"
+
 
 class Trainer:
     """Networks, optimizer state and step count of a run.
@@ -192,7 +194,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; InputError if it is of another network or holds no momentum."""
-        self.load_weights(state)
+        self.load_weights(state, "remove it from OUT/checkpoints, or give the --out of its run")
         try:
             self.flat_buffers.load_momentum(state.get("momentum", {}))
             if self.config.optimizer == "adamw":
@@ -214,15 +216,13 @@ class Trainer:
                 if name in weights:
                     tensor.copy_(weights[name])
 
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Load the weights of a checkpoint, of this or another run; InputError if the networks differ."""
+    def load_weights(self, state: dict[str, Any], remedy: str = INITIAL_REMEDY) -> None:
+        """Load the weights of a checkpoint, of this or another run; InputError with `remedy` if the networks differ."""
         try:
             load_state(self.model, state["model"])
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            raise InputError(
-                f"the checkpoint is of another network: {str(error).splitlines()[-1].strip()}; remove it from "
-                f"OUT/checkpoints, or give the --out of its run"
-            ) from error
+            difference = str(error).splitlines()[-1].strip().rstrip(".")
+            raise InputError(f"the checkpoint is of another network: {difference}; {remedy}") from error
 
 
 def _accumulate_on(model: DSPNet, alpha: Tensor, device: torch.device) -> Accumulate:

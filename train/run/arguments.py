@@ -53,6 +53,10 @@ def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
         names = {action.dest: action.metavar for action in parser._actions if not action.option_strings}
         missing = [str(names.get(name) or name) for name in text.removeprefix(REQUIRED).split(", ")]
         return f"{', '.join(missing)} missing: see {parser.prog} --help"
+    if (found := re.search(r"(?:Path is not a file|File does not exist): '([^']*)'", text)) is not None:
+        return f"--config {found[1]} is {'a folder' if 'not a file' in text else 'missing'}: give a YAML file"
+    if text.startswith("Unexpected config: "):
+        return "--config: the file has no options: give YAML with lines such as epochs: 5"
     if (found := re.match(r'Parser key "([^"]+)": (.*)', text)) is not None:
         option, reason = "--" + found[1].split(".")[-1].replace("_", "-"), found[2]
         value = re.search(r"(?:Got|Given) value: (.*)", reason)

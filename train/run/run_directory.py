@@ -26,10 +26,13 @@ import yaml
 
 from dspnet_fast import atomic
 from dspnet_fast.errors import InputError
+from dspnet_fast.exported import MANIFEST
 
 from ..config import RunConfig
 from ..data.datasets.images import ImageDataset, Subset
+from . import checkpoint
 from .data_used import DATA_USED, names_digest, read_data_used
+from .interruption import NOTHING
 from .lock import lock
 from .options import flag, key
 from .saved_config import CONFIG, read_config
@@ -46,8 +49,8 @@ def check_out(config: RunConfig, resume: bool) -> None:
         resume: whether to continue the run in `config.out`.
 
     Raises:
-        InputError: `out` is a file, cannot be written to, contains a run and `resume` is False, or contains none and
-            `resume` is True.
+        InputError: `out` is a file, cannot be written to, contains a run, checkpoints or an exported network and
+            `resume` is False, or contains no run and `resume` is True.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
@@ -57,6 +60,10 @@ def check_out(config: RunConfig, resume: bool) -> None:
         read_config(out, type(config))
     elif (out / CONFIG).exists():
         raise InputError(f"--out {out} holds a run already: add --resume to continue it, or choose another --out")
+    elif checkpoint.latest(out / "checkpoints") is not None:
+        raise InputError(f"--out {out} has checkpoints of a run without its {CONFIG}: choose another --out")
+    elif (out / MANIFEST).exists():
+        raise InputError(f"--out {out} is an exported network: choose another --out")
 
 
 def check_run(config: RunConfig, resume: bool) -> None:
@@ -109,6 +116,14 @@ def open_run(config: RunConfig, resume: bool) -> Path:
         note = f"# The images that the run uses, and those left out: {DATA_USED}\n"
         atomic.write_text(out / CONFIG, note + yaml.safe_dump(options, sort_keys=False))
     return out
+
+
+def after_ctrl_c(out: Path) -> str:
+    """What Ctrl-C leaves of a run, and how to go on: a clause for an error message."""
+    if not (out / CONFIG).exists():
+        return NOTHING
+    step = checkpoint.latest_step(out / "checkpoints")
+    return f"{f'saved up to step {step}' if step else 'no step was saved'}: continue with --resume --out {out}"
 
 
 def _folder_of(data: str) -> str:

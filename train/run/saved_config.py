@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dspnet_fast.errors import InputError
+from dspnet_fast.exported import MANIFEST
 
 from ..config import FinetuneConfig, PretrainConfig, RunConfig
 from .options import key
@@ -33,15 +34,28 @@ def read_config(out: Path, kind: type[Config]) -> Config:
 
 def read_any_config(out: Path, *kinds: type[Config]) -> Config:
     """As `read_config`, for a run of any of these kinds."""
+    taken = " or ".join(kind.command for kind in kinds)
     if not (out / CONFIG).is_file():
-        raise InputError(f"{out} holds no run: there is no {CONFIG} in it")
+        raise InputError(f"{out} holds no run: {_instead_of_run(out, taken)}")
     options = _read(out / CONFIG)
     found = next((kind for kind in kinds if options.keys() <= _names(kind).keys()), None)
     other = _kind_of(options)
     if found is None and other is not None:
-        taken = " or ".join(kind.command for kind in kinds)
         raise InputError(f"{out} is a run of {other.command}; this command needs one of {taken}")
     return _build(out / CONFIG, options, found or kinds[0])
+
+
+def _instead_of_run(out: Path, taken: str) -> str:
+    """What is at `out` in place of a run of the commands `taken`, and the remedy."""
+    if not out.is_dir():
+        return f"it is {'a file' if out.exists() else 'missing'}; give the --out of {taken}"
+    if (out / MANIFEST).is_file():
+        return f"it is an exported network; give the --out of {taken}"
+    if (exported := next(out.glob(f"*/{MANIFEST}"), None)) is not None:
+        return f"it has exported networks, such as {exported.parent.name}; give one of them, or the --out of {taken}"
+    if next(out.glob("checkpoints/step-*.pt"), None) is not None:
+        return f"it has checkpoints, but not their {CONFIG}; copy that file back"
+    return f"there is no {CONFIG} in it; give the --out of {taken}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -75,8 +89,16 @@ def _kind_of(options: dict[str, Any]) -> type[RunConfig] | None:
     return next((kind for kind in kinds if options.keys() <= _names(kind).keys()), None)
 
 
-def with_saved_config(argv: Sequence[str]) -> list[str]:
-    """With --resume, put the saved configuration of --out before the other arguments, which override it."""
+def with_saved_config(argv: Sequence[str], kind: type[RunConfig]) -> list[str]:
+    """With --resume, put the saved configuration of --out before the other arguments, which override it.
+
+    Args:
+        argv: the arguments.
+        kind: the class of the configuration.
+
+    Raises:
+        InputError: as `read_config`, for the folder in --out.
+    """
     arguments = list(argv)
     if "--resume" not in arguments:
         return arguments
@@ -84,6 +106,7 @@ def with_saved_config(argv: Sequence[str]) -> list[str]:
         name, _, value = argument.partition("=")
         if name == "--out":
             out = value or "".join(arguments[index + 1 : index + 2])
-            if (Path(out) / CONFIG).is_file():
+            if out:
+                read_config(Path(out), kind)
                 return ["--config", str(Path(out) / CONFIG), *arguments]
     return arguments

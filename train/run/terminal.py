@@ -63,9 +63,16 @@ class Lasting:
 
 
 def protect_output() -> None:
-    """Replace sys.stdout and sys.stderr by streams that no reader and no character can break."""
+    """Replace sys.stdout and sys.stderr by streams that no reader, no character and no closed handle can break."""
+    for handle in range(3):
+        try:
+            os.fstat(handle)
+        except OSError:  # closed by the caller: without this the next file that is opened would receive the output
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w")  # noqa: SIM115  (open until the process ends)
         if isinstance(stream, io.TextIOWrapper):  # not under pytest, which captures
             stream.reconfigure(errors="dspnet.plain")
             setattr(sys, name, Lasting(stream))

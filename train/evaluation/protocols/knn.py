@@ -41,7 +41,7 @@ EXAMPLE = """\
 class KnnOptions(EvaluationOptions):
     """Options of `train.evaluate knn`."""
 
-    references: int | None = count(None, "training images among which neighbours are searched, drawn at random [all]")
+    references: int | None = count(None, "training images to search neighbours among, drawn at random [all]")
     k: int = count(20, "number of neighbours that vote")
     baselines: bool = option(False, "also evaluate untrained networks and raw pixels")
 
