@@ -87,7 +87,7 @@ def conv_moments_backward(
     prefix = None
     if weight_gradient:
         prefix, grad_weight = gradient_prefix(weight, main_grad, y.shape[1], x.shape[1] // groups)
-    partial = None
+    partial = weight_sums = None
     if algorithm == "dense":
         with _exact_cudnn():
             grad_h, grad_prefix, _ = torch.ops.aten.convolution_backward(
@@ -120,19 +120,18 @@ def conv_moments_backward(
             )
             gate_sums = partial[2]
             if prefix is not None:
-                add_to_prefix(prefix.view(x.shape[1], -1).t(), dtaps)
+                prefix, weight_sums = prefix.view(x.shape[1], -1).t(), dtaps
         else:
-            weight_sums = None
             if input_gradient:
                 partial, gate_sums, weight_sums = pointwise_backward.input_gradient(
                     grads, deferred, weight, grad_x, weight_gradient
                 )
-            if prefix is not None:
-                add_to_prefix(
-                    prefix, pointwise_backward.weight_gradient(grads, deferred) if weight_sums is None else weight_sums
-                )
+            if prefix is not None and weight_sums is None:
+                weight_sums = pointwise_backward.weight_gradient(grads, deferred)
     if input_gradient and partial is not None and scale is not None:
-        grad_scale, grad_shift = sums(partial[0], partial[1], len(scale))
+        grad_scale, grad_shift = sums(partial[0], partial[1], len(scale), prefix, weight_sums)
+    elif prefix is not None and weight_sums is not None:
+        add_to_prefix(prefix, weight_sums)
     if gate is not None and input_gradient:
         grad_gate = gate_sums if len(gate_sums) == len(x) else sums_per_image(gate_sums, len(x))
     return grad_x, grad_scale, grad_shift, grad_gate, grad_weight
