@@ -16,7 +16,7 @@ from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
 from . import conv_moments_pointwise_backward as pointwise_backward
 from .launch import Input, OutputGradient, accepts_dtype, channels_last
-from .moments import moments, no_moments
+from .moments import PartialMoments, merge_moments, moments_of_rows
 from .norm_act import materialize_backward, norm_act
 from .output_gradient import output_gradient
 from .prefix import add_to_prefix, gradient_prefix
@@ -38,18 +38,28 @@ def conv_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.conv_moments, without main_grad, for valid arguments that `accepts` supports."""
     deferred = Input.of(x, scale, shift, act, gate)
-    kernel = weight.shape[2]
+    y, partial = convolve(deferred, weight, out_channels, stride, padding, groups, views)
+    mean, variance = merge_moments(partial)
+    return y, mean, variance
+
+
+def convolve(
+    deferred: Input, weight: Tensor, out_channels: int, stride: int, padding: int, groups: int, views: int
+) -> tuple[Tensor, PartialMoments]:
+    """The convolution y, and its moments, which are still to be merged."""
+    x, kernel = deferred.x, weight.shape[2]
     algorithm = _algorithm(kernel, stride, padding, groups)
     if algorithm == "dense":
         h = _materialize(deferred)
         with _exact_cudnn():
             y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
-        return y, *(moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views) if views else no_moments(y))
+        rows = y.permute(0, 2, 3, 1).reshape(-1, out_channels)
+        return y, moments_of_rows(rows, views) if views else PartialMoments.none(y)
     size = [(length + 2 * padding - kernel) // stride + 1 for length in x.shape[2:]]
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if algorithm == "pointwise":
-        return y, *pointwise.forward(deferred, weight, y, views)
-    return y, *depthwise.forward(deferred, weight, y, stride, padding, views)
+        return y, pointwise.forward(deferred, weight, y, views)
+    return y, depthwise.forward(deferred, weight, y, stride, padding, views)
 
 
 def conv_moments_backward(
