@@ -95,7 +95,7 @@ def _convolution(x: Tensor, y: Tensor, kernel: int, stride: int, groups: int, pr
 def work_of(operator: str, args: Mapping[str, Any], results: Sequence[Any]) -> Work:
     """The work of a call, given the arguments by name and the results."""
     x = args.get("x")
-    if operator == "conv_moments":
+    if operator in ("conv_moments", "conv_norm"):
         y = results[0]
         return _convolution(x, y, args["weight"].shape[2], args["stride"], args["groups"], 0, x, y)
     if operator == "conv_moments_backward":

@@ -16,7 +16,7 @@ from . import conv_moments_depthwise as depthwise
 from . import conv_moments_pointwise as pointwise
 from . import conv_moments_pointwise_backward as pointwise_backward
 from .launch import Input, OutputGradient, accepts_dtype, channels_last
-from .moments import moments, no_moments
+from .moments import PartialMoments, merge_moments, moments_of_rows
 from .norm_act import materialize_backward, norm_act
 from .output_gradient import output_gradient
 from .prefix import add_to_prefix, gradient_prefix
@@ -38,18 +38,28 @@ def conv_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.conv_moments, without main_grad, for valid arguments that `accepts` supports."""
     deferred = Input.of(x, scale, shift, act, gate)
-    kernel = weight.shape[2]
+    y, partial = convolve(deferred, weight, out_channels, stride, padding, groups, views)
+    mean, variance = merge_moments(partial)
+    return y, mean, variance
+
+
+def convolve(
+    deferred: Input, weight: Tensor, out_channels: int, stride: int, padding: int, groups: int, views: int
+) -> tuple[Tensor, PartialMoments]:
+    """The convolution y, and its moments, which are still to be merged."""
+    x, kernel = deferred.x, weight.shape[2]
     algorithm = _algorithm(kernel, stride, padding, groups)
     if algorithm == "dense":
         h = _materialize(deferred)
         with _exact_cudnn():
             y = channels_last(torch.conv2d(h, weight[:out_channels, : h.shape[1]].to(h.dtype), None, stride, padding))
-        return y, *(moments(y.permute(0, 2, 3, 1).reshape(-1, out_channels), views) if views else no_moments(y))
+        rows = y.permute(0, 2, 3, 1).reshape(-1, out_channels)
+        return y, moments_of_rows(rows, views) if views else PartialMoments.none(y)
     size = [(length + 2 * padding - kernel) // stride + 1 for length in x.shape[2:]]
     y = torch.empty(len(x), out_channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if algorithm == "pointwise":
-        return y, *pointwise.forward(deferred, weight, y, views)
-    return y, *depthwise.forward(deferred, weight, y, stride, padding, views)
+        return y, pointwise.forward(deferred, weight, y, views)
+    return y, depthwise.forward(deferred, weight, y, stride, padding, views)
 
 
 def conv_moments_backward(
@@ -87,7 +97,7 @@ def conv_moments_backward(
     prefix = None
     if weight_gradient:
         prefix, grad_weight = gradient_prefix(weight, main_grad, y.shape[1], x.shape[1] // groups)
-    partial = None
+    partial = weight_sums = None
     if algorithm == "dense":
         with _exact_cudnn():
             grad_h, grad_prefix, _ = torch.ops.aten.convolution_backward(
@@ -120,19 +130,18 @@ def conv_moments_backward(
             )
             gate_sums = partial[2]
             if prefix is not None:
-                add_to_prefix(prefix.view(x.shape[1], -1).t(), dtaps)
+                prefix, weight_sums = prefix.view(x.shape[1], -1).t(), dtaps
         else:
-            weight_sums = None
             if input_gradient:
                 partial, gate_sums, weight_sums = pointwise_backward.input_gradient(
                     grads, deferred, weight, grad_x, weight_gradient
                 )
-            if prefix is not None:
-                add_to_prefix(
-                    prefix, pointwise_backward.weight_gradient(grads, deferred) if weight_sums is None else weight_sums
-                )
+            if prefix is not None and weight_sums is None:
+                weight_sums = pointwise_backward.weight_gradient(grads, deferred)
     if input_gradient and partial is not None and scale is not None:
-        grad_scale, grad_shift = sums(partial[0], partial[1], len(scale))
+        grad_scale, grad_shift = sums(partial[0], partial[1], len(scale), prefix, weight_sums)
+    elif prefix is not None and weight_sums is not None:
+        add_to_prefix(prefix, weight_sums)
     if gate is not None and input_gradient:
         grad_gate = gate_sums if len(gate_sums) == len(x) else sums_per_image(gate_sums, len(x))
     return grad_x, grad_scale, grad_shift, grad_gate, grad_weight

@@ -29,7 +29,7 @@ from .deferred import (
     store_sums,
 )
 from .launch import SIZES, Input, OutputGradient, Rows, launch, partial_sums
-from .moments import merge_moments, no_moments, partial_moments
+from .moments import PartialMoments
 
 LARGEST_KERNEL = 7  # larger kernels' taps and accumulators would not fit into registers
 # Per thread, if the kernel does not need more: three programs fit on a multiprocessor and hide each other's latency.
@@ -176,8 +176,8 @@ def conv_moments_depthwise_kernel(
         store_sums(partial, program, segments * parts, channels, column, average, squares)
 
 
-def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> tuple[Tensor, Tensor]:
-    """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns mean and variance [views, C]."""
+def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: int, views: int) -> PartialMoments:
+    """Fills y [N, C, H', W'] from x [N, C, H, W], both channels-last; returns its moments, of each view."""
     images, channels, height, width = deferred.x.shape
     kernel = weight.shape[2]
     max_columns = 4 if kernel <= 3 else 3 if stride == 1 else 2
@@ -185,14 +185,14 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: in
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     block = max(1, tile["BLOCK_P"] // triton.cdiv(y.shape[3], tile["COLUMNS"]))
     rows = Rows.split(images, max(views, deferred.rows), block, blocks, deferred.x.device)
-    partial = partial_moments(rows, channels, deferred.x) if views else deferred.x
+    partial = PartialMoments.empty(rows, channels, y) if views else PartialMoments.none(y)
     launch(
         conv_moments_depthwise_kernel,
         rows.programs * blocks,
         *deferred.pointers,
         _taps(weight, channels),
         y,
-        partial,
+        partial.values,
         channels,
         height,
         width,
@@ -212,7 +212,7 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, stride: int, padding: in
         **tile,
         maxnreg=REGISTERS if kernel <= 5 else None,
     )
-    return merge_moments(partial, rows) if views else no_moments(y)
+    return partial
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from .deferred import (
     zero_column_sums,
 )
 from .launch import SIZES, WAVES, Input, Rows, launch, power_of_two
-from .moments import merge_moments, no_moments, partial_moments
+from .moments import PartialMoments
 
 DEEP = 256  # the matrix product dominates the cost of products deeper than this
 CHUNK, MOST_CHUNKS = 64, 3  # columns of a tile of h or e that is kept on the chip, and the number of such tiles
@@ -197,8 +197,8 @@ def conv_moments_pointwise_wide_kernel(
             store_sums(partial, program, segments * parts, out_channels, out_column, mean, squares)
 
 
-def forward(deferred: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Tensor, Tensor]:
-    """Fills y [N, O, H, W] from x [N, C, H, W], both channels-last; returns mean and variance [views, O]."""
+def forward(deferred: Input, weight: Tensor, y: Tensor, views: int) -> PartialMoments:
+    """Fills y [N, O, H, W] from x [N, C, H, W], both channels-last; returns its moments, of each view."""
     images, channels, height, width = deferred.x.shape
     out_channels, device = y.shape[1], deferred.x.device
     tile = wide_tile(deferred.x.dtype, channels, out_channels, "BLOCK_I", "BLOCK_O")
@@ -209,14 +209,14 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Ten
         tile = product_tile(deferred.x.dtype, out_channels, channels, "BLOCK_O", "BLOCK_I")
         kernel, blocks, waves = conv_moments_pointwise_kernel, triton.cdiv(out_channels, tile["BLOCK_O"]), WAVES
     rows = Rows.split(images * height * width, max(views, deferred.rows), tile["BLOCK_M"], blocks, device, waves)
-    partial = partial_moments(rows, out_channels, deferred.x) if views else deferred.x
+    partial = PartialMoments.empty(rows, out_channels, y) if views else PartialMoments.none(y)
     launch(
         kernel,
         rows.programs * blocks,
         *deferred.pointers,
         weight,
         y,
-        partial,
+        partial.values,
         channels,
         out_channels,
         weight.stride(0),
@@ -231,7 +231,7 @@ def forward(deferred: Input, weight: Tensor, y: Tensor, views: int) -> tuple[Ten
         WEIGHT_VECTORIZED=weight.stride(0) % 8 == 0,
         **tile,
     )
-    return merge_moments(partial, rows) if views else no_moments(y)
+    return partial
 
 
 def precision() -> str:

@@ -35,6 +35,7 @@ SIZES = (
     "tiles",
     "segments",
     "programs",
+    "sum_programs",
     "scale_rows",
     "residual_rows",
     "pooled_rows",

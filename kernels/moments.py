@@ -1,4 +1,9 @@
-"""Moments of channels: merged from partial moments of programs, or computed from a stored tensor."""
+"""Moments of channels: merged from partial moments of programs, or computed from a stored tensor.
+
+The launch that merges them also writes scale and shift of a batch normalisation, if one is given.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -7,6 +12,7 @@ from torch import Tensor
 
 from .deferred import deviation, moments_from, program_columns, row_tile, store_sums
 from .launch import SIZES, Rows, launch, power_of_two
+from .scale_shift import load_affine, store_scale_shift
 
 BLOCK_C = 8  # columns of partial moments per program: one memory sector, to use as many programs as possible
 
@@ -16,11 +22,19 @@ def merge_moments_kernel(
     partial,  # [2, views, parts, C]: means, sums of squared deviations
     mean,  # [views, C]
     variance,
+    weight,  # at least [C]
+    bias,
+    scale,  # [views, C], if NORM
+    shift,
     channels,
     views,
     size,  # rows of a view
     parts,
     part_rows,  # rows of a part; the last part may have fewer
+    eps,
+    NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     VECTORIZED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -47,37 +61,75 @@ def merge_moments_kernel(
         average += delta * share
         squares += tl.sum(within + deviations * deviations * count, 0) + delta * delta * (rows_before * share)
         rows_before += total
-    tl.store(mean + view * channels + column, average, mask=inside)
-    tl.store(variance + view * channels + column, squares / size, mask=inside)
+    offsets = view * channels + column
+    tl.store(mean + offsets, average, mask=inside)
+    tl.store(variance + offsets, squares / size, mask=inside)
+    if NORM:
+        gamma, beta = load_affine(weight, bias, column, inside, HAS_WEIGHT, HAS_BIAS)
+        store_scale_shift(scale, shift, offsets, inside, average, squares / size, gamma, beta, eps)
 
 
-def partial_moments(rows: Rows, channels: int, like: Tensor) -> Tensor:
-    """An empty buffer for `merge_moments`: [2, programs, C], each program's means and sums of squared deviations."""
-    return like.new_empty(2, rows.programs, channels, dtype=torch.float32)
+@dataclass(frozen=True)
+class PartialMoments:
+    """The moments of programs: `values` [2, programs, C] are means and sums of squared deviations."""
+
+    values: Tensor
+    rows: Rows
+
+    @staticmethod
+    def empty(rows: Rows, channels: int, like: Tensor) -> "PartialMoments":
+        """A buffer on the device of `like`, which the programs fill."""
+        return PartialMoments(like.new_empty(2, rows.programs, channels, dtype=torch.float32), rows)
+
+    @staticmethod
+    def none(y: Tensor) -> "PartialMoments":
+        """Those of y [N, C, H, W] for 0 views."""
+        return PartialMoments.empty(Rows(0, 0, 1, 0, 0), y.shape[1], y)
 
 
-def merge_moments(partial: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [segments, C] of all rows of each segment."""
-    channels = partial.shape[2]
-    mean, variance = (partial.new_empty(rows.segments, channels) for _ in range(2))
+@dataclass(frozen=True)
+class Norm:
+    """A batch normalisation: weight and bias of at least C elements, or None, and eps."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def merge_moments(partial: PartialMoments, norm: Norm | None = None) -> tuple[Tensor, ...]:
+    """Mean and biased variance [segments, C] of each segment's rows; with norm, before them its scale and shift."""
+    values, rows = partial.values, partial.rows
+    channels = values.shape[2]
+    mean, variance = moments = tuple(values.new_empty(rows.segments, channels) for _ in range(2))
+    weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    scale_shift = () if norm is None else tuple(map(torch.empty_like, moments))
+    if not rows.segments:
+        return *scale_shift, mean, variance
     block = power_of_two(rows.parts, 64, 1024)
     launch(
         merge_moments_kernel,
         rows.segments * triton.cdiv(channels, BLOCK_C),
-        partial,
+        values,
         mean,
         variance,
+        mean if weight is None else weight,
+        mean if bias is None else bias,
+        *(scale_shift or moments),
         channels,
         rows.segments,
         rows.size,
         rows.parts,
         rows.tiles * rows.block,
+        eps,
+        NORM=norm is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
         VECTORIZED=channels % 8 == 0,
         BLOCK_P=block,
         BLOCK_C=BLOCK_C,
         num_warps=8 if block > 256 else 4,
     )
-    return mean, variance
+    return *scale_shift, mean, variance
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -110,22 +162,17 @@ def moments_kernel(
     store_sums(partial, program, programs, channels, column, mean, squared_deviations)
 
 
-def no_moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of y [N, C, H, W] for 0 views: [0, C]."""
-    return y.new_empty(0, y.shape[1], dtype=torch.float32), y.new_empty(0, y.shape[1], dtype=torch.float32)
-
-
-def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [views, C] of x [rows, C], whose rows are those of `views` views of equal size."""
+def moments_of_rows(x: Tensor, views: int) -> PartialMoments:
+    """The moments of x [rows, C], whose rows are those of `views` views of equal size."""
     channels = x.shape[1]
     block = power_of_two(channels, 16, 64)
     rows = Rows.split(len(x), views, 64, triton.cdiv(channels, block), x.device)
-    partial = partial_moments(rows, channels, x)
+    partial = PartialMoments.empty(rows, channels, x)
     launch(
         moments_kernel,
         rows.programs * triton.cdiv(channels, block),
         x,
-        partial,
+        partial.values,
         channels,
         rows.size,
         rows.parts,
@@ -135,4 +182,4 @@ def moments(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
         BLOCK_M=rows.block,
         BLOCK_C=block,
     )
-    return merge_moments(partial, rows)
+    return partial

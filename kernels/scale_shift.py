@@ -17,6 +17,22 @@ from .launch import SIZES, launch
 BLOCK_C = 256
 
 
+@triton.jit
+def load_affine(weight, bias, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Weight and bias of these columns; 1 and 0 without them."""
+    gamma = tl.load(weight + column, mask=inside, other=0.0) if HAS_WEIGHT else 1.0
+    beta = tl.load(bias + column, mask=inside, other=0.0) if HAS_BIAS else 0.0
+    return gamma, beta
+
+
+@triton.jit
+def store_scale_shift(scale, shift, offsets, inside, average, squared_deviation, gamma, beta, eps):
+    """Stores scale and shift of a view's columns, from their mean and variance."""
+    factor = gamma / tl.sqrt_rn(squared_deviation + eps)
+    tl.store(scale + offsets, factor, mask=inside)
+    tl.store(shift + offsets, beta - average * factor, mask=inside)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def scale_shift_kernel(
     mean,  # [views, C]
@@ -34,13 +50,12 @@ def scale_shift_kernel(
 ):
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
-    gamma = tl.load(weight + column, mask=inside, other=0.0) if HAS_WEIGHT else 1.0
-    beta = tl.load(bias + column, mask=inside, other=0.0) if HAS_BIAS else 0.0
+    gamma, beta = load_affine(weight, bias, column, inside, HAS_WEIGHT, HAS_BIAS)
     for view in range(views):
         offsets = view * channels + column
-        scale_of_view = gamma / tl.sqrt_rn(tl.load(variance + offsets, mask=inside, other=1.0) + eps)
-        tl.store(scale + offsets, scale_of_view, mask=inside)
-        tl.store(shift + offsets, beta - tl.load(mean + offsets, mask=inside, other=0.0) * scale_of_view, mask=inside)
+        average = tl.load(mean + offsets, mask=inside, other=0.0)
+        squared_deviation = tl.load(variance + offsets, mask=inside, other=1.0)
+        store_scale_shift(scale, shift, offsets, inside, average, squared_deviation, gamma, beta, eps)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .deferred import program_columns, row_tile, store_sums
-from .launch import SIZES, Rows, accepts_dtype, launch, partial_sums, power_of_two
-from .moments import moments
+from .launch import SIZES, Rows, accepts_dtype, contiguous, launch, partial_sums, power_of_two
+from .moments import Norm, merge_moments, moments_of_rows
 from .norm_act import norm_act
 from .sums import sums
 
@@ -81,10 +81,8 @@ def slim_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dspnet_fast.ops.slim_batch_norm, for valid arguments that `accepts` supports."""
-    mean, variance = moments(_rows(x), views)
-    scale = (variance + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
+    norm = Norm(*contiguous(weight, bias), eps)
+    scale, shift, mean, variance = merge_moments(moments_of_rows(_rows(x), views), norm)
     y = norm_act(x if x.ndim == 4 else x[:, :, None, None], scale, shift, "identity", None, None, None, None)
     return y if x.ndim == 4 else y[:, :, 0, 0], mean, variance
 

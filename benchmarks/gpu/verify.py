@@ -25,7 +25,8 @@ from .calls import classes, step_calls
 from .step import Case
 
 IMAGES = 256  # the step has more: kernels depend on the size of images, not on their number
-CONVOLUTIONS = ("conv_moments", "conv_moments_backward")  # verified by a process each; all others share one
+# Verified by a process each; all others share one.
+CONVOLUTIONS = ("conv_moments", "conv_moments_backward", "conv_norm")
 
 
 def groups(calls: Sequence[Call]) -> list[list[Call]]:

@@ -5,9 +5,8 @@ from typing import Any, overload
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import conv_moments, slim_conv2d, slim_linear
+from ..ops import conv_moments, conv_norm, slim_conv2d, slim_linear
 from ..ops.autocast import is_autocasting
-from ..ops.conv_norm import conv_norm
 from ..ops.registry import defers_normalization, uses_pytorch
 from .batch_norm import SlimBatchNorm
 from .deferred import ConvOutput, Deferred
@@ -132,10 +131,9 @@ class SlimConv2d(Sized, nn.Conv2d):
         arguments: tuple[Any, ...] = x.x, x.scale, x.shift, x.act, x.gate, weight, main_grad(weight), *geometry
         if norm is not None and norm.uses_moments_of(out_channels):
             gamma, beta = norm.weight, norm.bias
-            results = conv_norm(arguments, gamma, main_grad(gamma), beta, main_grad(beta), norm.eps)
-            if results is not None:
-                y, scale, shift, mean, variance = results
-                return ConvOutput(y, mean, variance, scale, shift)
+            arguments = *arguments, gamma, main_grad(gamma), beta, main_grad(beta), norm.eps
+            y, *rows, mean, variance = conv_norm(*arguments)
+            return ConvOutput(y, mean, variance, *rows)
         return ConvOutput(*conv_moments(*arguments))
 
 

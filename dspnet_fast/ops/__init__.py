@@ -3,6 +3,7 @@
 from . import registry
 from .adamw_ema_step import adamw_ema_step
 from .conv_moments import conv_moments
+from .conv_norm import conv_norm
 from .ema_update import ema_update
 from .lars_ema_step import lars_ema_step
 from .norm_act import norm_act
@@ -16,6 +17,7 @@ from .slim_linear import slim_linear
 __all__ = [
     "adamw_ema_step",
     "conv_moments",
+    "conv_norm",
     "ema_update",
     "lars_ema_step",
     "norm_act",

@@ -235,17 +235,18 @@ class PooledGradient:
         return arguments if self.graph_task == torch._C._current_graph_task_id() else NOT_POOLED
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, *more: Tensor | None) -> None:
+    """Save in ctx what `backward` needs, and further tensors after it."""
     x, scale, shift, act, gate, weight, main_grad, _, stride, padding, groups, _ = inputs
-    y, mean, _ = output
-    ctx.save_for_backward(x, scale, shift, gate, weight, y, mean)
+    ctx.save_for_backward(x, scale, shift, gate, weight, y, mean, *more)
     ctx.main_grad = main_grad  # not saved for backward: autograd rejects a saved tensor that was changed in place
     ctx.act, ctx.geometry = act, (stride, padding, groups)
     ctx.pooled_gradient = PooledGradient(claimed=groups == 1)  # only depthwise convolutions support it
 
 
-def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    x, scale, shift, gate, weight, y, mean = ctx.saved_tensors
+def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """The gradients of conv_moments' arguments up to weight, from those of y, mean and variance."""
+    x, scale, shift, gate, weight, y, mean = ctx.saved_tensors[:7]
     *of_input, of_weight = ctx.needs_input_grad[:6]
     wanted = any(of_input), of_weight
     grad_x, grad_scale, grad_shift, grad_gate, grad_weight = conv_moments_backward(
@@ -255,16 +256,22 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     return grad_x, grad_scale, grad_shift, None, grad_gate, grad_weight if ctx.main_grad is None else None
 
 
-conv_moments.register_autograd(_backward, _setup_context)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    y, mean, _ = output
+    save_for_backward(ctx, inputs, y, mean)
 
 
-def _accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
+conv_moments.register_autograd(backward, _setup_context)
+
+
+def accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:
+    """Whether the compiled library supports these arguments: (True, "") or (False, reason)."""
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
         return False, f"it supports float32 and bfloat16 inputs with float32 weights, not {x.dtype} with {weight.dtype}"
     return True, ""
 
 
-cpp.serve(conv_moments, _accepts, without=("main_grad",), autograd=True)
-cpp.serve(conv_moments_backward, _accepts)
+cpp.serve(conv_moments, accepts, without=("main_grad",), autograd=True)
+cpp.serve(conv_moments_backward, accepts)
 triton.serve(conv_moments, accepts=("x", "weight", "groups"), without=("main_grad",))
 triton.serve(conv_moments_backward, accepts=("x", "weight", "groups"))

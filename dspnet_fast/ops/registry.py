@@ -69,8 +69,10 @@ class Operator(Generic[P, R]):
         mutates: Sequence[str],
         checks: Sequence[Callable[..., None]],
         cast: Sequence[str],
+        parts: Sequence[str],
     ):
         self.name = body.__name__
+        self.parts = tuple(parts)
         self.providers: dict[str, Provider] = {}
         self._signature = inspect.signature(body)
         self.parameters = list(self._signature.parameters)
@@ -249,7 +251,11 @@ class Operator(Generic[P, R]):
 
 
 def operator(
-    *, mutates: Sequence[str] = (), checks: Sequence[Callable[..., None]] = (), autocast: Sequence[str] = ()
+    *,
+    mutates: Sequence[str] = (),
+    checks: Sequence[Callable[..., None]] = (),
+    autocast: Sequence[str] = (),
+    parts: Sequence[str] = (),
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Make the operator `dspnet::<name>` from a function, its native body.
 
@@ -258,10 +264,12 @@ def operator(
         checks: functions that raise an error for invalid arguments, called before the native body. Each gets the
             arguments that its parameters name.
         autocast: names of the arguments that are cast to the dtype of autocast. The body itself runs without autocast.
+        parts: names of the operators that the body calls, each by its own provider. Their gradients are its gradient,
+            and a provider that was refused for one of them is not used for it.
     """
 
     def register(body: Callable[P, R]) -> Operator[P, R]:
-        made: Operator[P, R] = Operator(body, mutates, checks, autocast)
+        made: Operator[P, R] = Operator(body, mutates, checks, autocast, parts)
         operators[made.name] = made
         return made
 
@@ -391,6 +399,9 @@ def _describe(op: Operator[Any, Any], name: str) -> dict[str, Any]:
 
 def _objection(operator: str, provider: Provider) -> str:
     """The reason why `auto` does not choose a provider that can run, or an empty string."""
+    for part in operators[operator].parts:
+        if refusal := _findings.get((part, provider.name)):
+            return f"{part}: {refusal}"
     return provider.only_by_name or _findings.get((operator, provider.name), provider.unproven)
 
 
@@ -415,17 +426,19 @@ def _candidates(name: str, device: str) -> tuple[Provider, ...]:
 
 
 def _recording(name: str, device: str) -> Provider | None:
-    """The first provider of an operator if it records gradients and its gradient's operator has the same one first."""
+    """The first provider of an operator if it records gradients and its gradient's operator has the same one first.
+
+    An operator of several parts records gradients if all its parts do, by the same provider.
+    """
     providers = _candidates(name, device)
     if not providers or providers[0].autograd is None:
         return None
-    gradients = _candidates(f"{name}_backward", device)
-    return providers[0] if gradients and gradients[0].name == providers[0].name else None
-
-
-def records(name: str, device: str) -> bool:
-    """Whether an operator's first provider records gradients, with its gradient by the same provider."""
-    return _recording(name, device) is not None
+    first = providers[0]
+    if parts := operators[name].parts:
+        found = [_recording(part, device) for part in parts]
+    else:
+        found = [*_candidates(f"{name}_backward", device)[:1]] or [None]
+    return first if all(other is not None and other.name == first.name for other in found) else None
 
 
 def available(name: str, device: str) -> Iterator[Provider]:

@@ -116,21 +116,21 @@ def scale_shift_backward(
     return -grad_shift * scale, -grad * scale * rsqrt.square() / 2, of_weight, of_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    mean, variance, weight, weight_main_grad, bias, bias_main_grad, ctx.eps = inputs
-    ctx.save_for_backward(mean, variance, weight, bias)
-    ctx.main_grads = weight_main_grad, bias_main_grad  # not saved for backward: autograd rejects changed tensors
+def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor, first_vector: int = 2) -> tuple[Any, ...]:
+    """The gradients of scale_shift's arguments up to bias, from those of scale and shift.
 
-
-def _backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Any, ...]:
-    mean, variance, weight, bias = ctx.saved_tensors
+    ctx: the last four tensors saved are mean, variance, weight and bias; ctx.norm has both main_grads and eps.
+    first_vector: the position of weight among the arguments that ctx.needs_input_grad describes.
+    """
+    mean, variance, weight, bias = ctx.saved_tensors[-4:]
+    *main_grads, eps = ctx.norm
     # A frozen vector's main_grad must not change.
     weight_main_grad, bias_main_grad = (
         main_grad if wanted else None
-        for main_grad, wanted in zip(ctx.main_grads, ctx.needs_input_grad[2:5:2], strict=True)
+        for main_grad, wanted in zip(main_grads, ctx.needs_input_grad[first_vector : first_vector + 3 : 2], strict=True)
     )
     grad_mean, grad_variance, grad_weight, grad_bias = scale_shift_backward(
-        grad_scale, grad_shift, mean, variance, weight, weight_main_grad, bias, bias_main_grad, ctx.eps
+        grad_scale, grad_shift, mean, variance, weight, weight_main_grad, bias, bias_main_grad, eps
     )
     return (
         grad_mean,
@@ -141,16 +141,23 @@ def _backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Any, ..
     )
 
 
-scale_shift.register_autograd(_backward, _setup_context)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    mean, variance, weight, weight_main_grad, bias, bias_main_grad, eps = inputs
+    ctx.save_for_backward(mean, variance, weight, bias)
+    ctx.norm = weight_main_grad, bias_main_grad, eps  # not saved for backward: autograd rejects changed tensors
 
 
-def _accepts(*args: Any) -> tuple[bool, str]:
+scale_shift.register_autograd(backward, _setup_context)
+
+
+def accepts(*args: Any) -> tuple[bool, str]:
+    """Whether the compiled library supports these arguments: (True, "") or (False, reason)."""
     if any(isinstance(arg, Tensor) and arg.dtype != torch.float32 for arg in args):
         return False, "it only supports float32"
     return True, ""
 
 
-cpp.serve(scale_shift, _accepts, without=("weight_main_grad", "bias_main_grad"), autograd=True)
-cpp.serve(scale_shift_backward, _accepts)
+cpp.serve(scale_shift, accepts, without=("weight_main_grad", "bias_main_grad"), autograd=True)
+cpp.serve(scale_shift_backward, accepts)
 triton.serve(scale_shift, without=("weight_main_grad", "bias_main_grad"))
 triton.serve(scale_shift_backward)

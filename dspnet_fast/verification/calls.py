@@ -115,9 +115,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "dspnet":
             name = function._schema.name.removeprefix("dspnet::")
-            bound = inspect.signature(registry.operators[name].native).bind(*args, **(kwargs or {}))
+            operator = registry.operators[name]
+            bound = inspect.signature(operator.native).bind(*args, **(kwargs or {}))
             bound.apply_defaults()
             self.calls[Call(name, tuple(map(_recorded, bound.arguments.values())))] = None
+            if operator.parts:  # called instead if a provider of the operator is refused
+                with self:
+                    return operator.native(*bound.args)
         return function(*args, **(kwargs or {}))
 
 

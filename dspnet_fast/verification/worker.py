@@ -38,6 +38,7 @@ class Case:
 def main() -> None:
     """Check cases, by number, until the first failure of each provider, on a GPU until the first exception."""
     cases, device, report = receive()
+    registry.set_policy("native")  # references are native bodies all through, whatever DSPNET_KERNELS is
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the references of small tensors are faster without threads
     for case in cases.values():

@@ -162,10 +162,10 @@ def test_profile_of_a_step_has_its_operators(stand_in, results, monkeypatch, cap
     profile.main()
     rows = [line for line in records.read() if line["kind"] == "kernel"]
     names = {(line["policy"], line["operator"]) for line in rows}
-    assert {("native", "dspnet.conv_moments"), ("eager", "aten.convolution_backward")} <= names
+    assert {("native", "dspnet.conv_norm"), ("eager", "aten.convolution_backward")} <= names
     assert all(line["ms"] >= 0 and line["count"] >= 1 for line in rows)
     assert page.Results(records.read()).page().count("## Kernels of a step") == 2
-    assert "| dspnet.conv_moments | " in capsys.readouterr().out
+    assert "| dspnet.conv_norm | " in capsys.readouterr().out
 
 
 def test_classes_of_calls_cover_all_operators_and_kernels(monkeypatch):
@@ -173,7 +173,7 @@ def test_classes_of_calls_cover_all_operators_and_kernels(monkeypatch):
     found = calls.step_calls(step.Case("mobilenet_v3_large", 64, 64, "bf16"), small=False)
     chosen = calls.classes(found)
     assert {call.operator for call in chosen} == {call.operator for call in found}
-    assert 40 <= len(chosen) <= 80
+    assert 40 <= len(chosen) <= 110
     names = {f"depthwise k{kernel} {way}" for kernel in (3, 5) for way in ("forward", "backward")}
     names |= {f"{name} {way}" for name in ("expand", "project") for way in ("forward", "backward")}
     assert calls.examined(found).keys() == names

@@ -29,7 +29,7 @@ def test_tables_hold_every_operator_and_the_rest_of_the_step(limits, capsys, tmp
         torch.set_num_threads(before)
     lines = json.loads((tmp_path / "layers.json").read_text())
     assert {line["operator"] for line in lines[-2:]} == {layers.REST, "step"}
-    convolutions = [line for line in lines if line["operator"] == "conv_moments"]
+    convolutions = [line for line in lines if line["operator"] == "conv_norm"]
     # The stem, 2 + 14 x 3 in blocks, and the last one; of two subnets and of the target.
     assert sum(line["calls"] for line in convolutions) == 3 * 46
     assert {line["kind"] for line in convolutions} == {"dense", "depthwise", "pointwise"}

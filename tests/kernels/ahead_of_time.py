@@ -69,6 +69,14 @@ def call_conv_moments(layer: Conv, dtype: torch.dtype) -> None:
         )
 
 
+def call_conv_norm(layer: Conv, dtype: torch.dtype) -> None:
+    """Moments merged into scale and shift, with and without weight and bias. The rest is that of conv_moments."""
+    kernels, affine = provider.kernels("moments"), empty(layer.full[0])
+    rows = kernels.moments_of_rows(empty(IMAGES * layer.out_size**2, layer.out_channels, dtype=dtype), VIEWS)
+    for vector in (affine, None):
+        kernels.merge_moments(rows, kernels.Norm(vector, vector, 1e-5))
+
+
 def call_norm_act(layer: Conv, dtype: torch.dtype) -> None:
     """With a plain residual, with a residual that has a deferred normalisation, and without a residual."""
     kernels = provider.kernels("norm_act")

@@ -15,6 +15,7 @@ from dspnet_fast.ops.triton import SHARED_MEMORY
 ROOT = Path(__file__).parent.parent.parent
 OPERATORS = (
     "conv_moments",
+    "conv_norm",
     "norm_act",
     "norm_act_pool",
     "scale_shift",

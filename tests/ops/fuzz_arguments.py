@@ -35,6 +35,7 @@ LINEAR = {"x": "* N C", "weight": "* O+ C+", "main_grad": "* O+ C+", "bias": "* 
 NORM = {"x": IMAGES, "weight": "C", "bias": "C", "views": "V", "grad_y": IMAGES}
 VIEWS = dict.fromkeys(("mean", "variance", "grad_mean", "grad_variance", "grad_scale", "grad_shift"), "V C")
 VECTORS = dict.fromkeys(("weight", "weight_main_grad", "bias", "bias_main_grad"), "C+")
+NORM_VECTORS = dict.fromkeys((f"norm_{name}" for name in VECTORS), "O+")
 FLAT = dict.fromkeys(("params", "grads", "momenta"), "* 3T")
 FORMS: dict[str, dict[str, str]] = {
     "adamw_ema_step": FLAT
@@ -42,6 +43,7 @@ FORMS: dict[str, dict[str, str]] = {
     | dict.fromkeys(("steps", "lr", "weight_decay", "tau"), "+"),
     "conv_moments": DEFERRED | CONV | {"out_channels": "O", "views": "V"},
     "conv_moments_backward": DEFERRED | CONV | MOMENTS | POOLED | {"grad_y": OUTPUT, "y": OUTPUT},
+    "conv_norm": DEFERRED | CONV | {"out_channels": "O", "views": "V"} | NORM_VECTORS,
     "ema_update": {"targets": IMAGES, "onlines": IMAGES},
     "lars_ema_step": FLAT | {"targets": "* 2T", "starts": "0 T", "sizes": "T T", "lr": "+", "tau": "+"},
     "norm_act": DEFERRED | RESIDUAL,
@@ -59,10 +61,9 @@ FORMS: dict[str, dict[str, str]] = {
     "slim_linear": LINEAR | {"out_features": "O"},
     "slim_linear_backward": LINEAR,
 }
-RECORDED = ("conv_moments", "norm_act", "norm_act_pool", "scale_shift", "slim_linear")  # with gradients in C++
+# With gradients in C++.
+RECORDED = ("conv_moments", "conv_norm", "norm_act", "norm_act_pool", "scale_shift", "slim_linear")
 FORMS |= {f"{name}_autograd": FORMS[name] for name in RECORDED}
-NORM_VECTORS = dict.fromkeys((f"norm_{name}" for name in VECTORS), "O+")
-FORMS["conv_norm_autograd"] = FORMS["conv_moments"] | NORM_VECTORS  # conv_moments and scale_shift
 STORED = {
     "normalized_mse": 4,
     "ema_update": 4,

@@ -150,13 +150,10 @@ def body_returns(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Except
     """Outputs or exception of the operator's body on the meta device; None for operators or tensors without one."""
     if any(tensor.layout != torch.strided for tensor in flattened(made.values())):
         return None
-    if name == "conv_norm_autograd":
-        body, schema = conv_norm, torch.ops.dspnet_cpp.conv_norm_autograd.default._schema
-    else:
-        name = name.removesuffix("_autograd")  # the same operator
-        if name not in registry.operators:
-            return None
-        body, schema = registry.operators[name].native, getattr(torch.ops.dspnet, name).default._schema
+    name = name.removesuffix("_autograd")  # the same operator
+    if name not in registry.operators:
+        return None
+    body, schema = registry.operators[name].native, getattr(torch.ops.dspnet, name).default._schema
 
     def without_data(value: Any) -> Any:
         if isinstance(value, list):
@@ -171,13 +168,6 @@ def body_returns(name: str, made: dict[str, Any]) -> tuple[Tensor, ...] | Except
     except Exception as error:
         return error
     return (returned,) if isinstance(returned, Tensor) else returned
-
-
-def conv_norm(*arguments: Any) -> tuple[Tensor, ...]:
-    """The body of conv_norm_autograd: that of conv_moments, and that of scale_shift with the rest of the arguments."""
-    split = len(registry.operators["conv_moments"].parameters)
-    y, mean, variance = registry.operators["conv_moments"].native(*arguments[:split])
-    return y, *registry.operators["scale_shift"].native(mean, variance, *arguments[split:]), mean, variance
 
 
 def fuzz(target: Target, count: int, first: int, record: Path) -> collections.Counter[str]:

@@ -284,6 +284,21 @@ def test_gradient_of_weight_or_input_alone(provider, case):
     assert arguments["x"].grad is not None
 
 
+@pytest.mark.parametrize("case", ["pointwise", "many channels out", "depthwise 3"])
+def test_one_launch_adds_up_all_partial_sums_of_the_backward(provider, case):
+    if provider != "triton":
+        pytest.skip("only triton launches kernels")
+    arguments = to_device(make(case, dtype=torch.bfloat16))
+    for name in differentiable(arguments):
+        arguments[name].requires_grad_()
+    y = conv_moments(*arguments.values())[0]
+    launched = []
+    with triton.kernels("launch").observed(lambda kernel, *_: launched.append(kernel.fn.__name__)):
+        y.sum().backward()
+    assert launched[-1] == "sums_kernel"
+    assert all("gradient" in name or "backward" in name for name in launched[:-1])
+
+
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3", "dense 3"])
 def test_opcheck(provider, case):
     arguments = to_device(make(case, gated=True))

@@ -5,8 +5,7 @@ import torch
 from harness import run
 from test_conv_moments import make, needs_cpp
 
-from dspnet_fast.ops import conv_moments, norm_act_pool, registry, scale_shift
-from dspnet_fast.ops.conv_norm import conv_norm
+from dspnet_fast.ops import conv_moments, conv_norm, norm_act_pool, registry, scale_shift
 from dspnet_fast.ops.norm_act_pool import pool_deferred
 
 pytestmark = needs_cpp
@@ -55,66 +54,25 @@ def test_pooled_gradient_reaches_the_convolution_of_a_retained_graph_once_per_ba
     assert all(map(torch.equal, first, again))
 
 
-def test_convolution_and_scale_shift_in_one_call_equal_two_calls():
-    def gradients_of(normalized):
-        torch.manual_seed(0)
-        given = leaves()
-        x, depthwise, _, gamma, beta = given
-        buffers = [torch.ones_like(parameter) for parameter in (depthwise, gamma, beta)]
-        y, *rows, mean, variance = normalized(x, depthwise, gamma, beta, *buffers)
-        gate = pool_deferred(y, *rows, "hardswish")
-        output = conv_moments(y, *rows, "hardswish", gate, torch.randn(6, 8, 1, 1), None, 6, 1, 0, 1, 0)[0]
-        torch.autograd.backward(output, torch.randn_like(output), inputs=[*given[:2], *given[3:]])
-        return [output, mean, variance, x.grad, *buffers], output.grad_fn
-
-    def in_two_calls(x, depthwise, gamma, beta, depthwise_grad, gamma_grad, beta_grad):
-        y, *moments = conv_moments(x, None, None, "relu", None, depthwise, depthwise_grad, 8, 1, 1, 8, 2)
-        return y, *scale_shift(*moments, gamma, gamma_grad, beta, beta_grad, 1e-5), *moments
-
-    def in_one_call(x, depthwise, gamma, beta, depthwise_grad, gamma_grad, beta_grad):
-        convolution = x, None, None, "relu", None, depthwise, depthwise_grad, 8, 1, 1, 8, 2
-        results = conv_norm(convolution, gamma, gamma_grad, beta, beta_grad, 1e-5)
-        assert not any(moments.requires_grad for moments in results[3:])
-        return results
-
-    (want, _), (got, node) = gradients_of(in_two_calls), gradients_of(in_one_call)
-    assert all(map(torch.equal, want, got))
-    assert "ScaleShift" not in str(node.next_functions)
-
-
-@pytest.mark.parametrize("used", [0, 1, 2])
-def test_gradients_of_one_result_of_the_call_equal_those_of_two_calls(used):
-    def gradients_of(results, given):
-        return torch.autograd.grad(results[used].square().sum(), given, allow_unused=True)
-
-    given = x, depthwise, _, gamma, beta = leaves()
-    given = x, depthwise, gamma, beta
-    arguments = x, None, None, "relu", None, depthwise, None, 8, 1, 1, 8, 2
-    y, *moments = conv_moments(*arguments)
-    want = gradients_of((y, *scale_shift(*moments, gamma, None, beta, None, 1e-5)), given)
-    got = gradients_of(conv_norm(arguments, gamma, None, beta, None, 1e-5), given)
-    for ours, theirs in zip(got, want):
-        assert torch.equal(ours, torch.zeros_like(ours) if theirs is None else theirs)
-
-
-def test_two_operators_are_called_where_one_call_cannot_record_both(policy):
+def test_convolution_and_scale_shift_are_recorded_as_one_node(policy):
     x, depthwise, _, gamma, beta = leaves()
-    arguments = x, None, None, "relu", None, depthwise, None, 8, 1, 1, 8, 2
-    assert conv_norm(arguments, gamma, None, beta, None, 1e-5) is not None
-    assert conv_norm(arguments, gamma.double(), None, beta, None, 1e-5) is None
-    with torch.no_grad():
-        assert conv_norm(arguments, gamma, None, beta, None, 1e-5) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert conv_norm(arguments, gamma, None, beta, None, 1e-5) is None
-    policy("native")
-    assert conv_norm(arguments, gamma, None, beta, None, 1e-5) is None
+    arguments = x, None, None, "relu", None, depthwise, None, 8, 1, 1, 8, 2, gamma, None, beta, None, 1e-5
+    y, scale, *_ = conv_norm(*arguments)
+    assert y.grad_fn is scale.grad_fn and "ConvMoments" in y.grad_fn.name()
+    assert "ScaleShift" not in str(y.grad_fn.next_functions)
+    registry.set_policy("auto")
+    for part in ("conv_moments", "conv_moments_backward", "scale_shift", "scale_shift_backward"):
+        registry.use_findings({(part, "cpp"): "it was refused"})
+        assert type(conv_norm(*arguments)[0].grad_fn).__name__ == "conv_normBackward"
+    registry.use_findings({})
 
 
 def test_main_grad_of_another_shape_is_rejected_in_one_call():
     x, depthwise, _, gamma, beta = leaves()
-    arguments = x, None, None, "relu", None, depthwise, None, 8, 1, 1, 8, 2
     with pytest.raises(RuntimeError, match="norm_weight_main_grad must have the shape"):
-        conv_norm(arguments, gamma, torch.zeros(1), beta, None, 1e-5)
+        conv_norm(
+            *(x, None, None, "relu", None, depthwise, None, 8, 1, 1, 8, 2), gamma, torch.zeros(1), beta, None, 1e-5
+        )
 
 
 def test_two_poolings_of_one_output_have_complete_gradients():

@@ -2,7 +2,7 @@
 
 import torch
 
-from dspnet_fast.ops import conv_moments, norm_act
+from dspnet_fast.ops import conv_moments, conv_norm, norm_act
 from dspnet_fast.verification.calls import GUARD, Call, Layout, odd_variants, record
 
 WEIGHT = torch.empty(32, 16, 3, 3, device="meta")
@@ -33,6 +33,22 @@ def test_gradients_and_views_of_a_buffer_are_recorded():
     assert (forward.operator, backward.operator) == ("norm_act", "norm_act_backward")
     assert forward.arguments[1] == Layout((2, 8), (8, 1), 9, torch.float32)
     assert backward.arguments[0].stride == (0, 0, 0, 0), "the gradient of a sum is expanded"
+
+
+def test_parts_of_an_operator_and_their_gradients_are_recorded():
+    weight, gamma = WEIGHT.clone().requires_grad_(), torch.empty(32, device="meta")
+
+    def run():
+        y, scale, *_ = conv_norm(
+            *(X, None, None, "relu", None, weight, None, 24, 1, 1, 1, 2), gamma, None, None, None, 1e-5
+        )
+        (y.sum() + scale.sum()).backward()
+
+    calls = {call.operator: call for call in record(run)}
+    gradients = ["scale_shift_backward", "conv_moments_backward"]
+    assert list(calls) == ["conv_norm", "conv_moments", "scale_shift", *gradients]
+    assert calls["conv_moments"].arguments == calls["conv_norm"].arguments[:12]
+    assert calls["scale_shift"].arguments[2:] == calls["conv_norm"].arguments[12:]
 
 
 def test_random_arguments_have_the_recorded_layout():
