@@ -247,7 +247,12 @@ def _subnet(network: str, width: float, depths: tuple[int, ...], name: str) -> S
     with torch.device("cpu"), torch.no_grad():
         small = copy.deepcopy(plain)
         shrink(small, groups, units, depths)
-        features = small(images).shape[1]
+        try:
+            features = small(images).shape[1]
+        except Exception as error:  # of many types: the code of the network mixes channels that the trace kept apart
+            raise InputError(
+                f"--network {network} cannot be used: cut to {name}, it does not run: {first_line(error)}"
+            ) from error
     channels = tuple(n * group.unit_size for n, group in zip(units, groups.groups, strict=True))
     return Subnet(name, (*channels, features), depths or (1,))
 

@@ -275,6 +275,7 @@ def test_tensors_that_evaluation_keeps_are_not_those_of_a_narrower_network():
         ("encoders:missing", "w0.50", "does not exist"),
         ("encoders:nothing", "w0.50", "must return a torch.nn.Module, not int"),
         ("encoders:maps", "w0.50", r"must map images to features \[N, F\], but returns \[2, 8, 64, 64\]"),
+        ("timm:resnest14d", "w0.50", "cannot be used: cut to w0.50, it does not run"),
         ("encoders:auxiliary", "w0.50", r"in training mode must map images to features \[N, F\], but returns tuple"),
         (NAME, "w1.50", "is no width of the network"),
         (NAME, "c8-d1111", "is no width of the network"),

@@ -53,6 +53,23 @@ def deep() -> nn.Module:
     return nn.Sequential(*stem, nn.Sequential(Block(), Block(), Block()), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class Blur(nn.Module):
+    """A convolution by a buffer, as in timm's networks with anti-aliasing."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("filter", torch.full((1, 1, 3, 3), 1 / 9))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.filter.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
+
+
+def blurred() -> nn.Module:
+    """An encoder with a filter before the last batch normalisation."""
+    stem = nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), Blur()
+    return nn.Sequential(*stem, nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 NAME, DEEP = f"{__name__}:encoder", f"{__name__}:deep"
 
 
@@ -72,7 +89,12 @@ def test_step_trains_the_sampled_subnets_of_a_traced_network(precision):
 
 @pytest.mark.parametrize(
     ("network", "smallest", "precision"),
-    [(NAME, "w0.50", "fp32"), (NAME, "w0.50", "bf16"), (DEEP, "w0.50-d1", "fp32")],
+    [
+        (NAME, "w0.50", "fp32"),
+        (NAME, "w0.50", "bf16"),
+        (DEEP, "w0.50-d1", "fp32"),
+        (f"{__name__}:blurred", "w0.50", "fp32"),
+    ],
 )
 def test_fused_step_equals_the_eager_one(network, smallest, precision, policy):
     made = family(network, [smallest, "w1.00"])

@@ -203,7 +203,9 @@ def _flatten_buffers(*modules: nn.Module) -> Tensor:
         return next(modules[0].parameters()).detach().new_zeros(0)
     flat = torch.cat([buffer.flatten() for _, _, buffer in found])
     for (owner, name, buffer), part in zip(found, flat.split([b.numel() for _, _, b in found]), strict=True):
-        setattr(owner, name, part.view_as(buffer))
+        # Views would share one count of changes in place: autograd would reject a saved filter after running statistics
+        # have changed.
+        setattr(owner, name, part.view_as(buffer).data)
     return flat
 
 
