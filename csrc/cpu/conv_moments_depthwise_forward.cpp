@@ -142,8 +142,7 @@ void output_tiles(const OutputRow<scalar_t>& shared, int64_t first, int64_t tile
 #pragma GCC unroll 8
       for (int t = 0; t < tile; ++t) {
         prefetch(y + t * row.pixel + row.ahead);
-        const Vec value = as_stored<scalar_t>(out[t]);
-        store_lanes(y + t * row.pixel, value, lanes);
+        const Vec value = store_lanes(y + t * row.pixel, out[t], lanes);
         const Vec difference = value - pivot;
         sum[t % 2] = sum[t % 2] + difference;
         square[t % 2] = at::vec::fmadd(difference, difference, square[t % 2]);

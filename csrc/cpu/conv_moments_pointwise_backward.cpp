@@ -229,7 +229,7 @@ struct BackwardPass {
   // Forms e or h in `to`.
   template <typename Formed>
   Operand form(const Formed& from, const Blocks::Block& block, bool for_rows, bool for_outer, float* to) const {
-    const int64_t depth = lanes_of<Arithmetic>(from.channels);
+    const int64_t depth = Arithmetic::lanes(from.channels);
     if constexpr (kFp32) {
       from.form(block.segment, block.begin, block.rows, Fp32Rows{to, from.stride});
       return {{to, from.stride, depth}, {to, from.stride}};
@@ -290,7 +290,7 @@ struct BackwardPass {
     const Panels& panels = weight_panels();
     const Matrix &values = h_in_columns ? e : h, &columns = h_in_columns ? h : e;
     multiply_outer<Arithmetic>(
-        values, weight_height(), columns, panels, 0, panels.count, lanes_of<Arithmetic>(rows), epilogue);
+        values, weight_height(), columns, panels, 0, panels.count, Arithmetic::lanes(rows), epilogue);
   }
 
   // Distributes blocks over the threads and merges their weight gradients and sums.

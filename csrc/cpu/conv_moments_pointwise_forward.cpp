@@ -19,7 +19,7 @@ constexpr int64_t kForwardRows = 192; // rows summed in fp32
 template <typename Arithmetic, typename scalar_t>
 Rows rows_of_h(const Input<scalar_t>& input, int64_t segment, int64_t begin, int64_t rows, float* to) {
   constexpr bool fp32 = std::is_same_v<Arithmetic, Fp32>;
-  const int64_t channels = input.channels, depth = lanes_of<Arithmetic>(channels);
+  const int64_t channels = input.channels, depth = Arithmetic::lanes(channels);
   if constexpr (!fp32 || std::is_same_v<scalar_t, float>) {
     if (!input.is_deferred() && (fp32 || channels % 2 == 0)) {
       input.prefetch_rows(begin + rows, rows);

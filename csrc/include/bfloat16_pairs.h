@@ -81,6 +81,8 @@ struct PairedRows {
   }
 };
 
+struct UnpairedPanel;
+
 struct BFloat16Pairs {
   using Layout = PairedRows;
 
@@ -90,7 +92,11 @@ struct BFloat16Pairs {
     sum = Vec(lanes);
   }
 
-  // Packs a panel as pack_panel() does, with pairs of adjacent rows. rows: memory for depth * panels.width(p) floats.
+  static constexpr int64_t lanes(int64_t count) {
+    return (count + 1) / 2;
+  }
+
+  // Packs a panel as pack_panel() does, with pairs of adjacent rows.
   static void pack(
       float* to,
       const Panels& panels,
@@ -98,10 +104,10 @@ struct BFloat16Pairs {
       const float* from,
       int64_t depth_stride,
       int64_t column_stride,
-      int64_t depth,
-      float* rows) {
-    pack_panel(rows, panels, p, from, depth_stride, column_stride, depth);
+      int64_t depth) {
     const int64_t width = panels.width(p);
+    float* rows = scratch<UnpairedPanel>(width * depth);
+    pack_panel(rows, panels, p, from, depth_stride, column_stride, depth);
     for (int64_t k = 0; k < depth; k += 2, rows += 2 * width, to += width) {
       for (int64_t c = 0; c < width; c += kVec) {
         const Vec second = k + 1 < depth ? Vec::loadu(rows + width + c) : Vec(0);

@@ -26,15 +26,11 @@ struct StoreOutput {
     for (int v = 0; v < V; ++v) {
       const int64_t c = column + v * kVec;
       Vec out[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        out[r] = as_stored<scalar_t>(sums[r][v]);
-      }
       with_lanes(v + 1 < V, channels - c, [&](auto... count) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           prefetch(y + (row + r) * stride + c + ahead);
-          store(y + (row + r) * stride + c, out[r], count...);
+          out[r] = store(y + (row + r) * stride + c, sums[r][v], count...);
         }
       });
       if (pivot) {

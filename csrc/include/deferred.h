@@ -203,15 +203,18 @@ DSPNET_INLINE Vec load(const at::BFloat16* from, int64_t count) {
 #endif
 }
 
-DSPNET_INLINE void store(float* to, const Vec& value) {
+// Stores kVec or `count` values, rounded to the type, and returns what load() would return.
+DSPNET_INLINE Vec store(float* to, const Vec& value) {
   value.store(to);
+  return value;
 }
-DSPNET_INLINE void store(float* to, const Vec& value, int64_t count) {
+DSPNET_INLINE Vec store(float* to, const Vec& value, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
 #else
   value.store(to, count);
 #endif
+  return value;
 }
 #if defined(CPU_CAPABILITY_AVX512)
 // Rounds to bfloat16, nearest even, in the lower half of each lane. NaN stays NaN.
@@ -233,10 +236,12 @@ DSPNET_INLINE __m256i to_bfloat16(const Vec& value) {
   return _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), _mm256_srli_epi32(rounded, 16), ordered);
 }
 #endif
-DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
+DSPNET_INLINE Vec store(at::BFloat16* to, const Vec& value, int64_t count = kVec) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, to_bfloat16(value));
+  const __m512i lanes = to_bfloat16(value);
+  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, lanes);
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
+  return Vec(_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, lanes, 16)));
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m256i lanes = to_bfloat16(value);
   const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
@@ -245,31 +250,19 @@ DSPNET_INLINE void store(at::BFloat16* to, const Vec& value, int64_t count = kVe
   } else {
     std::memcpy(to, &halves, count * sizeof(*to));
   }
+  return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(lanes, 16)));
 #else
   float upcast[kVec];
   value.store(upcast);
-  for (int64_t i = 0; i < count; ++i) {
-    to[i] = upcast[i];
+  for (int64_t i = 0; i < kVec; ++i) {
+    const at::BFloat16 rounded = upcast[i];
+    if (i < count) {
+      to[i] = rounded;
+    }
+    upcast[i] = rounded;
   }
+  return Vec::loadu(upcast);
 #endif
-}
-
-// The value that load() returns after store().
-template <typename scalar_t>
-DSPNET_INLINE Vec as_stored(const Vec& value) {
-  if constexpr (std::is_same_v<scalar_t, float>) {
-    return value;
-  } else {
-#if defined(CPU_CAPABILITY_AVX512)
-    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(to_bfloat16(value), 16)));
-#elif defined(CPU_CAPABILITY_AVX2)
-    return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(to_bfloat16(value), 16)));
-#else
-    scalar_t stored[kVec];
-    store(stored, value);
-    return load(stored);
-#endif
-  }
 }
 
 } // namespace dspnet::CPU_CAPABILITY

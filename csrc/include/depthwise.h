@@ -120,12 +120,12 @@ DSPNET_INLINE Vec load_lanes(const scalar_t* from, int64_t lanes) {
   return load(from, lanes);
 }
 template <typename scalar_t>
-DSPNET_INLINE void store_lanes(scalar_t* to, const Vec& value, std::integral_constant<int64_t, kVec>) {
-  store(to, value);
+DSPNET_INLINE Vec store_lanes(scalar_t* to, const Vec& value, std::integral_constant<int64_t, kVec>) {
+  return store(to, value);
 }
 template <typename scalar_t>
-DSPNET_INLINE void store_lanes(scalar_t* to, const Vec& value, int64_t lanes) {
-  store(to, value, lanes);
+DSPNET_INLINE Vec store_lanes(scalar_t* to, const Vec& value, int64_t lanes) {
+  return store(to, value, lanes);
 }
 
 DSPNET_INLINE void add_to(float* sum, const Vec& value) {

@@ -161,6 +161,13 @@ DSPNET_INLINE void clear(Vec (&sums)[R][V]) {
 
 // The arithmetic of a product: a lane of A and of B is an fp32 number.
 struct Fp32 {
+  static constexpr auto& pack = pack_panel;
+
+  // Lanes of a sum over `count` products.
+  static constexpr int64_t lanes(int64_t count) {
+    return count;
+  }
+
   static DSPNET_INLINE void add(Vec& sum, const Vec& a, const Vec& b) {
     sum = at::vec::fmadd(a, b, sum);
   }

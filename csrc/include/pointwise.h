@@ -20,7 +20,6 @@
 namespace dspnet::inline CPU_CAPABILITY::pointwise {
 
 struct PackedWeight;
-struct UnpairedPanel;
 struct FormedInput;
 struct BlockSums;
 
@@ -163,28 +162,16 @@ struct Input {
   }
 };
 
-// Lanes of a sum over `count` elements.
-template <typename Arithmetic>
-constexpr int64_t lanes_of(int64_t count) {
-  return std::is_same_v<Arithmetic, Fp32> ? count : (count + 1) / 2;
-}
-
 // Packs a matrix into panels; element (k, column) = from[k * depth_stride + column * column_stride].
 template <typename Arithmetic>
 const float* pack(
     const Panels& panels, const float* from, int64_t depth_stride, int64_t column_stride, int64_t depth) {
-  const int64_t lanes = lanes_of<Arithmetic>(depth);
+  const int64_t lanes = Arithmetic::lanes(depth);
   float* to = scratch<PackedWeight>(panels.padded() * lanes);
   constexpr int64_t kGrain = 1 << 16; // floats per thread at least
   at::parallel_for(0, panels.count, kGrain / (depth * kVec * kPanelVectors) + 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
-      float* panel = to + panels.offset(p, lanes);
-      if constexpr (std::is_same_v<Arithmetic, Fp32>) {
-        pack_panel(panel, panels, p, from, depth_stride, column_stride, depth);
-      } else {
-        float* rows = scratch<UnpairedPanel>(panels.width(p) * depth);
-        Arithmetic::pack(panel, panels, p, from, depth_stride, column_stride, depth, rows);
-      }
+      Arithmetic::pack(to + panels.offset(p, lanes), panels, p, from, depth_stride, column_stride, depth);
     }
   });
   return to;
