@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import re
+import warnings
 from typing import Any, cast
 
 import torch
@@ -111,9 +112,10 @@ def make(name: str, in_channels: int = 3) -> nn.Module:
         if library == "torchvision":
             import torchvision
 
-            network = torchvision.models.get_model(rest, weights=None)
-            if getattr(network, "aux_logits", False):  # GoogLeNet and Inception return their logits too in training
-                network = torchvision.models.get_model(rest, weights=None, aux_logits=False)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of GoogLeNet's and Inception's
+                network = torchvision.models.get_model(rest, weights=None)
+                if getattr(network, "aux_logits", False):  # which return the logits of two classifiers in training
+                    network = torchvision.models.get_model(rest, weights=None, aux_logits=False)
             return _without_classifier(network, name)
         network = getattr(importlib.import_module(library), rest)()
     except ImportError as error:

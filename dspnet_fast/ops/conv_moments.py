@@ -6,6 +6,7 @@ becomes arithmetic on [V, C] moments outside the operator, which autograd differ
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,9 +245,13 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor
     ctx.pooled_gradient = PooledGradient(claimed=groups == 1)  # only depthwise convolutions support it
 
 
-def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """The gradients of conv_moments' arguments up to weight, from those of y, mean and variance."""
-    x, scale, shift, gate, weight, y, mean = ctx.saved_tensors[:7]
+def backward(ctx: Any, saved: Sequence[Any], *grads: Any) -> tuple[Any, ...]:
+    """The gradients of conv_moments' arguments up to weight, from those of y, mean and variance.
+
+    saved: the tensors that `save_for_backward` saved. Autograd is asked for them once: a checkpoint refuses a second
+        time.
+    """
+    x, scale, shift, gate, weight, y, mean = saved
     *of_input, of_weight = ctx.needs_input_grad[:6]
     wanted = any(of_input), of_weight
     grad_x, grad_scale, grad_shift, grad_gate, grad_weight = conv_moments_backward(
@@ -261,7 +266,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     save_for_backward(ctx, inputs, y, mean)
 
 
-conv_moments.register_autograd(backward, _setup_context)
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    return backward(ctx, ctx.saved_tensors, *grads)
+
+
+conv_moments.register_autograd(_backward, _setup_context)
 
 
 def accepts(x: Tensor, weight: Tensor) -> tuple[bool, str]:

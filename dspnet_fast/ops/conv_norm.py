@@ -85,7 +85,7 @@ def conv_norm(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     y, _, _, mean, variance = output
     norm_weight, norm_weight_main_grad, norm_bias, norm_bias_main_grad, eps = inputs[SPLIT:]
-    save_for_backward(ctx, inputs[:SPLIT], y, mean, mean, variance, norm_weight, norm_bias)
+    save_for_backward(ctx, inputs[:SPLIT], y, mean, variance, norm_weight, norm_bias)
     ctx.norm = norm_weight_main_grad, norm_bias_main_grad, eps
     ctx.mark_non_differentiable(mean, variance)
     ctx.set_materialize_grads(False)  # of mean and variance
@@ -94,11 +94,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_y: Tensor | None, grad_scale: Tensor | None, grad_shift: Tensor | None, *rest: None
 ) -> tuple[Any, ...]:
-    y, mean = ctx.saved_tensors[5:7]
+    saved = ctx.saved_tensors
+    y, mean = saved[5:7]
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     grad_scale, grad_shift = (torch.zeros_like(mean) if grad is None else grad for grad in (grad_scale, grad_shift))
-    grad_mean, grad_variance, *of_vectors = normalization_backward(ctx, grad_scale, grad_shift, SPLIT)
-    of_convolution = convolution_backward(ctx, grad_y, grad_mean, grad_variance)
+    grad_mean, grad_variance, *of_vectors = normalization_backward(ctx, saved[6:], grad_scale, grad_shift, SPLIT)
+    of_convolution = convolution_backward(ctx, saved[:7], grad_y, grad_mean, grad_variance)
     return *of_convolution, *(SPLIT - len(of_convolution)) * [None], *of_vectors
 
 

@@ -1,5 +1,6 @@
 """scale_shift: batch normalisation as a scale and a shift per channel, computed from moments by one operator."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,13 +117,16 @@ def scale_shift_backward(
     return -grad_shift * scale, -grad * scale * rsqrt.square() / 2, of_weight, of_bias
 
 
-def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor, first_vector: int = 2) -> tuple[Any, ...]:
+def backward(
+    ctx: Any, saved: Sequence[Any], grad_scale: Tensor, grad_shift: Tensor, first_vector: int = 2
+) -> tuple[Any, ...]:
     """The gradients of scale_shift's arguments up to bias, from those of scale and shift.
 
-    ctx: the last four tensors saved are mean, variance, weight and bias; ctx.norm has both main_grads and eps.
+    ctx: ctx.norm has both main_grads and eps.
+    saved: mean, variance, weight and bias.
     first_vector: the position of weight among the arguments that ctx.needs_input_grad describes.
     """
-    mean, variance, weight, bias = ctx.saved_tensors[-4:]
+    mean, variance, weight, bias = saved
     *main_grads, eps = ctx.norm
     # A frozen vector's main_grad must not change.
     weight_main_grad, bias_main_grad = (
@@ -147,7 +151,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.norm = weight_main_grad, bias_main_grad, eps  # not saved for backward: autograd rejects changed tensors
 
 
-scale_shift.register_autograd(backward, _setup_context)
+def _backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor) -> tuple[Any, ...]:
+    return backward(ctx, ctx.saved_tensors, grad_scale, grad_shift)
+
+
+scale_shift.register_autograd(_backward, _setup_context)
 
 
 def accepts(*args: Any) -> tuple[bool, str]:
