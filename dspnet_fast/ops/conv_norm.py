@@ -53,11 +53,8 @@ def conv_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Convolution of a deferred activation, and the scale and shift of the batch normalisation of its output.
 
-    Args:
-        x, scale, shift, act, gate, weight, main_grad, out_channels, stride, padding, groups, views: as of
-            `conv_moments`.
-        norm_weight, norm_weight_main_grad, norm_bias, norm_bias_main_grad, eps: as of `scale_shift`, there without
-            `norm_`.
+    The arguments up to `views` are those of `conv_moments`. The others are those of `scale_shift`, there without
+    `norm_`.
 
     Returns:
         y [N, out_channels, H', W'], scale and shift of its normalisation [views, out_channels], and mean and variance

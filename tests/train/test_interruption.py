@@ -85,11 +85,12 @@ def test_ctrl_c_in_a_destructor_ends_the_command():
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
-def test_workers_are_forked_while_ctrl_c_waits():
+def test_workers_are_forked_while_ctrl_c_waits(monkeypatch):
     class Masks(BatchDataset):
         def batch(self, items, unreadable):
             return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
+    monkeypatch.setattr("train.data.loader._context", lambda workers: "fork")
     assert list(make_loader(Masks(), [[0], [1]], workers=1)) == [True, True]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 

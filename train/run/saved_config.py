@@ -51,7 +51,7 @@ def _instead_of_run(out: Path, taken: str) -> str:
         return f"it is {'a file' if out.exists() else 'missing'}; give the --out of {taken}"
     if (out / MANIFEST).is_file():
         return f"it is an exported network; give the --out of {taken}"
-    if (exported := next(out.glob(f"*/{MANIFEST}"), None)) is not None:
+    if (exported := min(out.glob(f"*/{MANIFEST}"), default=None)) is not None:
         return f"it has exported networks, such as {exported.parent.name}; give one of them, or the --out of {taken}"
     if next(out.glob("checkpoints/step-*.pt"), None) is not None:
         return f"it has checkpoints, but not their {CONFIG}; copy that file back"
