@@ -2,14 +2,16 @@
 
 The threads of a step wait for each other at the end of every parallel loop, by spinning or by sleeping until they are
 woken. A thread that spins is fast to continue, but beside a busy process it takes the time of the thread that it waits
-for. The environment variable GOMP_SPINCOUNT limits the spinning; GNU OpenMP's default is 300,000, some milliseconds.
+for. GNU OpenMP lets threads spin 300,000 times, some milliseconds, or GOMP_SPINCOUNT times if that is in the
+environment. Without it, a training `adapts`: its threads sleep while other processes are busy
+(train/run/thread_waiting.py).
 
 Each limit has a process for each formulation. They take samples in turn, alone and then beside a process that keeps one
-core busy. Times are medians. `ratio` is the time beside the busy process over the time alone; with C cores in use and
-one busy process more, a fair scheduler gives a step C / (C + 1) of the processor time: (C + 1) / C is the best ratio.
-`cost` is the time alone over that with GNU OpenMP's default, minus 1.
+core busy, after some seconds in which a training adapts. Times are medians. `ratio` is the time beside the busy process
+over the time alone; with C cores in use and one busy process more, a fair scheduler gives a step C / (C + 1) of the
+processor time: (C + 1) / C is the best ratio. `cost` is the time alone over that with GNU OpenMP's default, minus 1.
 
-The last line is machine-readable, for steps with fast kernels and the first limit:
+The last line is machine-readable, for steps with fast kernels that adapt:
 
     contended_ratio=R quiet_cost=Q
 """
@@ -34,17 +36,19 @@ from dspnet_fast.machine import cpu_model
 from dspnet_fast.verdicts import POLICIES
 from train import cli
 from train.run.progress import Monitor
+from train.run.thread_waiting import SETTINGS
 
 from .quiet import QuietWait
 
-GNU_DEFAULT, SHARED = 300_000, 2_000
-WARM_UP = 3
+GNU_DEFAULT = 300_000
+ADAPTS = None  # in place of a limit
+WARM_UP = 3.0  # seconds of steps before a sample
 EPILOG = """\
 examples:
   python -m benchmarks.contention
-      GNU OpenMP's default and a limit for shared machines, in about two minutes on two cores
+      a training, and GNU OpenMP's default, in about three minutes on two cores
   python -m benchmarks.contention --spin-counts 2000,20000
-      other limits
+      other limits besides
 """
 
 
@@ -57,6 +61,7 @@ def step_times(options: argparse.Namespace) -> None:
     from train.pretraining.dspnet import VIEWS
     from train.pretraining.trainer import Trainer, random_batch
     from train.run.process import prepare_process
+    from train.run.thread_waiting import ThreadWaiting
 
     config = PretrainConfig(
         dns=options.dns,
@@ -71,13 +76,17 @@ def step_times(options: argparse.Namespace) -> None:
     batch = random_batch(config, VIEWS * config.batch_size)
     trainer.train_step(batch)
     prepare_process(torch.device("cpu"))
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            trainer.train_step(batch)
-            seconds.append(time.perf_counter() - began)
-        print(json.dumps(seconds), flush=True)
+    with ThreadWaiting() as waiting:
+        for line in sys.stdin:
+            seconds: list[float] = []
+            ready = time.perf_counter() + options.warm_up
+            while len(seconds) < int(line):
+                began = time.perf_counter()
+                trainer.train_step(batch)
+                waiting.after_step()
+                if began >= ready:
+                    seconds.append(time.perf_counter() - began)
+            print(json.dumps(seconds), flush=True)
 
 
 class Worker:
@@ -85,15 +94,17 @@ class Worker:
 
     Args:
         formulation: a key of POLICIES.
-        spin_count: limit of the threads' spinning.
+        spin_count: limit of the threads' spinning, or ADAPTS.
         arguments: command-line arguments that define the step.
     """
 
-    def __init__(self, formulation: str, spin_count: int, arguments: Sequence[str]) -> None:
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    def __init__(self, formulation: str, spin_count: int | None, arguments: Sequence[str]) -> None:
+        environment = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+        if spin_count is not ADAPTS:
+            environment["GOMP_SPINCOUNT"] = str(spin_count)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.contention", "--worker", formulation, *arguments],
-            env={**environment, "GOMP_SPINCOUNT": str(spin_count)},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -140,19 +151,19 @@ class Contention:
         return self.contended / self.alone
 
 
-def measure(options: argparse.Namespace, spin_counts: Sequence[int]) -> dict[tuple[str, int], Contention]:
+def measure(options: argparse.Namespace, spin_counts: Sequence[int | None]) -> dict[tuple[str, int | None], Contention]:
     """Times by formulation and limit."""
     arguments = ["--dns", options.dns, *("--image-size", str(options.image_size))]
-    arguments += ["--batch-size", str(options.batch_size)]
+    arguments += ["--batch-size", str(options.batch_size), "--warm-up", str(options.warm_up)]
     keys = [(formulation, count) for formulation in POLICIES for count in spin_counts]
-    alone: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
-    contended: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+    alone: dict[tuple[str, int | None], list[float]] = {key: [] for key in keys}
+    contended: dict[tuple[str, int | None], list[float]] = {key: [] for key in keys}
     quiet = QuietWait(60, 5)
     with ExitStack() as stack, Monitor("contention", len(keys) * (2 * options.rounds + 1)) as monitor:
         workers = {}
         for key in keys:  # one after another, because starting is work
             workers[key] = stack.enter_context(Worker(*key, arguments))
-            workers[key].steps(WARM_UP)
+            workers[key].steps(1)
             monitor.advance()
         for _ in range(options.rounds):
             for key, worker in workers.items():
@@ -187,16 +198,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--spin-counts",
         type=numbers,
-        default=f"{GNU_DEFAULT},{SHARED}",
+        default="",
         metavar="N,N",
-        help=f"limits, beside {GNU_DEFAULT} [%(default)s]",
+        help=f"limits, besides {GNU_DEFAULT}, GNU OpenMP's default [none]",
+    )
+    parser.add_argument(
+        "--warm-up", type=float, default=WARM_UP, metavar="S", help="seconds of steps before a sample [%(default)s]"
     )
     parser.add_argument("--worker", choices=list(POLICIES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
         step_times(options)
         return
-    spin_counts = list(dict.fromkeys([*options.spin_counts, GNU_DEFAULT]))
+    spin_counts = list(dict.fromkeys([ADAPTS, *options.spin_counts, GNU_DEFAULT]))
     results = measure(options, spin_counts)
     console = Console()
     console.print(
@@ -210,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for key, result in results.items():
         formulation, count = key
         times = f"{1e3 * result.alone:.0f}", f"{cost[key]:+.1%}", f"{1e3 * result.contended:.0f}"
-        table.add_row(formulation, f"{count:,}", *times, f"{result.ratio:.2f}")
+        table.add_row(formulation, "adapts" if count is ADAPTS else f"{count:,}", *times, f"{result.ratio:.2f}")
     console.print(table)
-    key = "fused", spin_counts[0]
+    key = "fused", ADAPTS
     print(f"contended_ratio={results[key].ratio:.2f} quiet_cost={cost[key]:.3f}")
 
 

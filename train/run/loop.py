@@ -20,6 +20,7 @@ from ..distributed.watchdog import Watchdog
 from . import checkpoint
 from .interruption import Interruption
 from .progress import Monitor
+from .thread_waiting import ThreadWaiting
 from .update_guard import UpdateGuard
 
 SAVE_SECONDS = 60.0  # between checkpoints: the most work that a crash costs
@@ -94,15 +95,17 @@ def train(
         save_and_stop: called before `Interruption.stop` ends the program.
         stop_requested: given whether this process was asked to stop, whether the loop should.
     """
-    for batch in batches:
-        losses = training.train_step(batch)
-        monitor.advance()
-        last = training.step == training.steps
-        for event in events:
-            event.run(training.step, losses, last)
-        if not last and stop_requested(interruption.requested):
-            save_and_stop()
-            interruption.stop()
+    with ThreadWaiting() as waiting:
+        for batch in batches:
+            losses = training.train_step(batch)
+            monitor.advance()
+            waiting.after_step()
+            last = training.step == training.steps
+            for event in events:
+                event.run(training.step, losses, last)
+            if not last and stop_requested(interruption.requested):
+                save_and_stop()
+                interruption.stop()
 
 
 class SingleModelTraining:
