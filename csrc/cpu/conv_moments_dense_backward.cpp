@@ -6,7 +6,7 @@
 // the sums for dscale, dshift and dgate.
 #include <utility>
 
-#include "dense.h"
+#include "dense_gradient.h"
 #include "thread_sums.h"
 
 namespace dspnet::inline CPU_CAPABILITY {
@@ -18,6 +18,7 @@ constexpr int64_t kOuterRows = 128; // rows that a weight gradient sums in regis
 struct PartialWeight;
 struct PartialGate;
 struct FormedOutput;
+struct PairedOutput;
 struct BandInput;
 
 // The input positions (y, x), (y + stride, x), (y, x + stride), ..., and the taps that reach them.
@@ -32,9 +33,10 @@ struct Phase {
 };
 
 // The phases that at least one tap reaches.
+template <typename Arithmetic>
 std::vector<Phase> phases_of(const ConvShape& shape, const Prefix& weight, const Panels& panels) {
-  const int64_t stride = shape.stride, channels = shape.out_channels;
-  float* to = scratch<PackedWeight>(panels.padded() * shape.kernel * shape.kernel * channels);
+  const int64_t stride = shape.stride, lanes = Arithmetic::lanes(shape.out_channels);
+  float* to = scratch<PackedWeight>(panels.padded() * shape.kernel * shape.kernel * lanes);
   std::vector<Phase> phases;
   for (int64_t y = 0; y < std::min(stride, shape.height); ++y) {
     for (int64_t x = 0; x < std::min(stride, shape.width); ++x) {
@@ -42,96 +44,21 @@ std::vector<Phase> phases_of(const ConvShape& shape, const Prefix& weight, const
       if (std::max(row, column) < shape.kernel) {
         const int64_t rows = (shape.kernel - row - 1) / stride + 1, columns = (shape.kernel - column - 1) / stride + 1;
         phases.push_back({y, x, row, column, rows, columns, to});
-        to += panels.padded() * rows * columns * channels;
+        to += panels.padded() * rows * columns * lanes;
       }
     }
   }
+  std::vector<Place> places;
   for (const Phase& phase : phases) {
-    in_parallel(panels.count * phase.taps(), kPanelVectors * kVec * channels, [&](int64_t i) {
-      const int64_t p = i / phase.taps(), tap = i % phase.taps();
+    for (int64_t tap = 0; tap < phase.taps(); ++tap) {
       const int64_t ky = phase.first_row + tap / phase.columns * stride;
       const int64_t kx = phase.first_column + (phase.columns - 1 - tap % phase.columns) * stride;
-      pack_panel(
-          phase.weight + panels.offset(p, phase.taps() * channels) + tap * channels * panels.width(p), panels, p,
-          &weight.at(0, 0, ky, kx), weight.out, weight.in, channels);
-    });
+      places.push_back({ky, kx, phase.weight, phase.taps() * lanes, tap * lanes});
+    }
   }
+  WeightPacking<Arithmetic>{weight, shape.kernel, true, shape.out_channels, panels}.pack(places);
   return phases;
 }
-
-// dy and the factors that e is computed from.
-template <typename scalar_t>
-struct OutputGradient {
-  const ConvShape& shape;
-  const scalar_t* grad_y;
-  const scalar_t* y;
-  const float* mean;
-  std::vector<float> constant, factor; // e = dy + constant + factor (y - mean), [views, C]
-
-  OutputGradient(const ConvShape& shape, const Backward<scalar_t>& args)
-      : shape(shape), grad_y(args.grad_y), y(args.y), mean(args.mean) {
-    const float count = static_cast<float>(shape.images / std::max<int64_t>(shape.views, 1) * shape.positions());
-    for (int64_t i = 0; i < shape.views * shape.out_channels; ++i) {
-      constant.push_back(args.grad_mean[i] / count);
-      factor.push_back(2 * args.grad_variance[i] / count);
-    }
-  }
-
-  // Scratch for the rows of e that reach input rows [begin, end), and for rows [band.begin, band.end).
-  FormedRows rows(const Band& band, int64_t begin, int64_t end, float* data) const {
-    const int64_t low = (begin + shape.padding - shape.kernel) / shape.stride; // may be one row too low
-    const int64_t high = (end - 1 + shape.padding) / shape.stride + 1;
-    return {data, shape.out_channels, shape.out_width, left(), right(),
-            std::clamp<int64_t>(low, 0, band.begin), std::clamp(high, band.end, shape.out_height)};
-  }
-  int64_t floats(const Bands& bands) const { // an upper bound on the scratch of rows()
-    const int64_t more = 2 * (shape.kernel + shape.padding) / shape.stride + 4;
-    return formed_floats(
-        rows(bands.at(0), 0, 0, nullptr), bands.images, std::min(bands.rows + more, shape.out_height));
-  }
-  int64_t left() const {
-    return std::max<int64_t>((shape.kernel - 1 - shape.padding + shape.stride - 1) / shape.stride, 0);
-  }
-  int64_t right() const {
-    return std::max<int64_t>((shape.width - 1 + shape.padding) / shape.stride - (shape.out_width - 1), 0);
-  }
-
-  void form(const Band& band, const FormedRows& formed) const {
-    const int64_t channels = shape.out_channels, view = shape.views > 1 ? band.segment * channels : 0;
-    form_rows(formed, band.images, [&](float* to, int64_t i, int64_t row) {
-      const int64_t first = ((band.image + i) * shape.out_height + row) * shape.out_width * channels;
-      for_panels(channels, [&]<typename P>(P panel) {
-        panel.ahead = kRowsAhead * shape.out_width * channels;
-        if (shape.views) {
-          form_panel<true>(panel, first, view, to);
-        } else {
-          form_panel<false>(panel, first, view, to);
-        }
-      });
-    });
-  }
-
-  template <bool has_moments, typename P>
-  void form_panel(const P& panel, int64_t first, int64_t view, float* to) const {
-    Vec a[P::vectors], b[P::vectors], center[P::vectors];
-#pragma GCC unroll 2
-    for (int v = 0; has_moments && v < P::vectors; ++v) {
-      a[v] = panel.get(constant.data() + view, v);
-      b[v] = panel.get(factor.data() + view, v);
-      center[v] = panel.get(mean + view, v);
-    }
-    for (int64_t at = 0; at < shape.out_width * shape.out_channels; at += shape.out_channels) {
-#pragma GCC unroll 2
-      for (int v = 0; v < P::vectors; ++v) {
-        Vec e = panel.read(grad_y + first + at, v);
-        if constexpr (has_moments) {
-          e = e + at::vec::fmadd(b[v], panel.read(y + first + at, v) - center[v], a[v]);
-        }
-        panel.put(to + at, v, e);
-      }
-    }
-  }
-};
 
 // Epilogue: stores whole vectors.
 struct StoreRows {
@@ -158,7 +85,7 @@ struct Pairs {
 };
 
 // Like multiply_outer_panel, summed over all pairs.
-template <int V, int R, typename Epilogue>
+template <int V, int R, typename Arithmetic, typename Epilogue>
 void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, const Epilogue& epilogue) {
   for (; i + R <= end; i += R) {
     Vec sums[R][V];
@@ -166,7 +93,7 @@ void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, 
     for (const auto& [a, b] : pairs.first) {
       const float *values = a + i, *columns = b + column;
       for (int64_t row = 0; row < pairs.rows; ++row) {
-        add_product<Fp32>(sums, values, 1, columns);
+        add_product<Arithmetic>(sums, values, 1, columns);
         values += pairs.stride;
         columns += pairs.other_stride;
       }
@@ -175,17 +102,17 @@ void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, 
   }
   if constexpr (R > 1) {
     if (i < end) {
-      multiply_pairs<V, R - 1>(pairs, i, end, column, epilogue);
+      multiply_pairs<V, R - 1, Arithmetic>(pairs, i, end, column, epilogue);
     }
   }
 }
 
 // Computes dx from dh for positions of one image, and adds the sums of dz, dz x and dh act(z), [C] each, to grad_shift,
 // grad_scale and grad_gate.
-template <Act act, bool gated, typename P, typename scalar_t>
+template <Act act, bool gated, typename P, typename Arithmetic, typename scalar_t>
 void finish_panel(
     const P& panel,
-    const Input<scalar_t>& input,
+    const Input<Arithmetic, scalar_t>& input,
     int64_t n,
     const float* grad_h,
     int64_t stride,
@@ -230,12 +157,14 @@ void finish_panel(
   }
 }
 
-template <typename scalar_t>
+template <typename Arithmetic, typename scalar_t>
 struct BackwardPass {
+  static constexpr bool kPaired = Arithmetic::kRows > 1;
+
   const ConvShape& shape;
   const Backward<scalar_t>& args;
-  Input<scalar_t> input;
-  OutputGradient<scalar_t> output;
+  Input<Arithmetic, scalar_t> input;
+  OutputGradient<Arithmetic, scalar_t> output;
   Bands bands;
   Panels in;
   std::vector<Phase> phases;
@@ -256,11 +185,11 @@ struct BackwardPass {
                 (output.left() + shape.out_width + output.right()) * shape.out_channels),
         in(shape.channels),
         run(shape.kernel * shape.channels),
-        h_in_columns(Panels(run).waste() <= Panels(shape.out_channels).waste()),
+        h_in_columns(kPaired || Panels(run).waste() <= Panels(shape.out_channels).waste()),
         weight_columns(h_in_columns ? run : shape.out_channels),
         weight_rows(h_in_columns ? shape.out_channels : run) {
     if (args.grad_x) {
-      phases = phases_of(shape, args.weight, in);
+      phases = phases_of<Arithmetic>(shape, args.weight, in);
     }
   }
 
@@ -288,7 +217,7 @@ struct BackwardPass {
             to + ky * weight_rows * weight_columns.padded(), weight_columns.padded(), begins && first == 0};
         for (int64_t p = 0; p < weight_columns.count; ++p) {
           with_vectors(weight_columns.width(p), [&](auto v) {
-            multiply_pairs<v, kTileRows<v>>(pairs, 0, weight_rows, weight_columns.column(p), epilogue);
+            multiply_pairs<v, kTileRows<v>, Arithmetic>(pairs, 0, weight_rows, weight_columns.column(p), epilogue);
           });
         }
       }
@@ -298,7 +227,8 @@ struct BackwardPass {
   // The rows of e that a kernel row reaches, each with the row of h that it reads.
   Pairs pairs_of(
       const Band& band, int64_t first, int64_t last, int64_t ky, const FormedRows& h, const FormedRows& e) const {
-    Pairs pairs{{}, shape.out_width, shape.stride * shape.channels, shape.out_channels};
+    Pairs pairs{
+        {}, Arithmetic::lanes(shape.out_width), Arithmetic::kRows * shape.stride * shape.channels, shape.out_channels};
     for (int64_t i = first; i < last; ++i) {
       for (int64_t y = band.begin; y < band.end; ++y) {
         const int64_t row = y * shape.stride - shape.padding + ky;
@@ -325,11 +255,11 @@ struct BackwardPass {
       std::fill_n(grad_h, (last - first) * image_stride, 0.f); // some positions are reached by no tap
     }
     for (const Phase& phase : phases) {
-      const int64_t depth = phase.taps() * shape.out_channels, depth_step = phase.columns * shape.out_channels;
+      const int64_t depth = phase.taps() * e.lanes, depth_step = phase.columns * e.lanes;
       const int64_t last_kx = phase.first_column + (phase.columns - 1) * stride;
       const int64_t left = (phase.x + shape.padding - last_kx) / stride; // the first output pixel that reaches phase.x
       Products<float> products{
-          by_images ? e.image_floats() : shape.out_channels, -e.row_floats(), depth_step,
+          by_images ? e.image_floats() : e.lanes, -e.row_floats(), depth_step,
           by_images ? image_stride : stride * in.padded()};
       for (int64_t y = begin + ((phase.y - begin) % stride + stride) % stride; y < end; y += stride) {
         // Kernel row r reads output row bottom - r.
@@ -342,8 +272,8 @@ struct BackwardPass {
             const int64_t skip = std::max<int64_t>(-from, 0);
             const int64_t pixels = std::min(phase.columns, shape.out_width - from) - skip;
             products.add(
-                e.pixel(first, bottom - r, from + skip), runs, pixels * shape.out_channels,
-                r * depth_step + skip * shape.out_channels, last - first, to);
+                e.pixel(first, bottom - r, from + skip), runs, pixels * e.lanes, r * depth_step + skip * e.lanes,
+                last - first, to);
           }
         } else {
           for (int64_t i = first; i < last; ++i, to += image_stride) {
@@ -352,7 +282,7 @@ struct BackwardPass {
           }
         }
       }
-      multiply_all(products, phase.weight, depth, in, [&](const Product<float>& product) {
+      multiply_all<Arithmetic>(products, phase.weight, depth, in, [&](const Product<float>& product) {
         return StoreRows{product.to, products.to_stride};
       });
     }
@@ -426,8 +356,9 @@ struct BackwardPass {
 
     at::parallel_for(0, bands.count(), 1, [&](int64_t b, int64_t last) {
       const int64_t thread = at::get_thread_num();
-      float* formed_h = scratch<FormedInput>(input.floats(bands));
+      float* formed_h = scratch<FormedInput>(input.floats(bands, channels));
       float* formed_e = scratch<FormedOutput>(output.floats(bands));
+      float* paired_e = kPaired ? scratch<PairedOutput>(output.paired_floats(bands)) : nullptr;
       auto buffered = buffered_sums<2>(channels, int64_t{0}, [&](int64_t row, const auto& sums) {
         shift_sums.add(row, sums[0]);
         scale_sums.add(row, sums[1]);
@@ -437,9 +368,10 @@ struct BackwardPass {
         const FormedRows e = output.rows(band, input_begin(band), input_end(band), formed_e);
         output.form(band, e);
         if (weights) {
-          const FormedRows h = input.rows(band, formed_h);
-          input.form(band, h);
-          weight_gradient(band, h, e, weights + thread * weight_size(), !used[thread]);
+          const FormedRows h = input.rows(band, channels, formed_h);
+          input.form_outer(band, h);
+          const FormedRows outer_e = output.form_outer(band, e, paired_e);
+          weight_gradient(band, h, outer_e, weights + thread * weight_size(), !used[thread]);
           used[thread] = 1;
         }
         if (args.grad_x) {
@@ -489,7 +421,9 @@ struct BackwardPass {
 
 template <typename scalar_t>
 void dense_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
-  dense::BackwardPass<scalar_t>(shape, args).run_all();
+  dense::with_arithmetic_of<scalar_t>(shape, [&]<typename Arithmetic>(Arithmetic) {
+    dense::BackwardPass<Arithmetic, scalar_t>(shape, args).run_all();
+  });
 }
 
 template void dense_backward(const ConvShape&, const Backward<float>&);

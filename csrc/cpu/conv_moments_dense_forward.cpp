@@ -13,20 +13,20 @@ namespace {
 constexpr int64_t kMomentRows = 192; // rows summed in fp32
 
 // Packs the weight: depth [ky, kx, channel], columns are output channels.
+template <typename Arithmetic>
 const float* pack_forward(const ConvShape& shape, const Prefix& weight, const Panels& panels) {
-  const int64_t taps = shape.kernel * shape.kernel, depth = taps * shape.channels;
+  const int64_t kernel = shape.kernel, lanes = Arithmetic::lanes(shape.channels), depth = kernel * kernel * lanes;
   float* to = scratch<PackedWeight>(panels.padded() * depth);
-  in_parallel(panels.count * taps, kPanelVectors * kVec * shape.channels, [&](int64_t i) {
-    const int64_t p = i / taps, tap = i % taps;
-    pack_panel(
-        to + panels.offset(p, depth) + tap * shape.channels * panels.width(p), panels, p,
-        &weight.at(0, 0, tap / shape.kernel, tap % shape.kernel), weight.in, weight.out, shape.channels);
-  });
+  std::vector<Place> places;
+  for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+    places.push_back({tap / kernel, tap % kernel, to, depth, tap * lanes});
+  }
+  WeightPacking<Arithmetic>{weight, kernel, false, shape.channels, panels}.pack(places);
   return to;
 }
 
 // Computes products of y and sums them for the moments of a view.
-template <typename scalar_t>
+template <typename Arithmetic, typename scalar_t>
 class OutputRows {
  public:
   // moments: [views].
@@ -66,8 +66,8 @@ class OutputRows {
     epilogue_.pivot = shape_.views ? pivot_ : nullptr;
     epilogue_.has_pivot = has_pivot;
     epilogue_.stride = products.to_stride;
-    const int64_t depth = shape_.kernel * shape_.kernel * shape_.channels;
-    multiply_all(products, weight_, depth, panels_, [&](const Product<scalar_t>& product) {
+    const int64_t depth = shape_.kernel * shape_.kernel * Arithmetic::lanes(shape_.channels);
+    multiply_all<Arithmetic>(products, weight_, depth, panels_, [&](const Product<scalar_t>& product) {
       epilogue_.y = product.to;
       epilogue_.begins = product.to == products.all.front().to;
       return epilogue_;
@@ -85,11 +85,11 @@ class OutputRows {
 // The products for the y of a band.
 template <typename scalar_t>
 Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const FormedRows& h, scalar_t* y) {
-  const int64_t kernel = shape.kernel, channels = shape.channels, out_channels = shape.out_channels;
-  const int64_t image_stride = shape.positions() * out_channels, depth_step = kernel * channels;
+  const int64_t kernel = shape.kernel, lanes = h.lanes, out_channels = shape.out_channels;
+  const int64_t image_stride = shape.positions() * out_channels, depth_step = kernel * lanes;
   const bool by_images = by_image(shape, band.images);
   Products<scalar_t> products{
-      by_images ? h.image_floats() : shape.stride * channels, h.row_floats(), depth_step,
+      by_images ? h.image_floats() : shape.stride * lanes, h.row_floats(), depth_step,
       by_images ? image_stride : out_channels};
   for (int64_t row = band.begin; row < band.end; ++row) {
     const int64_t top = row * shape.stride - shape.padding, ky = std::max<int64_t>(-top, 0);
@@ -100,7 +100,7 @@ Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const F
         const int64_t left = x * shape.stride - shape.padding, kx = std::max<int64_t>(-left, 0);
         const int64_t pixels = std::min(kernel, shape.width - left) - kx;
         products.add(
-            h.pixel(0, top + ky, left + kx), runs, pixels * channels, ky * depth_step + kx * channels, band.images, to);
+            h.pixel(0, top + ky, left + kx), runs, pixels * lanes, ky * depth_step + kx * lanes, band.images, to);
       }
     } else {
       for (int64_t i = 0; i < band.images; ++i, to += image_stride) {
@@ -111,19 +111,20 @@ Products<scalar_t> products_of(const ConvShape& shape, const Band& band, const F
   return products;
 }
 
-template <typename scalar_t>
+template <typename Arithmetic, typename scalar_t>
 void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
-  const Input<scalar_t> input{shape, args.x, args.deferred};
-  const Bands bands(shape, args.deferred, shape.stride * (shape.width + 2 * shape.padding) * shape.channels);
+  const Input<Arithmetic, scalar_t> input{shape, args.x, args.deferred};
+  const int64_t lanes = Arithmetic::lanes(shape.channels);
+  const Bands bands(shape, args.deferred, shape.stride * (shape.width + 2 * shape.padding) * lanes);
   const Panels panels(shape.out_channels);
-  const float* weight = pack_forward(shape, args.weight, panels);
+  const float* weight = pack_forward<Arithmetic>(shape, args.weight, panels);
   std::vector<ChannelMoments> moments(at::get_num_threads() * shape.views); // [thread, view]
   at::parallel_for(0, bands.count(), 1, [&](int64_t b, int64_t last) {
-    float* formed = scratch<FormedInput>(input.floats(bands));
-    OutputRows<scalar_t> output(shape, weight, panels, moments.data() + at::get_thread_num() * shape.views);
+    float* formed = scratch<FormedInput>(input.floats(bands, lanes));
+    OutputRows<Arithmetic, scalar_t> output(shape, weight, panels, moments.data() + at::get_thread_num() * shape.views);
     for (; b < last; ++b) {
       const Band band = bands.at(b);
-      const FormedRows h = input.rows(band, formed);
+      const FormedRows h = input.rows(band, lanes, formed);
       input.form(band, h);
       output.multiply(products_of(shape, band, h, args.y), shape.views > 1 ? band.segment : 0);
     }
@@ -136,7 +137,8 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 
 template <typename scalar_t>
 void dense_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
-  dense::forward(shape, args);
+  dense::with_arithmetic_of<scalar_t>(
+      shape, [&]<typename Arithmetic>(Arithmetic) { dense::forward<Arithmetic>(shape, args); });
 }
 
 template void dense_forward(const ConvShape&, const Forward<float>&);

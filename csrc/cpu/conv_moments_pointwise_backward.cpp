@@ -386,7 +386,7 @@ struct BackwardPass {
 
 template <typename scalar_t>
 void pointwise_backward(const ConvShape& shape, const Backward<scalar_t>& args) {
-  pointwise::with_arithmetic<scalar_t>([&]<typename Arithmetic>(Arithmetic) {
+  with_arithmetic<scalar_t>([&]<typename Arithmetic>(Arithmetic) {
     pointwise::BackwardPass<Arithmetic, scalar_t>(shape, args).run();
   });
 }

@@ -78,7 +78,7 @@ void forward(const ConvShape& shape, const Forward<scalar_t>& args) {
 
 template <typename scalar_t>
 void pointwise_forward(const ConvShape& shape, const Forward<scalar_t>& args) {
-  pointwise::with_arithmetic<scalar_t>(
+  with_arithmetic<scalar_t>(
       [&]<typename Arithmetic>(Arithmetic) { pointwise::forward<Arithmetic>(shape, args); });
 }
 

@@ -6,9 +6,11 @@
 // else: the AVX-512 build must run on processors without it, so these functions are assembler.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
+#include <type_traits>
 
 #include "gemm.h"
 
@@ -83,8 +85,27 @@ struct PairedRows {
 
 struct UnpairedPanel;
 
+// Stores pairs of a number from each of two rows, or, without a second row, of a number and zero.
+inline void pair_rows(float* to, const at::BFloat16* first, const at::BFloat16* second, int64_t count) {
+  for (int64_t i = 0; i < count; i += kVec) {
+    const auto lanes = static_cast<__mmask16>((1u << std::min(kVec, count - i)) - 1);
+    __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, first + i));
+    if (second) {
+      const __m512i upper = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, second + i));
+      pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(upper, 16));
+    }
+    _mm512_mask_storeu_epi32(to + i, lanes, pairs);
+  }
+}
+
 struct BFloat16Pairs {
+  using Number = at::BFloat16;
   using Layout = PairedRows;
+  static constexpr int kRows = 2;
+
+  static DSPNET_INLINE void put(float* to, const Vec& row, const Vec& next) {
+    store_pairs(to, round_both(row, next));
+  }
 
   static DSPNET_INLINE void add(Vec& sum, const Vec& a, const Vec& b) {
     __m512 lanes = sum;
@@ -110,13 +131,25 @@ struct BFloat16Pairs {
     pack_panel(rows, panels, p, from, depth_stride, column_stride, depth);
     for (int64_t k = 0; k < depth; k += 2, rows += 2 * width, to += width) {
       for (int64_t c = 0; c < width; c += kVec) {
-        const Vec second = k + 1 < depth ? Vec::loadu(rows + width + c) : Vec(0);
-        store_pairs(to + c, round_both(Vec::loadu(rows + c), second));
+        put(to + c, Vec::loadu(rows + c), k + 1 < depth ? Vec::loadu(rows + width + c) : Vec(0));
       }
     }
   }
 };
 
 #endif
+
+// Calls run(Arithmetic{}), with the arithmetic of the products for activations of this type.
+template <typename scalar_t, typename Run>
+void with_arithmetic(const Run& run) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (multiplies_bfloat16()) {
+      return run(BFloat16Pairs{});
+    }
+  }
+#endif
+  run(Fp32{});
+}
 
 } // namespace dspnet::CPU_CAPABILITY

@@ -2,19 +2,20 @@
 // over all taps of a kernel row.
 //
 // A band is some images, or some rows of one image. Its h = act(scale x + shift) * gate is computed once, into scratch,
-// with zeros on both sides of each row. The k taps of one kernel row are then k C consecutive floats, so products need
+// with zeros on both sides of each row. The k taps of one kernel row are then k C consecutive numbers, so products need
 // no copies of patches (no im2col). The rows of a product are the positions of one output row, or, if output rows are
 // short, one position of many images. Taps outside the image are skipped.
+//
+// Products of bfloat16 activations are BFloat16Pairs where the processor has the instruction and both numbers of
+// channels are even, so that no pair has channels of two pixels. Otherwise they are Fp32.
 #pragma once
-
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
-#include "conv_moments.h"
-#include "gemm.h"
+#include "dense_weight.h"
 #include "panels.h"
 
 namespace dspnet::inline CPU_CAPABILITY::dense {
@@ -23,8 +24,8 @@ constexpr int64_t kBandBytes = 512 << 10; // of h, for a band
 constexpr int64_t kRowsAhead = 2; // rows of an image that are prefetched
 constexpr int64_t kNarrow = 8; // output rows shorter than this do not fill a tile
 
-struct PackedWeight;
 struct FormedInput;
+struct FormedRow;
 struct BlockSums;
 
 // Some whole images, or the output rows [begin, end) of one image.
@@ -64,13 +65,14 @@ struct Bands {
   }
 };
 
-// Scratch for rows [low, high) of a band's images, with `left` and `right` zero pixels beside each row.
+// Scratch for rows [low, high) of a band's images, with `left` and `right` zero pixels beside each row. lanes: of a
+// pixel, each a float or a pair of bfloat16 numbers.
 struct FormedRows {
   float* data;
-  int64_t channels, width, left, right, low, high;
+  int64_t lanes, width, left, right, low, high;
 
   int64_t row_floats() const {
-    return (left + width + right) * channels;
+    return (left + width + right) * lanes;
   }
   // An odd number of cache lines, so that the same position of several images maps to different cache sets.
   int64_t image_floats() const {
@@ -79,7 +81,7 @@ struct FormedRows {
   }
   // Pixel (y, x) of an image; x < 0 addresses the zeros on the left.
   float* pixel(int64_t image, int64_t y, int64_t x) const {
-    return data + image * image_floats() + (y - low) * row_floats() + (left + x) * channels;
+    return data + image * image_floats() + (y - low) * row_floats() + (left + x) * lanes;
   }
 };
 
@@ -96,15 +98,15 @@ void form_rows(const FormedRows& formed, int64_t images, const Form& form) {
   for (int64_t i = 0; i < images; ++i) {
     for (int64_t y = formed.low; y < formed.high; ++y) {
       float* row = formed.pixel(i, y, 0);
-      std::fill_n(row - formed.left * formed.channels, formed.left * formed.channels, 0.f);
+      std::fill_n(row - formed.left * formed.lanes, formed.left * formed.lanes, 0.f);
       form(row, i, y);
-      std::fill_n(row + formed.width * formed.channels, formed.right * formed.channels, 0.f);
+      std::fill_n(row + formed.width * formed.lanes, formed.right * formed.lanes, 0.f);
     }
   }
 }
 
 // One product: `rows` rows, the positions of one output row of an image or one position of several images, by the
-// packed weight. A row consists of `runs` runs of `run` floats. The first run's rows of the weight begin at `depth`.
+// packed weight. A row consists of `runs` runs of `run` lanes. The first run's rows of the weight begin at `depth`.
 template <typename out_t>
 struct Product {
   const float* from;
@@ -126,21 +128,21 @@ struct Products {
 };
 
 // Like multiply_rows, but replaces a last full tile and a small remainder by two tiles of about the same size.
-template <int V, typename Epilogue>
+template <int V, typename Arithmetic = Fp32, typename Epilogue>
 void multiply_evenly(const Rows& a, int64_t rows, const float* panel, int64_t column, const Epilogue& epilogue) {
   constexpr int R = kTileRows<V>, middle = R == 12 ? 8 : R == 6 ? 4 : R / 2;
   const int64_t rest = rows % R;
   const int64_t whole = rest > 0 && R + rest <= 2 * middle && rows > R ? rows - rest - R : rows - rest;
   float* parked = scratch<ParkedTile>(kRegisters * kVec);
-  multiply_rows<V, R>(a, 0, whole, panel, column, parked, epilogue);
+  multiply_rows<V, R, Arithmetic>(a, 0, whole, panel, column, parked, epilogue);
   if (whole < rows) {
-    multiply_rows<V, middle>(a, whole, rows, panel, column, parked, epilogue);
+    multiply_rows<V, middle, Arithmetic>(a, whole, rows, panel, column, parked, epilogue);
   }
 }
 
 // Computes all products, panel by panel, so that a panel of the weight stays in the cache for all products. depth: of
 // the whole packed weight; a product may use a part of it. epilogue_of(product): an epilogue as for multiply().
-template <typename out_t, typename EpilogueOf>
+template <typename Arithmetic, typename out_t, typename EpilogueOf>
 void multiply_all(
     const Products<out_t>& products,
     const float* packed,
@@ -158,7 +160,7 @@ void multiply_all(
           depths[r] = product.depth + r * products.depth_step;
         }
         const Rows rows{product.from, products.stride, product.run, taps.data(), product.runs, depths.data()};
-        multiply_evenly<v>(
+        multiply_evenly<v, Arithmetic>(
             rows, product.rows, packed + panels.offset(p, depth), panels.column(p), epilogue_of(product));
       }
     });
@@ -166,8 +168,10 @@ void multiply_all(
 }
 
 // x and its deferred normalisation.
-template <typename scalar_t>
+template <typename Arithmetic, typename scalar_t>
 struct Input {
+  using Number = typename Arithmetic::Number;
+
   const ConvShape& shape;
   const scalar_t* x;
   Deferred deferred;
@@ -176,35 +180,59 @@ struct Input {
     return deferred.rows || deferred.act != Act::identity || deferred.gate;
   }
 
-  // Scratch for the input rows that the band's output rows depend on.
-  FormedRows rows(const Band& band, float* data) const {
+  // Scratch for the input rows that the band's output rows depend on, with pixels of this many lanes.
+  FormedRows rows(const Band& band, int64_t lanes, float* data) const {
     const int64_t low = std::clamp<int64_t>(band.begin * shape.stride - shape.padding, 0, shape.height);
     const int64_t high = (band.end - 1) * shape.stride - shape.padding + shape.kernel;
-    return {data, shape.channels, shape.width, shape.padding, shape.padding, low,
+    return {data, lanes, shape.width, shape.padding, shape.padding, low,
             std::clamp<int64_t>(high, low, shape.height)};
   }
-  int64_t floats(const Bands& bands) const { // an upper bound on the scratch of rows()
+  int64_t floats(const Bands& bands, int64_t lanes) const { // an upper bound on the scratch of rows()
     return formed_floats(
-        rows(bands.at(0), nullptr), bands.images,
+        rows(bands.at(0), lanes, nullptr), bands.images,
         std::min((bands.rows - 1) * shape.stride + shape.kernel, shape.height));
   }
 
+  // Computes h as operand A of multiply(), in Arithmetic::lanes(channels) lanes.
   void form(const Band& band, const FormedRows& formed) const {
+    form_rows(formed, band.images, [&](float* to, int64_t i, int64_t y) { form_row(band.image + i, y, to); });
+  }
+
+  // Computes h as an operand of the weight gradient, in `channels` lanes: pairs are of pixel x and pixel x + stride.
+  void form_outer(const Band& band, const FormedRows& formed) const {
+    if constexpr (std::is_same_v<Arithmetic, Fp32>) {
+      form(band, formed);
+    } else {
+      const int64_t pixels = formed.row_floats() / formed.lanes, lanes = Arithmetic::lanes(shape.channels);
+      const int64_t paired = std::max<int64_t>(pixels - shape.stride, 0) * shape.channels;
+      float* memory = scratch<FormedRow>(pixels * lanes);
+      for (int64_t i = 0; i < band.images; ++i) {
+        for (int64_t y = formed.low; y < formed.high; ++y) {
+          const FormedRows row{memory, lanes, formed.width, formed.left, formed.right, y, y + 1};
+          form_rows(row, 1, [&](float* to, int64_t, int64_t) { form_row(band.image + i, y, to); });
+          const auto* from = reinterpret_cast<const Number*>(memory);
+          float* to = formed.pixel(i, y, -formed.left);
+          pair_rows(to, from, from + shape.stride * shape.channels, paired);
+          pair_rows(to + paired, from + paired, nullptr, formed.row_floats() - paired);
+        }
+      }
+    }
+  }
+
+  void form_row(int64_t n, int64_t y, float* lanes) const {
+    if (y % pixel_step() != first_pixel()) {
+      return;
+    }
+    auto* to = reinterpret_cast<Number*>(lanes);
+    const scalar_t* from = x + (n * shape.height + y) * shape.width * shape.channels;
     with_act(deferred.act, [&](auto act) {
-      form_rows(formed, band.images, [&](float* to, int64_t i, int64_t y) {
-        if (y % pixel_step() != first_pixel()) {
-          return;
-        }
-        const int64_t n = band.image + i;
-        const scalar_t* from = x + (n * shape.height + y) * shape.width * shape.channels;
-        if (!is_deferred()) {
-          copy_row(from, to);
-        } else if (deferred.gate) {
-          form_row<act, true>(n, from, to);
-        } else {
-          form_row<act, false>(n, from, to);
-        }
-      });
+      if (!is_deferred()) {
+        copy_row(from, to);
+      } else if (deferred.gate) {
+        form_pixels<act, true>(n, from, to);
+      } else {
+        form_pixels<act, false>(n, from, to);
+      }
     });
   }
 
@@ -216,9 +244,8 @@ struct Input {
     return (pixel_step() - shape.padding % pixel_step()) % pixel_step();
   }
 
-  void copy_row(const scalar_t* from, float* to) const {
-    const int64_t floats = shape.width * shape.channels;
-    for_panels(floats, [&]<typename P>(const P& panel) {
+  void copy_row(const scalar_t* from, Number* to) const {
+    for_panels(shape.width * shape.channels, [&]<typename P>(const P& panel) {
       for (int v = 0; v < P::vectors; ++v) {
         panel.put(to, v, panel.get(from, v));
       }
@@ -226,7 +253,7 @@ struct Input {
   }
 
   template <Act act, bool gated>
-  void form_row(int64_t n, const scalar_t* from, float* to) const {
+  void form_pixels(int64_t n, const scalar_t* from, Number* to) const {
     for_panels(shape.channels, [&]<typename P>(P panel) {
       panel.ahead = kRowsAhead * shape.width * shape.channels;
       Vec a[P::vectors], b[P::vectors], g[P::vectors];
@@ -256,15 +283,14 @@ inline bool by_image(const ConvShape& shape, int64_t images) {
   return shape.out_width < kNarrow && images > shape.out_width;
 }
 
-// Calls run(index) in parallel for all indices in [0, count).
-template <typename Run>
-void in_parallel(int64_t count, int64_t floats_each, const Run& run) {
-  constexpr int64_t kGrain = 1 << 15; // floats per thread at least
-  at::parallel_for(0, count, kGrain / std::max<int64_t>(floats_each, 1) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      run(i);
-    }
-  });
+// Calls run(Arithmetic{}), with the arithmetic of the products of a convolution.
+template <typename scalar_t, typename Run>
+void with_arithmetic_of(const ConvShape& shape, const Run& run) {
+  if (shape.channels % 2 == 0 && shape.out_channels % 2 == 0) {
+    with_arithmetic<scalar_t>(run);
+  } else {
+    run(Fp32{});
+  }
 }
 
 } // namespace dspnet::CPU_CAPABILITY::dense

@@ -161,7 +161,14 @@ DSPNET_INLINE void clear(Vec (&sums)[R][V]) {
 
 // The arithmetic of a product: a lane of A and of B is an fp32 number.
 struct Fp32 {
+  using Number = float;
+  static constexpr int kRows = 1; // of a matrix, whose numbers share a lane
   static constexpr auto& pack = pack_panel;
+
+  // Stores the lanes of kRows rows.
+  static DSPNET_INLINE void put(float* to, const Vec& row, const Vec& /* the next row */) {
+    row.store(to);
+  }
 
   // Lanes of a sum over `count` products.
   static constexpr int64_t lanes(int64_t count) {

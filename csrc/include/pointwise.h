@@ -177,17 +177,4 @@ const float* pack(
   return to;
 }
 
-// Calls run(Arithmetic{}), with the arithmetic of the products for activations of this type.
-template <typename scalar_t, typename Run>
-void with_arithmetic(const Run& run) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    if (multiplies_bfloat16()) {
-      return run(BFloat16Pairs{});
-    }
-  }
-#endif
-  run(Fp32{});
-}
-
 } // namespace dspnet::CPU_CAPABILITY::pointwise

@@ -1,4 +1,4 @@
-"""Products of bf16 activations in pointwise convolutions, bit by bit, against a model of the arithmetic.
+"""Products of bf16 activations in pointwise and dense convolutions, bit by bit, against a model of the arithmetic.
 
 With AVX512_BF16 the arithmetic is vdpbf16ps. A lane of the sum takes two products in turn, the second pair of numbers
 first:
@@ -17,6 +17,7 @@ import pytest
 import torch
 from harness import check_build
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dspnet_fast.ops import cpp
 
@@ -33,7 +34,7 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def uses_vdpbf16ps() -> bool:
-    """Whether pointwise convolutions of this process multiply by the instruction."""
+    """Whether convolutions of this process multiply by the instruction."""
     return (
         torch.ops.dspnet_cpp.cpu_capability() == "AVX512"
         and torch.cpu._is_avx512_bf16_supported()
@@ -64,7 +65,7 @@ def product(a: Tensor, b: Tensor, paired: bool) -> Tensor:
     a, b = a.float()[:, None], b.float()[None]
     total = torch.zeros(torch.broadcast_shapes(a.shape, b.shape)[:2])
     if paired:
-        a, b = (torch.nn.functional.pad(t, (0, t.shape[-1] % 2)) for t in (a, b))
+        a, b = (pad(t, (0, t.shape[-1] % 2)) for t in (a, b))
         for k in range(0, a.shape[-1], 2):
             total = vdpbf16ps(total, a[..., k : k + 2], b[..., k : k + 2])
     else:
@@ -114,21 +115,65 @@ def check(size: str, exponents: tuple[int, int]) -> None:
     x, weight = numbers(exponents, positions, channels), numbers(exponents, out_channels, channels)
     grad = numbers(exponents, positions, out_channels)
 
-    def image(rows: Tensor) -> Tensor:
-        return rows[:, :, None, None].contiguous(memory_format=torch.channels_last)
-
-    ops, paired = torch.ops.dspnet_cpp, uses_vdpbf16ps()
-    geometry = (1, 0, 1)  # stride, padding, groups
-    of_moments = torch.zeros(0, out_channels)
-    full = weight.float()[:, :, None, None]
-    before = image(x), None, None, "identity", None, full
-    y, mean, _ = ops.conv_moments(*before, out_channels, *geometry, 0)
-    gradients = ops.conv_moments_backward(
-        image(grad), of_moments, of_moments, *before, None, y, mean, *geometry, True, True, None, None, None, "identity"
-    )
+    y, dx, dw = convolve(*(t[:, :, None, None] for t in (x, weight, grad)), stride=1, padding=0)
+    paired = uses_vdpbf16ps()
     compare("y", y[..., 0, 0], product(x, weight, paired).bfloat16())
-    compare("dx", gradients[0][..., 0, 0], product(grad, weight.T, paired).bfloat16())
-    compare("dW", gradients[4][..., 0, 0], product(grad.T, x.T, paired))
+    compare("dx", dx[..., 0, 0], product(grad, weight.T, paired).bfloat16())
+    compare("dW", dw[..., 0, 0], product(grad.T, x.T, paired))
+
+
+def convolve(x: Tensor, weight: Tensor, grad: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The compiled operators' y and gradients of x and the weight."""
+    ops, geometry = torch.ops.dspnet_cpp, (stride, padding, 1)
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    of_moments = torch.zeros(0, len(weight))
+    before = x, None, None, "identity", None, weight.float()
+    y, mean, _ = ops.conv_moments(*before, len(weight), *geometry, 0)
+    dx, *_, dw = ops.conv_moments_backward(
+        grad, of_moments, of_moments, *before, None, y, mean, *geometry, True, True, None, None, None, "identity"
+    )
+    return y, dx, dw
+
+
+# (input channels, output channels, height, width, stride): two images, each of which is a block of its own
+DENSE_SIZES = {
+    "even": (16, 24, 5, 6, 1),
+    "odd rows": (10, 20, 4, 5, 1),
+    "stride": (16, 24, 7, 10, 2),
+    "one pixel": (2, 4, 1, 1, 1),
+    "odd channels": (7, 12, 5, 5, 1),
+}
+
+
+def patches(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """The pixels [images, rows, columns, ky, kx, channels] that every output position of a convolution reads."""
+    windows = pad(x.float(), [padding] * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)
+    return windows.permute(0, 2, 3, 4, 5, 1)
+
+
+def check_dense(size: str, exponents: tuple[int, int]) -> None:
+    """Check y and the gradients of x (with stride 1) and of the weight of a 3 x 3 convolution.
+
+    y sums over ky, kx and input channels. A gradient of x sums over ky, kx from the last to the first and output
+    channels. A gradient of the weight sums over the rows of an image, whose pixels are paired, and then over images.
+    """
+    channels, out_channels, height, width, stride = DENSE_SIZES[size]
+    x, weight = numbers(exponents, 2, channels, height, width), numbers(exponents, out_channels, channels, 3, 3)
+    read = patches(x, 3, stride, 1)
+    grad = numbers(exponents, 2, out_channels, *read.shape[1:3])
+    y, dx, dw = convolve(x, weight, grad, stride, padding=1)
+    paired = uses_vdpbf16ps() and channels % 2 == 0
+
+    wanted = product(read.flatten(3).flatten(0, 2), weight.permute(0, 2, 3, 1).flatten(1), paired)
+    compare("y", y.permute(0, 2, 3, 1).flatten(0, 2), wanted.bfloat16())
+    if stride == 1:
+        of_dx = patches(grad, 3, 1, 1).flip(3).flatten(3).flatten(0, 2)
+        wanted = product(of_dx, weight.permute(1, 2, 3, 0).flip(2).flatten(1), paired)
+        compare("dx", dx.permute(0, 2, 3, 1).flatten(0, 2), wanted.bfloat16())
+    of_grad = pad(grad, (0, grad.shape[3] % 2)).flatten(2)  # [images, output channels, positions]
+    of_read = pad(read.permute(0, 3, 4, 5, 1, 2), (0, grad.shape[3] % 2)).flatten(4).flatten(1, 3)
+    first, second = (product(a, b, paired) for a, b in zip(of_grad, of_read, strict=True))
+    compare("dW", dw.permute(0, 2, 3, 1).flatten(1), first + second)
 
 
 def compare(name: str, got: Tensor, want: Tensor) -> None:
@@ -145,6 +190,14 @@ def test_products_equal_the_model(nan_filled, size, exponents):
     check(size, RANGES[exponents])
 
 
+@pytest.mark.skipif(problem() != "", reason=problem())
+@pytest.mark.parametrize("exponents", RANGES)
+@pytest.mark.parametrize("size", DENSE_SIZES)
+def test_dense_products_equal_the_model(nan_filled, size, exponents):
+    torch.set_num_threads(1)
+    check_dense(size, RANGES[exponents])
+
+
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"], indirect=True)
 def test_products_without_the_instruction_equal_the_model_of_fp32(run_python, capability, monkeypatch):
     monkeypatch.setenv("DSPNET_AVX512_BF16", "0")
@@ -154,7 +207,9 @@ def test_products_without_the_instruction_equal_the_model_of_fp32(run_python, ca
         "test_bfloat16_products",
         "assert not t.uses_vdpbf16ps()\n"
         "torch.set_num_threads(1)\n"
-        "for size in t.SIZES:\n"
-        "    for exponents in t.RANGES.values():\n"
-        "        t.check(size, exponents)\n",
+        "for exponents in t.RANGES.values():\n"
+        "    for size in t.SIZES:\n"
+        "        t.check(size, exponents)\n"
+        "    for size in t.DENSE_SIZES:\n"
+        "        t.check_dense(size, exponents)\n",
     )
