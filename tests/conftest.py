@@ -6,8 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-import torch
+# Read when PyTorch is imported, also by the processes that tests start. Test processes share the cores: a thread that
+# waits for another one shall sleep, and not spin on the core that the other one needs.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
