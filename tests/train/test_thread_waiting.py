@@ -72,6 +72,27 @@ def test_settings_of_the_user_decide(machine, monkeypatch, setting):
         assert not after(machine, waiting, INTERVAL, 1)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_training_goes_on_without_memory_for_a_pool(machine, monkeypatch):
+    def empty(*size):
+        raise RuntimeError("out of memory")
+
+    with waiting_of(machine) as waiting:
+        monkeypatch.setattr(torch, "empty", empty)
+        after(machine, waiting, INTERVAL, 1)
+        monkeypatch.undo()
+        assert not after(machine, waiting, INTERVAL, 0)
+
+
+def test_a_training_goes_on_without_further_threads(machine, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with waiting_of(machine) as waiting:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        assert not after(machine, waiting, INTERVAL, 1)
+
+
 def test_one_thread_waits_for_none(machine):
     torch.set_num_threads(1)
     with waiting_of(machine) as waiting:

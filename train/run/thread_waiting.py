@@ -81,7 +81,10 @@ class ThreadWaiting:
         for _ in range(max(1, -(-missing // (self._threads - 1)))):
             started, end = threading.Event(), threading.Event()
             pool = threading.Thread(target=_hold_pool, args=(self._threads, started, end), daemon=True)
-            pool.start()
+            try:
+                pool.start()
+            except RuntimeError:  # the process may have no further thread: all go on spinning
+                return
             started.wait()
             self._pools.append((pool, end))
 
@@ -103,6 +106,8 @@ class ThreadWaiting:
 
 def _hold_pool(threads: int, started: threading.Event, end: threading.Event) -> None:
     """Have a pool of OpenMP threads, which belongs to the thread that first uses it, until `end`."""
-    torch.empty(threads * GRAIN).fill_(0)
-    started.set()
+    try:
+        torch.empty(threads * GRAIN).fill_(0)
+    finally:
+        started.set()
     end.wait()
