@@ -6,10 +6,12 @@ for. GNU OpenMP lets threads spin 300,000 times, some milliseconds, or GOMP_SPIN
 environment. Without it, a training `adapts`: its threads sleep while other processes are busy
 (train/run/thread_waiting.py).
 
-Each limit has a process for each formulation. They take samples in turn, alone and then beside a process that keeps one
-core busy, after some seconds in which a training adapts. Times are medians. `ratio` is the time beside the busy process
-over the time alone; with C cores in use and one busy process more, a fair scheduler gives a step C / (C + 1) of the
-processor time: (C + 1) / C is the best ratio. `cost` is the time alone over that with GNU OpenMP's default, minus 1.
+Each limit has a process for each formulation; steps that adapt alternate with steps that do not in the process of the
+default limit, because two processes that do the same differ by up to 10 %. All take samples in turn, alone and then
+beside a process that keeps one core busy, after some seconds in which a training adapts. Times are medians. `ratio` is
+the time beside the busy process over the time alone; with C cores in use and one busy process more, a fair scheduler
+gives a step C / (C + 1) of the processor time: (C + 1) / C is the best ratio. `cost` is the time alone over that with
+GNU OpenMP's default, minus 1.
 
 The last line is machine-readable, for steps with fast kernels that adapt:
 
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -53,7 +55,7 @@ examples:
 
 
 def step_times(options: argparse.Namespace) -> None:
-    """Read numbers of steps from stdin, run as many, and print their seconds as JSON."""
+    """Read lines "N" or "N adapts" from stdin, run N steps, and print their seconds as JSON."""
     import torch
 
     from dspnet_fast.ops import registry
@@ -76,17 +78,19 @@ def step_times(options: argparse.Namespace) -> None:
     batch = random_batch(config, VIEWS * config.batch_size)
     trainer.train_step(batch)
     prepare_process(torch.device("cpu"))
-    with ThreadWaiting() as waiting:
-        for line in sys.stdin:
-            seconds: list[float] = []
-            ready = time.perf_counter() + options.warm_up
-            while len(seconds) < int(line):
+    for line in sys.stdin:
+        count, *adapts = line.split()
+        seconds: list[float] = []
+        ready = time.perf_counter() + options.warm_up
+        with ThreadWaiting() if adapts else nullcontext() as waiting:
+            while len(seconds) < int(count):
                 began = time.perf_counter()
                 trainer.train_step(batch)
-                waiting.after_step()
+                if waiting:
+                    waiting.after_step()
                 if began >= ready:
                     seconds.append(time.perf_counter() - began)
-            print(json.dumps(seconds), flush=True)
+        print(json.dumps(seconds), flush=True)
 
 
 class Worker:
@@ -94,13 +98,13 @@ class Worker:
 
     Args:
         formulation: a key of POLICIES.
-        spin_count: limit of the threads' spinning, or ADAPTS.
+        spin_count: limit of the threads' spinning.
         arguments: command-line arguments that define the step.
     """
 
-    def __init__(self, formulation: str, spin_count: int | None, arguments: Sequence[str]) -> None:
+    def __init__(self, formulation: str, spin_count: int, arguments: Sequence[str]) -> None:
         environment = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-        if spin_count is not ADAPTS:
+        if spin_count != GNU_DEFAULT:  # a process with the setting does not adapt
             environment["GOMP_SPINCOUNT"] = str(spin_count)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.contention", "--worker", formulation, *arguments],
@@ -110,10 +114,10 @@ class Worker:
             text=True,
         )
 
-    def steps(self, count: int) -> list[float]:
+    def steps(self, count: int, adapts: bool = False) -> list[float]:
         """Seconds of `count` steps."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(count, file=self._process.stdin, flush=True)
+        print(count, *(["adapts"] if adapts else []), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"a process that runs training steps ended with code {self._process.wait()}")
@@ -159,21 +163,26 @@ def measure(options: argparse.Namespace, spin_counts: Sequence[int | None]) -> d
     alone: dict[tuple[str, int | None], list[float]] = {key: [] for key in keys}
     contended: dict[tuple[str, int | None], list[float]] = {key: [] for key in keys}
     quiet = QuietWait(60, 5)
-    with ExitStack() as stack, Monitor("contention", len(keys) * (2 * options.rounds + 1)) as monitor:
+    with ExitStack() as stack, Monitor("contention", len(keys) * (2 * options.rounds + 1) - len(POLICIES)) as monitor:
         workers = {}
-        for key in keys:  # one after another, because starting is work
-            workers[key] = stack.enter_context(Worker(*key, arguments))
-            workers[key].steps(1)
-            monitor.advance()
-        for _ in range(options.rounds):
-            for key, worker in workers.items():
-                quiet.wait()
-                alone[key] += worker.steps(options.steps)
+        for formulation, count in keys:  # one after another, because starting is work
+            if count is not ADAPTS:
+                workers[formulation, count] = stack.enter_context(Worker(formulation, count, arguments))
+                workers[formulation, count].steps(1)
                 monitor.advance()
+
+        def sample(formulation: str, count: int | None) -> list[float]:
+            seconds = workers[formulation, count or GNU_DEFAULT].steps(options.steps, count is ADAPTS)
+            monitor.advance()
+            return seconds
+
+        for _ in range(options.rounds):
+            for key in keys:
+                quiet.wait()
+                alone[key] += sample(*key)
             with busy_process():
-                for key, worker in workers.items():
-                    contended[key] += worker.steps(options.steps)
-                    monitor.advance()
+                for key in keys:
+                    contended[key] += sample(*key)
     return {key: Contention(statistics.median(alone[key]), statistics.median(contended[key])) for key in keys}
 
 

@@ -14,7 +14,7 @@ TINY = ["--dns", "w0.50,w1.00", "--image-size", "16", "--batch-size", "2", "--wa
 
 
 def test_worker_prints_the_seconds_of_the_requested_steps(monkeypatch, capsys, policy):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2 adapts\n"))
     contention.main([*TINY, "--worker", "eager"])
     policy("eager")  # restores the policy after the test
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
