@@ -69,7 +69,8 @@ INTRODUCTION = """\
 # Networks that become slimmable
 
 `slimmable` was tried with {count} networks of timm {timm} and torchvision {torchvision}, with random weights.
-{passed} of the {convolutional} convolutional networks pass every check made, {others_passed} of the {others} others.
+{passed} of the {convolutional} convolutional networks pass every check made, {others_passed} of the {others} others
+(transformers, MLPs, and networks built like them).
 Networks that are refused are refused by `slimmable`, before training.
 
 The checks: **full**, outputs equal the original network's within 1e-5 of the largest output; **widths**, forward and

@@ -168,6 +168,11 @@ class PixelOptions:
             channels = len(_finite_numbers("--normalization", mean))
             if min(_finite_numbers("--normalization", std, channels)) <= 0:
                 raise InputError(f"--normalization {self.normalization}: standard deviations must be above 0")
+            if self.channels not in ("auto", channels):
+                raise InputError(
+                    f"--normalization {self.normalization}: give a mean and a deviation of each of the "
+                    f"{self.channels} channels"
+                )
 
 
 def _finite_numbers(flag: str, text: str, count: int | None = None) -> list[float]:

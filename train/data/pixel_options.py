@@ -87,23 +87,31 @@ def resolve_pixels(options: Options, images: ImageDataset, report: Callable[[str
     if options.pixel_range == EIGHT_BIT and (options.channels, options.normalization) == (3, "imagenet"):
         return options
     if (
-        options.pixel_range not in ("auto", "percentile")
+        options.pixel_range not in ("auto", "percentile", EIGHT_BIT)
         and options.channels != "auto"
         and ";" in options.normalization
     ):
         return options
     kinds = {i: is_eight_bit(images.encoded(i), images.file(i)) for i in _readable(images, HEADERS)}
-    if options.pixel_range == EIGHT_BIT or (options.pixel_range == "auto" and all(kinds.values())):
-        if options.channels in ("auto", 3) and options.normalization in ("auto", "imagenet"):
-            return replace(options, channels=3, pixel_range=EIGHT_BIT, normalization="imagenet")
+    ordinary = options.channels in ("auto", 3) and options.normalization in ("auto", "imagenet")
+    eight_bit = options.pixel_range == EIGHT_BIT or (options.pixel_range == "auto" and all(kinds.values()))
+    if eight_bit and ordinary:
+        return replace(options, channels=3, pixel_range=EIGHT_BIT, normalization="imagenet")
+    if eight_bit:
         options = replace(options, pixel_range="0,255")
     elif options.pixel_range == "auto" and any(kinds.values()):
         some, other = (images.file(next(i for i, kind in kinds.items() if kind is wanted)) for wanted in (True, False))
         raise InputError(
             f"{some} has 8 bits and {other} has more, or several pages: they have no common range. "
-            f"Give it, as --pixel-range MIN,MAX, or give --pixel-range {EIGHT_BIT} to keep the upper 8 bits of all"
+            "Give it, as --pixel-range MIN,MAX"
+            + (f", or give --pixel-range {EIGHT_BIT} to keep the upper 8 bits of all" if ordinary else "")
         )
     sample = _read_sample(images)
+    if eight_bit and not 0 <= sample.low <= sample.high <= 255:
+        raise InputError(
+            f"images have values from {sample.low:g} to {sample.high:g}: give their range, as --pixel-range MIN,MAX "
+            f"(--pixel-range {EIGHT_BIT} keeps the upper 8 bits for three channels and ImageNet's mean and std only)"
+        )
     channels = _channels(options, sample)
     low, high = _range(options.pixel_range, sample)
     made = replace(options, channels=channels, pixel_range=f"{low:.9g},{high:.9g}")
