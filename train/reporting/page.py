@@ -43,8 +43,8 @@ figcaption { margin-top: .5rem; font-size: .88rem; }
 details { margin-top: 2.8rem; }
 summary { cursor: pointer; font-size: 1.25rem; font-weight: 600; letter-spacing: -.01em; margin-bottom: .6rem; }
 details td { white-space: normal; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { .card { padding: .3rem .7rem; } th, td { padding-right: .5rem; font-size: .88rem; }
-  thead th { min-width: 3.6rem; } tbody th { white-space: normal; } }
+@media (max-width: 30rem) { .card { padding: .3rem .6rem; } th, td { padding-right: .4rem; font-size: .82rem; }
+  thead th { min-width: 3.2rem; font-size: .76rem; } tbody th { white-space: normal; } }
 @media print { body { max-width: none; background: none; } figure, .card { break-inside: avoid; } }
 """
 
