@@ -171,7 +171,10 @@ def _reasons(operators: dict[str, Any]) -> list[tuple[str, str]]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. arguments: by default those of the process."""
     parser = argparse.ArgumentParser(
-        prog="dspnet-info", description="The machine, its kernel providers, and the reasons why others are not used."
+        prog="dspnet-info",
+        description="Show this machine, the implementations (providers) of the operators that it can run, why it "
+        "cannot run the others, and the verdicts that dspnet-select kept.",
+        epilog="example: dspnet-info --json",
     )
     parser.add_argument("--json", action="store_true", help="JSON output")
     options = parser.parse_args(arguments)

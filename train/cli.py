@@ -47,7 +47,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, JsonHelpFormatter):
         """Descriptions are written in lines of WIDTH: on a narrower terminal, paragraphs are filled again."""
         if self._width == WIDTH or text.startswith("examples:"):
             return super()._fill_text(text, width, indent)
-        return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
+        return "\n\n".join("\n".join(self._split_lines(part, width)) for part in text.split("\n\n"))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Lines of an option's help, in which names of options and commands stay whole."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.dest == "help":
@@ -84,7 +88,9 @@ def parser(command: str, description: str, example: str, usage: str = "[options]
 
 def add_config_file(made: ArgumentParser) -> None:
     """Add --config, which reads options from YAML files, and --print_config."""
-    made.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file with options; repeatable")
+    made.add_argument(
+        "--config", action=ActionConfigFile, metavar="FILE", help="YAML file with options; repeatable, the later wins"
+    )
 
 
 def add_options(made: ArgumentParser, config: type, without: Collection[str] = ()) -> None:

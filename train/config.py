@@ -58,7 +58,8 @@ class DataOptions:
 
     data: str = option(
         "fashion-mnist",
-        "fashion-mnist, cifar10, an image folder, or WebDataset shards such as 'DIR/{000..015}.tar'",
+        "fashion-mnist, cifar10, an image folder (DIR/{train,test}/CLASS/* for labels and a test split), a list file, "
+        "or WebDataset shards such as 'DIR/{000..015}.tar'; see docs/data.md",
         metavar="IMAGES",
     )
     data_backend: str = choice(
@@ -205,7 +206,8 @@ class FamilyOptions(PixelOptions):
     momentum_bn: str = choice(
         "on",
         ("on", "off", "momentum2"),
-        "momentum batch norm (Momentum^2 Teacher) in the target: on; off; or momentum2, with the variance of its code",
+        "momentum batch norm (Momentum^2 Teacher) in the target: on; off; or momentum2, with the variance as in its "
+        "published code",
         metavar="MODE",
     )
     init_from: str | None = option(
@@ -233,7 +235,7 @@ class TeacherOptions:
     teacher_size: int | None = count(
         None, "height and width of the teacher's images, in pixels [its own, at most twice --image-size]"
     )
-    teacher_features: int | None = count(None, "number of features that the teacher must have [any]")
+    teacher_features: int | None = count(None, "features of the teacher; another number is an error [any]")
     teacher_target: str = choice(
         "centred",
         ("centred", "whitened"),
@@ -246,10 +248,13 @@ class TeacherOptions:
     local_weight: float = not_negative(
         0.0, "with a teacher, weight of the loss between the feature maps of subnets and teacher, position by position"
     )
-    teacher_map_channels: int | None = count(None, "number of channels that the teacher's feature map must have [any]")
+    teacher_map_channels: int | None = count(
+        None, "channels of the teacher's feature map; another number is an error [any]"
+    )
     teacher_cache: str | None = option(
         None,
-        "folder for the teacher's features of every image and of its mirror image, which replace those of the views",
+        "folder for the teacher's features of every image and of its mirror image, which replace those of the views; "
+        "not with --local-weight",
         metavar="DIR",
     )
 
@@ -400,7 +405,12 @@ class PretrainConfig(
 class StartOptions:
     """start"""
 
-    from_: str = option("", "run directory of dspnet-pretrain to start from; none: random weights", metavar="DIR")
+    from_: str = option(
+        "",
+        "run directory of dspnet-pretrain to start from; or none: random weights, which needs --network, --dns, --data "
+        "and --image-size",
+        metavar="DIR",
+    )
     dn: str | None = option(None, "network of the run to train alone", metavar="NAME")
     dns: str | None = option(None, "subnets to train jointly [the networks of the run]", metavar="NAMES")
     network: str | None = option(None, f"architecture with --from none: {', '.join(NETWORKS)}, {FORMS}", metavar="NAME")
@@ -411,7 +421,9 @@ class StartOptions:
 class LabelledOptions:
     """data"""
 
-    data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
+    data: str | None = option(
+        None, "labelled images, as for dspnet-pretrain [those of the pretraining run]", metavar="IMAGES"
+    )
     image_size: int | None = count(None, "height and width of the views, in pixels [the pretraining run's]")
     min_scale: float = fraction(0.08, "smallest area of a random crop, as a fraction of the image")
     workers: Workers = option("auto", WORKERS_HELP, True)
@@ -423,7 +435,7 @@ class SupervisedOptions:
 
     epochs: int = count(300, "passes over the images")
     batch_size: int = option(256, "images per step", rule=TWO_IMAGES)
-    lr: float = positive(0.1, "learning rate per 256 images: the peak is lr * batch_size / 256")
+    lr: float = positive(0.1, "learning rate per 256 images: the peak is --lr * --batch-size / 256")
     head_lr: float | None = positive(None, "learning rate of the classifier per 256 images [--lr]")
     momentum: float = below_one(0.9, "SGD momentum")
     weight_decay: float = not_negative(4e-5, "weight decay of tensors with two or more dimensions")

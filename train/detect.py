@@ -65,9 +65,9 @@ class CocoOptions:
         metavar="DIR",
     )
     train_annotations: str = option(TRAIN[0], "training annotations: the NAME in annotations/NAME.json", metavar="NAME")
-    train_images: str = option(TRAIN[1], "folder of the training images in --coco", metavar="DIR")
+    train_images: str = option(TRAIN[1], "name of the folder of the training images in --coco", metavar="DIR")
     val_annotations: str = option(VAL[0], "test annotations: the NAME in annotations/NAME.json", metavar="NAME")
-    val_images: str = option(VAL[1], "folder of the test images in --coco", metavar="DIR")
+    val_images: str = option(VAL[1], "name of the folder of the test images in --coco", metavar="DIR")
     boxes_only: bool = option(False, "train Faster R-CNN on boxes and ignore masks")
     crowds_as_objects: bool = option(
         False, "treat annotations with iscrowd 1 as single objects, for masks that CVAT exports"
@@ -99,7 +99,7 @@ class DetectOptimizationOptions:
 
     steps: int = count(180_000, "training steps")
     lr_drops: str = option(
-        "120000,160000", "steps at which the learning rate is divided by 10; may be empty", metavar="STEPS"
+        "120000,160000", "steps at which the learning rate is divided by 10; '': none", metavar="STEPS"
     )
     batch_size: int = count(16, "images per step")
     lr: float = positive(0.02, "learning rate per 16 images: the peak is lr * batch_size / 16")
@@ -298,14 +298,14 @@ def publish_detect(out: Path, report: Report) -> None:
 
 def make_parser() -> cli.ArgumentParser:
     """The parser of the command."""
-    parser = cli.parser("detect", DESCRIPTION, EXAMPLE, "[options] --dn NAME --coco DIR OUT")
+    parser = cli.parser("detect", DESCRIPTION, EXAMPLE, "[options] --coco DIR OUT")
     parser.add_argument(
         "out",
         type=Path,
         metavar="OUT",
         help="run directory of dspnet-pretrain, or with published --weights a folder for the results",
     )
-    parser.add_argument("--dn", metavar="NAME", help="network of the run, such as w0.50")
+    parser.add_argument("--dn", metavar="NAME", help="network of the run, such as w0.50; not with published --weights")
     cli.add_config_file(parser)
     cli.add_options(parser, DetectOptions)
     return parser

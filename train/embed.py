@@ -33,9 +33,10 @@ from .run.interruption import NOTHING
 from .run.options import DEVICE_HELP, WORKERS_HELP, Workers
 
 DESCRIPTION = """\
-Compute the features of images with a network of a run, or with an exported network.
+Compute the features of images with a network of a run of dspnet-pretrain, or with an exported network. Networks of a
+run of dspnet-finetune give logits.
 Writes them to --out as a NumPy array [images, features], float32, and the names of the images, in the same order,
-to a JSON file beside it."""
+to a JSON file beside it: features.json for features.npy."""
 EXAMPLE = """\
   dspnet-embed runs/first --dn w0.50 --data photos/ --out features.npy
   dspnet-embed runs/first/exported/w0.50 --data cifar10 --split test --out features.npy"""

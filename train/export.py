@@ -32,15 +32,16 @@ from .run.progress import Monitor
 from .teachers.teacher import exported_facts
 
 DESCRIPTION = """\
-Save each network of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network whose weights
-load into timm's and torchvision's classes. Networks of timm:NAME and the like, in sizes that timm does not have, are
-also saved as model.pt2, a program of torch.export. The manifest states the latency on this machine's CPU. Networks of a
-run of dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx adds
-model.onnx, and --formats fp16 and int8 ONNX, OpenVINO and ExecuTorch; --switchable adds one file of all networks that
-can switch between them at run time."""
+Save each network <dn> of a run as OUT/exported/<dn>/model.safetensors and manifest.json: an ordinary network whose
+weights load into timm's and torchvision's classes. Networks of timm:NAME and the like, in sizes that timm does not
+have, are also saved as model.pt2, a program of torch.export. The manifest states the latency on this machine's CPU.
+Networks of a run of dspnet-finetune include their classifier and return logits; the manifest names the classes. --onnx
+adds model.onnx, and --formats fp16 and int8 ONNX, OpenVINO and ExecuTorch; --switchable adds one file of all networks
+that can switch between them at run time."""
 EXAMPLE = """\
   dspnet-export runs/first --dn w0.50
   dspnet-export runs/first --onnx --switchable
+  dspnet-export runs/first --formats onnx-int8,openvino --card
   dspnet-export runs/finetuned"""
 VERIFICATION_IMAGES = 8
 SWITCHABLE = "switchable.safetensors"
@@ -51,17 +52,23 @@ INTERRUPTED = "networks that were exported before are whole: start again, with -
 class ExportOptions:
     """Options of `train.export`."""
 
-    onnx: bool = option(False, "also write model.onnx, and compare its outputs with PyTorch's on images of the run")
+    onnx: bool = option(
+        False,
+        "also write model.onnx, and compare its outputs with PyTorch's on images of the run; needs pip install "
+        "'dspnet-fast[onnx]'",
+    )
     formats: str = option(
         "",
-        f"further formats of each network, verified and measured: {', '.join(device_formats.FILES)}",
+        f"further formats, separated by commas, verified and measured: {', '.join(device_formats.FILES)}",
         metavar="NAMES",
     )
     switchable: bool = option(False, f"also write OUT/exported/{SWITCHABLE}, for dspnet_fast.switchable")
     card: bool = option(False, "also write README.md, a model card for the Hugging Face Hub, with the run's accuracies")
     license: str = option("other", "licence of the weights that the card states, as the Hub names it", metavar="NAME")
     push: str = option(
-        "", "account on the Hub to upload each network to, as NAME/<run>-<dn>; implies --card", metavar="NAME"
+        "",
+        "account on the Hub to upload each network to, as NAME/<run>-<dn>; implies --card; needs huggingface_hub",
+        metavar="NAME",
     )
     batch_size: int = count(1, "images per call for the latency measurement")
     threads: int | None = count(None, "threads for the latency measurement [PyTorch's number]")
@@ -256,7 +263,12 @@ def _commit() -> str | None:
 def _main(argv: Sequence[str]) -> None:
     parser = cli.parser("export", DESCRIPTION, EXAMPLE, "[options] OUT")
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory of dspnet-pretrain or dspnet-finetune")
-    parser.add_argument("--dn", action="append", metavar="NAME", help="network to export; repeatable [all of the run]")
+    parser.add_argument(
+        "--dn",
+        action="append",
+        metavar="NAME",
+        help="network to export, also one that was not trained by itself; repeatable [all of the run]",
+    )
     cli.add_options(parser, ExportOptions)
     parsed = parser.parse_args(argv)
     options, dns = cli.to_config(ExportOptions, parsed), parsed.dn or ()

@@ -24,14 +24,16 @@ from .selection.selection import key_of, select
 from .teachers.teacher import expected_facts, with_teacher
 
 DESCRIPTION = """\
-Select the kernels that dspnet-pretrain --fast-kernels uses on this device, ahead of a run with the same options. In
-another process, which may crash or hang, every provider of every operator is compared with the operator's
-specification on the calls of the run. Then whole training steps are timed in alternation: eager, in plain PyTorch;
-fused, by the operators; and eager again, whose difference from eager shows the precision of the times. Fused steps are
-selected if they are faster by 5 % and by three times this difference.
+Select the kernels that dspnet-pretrain --fast-kernels uses on this device, ahead of a run with the same options;
+those that do not change the steps, such as --out, have no effect. Every provider of an operator (an implementation, in
+C++, Triton or CUDA) is compared with the operator's specification on the calls of the run, in a process of its own, so
+that a crash does no harm. Then whole training steps are timed in alternation: eager, in plain PyTorch; fused, by the
+operators; and eager again, whose difference from eager shows the precision of the times. Fused steps are selected if
+they are faster by 5 % and by three times this difference.
 
 The verdict is kept in ~/.cache/dspnet-fast (or $XDG_CACHE_HOME) and used by all later runs with the same device,
-software, networks and batch; dspnet-info lists the kept verdicts. Without one, long runs select when they start."""
+software, networks and batch; dspnet-info lists the kept verdicts. Without one, runs of ten minutes or more on
+a CPU, fifty on a GPU, select when they start."""
 EXAMPLE = """\
   dspnet-select --network mobilenet_v3_large --dns w0.50,w0.75,w1.00 --image-size 96 --batch-size 256
   dspnet-select --config recipes/dspnet_mobilenet-v3_imagenet_300e.yaml --ranks 8 --again"""

@@ -177,11 +177,13 @@ def test_unexpected_error_gives_one_line_and_exit_code_1(arguments, monkeypatch,
 
 
 @pytest.mark.parametrize(("name", "module"), ENTRIES)
-def test_help_has_usage_and_example_with_the_installed_name(name, module, capsys):
+def test_help_has_usage_and_example_with_the_installed_name(name, module, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert run(importlib.import_module(module), "--help") == DONE
     shown = capsys.readouterr().out
     assert f"usage: {name} " in shown and f"examples:\n  {name} " in shown
     assert not re.search(r"\btrain\.(?!log)|python -m", shown)
+    assert "-\n" not in shown, "names of options and commands stay whole"
 
 
 def test_help_names_the_folder_of_the_recipes(capsys):

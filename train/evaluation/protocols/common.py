@@ -17,7 +17,7 @@ from ...data.datasets.pixels import PixelFormat
 from ...data.pixel_options import read_as
 from ...distributed.process_group import init_sharing
 from ...run.device import choose_device
-from ...run.options import DEVICE_HELP, FAST_KERNELS_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, count, flag, option
+from ...run.options import DEVICE_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, count, flag, option
 from ...run.run_directory import without_bad_images
 from ...selection.kernels import use_kernels
 from ..pretrained import PretrainedFamily
@@ -31,7 +31,11 @@ RUN = "run"
 class EvaluationOptions:
     """data and execution"""
 
-    data: str | None = option(None, "labelled images [those of the pretraining run]", metavar="IMAGES")
+    data: str | None = option(
+        None,
+        "labelled images, as for dspnet-pretrain; needed with published --weights [those of the pretraining run]",
+        metavar="IMAGES",
+    )
     weights: str = option(
         RUN,
         "networks to evaluate: run, those of the pretraining; or a published one, timm:NAME[=FILE], "
@@ -39,12 +43,14 @@ class EvaluationOptions:
         metavar="WEIGHTS",
     )
     image_size: int | None = count(
-        None, "with published --weights, height and width of the views in pixels [those of their training]"
+        None, "with published --weights, height and width of the views in pixels [that of their training]"
     )
-    network_part: str = option("online", "weights to evaluate: online, or target, their moving average", metavar="PART")
+    network_part: str = option("online", "weights of a run: online, or target, their moving average", metavar="PART")
     workers: Workers = option("auto", WORKERS_HELP)
     device: str = option("auto", DEVICE_HELP, metavar="DEVICE")
-    fast_kernels: bool = option(False, FAST_KERNELS_HELP)
+    fast_kernels: bool = option(
+        False, "compute the features of a run's networks by the kernels that are selected for it; see docs/selection.md"
+    )
     plugins: str = option("", PLUGINS_HELP, metavar="MODULES")
 
     @property

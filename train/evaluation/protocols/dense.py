@@ -48,7 +48,7 @@ and on that of untrained networks. --data is a folder of images beside a folder 
 class in every pixel, as VOC, ADE20K and Cityscapes have them, or has COCO's layout. Writes the mean intersection over
 union to OUT/evaluation/dense.json, dense.md and dense.png.
 
-Images and masks are resized and cropped as in the other protocols. Feature maps are computed once and saved in
+The shorter side of images and masks is resized and the centre cropped. Feature maps are computed once and saved in
 OUT/features, which may be deleted. After Ctrl-C the same command continues."""
 EXAMPLE = """\
   dspnet-evaluate dense runs/first --data VOCdevkit/VOC2012
@@ -60,13 +60,15 @@ EXAMPLE = """\
 class DenseOptions(ClassifierOptions):
     """Options of `train.evaluate dense`."""
 
-    masks: str = option("", "name of the folder of masks beside the folder of images [recognised]", metavar="NAME")
+    masks: str = option(
+        "", "name of the folder of masks beside the folder of images [recognised: masks, labels, ...]", metavar="NAME"
+    )
     ignore_labels: str = option(
         str(UNKNOWN), "values of pixels that are neither trained on nor counted, or none", metavar="VALUES"
     )
     epochs: int = count(20, "passes over the images")
     batch_size: int = option(16, "largest number of images per step", rule=TWO_IMAGES)
-    lr: float = positive(1.6, "learning rate per 256 images: the peak is lr * batch_size / 256")
+    lr: float = positive(1.6, "learning rate per 256 images: the peak is --lr * --batch-size / 256")
 
     def ignored(self) -> list[int]:
         """The values in `ignore_labels`."""

@@ -39,7 +39,7 @@ class ClassifierOptions(EvaluationOptions):
 
     epochs: int = count(80, "passes over the images")
     batch_size: int = option(256, "largest number of images per step", rule=TWO_IMAGES)
-    lr: float = positive(0.2, "learning rate per 256 images: the peak is lr * batch_size / 256")
+    lr: float = positive(0.2, "learning rate per 256 images: the peak is --lr * --batch-size / 256")
     momentum: float = below_one(0.9, "SGD momentum")
     seed: int = option(0, "seed of classifier weights, order and augmentation")
 
@@ -57,7 +57,7 @@ class LinearOptions(ClassifierOptions):
     """Options of `train.evaluate linear`."""
 
     augment: bool = option(False, "train on random crops and flips, as in the paper")
-    min_scale: float = fraction(0.08, "smallest area of a random crop, as a fraction of the image")
+    min_scale: float = fraction(0.08, "with --augment, smallest area of a random crop, as a fraction of the image")
 
     def check(self) -> None:
         """Raise InputError for invalid values."""

@@ -56,12 +56,13 @@ class SemiOptions(ClassifierOptions):
     lr: float = positive(0.02, "linear: learning rate per 256 images")
     subset_file: str = option(
         "",
-        "lists of labelled images in place of --shares: files with a name per line, such as SimCLR's",
+        "lists of labelled images in place of --shares: files with an image's name per line, such as SimCLR's, "
+        "separated by commas",
         metavar="FILES",
     )
     shares: str = option("1,10", "percentages of labelled images of each class", metavar="PERCENTS")
-    subset_seed: int = option(SEED, "seed of the subsets; 0: the published subsets")
-    methods: str = option("linear,finetune", "linear, finetune or both", metavar="METHODS")
+    subset_seed: int = option(SEED, "seed that draws the subsets of --shares")
+    methods: str = option("linear,finetune", "linear and finetune, or one of them", metavar="METHODS")
     finetune_epochs: int = count(50, "finetune: passes over the labelled images")
     finetune_lr: float = positive(0.001, "finetune: learning rate of the network per 256 images")
     finetune_head_lr: float = positive(0.02, "finetune: learning rate of the classifier per 256 images")
