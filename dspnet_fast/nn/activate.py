@@ -107,8 +107,8 @@ def activate(
 
 def traced_networks(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, ChannelGroups]]:
     """The networks among modules that `slimmable` has converted: path, network and channel groups."""
-    found = ((path, module, vars(module).get("channel_groups")) for path, module in modules.items())
-    return [(path, module, groups) for path, module, groups in found if groups is not None]
+    traced = [(path, module) for path, module in modules.items() if "channel_groups" in module.__dict__]
+    return [(path, module, vars(module)["channel_groups"]) for path, module in traced]
 
 
 def _activate_groups(
@@ -122,28 +122,31 @@ def _activate_groups(
 ) -> dict[str, int]:
     """Activate the channels of a converted network, one of `modules`; returns the sizes of other modules."""
     start = f"{path}." if path else ""
+
+    def named(name: str) -> nn.Module:
+        module = modules.get(start + name)  # which lacks other names of a module
+        return root.get_submodule(name) if module is None else module
+
     own = {name.removeprefix(start): size for name, size in sizes.items() if name.startswith(start)}
     units, rest = groups.of_sizes(own)
     active.set(root, "active_units", units)
-    for name in groups.tensors:
-        module = modules.get(start + name)  # which lacks other names of a module
-        module = root.get_submodule(name) if module is None else module
+    for name, size in groups.layer_sizes(units).items():
+        module = named(name)
         if isinstance(module, Selected):
-            device = next(t.device for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
-            active.set(module, "active_selection", groups.selection(name, units, device))
+            active.set(module, "active_selection", groups.selection(name, units, module))
         elif isinstance(module, Sized):
-            active.set(module, "active_size", groups.count(name, "weight", 0, units))
+            active.set(module, "active_size", size)
         elif not isinstance(module, SlimBatchNorm):
             raise ValueError(
                 f"{start}{name} was replaced after slimmable(), by {type(module).__name__}: replace layers before"
             )
         managed.add(module)
     for number in groups.numbers:
-        module = root.get_submodule(number.path)
+        module = named(number.path)
         if not isinstance(module, Sized):  # which take the number from their input
             active.set(module, number.attribute, number.attribute_value(module, units))
     for cache, attribute in groups.caches:
-        active.set(root.get_submodule(cache), attribute, {})
+        active.set(named(cache), attribute, {})
     for stage in groups.stages:
         depth = rest.pop(stage.name, len(stage.blocks))
         stage.check(depth)

@@ -136,6 +136,10 @@ class SlimBatchNorm(_BatchNorm):
             RuntimeError: in evaluation, if no statistics were measured for the active subnet.
             ValueError: if the number of channels or images does not fit.
         """
+        return self._normalize(x)
+
+    def _normalize(self, x: Any, act: str = "identity") -> Any:
+        """See `forward`; if the normalisation of a Tensor is deferred, `act` follows it."""
         follow()
         channels = x.shape[1]
         if channels > self.num_features:
@@ -145,7 +149,7 @@ class SlimBatchNorm(_BatchNorm):
         views = self.batch_views
         output = moments_of(x, views, self)
         if output is not None and defers_normalization(x.device):
-            return DeferredTensor.of(Deferred(x, *self._scale_shift(output)))
+            return DeferredTensor.of(Deferred(x, *self._scale_shift(output), act))
         x = computed(x)
         self._check_input_dim(x)
         weight, bias = prefixes(self, channels)

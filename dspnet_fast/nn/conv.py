@@ -84,7 +84,8 @@ class SlimConv2d(Sized, nn.Conv2d):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
         if self._is_product and x.shape[2:].numel() == 1:
-            return self._product(x.flatten(1), out_channels)[:, :, None, None]
+            y = self._product(x.flatten(1), out_channels)
+            return y.view(*y.shape, 1, 1)
         device, dtype = x.device, x.dtype
         if uses_pytorch(device):
             if groups > 1 and dtype in HALF and device.type == "cpu":

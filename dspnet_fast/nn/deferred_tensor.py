@@ -9,6 +9,7 @@ code needs no changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self, cast
 
@@ -40,10 +41,10 @@ class _State:
         self.gradients = torch.is_grad_enabled() if gradients is None else gradients
         self.value: Tensor | None = None
         self.is_read = False
-        changeable = [x.x] if x.gate is None else [x.x, x.gate]
-        if shortcut is not None:
-            changeable += [shortcut.x] if shortcut.gate is None else [shortcut.x, shortcut.gate]
-        self._versions = [(tensor, _version(tensor)) for tensor in changeable]
+        self._versions = [(x.x, _version(x.x))]
+        for tensor in (x.gate, *(() if shortcut is None else (shortcut.x, shortcut.gate))):
+            if tensor is not None:
+                self._versions.append((tensor, _version(tensor)))
 
     @classmethod
     def of_value(cls, value: Tensor) -> _State:
@@ -78,8 +79,7 @@ class _State:
         """The value."""
         if self.value is None:
             self._check()
-            # Without hooks: a checkpoint that computes the value would not see it computed again.
-            with torch.set_grad_enabled(self.gradients), saved_tensors_hooks(_itself, _itself):
+            with torch.set_grad_enabled(self.gradients), _without_hooks():
                 self.value = compute(self.x, self.shortcut, self.act)
         return self.value
 
@@ -115,18 +115,19 @@ class DeferredTensor(Tensor):
     def _made(cls, state: _State, changed: Self | None = None) -> Self:
         """A new tensor, or the tensor `changed` with another state, as by a function that works in place."""
         tensors = state.tensors()
-        if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
-            with torch._C.DisableTorchFunctionSubclass():  # autograd clears the hooks of a changed tensor
+        with torch._C.DisableTorchFunctionSubclass():  # autograd clears the hooks of a changed tensor
+            if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
                 made = _Defer.apply(state, changed, *tensors)
-        else:
-            made = _empty(state.x.x) if changed is None else changed
-        made._state, made._node = state, made._grad_fn()
+            else:
+                made = _empty(state.x.x) if changed is None else changed
+            made._state, made._node = state, made.grad_fn
         return cast(Self, made)
 
     @property
     def state(self) -> _State:
         """What the tensor stands for."""
-        node = self._grad_fn()
+        with torch._C.DisableTorchFunctionSubclass():
+            node = self.grad_fn
         if node is not self._node:  # it is the output of a custom gradient, such as a checkpoint
             with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
                 value = _Read.apply(self, self._state)
@@ -138,10 +139,6 @@ class DeferredTensor(Tensor):
         self._state = state
         if self._node is not None:
             self._node.state = state
-
-    def _grad_fn(self) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.grad_fn
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -226,8 +223,16 @@ class _Read(torch.autograd.Function):
 
 def _empty(like: Tensor) -> DeferredTensor:
     """A tensor without memory."""
-    options: Any = {"strides": like.stride(), "dtype": like.dtype, "device": like.device}
-    return Tensor._make_wrapper_subclass(DeferredTensor, like.shape, **options)
+    return Tensor._make_wrapper_subclass(
+        DeferredTensor, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+    )
+
+
+def _without_hooks() -> AbstractContextManager:
+    """No hooks for saved tensors: a checkpoint in which a value is computed would not see it computed again."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return saved_tensors_hooks(_itself, _itself)
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -327,12 +332,12 @@ def _multiply(a: Any, b: Any = None, *, in_place: bool = False, **options: Any) 
 
 def _mean(x: DeferredTensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
     """The mean over height and width."""
-    over = {d % 4 for d in dim} if isinstance(dim, Sequence) else set()
+    over = {d % 4 for d in dim} if isinstance(dim, (tuple, list)) else set()
     state = x.state
     if options or over != {2, 3} or state.shortcut is not None:
         return NotImplemented
     pooled = mean(state.loaded()).to(state.x.x.dtype)
-    return pooled[:, :, None, None] if keepdim else pooled
+    return pooled.view(*pooled.shape, 1, 1) if keepdim else pooled
 
 
 def _adaptive_mean(x: DeferredTensor, output_size: Any) -> Any:

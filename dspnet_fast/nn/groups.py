@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -99,15 +99,20 @@ class Number:
     full: int
     dimension: Dimension
     units: bool = False
+    _values: dict[tuple[int, ...], int] = field(init=False, default_factory=dict, repr=False, compare=False)
 
-    def value(self, units: Sequence[int]) -> int:
+    def value(self, units: tuple[int, ...]) -> int:
         """The number if each group keeps so many units."""
-        kept = self.dimension.kept(units)
-        if self.units:
-            return self.full * self.dimension.count_units(kept) // self.dimension.count_units()
-        return len(kept) * self.full // len(self.dimension.group)
+        if units not in self._values:
+            kept = self.dimension.kept(units)
+            self._values[units] = (
+                self.full * self.dimension.count_units(kept) // self.dimension.count_units()
+                if self.units
+                else len(kept) * self.full // len(self.dimension.group)
+            )
+        return self._values[units]
 
-    def attribute_value(self, module: nn.Module, units: Sequence[int]) -> Any:
+    def attribute_value(self, module: nn.Module, units: tuple[int, ...]) -> Any:
         """The value of the whole attribute if each group keeps so many units."""
         value = self.value(units)
         if self.place is None:
@@ -143,13 +148,13 @@ class ChannelGroups:
         self.caches: list[tuple[str, str]] = []
         self.stages: tuple[Stage, ...] = ()
         self.fixed_blocks: tuple[str, ...] = ()
-        self._counts: dict[tuple[Any, ...], int | None] = {}
+        self._sizes: dict[tuple[int, ...], dict[str, int | None]] = {}
         self._selections: dict[tuple[Any, ...], dict[str, Positions]] = {}
 
     def __deepcopy__(self, memo: Any) -> ChannelGroups:
         return self  # copies of the network have the same groups
 
-    def reduced(self, units: Sequence[int], depths: Sequence[int]) -> ChannelGroups:
+    def reduced(self, units: tuple[int, ...], depths: Sequence[int]) -> ChannelGroups:
         """The groups of the network of which each group has kept so many units, and each stage so many blocks."""
         removed = tuple(removed_blocks(self.stages, depths))
 
@@ -215,18 +220,22 @@ class ChannelGroups:
 
     def count(self, path: str, name: str, dim: int, units: Sequence[int]) -> int | None:
         """Number of positions of a dimension of a tensor that are kept; None if all are."""
-        key = path, name, dim, tuple(units)
-        if key not in self._counts:
-            self._counts[key] = None
-            for dimension in self.tensors[path].get(name, ()):
+        for dimension in self.tensors[path].get(name, ()):
+            if dimension.dim == dim:
                 count = len(dimension.kept(units))
-                if dimension.dim == dim and count < len(dimension.group):
-                    self._counts[key] = count
-        return self._counts[key]
+                return count if count < len(dimension.group) else None
+        return None
 
-    def selection(self, path: str, units: Sequence[int], device: torch.device) -> dict[str, Positions]:
-        """The kept positions of every tensor of a module of which some are dropped."""
-        key = path, tuple(units), device
+    def layer_sizes(self, units: tuple[int, ...]) -> Mapping[str, int | None]:
+        """By path, how many of the first dimension's positions of each module's weight are kept; None if all are."""
+        if units not in self._sizes:
+            self._sizes[units] = {path: self.count(path, "weight", 0, units) for path in self.tensors}
+        return self._sizes[units]
+
+    def selection(self, path: str, units: tuple[int, ...], module: nn.Module) -> dict[str, Positions]:
+        """The kept positions of every tensor of a module of which some are dropped, on the module's device."""
+        device = _device(module)
+        key = path, units, device
         if key not in self._selections:
             found = {}
             for name, dimensions in self.tensors[path].items():
@@ -251,6 +260,15 @@ class ChannelGroups:
                 axes.append(of.view([-1 if dim == d.dim else 1 for dim in range(tensor.ndim)]))
             sources.append((tensor, axes))
         return labels, sources
+
+
+def _device(module: nn.Module) -> torch.device:
+    """The device of a module's own tensors."""
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                return tensor.device
+    raise TypeError(f"{type(module).__name__} has no tensors")
 
 
 def _compact(kept: np.ndarray, device: torch.device) -> int | Tensor:

@@ -6,10 +6,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from .batch_norm import MomentumBatchNorm, MomentumBatchNorm1d, MomentumBatchNorm2d, SlimBatchNorm
+from .deferred_tensor import DeferredTensor
+from .functional import ACTS, act_name
 from .prefix import Positions, select
 from .recomputation import follow
 
@@ -55,7 +59,11 @@ class SlimBatchNormAct(SlimBatchNorm):
     act: nn.Module
 
     def forward(self, x: Any) -> Any:
-        return self.act(self.drop(super().forward(x)))
+        drop, act = self.drop, self.act
+        if torch.compiler.is_compiling() or not (_does_nothing(drop) and type(act) in ACTS and _is_plain(act)):
+            return act(drop(self._normalize(x)))
+        y = self._normalize(x, act_name(act))
+        return y if isinstance(y, DeferredTensor) else act(y)  # a call of a module takes longer than to defer
 
 
 class MomentumBatchNormAct2d(SlimBatchNormAct, MomentumBatchNorm2d):
@@ -110,6 +118,18 @@ def _read(module: Selected, name: str) -> Tensor | None:
     tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
     positions = module.active_selection.get(name)
     return tensor if tensor is None or positions is None else select(tensor, positions)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module does what its class does: no hooks and no other forward method."""
+    state = module.__dict__
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+    return not (hooks or state["_backward_pre_hooks"] or "forward" in state or _has_any_global_hook())
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    """Whether a call of a module returns its argument, unseen by anybody."""
+    return type(module) is nn.Identity and _is_plain(module)
 
 
 def _rebuild(kind: type[nn.Module], names: tuple[str, ...], skips: bool) -> Selected:

@@ -15,7 +15,7 @@ from .prefix import select
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, groups: ChannelGroups, units: Sequence[int], depths: Sequence[int]) -> None:
+def shrink(model: nn.Module, groups: ChannelGroups, units: tuple[int, ...], depths: Sequence[int]) -> None:
     """Cut an ordinary network to a subnet, in place.
 
     Args:
@@ -26,8 +26,7 @@ def shrink(model: nn.Module, groups: ChannelGroups, units: Sequence[int], depths
     """
     for path in groups.tensors:
         module = model.get_submodule(path)
-        device = next(t.device for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
-        for name, positions in groups.selection(path, units, device).items():
+        for name, positions in groups.selection(path, units, module).items():
             tensor = module._parameters.get(name, module._buffers.get(name))
             assert tensor is not None
             cut = select(tensor, positions).clone()

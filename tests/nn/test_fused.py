@@ -1,6 +1,7 @@
 """Networks that fused() has prepared compute the same with operators as in plain PyTorch."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GELU, BatchNormAct2d, GELUTanh
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 from dspnet_fast import ops
@@ -122,6 +124,44 @@ def test_activation_function_is_deferred(act, name, policy):
     x = torch.randn(4, 3, 4, 4).double()
     assert network(x).state.x.act == name
     torch.testing.assert_close(results(network, x, "native"), results(network, x, "eager"))
+
+
+def test_activation_of_timms_normalisation_is_deferred_without_calls_of_its_modules():
+    network = fused(chain(3, 8, norm=BatchNormAct2d).double(), torch.randn(2, 3, 4, 4).double())
+    x = torch.randn(4, 3, 4, 4).double()
+    y = network(x)
+    assert y.state.x.act == "relu" and y.state.value is None
+    torch.testing.assert_close(results(network, x, "native"), results(network, x, "eager"))
+
+
+@pytest.mark.parametrize("name", ["drop", "act"])
+@pytest.mark.parametrize("kind", ["forward hook", "pre-hook", "backward hook", "global hook", "forward method"])
+def test_modules_of_timms_normalisation_that_somebody_watches_are_called(name, kind):
+    norm = functools.partial(BatchNormAct2d, inplace=False)
+    network = fused(chain(3, 8, norm=norm).double(), torch.randn(2, 3, 4, 4).double())
+    watched, seen = getattr(network[1], name), []
+    handle = None
+    if kind == "global hook":
+        handle = register_module_forward_hook(lambda module, *_: seen.append(kind) if module is watched else None)
+    elif kind == "forward hook":
+        watched.register_forward_hook(lambda *_: seen.append(kind))
+    elif kind == "pre-hook":
+        watched.register_forward_pre_hook(lambda *_: seen.append(kind))
+    elif kind == "backward hook":
+        watched.register_full_backward_hook(lambda *_: seen.append(kind))
+    else:
+        original = watched.forward
+        watched.forward = lambda x: seen.append(kind) or original(x)
+    network(torch.randn(4, 3, 4, 4).double()).sum().backward()
+    if handle is not None:
+        handle.remove()
+    assert seen == [kind]
+
+
+def test_dropout_of_timms_normalisation_runs():
+    network = fused(chain(3, 8, norm=BatchNormAct2d), torch.randn(2, 3, 4, 4))
+    network[1].drop = nn.Dropout(0.5)
+    assert (network(torch.randn(4, 3, 16, 16)) == 0).float().mean() > 0.7  # half of ReLU's positive outputs too
 
 
 def test_ordinary_layers_outside_of_chains_keep_their_classes():
