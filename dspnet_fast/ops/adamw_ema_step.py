@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, cuda
-from .flat_step import check_buffers, check_scalars, check_segments, read_on_cpu
+from .flat_step import blocks, check_buffers, check_scalars, check_segments, read_on_cpu
 from .registry import operator
 
 
@@ -94,21 +94,25 @@ def adamw_ema_step(
     if apply is None:
         steps.add_(1)
     else:  # if it is false, nothing is added to anything
-        grads.masked_fill_(~apply, 0)
         steps.add_(apply)
         lr, to_online, first = (torch.where(apply, scalar, 0) for scalar in (lr, to_online, first))
         second = torch.where(apply, second, 1)
     done = steps.double().clamp(min=1)
     step_size, correction = lr / (1 - beta1**done), (1 - beta2**done).rsqrt()
-    segments = [params.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)]
-    if segments:
-        torch._foreach_mul_(segments, (1 - lr * weight_decay).to(params.dtype))
-    momenta.lerp_(grads, first.to(params.dtype))
-    variances.mul_(second.to(params.dtype)).addcmul_(grads, grads, value=1 - beta2)
-    denominators = variances.sqrt().mul_(correction.to(params.dtype)).add_(eps)
-    params.sub_((momenta / denominators).mul_(step_size.to(params.dtype)))
-    targets.lerp_(params[: len(targets)], to_online.to(params.dtype))
-    grads.zero_()
+    kept, first, second, correction, step_size, to_online = (
+        scalar.to(params.dtype) for scalar in (1 - lr * weight_decay, first, second, correction, step_size, to_online)
+    )
+    for (p, g, m, v, target), at, of in blocks((params, grads, momenta, variances, targets), starts, sizes):
+        if apply is not None:
+            g.masked_fill_(~apply, 0)
+        if at:
+            torch._foreach_mul_([p.narrow(0, start, size) for start, size in zip(at, of, strict=True)], kept)
+        m.lerp_(g, first)
+        v.mul_(second).addcmul_(g, g, value=1 - beta2)
+        denominators = v.sqrt().mul_(correction).add_(eps)
+        p.sub_((m / denominators).mul_(step_size))
+        target.lerp_(p[: len(target)], to_online)
+        g.zero_()
 
 
 cpp.serve(adamw_ema_step)

@@ -1,9 +1,11 @@
-"""Checks of the operators that update flat buffers: lars_ema_step and adamw_ema_step."""
+"""What the operators that update flat buffers share, lars_ema_step and adamw_ema_step: checks and blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 19  # elements: 2 MB of each buffer, which a core's cache holds while one pass follows another
 
 
 def check_buffers(op: str, flats: Mapping[str, Tensor], targets: Tensor) -> None:
@@ -50,6 +52,33 @@ def check_segments(op: str, params: Tensor, starts: Sequence[int], sizes: Sequen
                 f"at {len(params)} or earlier"
             )
         end = start + size
+
+
+def blocks(
+    flats: Sequence[Tensor], starts: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[list[Tensor], list[int], Sequence[int]]]:
+    """Parts of vectors in which no segment is cut, to be updated one after another.
+
+    On a CPU a part has `BLOCK` elements or one long segment, so that all passes over it but the first find it in the
+    cache; elsewhere it is the whole.
+
+    Args:
+        flats: vectors, of which the last may be shorter.
+        starts: first elements of segments, in ascending order.
+        sizes: numbers of elements of the segments, which do not overlap.
+
+    Returns:
+        Views of each vector, and starts and sizes of the segments in them.
+    """
+    length, least = len(flats[0]), BLOCK if flats[0].is_cpu else len(flats[0])
+    ends = [*starts[1:], length] if starts else []
+    begin = first = 0
+    for index, end in enumerate(ends, 1):
+        if end - begin >= least or index == len(ends):
+            yield [flat[begin:end] for flat in flats], [s - begin for s in starts[first:index]], sizes[first:index]
+            begin, first = end, index
+    if not starts:
+        yield list(flats), [], []
 
 
 def read_on_cpu(apply: Tensor | None) -> tuple[bool, Tensor | None]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, cuda
-from .flat_step import check_buffers, check_scalars, check_segments, read_on_cpu
+from .flat_step import blocks, check_buffers, check_scalars, check_segments, read_on_cpu
 from .registry import operator
 
 
@@ -79,22 +79,22 @@ def lars_ema_step(
         grads.zero_()
         return
     lr, to_online, decay = lr.to(params.dtype), (1 - tau).to(params.dtype), params.new_full((), momentum)
-    if starts:
-        weights, updates = (
-            [flat.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)] for flat in (params, grads)
-        )
-        torch._foreach_add_(updates, weights, alpha=weight_decay)
-        weight_norms, update_norms = (torch.stack(torch._foreach_norm(segments)) for segments in (weights, updates))
-        ratio = eta * weight_norms / update_norms
-        trust = torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio)
-        torch._foreach_mul_(updates, list(trust.unbind()))
     if apply is not None:  # if it is false, nothing is added to anything
-        grads.masked_fill_(~apply, 0)
         lr, to_online, decay = torch.where(apply, lr, 0), torch.where(apply, to_online, 0), torch.where(apply, decay, 1)
-    torch.addcmul(grads, momenta, decay, out=momenta)
-    params.addcmul_(momenta, lr, value=-1)
-    targets.lerp_(params[: len(targets)], to_online)
-    grads.zero_()
+    for (p, g, m, target), at, of in blocks((params, grads, momenta, targets), starts, sizes):
+        if at:
+            weights, updates = ([x.narrow(0, start, size) for start, size in zip(at, of, strict=True)] for x in (p, g))
+            torch._foreach_add_(updates, weights, alpha=weight_decay)
+            weight_norms, update_norms = (torch.stack(torch._foreach_norm(parts)) for parts in (weights, updates))
+            ratio = eta * weight_norms / update_norms
+            trust = torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio)
+            torch._foreach_mul_(updates, list(trust.unbind()))
+        if apply is not None:
+            g.masked_fill_(~apply, 0)
+        torch.addcmul(g, m, decay, out=m)
+        p.addcmul_(m, lr, value=-1)
+        target.lerp_(p[: len(target)], to_online)
+        g.zero_()
 
 
 cpp.serve(lars_ema_step)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from dspnet_fast.ops import cpp
+from dspnet_fast.ops import cpp, flat_step
 from tests.ops import test_adamw_ema_step, test_lars_ema_step
 from tests.ops.flat_steps import DTYPES, LAYOUTS, check_apply, copy
 
@@ -52,6 +52,28 @@ def test_step_whose_apply_only_the_device_knows(operator, rules, policy, monkeyp
     policy("native")
     monkeypatch.setattr(sys.modules[f"dspnet_fast.ops.{operator}"], "read_on_cpu", lambda apply: (True, apply))
     check_apply(rules.step, rules.make("odd sizes", torch.float32), rules.BUFFERS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("least", [1, 800, 5000, 50_000])
+def test_blocks_change_no_bit(rules, policy, monkeypatch, layout, least):
+    policy("native")
+    whole = rules.make(layout, torch.float32)
+    in_blocks = copy(whole)
+    rules.step(**whole)
+    monkeypatch.setattr(flat_step, "BLOCK", least)
+    rules.step(**in_blocks)
+    assert all(torch.equal(whole[name], in_blocks[name]) for name in rules.BUFFERS)
+
+
+def test_blocks_hold_every_element_once_and_whole_segments(monkeypatch):
+    monkeypatch.setattr(flat_step, "BLOCK", 10)
+    flats = torch.arange(40), torch.arange(25)
+    parts = list(flat_step.blocks(flats, [2, 6, 9, 30], [3, 3, 15, 5]))
+    assert torch.equal(torch.cat([views[0] for views, _, _ in parts]), flats[0])
+    assert torch.equal(torch.cat([views[1] for views, _, _ in parts]), flats[1])
+    segments = [(int(views[0][0]) + s, n) for views, at, of in parts for s, n in zip(at, of)]
+    assert segments == [(2, 3), (6, 3), (9, 15), (30, 5)] and len(parts) == 2
 
 
 @pytest.mark.parametrize("provider", ["cpp"], indirect=True)
