@@ -3,10 +3,12 @@
     python tests/kernels/ahead_of_time.py conv_moments 90
 
 calls the operator's launchers with meta tensors of the shapes in benchmarks/ops/layers.py, and compiles each distinct
-launch for compute capability 9.0. Prints a line of JSON for each: registers, stack (spilled registers), shared memory,
-and for tiles of bf16 and f32 the bytes of a thread's loads.
+launch for compute capability 9.0; with a further argument N only every N-th launch of each kernel. Prints a line of
+JSON for each: registers, stack (spilled registers), shared memory, and for tiles of bf16 and f32 the bytes of a
+thread's loads.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -163,16 +165,22 @@ def load_widths(ttgir: str, dtype: str, threads: int) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    operator, capability = sys.argv[1], int(sys.argv[2])
-    found = launches(operator)
-    ahead.set_target(capability)
-    for distinct in found:
-        compiled, options = distinct.compile(), dict(distinct.options)
-        line = {"kernel": distinct.kernel.split(":")[1], "sm": capability, "triton": triton.__version__}
-        threads = 32 * options["num_warps"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("operator")
+    parser.add_argument("capability", type=int)
+    parser.add_argument("every", type=int, nargs="?", default=1)
+    options = parser.parse_args()
+    by_kernel: dict[str, list[Launch]] = {}
+    for call in launches(options.operator):
+        by_kernel.setdefault(call.kernel, []).append(call)
+    ahead.set_target(options.capability)
+    for distinct in (chosen for found in by_kernel.values() for chosen in found[:: options.every]):
+        compiled, tile = distinct.compile(), dict(distinct.options)
+        line = {"kernel": distinct.kernel.split(":")[1], "sm": options.capability, "triton": triton.__version__}
+        threads = 32 * tile["num_warps"]
         widths = {dtype: load_widths(compiled.asm["ttgir"], dtype, threads) for dtype in ("bf16", "f32")}
         line["shared"] = compiled.metadata.shared
-        print(json.dumps(line | options | usage(compiled.asm["cubin"]) | widths), flush=True)
+        print(json.dumps(line | tile | usage(compiled.asm["cubin"]) | widths), flush=True)
 
 
 if __name__ == "__main__":
