@@ -7,11 +7,11 @@ environment. Without it, a training `adapts`: its threads sleep while other proc
 (train/run/thread_waiting.py).
 
 Each limit has a process for each formulation; steps that adapt alternate with steps that do not in the process of the
-default limit, because two processes that do the same differ by up to 10 %. All take samples in turn, alone and then
-beside a process that keeps one core busy, after some seconds in which a training adapts. Times are medians. `ratio` is
-the time beside the busy process over the time alone; with C cores in use and one busy process more, a fair scheduler
-gives a step C / (C + 1) of the processor time: (C + 1) / C is the best ratio. `cost` is the time alone over that with
-GNU OpenMP's default, minus 1.
+default limit, because two processes that do the same differ by up to 10 %. All take samples in random order, alone and
+then beside a process that keeps one core busy, after some seconds in which a training adapts. Times are medians.
+`ratio` is the time beside the busy process over the time alone; with C cores in use and one busy process more, a fair
+scheduler gives a step C / (C + 1) of the processor time: (C + 1) / C is the best ratio. `cost` is the time alone over
+that with GNU OpenMP's default, minus 1.
 
 The last line is machine-readable, for steps with fast kernels that adapt:
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ WARM_UP = 3.0  # seconds of steps before a sample
 EPILOG = """\
 examples:
   python -m benchmarks.contention
-      a training, and GNU OpenMP's default, in about three minutes on two cores
+      a training, and GNU OpenMP's default, in about five minutes on two cores
   python -m benchmarks.contention --spin-counts 2000,20000
       other limits besides
 """
@@ -176,12 +177,13 @@ def measure(options: argparse.Namespace, spin_counts: Sequence[int | None]) -> d
             monitor.advance()
             return seconds
 
+        order = random.Random(0)
         for _ in range(options.rounds):
-            for key in keys:
+            for key in order.sample(keys, len(keys)):
                 quiet.wait()
                 alone[key] += sample(*key)
             with busy_process():
-                for key in keys:
+                for key in order.sample(keys, len(keys)):
                     contended[key] += sample(*key)
     return {key: Contention(statistics.median(alone[key]), statistics.median(contended[key])) for key in keys}
 
@@ -202,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dns", default="w0.50,w0.75,w1.00", metavar="NAMES", help="the family [%(default)s]")
     parser.add_argument("--image-size", type=int, default=96, metavar="PX", help="height and width [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per step [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="samples per process [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="samples per process [%(default)s]")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps per sample [%(default)s]")
     parser.add_argument(
         "--spin-counts",

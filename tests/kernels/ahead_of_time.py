@@ -12,7 +12,6 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
