@@ -7,11 +7,12 @@ environment. Without it, a training `adapts`: its threads sleep while other proc
 (train/run/thread_waiting.py).
 
 Each limit has a process for each formulation; steps that adapt alternate with steps that do not in the process of the
-default limit, because two processes that do the same differ by up to 10 %. All take samples in random order, alone and
-then beside a process that keeps one core busy, after some seconds in which a training adapts. Times are medians.
-`ratio` is the time beside the busy process over the time alone; with C cores in use and one busy process more, a fair
-scheduler gives a step C / (C + 1) of the processor time: (C + 1) / C is the best ratio. `cost` is the time alone over
-that with GNU OpenMP's default, minus 1.
+default limit, because two processes that do the same differ by up to 10 %. In every round all take a sample alone and
+one beside a process that keeps one core busy, in random order, after some seconds in which a training adapts. Times are
+medians of the rounds, and so are the quotients, because a machine may be slow for a minute. `ratio` is the time beside
+the busy process over the time alone; with C cores in use and one busy process more, a fair scheduler gives a step
+C / (C + 1) of the processor time: (C + 1) / C is the best ratio. `cost` is the time alone over that with GNU OpenMP's
+default, minus 1.
 
 The last line is machine-readable, for steps with fast kernels that adapt:
 
@@ -145,15 +146,24 @@ def busy_process() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Contention:
-    """Median seconds of a step, alone and beside a busy process."""
+    """Median seconds of a step in each round, alone and beside a busy process."""
 
-    alone: float
-    contended: float
+    alone: Sequence[float]
+    contended: Sequence[float]
 
     @property
     def ratio(self) -> float:
         """Time beside a busy process over time alone."""
-        return self.contended / self.alone
+        return _quotient(self.contended, self.alone)
+
+    def cost(self, default: Contention) -> float:
+        """Time alone over that with the default, minus 1."""
+        return _quotient(self.alone, default.alone) - 1
+
+
+def _quotient(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' quotients."""
+    return statistics.median(time / other for time, other in zip(times, others, strict=True))
 
 
 def measure(options: argparse.Namespace, spin_counts: Sequence[int | None]) -> dict[tuple[str, int | None], Contention]:
@@ -172,20 +182,20 @@ def measure(options: argparse.Namespace, spin_counts: Sequence[int | None]) -> d
                 workers[formulation, count].steps(1)
                 monitor.advance()
 
-        def sample(formulation: str, count: int | None) -> list[float]:
+        def sample(formulation: str, count: int | None) -> float:
             seconds = workers[formulation, count or GNU_DEFAULT].steps(options.steps, count is ADAPTS)
             monitor.advance()
-            return seconds
+            return statistics.median(seconds)
 
         order = random.Random(0)
         for _ in range(options.rounds):
             for key in order.sample(keys, len(keys)):
                 quiet.wait()
-                alone[key] += sample(*key)
+                alone[key].append(sample(*key))
             with busy_process():
                 for key in order.sample(keys, len(keys)):
-                    contended[key] += sample(*key)
-    return {key: Contention(statistics.median(alone[key]), statistics.median(contended[key])) for key in keys}
+                    contended[key].append(sample(*key))
+    return {key: Contention(alone[key], contended[key]) for key in keys}
 
 
 def numbers(text: str) -> list[int]:
@@ -231,11 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table("step", "spin count", "alone ms", "cost", "beside a busy process ms", "ratio")
     for column in table.columns[1:]:
         column.justify = "right"
-    cost = {key: result.alone / results[key[0], GNU_DEFAULT].alone - 1 for key, result in results.items()}
+    cost = {key: result.cost(results[key[0], GNU_DEFAULT]) for key, result in results.items()}
     for key, result in results.items():
         formulation, count = key
-        times = f"{1e3 * result.alone:.0f}", f"{cost[key]:+.1%}", f"{1e3 * result.contended:.0f}"
-        table.add_row(formulation, "adapts" if count is ADAPTS else f"{count:,}", *times, f"{result.ratio:.2f}")
+        alone, contended = (f"{1e3 * statistics.median(times):.0f}" for times in (result.alone, result.contended))
+        limit = "adapts" if count is ADAPTS else f"{count:,}"
+        table.add_row(formulation, limit, alone, f"{cost[key]:+.1%}", contended, f"{result.ratio:.2f}")
     console.print(table)
     key = "fused", ADAPTS
     print(f"contended_ratio={results[key].ratio:.2f} quiet_cost={cost[key]:.3f}")
