@@ -102,11 +102,12 @@ def adamw_ema_step(
     kept, first, second, correction, step_size, to_online = (
         scalar.to(params.dtype) for scalar in (1 - lr * weight_decay, first, second, correction, step_size, to_online)
     )
-    for (p, g, m, v, target), at, of in blocks((params, grads, momenta, variances, targets), starts, sizes):
+    decayed = [params.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)]
+    for (p, g, m, v, target), segments in blocks((params, grads, momenta, variances, targets), starts):
         if apply is not None:
             g.masked_fill_(~apply, 0)
-        if at:
-            torch._foreach_mul_([p.narrow(0, start, size) for start, size in zip(at, of, strict=True)], kept)
+        if starts:
+            torch._foreach_mul_(decayed[segments], kept)
         m.lerp_(g, first)
         v.mul_(second).addcmul_(g, g, value=1 - beta2)
         denominators = v.sqrt().mul_(correction).add_(eps)

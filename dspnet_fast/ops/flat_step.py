@@ -54,9 +54,7 @@ def check_segments(op: str, params: Tensor, starts: Sequence[int], sizes: Sequen
         end = start + size
 
 
-def blocks(
-    flats: Sequence[Tensor], starts: Sequence[int], sizes: Sequence[int]
-) -> Iterator[tuple[list[Tensor], list[int], Sequence[int]]]:
+def blocks(flats: Sequence[Tensor], starts: Sequence[int]) -> Iterator[tuple[list[Tensor], slice]]:
     """Parts of vectors in which no segment is cut, to be updated one after another.
 
     On a CPU a part has `BLOCK` elements or one long segment, so that all passes over it but the first find it in the
@@ -64,21 +62,17 @@ def blocks(
 
     Args:
         flats: vectors, of which the last may be shorter.
-        starts: first elements of segments, in ascending order.
-        sizes: numbers of elements of the segments, which do not overlap.
+        starts: first elements of segments, which do not overlap, in ascending order.
 
     Returns:
-        Views of each vector, and starts and sizes of the segments in them.
+        Views of each vector, and the indices of the segments in them, at least one unless there are none.
     """
     length, least = len(flats[0]), BLOCK if flats[0].is_cpu else len(flats[0])
-    ends = [*starts[1:], length] if starts else []
     begin = first = 0
-    for index, end in enumerate(ends, 1):
-        if end - begin >= least or index == len(ends):
-            yield [flat[begin:end] for flat in flats], [s - begin for s in starts[first:index]], sizes[first:index]
+    for index, end in enumerate([*starts[1:], length], 1):
+        if end - begin >= least or end == length:
+            yield [flat[begin:end] for flat in flats], slice(first, index)
             begin, first = end, index
-    if not starts:
-        yield list(flats), [], []
 
 
 def read_on_cpu(apply: Tensor | None) -> tuple[bool, Tensor | None]:

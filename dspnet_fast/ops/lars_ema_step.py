@@ -81,14 +81,19 @@ def lars_ema_step(
     lr, to_online, decay = lr.to(params.dtype), (1 - tau).to(params.dtype), params.new_full((), momentum)
     if apply is not None:  # if it is false, nothing is added to anything
         lr, to_online, decay = torch.where(apply, lr, 0), torch.where(apply, to_online, 0), torch.where(apply, decay, 1)
-    for (p, g, m, target), at, of in blocks((params, grads, momenta, targets), starts, sizes):
-        if at:
-            weights, updates = ([x.narrow(0, start, size) for start, size in zip(at, of, strict=True)] for x in (p, g))
-            torch._foreach_add_(updates, weights, alpha=weight_decay)
-            weight_norms, update_norms = (torch.stack(torch._foreach_norm(parts)) for parts in (weights, updates))
-            ratio = eta * weight_norms / update_norms
-            trust = torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio)
-            torch._foreach_mul_(updates, list(trust.unbind()))
+    updates: list[Tensor] = []
+    trust: list[Tensor] = []
+    if starts:  # not block by block: a part that all cores have just read is slow to write if they share no cache
+        weights, updates = (
+            [flat.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)] for flat in (params, grads)
+        )
+        torch._foreach_add_(updates, weights, alpha=weight_decay)
+        weight_norms, update_norms = (torch.stack(torch._foreach_norm(segments)) for segments in (weights, updates))
+        ratio = eta * weight_norms / update_norms
+        trust = list(torch.where((weight_norms == 0) | (update_norms == 0), 1, ratio).unbind())
+    for (p, g, m, target), segments in blocks((params, grads, momenta, targets), starts):
+        if starts:
+            torch._foreach_mul_(updates[segments], trust[segments])
         if apply is not None:
             g.masked_fill_(~apply, 0)
         torch.addcmul(g, m, decay, out=m)

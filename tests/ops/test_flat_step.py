@@ -69,11 +69,11 @@ def test_blocks_change_no_bit(rules, policy, monkeypatch, layout, least):
 def test_blocks_hold_every_element_once_and_whole_segments(monkeypatch):
     monkeypatch.setattr(flat_step, "BLOCK", 10)
     flats = torch.arange(40), torch.arange(25)
-    parts = list(flat_step.blocks(flats, [2, 6, 9, 30], [3, 3, 15, 5]))
-    assert torch.equal(torch.cat([views[0] for views, _, _ in parts]), flats[0])
-    assert torch.equal(torch.cat([views[1] for views, _, _ in parts]), flats[1])
-    segments = [(int(views[0][0]) + s, n) for views, at, of in parts for s, n in zip(at, of)]
-    assert segments == [(2, 3), (6, 3), (9, 15), (30, 5)] and len(parts) == 2
+    views, segments = zip(*flat_step.blocks(flats, [2, 6, 9, 30]))
+    for index, flat in enumerate(flats):
+        assert torch.equal(torch.cat([part[index] for part in views]), flat)
+    assert [len(part[0]) for part in views] == [30, 10] and segments == (slice(0, 3), slice(3, 4))
+    assert [len(part[0]) for part, _ in flat_step.blocks(flats, [])] == [40]
 
 
 @pytest.mark.parametrize("provider", ["cpp"], indirect=True)
