@@ -21,7 +21,8 @@ Prefixes = tuple[Any, Any]  # of weight and bias: tensors, or None as for the pa
 class _Shared:
     """Prefixes that layers use whenever they run within `shared_prefixes`."""
 
-    def __init__(self, collects: bool) -> None:
+    def __init__(self, collects: bool, whole: bool) -> None:
+        self.whole = whole
         self.found: dict[tuple[nn.Module, tuple[int, ...], torch.dtype | None], Prefixes] = {}
         self.leaves: list[tuple[Tensor, Tensor]] | None = [] if collects else None  # (prefix of main_grad, leaf)
 
@@ -37,20 +38,23 @@ _shared: _Shared | None = None
 
 
 @contextmanager
-def shared_prefixes(collects: bool = False) -> Iterator[None]:
+def shared_prefixes(collects: bool = False, whole: bool = True) -> Iterator[None]:
     """Within this context a layer that runs several times uses the same prefixes, so their gradient is added once.
 
     Contexts within a context share its prefixes.
 
     Args:
         collects: whether the backward pass also ends within the context. The gradients of prefixes are then added to
-            `main_grad` at the end of the context, all in one call: a call for each costs more on small layers.
+            `main_grad` at the end of the context, all in one call: a call for each costs more on small layers, and
+            on cores without a common cache.
+        whole: whether this includes gradients of whole weights in 16 bits. Without it they are added during the
+            backward pass, as is needed if they are all-reduced meanwhile.
     """
     global _shared
     if _shared is not None:
         yield
         return
-    _shared = _Shared(collects)
+    _shared = _Shared(collects, whole)
     try:
         yield
         with torch.no_grad():
@@ -109,8 +113,7 @@ def _of(weight: Any, sizes: tuple[int, ...], dtype: torch.dtype | None) -> Any:
     buffer = main_grad(weight)
     if buffer is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _prefix(weight, sizes).to(dtype)
-    if full or _shared is None or _shared.leaves is None:
-        # Casts of the full network's weights stay here: its gradients are all-reduced during its backward pass.
+    if _shared is None or _shared.leaves is None or (full and not _shared.whole):
         return _Prefix.apply(weight, buffer, sizes, dtype)
     leaf = _copy(weight.detach(), sizes, dtype).requires_grad_(weight.requires_grad)
     _shared.leaves.append((_prefix(buffer, sizes), leaf))

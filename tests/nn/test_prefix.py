@@ -51,6 +51,16 @@ def test_a_frozen_weight_gets_no_gradient():
     assert x.grad.abs().sum() > 0 and not conv.weight.main_grad.any()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradients_of_whole_weights_in_16_bits_are_added_when_asked(whole):
+    conv = SlimConv2d(4, 8, 3, bias=False)
+    conv.weight.main_grad = torch.zeros_like(conv.weight)
+    with shared_prefixes(collects=True, whole=whole):
+        conv(torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)).sum().backward()
+        assert bool(conv.weight.main_grad.any()) != whole
+    assert conv.weight.main_grad.all()
+
+
 def test_gradients_are_added_when_the_context_ends():
     conv = SlimConv2d(6, 8, 3, bias=False)
     conv.weight.main_grad = torch.zeros_like(conv.weight)

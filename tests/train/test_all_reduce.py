@@ -24,9 +24,10 @@ class RecordingWorld:
         return lambda: piece.mul_(2)
 
 
-def make(network):
+def make(network, precision="fp32"):
     torch.manual_seed(0)
-    model = DSPNet(network, family(network, NETWORKS[network]), "small", 32, 16).double()
+    model = DSPNet(network, family(network, NETWORKS[network]), "small", 32, 16, precision=precision)
+    model = model.double() if precision == "fp32" else model
     flat, world = FlatBuffers(model.online, model.target), RecordingWorld()
     parts = [*(f"encoder.{stage}" for stage in model.online.encoder.stages), "projector"]
     return model, flat, world, GradientAllReduce(flat, world), parts
@@ -58,15 +59,18 @@ def test_gradient_ready_hook_fires_in_backward_order(network, formulation, polic
         assert not torch.equal(grads[:start], flat.grads[:start])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_pieces_cover_the_gradient_once_and_hold_its_final_values(overlap):
-    model, flat, world, all_reduce, parts = make("resnet")
+def test_pieces_cover_the_gradient_once_and_hold_its_final_values(overlap, precision, policy):
+    policy("eager")
+    model, flat, world, all_reduce, parts = make("resnet", precision)
+    model.overlaps_all_reduce = overlap
     if overlap:
         all_reduce.overlap(model.online, parts)
     for _ in range(2):
         world.pieces.clear()
         all_reduce.begin(len(model.family), model.encoder_passes)
-        model.accumulate(torch.randn(8, 3, 16, 16, dtype=torch.float64), list(model.family))
+        model.accumulate(torch.randn(8, 3, 16, 16, dtype=flat.grads.dtype), list(model.family))
         local = flat.grads.clone()
         sent_early = len(world.pieces)
         all_reduce.finish()

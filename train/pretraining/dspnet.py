@@ -123,6 +123,7 @@ class DSPNet(nn.Module):
 
     Attributes:
         loss_scale: factor of the loss in backward passes, a scalar on the device; None for 1.
+        overlaps_all_reduce: whether gradients are all-reduced during the full network's backward pass.
 
     Args:
         network: a key of `dspnet_fast.models.NETWORKS`.
@@ -166,6 +167,7 @@ class DSPNet(nn.Module):
         self.local_weight = local_weight
         self.precision = precision
         self.loss_scale: Tensor | None = None
+        self.overlaps_all_reduce = False
         encoder = build(network, family.full, stem, in_channels)
         projector = predictor = teacher_head = local_head = None
         if self.self_weight:
@@ -236,7 +238,7 @@ class DSPNet(nn.Module):
         self, images: Tensor, targets: Tensor, subnet: Subnet, taught: Taught | None = None
     ) -> Tensor:
         """Add the gradient of one subnet's loss, times `loss_scale`; returns the loss, detached."""
-        with shared_prefixes(collects=True):
+        with shared_prefixes(collects=True, whole=not self.overlaps_all_reduce):
             loss = self.loss(images, targets, subnet, taught)
             (loss if self.loss_scale is None else loss * self.loss_scale).backward()
         return loss.detach()

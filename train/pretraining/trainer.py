@@ -92,6 +92,7 @@ class Trainer:
                 "ranks, need --no-cuda-graphs"
             )
         if overlaps:
+            self.model.overlaps_all_reduce = True
             stages = [f"encoder.{stage}" for stage in self.model.online.encoder.stages]
             # The head of feature maps is the last in the buffers, and its gradient may come after those of other heads.
             heads = [] if config.local_weight else ["projector" if self.model.self_weight else "teacher_head"]
