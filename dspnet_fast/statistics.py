@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +65,15 @@ def _adding_to(moments: dict[tuple[str, str | None], Moments], path: str, norm: 
 
 
 @torch.no_grad()
-def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None], batches: Iterable[Tensor]) -> int:
+def post_statistics(
+    model: nn.Module, dns: Iterable[Subnet | str | float | None], batches: Iterable[Tensor | tuple[Any, ...]]
+) -> int:
     """Measure the batch normalisation statistics of subnets in one pass over `batches`, and store them in the model.
 
     Args:
         model: a model of slimmable layers; left in evaluation mode.
         dns: the subnets, in forms that `activate` takes.
-        batches: inputs of the model, at least one; each is normalised by its own moments.
+        batches: inputs of the model, at least one, or tuples of its inputs; each is normalised by its own moments.
 
     Returns:
         The number of inputs processed.
@@ -93,10 +96,11 @@ def post_statistics(model: nn.Module, dns: Iterable[Subnet | str | float | None]
             norm.train()
             norm.observer = _adding_to(moments, path, norm)
         for batch in batches:
-            seen += len(batch)
+            inputs = batch if isinstance(batch, tuple) else (batch,)
+            seen += len(inputs[0])
             for dn in dns:
                 with activate(model, dn):
-                    model(batch)
+                    model(*inputs)
     finally:
         for norm in norms.values():
             norm.eval()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_iter
 
 from .activate import activate
@@ -32,6 +33,7 @@ SLIMMABLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: SlimBatchNorm1d,
     nn.BatchNorm2d: SlimBatchNorm2d,
 }
+OWN_TENSORS = {"weight", "bias", "running_mean", "running_var"}  # of the keys of SLIMMABLE
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 VERIFIED_WIDTHS = (0.25, 0.5, 0.75)
 IMAGE_SIZES = (64, 224, 32, 16, 299)
@@ -70,6 +72,7 @@ def slimmable(
         ...     model(torch.zeros(2, 3, 8, 8)).shape
         torch.Size([2, 8, 6, 6])
     """
+    _refuse_unfit(model)
     training = [module for module in model.modules() if module.training]
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     keep = tuple(keep)
@@ -104,10 +107,33 @@ def slimmable(
     return model
 
 
+def _refuse_unfit(model: nn.Module) -> None:
+    """Raise TypeError for modules that cannot be traced, with what to do instead."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = "TorchScript hides its operations: pass the network that it was made from"
+        elif "_orig_mod" in module._modules:
+            reason = (
+                "torch.compile hides its operations: pass the network that it was made from, and compile the result"
+            )
+        elif ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn."):
+            reason = "its weights are quantised: pass the network before it is quantised"
+        elif any(map(is_lazy, module.parameters(recurse=False))):
+            reason = "its parameters have no sizes yet: run the network once"
+        elif any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            reason = "its parameters are on the meta device, without values: load them first"
+        else:
+            continue
+        raise _refusal(path, module, reason, keepable=False)
+
+
 def example_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
     """Inputs on which a model runs: an example or a tuple of inputs that is given, or else images of a usual size."""
     if example is not None:
-        return example if isinstance(example, tuple) else (example,)
+        inputs = example if isinstance(example, tuple) else (example,)
+        with torch.no_grad():
+            model(*inputs)
+        return inputs
     problem: Exception | None = None
     for made in _examples(model):
         try:
@@ -165,7 +191,8 @@ def _convert(path: str, module: nn.Module, groups: ChannelGroups) -> None:
         raise _refusal(path, module, "it is a batch normalisation with its own forward method")
     if tensors.keys() & {"running_mean", "running_var"} and not is_norm and "Frozen" not in kind.__name__:
         raise _refusal(path, module, "its running statistics would mix those of all subnets")
-    if kind in SLIMMABLE and path not in groups.foreign and _is_prefix(path, groups):
+    own = tensors.keys() <= OWN_TENSORS  # others are those of hooks, such as weight_orig of a pruned layer
+    if kind in SLIMMABLE and own and path not in groups.foreign and _is_prefix(path, groups):
         module.__class__ = SLIMMABLE[kind]
     elif tensors or is_norm:
         reads_prefix = is_norm and path not in groups.foreign and _is_prefix(path, groups)  # as SlimBatchNorm does
@@ -189,11 +216,11 @@ def _is_prefix(path: str, groups: ChannelGroups) -> bool:
     return all(d.is_prefix for dimensions in groups.tensors.get(path, {}).values() for d in dimensions)
 
 
-def _refusal(path: str, module: nn.Module, reason: str) -> TypeError:
+def _refusal(path: str, module: nn.Module, reason: str, keepable: bool = True) -> TypeError:
     original = next((plain for plain, made in SLIMMABLE.items() if type(module) is made), type(module))
     original = getattr(original, "original", original)
     kind = f"{original.__module__}.{original.__qualname__}"
-    keep = f"; keep its channels with keep=({OUTPUTS!r}, {path!r})" if path else ""
+    keep = f"; keep its channels with keep=({OUTPUTS!r}, {path!r})" if path and keepable else ""
     return TypeError(f"{path or 'the network'} ({kind}) cannot be slimmed: {reason}{keep}")
 
 

@@ -331,15 +331,22 @@ def find_groups(model: nn.Module, runs: Sequence[tuple[nn.Module, Any]], keep: I
         used = {key: tracer.users.get(id(tensor), set()) for key, tensor in own.items()}
         seen |= {index for index, key in enumerate(tensors) if used.get(key)}
         foreign |= {key[0] for key, users in used.items() if users - {key[0]}}
+    recurrent = {path for path, module in model.named_modules() if isinstance(module, nn.RNNBase)}  # of _flat_weights
     for index, ((path, _), of) in enumerate(axes.items()):
-        kept = any(path == name or path.startswith(f"{name}.") for name in keep)
+        kept = path in recurrent or any(path == name or path.startswith(f"{name}.") for name in keep)
         if kept or index not in seen:
             labels.fix(of)
     groups = _grouped(labels, tensors, axes)
-    groups.foreign = foreign
+    groups.foreign = foreign | _read_by_fast_paths(model)
     groups.keeps_outputs = OUTPUTS in keep
     groups.stages, groups.fixed_blocks = stages_of(model, returned, {group.name for group in groups.groups})
     return groups
+
+
+def _read_by_fast_paths(model: nn.Module) -> set[str]:
+    """Paths of layers whose tensors torch's encoder layer reads itself, in evaluation without gradients."""
+    layers = [path for path, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {f"{path}.{name}".lstrip(".") for path in layers for name in ("linear1", "linear2", "norm1", "norm2")}
 
 
 def _grouped(labels: Labels, tensors: Mapping[tuple[str, str], Tensor], axes: Mapping[Any, Axes]) -> ChannelGroups:

@@ -49,6 +49,9 @@ def _known_numbers(model: nn.Module, groups: ChannelGroups) -> Iterator[Number]:
             for dimension in outputs:
                 if dimension.dim == 1:
                     yield Number(path, "embed_dim", None, module.embed_dim, dimension)
+        elif isinstance(module, nn.Transformer):
+            for dimension in groups.tensors.get(f"{path}.encoder.layers.0.norm1".lstrip("."), {}).get("weight", []):
+                yield Number(path, "d_model", None, module.d_model, dimension)
         for attribute in HEADS:
             count = vars(module).get(attribute)
             if isinstance(count, int) and count > 1:

@@ -110,7 +110,9 @@ class Tracer(TorchDispatchMode):
         results = result if isinstance(result, tuple | list) else [result]
         for tensor, axes in zip(results, found, strict=False):
             if isinstance(tensor, Tensor):
-                self._axes[tensor] = axes
+                fits = [all(n in (1, m) for n, m in zip(axis.shape, tensor.shape, strict=False)) for axis in axes]
+                self.labels.fix([axis for axis, fit in zip(axes, fits, strict=True) if not fit])  # pooled channels
+                self._axes[tensor] = [axis for axis, fit in zip(axes, fits, strict=True) if fit]
         return result
 
     def _propagate(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> list[Axes]:
@@ -329,6 +331,7 @@ RULES: dict[str, Rule] = {
     "stack": _stack,
     "embedding": _embedding,
     "constant_pad_nd": _constant_pad,
+    "_weight_norm_interface": lambda tracer, args, kwargs, result: [tracer.aligned(*args[:2]), tracer.axes(args[1])],
 }
 
 
