@@ -15,7 +15,7 @@ from train.data.bad_images import BadImages
 from train.data.datasets import open_images
 from train.evaluation.accuracy import interval95
 from train.evaluation.knn import knn
-from train.evaluation.verdict import ADVICE, UNLABELLED, Baseline, Score, describe, judge
+from train.evaluation.verdict import ADVICE, TAUGHT_ADVICE, UNLABELLED, Baseline, Score, describe, judge
 from train.pretraining import probe
 from train.pretraining.probe import Probe
 
@@ -44,6 +44,10 @@ def test_teacher_is_shown_and_need_not_be_beaten():
     verdict = judge({"small": Score(0.4, 0.02)}, [PIXELS, teacher], "kNN accuracy")
     assert verdict.good and "worse than the teacher (80.0% ± 2.0%)" in verdict.details[1]
     assert verdict.conclusion == "Every network is better than raw pixels."
+    worse = judge({"small": Score(0.3, 0.02)}, [PIXELS, teacher], "kNN accuracy")
+    assert (
+        worse.conclusion == f"Not better than raw pixels: small. {TAUGHT_ADVICE}" and "--teacher" not in TAUGHT_ADVICE
+    )
 
 
 def test_networks_without_labels_are_described():

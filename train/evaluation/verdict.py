@@ -11,6 +11,7 @@ from ..run.tables import percent
 VERDICT = "verdict.json"  # in the run directory
 UNTRAINED, RAW_PIXELS, TEACHER = "untrained", "raw pixels", "the teacher"
 ADVICE = "Train longer (more --epochs), use a --teacher, or start from published weights (--init-from)."
+TAUGHT_ADVICE = "Train longer (more --epochs), or start from published weights (--init-from)."
 UNLABELLED = (
     "The images have no labels, so the accuracy is unknown. To measure it on other images: dspnet-evaluate knn OUT "
     "--data LABELLED --baselines"
@@ -97,7 +98,8 @@ def judge(networks: Mapping[str, Score], baselines: Sequence[Baseline], measured
         details.append(", ".join(parts))
     if failed:
         found = "; ".join(f"not better than {name}: {', '.join(worse)}" for name, worse in failed.items())
-        conclusion = f"{found[0].upper()}{found[1:]}. {ADVICE}"
+        taught = any(baseline.name == TEACHER for baseline in baselines)
+        conclusion = f"{found[0].upper()}{found[1:]}. {TAUGHT_ADVICE if taught else ADVICE}"
     else:
         names = " and ".join(baseline.name for baseline in baselines if baseline.to_beat)
         conclusion = f"Every network is better than {names}."

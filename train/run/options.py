@@ -17,7 +17,10 @@ WORKERS_HELP = (
     f"image loading processes; 0: load in the main process; auto: one per core, at most {MAX_WORKERS}, and 0 for up to "
     f"{SMALL_SET} images"
 )
-FAST_KERNELS_HELP = "compute steps in the fastest way that is verified on this device; see docs/selection.md"
+FAST_KERNELS_HELP = (
+    "use the fused operators if a verdict on this device, or in short runs what is known of it, says that they are "
+    "faster; see docs/selection.md"
+)
 LOG_TO_HELP = "programs that show the metrics: some of tensorboard, wandb and mlflow, separated by commas; or none"
 PLUGINS_HELP = "modules or .py files, separated by commas, that register providers of operators"
 STALL_HELP = "seconds without a step after which a stall is reported, with the stack of every thread; 0: never"

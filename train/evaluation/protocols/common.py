@@ -20,6 +20,7 @@ from ...run.device import choose_device
 from ...run.options import DEVICE_HELP, PLUGINS_HELP, WORKERS_HELP, Workers, count, flag, option
 from ...run.run_directory import without_bad_images
 from ...selection.kernels import use_kernels
+from ...teachers.sources import FORMS
 from ..pretrained import PretrainedFamily
 from ..published import PublishedNetwork
 
@@ -38,8 +39,7 @@ class EvaluationOptions:
     )
     weights: str = option(
         RUN,
-        "networks to evaluate: run, those of the pretraining; or a published one, timm:NAME[=FILE], "
-        "torchvision:NAME[=FILE] or module:function",
+        f"networks to evaluate: run, those of the pretraining; or another: {FORMS}",
         metavar="WEIGHTS",
     )
     image_size: int | None = count(
