@@ -197,6 +197,7 @@ def test_options_exist(page):
         "--images",
         "--batches",
         "--spin-counts",
+        "--compile",
     }  # options of other commands
     known |= {
         "--no-build-isolation",
