@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = ",".join(str(count) for count in sorted({threads, max(1, threads // 2)}, reverse=True))
     for option, values, unit in (
         ("--threads", default, "threads"),
-        ("--batch-sizes", "32,8,128", "images per step"),
+        ("--batch-sizes", "32,8,128,256", "images per step"),
         ("--image-sizes", "96,32,64,224", "heights and widths in pixels"),
         ("--families", "5,1,3,11", f"numbers of networks, some of {', '.join(map(str, WIDTHS))}"),
     ):
