@@ -52,13 +52,15 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Any
     Raises:
         RuntimeError: if no statistics were measured for the subnet (`dspnet_fast.statistics.post_statistics`), or if
             the copy computes other outputs than the subnet.
-        ValueError: if a layer is used with different numbers of input channels.
+        ValueError: if the model has no slimmable layers, or one is used with different numbers of input channels.
 
     Example:
         >>> model = SlimConv2d(3, 16, kernel_size=1)
         >>> slim(model, 0.5)
         Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
     """
+    if not any(isinstance(module, Sized | SlimBatchNorm | Selected) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no slimmable layers: convert it first, with slimmable(model)")
     inputs = _inputs(model, example)
     with activate(model, dn), torch.no_grad():
         with _evaluation(model):
@@ -69,7 +71,9 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Any
         encoder.full = encoder.subnet(dn) if isinstance(dn, str) else dn
     plain.eval()
     with torch.no_grad():
-        _compare(plain(*inputs), expected)
+        outputs = plain(*inputs)
+        _compare(outputs, expected)
+        _state_returned_features(plain, outputs)
         _state_features(model, plain, inputs)
     return plain
 
@@ -79,8 +83,10 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     random = torch.Generator("cpu").manual_seed(0)
     if example is None:
-        traced = traced_networks(dict(model.named_modules()))
-        shapes: list[Any] = traced[0][2].inputs if traced else [((2, image_channels(model), 64, 64), torch.float32)]
+        groups = vars(model).get("channel_groups")
+        shapes: list[Any] = (
+            groups.inputs if groups is not None else [((2, image_channels(model), 64, 64), torch.float32)]
+        )
         example = tuple(
             torch.randn(shape, generator=random, device="cpu")
             if dtype.is_floating_point
@@ -233,7 +239,7 @@ def _restore(module: nn.Module, source: nn.Module, channels: dict[nn.Module, int
     if isinstance(module, Selected):
         for name in ("active_selection", "skipped"):
             vars(module).pop(name, None)
-        module.__class__ = module.original  # type: ignore[assignment]
+        module.__class__ = module.original_class  # type: ignore[assignment]
     elif type(module) in PLAIN:
         module.__class__ = PLAIN[type(module)]
     if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm | SlimBatchNorm):
@@ -254,6 +260,16 @@ def _compare(outputs: Any, expected: Any) -> None:
                 "the network cut out computes other outputs than the subnet: its forward method does not follow the "
                 "sizes of its layers, or is random; report it with the network's name"
             )
+
+
+def _state_returned_features(plain: nn.Module, outputs: Any) -> None:
+    """Set the channels that timm's networks with `features_only` state of the feature maps that they return."""
+    stated: Any = getattr(plain, "feature_info", None)
+    indices = getattr(stated, "out_indices", None)
+    if isinstance(indices, tuple | list) and isinstance(outputs, tuple | list) and len(indices) == len(outputs):
+        channels_last = str(getattr(plain, "output_fmt", "")).endswith("NHWC")
+        for index, output in zip(indices, outputs, strict=True):
+            stated.info[index]["num_chs"] = output.shape[-1 if channels_last else 1]
 
 
 def _state_features(model: nn.Module, plain: nn.Module, inputs: Sequence[Any]) -> None:
@@ -302,7 +318,7 @@ def _feature_shapes(network: nn.Module, inputs: Sequence[Any], names: Sequence[A
         features = network.forward_features(*inputs)  # type: ignore[operator]
         shapes["features"] = features.shape
         shapes["hidden"] = network.forward_head(features, pre_logits=True).shape  # type: ignore[operator]
-    except (AttributeError, TypeError):  # without a tensor of features, or without `pre_logits`
+    except Exception:  # without a tensor of features, without `pre_logits`, or without a head
         pass
     finally:
         for hook in hooks:

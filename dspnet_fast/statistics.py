@@ -80,6 +80,7 @@ def post_statistics(
 
     Raises:
         ValueError: if `batches` is empty.
+        TypeError: if a batch is no tensor or tuple, for example a list of images and labels.
 
     Example:
         >>> model = nn.Sequential(SlimConv2d(3, 16, 1), SlimBatchNorm2d(16))
@@ -97,6 +98,10 @@ def post_statistics(
             norm.observer = _adding_to(moments, path, norm)
         for batch in batches:
             inputs = batch if isinstance(batch, tuple) else (batch,)
+            if not inputs or not isinstance(inputs[0], Tensor):
+                raise TypeError(
+                    f"a batch is a {type(batch).__name__}: give the model's input, without labels, or a tuple of inputs"
+                )
             seen += len(inputs[0])
             for dn in dns:
                 with activate(model, dn):
@@ -107,7 +112,7 @@ def post_statistics(
             norm.observer = None
     if not seen:
         raise ValueError("post_statistics needs at least one batch")
-    versions = WeightVersions(model.parameters())
+    versions = WeightVersions(model)
     for (path, dn), measured in moments.items():
         norm = norms[path]
         norm.measured_with = versions
@@ -145,7 +150,7 @@ def load_statistics(model: nn.Module, dns: Iterable[Subnet], flat: dict[str, Ten
         dns: the subnets.
         flat: the dictionary; subnets and layers not in it are left unchanged.
     """
-    versions = WeightVersions(model.parameters())
+    versions = WeightVersions(model)
     for dn in dns:
         with activate(model, dn):
             for path, norm in _batch_norms(model).items():

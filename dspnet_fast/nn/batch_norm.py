@@ -225,7 +225,7 @@ class SlimBatchNorm(_BatchNorm):
         if len(x.mean):
             mean, variance = self._statistics(x.mean, x.variance, self._count(x.shape, len(x.mean)))
         else:
-            mean, variance = (stored[None] for stored in self._stored_statistics(x.shape[1]))
+            mean, variance = (upcast(stored)[None] for stored in self._stored_statistics(x.shape[1]))
         return scale_shift(
             mean, variance, self.weight, main_grad(self.weight), self.bias, main_grad(self.bias), self.eps
         )

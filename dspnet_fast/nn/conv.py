@@ -91,6 +91,8 @@ class SlimConv2d(Sized, nn.Conv2d):
             if groups > 1 and dtype in HALF and device.type == "cpu":
                 x = x.float()  # backward passes of grouped convolutions in 16 bits are several times slower
             weight, bias = prefixes(self, out_channels, x.shape[1] // groups, like=x)
+            if x.dtype != dtype:  # the weights may have 16 bits too
+                weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
             y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
             return y if y.dtype == dtype or is_autocasting(device) else y.to(dtype)
         bias = None if self.bias is None else self.bias[:out_channels]

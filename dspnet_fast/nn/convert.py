@@ -63,6 +63,7 @@ def slimmable(
 
     Raises:
         TypeError: if a module cannot be slimmed; the message names it. The network is then unchanged.
+        ValueError: if `keep` names a module that the network does not have.
 
     Example:
         >>> model = slimmable(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)), keep=())
@@ -75,8 +76,9 @@ def slimmable(
     _refuse_unfit(model)
     training = [module for module in model.modules() if module.training]
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    keep = tuple(keep)
+    keep = _known_paths(model, keep)
     try:
+        _undo(model)
         model.eval()
         inputs = example_inputs(model, example)
         caches = caches_of(model)
@@ -107,8 +109,44 @@ def slimmable(
     return model
 
 
+def _known_paths(model: nn.Module, keep: Iterable[str]) -> tuple[str, ...]:
+    """The paths to keep; ValueError for one that the network does not have."""
+    if isinstance(keep, str):
+        raise TypeError(f"keep={keep!r}: give a tuple of paths, such as keep=({OUTPUTS!r}, {keep!r})")
+    paths, known = tuple(keep), {OUTPUTS, *(path for path, _ in model.named_modules())}
+    for path in paths:
+        if path not in known:
+            raise ValueError(f"keep: the network has no module {path!r}; see its named_modules()")
+    return paths
+
+
+def _undo(model: nn.Module) -> None:
+    """Give layers that are converted already the classes that they had before, and activate the full network."""
+    for module in model.modules():
+        for name in (
+            "channel_groups",
+            "active_units",
+            "active_selection",
+            "skipped",
+            "active_size",
+            "active_dn",
+            "views",
+        ):
+            vars(module).pop(name, None)
+        if isinstance(module, Selected):
+            module.__class__ = module.original_class  # type: ignore[assignment]
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise TypeError for a module whose parameters have no sizes."""
+    for path, module in model.named_modules():
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise _refusal(path, module, "its parameters have no sizes yet: run the network once", keepable=False)
+
+
 def _refuse_unfit(model: nn.Module) -> None:
     """Raise TypeError for modules that cannot be traced, with what to do instead."""
+    refuse_lazy(model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             reason = "TorchScript hides its operations: pass the network that it was made from"
@@ -118,8 +156,6 @@ def _refuse_unfit(model: nn.Module) -> None:
             )
         elif ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn."):
             reason = "its weights are quantised: pass the network before it is quantised"
-        elif any(map(is_lazy, module.parameters(recurse=False))):
-            reason = "its parameters have no sizes yet: run the network once"
         elif any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             reason = "its parameters are on the meta device, without values: load them first"
         else:
@@ -129,16 +165,25 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 def example_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
     """Inputs on which a model runs: an example or a tuple of inputs that is given, or else images of a usual size."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _that_run(model, example)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _that_run(model: nn.Module, example: Any) -> tuple[Any, ...]:
     if example is not None:
         inputs = example if isinstance(example, tuple) else (example,)
-        with torch.no_grad():
-            model(*inputs)
+        model(*inputs)
         return inputs
     problem: Exception | None = None
     for made in _examples(model):
         try:
-            with torch.no_grad():
-                model(made)
+            model(made)
             return (made,)
         except Exception as error:  # the size may not fit
             problem = problem or error
@@ -218,7 +263,7 @@ def _is_prefix(path: str, groups: ChannelGroups) -> bool:
 
 def _refusal(path: str, module: nn.Module, reason: str, keepable: bool = True) -> TypeError:
     original = next((plain for plain, made in SLIMMABLE.items() if type(module) is made), type(module))
-    original = getattr(original, "original", original)
+    original = getattr(original, "original_class", original)
     kind = f"{original.__module__}.{original.__qualname__}"
     keep = f"; keep its channels with keep=({OUTPUTS!r}, {path!r})" if path and keepable else ""
     return TypeError(f"{path or 'the network'} ({kind}) cannot be slimmed: {reason}{keep}")
@@ -232,6 +277,8 @@ def _verify(model: nn.Module, groups: ChannelGroups, inputs: Any, widths: Sequen
     modules = dict(model.named_modules())
     with torch.no_grad():
         shapes = _shapes(model(*inputs))
+    if not shapes:
+        raise _refusal("", model, "no tensor is found in its output: return tensors, or tuples, lists or dicts of them")
     known, guesses, chosen = groups.numbers, dict[type, Iterator[list[Number]]](), dict[type, list[Number]]()
     verified: set[float] = set()
     while (width := next((width for width in widths if width not in verified), None)) is not None:
@@ -242,7 +289,7 @@ def _verify(model: nn.Module, groups: ChannelGroups, inputs: Any, widths: Sequen
         path, problem = failure
         running = [modules[name] for name in reversed(path)]  # and children, of which other methods may have run
         for kind in dict.fromkeys(type(of) for module in running for of in (module, *module.children())):
-            if issubclass(kind, Sized) or getattr(kind, "original", kind).__module__.startswith("torch."):
+            if issubclass(kind, Sized) or getattr(kind, "original_class", kind).__module__.startswith("torch."):
                 continue
             if tie_heads(model, groups, kind):
                 break
@@ -266,19 +313,19 @@ def _failure(
     labels, sources = groups.labels(owned_tensors(model))
     tracer = Tracer(labels, sources, {module: path for path, module in model.named_modules()})
     norms = [module for module in model.modules() if isinstance(module, SlimBatchNorm)]
-    measured = [norm.measured for norm in norms]
+    before = [(norm.measured, norm.track_running_stats) for norm in norms]
     try:
         with activate(model, groups.sizes(groups.at(width))):
             for norm in norms:
-                norm.measured, norm.training = {}, True
+                norm.measured, norm.training, norm.track_running_stats = {}, True, False
             outputs = tracer.run(model, inputs)
     except Conflict as conflict:
         return tracer.path, str(conflict)
     except Exception as error:
         return tracer.path, str(error).splitlines()[0] if str(error) else type(error).__name__
     finally:
-        for norm, before in zip(norms, measured, strict=True):
-            norm.measured, norm.training = before, False
+        for norm, (measured, tracks) in zip(norms, before, strict=True):
+            norm.measured, norm.training, norm.track_running_stats = measured, False, tracks
     found = [tuple(tensor.shape) for tensor, _ in outputs]
     if groups.keeps_outputs and found != shapes:
         return [], f"the output has the shape {found} instead of {shapes}"

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d, has_moments
-from .convert import SLIMMABLE, example_inputs
+from .convert import SLIMMABLE, example_inputs, refuse_lazy
 from .groups import ChannelGroups
 from .selected import is_norm_act, selected_class
 from .tracing import plain_operations
@@ -37,13 +37,14 @@ def fused(model: nn.Module, example: Any = None) -> nn.Module:
         The network itself.
 
     Raises:
-        TypeError: if no example is given and the network does not run on images.
+        TypeError: if parameters have no sizes, or no example is given and the network does not run on images.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         >>> fused(model, torch.randn(2, 3, 8, 8))[0].norm is model[1]
         True
     """
+    refuse_lazy(model)
     chains = _chains(model, _inputs(model, example))
     for conv, norm in chains:
         if not has_moments(conv):

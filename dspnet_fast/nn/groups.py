@@ -337,6 +337,12 @@ def find_groups(model: nn.Module, runs: Sequence[tuple[nn.Module, Any]], keep: I
         if kept or index not in seen:
             labels.fix(of)
     groups = _grouped(labels, tensors, axes)
+    owners = {id(tensor): key for key, tensor in tensors.items()}
+    for path, module in model.named_modules():  # which may share a tensor of another one
+        for name, parameter in module.named_parameters(recurse=False):
+            owner, own = owners.get(id(parameter), (path, name))
+            if owner != path and own in groups.tensors.get(owner, {}):
+                groups.tensors.setdefault(path, {})[name] = groups.tensors[owner][own]
     groups.foreign = foreign | _read_by_fast_paths(model)
     groups.keeps_outputs = OUTPUTS in keep
     groups.stages, groups.fixed_blocks = stages_of(model, returned, {group.name for group in groups.groups})

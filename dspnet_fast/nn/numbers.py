@@ -19,7 +19,7 @@ MAX_GUESSES = 24  # for the attributes of a class
 HEADS = ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads", "nh")
 HEAD_SIZES = ("head_dim", "dim_head", "key_dim")  # of which subnets keep all channels, if there are several heads
 UNRELATED = ("training", "num_classes", "patch_size", "window_size", "img_size", "stride", "kernel_size", "dilation",
-             "padding", "depth", "grid_size", "input_size", "active_units")  # fmt: skip
+             "padding", "depth", "image_size", "grid_size", "input_size", "active_units")  # fmt: skip
 
 
 def known_numbers(model: nn.Module, groups: ChannelGroups) -> list[Number]:
@@ -32,8 +32,15 @@ def _known_numbers(model: nn.Module, groups: ChannelGroups) -> Iterator[Number]:
     for path, module in modules.items():
         of = {name: {d.dim: d for d in found} for name, found in groups.tensors.get(path, {}).items()}
         weight = of.get("weight", {})
-        if isinstance(module, _ConvNd) and module.groups > 1 and 0 in weight:
-            yield Number(path, "groups", None, module.groups, weight[0])
+        if isinstance(module, _ConvNd):
+            grouped = module.groups > 1
+            if grouped and 0 in weight:
+                yield Number(path, "groups", None, module.groups, weight[0])
+            if not type(module).__module__.startswith(("torch.", "dspnet_fast.")):  # whose forward method may read them
+                names = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+                for attribute, dim in zip(names, (0, 0 if grouped else 1), strict=True):
+                    if dim in weight:
+                        yield Number(path, attribute, None, vars(module)[attribute], weight[dim])
         elif isinstance(module, nn.GroupNorm) and 0 in weight:
             yield Number(path, "num_channels", None, module.num_channels, weight[0])
             if module.num_groups > 1:
@@ -149,7 +156,8 @@ def _with_parts(dimensions: Iterator[Dimension]) -> list[Dimension]:
 def _numbers_of(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     """Integer attributes of a module that may count channels: name, place in a tuple or list, and value."""
     for attribute, value in vars(module).items():
-        if attribute.startswith("_") or attribute in UNRELATED or attribute in HEADS:
+        known = isinstance(module, _ConvNd) and attribute in ("in_channels", "out_channels")
+        if known or attribute.startswith("_") or attribute in UNRELATED or attribute in HEADS:
             continue
         if isinstance(value, tuple | list):
             if all(isinstance(number, int) for number in value):

@@ -25,16 +25,16 @@ class Selected(nn.Module):
 
     Attributes:
         active_selection: positions of the active channels by name of the parameter or buffer; set by `activate`.
-        original: the class of the layer before `slimmable`.
+        original_class: the class of the layer before `slimmable`.
     """
 
     active_selection: Mapping[str, Positions] = {}
-    original: type[nn.Module]
+    original_class: type[nn.Module]
     _names: tuple[str, ...]
     _skips = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made at run time
-        return _rebuild, (self.original, self._names, self._skips), self.__dict__
+        return _rebuild, (self.original_class, self._names, self._skips), self.__dict__
 
 
 class Skippable(Selected):
@@ -85,7 +85,7 @@ def is_norm_act(kind: type[nn.Module]) -> bool:
 def skippable_class(block: nn.Module) -> type[Selected]:
     """The subclass of a block's class that can be skipped."""
     if isinstance(block, Selected):
-        return selected_class(block.original, block._names, skips=True)
+        return selected_class(block.original_class, block._names, skips=True)
     return selected_class(type(block), (), skips=True)
 
 
@@ -105,7 +105,7 @@ def selected_class(kind: type[nn.Module], names: tuple[str, ...], skips: bool = 
         elif issubclass(kind, _BatchNorm):
             bases = (Selected, SlimBatchNorm, kind)
         body: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
-        body |= {"original": kind, "_names": names, "__module__": __name__, "__doc__": kind.__doc__}
+        body |= {"original_class": kind, "_names": names, "__module__": __name__, "__doc__": kind.__doc__}
         _classes[key] = type(f"Slim{kind.__name__}", bases, body)
     return _classes[key]
 
