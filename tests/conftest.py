@@ -1,6 +1,7 @@
 """Fixtures of all tests. Tests of Triton, interpreted or compiled, start a new process."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# Shells start background jobs without job control with SIGINT ignored, which tests of Ctrl-C would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 
