@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +14,14 @@ from torch.utils._pytree import tree_iter
 from .models import Classifier, Network, encoder_of, image_channels
 from .nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, activate
 from .nn.activate import Sizes, traced_networks
+from .nn.attributes import evaluation
 from .nn.batch_norm import MomentumBatchNorm, SlimBatchNorm
 from .nn.depth import remove_block
 from .nn.prefix import select
 from .nn.selected import Selected, Skippable
 from .nn.shrink import state_sizes
 from .nn.sized import Sized
+from .nn.stated import state_features
 from .subnets import Subnet
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -63,7 +64,7 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Any
         raise ValueError(f"{type(model).__name__} has no slimmable layers: convert it first, with slimmable(model)")
     inputs = _inputs(model, example)
     with activate(model, dn), torch.no_grad():
-        with _evaluation(model):
+        with evaluation(model):
             channels, expected = _run(model, inputs)
         plain = _cut(model, channels, _idle_channels(model) | channels)
     if isinstance(plain, Network | Classifier) and isinstance(dn, Subnet | str):
@@ -71,10 +72,8 @@ def slim(model: nn.Module, dn: Subnet | str | float | Sizes | None, example: Any
         encoder.full = encoder.subnet(dn) if isinstance(dn, str) else dn
     plain.eval()
     with torch.no_grad():
-        outputs = plain(*inputs)
-        _compare(outputs, expected)
-        _state_returned_features(plain, outputs)
-        _state_features(model, plain, inputs)
+        _compare(plain(*inputs), expected)
+        state_features(model, plain, inputs)
     return plain
 
 
@@ -101,18 +100,6 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
         return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
 
     return tuple(placed(x) for x in inputs)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Any:
-    """Evaluation mode, restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _run(model: nn.Module, inputs: Sequence[Any]) -> tuple[dict[nn.Module, int], Any]:
@@ -260,67 +247,3 @@ def _compare(outputs: Any, expected: Any) -> None:
                 "the network cut out computes other outputs than the subnet: its forward method does not follow the "
                 "sizes of its layers, or is random; report it with the network's name"
             )
-
-
-def _state_returned_features(plain: nn.Module, outputs: Any) -> None:
-    """Set the channels that timm's networks with `features_only` state of the feature maps that they return."""
-    stated: Any = getattr(plain, "feature_info", None)
-    indices = getattr(stated, "out_indices", None)
-    if isinstance(indices, tuple | list) and isinstance(outputs, tuple | list) and len(indices) == len(outputs):
-        channels_last = str(getattr(plain, "output_fmt", "")).endswith("NHWC")
-        for index, output in zip(indices, outputs, strict=True):
-            stated.info[index]["num_chs"] = output.shape[-1 if channels_last else 1]
-
-
-def _state_features(model: nn.Module, plain: nn.Module, inputs: Sequence[Any]) -> None:
-    """Set the numbers of features that networks of timm state: `num_features`, `head_hidden_size`, `feature_info`."""
-    if not all(hasattr(model, name) for name in ("num_features", "forward_features", "forward_head")):
-        return
-    entries = getattr(plain, "feature_info", None)
-    entries = entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else []
-    remaining = {name for name, _ in plain.named_modules()}
-    entries[:] = [entry for entry in entries if entry.get("module") in remaining | {None}]
-    names = [entry.get("module") for entry in entries]
-    with activate(model, None), _evaluation(model):
-        full = _feature_shapes(model, inputs, names)
-    cut = _feature_shapes(plain, inputs, names)
-
-    def number(key: str | None, before: int) -> int:
-        """What a number of channels of the full network has become."""
-        pairs = zip(full.get(key, ()), cut.get(key, ()), strict=True)
-        return next((now for old, now in pairs if old == before), before)
-
-    for entry in entries:
-        entry["num_chs"] = number(entry["module"], entry["num_chs"])
-    features: Any = model.num_features
-    hidden: Any = getattr(model, "head_hidden_size", features)
-    now = {hidden: number("hidden", hidden), features: number("features", features)}
-    heads = [module for name, module in plain.named_modules() if name.startswith("head")]
-    for module in (plain, *heads):
-        for name in ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "in_features"):
-            value = vars(module).get(name)
-            if isinstance(value, int) and not isinstance(module, nn.Linear):
-                setattr(module, name, now.get(value, value))
-
-
-def _feature_shapes(network: nn.Module, inputs: Sequence[Any], names: Sequence[Any]) -> dict[str | None, torch.Size]:
-    """Shapes of the outputs of named modules, of the features, and of the input of the classifier."""
-    shapes: dict[str | None, torch.Size] = {}
-    modules = dict(network.named_modules())
-    hooks = [
-        modules[name].register_forward_hook(
-            lambda _, __, output, name=name: shapes.update({name: getattr(output, "shape", torch.Size())})
-        )
-        for name in names
-        if name in modules
-    ]
-    try:
-        features = network.forward_features(*inputs)  # type: ignore[operator]
-        shapes["features"] = features.shape
-        shapes["hidden"] = network.forward_head(features, pre_logits=True).shape  # type: ignore[operator]
-    except Exception:  # without a tensor of features, without `pre_logits`, or without a head
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes

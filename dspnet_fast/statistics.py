@@ -9,6 +9,7 @@ them invalid.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -80,7 +81,8 @@ def post_statistics(
 
     Raises:
         ValueError: if `batches` is empty.
-        TypeError: if a batch is no tensor or tuple, for example a list of images and labels.
+        TypeError: if a batch is no tensor or tuple, for example a list of images and labels, or a tuple with more than
+            the model takes.
 
     Example:
         >>> model = nn.Sequential(SlimConv2d(3, 16, 1), SlimBatchNorm2d(16))
@@ -102,6 +104,13 @@ def post_statistics(
                 raise TypeError(
                     f"a batch is a {type(batch).__name__}: give the model's input, without labels, or a tuple of inputs"
                 )
+            try:
+                inspect.signature(model.forward).bind(*inputs)
+            except TypeError as error:
+                raise TypeError(
+                    f"{type(model).__name__} does not take the {len(inputs)} values of a batch ({error}): give its "
+                    "inputs, without labels"
+                ) from None
             seen += len(inputs[0])
             for dn in dns:
                 with activate(model, dn):

@@ -105,6 +105,12 @@ def activate(
     return active
 
 
+def check_width(width: float) -> None:
+    """Raise ValueError for a width that is no share of the channels."""
+    if not 0 < width <= 1:
+        raise ValueError(f"a width must be more than 0 and at most 1, got {width}")
+
+
 def traced_networks(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, ChannelGroups]]:
     """The networks among modules that `slimmable` has converted: path, network and channel groups."""
     traced = [(path, module) for path, module in modules.items() if "channel_groups" in module.__dict__]
@@ -168,8 +174,7 @@ def _resolve(
     if layer_sizes is not None:
         name, sizes = layer_sizes(dn)
     elif isinstance(dn, float | int):
-        if not 0 < dn <= 1:
-            raise ValueError(f"a width must be more than 0 and at most 1, got {dn}")
+        check_width(dn)
         name = width_name(dn)
         traced = traced_networks(modules)
         sizes = {

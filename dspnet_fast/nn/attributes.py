@@ -1,7 +1,9 @@
-"""Attribute changes that a context manager reverts."""
+"""Changes of modules that a context manager reverts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 from torch import nn
@@ -27,3 +29,15 @@ class AttributeChanges:
     def __exit__(self, *exception: object) -> None:
         for module, attribute, value in reversed(self._previous):
             vars(module)[attribute] = value
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; on exit, its modules that were in training mode are so again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -15,7 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_iter
 
-from .activate import activate
+from .activate import activate, check_width
+from .attributes import evaluation
 from .batch_norm import SlimBatchNorm, SlimBatchNorm1d, SlimBatchNorm2d
 from .conv import SlimConv2d
 from .depth import use_stages, verified_stages
@@ -63,7 +64,8 @@ def slimmable(
 
     Raises:
         TypeError: if a module cannot be slimmed; the message names it. The network is then unchanged.
-        ValueError: if `keep` names a module that the network does not have.
+        TypeError: if the network does not run on the example.
+        ValueError: if `keep` names a module that the network does not have, or a width is not between 0 and 1.
 
     Example:
         >>> model = slimmable(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)), keep=())
@@ -73,39 +75,37 @@ def slimmable(
         ...     model(torch.zeros(2, 3, 8, 8)).shape
         torch.Size([2, 8, 6, 6])
     """
+    for width in widths:
+        check_width(width)
     _refuse_unfit(model)
-    training = [module for module in model.modules() if module.training]
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     keep = _known_paths(model, keep)
-    try:
-        _undo(model)
-        model.eval()
-        inputs = example_inputs(model, example)
-        caches = caches_of(model)
-        for path, name in caches:  # whose tensors have no labels
-            setattr(model.get_submodule(path), name, {})
-        groups = find_groups(model, [(model, inputs), *_training_run(model, inputs)], keep)
-        if not groups.groups:
-            warnings.warn(
-                "every channel of the network is kept: name the channels to keep with keep=, which is () for none",
-                stacklevel=2,
-            )
-        groups.numbers, groups.caches = known_numbers(model, groups), caches
-        groups.inputs = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
-        stages, groups.stages = groups.stages, ()
-        use_groups(model, groups)
-        _verify(model, groups, inputs, widths)
-        use_stages(model, stages)
-        groups.stages = verified_stages(model, stages, inputs)
-    except BaseException:
-        for module, kind, attributes in before:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-        raise
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation(model):
+        try:
+            _undo(model)
+            inputs = example_inputs(model, example)
+            caches = caches_of(model)
+            for path, name in caches:  # whose tensors have no labels
+                setattr(model.get_submodule(path), name, {})
+            groups = find_groups(model, [(model, inputs), *_training_run(model, inputs)], keep)
+            if not groups.groups:
+                warnings.warn(
+                    "every channel of the network is kept: name the channels to keep with keep=, which is () for none",
+                    stacklevel=3,
+                )
+            groups.numbers, groups.caches = known_numbers(model, groups), caches
+            groups.inputs = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+            stages, groups.stages = groups.stages, ()
+            use_groups(model, groups)
+            _verify(model, groups, inputs, widths)
+            use_stages(model, stages)
+            groups.stages = verified_stages(model, stages, inputs)
+        except BaseException:
+            for module, kind, attributes in before:
+                module.__class__ = kind
+                vars(module).clear()
+                vars(module).update(attributes)
+            raise
     return model
 
 
@@ -165,20 +165,20 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 def example_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
     """Inputs on which a model runs: an example or a tuple of inputs that is given, or else images of a usual size."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _that_run(model, example)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation(model), torch.no_grad():
+        return _that_run(model, example)
 
 
 def _that_run(model: nn.Module, example: Any) -> tuple[Any, ...]:
     if example is not None:
         inputs = example if isinstance(example, tuple) else (example,)
-        model(*inputs)
+        try:
+            model(*inputs)
+        except Exception as error:
+            given = ", ".join(str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+            raise TypeError(
+                f"{type(model).__name__} does not run on the example that was given, {given}: {error}"
+            ) from error
         return inputs
     problem: Exception | None = None
     for made in _examples(model):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .attributes import evaluation
 from .batch_norm import SlimBatchNorm
 from .conv import SlimConv2d, has_moments
 from .convert import SLIMMABLE, example_inputs, refuse_lazy
@@ -37,7 +38,7 @@ def fused(model: nn.Module, example: Any = None) -> nn.Module:
         The network itself.
 
     Raises:
-        TypeError: if parameters have no sizes, or no example is given and the network does not run on images.
+        TypeError: if parameters have no sizes, or the network does not run on the example, or without one on images.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU())
@@ -90,14 +91,10 @@ def _chains(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[nn.Conv2d, 
         *(m.register_forward_hook(keep) for m in model.modules() if type(m) in (nn.Conv2d, SlimConv2d)),
         *(m.register_forward_pre_hook(find) for m in model.modules() if _defers(m)),
     ]
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluation(model), torch.no_grad():
             model(*inputs)
     finally:
-        for module in training:
-            module.training = True
         for hook in hooks:
             hook.remove()
     return chains

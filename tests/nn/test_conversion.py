@@ -109,12 +109,38 @@ def test_layers_that_share_a_weight_are_both_slimmed():
     assert small.first.weight is small.second.weight and small.second.bias.shape == (32,)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "hrnet_w18_small"])
-def test_features_only_networks_state_the_channels_of_subnets(name):
-    model = slimmable(timm.create_model(name, features_only=True), IMAGES, keep=())
+class Detector(nn.Module):
+    """A model that calls a network within it."""
+
+    def __init__(self, backbone, method="forward"):
+        super().__init__()
+        self.stem, self.backbone, self.method = nn.Conv2d(3, 3, 1), backbone, method
+
+    def forward(self, x):
+        return getattr(self.backbone, self.method)(self.stem(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "hrnet_w18_small", "convnext_atto"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_features_only_networks_state_the_channels_of_subnets(name, nested):
+    network = timm.create_model(name, features_only=True)
+    model = slimmable(Detector(network) if nested else network, IMAGES, keep=())
     post_statistics(model, [0.5], [IMAGES])
     small = slim(model, 0.5)
-    assert small.feature_info.channels() == [y.shape[1] for y in small(IMAGES)] != model.feature_info.channels()
+    stated = (small.backbone if nested else small).feature_info.channels()
+    assert stated == [y.shape[1] for y in small(IMAGES)] != network.feature_info.channels()
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_features", "forward_intermediates"])
+def test_networks_within_another_model_state_their_features(method):
+    model = slimmable(Detector(timm.create_model("regnetx_002", num_classes=7), method), IMAGES, keep=())
+    post_statistics(model, [0.5], [IMAGES])
+    small = slim(model, 0.5)
+    assert vars(small.backbone).keys() == vars(model.backbone).keys()
+    features = small.backbone.forward_features(small.stem(IMAGES))
+    assert small.backbone.num_features == features.shape[1] < model.backbone.num_features
+    small.backbone.reset_classifier(3)
+    assert small.backbone(small.stem(IMAGES)).shape == (4, 3)
 
 
 def test_mistaken_arguments_are_errors():
@@ -123,6 +149,12 @@ def test_mistaken_arguments_are_errors():
         slimmable(model, IMAGES, keep=("outputs", "layr1"))
     with pytest.raises(TypeError, match=r"such as keep=\('outputs', '0'\)"):
         slimmable(model, IMAGES, keep="0")
+    for width in (0, 2):
+        with pytest.raises(ValueError, match=f"a width must be more than 0 and at most 1, got {width}"):
+            slimmable(model, IMAGES, widths=(0.5, width))
+    for convert in (slimmable, fused):
+        with pytest.raises(TypeError, match=r"Sequential does not run on the example that was given, \[2, 5\]: "):
+            convert(model, torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"Sequential has no slimmable layers: convert it first"):
         slim(model, 0.5)
     with pytest.raises(TypeError, match="LazyConv2d.*: run the network once"):
@@ -130,6 +162,8 @@ def test_mistaken_arguments_are_errors():
     labelled = DataLoader(TensorDataset(IMAGES, torch.zeros(4)), batch_size=2)
     with pytest.raises(TypeError, match="a batch is a list: give the model's input, without labels"):
         post_statistics(slimmable(model, IMAGES), [0.5], labelled)
+    with pytest.raises(TypeError, match="Sequential does not take the 2 values of a batch .*, without labels"):
+        post_statistics(model, [0.5], [(IMAGES, torch.zeros(4))])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
