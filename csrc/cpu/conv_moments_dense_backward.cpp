@@ -4,22 +4,21 @@
 // kernel row, dW is the sum of h^T e. dh is the convolution of e with the taps that reach an input position. These taps
 // depend on the position modulo the stride, its phase, so each phase has a separate packed weight. dh then gives dx and
 // the sums for dscale, dshift and dgate.
-#include <utility>
-
 #include "dense_gradient.h"
+#include "dense_weight_gradient.h"
 #include "thread_sums.h"
 
 namespace dspnet::inline CPU_CAPABILITY {
 namespace dense {
 namespace {
 
-constexpr int64_t kOuterRows = 128; // rows that a weight gradient sums in registers
-
-struct PartialWeight;
 struct PartialGate;
 struct FormedOutput;
 struct PairedOutput;
 struct BandInput;
+struct AllInput;
+struct AllOutput;
+struct AllPairs;
 
 // The input positions (y, x), (y + stride, x), (y, x + stride), ..., and the taps that reach them.
 struct Phase {
@@ -77,35 +76,6 @@ struct StoreRows {
     }
   }
 };
-
-// Pairs of matrices whose products are summed: rows of h and of e at the same output positions.
-struct Pairs {
-  std::vector<std::pair<const float*, const float*>> first; // the first rows of each pair
-  int64_t rows, stride, other_stride;
-};
-
-// Like multiply_outer_panel, summed over all pairs.
-template <int V, int R, typename Arithmetic, typename Epilogue>
-void multiply_pairs(const Pairs& pairs, int64_t i, int64_t end, int64_t column, const Epilogue& epilogue) {
-  for (; i + R <= end; i += R) {
-    Vec sums[R][V];
-    clear(sums);
-    for (const auto& [a, b] : pairs.first) {
-      const float *values = a + i, *columns = b + column;
-      for (int64_t row = 0; row < pairs.rows; ++row) {
-        add_product<Arithmetic>(sums, values, 1, columns);
-        values += pairs.stride;
-        columns += pairs.other_stride;
-      }
-    }
-    epilogue(i, column, sums);
-  }
-  if constexpr (R > 1) {
-    if (i < end) {
-      multiply_pairs<V, R - 1, Arithmetic>(pairs, i, end, column, epilogue);
-    }
-  }
-}
 
 // Computes dx from dh for positions of one image, and adds the sums of dz, dz x and dh act(z), [C] each, to grad_shift,
 // grad_scale and grad_gate.
@@ -168,10 +138,7 @@ struct BackwardPass {
   Bands bands;
   Panels in;
   std::vector<Phase> phases;
-  int64_t run; // k C: the taps of one kernel row
-  bool h_in_columns; // the columns of the weight gradient are those of h, otherwise those of e
-  Panels weight_columns; // of the weight gradient of one kernel row, [weight_rows, weight_columns]
-  int64_t weight_rows;
+  WeightGradient<Arithmetic> weight;
 
   BackwardPass(const ConvShape& shape, const Backward<scalar_t>& args)
       : shape(shape),
@@ -184,10 +151,7 @@ struct BackwardPass {
             shape.stride * (shape.width + 2 * shape.padding) * shape.channels +
                 (output.left() + shape.out_width + output.right()) * shape.out_channels),
         in(shape.channels),
-        run(shape.kernel * shape.channels),
-        h_in_columns(kPaired || Panels(run).waste() <= Panels(shape.out_channels).waste()),
-        weight_columns(h_in_columns ? run : shape.out_channels),
-        weight_rows(h_in_columns ? shape.out_channels : run) {
+        weight(shape, args.grad_weight) {
     if (args.grad_x) {
       phases = phases_of<Arithmetic>(shape, args.weight, in);
     }
@@ -199,51 +163,6 @@ struct BackwardPass {
   }
   int64_t input_end(const Band& band) const {
     return band.end == shape.out_height ? shape.height : std::min(band.end * shape.stride, shape.height);
-  }
-
-  int64_t weight_size() const {
-    return shape.kernel * weight_rows * weight_columns.padded();
-  }
-
-  // Adds a band's weight gradient to matrices [kernel rows, weight_rows, padded columns], or, with `begins`, overwrites
-  // them.
-  void weight_gradient(const Band& band, const FormedRows& h, const FormedRows& e, float* to, bool begins) const {
-    const int64_t positions = (band.end - band.begin) * shape.out_width;
-    const int64_t images = std::max<int64_t>(kOuterRows / positions, 1); // fits into the L1 cache, if possible
-    for (int64_t first = 0; first < band.images; first += images) {
-      for (int64_t ky = 0; ky < shape.kernel; ++ky) {
-        const Pairs pairs = pairs_of(band, first, std::min(first + images, band.images), ky, h, e);
-        const AddToMatrix epilogue{
-            to + ky * weight_rows * weight_columns.padded(), weight_columns.padded(), begins && first == 0};
-        for (int64_t p = 0; p < weight_columns.count; ++p) {
-          with_vectors(weight_columns.width(p), [&](auto v) {
-            multiply_pairs<v, kTileRows<v>, Arithmetic>(pairs, 0, weight_rows, weight_columns.column(p), epilogue);
-          });
-        }
-      }
-    }
-  }
-
-  // The rows of e that a kernel row reaches, each with the row of h that it reads.
-  Pairs pairs_of(
-      const Band& band, int64_t first, int64_t last, int64_t ky, const FormedRows& h, const FormedRows& e) const {
-    Pairs pairs{
-        {}, Arithmetic::lanes(shape.out_width), Arithmetic::kRows * shape.stride * shape.channels, shape.out_channels};
-    for (int64_t i = first; i < last; ++i) {
-      for (int64_t y = band.begin; y < band.end; ++y) {
-        const int64_t row = y * shape.stride - shape.padding + ky;
-        if (row >= 0 && row < shape.height) {
-          pairs.first.emplace_back(h.pixel(i, row, -shape.padding), e.pixel(i, y, 0));
-          if (h_in_columns) {
-            std::swap(pairs.first.back().first, pairs.first.back().second);
-          }
-        }
-      }
-    }
-    if (h_in_columns) {
-      std::swap(pairs.stride, pairs.other_stride);
-    }
-    return pairs;
   }
 
   // Computes dh of the band's images [first, last): [image, positions of the band, in.padded()].
@@ -325,29 +244,19 @@ struct BackwardPass {
     }
   }
 
-  // Adds the threads' matrices to the prefix.
-  void merge_weights(const float* weights, const std::vector<char>& used) const {
-    const int64_t stride = weight_columns.padded(), channels = shape.channels;
-    in_parallel(shape.kernel * weight_rows, stride, [&](int64_t row) {
-      float* sum = scratch<BlockSums>(stride);
-      std::fill_n(sum, stride, 0.f);
-      for (size_t thread = 0; thread < used.size(); ++thread) {
-        const float* part = weights + thread * weight_size() + row * stride;
-        for (int64_t i = 0; used[thread] && i < stride; ++i) {
-          sum[i] += part[i];
-        }
-      }
-      const int64_t ky = row / weight_rows, i = row % weight_rows;
-      for (int64_t j = 0; j < weight_columns.columns; ++j) {
-        const int64_t o = h_in_columns ? i : j, in_run = h_in_columns ? j : i;
-        args.grad_weight.at(o, in_run % channels, ky, in_run / channels) += sum[j];
-      }
-    });
-  }
-
   void run_all() const {
     const int64_t threads = at::get_num_threads(), channels = shape.channels;
-    float* weights = args.grad_weight.data ? scratch<PartialWeight>(threads * weight_size()) : nullptr;
+    const Band all{0, 0, shape.images, 0, shape.out_height};
+    FormedRows all_h = input.rows(all, channels, nullptr), all_e = output.rows(all, 0, shape.height, nullptr);
+    FormedRows all_pairs = output.paired_rows(all, nullptr);
+    const bool by_outputs = bands.per_image == 1 &&
+        weight.by_outputs(shape.images * (all_h.image_floats() + all_e.image_floats()));
+    if (by_outputs) {
+      all_h.data = scratch<AllInput>(formed_floats(all_h, shape.images, shape.height));
+      all_e.data = scratch<AllOutput>(formed_floats(all_e, shape.images, shape.out_height));
+      all_pairs.data = kPaired ? scratch<AllPairs>(formed_floats(all_pairs, shape.images, shape.out_height)) : nullptr;
+    }
+    float* matrices = args.grad_weight.data && !by_outputs ? scratch<PartialWeight>(threads * weight.size()) : nullptr;
     std::vector<char> used(threads, 0);
     ThreadSums shift_sums(args.deferred.rows, channels), scale_sums(args.deferred.rows, channels);
     // If an image consists of several bands, each band has sums for the gate, which are added up at the end.
@@ -365,14 +274,21 @@ struct BackwardPass {
       });
       for (; b < last; ++b) {
         const Band band = bands.at(b);
+        if (by_outputs) {
+          formed_h = all_h.image(band.image);
+          formed_e = all_e.image(band.image);
+          paired_e = all_pairs.image(band.image);
+        }
         const FormedRows e = output.rows(band, input_begin(band), input_end(band), formed_e);
         output.form(band, e);
-        if (weights) {
+        if (args.grad_weight.data) {
           const FormedRows h = input.rows(band, channels, formed_h);
           input.form_outer(band, h);
           const FormedRows outer_e = output.form_outer(band, e, paired_e);
-          weight_gradient(band, h, outer_e, weights + thread * weight_size(), !used[thread]);
-          used[thread] = 1;
+          if (!by_outputs) {
+            weight.add(band, h, outer_e, matrices + thread * weight.size(), !used[thread]);
+            used[thread] = 1;
+          }
         }
         if (args.grad_x) {
           float* gate_sums = has_gate_parts ? gate_parts + b * channels : args.grad_gate;
@@ -385,8 +301,10 @@ struct BackwardPass {
       buffered.flush();
     });
 
-    if (weights) {
-      merge_weights(weights, used);
+    if (by_outputs) {
+      weight.add_by_outputs(all, all_h, kPaired ? all_pairs : all_e);
+    } else if (matrices) {
+      weight.merge(matrices, used);
     }
     if (args.grad_x) {
       shift_sums.write(args.grad_shift);

@@ -47,7 +47,9 @@ struct Bands {
     const int64_t wanted = std::max((image_bytes + kBandBytes - 1) / kBandBytes, 2 * threads / shape.images);
     rows = std::clamp<int64_t>((height + wanted - 1) / wanted, 1, height);
     per_image = (height + rows - 1) / rows;
-    const int64_t limit = std::min({kBandBytes / image_bytes, shape.images / (4 * threads), kRowMultiple});
+    const int64_t weight_bytes = shape.kernel * shape.kernel * shape.channels * shape.out_channels * sizeof(float);
+    const int64_t per_thread = weight_bytes > kBandBytes ? 1 : 4; // every band reads the weight
+    const int64_t limit = std::min({kBandBytes / image_bytes, shape.images / (per_thread * threads), kRowMultiple});
     images = per_image > 1 ? 1 : std::clamp<int64_t>(limit, 1, segment_images);
   }
 
@@ -79,9 +81,12 @@ struct FormedRows {
     constexpr int64_t line = 16;
     return (round_up((high - low) * row_floats(), line) / line | 1) * line;
   }
+  float* image(int64_t i) const {
+    return data + i * image_floats();
+  }
   // Pixel (y, x) of an image; x < 0 addresses the zeros on the left.
-  float* pixel(int64_t image, int64_t y, int64_t x) const {
-    return data + image * image_floats() + (y - low) * row_floats() + (left + x) * lanes;
+  float* pixel(int64_t i, int64_t y, int64_t x) const {
+    return image(i) + (y - low) * row_floats() + (left + x) * lanes;
   }
 };
 

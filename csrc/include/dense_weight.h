@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "bfloat16_pairs.h"
@@ -15,6 +16,8 @@
 #include "gemm.h"
 
 namespace dspnet::inline CPU_CAPABILITY::dense {
+
+constexpr int64_t kSide = 16; // rows and columns of blocks that are transposed
 
 struct PackedWeight;
 struct UnpackedTaps;
@@ -44,8 +47,6 @@ struct Place {
 // A weight as one matrix per tap: [input channels, output channels], or, transposed, [output, input channels].
 template <typename Arithmetic>
 struct WeightPacking {
-  static constexpr int64_t kSide = 16; // rows and columns of a block
-
   const Prefix& weight;
   int64_t kernel;
   bool transposed;
@@ -75,42 +76,59 @@ struct WeightPacking {
   }
 
  private:
+  // Reads numbers that follow each other in the weight: all taps of several rows of kSide columns, or, transposed, of
+  // all columns of a panel, row by row.
   void pack_together(const std::vector<Place>& places) const {
     const int64_t taps = kernel * kernel, blocks = (depth + kSide - 1) / kSide;
     in_parallel(panels.count * blocks, kPanelVectors * kVec * kSide * taps, [&](int64_t i) {
-      const int64_t p = i / blocks, first = i % blocks * kSide, rows = std::min(kSide, depth - first);
-      float* block = scratch<UnpackedTaps>(taps * kSide * kSide);
-      for (int64_t c = 0; c < panels.width(p); c += kSide) {
-        read_block(first, rows, panels.column(p) + c, block);
-        const int64_t lanes = std::min(kSide, panels.width(p) - c);
-        for (const Place& place : places) {
-          const float* from = block + (place.ky * kernel + place.kx) * kSide;
-          float* to = place.panel(panels, p) + first / Arithmetic::kRows * panels.width(p) + c;
-          for (int64_t k = 0; k < rows; k += Arithmetic::kRows, to += panels.width(p)) {
-            const float* row = from + k * taps * kSide;
-            for (int64_t v = 0; v < lanes; v += kVec) {
-              const Vec next = k + 1 < rows ? Vec::loadu(row + taps * kSide + v) : Vec(0);
-              Arithmetic::put(to + v, Vec::loadu(row + v), next);
-            }
-          }
+      const int64_t p = i / blocks, begin = i % blocks * kSide, end = std::min(begin + kSide, depth);
+      if (transposed) {
+        for (int64_t row = begin; row < end; row += Arithmetic::kRows) {
+          pack_block(places, p, row, std::min(row + Arithmetic::kRows, end), 0, panels.width(p));
+        }
+      } else {
+        for (int64_t c = 0; c < panels.width(p); c += kSide) {
+          pack_block(places, p, begin, end, c, std::integral_constant<int64_t, kSide>{});
         }
       }
     });
   }
 
-  // Reads rows [first, first + rows) of kSide columns: block[row, tap, column]. Columns past the last are zero.
-  void read_block(int64_t first, int64_t rows, int64_t column, float* block) const {
-    const int64_t taps = kernel * kernel, columns = std::clamp<int64_t>(panels.columns - column, 0, kSide);
-    if (columns < kSide) {
-      std::fill_n(block, rows * taps * kSide, 0.f);
+  // Packs rows [first, end) of `wide` columns from column c of panel p on.
+  template <typename Wide>
+  void pack_block(const std::vector<Place>& places, int64_t p, int64_t first, int64_t end, int64_t c, Wide wide) const {
+    const int64_t taps = kernel * kernel, lanes = std::min<int64_t>(wide, panels.width(p) - c);
+    float* block = scratch<UnpackedTaps>(taps * kSide * std::max(kSide, kPanelVectors * kVec));
+    read_block(first, end - first, panels.column(p) + c, wide, block);
+    for (const Place& place : places) {
+      const float* row = block + (place.ky * kernel + place.kx) * wide;
+      float* to = place.panel(panels, p) + first / Arithmetic::kRows * panels.width(p) + c;
+      for (int64_t k = first; k < end; k += Arithmetic::kRows, to += panels.width(p)) {
+        for (int64_t v = 0; v < lanes; v += kVec) {
+          const Vec next = k + 1 < end ? Vec::loadu(row + taps * wide + v) : Vec(0);
+          Arithmetic::put(to + v, Vec::loadu(row + v), next);
+        }
+        row += Arithmetic::kRows * taps * wide;
+      }
+    }
+  }
+
+  // Reads rows [first, first + rows) of `wide` columns: block[row, tap, column]. Columns past the last are zero.
+  template <typename Wide>
+  void read_block(int64_t first, int64_t rows, int64_t column, Wide wide, float* block) const {
+    const int64_t taps = kernel * kernel, columns = std::clamp<int64_t>(panels.columns - column, 0, wide);
+    if (columns < wide) {
+      std::fill_n(block, rows * taps * wide, 0.f);
     }
     const int64_t run = row_stride() == taps ? rows * taps : taps; // numbers that follow each other in the weight
     for (int64_t at = 0; at < rows * taps; at += run) {
       const float* from = weight.data + column * column_stride() + (first + at / taps) * row_stride();
-      for (int64_t t = 0; t < run && columns > 0; t += kSide) {
-        at::vec::transpose_mxn<float>(
-            from + t, column_stride(), block + (at + t) * kSide, kSide, static_cast<int>(columns),
-            static_cast<int>(std::min(kSide, run - t)));
+      for (int64_t c = 0; c < columns; c += kSide) {
+        for (int64_t t = 0; t < run; t += kSide) {
+          at::vec::transpose_mxn<float>(
+              from + c * column_stride() + t, column_stride(), block + (at + t) * wide + c, wide,
+              static_cast<int>(std::min(kSide, columns - c)), static_cast<int>(std::min(kSide, run - t)));
+        }
       }
     }
   }

@@ -61,7 +61,20 @@ CASES = {
 }
 
 
+# Many channels on small maps, where threads of the C++ provider share a weight's gradient by outputs.
+SMALL_MAPS = {
+    "dense 2x2": (6, 32, 2, 2, 70, (80, 48), 3, 1, 1, 1, 2),
+    "dense 1x1 maps": (4, 64, 1, 1, 48, (48, 64), 3, 1, 1, 1, 2),
+    "dense 5 at 3x2": (4, 48, 3, 2, 101, (101, 48), 5, 1, 2, 1, 2),
+    "dense small stride 2": (3, 32, 5, 4, 130, (130, 40), 3, 2, 1, 1, 1),
+    "dense small stride 3": (2, 64, 4, 5, 99, (99, 64), 2, 3, 1, 1, 2),
+    "dense small unpadded": (4, 32, 4, 3, 100, (100, 32), 3, 1, 0, 1, 2),
+    "dense small, more padding": (2, 32, 2, 3, 100, (100, 32), 2, 1, 2, 1, 1),
+}
+
+
 if triton.INTERPRETED:  # a thousand times slower
+    SMALL_MAPS = {}
     FEW = ("pointwise odd", "pointwise 1x1 maps", "pointwise many views", "depthwise 3 stride 2", "dense 3", "stem")
     CASES = {name: CASES[name] for name in ("pointwise", "depthwise 3", "depthwise tiny maps", *FEW)}
 
@@ -88,7 +101,9 @@ provider = provider_of(conv_moments)
 
 def make(case: str, act: str = "relu", deferred: bool = True, gated: bool = False, dtype=torch.float32) -> dict:
     """The operator's arguments, with values exactly representable in `dtype`."""
-    images, channels, height, width, out_channels, full, kernel, stride, padding, groups, views = (CASES | TILES)[case]
+    images, channels, height, width, out_channels, full, kernel, stride, padding, groups, views = (
+        CASES | TILES | SMALL_MAPS
+    )[case]
     rows = {"scale": 1 + torch.rand(views, channels), "shift": torch.randn(views, channels)}
     return {
         "x": torch.randn(images, channels, height, width).to(memory_format=torch.channels_last).to(dtype),
@@ -224,9 +239,22 @@ def test_single_row_of_scale_with_and_without_moments(provider, nan_filled, case
     check(arguments | {"views": 0})
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_gradient_is_added_to_the_prefix_of_main_grad(provider, case):
+@pytest.mark.parametrize("case", SMALL_MAPS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_rule_for_many_channels_on_small_maps(provider, nan_filled, case, threads, dtype):
+    torch.set_num_threads(threads)
+    arguments = make(case, "hardswish", gated=True, dtype=dtype)
+    check(arguments)
+    check(arguments | {"weight": arguments["weight"].contiguous(memory_format=torch.channels_last)})
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("case", [*CASES, *SMALL_MAPS])
+def test_gradient_is_added_to_the_prefix_of_main_grad(provider, case, last):
     arguments = to_device(make(case))
+    if last:
+        arguments["weight"] = arguments["weight"].contiguous(memory_format=torch.channels_last)
     arguments["weight"].requires_grad_()
     y, mean, variance = conv_moments(*arguments.values())
     (whole,) = torch.autograd.grad((y.square().sum() + mean.sum() + variance.sum()), arguments["weight"])
