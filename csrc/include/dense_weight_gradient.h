@@ -178,7 +178,7 @@ struct WeightGradient {
       return {ky, kx, 0, Arithmetic::lanes(shape.out_width)};
     }
     const int64_t first = kx - shape.padding, stride = shape.stride; // first: the pixel of h that e's first one reads
-    const int64_t begin = first < 0 ? (stride - 1 - first) / stride : 0;
+    const int64_t begin = first < 0 ? std::min((stride - 1 - first) / stride, shape.out_width) : 0;
     return {ky, kx, begin, std::clamp((shape.width - 1 - first) / stride + 1, begin, shape.out_width) - begin};
   }
 
