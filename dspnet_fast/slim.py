@@ -82,10 +82,10 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     random = torch.Generator("cpu").manual_seed(0)
     if example is None:
-        groups = vars(model).get("channel_groups")
-        shapes: list[Any] = (
-            groups.inputs if groups is not None else [((2, image_channels(model), 64, 64), torch.float32)]
-        )
+        # A converted network that is a part of another model may have other inputs than the model.
+        whole = isinstance(model, Network | Classifier) or "channel_groups" in vars(model)
+        traced = traced_networks(dict(model.named_modules())) if whole else []
+        shapes: list[Any] = traced[0][2].inputs if traced else [((2, image_channels(model), 64, 64), torch.float32)]
         example = tuple(
             torch.randn(shape, generator=random, device="cpu")
             if dtype.is_floating_point

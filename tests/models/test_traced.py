@@ -113,6 +113,16 @@ def test_subnets_are_prefixes_of_all_groups_and_know_their_features():
     assert model.num_features == 64
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_networks_of_one_image_size_are_cut_without_an_example(device):
+    name = "encoders:transformer"
+    with torch.device(device):
+        half = build(name, subnet(name, "w0.50"))
+        for network in (half, Classifier(half, 5), build(name, subnet(name, "w1.00"))):
+            small = slim(network, None if network is not half else "w0.50")
+            assert small(torch.randn(2, 3, 32, 32)).shape == network(torch.randn(2, 3, 32, 32)).shape
+
+
 def test_network_built_for_a_width_has_only_its_weights():
     half = build(NAME, subnet(NAME, "w0.50"))
     assert half.body[3].weight.shape == (32, 16, 1, 1) and half.body[3].in_channels == 16

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
+from timm.models import VisionTransformer
 from torch import nn
 
 from dspnet_fast import exported
@@ -143,9 +144,15 @@ def test_subnet_of_fewer_blocks_trains_the_first_blocks_only():
     assert gradients == [True, True, False]
 
 
-def test_run_with_fewer_blocks_is_exported_as_programs(images, tmp_path):
+def one_size() -> nn.Module:
+    """A transformer that takes images of one size only."""
+    return VisionTransformer(SMALL_RUN["image_size"], 6, num_classes=0, embed_dim=64, depth=2, num_heads=4)
+
+
+@pytest.mark.parametrize(("network", "smallest"), [(DEEP, "w0.50-d1"), (f"{__name__}:one_size", "w0.50")])
+def test_run_of_a_network_of_ones_own_is_exported_as_programs(images, tmp_path, network, smallest):
     out, size = tmp_path / "run", SMALL_RUN["image_size"]
-    options = {**SMALL_RUN, "network": DEEP, "dns": "w0.50-d1,w1.00", "stem": "standard", "data": str(images)}
+    options = {**SMALL_RUN, "network": network, "dns": f"{smallest},w1.00", "stem": "standard", "data": str(images)}
     PretrainRun(PretrainConfig(**options, out=str(out)), resume=False).run()
     for folder in export(out):
         manifest = json.loads((folder / "manifest.json").read_text())
