@@ -21,21 +21,21 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((29500 + SLURM_JOB_ID % 1000))
 
 # On every machine: torchrun, which USR1 would end and which therefore ignores it, and a shell that forwards USR1 to
-# the ranks.
+# the ranks. Traps come before what they signal, which may be ready earlier than this shell's next line.
 on_machine='
+    trap "pkill -USR1 -P \$!" USR1
     (trap "" USR1; exec torchrun "$@") &
     launcher=$!
-    trap "pkill -USR1 -P $launcher" USR1
     while wait $launcher; code=$?; [ $code -gt 128 ] && kill -0 $launcher 2> /dev/null; do :; done
     exit $code'
 
 noticed=
+trap 'noticed=1; kill -USR1 $!' USR1 # srun forwards it
 srun --kill-on-bad-exit=1 bash -c "$on_machine" machine \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \
     -m train.pretrain "$@" --out "$out" ${resume[@]+"${resume[@]}"} &
 step=$!
-trap 'noticed=1; kill -USR1 $step' USR1 # srun forwards it
 while wait $step; code=$?; [ $code -gt 128 ] && kill -0 $step 2> /dev/null; do :; done
 
 if [ "$noticed" ] && [ $code = 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
